@@ -1,0 +1,1 @@
+"""Algorithms that fine-tune a policy: one file each, `update()` from top to bottom."""

@@ -1,0 +1,94 @@
+"""DDPM pretraining (Ho et al., arXiv 2006.11239): regress the noise at a random diffusion step; evaluate the average.
+
+Logged metrics:
+
+    pretrain/loss        mean_dims (eps_theta(x_k, k) - eps)^2, batch mean
+    pretrain/grad_norm   before clipping
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dxmi.losses import denoising_loss
+from dxmi.networks import Denoiser
+from dxmi.optimizers import MovingAverage, Optimizer, OptimizerConfig
+from dxmi.schedules import NUM_DIFFUSION_STEPS, forward_levels
+from dxmi.tensors import per_sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPMConfig:
+    """Pretraining."""
+
+    iterations: int = 10_000
+    """Optimiser steps; 0 starts from a random network."""
+    batch_size: int = 128
+    """Images in each."""
+    ema: float = 0.999
+    """Decay of the moving average of the weights, which is the pretrained model."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
+    """Of the denoiser."""
+
+    def __post_init__(self) -> None:
+        if self.iterations < 0:
+            raise ValueError(f"iterations is {self.iterations}: it must be 0 or greater")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: it must be at least 1")
+        if not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"ema is {self.ema}: it must be in [0, 1)")
+
+
+class DDPM(nn.Module):
+    """A denoiser in training, its average, and its optimiser.
+
+    Args:
+        config: its settings.
+        network: the denoiser, trained in place.
+
+    Attributes:
+        average: the moving average of the network.
+    """
+
+    signal: Tensor
+    noise: Tensor
+
+    def __init__(self, config: DDPMConfig, network: Denoiser) -> None:
+        super().__init__()
+        self.network = network
+        self.average = copy.deepcopy(network)
+        self.moving_average = MovingAverage(network, self.average, config.ema)
+        rate = config.optimizer.lr
+        self.optimizer = Optimizer(config.optimizer, [(network.parameters(), rate)], config.iterations)
+        level = torch.from_numpy(forward_levels())
+        self.register_buffer("signal", level.sqrt().float(), persistent=False)
+        self.register_buffer("noise", (1.0 - level).sqrt().float(), persistent=False)
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """Every optimiser, by the name of what it trains."""
+        return {"network": self.optimizer}
+
+    def update(self, data: Tensor, iteration: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """One optimiser step.
+
+        Args:
+            data: real samples in [-1, 1], [B, *event].
+            iteration: from 0; sets the learning rate.
+            generator: of diffusion steps and noise, on the data's device.
+
+        Returns:
+            The metrics that the module's docstring lists, as scalars still on the device.
+        """
+        self.optimizer.schedule(iteration)
+        step = torch.randint(NUM_DIFFUSION_STEPS, (len(data),), generator=generator, device=data.device)
+        noise = torch.randn(data.shape, generator=generator, device=data.device)
+        noised = (per_sample(self.signal[step], data) * data).addcmul(per_sample(self.noise[step], data), noise)
+        predicted = self.network(noised, self.network.embed(step))
+        loss = denoising_loss(predicted, noise).mean()
+        norm = self.optimizer.descend(loss)
+        self.moving_average.update(iteration)
+        metrics = {"pretrain/loss": loss.detach()}
+        return metrics if norm is None else metrics | {"pretrain/grad_norm": norm}

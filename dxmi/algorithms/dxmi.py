@@ -1,0 +1,314 @@
+"""DxMI: Diffusion by Maximum-Entropy Inverse RL (Yoon et al., NeurIPS 2024, arXiv 2407.00626), with DxDP.
+
+One `update` is one iteration:
+
+    1. roll out the policy                      without gradient
+    2. adapt the reference variance             AVR
+    3. energy: low on data, high on samples     one optimiser step
+    4. value: t = T-1 .. 0, temporal difference one optimiser step each
+    5. policy: one fresh step from stored states
+
+Logged metrics (means over the batch, of the last update of the iteration):
+
+    energy/data_mean     mean E(x_data)
+    energy/sample_mean   mean E(x_T)
+    energy/loss          what step 3 minimised
+    value/td_error       root mean squared V(x_t, t) - target, over all t
+    policy/loss          what step 5 minimised
+    policy/grad_norm     before clipping
+    policy/entropy       mean_t log sigma_t, the per-dimension entropy up to a constant
+    policy/cost          mean over t of the running cost mean_dims (x_{t+1} - x_t)^2 / (2 s_t^2)
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dxmi.costs import STEP_COSTS, ReferenceVariance, running_cost, squared_step, step_costs
+from dxmi.losses import control_cost, energy_loss, policy_loss, td_target, value_loss
+from dxmi.optimizers import MovingAverage, Optimizer, OptimizerConfig, PolicyOptimizerConfig, require_rate
+from dxmi.sampler import Policy
+from dxmi.trajectory import Trajectory
+from dxmi.value import SeparateValue, Value
+
+PRESETS = ("as_released", "objective")
+VALUES = ("shared", "separate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DxMIConfig:
+    """Everything that one DxMI iteration depends on."""
+
+    preset: str = "as_released"
+    """as_released: entropy and cost enter the policy update alone; objective: the value's target too (m_v = 1)."""
+    entropy_coef: float = 0.1
+    """tau: weight of the policy's entropy, per dimension."""
+    cost_coef: float = 0.01
+    """Weight of the running cost, per dimension."""
+    energy_l2: float = 1.0
+    """Weight of the squared-energy regulariser."""
+    step_cost: str = "none"
+    """Time-dependent cost in the TD target: none, linear or sigmoid."""
+    step_cost_scale: float = 1.0
+    """Height of the step cost; without one it has nothing to scale."""
+    reference_var: tuple[float, ...] | None = None
+    """s_t^2 at the start: null for the schedule's eta, one number for all steps, or T numbers."""
+    reference_var_ema: float = 0.99
+    """Decay of the adaptive s_t^2 (AVR); 1 keeps the start."""
+    value_mask: tuple[float, ...] | None = None
+    """m_v: null for the preset's, one number for all steps, or T numbers."""
+    policy_mask: tuple[float, ...] = (1.0,)
+    """m_p: one number for all steps, or T numbers."""
+    value: str = "shared"
+    """shared: the energy is the value; separate: a time-conditioned network of its own."""
+    value_updates: int = 1
+    """Sweeps over t = T-1 .. 0 in an iteration."""
+    policy_updates: int = 1
+    """Draws of stored states in an iteration."""
+    all_states: bool = False
+    """Use all T x B stored states in minibatches of B in each draw, not only B of them."""
+    resample_next: bool = False
+    """Take a fresh next state for the TD target instead of the stored one."""
+    target_ema: float | None = None
+    """Decay of the Polyak-averaged value used in the TD target; null for none (the published Polyak .005 is .995)."""
+    policy_ema: float | None = 0.999
+    """Decay of the policy's moving average, which is what is evaluated; null to evaluate the policy itself."""
+    policy: PolicyOptimizerConfig = field(default_factory=PolicyOptimizerConfig)
+    """Optimiser of the denoiser and the log sigmas."""
+    critic: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimiser of the value; of the energy too when it is shared."""
+    energy: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimiser of a separate energy; unused when it is shared."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("preset", PRESETS), ("step_cost", STEP_COSTS), ("value", VALUES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
+        for name in ("entropy_coef", "cost_coef", "energy_l2", "step_cost_scale"):
+            require_rate(f"{name}", getattr(self, name))
+        for name in ("value_updates", "policy_updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0.0 <= self.reference_var_ema <= 1.0:
+            raise ValueError(f"reference_var_ema is {self.reference_var_ema}: it must be in [0, 1]")
+        for name in ("target_ema", "policy_ema"):
+            decay = getattr(self, name)
+            if decay is not None and not 0.0 <= decay < 1.0:
+                raise ValueError(f"{name} is {decay}: it must be in [0, 1), or null")
+        for number in self.reference_var or ():
+            require_rate("reference_var", number, positive=True)
+        for number in (*(self.value_mask or ()), *self.policy_mask):
+            require_rate("a mask of the algorithm", number)
+
+
+def per_step_numbers(name: str, numbers: tuple[float, ...], num_steps: int) -> Tensor:
+    """One number for all steps or T numbers, as a table [T].
+
+    Raises:
+        ValueError: there are neither one nor T of them.
+    """
+    if len(numbers) not in (1, num_steps):
+        raise ValueError(
+            f"{name} has {len(numbers)} entries: it takes one number, or one for each of the "
+            f"{num_steps} steps of schedule.num_steps"
+        )
+    return torch.tensor(numbers, dtype=torch.float32).expand(num_steps).clone()
+
+
+class DxMI(nn.Module):
+    """The algorithm and everything it changes: networks, reference variance, averages, optimisers.
+
+    Args:
+        config: its settings.
+        policy: fine-tuned in place.
+        value: trained in place, its energy included.
+        eta: the schedule's variances, [T], the default start of the reference variance.
+        total: iterations planned, the end of a learning-rate decay.
+
+    Raises:
+        ValueError: a per-step setting has neither one nor T entries.
+    """
+
+    policy_mask: Tensor
+    step_cost: Tensor
+
+    def __init__(self, config: DxMIConfig, policy: Policy, value: Value, eta: Tensor, total: int) -> None:
+        super().__init__()
+        self.config = config
+        self.policy = policy
+        self.value = value
+        self._set_tables(eta.float())
+        self._set_averages()
+        self._set_optimizers(total)
+
+    def _set_tables(self, eta: Tensor) -> None:
+        config, num_steps = self.config, self.policy.num_steps
+        if config.reference_var is not None:
+            eta = per_step_numbers("reference_var", config.reference_var, num_steps)
+        self.reference_var = ReferenceVariance(eta, config.reference_var_ema)
+        value_mask = config.value_mask or ((1.0,) if config.preset == "objective" else (0.0,))
+        # A list of the host's, not a tensor: a step whose mask is 0 is skipped without asking the device.
+        self.value_mask: list[float] = per_step_numbers("value_mask", value_mask, num_steps).tolist()
+        policy_mask = per_step_numbers("policy_mask", config.policy_mask, num_steps)
+        self.policy_has_control = bool(policy_mask.any())
+        self.register_buffer("policy_mask", policy_mask, persistent=False)
+        step_cost = step_costs(config.step_cost, config.step_cost_scale, num_steps)
+        self.register_buffer("step_cost", step_cost, persistent=False)
+
+    def _set_averages(self) -> None:
+        config = self.config
+        self.average = copy.deepcopy(self.policy) if config.policy_ema is not None else None
+        self.target = copy.deepcopy(self.value) if config.target_ema is not None else None
+        self.moving_averages = []
+        if self.average is not None and config.policy_ema is not None:
+            self.moving_averages.append(MovingAverage(self.policy, self.average, config.policy_ema))
+        if self.target is not None and config.target_ema is not None:
+            self.moving_averages.append(MovingAverage(self.value, self.target, config.target_ema))
+
+    @property
+    def evaluated(self) -> Policy:
+        """The policy that evaluation samples from: the moving average, or the policy itself without one."""
+        return self.policy if self.average is None else self.average
+
+    def _set_optimizers(self, total: int) -> None:
+        config, policy, value = self.config, self.policy, self.value
+        sigmas = ([policy.free_log_sigma], config.policy.sigma_lr)
+        self.policy_optimizer = Optimizer(
+            config.policy, [(policy.network.parameters(), config.policy.lr), sigmas], total
+        )
+        if isinstance(value, SeparateValue):
+            self.value_optimizer = Optimizer(config.critic, [(value.network.parameters(), config.critic.lr)], total)
+            self.energy_optimizer = Optimizer(config.energy, [(value.energy.parameters(), config.energy.lr)], total)
+        else:
+            self.value_optimizer = Optimizer(config.critic, [(value.parameters(), config.critic.lr)], total)
+            self.energy_optimizer = self.value_optimizer
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """Every optimiser once, by the name of what it trains."""
+        named = {"policy": self.policy_optimizer, "value": self.value_optimizer}
+        return named if self.energy_optimizer is self.value_optimizer else named | {"energy": self.energy_optimizer}
+
+    # ------------------------------------------------------------------------
+    # One iteration.
+
+    def update(
+        self, data: Tensor, iteration: int, generator: torch.Generator, state_generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """One DxMI iteration on a batch of data.
+
+        Args:
+            data: real samples in [-1, 1], [B, *event].
+            iteration: from 0; sets the learning rates.
+            generator: noise of the policy, on the policy's device.
+            state_generator: which stored states the policy update draws, on the host.
+
+        Returns:
+            The metrics that the module's docstring lists, as scalars still on the device.
+        """
+        for optimizer in self.optimizers.values():
+            optimizer.schedule(iteration)
+
+        # 1. Roll out.
+        trajectory = self.policy.rollout(self.policy.noise(len(data), generator))
+
+        # 2. Adapt the reference variance.
+        squared = self._squared_steps(trajectory)
+        if squared is not None and self.reference_var.adaptive:
+            self.reference_var.update(squared)
+
+        # 3. Energy: low on data, high on samples.
+        metrics = self._update_energy(data, trajectory.sample)
+
+        # 4. Value: backwards in time, one temporal difference each.
+        for _ in range(self.config.value_updates):
+            errors = [self._update_value(trajectory, t, squared, generator) for t in self._backwards()]
+        metrics["value/td_error"] = torch.stack(errors).mean().sqrt()
+
+        # 5. Policy: one fresh reparameterised step from stored states.
+        for _ in range(self.config.policy_updates):
+            for drawn in self._draw_states(trajectory, state_generator):
+                metrics |= self._update_policy(trajectory, drawn, generator)
+        metrics["policy/entropy"] = self.policy.log_sigma.detach().mean()
+
+        for moving_average in self.moving_averages:
+            moving_average.update(iteration)
+        return metrics
+
+    def _backwards(self) -> range:
+        return range(self.policy.num_steps - 1, -1, -1)
+
+    def _squared_steps(self, trajectory: Trajectory) -> Tensor | None:
+        """mean_dims (x_{t+1} - x_t)^2 of every stored step, [T, B]; None where nothing asks for it."""
+        stored_costs_used = any(self.value_mask) and not self.config.resample_next
+        if not (self.reference_var.adaptive or stored_costs_used):
+            return None
+        squared = squared_step(trajectory.states, trajectory.x[1:].flatten(0, 1))
+        return squared.view(trajectory.num_steps, trajectory.batch_size)
+
+    def _update_energy(self, data: Tensor, sample: Tensor) -> dict[str, Tensor]:
+        """Step 3: one optimiser step on mean E(x_data) - mean E(x_T) + l2 (mean E(x_data)^2 + mean E(x_T)^2)."""
+        energy_data, energy_sample = self.value.energy(torch.cat((data, sample))).chunk(2)
+        loss = energy_loss(energy_data, energy_sample, self.config.energy_l2).mean()
+        self.energy_optimizer.descend(loss)
+        return {
+            "energy/data_mean": energy_data.detach().mean(),
+            "energy/sample_mean": energy_sample.detach().mean(),
+            "energy/loss": loss.detach(),
+        }
+
+    def _update_value(
+        self, trajectory: Trajectory, t: int, squared: Tensor | None, generator: torch.Generator
+    ) -> Tensor:
+        """Step 4 at one t: one optimiser step towards the TD target; returns the mean squared error."""
+        config, x = self.config, trajectory.x[t]
+        with torch.no_grad():
+            x_next = trajectory.x[t + 1]
+            if config.resample_next:
+                noise = torch.randn(x.shape, generator=generator, device=x.device)
+                x_next = self.policy.step(x, t, noise)
+            control = None
+            if self.value_mask[t] != 0.0:
+                stored = squared is not None and not config.resample_next
+                step = squared[t] if squared is not None and stored else squared_step(x, x_next)
+                cost = running_cost(step, self.reference_var()[t : t + 1])
+                log_sigma = self.policy.log_sigma[t]
+                control = self.value_mask[t] * control_cost(cost, log_sigma, config.cost_coef, config.entropy_coef)
+            target = td_target((self.target or self.value)(x_next, t + 1), self.step_cost[t], control)
+        loss = value_loss(self.value(x, t), target).mean()
+        self.value_optimizer.descend(loss)
+        return loss.detach()
+
+    def _draw_states(self, trajectory: Trajectory, generator: torch.Generator) -> Iterator[Tensor]:
+        """Indices into `trajectory.states`: B of the T x B, or all of them in T minibatches; each in ascending order,
+        so that the samples of one step lie together.
+        """
+        batch_size = trajectory.batch_size
+        shuffled = torch.randperm(trajectory.num_steps * batch_size, generator=generator)
+        draws = torch.split(shuffled, batch_size) if self.config.all_states else (shuffled[:batch_size],)
+        yield from (drawn.sort().values for drawn in draws)
+
+    def _update_policy(self, trajectory: Trajectory, drawn: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Step 5: one optimiser step on V(x_{t+1}, t+1) + m_p (control cost), through one fresh step only."""
+        config, policy = self.config, self.policy
+        t_host = drawn // trajectory.batch_size
+        num_final = int((t_host == policy.num_steps - 1).sum())  # of a tensor on the host: nothing is waited for
+        t = t_host.to(trajectory.x.device, non_blocking=True)
+        x = trajectory.states[drawn.to(t.device, non_blocking=True)]
+
+        log_sigma = policy.log_sigma
+        step = policy.transition(x, t, log_sigma=log_sigma)
+        x_next = step.sample(torch.randn(x.shape, generator=generator, device=x.device))
+        metrics, control = {}, None
+        if self.policy_has_control:
+            cost = running_cost(squared_step(x, x_next), self.reference_var()[t])
+            control = self.policy_mask[t] * control_cost(cost, log_sigma[t], config.cost_coef, config.entropy_coef)
+            metrics["policy/cost"] = cost.detach().mean()
+        loss = policy_loss(self.value.at_steps(x_next, t + 1, num_final), control).mean()
+        norm = self.policy_optimizer.descend(loss)
+        if norm is not None:
+            metrics["policy/grad_norm"] = norm
+        return metrics | {"policy/loss": loss.detach()}

@@ -1,0 +1,107 @@
+"""From a tree of plain values to frozen dataclasses and back, with a sentence for every mistake.
+
+A config is a dataclass beside its owner, whose `__post_init__` raises a ValueError that begins with the field's name.
+`build` turns nested mappings (from YAML, from Hydra) into such an object and names the full path of what is wrong.
+"""
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, TypeVar
+
+from dxmi.errors import UserError
+from dxmi.networks import NETWORK_CONFIGS, NetworkConfig
+
+T = TypeVar("T")
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def build(cls: type[T], tree: Any, path: str = "") -> T:
+    """An object of the dataclass `cls` from nested mappings.
+
+    Args:
+        cls: the config class.
+        tree: field names to values; a missing field takes its default.
+        path: where in the whole config this tree stands, for messages.
+
+    Raises:
+        UserError: an unknown field (the nearest known one is named), a value of the wrong type, or one refused.
+    """
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{path or 'The config'} is {tree!r}: it must be a group of settings.")
+    chosen = _kind(cls, tree, path)
+    hints = typing.get_type_hints(chosen)
+    known = [f.name for f in fields(chosen)]  # type: ignore[arg-type]
+    for key in tree:
+        if key not in known:
+            raise UserError(unknown_key(f"{path}.{key}" if path else str(key), str(key), known))
+    values = {key: _value(hints[key], value, f"{path}.{key}" if path else key) for key, value in tree.items()}
+    try:
+        return chosen(**values)
+    except ValueError as error:
+        raise UserError(f"{path}.{error}." if path else f"{error}.") from error
+
+
+def unknown_key(where: str, key: str, known: list[str]) -> str:
+    """The sentence about a key that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}."
+    return f"{where} is not a setting: {hint}"
+
+
+def _kind(cls: type[T], tree: Mapping[str, Any], path: str) -> type[T]:
+    """The class that `kind` names where a field may hold one of several, else `cls` itself."""
+    if cls is not NetworkConfig:
+        return cls
+    kind = tree.get("kind", NetworkConfig.kind)
+    if kind not in NETWORK_CONFIGS:
+        raise UserError(f"{path}.kind is {kind!r}: it must be one of {', '.join(NETWORK_CONFIGS)}.")
+    return typing.cast("type[T]", NETWORK_CONFIGS[kind])
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the type `hint` asks for."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):  # only `X | None` occurs
+        if value is None:
+            return None
+        return _value(next(arg for arg in args if arg is not type(None)), value, path)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise UserError(f"{path} is {value!r}: it must be a list, like [1, 0].")
+        return tuple(_value(args[0], item, f"{path}[{index}]") for index, item in enumerate(value))
+    if is_dataclass(hint):
+        return build(typing.cast("type[Any]", hint), value, path)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise UserError(f"{path} is {value!r}: it must be {_WORDS[hint]}.")
+    return value
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """The inverse of `build`: nested dicts, lists and scalars that YAML and JSON can hold."""
+    return typing.cast("dict[str, Any]", json.loads(json.dumps(asdict(config))))
+
+
+def signature(tree: Any) -> str:
+    """The first 12 hex digits of the sha256 of a tree of plain values, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """What changed between two trees, one `path: old -> new` a line."""
+    lines = []
+    for key in sorted({*old, *new}):
+        where = f"{path}.{key}" if path else key
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, where)
+        elif before != after:
+            lines.append(f"{where}: {before} -> {after}")
+    return lines

@@ -1,0 +1,59 @@
+"""Costs along a trajectory: the running cost with its reference variance, and the step cost."""
+
+import torch
+from torch import Tensor, nn
+
+from dxmi.tensors import event_mean
+
+STEP_COSTS = ("none", "linear", "sigmoid")
+
+
+def squared_step(x: Tensor, x_next: Tensor) -> Tensor:
+    """mean_dims (x_{t+1} - x_t)^2 of states [B, *event]: [B]."""
+    return event_mean((x_next - x).square())
+
+
+def running_cost(squared: Tensor, reference_var: Tensor) -> Tensor:
+    """cost_t = mean_dims (x_{t+1} - x_t)^2 / (2 s_t^2), from `squared_step` [B] and s_t^2 [1] or [B]: [B]."""
+    return squared / (2.0 * reference_var)
+
+
+def step_costs(kind: str, scale: float, num_steps: int) -> Tensor:
+    """The time-dependent cost that the TD target adds at each step, [T].
+
+    sigmoid: scale * (sg(T//2 - t) - sg(T//2 - t - 1)); linear: `scale` at every step; none: 0.
+    """
+    if kind == "sigmoid":
+        t = torch.arange(num_steps, dtype=torch.float64)
+        middle = num_steps // 2
+        return (scale * (torch.sigmoid(middle - t) - torch.sigmoid(middle - t - 1.0))).float()
+    return torch.full((num_steps,), scale if kind == "linear" else 0.0)
+
+
+class ReferenceVariance(nn.Module):
+    """s_t^2, the variance of the reference process in the running cost, [T]; adaptive (AVR) if `decay` < 1.
+
+    Args:
+        initial: its value before the first update, [T].
+        decay: s_t^2 <- decay s_t^2 + (1 - decay) mean (x_{t+1} - x_t)^2; 1 keeps the initial value.
+    """
+
+    variance: Tensor
+
+    def __init__(self, initial: Tensor, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("variance", initial.clone())
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether `update` changes anything."""
+        return self.decay < 1.0
+
+    def update(self, squared: Tensor) -> None:
+        """One AVR update from `squared_step` of a batch of trajectories, [T, B]."""
+        self.variance.lerp_(squared.mean(1), 1.0 - self.decay)
+
+    def forward(self) -> Tensor:
+        """s_t^2, [T]."""
+        return self.variance

@@ -1,0 +1,34 @@
+"""IDX files, the format of MNIST and its kin: a big-endian header and raw bytes."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dxmi.errors import UserError
+
+_UINT8 = 0x08
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """The array in an IDX file of bytes, plain or gzipped.
+
+    Raises:
+        UserError: the file is not one, or is cut short.
+    """
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Fetch it again.") from error
+    if len(raw) < 4 or raw[:2] != b"\x00\x00" or raw[2] != _UINT8:
+        raise UserError(f"{path} is not an IDX file of bytes. Fetch it again.")
+    rank = raw[3]
+    if len(raw) < 4 + 4 * rank:
+        raise UserError(f"{path} is cut short: its header is incomplete. Fetch it again.")
+    shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
+    size, found = int(np.prod(shape, dtype=np.int64)), len(raw) - 4 - 4 * rank
+    if found != size:
+        raise UserError(f"{path} holds {found} bytes where its header announces {size}. Fetch it again.")
+    return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)

@@ -1,0 +1,22 @@
+"""The energy E(x): low on data. The reward of a sample is -E(x)."""
+
+from torch import Tensor, nn
+
+from dxmi.networks import Critic
+
+
+class Energy(nn.Module):
+    """A network's score, read as an energy.
+
+    Args:
+        network: a time-independent critic.
+    """
+
+    def __init__(self, network: Critic) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """E(x), [B]."""
+        energy: Tensor = self.network(x)
+        return energy

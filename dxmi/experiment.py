@@ -1,0 +1,226 @@
+"""From a config tree to built objects."""
+
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from dxmi.algorithms.ddpm import DDPM, DDPMConfig
+from dxmi.algorithms.dxmi import DxMI, DxMIConfig, per_step_numbers
+from dxmi.config import signature, to_tree
+from dxmi.data import BatchStream, DataConfig, Images, load
+from dxmi.energy import Energy
+from dxmi.errors import UserError
+from dxmi.evaluate import EvaluateConfig
+from dxmi.networks import Denoiser, MlpConfig, NetworkConfig, build_critic, build_denoiser, build_timed_critic
+from dxmi.sampler import Policy
+from dxmi.schedules import ScheduleConfig, StepSchedule, shorten
+from dxmi.seeds import generator
+from dxmi.state import TrainingState
+from dxmi.value import SeparateValue, SharedValue, Value
+
+PRETRAINING_VERSION = 1
+"""Raised whenever a change of the code changes what pretraining computes, so that old results are not read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworksConfig:
+    """The networks of a run."""
+
+    denoiser: NetworkConfig = field(default_factory=MlpConfig)
+    """The policy's."""
+    energy: NetworkConfig = field(default_factory=MlpConfig)
+    """The energy's, and the value's too when it is shared."""
+    value: NetworkConfig = field(default_factory=MlpConfig)
+    """A separate value's; unused when the value is shared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Fine-tuning."""
+
+    iterations: int = 1_500
+    """DxMI iterations."""
+    batch_size: int = 128
+    """B: data and trajectories in each."""
+    log_every: int = 50
+    """Iterations whose mean is one logged row."""
+
+    def __post_init__(self) -> None:
+        if self.iterations < 0:
+            raise ValueError(f"iterations is {self.iterations}: it must be 0 or greater")
+        for name in ("batch_size", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourcesConfig:
+    """What a run may use. It changes no result beyond rounding and does not enter the signature."""
+
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    threads: int = 0
+    """CPU threads of PyTorch; 0 for as many as this process may run on."""
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
+            raise ValueError(f"device is {self.device!r}: it must be auto, cpu, cuda or cuda:N")
+        if self.threads < 0:
+            raise ValueError(f"threads is {self.threads}: it must be 0 or greater")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """The whole of a run. Everything but `resources` enters its signature."""
+
+    name: str = "digits"
+    """Of the experiment, for people."""
+    seed: int = 0
+    """Of initial weights, data order and noise."""
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworksConfig = field(default_factory=NetworksConfig)
+    pretrain: DDPMConfig = field(default_factory=DDPMConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    algorithm: DxMIConfig = field(default_factory=DxMIConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}: it must be in 0..2^63 - 1")
+        try:
+            shorten(self.schedule)
+        except ValueError as error:
+            raise ValueError(f"schedule.{error}") from error
+        try:
+            for name in ("reference_var", "value_mask", "policy_mask"):
+                per_step_numbers(name, getattr(self.algorithm, name) or (1.0,), self.schedule.num_steps)
+        except ValueError as error:
+            raise ValueError(f"algorithm.{error}") from error
+
+    @property
+    def signature(self) -> str:
+        """12 hex digits that two configs share exactly if they describe the same run."""
+        tree = to_tree(self)
+        return signature({key: value for key, value in tree.items() if key != "resources"})
+
+
+class Experiment:
+    """A config with its data loaded, and what is built from both.
+
+    Args:
+        config: the whole of a run.
+        event: shape of one sample, if it is known without reading the data.
+
+    Raises:
+        UserError: the device is not there.
+    """
+
+    def __init__(self, config: ExperimentConfig, event: tuple[int, ...] | None = None) -> None:
+        self.config = config
+        self.device = _device(config.resources.device)
+        self._event = event
+
+    @cached_property
+    def images(self) -> Images:
+        """The data, read when first asked for.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        return load(self.config.data)
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        """Shape of one sample, (C, H, W)."""
+        return self._event or self.images.event
+
+    def use_threads(self) -> int:
+        """Set PyTorch's CPU threads as `resources.threads` says; returns how many."""
+        available = len(os.sched_getaffinity(0))
+        threads = self.config.resources.threads or available
+        torch.set_num_threads(threads)
+        return threads
+
+    @property
+    def pretraining_signature(self) -> str:
+        """Of everything that the pretrained denoiser depends on."""
+        return signature({"version": PRETRAINING_VERSION, "torch": torch.__version__, **self._pretraining_tree()})
+
+    def _pretraining_tree(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "seed": config.seed,
+            "data": self.images.signature,
+            "network": to_tree(config.network.denoiser),
+            "pretrain": to_tree(config.pretrain),
+        }
+
+    # ------------------------------------------------------------------------
+    # Building. Every random stream has a name; see dxmi.seeds.
+
+    def _weights(self, name: str) -> torch.Generator:
+        return generator(self.config.seed, f"weights/{name}")
+
+    def build_denoiser(self) -> Denoiser:
+        """An untrained denoiser on the device."""
+        config = self.config.network.denoiser
+        return build_denoiser(config, self.event, self._weights("denoiser")).to(self.device)
+
+    def build_pretraining(self) -> tuple[DDPM, TrainingState]:
+        """Pretraining at its start."""
+        config = self.config
+        ddpm = DDPM(config.pretrain, self.build_denoiser()).to(self.device)
+        noise = generator(config.seed, "pretrain/noise", self.device)
+        stream = self._stream(config.pretrain.batch_size, "pretrain/data")
+        return ddpm, TrainingState(ddpm, ddpm.optimizers, {"noise": noise}, stream)
+
+    def build_policy(self, denoiser: Denoiser, schedule: StepSchedule) -> Policy:
+        """A sampler of `schedule` around a denoiser."""
+        return Policy(denoiser, schedule, self.event).to(self.device)
+
+    def build_value(self) -> Value:
+        """An untrained value with its energy."""
+        config, event = self.config, self.event
+        energy = Energy(build_critic(config.network.energy, event, self._weights("energy")))
+        if config.algorithm.value == "shared":
+            return SharedValue(energy).to(self.device)
+        network = build_timed_critic(config.network.value, event, self._weights("value"))
+        return SeparateValue(energy, network, config.schedule.num_steps).to(self.device)
+
+    def build_dxmi(self, denoiser: Denoiser) -> DxMI:
+        """The algorithm at its start, from a pretrained denoiser, which it changes."""
+        config = self.config
+        schedule = shorten(config.schedule)
+        policy = self.build_policy(denoiser, schedule)
+        eta = torch.from_numpy(schedule.eta)
+        return DxMI(config.algorithm, policy, self.build_value(), eta, config.train.iterations).to(self.device)
+
+    def build_finetuning(self, denoiser: Denoiser) -> tuple[DxMI, TrainingState]:
+        """Fine-tuning at its start: the algorithm, and all that changes while it runs."""
+        config, dxmi = self.config, self.build_dxmi(denoiser)
+        generators = {
+            "noise": generator(config.seed, "finetune/noise", self.device),
+            "states": generator(config.seed, "finetune/states"),
+        }
+        stream = self._stream(config.train.batch_size, "finetune/data")
+        return dxmi, TrainingState(dxmi, dxmi.optimizers, generators, stream)
+
+    def _stream(self, batch_size: int, name: str) -> BatchStream:
+        return BatchStream(self.images.pixels.to(self.device), batch_size, generator(self.config.seed, name))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        index = int(name.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"resources.device is {name}, but PyTorch sees {torch.cuda.device_count()} GPUs: use auto or cpu."
+            )
+    return torch.device(name)

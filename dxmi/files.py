@@ -1,0 +1,39 @@
+"""Files that are either there whole or not there: written under a temporary name, synced, renamed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write and fsync; not atomic by itself."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace `path` by `data`: a reader or a crash sees the old content or the new, nothing between."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write_synced(part, data.encode() if isinstance(data, str) else data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """`write_atomic` of indented JSON; NaN and infinity are refused, since JSON has none."""
+    write_atomic(path, json.dumps(tree, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,1 @@
+"""Scores of generated samples. Images of different kinds have different features, and differently named scores."""

@@ -1,0 +1,130 @@
+"""Multilayer perceptrons for small images and points: denoiser, energy and value.
+
+Axis letters: B batch, D event dimensions flattened, H hidden units, E embedding.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from dxmi.networks.base import Critic, Denoiser, NetworkConfig, SinusoidalEmbedding, TimedCritic
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpConfig(NetworkConfig):
+    """A plain MLP with SiLU between its layers."""
+
+    kind: str = "mlp"
+    hidden: int = 512
+    """Units of each hidden layer."""
+    layers: int = 5
+    """Linear layers, the output layer included."""
+    embedding: int = 100
+    """Width of the sinusoidal time embedding; an energy, which knows no time, ignores it."""
+
+    def __post_init__(self) -> None:
+        if self.hidden < 1:
+            raise ValueError(f"hidden is {self.hidden}: it must be at least 1")
+        if self.layers < 2:
+            raise ValueError(f"layers is {self.layers}: it must be at least 2")
+        if self.embedding < 2 or self.embedding % 2:
+            raise ValueError(f"embedding is {self.embedding}: it must be even and at least 2")
+
+
+def _linear(inputs: int, outputs: int, generator: torch.Generator, *, bias: bool = True) -> nn.Linear:
+    """A linear layer initialised uniformly within 1 / sqrt(inputs), from `generator`."""
+    layer = nn.Linear(inputs, outputs, bias=bias, device="meta").to_empty(device="cpu")
+    bound = 1.0 / math.sqrt(inputs)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(-bound, bound, generator=generator)
+    return layer
+
+
+class _Body(nn.Module):
+    """Linear layers with SiLU between them."""
+
+    def __init__(self, config: MlpConfig, inputs: int, outputs: int, generator: torch.Generator) -> None:
+        super().__init__()
+        widths = [inputs, *[config.hidden] * (config.layers - 1), outputs]
+        self.layers = nn.ModuleList([_linear(a, b, generator) for a, b in pairwise(widths)])
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """[B, *event] to [B, outputs]; an embedding [1 or B, H] is added to the first layer's pre-activation.
+
+        Adding a projected embedding is the same map as concatenating it to the input, without the concatenation.
+        """
+        first, *others = self.layers
+        h: Tensor = first(x.flatten(1))
+        if embedding is not None:
+            h = h + embedding
+        for layer in others:
+            h = layer(nn.functional.silu(h))
+        return h
+
+
+class _StepEmbedding(nn.Module):
+    """Steps [N] as additions to the first layer, [N, H]."""
+
+    def __init__(self, config: MlpConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.sinusoids = SinusoidalEmbedding(config.embedding)
+        self.linear = _linear(config.embedding, config.hidden, generator, bias=False)
+
+    def forward(self, steps: Tensor) -> Tensor:
+        projected: Tensor = self.linear(self.sinusoids(steps))
+        return projected
+
+
+class MlpDenoiser(Denoiser):
+    """Noise prediction, output like the input."""
+
+    def __init__(self, config: MlpConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
+        super().__init__()
+        self.body = _Body(config, math.prod(event), math.prod(event), generator)
+        self.steps = _StepEmbedding(config, generator)
+
+    def embed(self, steps: Tensor) -> Tensor:
+        """[N] to [N, H]."""
+        embedding: Tensor = self.steps(steps)
+        return embedding
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """The noise in `x` [B, *event]."""
+        noise: Tensor = self.body(x, embedding)
+        return noise.view_as(x)
+
+
+class MlpCritic(Critic):
+    """A time-independent score."""
+
+    def __init__(self, config: MlpConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
+        super().__init__()
+        self.body = _Body(config, math.prod(event), 1, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, *event] to [B]."""
+        score: Tensor = self.body(x)
+        return score.squeeze(1)
+
+
+class MlpTimedCritic(TimedCritic):
+    """A time-conditioned score."""
+
+    def __init__(self, config: MlpConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
+        super().__init__()
+        self.body = _Body(config, math.prod(event), 1, generator)
+        self.steps = _StepEmbedding(config, generator)
+
+    def embed(self, steps: Tensor) -> Tensor:
+        """[N] to [N, H]."""
+        embedding: Tensor = self.steps(steps)
+        return embedding
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """[B, *event] and [1 or B, H] to [B]."""
+        score: Tensor = self.body(x, embedding)
+        return score.squeeze(1)

@@ -1,0 +1,95 @@
+"""Pictures of a run: sample grids and curves."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure, SubFigure
+from PIL import Image
+from torch import Tensor
+
+from dxmi.files import write_atomic
+
+_MIN_SIDE = 32
+"""Small images are enlarged until a side has at least this many pixels."""
+_GAP = 2
+_PAPER = 255
+
+
+def grid(pixels: Tensor, columns: int) -> Tensor:
+    """Images uint8 [N, C, H, W] side by side, `columns` a row, enlarged if small: uint8 [C, H', W']."""
+    scale = max(1, -(-_MIN_SIDE // pixels.shape[-1]))
+    pixels = pixels.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    n, c, h, w = pixels.shape
+    rows = -(-n // columns)
+    canvas = torch.full((c, rows * (h + _GAP) + _GAP, columns * (w + _GAP) + _GAP), _PAPER, dtype=torch.uint8)
+    for index, image in enumerate(pixels):
+        top, left = _GAP + index // columns * (h + _GAP), _GAP + index % columns * (w + _GAP)
+        canvas[:, top : top + h, left : left + w] = image
+    return canvas
+
+
+def save_png(path: Path, picture: Tensor) -> None:
+    """Write uint8 [C, H, W] with C 1 or 3."""
+    array = picture[0].numpy() if len(picture) == 1 else picture.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="png")
+    write_atomic(path, buffer.getvalue())
+
+
+def save_grid(path: Path, pixels: Tensor) -> None:
+    """A nearly square grid of uint8 [N, C, H, W]."""
+    save_png(path, grid(pixels, columns=max(1, round(len(pixels) ** 0.5))))
+
+
+def save_steps_grid(path: Path, states: Tensor) -> None:
+    """One row a sample, one column a step: uint8 states [T+1, N, C, H, W]."""
+    save_png(path, grid(states.transpose(0, 1).flatten(0, 1), columns=len(states)))
+
+
+Curve = Sequence[tuple[float, float]]
+
+
+def curves_figure(
+    metric: str, curve: Curve, references: Mapping[str, float], best_step: int, others: Mapping[str, Curve]
+) -> Figure:
+    """The score against iterations with the references as lines, and small panels of what was logged.
+
+    Args:
+        metric: name of the score.
+        curve: (iteration, score).
+        references: name to score, each drawn as a horizontal line.
+        best_step: marked on the curve.
+        others: logged metrics by key, as (iteration, value).
+    """
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    layout = figure.add_gridspec(1, 2, width_ratios=(1.25, 1.0))
+    axes = figure.add_subfigure(layout[0, 0]).subplots()
+    steps, values = zip(*curve, strict=True)
+    axes.plot(steps, values, marker="o", markersize=3, color="C0", label="fine-tuned")
+    axes.plot(best_step, dict(curve)[best_step], marker="*", markersize=13, color="C0", linestyle="none", label="best")
+    for index, (name, value) in enumerate(references.items(), start=1):
+        axes.axhline(value, color=f"C{index}", linestyle="--", linewidth=1, label=f"{name}  {value:.2f}")
+    axes.set(xlabel="DxMI iteration", ylabel=metric.removeprefix("eval/"), yscale="log")
+    axes.legend(frameon=False)
+    _panels(figure.add_subfigure(layout[0, 1]), others)
+    return figure
+
+
+def _panels(figure: SubFigure, others: Mapping[str, Curve]) -> None:
+    shown = {key: curve for key, curve in others.items() if curve}
+    if not shown:
+        return
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (key, curve) in zip(panels, shown.items(), strict=True):
+        axes.plot(*zip(*curve, strict=True), linewidth=1, color="0.3")
+        axes.set_title(key, loc="left", fontsize=8)
+        axes.tick_params(labelsize=7)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_atomic(path, buffer.getvalue())

@@ -1,0 +1,147 @@
+"""A run's folder: its config, records, checkpoints and pictures.
+
+config.yaml      the resolved config
+metrics.jsonl    one row a logged step
+checkpoints/     the best, the last and the one before it
+samples/         grids from the same noise, one an evaluation
+curves.png       scores against iterations, references as lines
+summary.json     what came out; it exists only when the run has finished
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from dxmi.errors import UserError
+from dxmi.files import write_atomic, write_json
+
+Row = dict[str, float | int | str]
+
+
+class RunDirectory:
+    """Reads and writes one run's folder.
+
+    Args:
+        path: the folder, which need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.curves = path / "curves.png"
+        self.summary = path / "summary.json"
+
+    def create(self) -> None:
+        """Make the folders.
+
+        Raises:
+            UserError: they cannot be made or written.
+        """
+        try:
+            for folder in (self.path, self.checkpoints, self.samples):
+                folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK):
+                raise PermissionError(13, "Permission denied")
+        except OSError as error:
+            raise UserError(
+                f"The run folder {self.path} cannot be written: {error.strerror}. Choose another."
+            ) from error
+
+    def lock(self) -> FileLock:
+        """The exclusive right to write here, held until it is released or the process ends.
+
+        Raises:
+            UserError: another process has it.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"Another process is training in {self.path}: wait for it, or choose another out."
+            ) from error
+        return lock
+
+    def write_config(self, tree: Mapping[str, Any]) -> None:
+        """Record the resolved config."""
+        write_atomic(self.config, yaml.safe_dump(dict(tree), sort_keys=False))
+
+    def read_config(self) -> dict[str, Any]:
+        """The recorded config as a tree.
+
+        Raises:
+            UserError: there is none, or it is not plain YAML.
+        """
+        return read_yaml(self.config, f"{self.path} is not a run folder: it has no config.yaml.")
+
+    def write_summary(self, tree: Mapping[str, Any]) -> None:
+        """Record the result; after this the run counts as finished."""
+        write_json(self.summary, tree)
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The result, or None while there is none.
+
+        Raises:
+            UserError: it is not JSON.
+        """
+        try:
+            return dict(json.loads(self.summary.read_text()))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(f"{self.summary} is damaged: delete it and resume the run to write it again.") from error
+
+    def append(self, rows: list[Row]) -> None:
+        """Add rows to metrics.jsonl, on disk when this returns."""
+        with self.metrics.open("a") as file:
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rows(self) -> list[Row]:
+        """The rows of metrics.jsonl; a last line that a killed writer cut short is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+
+    def forget_after(self, step: int) -> None:
+        """Drop the rows of later steps than `step`, which a resumed run will write again."""
+        kept = [row for row in self.rows() if int(row["step"]) <= step]
+        write_atomic(self.metrics, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+
+
+_MAX_YAML_BYTES = 1_000_000
+
+
+def read_yaml(path: Path, missing: str) -> dict[str, Any]:
+    """A mapping of plain values from a YAML file: no object tags, no aliases, no more than a megabyte.
+
+    Raises:
+        UserError: with the sentence `missing` if there is no such file, or with what is wrong in it.
+    """
+    try:
+        size = path.stat().st_size
+        text = path.read_text() if size <= _MAX_YAML_BYTES else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(missing) from error
+    if size > _MAX_YAML_BYTES:
+        raise UserError(f"{path} has {size} bytes: a config has at most {_MAX_YAML_BYTES}.")
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise UserError(f"{path} uses YAML aliases: write the values out.")
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a plain YAML config: {reason}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is not a config: it holds no settings.")
+    return tree

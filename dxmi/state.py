@@ -1,0 +1,53 @@
+"""Everything that changes while an algorithm trains, as tensors that a checkpoint can hold."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dxmi.checkpoint import Checkpoint
+from dxmi.data import BatchStream
+from dxmi.optimizers import Optimizer
+
+ALGORITHM, STATE = "algorithm", "state"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a run has to restore to go on bitwise as if it had never stopped.
+
+    Attributes:
+        module: networks, averages and other buffers.
+        optimizers: by name.
+        generators: by name.
+        stream: the data order.
+    """
+
+    module: nn.Module
+    optimizers: Mapping[str, Optimizer]
+    generators: Mapping[str, torch.Generator]
+    stream: BatchStream
+
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors for `checkpoint.save`."""
+        state = {f"stream.{key}": value for key, value in self.stream.state().items()}
+        state |= {f"generator.{name}": generator.get_state() for name, generator in self.generators.items()}
+        for name, optimizer in self.optimizers.items():
+            state |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state().items()}
+        return {ALGORITHM: dict(self.module.state_dict()), STATE: state}
+
+    def restore(self, saved: Checkpoint) -> None:
+        """The inverse of `groups`."""
+        self.module.load_state_dict(saved.groups[ALGORITHM])
+        state = saved.groups[STATE]
+        self.stream.load_state(_under("stream", state))
+        for name, generator in self.generators.items():
+            generator.set_state(state[f"generator.{name}"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state(_under(f"optimizer.{name}", state))
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix.`, by the rest of their names."""
+    return {key[len(prefix) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{prefix}.")}

@@ -1,0 +1,32 @@
+"""Shape helpers, and the two places where pixels change type.
+
+Axis letters: B batch, C channels, H height, W width; *event is everything after the batch axis.
+"""
+
+import torch
+from torch import Tensor
+
+
+def per_sample(scalar: Tensor, like: Tensor) -> Tensor:
+    """`scalar` [B] or [1], reshaped to [B, 1, ...] so that it multiplies `like` [B, *event]."""
+    return scalar.view(-1, *[1] * (like.dim() - 1))
+
+
+def event_sum(x: Tensor) -> Tensor:
+    """Sum over the event of `x` [B, *event]: [B]."""
+    return x.flatten(1).sum(1)
+
+
+def event_mean(x: Tensor) -> Tensor:
+    """Mean over the event of `x` [B, *event]: [B]."""
+    return x.flatten(1).mean(1)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """Pixels 0..255 as floats in [-1, 1]."""
+    return images.to(torch.float32).mul_(2.0 / 255.0).sub_(1.0)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Floats as pixels 0..255: the inverse of `from_uint8`, with values outside [-1, 1] clipped."""
+    return x.clamp(-1.0, 1.0).add(1.0).mul(255.0 / 2.0).round_().to(torch.uint8)

@@ -1,0 +1,451 @@
+"""The loop: pretrain once, score the references once, fine-tune, evaluate, checkpoint, report.
+
+A run is a pure function of its config: killed at any moment and resumed, it ends (on a CPU) bitwise as if it had never
+been touched. For that, every row, evaluation and checkpoint falls on an iteration that the config alone decides.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from shutil import copytree, rmtree
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dxmi import checkpoint
+from dxmi.algorithms.dxmi import DxMI
+from dxmi.cache import cache_root, cached
+from dxmi.checkpoint import Checkpoint, DamagedCheckpointError
+from dxmi.config import differences, signature, to_tree
+from dxmi.errors import DivergedError, UserError
+from dxmi.evaluate import REPORT, SELECTION, Sampling, Scorer, Scores, generate, generate_states
+from dxmi.experiment import Experiment
+from dxmi.networks import Denoiser
+from dxmi.pictures import curves_figure, save_figure, save_grid, save_steps_grid
+from dxmi.provenance import device_name, git_revision, versions
+from dxmi.run_directory import Row, RunDirectory
+from dxmi.schedules import StepSchedule, ancestral_schedule, ddim_schedule, shorten
+from dxmi.state import ALGORITHM, TrainingState
+
+_PARTIAL_EVERY = 2_000
+"""Iterations between checkpoints of pretraining."""
+_STEPS_GRID_ROWS = 8
+
+
+class Phase(StrEnum):
+    """What a run is doing."""
+
+    PRETRAIN = "pretrain"
+    REFERENCES = "references"
+    FINETUNE = "finetune"
+    REPORT = "report"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run tells while it goes on.
+
+    Attributes:
+        phase: where it is.
+        step: how far in that phase.
+        total: steps of that phase.
+        metrics: logged or evaluated just now; empty in between.
+    """
+
+    phase: Phase
+    step: int
+    total: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+Reporter = Callable[[Progress], bool | None]
+"""Called as a run goes on; if it returns True the run writes a checkpoint and returns."""
+
+
+class _Stopped(Exception):  # noqa: N818  (not an error)
+    """The reporter asked for it."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came out of a finished run. The field names are those of summary.json.
+
+    `reference`, `best` and `last` hold the score `metric`, all from `num_samples` samples of noise that took no part in
+    choosing the best checkpoint; `scores` holds every score of each, `seconds_per_1000_images` the time to draw them.
+    """
+
+    name: str
+    signature: str
+    seed: int
+    metric: str
+    num_samples: int
+    reference: dict[str, float]
+    best: dict[str, Any]
+    last: dict[str, Any]
+    scores: dict[str, dict[str, float]]
+    seconds_per_1000_images: dict[str, float]
+    iterations: int
+    num_steps: int
+    seconds: dict[str, float]
+    device: str
+    threads: int
+    git_revision: str | None
+    versions: dict[str, str]
+
+
+def train(
+    experiment: Experiment, *, out: Path, report: Reporter | None = None, resume_from: Path | None = None
+) -> Summary | None:
+    """Run an experiment from pretraining to its summary.
+
+    Args:
+        experiment: what to run.
+        out: the run's folder; it may be new, or hold the beginning of this very run.
+        report: hears of every logged step and evaluation, and may ask for a stop.
+        resume_from: a run folder with a checkpoint to go on from; one other than `out` is copied there first.
+
+    Returns:
+        The summary, or None if `report` asked for a stop.
+
+    Raises:
+        UserError: `out` holds another run or cannot be written, or nothing that can be resumed is in `resume_from`.
+        DivergedError: a metric is not finite.
+    """
+    run = RunDirectory(out)
+    if resume_from is not None and resume_from.resolve() != out.resolve():
+        copytree(resume_from, out, dirs_exist_ok=False)
+    _refuse_other_run(run, experiment)
+    run.create()
+    with run.lock():
+        run.write_config(to_tree(experiment.config))
+        try:
+            return _Run(experiment, run, report or (lambda _: None)).whole(resume=resume_from is not None)
+        except _Stopped:
+            return None
+
+
+def _refuse_other_run(run: RunDirectory, experiment: Experiment) -> None:
+    if not run.config.exists():
+        return
+    old, new = run.read_config(), to_tree(experiment.config)
+    changed = [line for line in differences(old, new) if not line.startswith("resources.")]
+    if changed:
+        raise UserError(
+            f"{run.path} holds a run with another config ({'; '.join(changed[:5])}). Choose another out, "
+            "or delete that folder."
+        )
+
+
+class _Run:
+    """One call of `train`: what its phases share."""
+
+    def __init__(self, experiment: Experiment, run: RunDirectory, report: Reporter) -> None:
+        self.experiment = experiment
+        self.config = experiment.config
+        self.run = run
+        self.report = report
+        self.threads = experiment.use_threads()
+        self.seconds: dict[str, float] = {phase.value: 0.0 for phase in Phase}
+        self.best: dict[str, Any] | None = None
+        self.last_score: float | None = None
+        self.complaints: list[str] = []
+
+    # ------------------------------------------------------------------------
+    # The story.
+
+    def whole(self, *, resume: bool) -> Summary:
+        """All phases, in order."""
+        experiment, config = self.experiment, self.config
+        finished = self.run.read_summary()
+        if finished is not None:
+            return Summary(**finished)
+        self.scorer = Scorer(experiment.images, config.evaluate, cache_root(), experiment.device)
+        with self._timed(Phase.PRETRAIN):
+            denoiser = self._pretrained()
+        with self._timed(Phase.REFERENCES):
+            references = self._references(denoiser)
+        dxmi, state = experiment.build_finetuning(denoiser)
+        start = self._resume(dxmi, state) if resume else self._start(dxmi, state)
+        with self._timed(Phase.FINETUNE):
+            self._finetune(dxmi, state, start)
+        with self._timed(Phase.REPORT):
+            final = self._final_scores(dxmi)
+        summary = self._summary(references, final)
+        self._draw(dxmi, summary)
+        self.run.write_summary(asdict(summary))
+        return summary
+
+    @contextmanager
+    def _timed(self, phase: Phase) -> Iterator[None]:
+        self._phase_started, self._phase_before = time.perf_counter(), self.seconds[phase]
+        yield
+        self._tick(phase)
+
+    def _tick(self, phase: Phase) -> None:
+        self.seconds[phase] = self._phase_before + time.perf_counter() - self._phase_started
+
+    def _tell(self, phase: Phase, step: int, total: int, metrics: Mapping[str, float] | None = None) -> bool:
+        """Report; returns whether a stop was asked for."""
+        return self.report(Progress(phase, step, total, metrics or {})) is True
+
+    def _tell_or_stop(self, phase: Phase, step: int, total: int) -> None:
+        """Report where stopping loses nothing that a checkpoint could hold."""
+        if self._tell(phase, step, total):
+            raise _Stopped
+
+    # ------------------------------------------------------------------------
+    # Pretraining, once for all runs that share its signature.
+
+    def _pretrained(self) -> Denoiser:
+        path = cache_root() / "pretrained" / f"{self.experiment.pretraining_signature}.safetensors"
+        denoiser = self.experiment.build_denoiser()
+        denoiser.load_state_dict(cached(path, lambda: self._pretrain(path.with_suffix(".partial"))))
+        return denoiser
+
+    def _pretrain(self, partial: Path) -> dict[str, Tensor]:
+        ddpm, state = self.experiment.build_pretraining()
+        total, log_every = self.config.pretrain.iterations, self.config.train.log_every
+        found, _ = checkpoint.newest(partial)
+        start = 0
+        if found is not None:
+            state.restore(found)
+            start = found.step
+        noise = state.generators["noise"]
+        window = _Window()
+        for iteration in range(start, total):
+            window.add(ddpm.update(state.stream.next(), iteration, noise))
+            step = iteration + 1
+            stop = False
+            if step % log_every == 0 or step == total:
+                stop = self._tell(Phase.PRETRAIN, step, total, window.mean(step))
+            if (step % _PARTIAL_EVERY == 0 or stop) and step < total:
+                checkpoint.save(partial, step, state.groups(), {})
+                checkpoint.prune(partial, {step})
+            if stop and step < total:
+                raise _Stopped
+        rmtree(partial, ignore_errors=True)
+        return dict(ddpm.average.state_dict())
+
+    # ------------------------------------------------------------------------
+    # References, once for all runs that share the pretrained model and the evaluation.
+
+    def _references(self, denoiser: Denoiser) -> dict[str, Scores]:
+        num_steps = self.config.schedule.num_steps
+        samplers = {
+            "ddpm_1000": ancestral_schedule(),
+            f"ddim_{num_steps}": ddim_schedule(num_steps),
+            "shortened": shorten(self.config.schedule),
+        }
+        num_samples = self.config.evaluate.num_samples
+        evaluations = {name: num_samples * schedule.num_steps for name, schedule in samplers.items()}
+        total, done, scores = sum(evaluations.values()), 0, {}
+        for name, schedule in samplers.items():
+            scores[name] = self._reference(schedule, denoiser, done, total)
+            done += evaluations[name]
+            self._tell_or_stop(Phase.REFERENCES, done, total)
+        return scores
+
+    def _reference(self, schedule: StepSchedule, denoiser: Denoiser, done: int, total: int) -> Scores:
+        """One sampler's scores; `done` of `total` network evaluations came before it."""
+        identity = {
+            "pretraining": self.experiment.pretraining_signature,
+            "schedule": {key: value.tolist() for key, value in asdict(schedule).items()},
+            "evaluate": to_tree(self.config.evaluate) | {"every": None, "grid": None},
+            "features": self.scorer.identity,
+            "device": self.experiment.device.type,
+        }
+        path = cache_root() / "references" / f"{signature(identity)}.safetensors"
+
+        def on_batch(samples: int) -> None:
+            self._tell_or_stop(Phase.REFERENCES, done + samples * schedule.num_steps, total)
+
+        def compute() -> dict[str, Tensor]:
+            policy = self.experiment.build_policy(denoiser, schedule)
+            scores = self.scorer.full(Sampling(policy, REPORT, on_batch=on_batch))
+            numbers = {**scores.values, "seconds_per_1000": scores.seconds_per_1000}
+            return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
+
+        numbers = {key: float(value) for key, value in sorted(cached(path, compute).items())}
+        seconds = numbers.pop("seconds_per_1000")
+        return Scores(numbers, seconds)
+
+    # ------------------------------------------------------------------------
+    # Fine-tuning.
+
+    def _start(self, dxmi: DxMI, state: TrainingState) -> int:
+        """Iteration 0: forget what an earlier start left, score the shortened model, and save."""
+        checkpoint.prune(self.run.checkpoints, set())
+        self.run.forget_after(-1)
+        stop = self._evaluate(dxmi, 0)
+        self._save(state, 0, self.last_score)
+        if stop:
+            raise _Stopped
+        return 0
+
+    def _resume(self, dxmi: DxMI, state: TrainingState) -> int:
+        """Restore the newest whole checkpoint and return its iteration; without one, start afresh."""
+        found, complaints = checkpoint.newest(self.run.checkpoints)
+        self.complaints += complaints
+        if found is None:
+            return self._start(dxmi, state)
+        state.restore(found)
+        self.run.forget_after(found.step)
+        checkpoint.prune(
+            self.run.checkpoints, {s for s in checkpoint.steps_in(self.run.checkpoints) if s <= found.step}
+        )
+        self.seconds |= found.meta["seconds"]
+        self.best = self._best_that_is_whole(found)
+        return found.step
+
+    def _best_that_is_whole(self, resumed: Checkpoint) -> dict[str, Any] | None:
+        """The best checkpoint so far; if it is damaged, the resumed one, with its own score."""
+        best: dict[str, Any] = resumed.meta["best"]
+        try:
+            checkpoint.load(checkpoint.path_of(self.run.checkpoints, best["step"]))
+        except DamagedCheckpointError as error:
+            self.complaints.append(str(error))
+            score = resumed.meta["score"]
+            return None if score is None else {"step": resumed.step, "value": score}
+        return best
+
+    def _finetune(self, dxmi: DxMI, state: TrainingState, start: int) -> None:
+        """DxMI iterations; rows, evaluations and checkpoints fall where the config says."""
+        train, total = self.config.train, self.config.train.iterations
+        noise, states = state.generators["noise"], state.generators["states"]
+        window = _Window()
+        for iteration in range(start, total):
+            window.add(dxmi.update(state.stream.next(), iteration, noise, states))
+            step = iteration + 1
+            evaluate = step % self.config.evaluate.every == 0 or step == total
+            if not evaluate and step % train.log_every != 0:
+                continue
+            metrics = window.mean(step)
+            self.run.append([{"step": step, **metrics}])
+            stop = self._tell(Phase.FINETUNE, step, total, metrics)
+            score = None
+            if evaluate:
+                stop, score = self._evaluate(dxmi, step) or stop, self.last_score
+            if evaluate or stop:
+                self._save(state, step, score)
+            if stop and step < total:
+                raise _Stopped
+
+    def _evaluate(self, dxmi: DxMI, step: int) -> bool:
+        """Score the policy on the fixed selection noise, draw its grid, remember the best; returns whether to stop."""
+        sampling = Sampling(dxmi.evaluated, SELECTION)
+        scores = self.scorer.quick(sampling).values
+        score = scores[self.scorer.metric]
+        if not math.isfinite(score):
+            raise DivergedError(step, self.scorer.metric, score)
+        if self.best is None or score < self.best["value"]:
+            self.best = {"step": step, "value": score}
+        self.last_score = score
+        self.run.append([{"step": step, **scores}])
+        pixels = generate(sampling, self.config.evaluate.grid, self.config.evaluate)
+        save_grid(self.run.samples / f"step_{step:06d}.png", pixels)
+        return self._tell(Phase.FINETUNE, step, self.config.train.iterations, scores)
+
+    def _save(self, state: TrainingState, step: int, score: float | None) -> None:
+        """Write a checkpoint; keep the best, this one, and the one before it."""
+        self._tick(Phase.FINETUNE)
+        folder = self.run.checkpoints
+        before = [s for s in checkpoint.steps_in(folder) if s < step][-1:]
+        event = list(self.experiment.event)
+        meta = {"best": self.best, "score": score, "seconds": self.seconds, "event": event}
+        checkpoint.save(folder, step, state.groups(), meta)
+        checkpoint.prune(folder, {step, *before, *([self.best["step"]] if self.best else [])})
+
+    # ------------------------------------------------------------------------
+    # The report: the best and the last checkpoint on noise that took no part in the choice.
+
+    def _final_scores(self, dxmi: DxMI) -> dict[str, Scores]:
+        assert self.best is not None  # the last iteration is always evaluated
+        last = self.scorer.full(Sampling(dxmi.evaluated, REPORT))
+        self._tell(Phase.REPORT, 1, 2)
+        if self.best["step"] == self.config.train.iterations:
+            return {"best": last, "last": last}
+        saved = checkpoint.load(checkpoint.path_of(self.run.checkpoints, self.best["step"]))
+        dxmi.load_state_dict(saved.groups[ALGORITHM])
+        best = self.scorer.full(Sampling(dxmi.evaluated, REPORT))
+        self._tell(Phase.REPORT, 2, 2)
+        return {"best": best, "last": last}
+
+    def _summary(self, references: Mapping[str, Scores], final: Mapping[str, Scores]) -> Summary:
+        metric, config, scores = self.scorer.metric, self.config, {**references, **final}
+
+        def outcome(name: str, step: int) -> dict[str, Any]:
+            where = checkpoint.path_of(self.run.checkpoints, step).relative_to(self.run.path)
+            return {"value": final[name].values[metric], "step": step, "checkpoint": str(where)}
+
+        assert self.best is not None
+        return Summary(
+            name=config.name,
+            signature=config.signature,
+            seed=config.seed,
+            metric=metric,
+            num_samples=config.evaluate.num_samples,
+            reference={name: scored.values[metric] for name, scored in references.items()},
+            best={**outcome("best", self.best["step"]), "selection_value": self.best["value"]},
+            last=outcome("last", config.train.iterations),
+            scores={name: scored.values for name, scored in scores.items()},
+            seconds_per_1000_images={name: scored.seconds_per_1000 for name, scored in scores.items()},
+            iterations=config.train.iterations,
+            num_steps=config.schedule.num_steps,
+            seconds=self.seconds,
+            device=device_name(self.experiment.device),
+            threads=self.threads,
+            git_revision=git_revision(),
+            versions=versions(),
+        )
+
+    def _draw(self, dxmi: DxMI, summary: Summary) -> None:
+        """The curve, and the best policy's samples step by step."""
+        rows = self.run.rows()
+        figure = curves_figure(
+            summary.metric, curve_of(rows, summary.metric), summary.reference, summary.best["step"], logged_curves(rows)
+        )
+        save_figure(self.run.curves, figure)
+        states = generate_states(Sampling(dxmi.evaluated, SELECTION), _STEPS_GRID_ROWS, self.config.evaluate)
+        save_steps_grid(self.run.samples / "steps.png", states)
+
+
+class _Window:
+    """Metrics since the last row, still on the device; their mean is taken when a row is due."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, Tensor]] = []
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        self.metrics.append(metrics)
+
+    def mean(self, step: int) -> dict[str, float]:
+        """The means since the last call.
+
+        Raises:
+            DivergedError: one of them is not finite.
+        """
+        keys = list(self.metrics[0])
+        means = torch.stack([torch.stack([m[key] for m in self.metrics]).mean() for key in keys]).tolist()
+        self.metrics.clear()
+        for key, value in zip(keys, means, strict=True):
+            if not math.isfinite(value):
+                raise DivergedError(step, key, value)
+        return dict(zip(keys, means, strict=True))
+
+
+def curve_of(rows: list[Row], key: str) -> list[tuple[float, float]]:
+    """(iteration, value) of every row that has `key`."""
+    return [(float(row["step"]), float(row[key])) for row in rows if key in row]
+
+
+_PANELS = ("energy/data_mean", "energy/sample_mean", "value/td_error", "policy/entropy", "policy/grad_norm")
+
+
+def logged_curves(rows: list[Row]) -> dict[str, list[tuple[float, float]]]:
+    """What the small panels of curves.png show."""
+    return {key: curve_of(rows, key) for key in _PANELS}

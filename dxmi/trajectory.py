@@ -1,0 +1,77 @@
+"""Records of what the policy did.
+
+Axis letters: T policy steps, B batch, *event. Time counts generation steps: x[0] is noise, x[T] the sample.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dxmi.tensors import event_sum, per_sample
+
+
+class Gaussian(NamedTuple):
+    """One policy step: the isotropic normal N(mean, sigma^2 I) over the next state.
+
+    Attributes:
+        mean: [B, *event].
+        sigma: standard deviation, [B].
+    """
+
+    mean: Tensor
+    sigma: Tensor
+
+    def sample(self, noise: Tensor, out: Tensor | None = None) -> Tensor:
+        """Mean + sigma * noise, reparameterised: gradients reach both unless it is written to `out`; [B, *event]."""
+        return torch.addcmul(self.mean, per_sample(self.sigma, noise), noise, out=out)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log density of `x` [B, *event] in nats, summed over the event: [B]."""
+        dims = x[0].numel()
+        squares = event_sum((x - self.mean).square()) / self.sigma.square()
+        return -0.5 * squares - dims * (self.sigma.log() + 0.5 * math.log(2.0 * math.pi))
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A batch of rollouts.
+
+    Attributes:
+        x: states, noise first, [T+1, B, *event].
+        mean: mean of each step, [T, B, *event].
+        sigma: standard deviation of each step, [T, B].
+    """
+
+    x: Tensor
+    mean: Tensor
+    sigma: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return self.mean.shape[0]
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.mean.shape[1]
+
+    @property
+    def states(self) -> Tensor:
+        """The states in which the policy acted, x_0 .. x_{T-1}, time-major: [T * B, *event]."""
+        return self.x[:-1].flatten(0, 1)
+
+    @property
+    def sample(self) -> Tensor:
+        """x_T: [B, *event]."""
+        return self.x[-1]
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        """Log density of every step in nats, [T, B]; computed when first asked for."""
+        steps = Gaussian(self.mean.flatten(0, 1), self.sigma.flatten())
+        return steps.log_prob(self.x[1:].flatten(0, 1)).view(self.num_steps, self.batch_size)

@@ -1,0 +1,1 @@
+"""The platform around dxmi: configuration and the command line."""

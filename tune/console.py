@@ -1,0 +1,160 @@
+"""What a person sees: progress while a run goes on, tables at its end, sentences when something is wrong."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from dxmi.run_directory import RunDirectory
+from dxmi.train import Phase
+from dxmi.train import Progress as Event
+
+_LABELS = {
+    Phase.PRETRAIN: "pretrain",
+    Phase.REFERENCES: "score references",
+    Phase.FINETUNE: "fine-tune",
+    Phase.REPORT: "final scores",
+}
+_UNITS = {
+    Phase.PRETRAIN: "iterations",
+    Phase.REFERENCES: "network evaluations",
+    Phase.FINETUNE: "iterations",
+    Phase.REPORT: "policies",
+}
+_PLAIN_LINES = 10
+"""Lines a phase prints when the output is no terminal, evaluations aside."""
+
+
+def complain(sentence: str) -> None:
+    """One sentence to the error stream."""
+    print(f"dxmi: {sentence}", file=sys.stderr, flush=True)
+
+
+class _RateColumn(ProgressColumn):
+    """Steps a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f}/s" if speed else "", style="dim")
+
+
+class ProgressReporter:
+    """Shows a run's progress: bars on a terminal, plain lines elsewhere. Call it as `train`'s reporter.
+
+    Args:
+        console: where to.
+
+    Attributes:
+        stop: set it, and the run stops at the next report.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.stop = False
+        self._tasks: dict[Phase, TaskID] = {}
+        self._printed: dict[Phase, int] = {}
+        self._bars = Progress(
+            TextColumn("{task.description:<17}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            _RateColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "ProgressReporter":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, event: Event) -> bool:
+        """Show one event; returns whether a stop was asked for."""
+        score = _score_note(event.metrics)
+        if self.console.is_terminal:
+            self._advance(event, score)
+        else:
+            self._print(event, score)
+        return self.stop
+
+    def _advance(self, event: Event, score: str) -> None:
+        if event.phase not in self._tasks:
+            # Started by the first report, so that a resumed run's rate counts only its own steps.
+            task = self._bars.add_task(_LABELS[event.phase], total=event.total, completed=event.step, note="")
+            self._tasks[event.phase] = task
+        task = self._tasks[event.phase]
+        self._bars.update(task, completed=event.step)
+        if score:
+            self._bars.update(task, note=score)
+
+    def _print(self, event: Event, score: str) -> None:
+        part = event.step * _PLAIN_LINES // max(event.total, 1)
+        if not score and self._printed.get(event.phase) == part:
+            return
+        self._printed[event.phase] = part
+        line = f"{_LABELS[event.phase]}: {event.step}/{event.total} {_UNITS[event.phase]}"
+        self.console.out(f"{line}, {score}" if score else line, highlight=False)
+
+
+def _score_note(metrics: Mapping[str, float]) -> str:
+    """The evaluation score among `metrics` in words, if there is one."""
+    scores = (
+        f"{key.removeprefix('eval/')} {value:.2f}" for key, value in metrics.items() if key.startswith("eval/fid")
+    )
+    return next(scores, "")
+
+
+def result_table(summary: Mapping[str, object]) -> Table:
+    """The samplers of a finished run side by side: network evaluations, score, seconds for 1,000 images."""
+    steps = summary["num_steps"]
+    metric = str(summary["metric"]).removeprefix("eval/")
+    scores, seconds = summary["scores"], summary["seconds_per_1000_images"]
+    best = summary["best"]
+    assert isinstance(scores, dict)
+    assert isinstance(seconds, dict)
+    assert isinstance(best, dict)
+    rows = [
+        ("1000 steps (DDPM)", 1000, "ddpm_1000"),
+        (f"{steps} steps (DDIM)", steps, f"ddim_{steps}"),
+        (f"{steps} steps, before", steps, "shortened"),
+        (f"{steps} steps, after (iteration {best['step']})", steps, "best"),
+    ]
+    table = Table(caption=f"{metric} of {summary['num_samples']:,} samples each; lower is better")
+    for heading in ("sampler", "network evaluations", metric, "seconds for 1,000 images"):
+        table.add_column(heading, justify="left" if heading == "sampler" else "right")
+    for label, evaluations, name in rows:
+        score = f"{scores[name][summary['metric']]:.2f}"
+        style = "bold" if name == "best" else None
+        table.add_row(label, str(evaluations), score, f"{seconds[name]:.3f}", style=style)
+    return table
+
+
+def show_result(console: Console, run: RunDirectory, summary: Mapping[str, object]) -> None:
+    """The table, and where the pictures are."""
+    console.print(result_table(summary))
+    for label, path in (
+        ("curve", run.curves),
+        ("samples, step by step", run.samples / "steps.png"),
+        ("everything else", run.summary),
+    ):
+        _say_path(console, label, path)
+
+
+def _say_path(console: Console, label: str, path: Path) -> None:
+    console.out(f"{label + ':':<23}{path}", highlight=False)
