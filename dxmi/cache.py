@@ -58,5 +58,5 @@ def cached(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Te
 def _read(path: Path) -> dict[str, Tensor] | None:
     try:
         return load_safetensors(path.read_bytes())
-    except (FileNotFoundError, SafetensorError):
+    except (FileNotFoundError, NotADirectoryError, SafetensorError):
         return None

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -97,8 +98,15 @@ def load(path: Path) -> Checkpoint:
     manifest = _read_manifest(path)
     files = {name: _read_checked(path / name, digest) for name, digest in manifest.items()}
     meta = json.loads(files.pop("meta.json"))
-    groups = {name.removesuffix(".safetensors"): load_safetensors(data) for name, data in files.items()}
+    groups = {name.removesuffix(".safetensors"): _tensors(path / name, data) for name, data in files.items()}
     return Checkpoint(path, meta["step"], groups, meta)
+
+
+def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    try:
+        return load_safetensors(data)
+    except SafetensorError as error:
+        raise DamagedCheckpointError(f"Checkpoint {path.parent}: {path.name} is not safetensors ({error}).") from error
 
 
 def _read_manifest(path: Path) -> dict[str, str]:

@@ -4,13 +4,24 @@ import torch
 from torch import Tensor, nn
 
 from dxmi.tensors import event_mean
+from dxmi.trajectory import Gaussian
 
 STEP_COSTS = ("none", "linear", "sigmoid")
+RUNNING_COSTS = ("transition", "noise")
 
 
 def squared_step(x: Tensor, x_next: Tensor) -> Tensor:
     """mean_dims (x_{t+1} - x_t)^2 of states [B, *event]: [B]."""
     return event_mean((x_next - x).square())
+
+
+def squared_noise(step: Gaussian, x_next: Tensor) -> Tensor:
+    """mean_dims ((x_{t+1} - mean) / sigma)^2, the standardised noise of a step: [B].
+
+    The public MNIST reproduction's running cost. It says nothing about the policy: its expectation is 1 whatever the
+    mean and sigma, and a reparameterised step has no gradient through it.
+    """
+    return event_mean((x_next - step.mean).square()) / step.sigma.square()
 
 
 def running_cost(squared: Tensor, reference_var: Tensor) -> Tensor:

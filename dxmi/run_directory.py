@@ -94,7 +94,7 @@ class RunDirectory:
         """
         try:
             return dict(json.loads(self.summary.read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:
             raise UserError(f"{self.summary} is damaged: delete it and resume the run to write it again.") from error

@@ -55,12 +55,14 @@ class Progress:
         step: how far in that phase.
         total: steps of that phase.
         metrics: logged or evaluated just now; empty in between.
+        note: a sentence for the user, about a damaged checkpoint say.
     """
 
     phase: Phase
     step: int
     total: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
 
 
 Reporter = Callable[[Progress], bool | None]
@@ -105,26 +107,27 @@ def train(
 
     Args:
         experiment: what to run.
-        out: the run's folder; it may be new, or hold the beginning of this very run.
+        out: the run's folder; if it holds the beginning of this very run, that is gone on with.
         report: hears of every logged step and evaluation, and may ask for a stop.
-        resume_from: a run folder with a checkpoint to go on from; one other than `out` is copied there first.
+        resume_from: another run folder to go on from, which is copied to `out` first and not touched.
 
     Returns:
         The summary, or None if `report` asked for a stop.
 
     Raises:
-        UserError: `out` holds another run or cannot be written, or nothing that can be resumed is in `resume_from`.
+        UserError: `out` holds another run, was begun with other data, or cannot be written.
         DivergedError: a metric is not finite.
     """
     run = RunDirectory(out)
     if resume_from is not None and resume_from.resolve() != out.resolve():
         copytree(resume_from, out, dirs_exist_ok=False)
     _refuse_other_run(run, experiment)
+    scorer = Scorer(experiment.images, experiment.config.evaluate, cache_root(), experiment.device)
     run.create()
     with run.lock():
         run.write_config(to_tree(experiment.config))
         try:
-            return _Run(experiment, run, report or (lambda _: None)).whole(resume=resume_from is not None)
+            return _Run(experiment, run, scorer, report or (lambda _: None)).whole()
         except _Stopped:
             return None
 
@@ -144,33 +147,31 @@ def _refuse_other_run(run: RunDirectory, experiment: Experiment) -> None:
 class _Run:
     """One call of `train`: what its phases share."""
 
-    def __init__(self, experiment: Experiment, run: RunDirectory, report: Reporter) -> None:
+    def __init__(self, experiment: Experiment, run: RunDirectory, scorer: Scorer, report: Reporter) -> None:
         self.experiment = experiment
         self.config = experiment.config
         self.run = run
+        self.scorer = scorer
         self.report = report
         self.threads = experiment.use_threads()
         self.seconds: dict[str, float] = {phase.value: 0.0 for phase in Phase}
         self.best: dict[str, Any] | None = None
         self.last_score: float | None = None
-        self.complaints: list[str] = []
 
     # ------------------------------------------------------------------------
     # The story.
 
-    def whole(self, *, resume: bool) -> Summary:
+    def whole(self) -> Summary:
         """All phases, in order."""
-        experiment, config = self.experiment, self.config
         finished = self.run.read_summary()
         if finished is not None:
             return Summary(**finished)
-        self.scorer = Scorer(experiment.images, config.evaluate, cache_root(), experiment.device)
         with self._timed(Phase.PRETRAIN):
             denoiser = self._pretrained()
         with self._timed(Phase.REFERENCES):
             references = self._references(denoiser)
-        dxmi, state = experiment.build_finetuning(denoiser)
-        start = self._resume(dxmi, state) if resume else self._start(dxmi, state)
+        dxmi, state = self.experiment.build_finetuning(denoiser)
+        start = self._resume(dxmi, state)
         with self._timed(Phase.FINETUNE):
             self._finetune(dxmi, state, start)
         with self._timed(Phase.REPORT):
@@ -193,6 +194,10 @@ class _Run:
         """Report; returns whether a stop was asked for."""
         return self.report(Progress(phase, step, total, metrics or {})) is True
 
+    def _note(self, sentences: list[str]) -> None:
+        for sentence in sentences:
+            self.report(Progress(Phase.FINETUNE, 0, self.config.train.iterations, note=sentence))
+
     def _tell_or_stop(self, phase: Phase, step: int, total: int) -> None:
         """Report where stopping loses nothing that a checkpoint could hold."""
         if self._tell(phase, step, total):
@@ -205,6 +210,8 @@ class _Run:
         path = cache_root() / "pretrained" / f"{self.experiment.pretraining_signature}.safetensors"
         denoiser = self.experiment.build_denoiser()
         denoiser.load_state_dict(cached(path, lambda: self._pretrain(path.with_suffix(".partial"))))
+        total = self.config.pretrain.iterations
+        self._tell_or_stop(Phase.PRETRAIN, total, total)
         return denoiser
 
     def _pretrain(self, partial: Path) -> dict[str, Tensor]:
@@ -278,7 +285,7 @@ class _Run:
     # Fine-tuning.
 
     def _start(self, dxmi: DxMI, state: TrainingState) -> int:
-        """Iteration 0: forget what an earlier start left, score the shortened model, and save."""
+        """Iteration 0: score the shortened model, and save."""
         checkpoint.prune(self.run.checkpoints, set())
         self.run.forget_after(-1)
         stop = self._evaluate(dxmi, 0)
@@ -290,9 +297,10 @@ class _Run:
     def _resume(self, dxmi: DxMI, state: TrainingState) -> int:
         """Restore the newest whole checkpoint and return its iteration; without one, start afresh."""
         found, complaints = checkpoint.newest(self.run.checkpoints)
-        self.complaints += complaints
+        self._note(complaints)
         if found is None:
             return self._start(dxmi, state)
+        self._check_origin(found)
         state.restore(found)
         self.run.forget_after(found.step)
         checkpoint.prune(
@@ -302,13 +310,25 @@ class _Run:
         self.best = self._best_that_is_whole(found)
         return found.step
 
+    def _check_origin(self, found: Checkpoint) -> None:
+        """Refuse a run that was begun with other data; say so if the code has changed."""
+        data = self.experiment.images.signature
+        if found.meta["data"] != data:
+            raise UserError(
+                f"{self.run.path} was begun with other data (signature {found.meta['data']}, now {data}): "
+                "restore the data files, or choose another out."
+            )
+        revision = git_revision()
+        if found.meta["git_revision"] != revision:
+            self._note([f"this run was begun by revision {found.meta['git_revision']} and goes on with {revision}."])
+
     def _best_that_is_whole(self, resumed: Checkpoint) -> dict[str, Any] | None:
         """The best checkpoint so far; if it is damaged, the resumed one, with its own score."""
         best: dict[str, Any] = resumed.meta["best"]
         try:
             checkpoint.load(checkpoint.path_of(self.run.checkpoints, best["step"]))
         except DamagedCheckpointError as error:
-            self.complaints.append(str(error))
+            self._note([str(error)])
             score = resumed.meta["score"]
             return None if score is None else {"step": resumed.step, "value": score}
         return best
@@ -355,8 +375,15 @@ class _Run:
         self._tick(Phase.FINETUNE)
         folder = self.run.checkpoints
         before = [s for s in checkpoint.steps_in(folder) if s < step][-1:]
-        event = list(self.experiment.event)
-        meta = {"best": self.best, "score": score, "seconds": self.seconds, "event": event}
+        images = self.experiment.images
+        meta = {
+            "best": self.best,
+            "score": score,
+            "seconds": self.seconds,
+            "event": list(images.event),
+            "data": images.signature,
+            "git_revision": git_revision(),
+        }
         checkpoint.save(folder, step, state.groups(), meta)
         checkpoint.prune(folder, {step, *before, *([self.best["step"]] if self.best else [])})
 

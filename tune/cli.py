@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dxmi import __version__
+from dxmi.checkpoint import steps_in
 from dxmi.config import build, to_tree
 from dxmi.errors import DivergedError, UserError
 from dxmi.experiment import Experiment, ExperimentConfig
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except DivergedError as error:
         complain(str(error))
+        return FAILED
+    except OSError as error:
+        complain(f"{error.filename or 'A file'} could not be read or written: {error.strerror or error}.")
         return FAILED
     except KeyboardInterrupt:
         complain("stopped.")
@@ -126,12 +130,11 @@ def _train(args: argparse.Namespace) -> int:
     run = RunDirectory(out)
     console = Console()
     finished = run.read_summary()
-    begun = finished is None and run.metrics.exists()
-    if begun:
+    if finished is None and steps_in(run.checkpoints):
         console.out(f"Going on with the run in {out}.", highlight=False)
     experiment = Experiment(config)
     with ProgressReporter(console) as reporter, _stops_gently(reporter):
-        summary = train(experiment, out=out, report=reporter, resume_from=out if begun else None)
+        summary = train(experiment, out=out, report=reporter)
     if summary is None:
         complain(f"stopped and saved. Go on with: dxmi train --resume {out}")
         return STOPPED

@@ -86,6 +86,9 @@ class ProgressReporter:
 
     def __call__(self, event: Event) -> bool:
         """Show one event; returns whether a stop was asked for."""
+        if event.note:
+            complain(event.note)
+            return self.stop
         score = _score_note(event.metrics)
         if self.console.is_terminal:
             self._advance(event, score)
@@ -105,7 +108,7 @@ class ProgressReporter:
 
     def _print(self, event: Event, score: str) -> None:
         part = event.step * _PLAIN_LINES // max(event.total, 1)
-        if not score and self._printed.get(event.phase) == part:
+        if not score and self._printed.get(event.phase, 0) == part:
             return
         self._printed[event.phase] = part
         line = f"{_LABELS[event.phase]}: {event.step}/{event.total} {_UNITS[event.phase]}"

@@ -27,11 +27,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dxmi.costs import STEP_COSTS, ReferenceVariance, running_cost, squared_step, step_costs
+from dxmi.costs import (
+    RUNNING_COSTS,
+    STEP_COSTS,
+    ReferenceVariance,
+    running_cost,
+    squared_noise,
+    squared_step,
+    step_costs,
+)
 from dxmi.losses import control_cost, energy_loss, policy_loss, td_target, value_loss
 from dxmi.optimizers import MovingAverage, Optimizer, OptimizerConfig, PolicyOptimizerConfig, require_rate
 from dxmi.sampler import Policy
-from dxmi.trajectory import Trajectory
+from dxmi.trajectory import Gaussian, Trajectory
 from dxmi.value import SeparateValue, Value
 
 PRESETS = ("as_released", "objective")
@@ -50,6 +58,8 @@ class DxMIConfig:
     """Weight of the running cost, per dimension."""
     energy_l2: float = 1.0
     """Weight of the squared-energy regulariser."""
+    running_cost: str = "transition"
+    """transition: (x_{t+1} - x_t)^2 / (2 s_t^2), the method's; noise: of the standardised noise, the reproduction's."""
     step_cost: str = "none"
     """Time-dependent cost in the TD target: none, linear or sigmoid."""
     step_cost_scale: float = 1.0
@@ -84,7 +94,8 @@ class DxMIConfig:
     """Optimiser of a separate energy; unused when it is shared."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("preset", PRESETS), ("step_cost", STEP_COSTS), ("value", VALUES)):
+        named = {"preset": PRESETS, "running_cost": RUNNING_COSTS, "step_cost": STEP_COSTS, "value": VALUES}
+        for name, choices in named.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
         for name in ("entropy_coef", "cost_coef", "energy_l2", "step_cost_scale"):
@@ -98,6 +109,8 @@ class DxMIConfig:
             decay = getattr(self, name)
             if decay is not None and not 0.0 <= decay < 1.0:
                 raise ValueError(f"{name} is {decay}: it must be in [0, 1), or null")
+        if self.running_cost == "noise" and self.reference_var is not None:
+            raise ValueError("reference_var has no effect with running_cost=noise: leave it null")
         for number in self.reference_var or ():
             require_rate("reference_var", number, positive=True)
         for number in (*(self.value_mask or ()), *self.policy_mask):
@@ -148,7 +161,10 @@ class DxMI(nn.Module):
         config, num_steps = self.config, self.policy.num_steps
         if config.reference_var is not None:
             eta = per_step_numbers("reference_var", config.reference_var, num_steps)
-        self.reference_var = ReferenceVariance(eta, config.reference_var_ema)
+        if config.running_cost == "noise":  # standardised already
+            self.reference_var = ReferenceVariance(torch.ones(num_steps), decay=1.0)
+        else:
+            self.reference_var = ReferenceVariance(eta, config.reference_var_ema)
         value_mask = config.value_mask or ((1.0,) if config.preset == "objective" else (0.0,))
         # A list of the host's, not a tensor: a step whose mask is 0 is skipped without asking the device.
         self.value_mask: list[float] = per_step_numbers("value_mask", value_mask, num_steps).tolist()
@@ -242,12 +258,17 @@ class DxMI(nn.Module):
         return range(self.policy.num_steps - 1, -1, -1)
 
     def _squared_steps(self, trajectory: Trajectory) -> Tensor | None:
-        """mean_dims (x_{t+1} - x_t)^2 of every stored step, [T, B]; None where nothing asks for it."""
+        """What the running cost is made of, for every stored step, [T, B]; None where nothing asks for it."""
         stored_costs_used = any(self.value_mask) and not self.config.resample_next
         if not (self.reference_var.adaptive or stored_costs_used):
             return None
-        squared = squared_step(trajectory.states, trajectory.x[1:].flatten(0, 1))
+        steps = Gaussian(trajectory.mean.flatten(0, 1), trajectory.sigma.flatten())
+        squared = self._squared(trajectory.states, trajectory.x[1:].flatten(0, 1), steps)
         return squared.view(trajectory.num_steps, trajectory.batch_size)
+
+    def _squared(self, x: Tensor, x_next: Tensor, step: Gaussian) -> Tensor:
+        """What the running cost is made of, [B]."""
+        return squared_noise(step, x_next) if self.config.running_cost == "noise" else squared_step(x, x_next)
 
     def _update_energy(self, data: Tensor, sample: Tensor) -> dict[str, Tensor]:
         """Step 3: one optimiser step on mean E(x_data) - mean E(x_T) + l2 (mean E(x_data)^2 + mean E(x_T)^2)."""
@@ -266,15 +287,14 @@ class DxMI(nn.Module):
         """Step 4 at one t: one optimiser step towards the TD target; returns the mean squared error."""
         config, x = self.config, trajectory.x[t]
         with torch.no_grad():
-            x_next = trajectory.x[t + 1]
+            x_next, stored = trajectory.x[t + 1], None if squared is None else squared[t]
             if config.resample_next:
-                noise = torch.randn(x.shape, generator=generator, device=x.device)
-                x_next = self.policy.step(x, t, noise)
+                step = self.policy.transition(x, t)
+                x_next = step.sample(torch.randn(x.shape, generator=generator, device=x.device))
+                stored = self._squared(x, x_next, step) if self.value_mask[t] != 0.0 else None
             control = None
-            if self.value_mask[t] != 0.0:
-                stored = squared is not None and not config.resample_next
-                step = squared[t] if squared is not None and stored else squared_step(x, x_next)
-                cost = running_cost(step, self.reference_var()[t : t + 1])
+            if stored is not None and self.value_mask[t] != 0.0:
+                cost = running_cost(stored, self.reference_var()[t : t + 1])
                 log_sigma = self.policy.log_sigma[t]
                 control = self.value_mask[t] * control_cost(cost, log_sigma, config.cost_coef, config.entropy_coef)
             target = td_target((self.target or self.value)(x_next, t + 1), self.step_cost[t], control)
@@ -304,7 +324,7 @@ class DxMI(nn.Module):
         x_next = step.sample(torch.randn(x.shape, generator=generator, device=x.device))
         metrics, control = {}, None
         if self.policy_has_control:
-            cost = running_cost(squared_step(x, x_next), self.reference_var()[t])
+            cost = running_cost(self._squared(x, x_next, step), self.reference_var()[t])
             control = self.policy_mask[t] * control_cost(cost, log_sigma[t], config.cost_coef, config.entropy_coef)
             metrics["policy/cost"] = cost.detach().mean()
         loss = policy_loss(self.value.at_steps(x_next, t + 1, num_final), control).mean()

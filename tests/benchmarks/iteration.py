@@ -1,0 +1,137 @@
+"""How close one DxMI iteration comes to its matrix products alone: `python tests/benchmarks/iteration.py [overrides]`.
+
+Prints milliseconds of an iteration, of the same matrix products replayed back to back (same shapes, strides and
+order), their ratio, and the share of each of the five steps. Goal: a ratio of at most 1.35 on a CPU.
+"""
+
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dxmi.algorithms.dxmi import DxMI
+from dxmi.experiment import Experiment
+from dxmi.state import TrainingState
+from tune.configs import compose_experiment
+
+_WARM_UP, _ROUNDS, _PER_ROUND = 20, 15, 10
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the matrix products that run under it, with copies of their operands' layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Tensor, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS:
+            with torch.no_grad():
+                self.calls.append((func, tuple(_like(a) for a in args)))
+        return func(*args, **(kwargs or {}))
+
+
+def _like(operand: Tensor) -> Tensor:
+    """Fresh memory of the operand's shape and strides."""
+    return torch.empty_strided(operand.shape, operand.stride()).normal_()
+
+
+class Runner:
+    """An experiment at the start of fine-tuning, ready to take iterations."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.dxmi: DxMI
+        self.state: TrainingState
+        self.dxmi, self.state = experiment.build_finetuning(experiment.build_denoiser())
+        self.iteration = 0
+
+    def __call__(self) -> None:
+        generators = self.state.generators
+        self.dxmi.update(self.state.stream.next(), self.iteration, generators["noise"], generators["states"])
+        self.iteration += 1
+
+
+def seconds_each(run: Callable[[], None]) -> float:
+    """Median over rounds of the mean time of one call."""
+    rounds = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        for _ in range(_PER_ROUND):
+            run()
+        rounds.append((time.perf_counter() - start) / _PER_ROUND)
+    return statistics.median(rounds)
+
+
+def replay(calls: list[tuple[Any, tuple[Tensor, ...]]]) -> Callable[[], None]:
+    """A function that runs the recorded products."""
+
+    @torch.no_grad()
+    def run() -> None:
+        for func, args in calls:
+            func(*args)
+
+    return run
+
+
+def shares(runner: Runner) -> dict[str, float]:
+    """Seconds that each of the five steps takes in an iteration."""
+    spent: dict[str, float] = defaultdict(float)
+
+    def timed(owner: Any, name: str, label: str) -> None:
+        function = getattr(owner, name)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[label] += time.perf_counter() - start
+
+        object.__setattr__(owner, name, wrapper)
+
+    dxmi = runner.dxmi
+    timed(dxmi.policy, "noise", "1 rollout")
+    timed(dxmi.policy, "rollout", "1 rollout")
+    timed(dxmi, "_squared_steps", "2 reference variance")
+    timed(dxmi.reference_var, "update", "2 reference variance")
+    timed(dxmi, "_update_energy", "3 energy")
+    timed(dxmi, "_update_value", "4 value")
+    timed(dxmi, "_update_policy", "5 policy")
+    count = _ROUNDS * _PER_ROUND
+    start = time.perf_counter()
+    for _ in range(count):
+        runner()
+    whole = (time.perf_counter() - start) / count
+    each = {label: total / count for label, total in sorted(spent.items())}
+    return each | {"data, averages, metrics": whole - sum(each.values())}
+
+
+def main() -> None:
+    """Measure the experiment that the overrides describe, digits on one thread by default."""
+    overrides = sys.argv[1:] or ["experiment=digits", "resources.threads=1"]
+    experiment = Experiment(compose_experiment(overrides).experiment)
+    threads = experiment.use_threads()
+    runner = Runner(experiment)
+    for _ in range(_WARM_UP):
+        runner()
+    with Recorder() as recorder:
+        runner()
+    whole, products = seconds_each(runner), seconds_each(replay(recorder.calls))
+    print(f"{' '.join(overrides)}: {threads} thread(s), {len(recorder.calls)} matrix products an iteration")
+    print(f"iteration            {whole * 1e3:8.2f} ms")
+    print(f"its matrix products  {products * 1e3:8.2f} ms")
+    print(f"ratio                {whole / products:8.2f}")
+    each = shares(runner)
+    for label, seconds in each.items():
+        print(f"  {label:<24}{seconds / sum(each.values()):6.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""What the tests share: one thread, a cache that is not the user's, and small objects to test."""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from dxmi.algorithms.dxmi import DxMI, DxMIConfig
+from dxmi.energy import Energy
+from dxmi.networks import MlpConfig, build_critic, build_denoiser, build_timed_critic
+from dxmi.sampler import Policy
+from dxmi.schedules import ScheduleConfig, shorten
+from dxmi.value import SeparateValue, SharedValue
+
+NETWORK = MlpConfig(hidden=16, layers=3, embedding=8)
+
+MakePolicy = Callable[..., Policy]
+MakeDxMI = Callable[..., DxMI]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's cached results."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "DXMI_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Small tensors are slower on two, and a test that trains may have set another number."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_policy() -> MakePolicy:
+    """`make(num_steps=4, event=(3,), seed=0, **schedule)`: a policy around a small random MLP."""
+
+    def make(num_steps: int = 4, event: tuple[int, ...] = (3,), seed: int = 0, **schedule: object) -> Policy:
+        network = build_denoiser(NETWORK, event, torch.Generator().manual_seed(seed))
+        return Policy(network, shorten(ScheduleConfig(num_steps=num_steps, **schedule)), event)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def make_dxmi(make_policy: MakePolicy) -> MakeDxMI:
+    """`make(config, num_steps=4, event=(3,), total=100)`: the algorithm around small random MLPs."""
+
+    def make(config: DxMIConfig, num_steps: int = 4, event: tuple[int, ...] = (3,), total: int = 100) -> DxMI:
+        policy = make_policy(num_steps, event)
+        energy = Energy(build_critic(NETWORK, event, torch.Generator().manual_seed(1)))
+        timed = build_timed_critic(NETWORK, event, torch.Generator().manual_seed(2))
+        value = SharedValue(energy) if config.value == "shared" else SeparateValue(energy, timed, num_steps)
+        eta = torch.from_numpy(shorten(ScheduleConfig(num_steps=num_steps)).eta)
+        return DxMI(config, policy, value, eta, total)
+
+    return make

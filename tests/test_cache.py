@@ -1,0 +1,64 @@
+"""The cache: one computes, the others wait and read; a killed writer leaves nothing behind."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from dxmi.cache import cached
+from dxmi.errors import UserError
+
+WORKER = """
+import sys, time, torch
+from pathlib import Path
+from dxmi.cache import cached
+folder = Path(sys.argv[1])
+def compute():
+    with (folder / "computed").open("a") as log:
+        log.write("x")
+    time.sleep(float(sys.argv[2]))
+    return {"x": torch.arange(5)}
+print(cached(folder / "result.safetensors", compute)["x"].sum().item())
+"""
+
+
+def worker(folder, seconds):
+    return subprocess.Popen([sys.executable, "-c", WORKER, str(folder), str(seconds)], stdout=subprocess.PIPE)
+
+
+def test_of_three_processes_one_computes_and_all_read(tmp_path):
+    workers = [worker(tmp_path, 1.0) for _ in range(3)]
+    assert [int(w.communicate(timeout=60)[0]) for w in workers] == [10, 10, 10]
+    assert (tmp_path / "computed").read_text() == "x"
+
+
+def test_a_killed_writer_holds_up_nobody(tmp_path):
+    killed = worker(tmp_path, 60)
+    while not (tmp_path / "computed").exists():
+        time.sleep(0.02)
+    killed.kill()
+    killed.communicate(timeout=60)
+    assert int(worker(tmp_path, 0).communicate(timeout=60)[0]) == 10
+    assert (tmp_path / "computed").read_text() == "xx"
+
+
+def test_a_second_call_does_not_compute(tmp_path):
+    path = tmp_path / "result.safetensors"
+    cached(path, lambda: {"x": torch.ones(2)})
+    again = cached(path, lambda: pytest.fail("computed twice"))
+    assert torch.equal(again["x"], torch.ones(2))
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", b"\x00" * 100])
+def test_a_damaged_result_is_computed_again(tmp_path, content):
+    path = tmp_path / "result.safetensors"
+    path.write_bytes(content)
+    assert torch.equal(cached(path, lambda: {"x": torch.ones(2)})["x"], torch.ones(2))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="DXMI_CACHE"):
+        cached(tmp_path / "file" / "sub" / "result.safetensors", lambda: {"x": torch.ones(2)})

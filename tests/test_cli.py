@@ -1,0 +1,232 @@
+"""The command line from end to end: what it prints, what it writes, and how it refuses."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tune.cli import main
+
+TINY = [
+    "experiment=digits",
+    "network.denoiser.hidden=16",
+    "network.energy.hidden=16",
+    "pretrain.iterations=60",
+    "train.iterations=20",
+    "evaluate.every=10",
+    "evaluate.num_samples=64",
+    "evaluate.batch_size=64",
+    "resources.threads=1",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", *TINY, f"out={out}"]) == 0
+    return out
+
+
+def test_train_ends_with_the_table_and_the_paths(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", *TINY, f"out={out}"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("1000 steps (DDPM)", "5 steps, before", "5 steps, after", "fid_digits of 64 samples each"):
+        assert words in printed
+    for path in (out / "curves.png", out / "samples" / "steps.png", out / "summary.json"):
+        assert str(path) in printed
+        assert path.exists()
+
+
+def test_train_without_a_terminal_prints_plain_lines(run, tmp_path, capsys):
+    main(["train", *TINY, f"out={tmp_path / 'run'}"])
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert re.search(r"pretrain: 60/60 iterations", printed)
+    assert re.search(r"fine-tune: 20/20 iterations, fid_digits \d+\.\d\d", printed)
+
+
+def test_train_again_shows_the_result_and_does_nothing(run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    assert main(["train", *TINY, f"out={run}"]) == 0
+    assert "finished before" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
+
+
+def test_the_default_folder_is_named_by_experiment_and_signature(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["config", *TINY])
+    signature = re.search(r"# signature (\w{12})", capsys.readouterr().out)[1]
+    assert main(["train", *TINY]) == 0
+    assert (tmp_path / "runs" / f"digits-{signature}" / "summary.json").exists()
+
+
+def test_resume_of_a_finished_run_shows_it(run, capsys):
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "5 steps, after" in capsys.readouterr().out
+
+
+def test_ctrl_c_saves_says_how_to_resume_and_the_resume_ends_the_run(run, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "tune.cli", "train", *TINY, f"out={out}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stdout if "fine-tune: 0/20" in line)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"dxmi train --resume {out}" in errors
+    assert "Traceback" not in errors
+    assert main(["train", "--resume", str(out)]) == 0
+    scores = [json.loads((folder / "summary.json").read_text())["scores"] for folder in (out, run)]
+    assert scores[0] == scores[1]
+
+
+def test_config_prints_yaml_that_holds_every_setting(capsys):
+    assert main(["config", "experiment=digits", "algorithm.entropy_coef=0.03"]) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert tree["algorithm"]["entropy_coef"] == 0.03
+    assert set(tree) >= {"seed", "data", "network", "pretrain", "schedule", "algorithm", "train", "evaluate"}
+
+
+def test_sample_draws_a_grid(run, tmp_path):
+    path = tmp_path / "grid.png"
+    assert main(["sample", str(run), "--num", "9", "--out", str(path)]) == 0
+    side = 3 * (32 + 2) + 2  # 8x8 enlarged fourfold, gaps of 2
+    assert Image.open(path).size == (side, side)
+
+
+def test_sample_draws_every_step(run, tmp_path):
+    path = tmp_path / "grid.png"
+    assert main(["sample", str(run), "--num", "3", "--steps-grid", "--out", str(path)]) == 0
+    assert Image.open(path).size == (6 * 34 + 2, 3 * 34 + 2)
+
+
+def test_sample_writes_arrays_that_depend_on_seed_and_guidance_alone(run, tmp_path):
+    def draw(name: str, *options: str) -> np.ndarray:
+        path = tmp_path / f"{name}.npz"
+        assert main(["sample", str(run), "--num", "5", "--out", str(path), *options]) == 0
+        return np.load(path)["images"]
+
+    plain = draw("a")
+    assert plain.shape == (5, 8, 8, 1)
+    assert plain.dtype == np.uint8
+    assert np.array_equal(plain, draw("b"))
+    assert not np.array_equal(plain, draw("c", "--seed", "1"))
+    assert not np.array_equal(plain, draw("d", "--guidance", "50"))
+    steps = draw("e", "--steps-grid")
+    assert steps.shape == (6, 5, 8, 8, 1)
+    assert np.array_equal(steps[-1], plain)
+
+
+def test_evaluate_repeats_the_numbers_of_the_summary(run, tmp_path, capsys):
+    path = tmp_path / "scores.json"
+    assert main(["evaluate", str(run), "--out", str(path)]) == 0
+    assert json.loads(path.read_text()) == json.loads((run / "summary.json").read_text())["scores"]["best"]
+    assert main(["evaluate", str(run), "--checkpoint", "last", "--num-samples", "32", "--seed", "3"]) == 0
+    assert "eval/num_samples" in capsys.readouterr().out
+
+
+def test_sampling_needs_no_data(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("dxmi.experiment.load", lambda _: pytest.fail("data was read"))
+    assert main(["sample", str(run), "--num", "1", "--out", str(tmp_path / "x.png")]) == 0
+
+
+REFUSED = [
+    (["train", "algorithm.tau=1"], "algorithm.tau is not a setting"),
+    (["train", "algorithm.policy.lr=-1"], "algorithm.policy.lr is -1.0"),
+    (["train", "schedule.num_steps=0"], "schedule.num_steps is 0"),
+    (["train", "experiment=digts"], "did you mean digits?"),
+    (["train", "--resume", "nowhere"], "nowhere is not a run folder"),
+    (["train", "--resume", "nowhere", "seed=1"], "leave out seed=1"),
+    (["train", *TINY, "out=file/run"], "cannot be written"),
+    (["train", *TINY, "data=mnist8"], "train-images-idx3-ubyte is missing"),
+    (["train", *TINY, "resources.device=cuda:99"], "PyTorch sees"),
+    (["sample", "nowhere"], "nowhere is not a run folder"),
+    (["sample", "nowhere", "--out", "grid.gif"], "must end in .png or .npz"),
+    (["sample", "nowhere", "--out", "no/such/grid.png"], "does not exist"),
+    (["evaluate", "nowhere"], "nowhere is not a run folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), REFUSED, ids=[" ".join(a[-2:]) for a, _ in REFUSED])
+def test_bad_input_is_a_sentence_and_exit_code_2_and_writes_nothing(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DXMI_DATA", str(tmp_path / "data"))
+    (tmp_path / "file").write_text("")
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert sentence in errors
+    assert len(errors.strip().split("\n")) == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("name: [", "not a plain YAML config"),
+        ("name: !!python/object/apply:os.system ['true']", "not a plain YAML config"),
+        ("a: &x [1]\nb: [*x, *x]", "aliases"),
+        ("- 1", "holds no settings"),
+        ("_target_: os.system", "_target_ is not a setting"),
+        ("algorithm: {lr: 3}", "algorithm.lr is not a setting"),
+        ("name: " + "x" * 2_000_000, "bytes"),
+    ],
+)
+def test_a_bad_config_file_is_a_sentence(text, sentence, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(text)
+    assert main(["sample", str(tmp_path), "--out", str(tmp_path / "x.png")]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_corrupt_checkpoint_is_named_and_the_other_is_sampled(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    newest = max((copy / "checkpoints").iterdir())
+    (newest / "algorithm.safetensors").write_bytes(b"rubbish")
+    assert main(["sample", str(copy), "--checkpoint", "last", "--out", str(tmp_path / "x.png")]) == 0
+    assert newest.name in capsys.readouterr().err
+    for folder in (copy / "checkpoints").iterdir():
+        (folder / "meta.json").unlink()
+    assert main(["sample", str(copy), "--out", str(tmp_path / "y.png")]) == 2
+    errors = capsys.readouterr().err
+    assert "no checkpoint that can be used" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_run_that_diverges_fails_in_a_sentence(tmp_path, capsys):
+    assert main(["train", *TINY, f"out={tmp_path / 'run'}", "algorithm.critic.lr=1e30"]) == 1
+    assert "diverged" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch, capsys):
+    def full(path, *_):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("dxmi.checkpoint.write_synced", full)
+    assert main(["train", *TINY, f"out={tmp_path / 'run'}"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["evaluate"], ["config"]])
+def test_help_shows_examples_and_choices(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "tune.cli", *command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "120"},
+    )
+    assert "usage: dxmi" in done.stdout
+    if not command:
+        assert "dxmi train experiment=digits" in done.stdout
+    if command == ["train"]:
+        assert "experiment=" in done.stdout
+        assert "mnist8" in done.stdout

@@ -1,0 +1,150 @@
+"""Every YAML composes, builds and takes a step; whatever is wrong with a config is a sentence."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dxmi.config import build, differences, to_tree
+from dxmi.data import Images
+from dxmi.errors import UserError
+from dxmi.experiment import Experiment, ExperimentConfig
+from dxmi.networks import NETWORK_CONFIGS
+from tune.configs import compose_experiment, config_folder, groups
+
+EXPERIMENTS = groups()["experiment"]
+OPTIONS = [(group, name) for group, names in groups().items() for name in names]
+
+
+def with_fake_images(config: ExperimentConfig) -> Experiment:
+    """The experiment on random pixels of the right shape: files of real data need not be there."""
+    experiment = Experiment(config)
+    side = 28 if config.data.name in ("mnist", "fashion_mnist") else 8
+    pixels = torch.randint(0, 256, (64, 1, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    experiment.__dict__["images"] = Images(config.data.name, pixels, torch.zeros(64, dtype=torch.int64), "random")
+    return experiment
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_every_yaml_composes_builds_and_steps(group, name):
+    experiment = with_fake_images(compose_experiment([f"{group}={name}", "train.batch_size=4"]).experiment)
+    ddpm, pretraining = experiment.build_pretraining()
+    ddpm.update(pretraining.stream.next(), 0, pretraining.generators["noise"])
+    dxmi, state = experiment.build_finetuning(ddpm.network)
+    metrics = dxmi.update(state.stream.next(), 0, state.generators["noise"], state.generators["states"])
+    assert all(torch.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("name", groups()["network"])
+def test_a_network_file_lists_every_field_of_its_kind(name):
+    tree = yaml.safe_load((config_folder() / "network" / f"{name}.yaml").read_text())
+    assert set(tree) == {"denoiser", "energy", "value"}
+    for network in tree.values():
+        assert set(network) == {field.name for field in dataclasses.fields(NETWORK_CONFIGS[network["kind"]])}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_config_survives_the_way_to_yaml_and_back(name):
+    config = compose_experiment([f"experiment={name}"]).experiment
+    assert build(ExperimentConfig, yaml.safe_load(yaml.safe_dump(to_tree(config)))) == config
+
+
+def test_resources_do_not_enter_the_signature_and_everything_else_does():
+    base = compose_experiment([]).experiment
+    assert compose_experiment(["resources.threads=1", "out=/tmp/x"]).experiment.signature == base.signature
+    changed = ["seed=1", "algorithm.entropy_coef=0.2", "evaluate.seed=1", "data.label=3", "network=mlp", "name=other"]
+    signatures = {compose_experiment([override]).experiment.signature for override in changed}
+    assert len(signatures | {base.signature}) == len(changed) + 1
+
+
+def test_pretraining_signature_ignores_what_pretraining_does_not_depend_on():
+    def of(*overrides: str) -> str:
+        return with_fake_images(compose_experiment(overrides).experiment).pretraining_signature
+
+    assert of() == of(
+        "algorithm.policy.lr=1e-3", "schedule.num_steps=10", "evaluate.every=7", "network.energy.hidden=8"
+    )
+    assert len({of(), of("seed=1"), of("network.denoiser.hidden=8"), of("pretrain.ema=0.9")}) == 4
+
+
+def test_single_class_experiment_differs_from_its_parent_only_in_name_and_label():
+    one, all_classes = (to_tree(compose_experiment([f"experiment={n}"]).experiment) for n in ("mnist8_one", "mnist8"))
+    changed = {line.split(":")[0] for line in differences(all_classes, one)}
+    assert changed == {"name", "data.label"}
+
+
+def test_published_reproduction_is_as_design_lists_it():
+    config = compose_experiment(["experiment=mnist8_published"]).experiment
+    epoch = -(-20_000 // 128)
+    denoiser = config.network.denoiser
+    assert config.seed == 42
+    assert (denoiser.embedding, denoiser.hidden, denoiser.layers) == (100, 512, 5)
+    assert (config.pretrain.iterations, config.train.iterations) == (500 * epoch, 1000 * epoch)
+    assert (config.pretrain.optimizer.lr, config.algorithm.policy.lr, config.algorithm.critic.lr) == (1e-3, 1e-7, 1e-6)
+    assert (config.algorithm.entropy_coef, config.algorithm.cost_coef, config.algorithm.energy_l2) == (0.0, 0.1, 0.0)
+    assert config.algorithm.policy.sigma_lr == 0.0
+    assert config.algorithm.policy.max_grad_norm is None
+    assert config.algorithm.target_ema is None
+    assert (config.schedule.num_steps, config.schedule.method, config.schedule.shape) == (5, "var", "quadratic")
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("algorithm.entropy_coeff=1", "algorithm.entropy_coeff is not a setting: did you mean entropy_coef?"),
+        ("experimnt=digits", "did you mean experiment?"),
+        ("experiment=digts", "did you mean digits?"),
+        ("network.denoiser.hiden=3", "did you mean hidden?"),
+        ("+algorithm.entropy=1", "did you mean entropy_coef?"),
+        ("seed.x=1", "seed is a value"),
+        ("algorithm.entropy_coef=abc", "must be a number"),
+        ("algorithm.entropy_coef=true", "must be a number"),
+        ("seed=1.5", "must be a whole number"),
+        ("algorithm.all_states=1", "must be true or false"),
+        ("algorithm.policy=3", "must be a group of settings"),
+        ("algorithm.policy_mask=1", "must be a list"),
+        ("network.denoiser.kind=transformer", "must be one of mlp"),
+        ("algorithm.policy.lr=-1e-5", "algorithm.policy.lr is -1e-05: it must be a finite number, 0 or greater"),
+        ("algorithm.critic.lr=nan", "must be a finite number"),
+        ("algorithm.critic.lr=inf", "must be a finite number"),
+        ("algorithm.critic.lr=1e999", "must be a finite number"),
+        ("algorithm.policy.max_grad_norm=0", "greater than 0"),
+        ("algorithm.preset=objektive", "must be one of as_released, objective"),
+        ("algorithm.reference_var=[0]", "greater than 0"),
+        ("algorithm.value_mask=[1,0]", "one for each of the 5 steps"),
+        ("algorithm.target_ema=1", "in [0, 1)"),
+        ("schedule.num_steps=0", "schedule.num_steps is 0: it must be in 1..1000"),
+        ("schedule.num_steps=-3", "must be in 1..1000"),
+        ("schedule.kappa=2", "must be in [0, 1]"),
+        ("data.label=10", "must be in 0..9"),
+        ("train.batch_size=0", "must be at least 1"),
+        ("evaluate.num_samples=1", "must be at least 2"),
+        ("seed=-1", "seed is -1"),
+        ("resources.device=gpu", "must be auto, cpu, cuda"),
+        ("algorithm.entropy_coef=0.1,0.2", "names several values"),
+        ("algorithm", "is not an override"),
+        ("algorithm.entropy_coef=[", "is not an override"),
+        ("out=3", "must be the path of a folder"),
+    ],
+)
+def test_a_bad_override_is_refused_in_a_sentence(override, sentence):
+    with pytest.raises(UserError) as refused:
+        compose_experiment([override])
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_override_given_twice_is_refused():
+    with pytest.raises(UserError, match="seed is given twice"):
+        compose_experiment(["seed=1", "seed=2"])
+
+
+def test_a_reference_variance_that_would_do_nothing_is_refused():
+    with pytest.raises(UserError, match="no effect with running_cost=noise"):
+        compose_experiment(["algorithm.running_cost=noise", "algorithm.reference_var=[1.0]"])
+
+
+def test_config_folder_is_the_one_of_this_checkout():
+    assert config_folder() == Path(__file__).resolve().parent.parent / "configs"

@@ -1,0 +1,126 @@
+"""Data: real digits, IDX files as they lie on disk, the order in which they are read."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dxmi.data import BatchStream, DataConfig, data_root, load
+from dxmi.data.idx import read_idx
+from dxmi.errors import UserError
+from dxmi.seeds import generator
+from dxmi.tensors import from_uint8
+
+NUM_IMAGES = 30
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def mnist_folder(tmp_path, monkeypatch):
+    """A small MNIST in the published layout: images of random pixels, labels 0..9 in turn."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part in ("train", "t10k"):
+        images = rng.integers(0, 256, (NUM_IMAGES, 28, 28), dtype=np.uint8)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx_bytes(images))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx_bytes((np.arange(NUM_IMAGES) % 10).astype(np.uint8)))
+    monkeypatch.setenv("DXMI_DATA", str(tmp_path))
+    return raw
+
+
+def test_digits_are_the_1797_real_ones():
+    images = load(DataConfig(name="digits"))
+    assert images.pixels.shape == (1797, 1, 8, 8)
+    assert images.pixels.dtype == torch.uint8
+    assert (int(images.pixels.min()), int(images.pixels.max())) == (0, 255)
+    assert len(images.pixels.unique()) == 17
+    assert images.labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # UCI's counts
+
+
+def test_a_label_keeps_that_class_only_and_changes_the_signature():
+    everything, threes = load(DataConfig(name="digits")), load(DataConfig(name="digits", label=3))
+    assert len(threes) == 183
+    assert threes.labels.unique().tolist() == [3]
+    assert threes.signature != everything.signature
+
+
+def test_idx_files_are_read_plain_or_gzipped(mnist_folder):
+    plain = load(DataConfig(name="mnist"))
+    assert plain.event == (1, 28, 28)
+    path = mnist_folder / "train-images-idx3-ubyte"
+    path.with_suffix(".gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    assert torch.equal(load(DataConfig(name="mnist")).pixels, plain.pixels)
+
+
+def test_mnist8_is_antialiased_bilinear(mnist_folder):
+    """Pillow's bilinear filter, a second implementation, agrees to one grey level."""
+    small = load(DataConfig(name="mnist8")).pixels[:, 0].numpy().astype(int)
+    large = read_idx(mnist_folder / "train-images-idx3-ubyte")
+    pillow = [np.asarray(Image.fromarray(i).resize((8, 8), Image.Resampling.BILINEAR), dtype=int) for i in large]
+    assert np.abs(small - np.stack(pillow)).max() <= 1
+
+
+def test_a_missing_file_is_named_with_where_it_was_looked_for_and_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DXMI_DATA", str(tmp_path))
+    with pytest.raises(UserError) as missing:
+        load(DataConfig(name="fashion_mnist"))
+    sentence = str(missing.value)
+    assert "train-images-idx3-ubyte" in sentence
+    assert str(tmp_path / "FashionMNIST" / "raw") in sentence
+    assert "torchvision.datasets.FashionMNIST" in sentence
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda raw: raw[:-1], "where its header announces"),
+        (lambda raw: raw[:6], "cut short"),
+        (lambda raw: b"PK" + raw[2:], "not an IDX file"),
+        (lambda raw: b"\0\0\x0d" + raw[3:], "not an IDX file of bytes"),
+    ],
+)
+def test_a_damaged_file_is_named(mnist_folder, damage, sentence):
+    path = mnist_folder / "train-images-idx3-ubyte"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=sentence) as refused:
+        load(DataConfig(name="mnist"))
+    assert str(path) in str(refused.value)
+
+
+def test_default_folder_is_in_the_home_cache(monkeypatch):
+    monkeypatch.delenv("DXMI_DATA", raising=False)
+    assert data_root().parts[-2:] == (".cache", "dxmi")
+
+
+def stream(batch_size: int, count: int = 10) -> BatchStream:
+    pixels = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
+    return BatchStream(pixels, batch_size, generator(0, "order"))
+
+
+def test_an_epoch_shows_every_image_once():
+    batches = stream(5)
+    first_epoch = torch.cat([batches.next(), batches.next()]).flatten()
+    assert torch.equal(first_epoch.sort().values, from_uint8(torch.arange(10, dtype=torch.uint8)))
+
+
+def test_a_batch_may_be_larger_than_the_data():
+    assert stream(25).next().shape == (25, 1, 1, 1)
+
+
+def test_a_stream_goes_on_from_its_state():
+    whole, cut = stream(4), stream(4)
+    for _ in range(3):
+        whole.next(), cut.next()
+    state = cut.state()
+    resumed = stream(4)
+    resumed.load_state(state)
+    for _ in range(7):
+        assert torch.equal(resumed.next(), whole.next())

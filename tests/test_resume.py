@@ -1,0 +1,247 @@
+"""A run killed at any moment and resumed ends bitwise as if nothing had happened; damage is named and survived."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dxmi import checkpoint
+from dxmi.errors import DivergedError, UserError
+from dxmi.experiment import Experiment
+from dxmi.run_directory import RunDirectory
+from dxmi.train import Phase, train
+from tune.configs import compose_experiment
+
+TINY = [
+    "network.denoiser.hidden=16",
+    "network.energy.hidden=16",
+    "pretrain.iterations=60",
+    "train.iterations=40",
+    "train.batch_size=16",
+    "train.log_every=5",
+    "evaluate.every=10",
+    "evaluate.num_samples=64",
+    "evaluate.batch_size=64",
+    "evaluate.grid=4",
+    "resources.threads=1",
+]
+
+
+def tiny(*overrides: str) -> Experiment:
+    changed = {override.split("=")[0] for override in overrides}
+    kept = [override for override in TINY if override.split("=")[0] not in changed]
+    return Experiment(compose_experiment([*kept, *overrides]).experiment)
+
+
+def outcome(out: Path) -> tuple[bytes, bytes, str, dict]:
+    """All that must not depend on an interruption: the last checkpoint's tensors, the rows, the scores."""
+    last = checkpoint.path_of(out / "checkpoints", 40)
+    summary = json.loads((out / "summary.json").read_text())
+    scores = {key: summary[key] for key in ("reference", "best", "last", "scores", "signature")}
+    files = [(last / name).read_bytes() for name in ("algorithm.safetensors", "state.safetensors")]
+    return files[0], files[1], (out / "metrics.jsonl").read_text(), scores
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert train(tiny(), out=out) is not None
+    return out
+
+
+def test_a_run_writes_what_the_readme_says(undisturbed):
+    names = {entry.name for entry in undisturbed.iterdir()} - {".lock"}
+    assert names == {"config.yaml", "summary.json", "metrics.jsonl", "checkpoints", "samples", "curves.png"}
+    grids = {entry.name for entry in (undisturbed / "samples").iterdir()}
+    assert grids == {*(f"step_{step:06d}.png" for step in (0, 10, 20, 30, 40)), "steps.png"}
+    kept = checkpoint.steps_in(undisturbed / "checkpoints")
+    assert {30, 40} <= set(kept)
+    assert len(kept) <= 3
+
+
+def test_the_summary_has_at_least_what_was_promised(undisturbed):
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert {"signature", "seed", "git_revision", "versions", "device", "seconds", "iterations"} <= summary.keys()
+    assert summary["metric"] == "eval/fid_digits"
+    assert {"ddpm_1000", "shortened"} <= summary["reference"].keys()
+    assert {"value", "step", "checkpoint"} <= summary["best"].keys()
+    assert {"value", "step", "checkpoint"} <= summary["last"].keys()
+    assert set(summary["seconds"]) == {phase.value for phase in Phase}
+    assert summary["num_samples"] == 64
+    assert (undisturbed / summary["best"]["checkpoint"]).is_dir()
+
+
+def test_the_best_step_is_the_minimum_of_the_curve(undisturbed):
+    rows = [row for row in RunDirectory(undisturbed).rows() if "eval/fid_digits" in row]
+    assert [row["step"] for row in rows] == [0, 10, 20, 30, 40]
+    assert all(row["eval/num_samples"] == 64 for row in rows)
+    best = json.loads((undisturbed / "summary.json").read_text())["best"]
+    assert best["selection_value"] == min(row["eval/fid_digits"] for row in rows)
+    assert best["step"] == min(rows, key=lambda row: row["eval/fid_digits"])["step"]
+
+
+def test_two_runs_of_one_config_are_equal_to_the_bit(undisturbed, tmp_path):
+    train(tiny(), out=tmp_path / "again")
+    assert outcome(tmp_path / "again") == outcome(undisturbed)
+
+
+@pytest.mark.parametrize("stop_at", [0, 5, 10, 35])
+def test_a_stopped_run_goes_on_to_the_same_end(undisturbed, tmp_path, stop_at):
+    out = tmp_path / "run"
+    assert train(tiny(), out=out, report=lambda p: p.phase is Phase.FINETUNE and p.step >= stop_at) is None
+    assert not (out / "summary.json").exists()
+    assert checkpoint.steps_in(out / "checkpoints")[-1] == stop_at
+    train(tiny(), out=out)
+    assert outcome(out) == outcome(undisturbed)
+
+
+def start(out: Path, cache: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tune.cli", "train", *TINY, f"out={out}"]
+    return subprocess.Popen(command, env={**os.environ, "DXMI_CACHE": str(cache)}, stdout=subprocess.PIPE, text=True)
+
+
+def test_kill_9_at_random_moments_changes_nothing(undisturbed, tmp_path):
+    """Also while it pretrains: the cache is its own, and pretraining goes on from its partial checkpoints."""
+    out, cache, rng = tmp_path / "run", tmp_path / "cache", random.Random(0)
+    for kill in range(4):
+        run = start(out, cache)
+        lines = (line for line in run.stdout)
+        wanted = ("pretrain", "references", "fine-tune", "fine-tune")[kill]
+        next((line for line in lines if wanted in line), None)
+        time.sleep(rng.random() * 0.3)
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
+    run = start(out, cache)
+    run.communicate()
+    assert run.returncode == 0
+    assert outcome(out) == outcome(undisturbed)
+
+
+def cut_back(undisturbed: Path, out: Path) -> None:
+    """The same run as it was just before its end."""
+    shutil.copytree(undisturbed, out)
+    (out / "summary.json").unlink()
+
+
+@pytest.mark.parametrize("name", ["algorithm.safetensors", "state.safetensors", "meta.json", "manifest.json"])
+def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(undisturbed, tmp_path, name):
+    out = tmp_path / "run"
+    cut_back(undisturbed, out)
+    path = out / "checkpoints" / "step_00000040" / name
+    path.write_bytes(path.read_bytes()[:-7])
+    notes = []
+    train(tiny(), out=out, report=lambda p: notes.append(p.note))
+    assert any("step_00000040" in note and name in note for note in notes)
+    assert outcome(out) == outcome(undisturbed)
+
+
+def test_with_every_checkpoint_damaged_it_starts_afresh(undisturbed, tmp_path):
+    out = tmp_path / "run"
+    cut_back(undisturbed, out)
+    for meta in out.glob("checkpoints/*/meta.json"):
+        meta.unlink()
+    train(tiny(), out=out)
+    assert outcome(out) == outcome(undisturbed)
+
+
+def test_a_row_cut_short_by_a_kill_is_written_again(undisturbed, tmp_path):
+    out = tmp_path / "run"
+    cut_back(undisturbed, out)
+    shutil.rmtree(out / "checkpoints" / "step_00000040")
+    metrics = out / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-20])
+    train(tiny(), out=out)
+    assert outcome(out) == outcome(undisturbed)
+
+
+def test_a_finished_run_is_not_run_again(undisturbed):
+    before = (undisturbed / "summary.json").stat().st_mtime_ns
+    summary = train(tiny(), out=undisturbed, report=lambda _: pytest.fail("something was run"))
+    assert summary is not None
+    assert (undisturbed / "summary.json").stat().st_mtime_ns == before
+
+
+def test_another_config_in_the_same_folder_is_refused_with_the_difference(undisturbed):
+    with pytest.raises(UserError, match="seed: 0 -> 1"):
+        train(tiny("seed=1"), out=undisturbed)
+
+
+def test_other_resources_are_no_other_config(undisturbed):
+    assert train(tiny("resources.device=cpu"), out=undisturbed) is not None
+
+
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.create()
+    code = (
+        "import sys; from pathlib import Path; from dxmi.run_directory import RunDirectory\n"
+        "lock = RunDirectory(Path(sys.argv[1])).lock(); print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(run.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(UserError, match="Another process"):
+            train(tiny(), out=run.path)
+        holder.stdin.close()
+
+
+def test_a_run_is_resumed_into_another_folder_without_touching_the_first(undisturbed, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    cut_back(undisturbed, first)
+    shutil.rmtree(first / "checkpoints" / "step_00000040")
+    before = sorted(path.name for path in first.rglob("*"))
+    train(tiny(), out=second, resume_from=first)
+    assert sorted(path.name for path in first.rglob("*")) == before
+    assert outcome(second) == outcome(undisturbed)
+
+
+def test_other_data_than_it_was_begun_with_is_refused(undisturbed, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    cut_back(undisturbed, out)
+    experiment = tiny()
+    pixels = experiment.images.pixels.clone()
+    other = type(experiment.images)("digits", pixels, experiment.images.labels, "0123456789ab")
+    experiment.__dict__["images"] = other
+    with pytest.raises(UserError, match="other data"):
+        train(experiment, out=out)
+
+
+def test_a_run_that_diverges_says_where(tmp_path, monkeypatch):
+    with pytest.raises(DivergedError) as diverged:
+        train(tiny("algorithm.critic.lr=1e30"), out=tmp_path / "run")
+    assert diverged.value.metric.split("/")[0] in {"energy", "value", "policy", "eval"}
+    assert 0 < diverged.value.step <= 40
+
+
+def test_zero_iterations_of_either_training_are_a_run_too(tmp_path):
+    summary = train(tiny("train.iterations=0", "pretrain.iterations=0"), out=tmp_path / "run")
+    assert summary is not None
+    assert summary.best["step"] == summary.last["step"] == 0
+    assert summary.best["value"] == pytest.approx(summary.reference["shortened"], rel=1e-12)
+
+
+def test_separate_values_targets_and_other_optimisers_resume_bitwise_too(tmp_path):
+    overrides = [
+        "algorithm.value=separate",
+        "algorithm.target_ema=0.9",
+        "algorithm.preset=objective",
+        "algorithm.resample_next=true",
+        "algorithm.all_states=true",
+        "algorithm.policy.kind=radam",
+        "algorithm.critic.kind=adamw",
+        "network.value.hidden=16",
+    ]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(tiny(*overrides), out=whole)
+    train(tiny(*overrides), out=cut, report=lambda p: p.phase is Phase.FINETUNE and p.step >= 15)
+    train(tiny(*overrides), out=cut)
+    assert outcome(cut) == outcome(whole)
+    assert torch.isfinite(checkpoint.newest(cut / "checkpoints")[0].groups["algorithm"]["policy.free_log_sigma"]).all()
