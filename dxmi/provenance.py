@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 _PACKAGES = ("dxmi", "torch", "numpy", "scipy", "scikit-learn", "torch-fidelity", "safetensors")
 
 
+@cache
 def git_revision() -> str | None:
     """The commit of the source tree that is running, with `-dirty` if it was changed; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent

@@ -156,7 +156,7 @@ class _Run:
         self.threads = experiment.use_threads()
         self.seconds: dict[str, float] = {phase.value: 0.0 for phase in Phase}
         self.best: dict[str, Any] | None = None
-        self.last_score: float | None = None
+        self.stopping = False
 
     # ------------------------------------------------------------------------
     # The story.
@@ -190,9 +190,10 @@ class _Run:
     def _tick(self, phase: Phase) -> None:
         self.seconds[phase] = self._phase_before + time.perf_counter() - self._phase_started
 
-    def _tell(self, phase: Phase, step: int, total: int, metrics: Mapping[str, float] | None = None) -> bool:
-        """Report; returns whether a stop was asked for."""
-        return self.report(Progress(phase, step, total, metrics or {})) is True
+    def _tell(self, phase: Phase, step: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Report, and remember whether a stop was asked for."""
+        if self.report(Progress(phase, step, total, metrics or {})):
+            self.stopping = True
 
     def _note(self, sentences: list[str]) -> None:
         for sentence in sentences:
@@ -200,7 +201,8 @@ class _Run:
 
     def _tell_or_stop(self, phase: Phase, step: int, total: int) -> None:
         """Report where stopping loses nothing that a checkpoint could hold."""
-        if self._tell(phase, step, total):
+        self._tell(phase, step, total)
+        if self.stopping:
             raise _Stopped
 
     # ------------------------------------------------------------------------
@@ -227,13 +229,12 @@ class _Run:
         for iteration in range(start, total):
             window.add(ddpm.update(state.stream.next(), iteration, noise))
             step = iteration + 1
-            stop = False
             if step % log_every == 0 or step == total:
-                stop = self._tell(Phase.PRETRAIN, step, total, window.mean(step))
-            if (step % _PARTIAL_EVERY == 0 or stop) and step < total:
+                self._tell(Phase.PRETRAIN, step, total, window.mean(step))
+            if (step % _PARTIAL_EVERY == 0 or self.stopping) and step < total:
                 checkpoint.save(partial, step, state.groups(), {})
                 checkpoint.prune(partial, {step})
-            if stop and step < total:
+            if self.stopping and step < total:
                 raise _Stopped
         rmtree(partial, ignore_errors=True)
         return dict(ddpm.average.state_dict())
@@ -288,9 +289,8 @@ class _Run:
         """Iteration 0: score the shortened model, and save."""
         checkpoint.prune(self.run.checkpoints, set())
         self.run.forget_after(-1)
-        stop = self._evaluate(dxmi, 0)
-        self._save(state, 0, self.last_score)
-        if stop:
+        self._save(state, 0, self._evaluate(dxmi, 0))
+        if self.stopping:
             raise _Stopped
         return 0
 
@@ -346,17 +346,15 @@ class _Run:
                 continue
             metrics = window.mean(step)
             self.run.append([{"step": step, **metrics}])
-            stop = self._tell(Phase.FINETUNE, step, total, metrics)
-            score = None
-            if evaluate:
-                stop, score = self._evaluate(dxmi, step) or stop, self.last_score
-            if evaluate or stop:
+            self._tell(Phase.FINETUNE, step, total, metrics)
+            score = self._evaluate(dxmi, step) if evaluate else None
+            if evaluate or self.stopping:
                 self._save(state, step, score)
-            if stop and step < total:
+            if self.stopping and step < total:
                 raise _Stopped
 
-    def _evaluate(self, dxmi: DxMI, step: int) -> bool:
-        """Score the policy on the fixed selection noise, draw its grid, remember the best; returns whether to stop."""
+    def _evaluate(self, dxmi: DxMI, step: int) -> float:
+        """The policy's score on the fixed selection noise; also draws its grid and remembers the best."""
         sampling = Sampling(dxmi.evaluated, SELECTION)
         scores = self.scorer.quick(sampling).values
         score = scores[self.scorer.metric]
@@ -364,11 +362,11 @@ class _Run:
             raise DivergedError(step, self.scorer.metric, score)
         if self.best is None or score < self.best["value"]:
             self.best = {"step": step, "value": score}
-        self.last_score = score
         self.run.append([{"step": step, **scores}])
         pixels = generate(sampling, self.config.evaluate.grid, self.config.evaluate)
         save_grid(self.run.samples / f"step_{step:06d}.png", pixels)
-        return self._tell(Phase.FINETUNE, step, self.config.train.iterations, scores)
+        self._tell(Phase.FINETUNE, step, self.config.train.iterations, scores)
+        return score
 
     def _save(self, state: TrainingState, step: int, score: float | None) -> None:
         """Write a checkpoint; keep the best, this one, and the one before it."""
@@ -394,11 +392,11 @@ class _Run:
         assert self.best is not None  # the last iteration is always evaluated
         last = self.scorer.full(Sampling(dxmi.evaluated, REPORT))
         self._tell(Phase.REPORT, 1, 2)
-        if self.best["step"] == self.config.train.iterations:
-            return {"best": last, "last": last}
-        saved = checkpoint.load(checkpoint.path_of(self.run.checkpoints, self.best["step"]))
-        dxmi.load_state_dict(saved.groups[ALGORITHM])
-        best = self.scorer.full(Sampling(dxmi.evaluated, REPORT))
+        best = last
+        if self.best["step"] != self.config.train.iterations:
+            saved = checkpoint.load(checkpoint.path_of(self.run.checkpoints, self.best["step"]))
+            dxmi.load_state_dict(saved.groups[ALGORITHM])
+            best = self.scorer.full(Sampling(dxmi.evaluated, REPORT))
         self._tell(Phase.REPORT, 2, 2)
         return {"best": best, "last": last}
 

@@ -105,7 +105,7 @@ MU, VAR = np.array([0.7, -0.4]), np.array([0.25, 0.05])
 def closed_form(level: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Slope and variance of the best predictor of eps from x_k, [K, D] each.
 
-    x_k = sqrt(abar) x + sqrt(1 - abar) eps has variance s = abar v + 1 - abar and covariance sqrt(1 - abar) with eps, so
+    x_k = sqrt(abar) x + sqrt(1 - abar) eps has variance s = abar v + 1 - abar and covariance sqrt(1 - abar) with eps:
     E[eps | x_k] = sqrt(1 - abar) (x_k - sqrt(abar) mu) / s, and the loss that remains is abar v / s.
     """
     total = level[:, None] * VAR + 1.0 - level[:, None]
@@ -132,5 +132,4 @@ def test_pretraining_approaches_the_optimal_noise_prediction():
         embedding = ddpm.average.embed(torch.from_numpy(k)).repeat_interleave(n, 0)
         predicted = ddpm.average(torch.from_numpy(x).float().flatten(0, 1), embedding).double().numpy()
     excess = np.mean((predicted.reshape(x.shape) - slope[:, None] * centred) ** 2)
-    print(excess, least.mean())
     assert excess < 0.03 * least.mean()

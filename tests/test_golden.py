@@ -1,0 +1,59 @@
+"""Golden trajectories: a change that should not alter numbers does not.
+
+`python tests/test_golden.py` writes tests/golden.json anew; do that only with a change marked [numerics] in
+CHANGELOG.md. The tolerance is that of other processors' rounding over a few iterations, no more.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dxmi.experiment import Experiment
+from tune.configs import compose_experiment
+
+GOLDEN = Path(__file__).with_name("golden.json")
+ITERATIONS = 5
+SETTINGS = {
+    "as released": [],
+    "objective": ["algorithm=objective", "algorithm.step_cost=sigmoid"],
+    "separate value with target": [
+        "algorithm=objective",
+        "algorithm.value=separate",
+        "algorithm.target_ema=0.995",
+        "algorithm.resample_next=true",
+        "algorithm.all_states=true",
+    ],
+    "step schedule, radam": ["schedule=step_quadratic", "algorithm.policy.kind=radam", "algorithm.policy.warmup=3"],
+}
+
+
+def trajectory(overrides: list[str]) -> list[dict[str, float]]:
+    """Metrics of the first pretraining and fine-tuning iterations."""
+    small = [f"network.{name}.{size}" for name in ("denoiser", "energy", "value") for size in ("hidden=16", "layers=3")]
+    experiment = Experiment(compose_experiment(["experiment=digits", *small, *overrides]).experiment)
+    ddpm, pretraining = experiment.build_pretraining()
+    noise, rows = pretraining.generators["noise"], []
+    rows += [ddpm.update(pretraining.stream.next(), i, noise) for i in range(ITERATIONS)]
+    dxmi, state = experiment.build_finetuning(ddpm.network)
+    noise, states = state.generators["noise"], state.generators["states"]
+    rows += [dxmi.update(state.stream.next(), i, noise, states) for i in range(ITERATIONS)]
+    return [{key: float(value) for key, value in row.items()} for row in rows]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_first_iterations_are_as_recorded(name):
+    torch.set_num_threads(1)
+    recorded = json.loads(GOLDEN.read_text())[name]
+    found = trajectory(SETTINGS[name])
+    assert len(found) == len(recorded)
+    for row, expected in zip(found, recorded, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    GOLDEN.write_text(
+        json.dumps({name: trajectory(overrides) for name, overrides in SETTINGS.items()}, indent=1) + "\n"
+    )

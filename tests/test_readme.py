@@ -1,0 +1,96 @@
+"""What the README tells a newcomer to type works, made small."""
+
+import ast
+import re
+import shlex
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dxmi.metrics.classifier import CLASSIFIERS
+from tune.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^\$ (.+)$", README, flags=re.MULTILINE)
+TINY = [
+    "network.denoiser.hidden=16",
+    "network.energy.hidden=16",
+    "pretrain.iterations=20",
+    "train.iterations=4",
+    "evaluate.every=2",
+    "evaluate.num_samples=100",
+    "evaluate.batch_size=100",
+    "evaluate.kid_subset_size=50",
+]
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory):
+    """An empty folder to work in, with files in MNIST's layout."""
+    home = tmp_path_factory.mktemp("newcomer")
+    raw = home / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (200, 28, 28), dtype=np.uint8)
+    (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">BBBB3I", 0, 0, 8, 3, *images.shape) + images.tobytes())
+    labels = (np.arange(200) % 10).astype(np.uint8)
+    (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">BBBBI", 0, 0, 8, 1, 200) + labels.tobytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("DXMI_DATA", str(home / "data"))
+        yield home
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dxmi ")])
+def test_a_dxmi_command_of_the_readme_works(newcomer, command):
+    """In the README's order: later commands use the folders of earlier ones."""
+    program, *arguments = shlex.split(command)
+    assert program == "dxmi"
+    if arguments[0] == "train" and "--resume" not in arguments:
+        arguments += TINY
+    assert main(arguments) == 0
+
+
+def test_files_that_the_readme_promises_are_there_afterwards(newcomer):
+    assert {"grid.png", "steps.png", "samples.npz", "guided.png"} <= {entry.name for entry in newcomer.iterdir()}
+    promised = re.findall(r"^\| `([\w.]+/?)` \| ", README.split("## Look at a run")[1].split("```")[0], re.MULTILINE)
+    assert len(promised) == 6
+    for name in promised:
+        assert (newcomer / "runs" / "low-entropy" / name).exists()
+
+
+def test_the_python_of_the_readme_works(newcomer):
+    (block,) = re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL)
+    small = block.replace('"seed=1"', ", ".join(repr(word) for word in ["seed=1", *TINY]))
+    assert small != block
+    exec(compile(ast.parse(small), "README.md", "exec"), {})
+    assert (newcomer / "runs" / "from-python" / "summary.json").exists()
+
+
+def test_other_commands_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    others = [command for command in COMMANDS if not command.startswith("dxmi ")]
+    assert others
+    for command in others:
+        program, target, *_ = command.split()
+        if program == "make":
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+        else:
+            assert (ROOT / target).exists()
+
+
+def test_the_accuracies_of_the_readme_are_those_of_the_shipped_classifiers():
+    for name, shipped in CLASSIFIERS.items():
+        (stated,) = re.findall(rf"^\| {name} \| ([\d.]+) %", README, flags=re.MULTILINE)
+        assert float(stated) == pytest.approx(100 * shipped.accuracy, abs=0.05)
+
+
+def test_every_metric_that_is_logged_is_explained():
+    documented = set(re.findall(r"`((?:energy|value|policy)/\w+)`", README))
+    source = (ROOT / "dxmi" / "algorithms" / "dxmi.py").read_text().split('"""', 2)
+    logged = set(re.findall(r'"((?:energy|value|policy)/\w+)"', source[2]))
+    assert documented == logged
+    assert set(re.findall(r"^    ((?:energy|value|policy)/\w+) ", source[1], flags=re.MULTILINE)) == logged
