@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dxmi.cache import cached
 from dxmi.data import Images
+from dxmi.errors import UserError
 from dxmi.metrics.classifier import CLASSIFIERS
 from dxmi.metrics.fidelity import classifier_features, frechet_distance, kernel_distance, precision_recall
 from dxmi.metrics.sliced_wasserstein import sliced_wasserstein
@@ -29,6 +30,8 @@ from dxmi.tensors import from_uint8, to_uint8
 
 SELECTION, REPORT = "selection", "report"
 """Noise streams: the best checkpoint is chosen on one and scored on the other."""
+MIN_SAMPLES = 4
+"""Precision and recall look at a sample's third neighbour."""
 NUM_SAMPLES_KEY = "eval/num_samples"
 
 
@@ -57,8 +60,8 @@ class EvaluateConfig:
         for name in ("every", "batch_size", "kid_subsets", "kid_subset_size", "projections", "grid"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.num_samples < 2:
-            raise ValueError(f"num_samples is {self.num_samples}: it must be at least 2")
+        if self.num_samples < MIN_SAMPLES:
+            raise ValueError(f"num_samples is {self.num_samples}: it must be at least {MIN_SAMPLES}")
 
 
 @dataclass(frozen=True)
@@ -132,9 +135,14 @@ class Scorer:
         config: what is scored.
         cache: folder of cached features.
         device: where samples are generated and features computed.
+
+    Raises:
+        UserError: there are too few images to score against.
     """
 
     def __init__(self, images: Images, config: EvaluateConfig, cache: Path, device: torch.device) -> None:
+        if len(images) < MIN_SAMPLES:
+            raise UserError(f"The data set {images.name} holds {len(images)} images: scoring needs {MIN_SAMPLES}.")
         self.images = images
         self.config = config
         self.device = device

@@ -92,6 +92,9 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}: it must be in 0..2^63 - 1")
+        for name in ("kappa", "final_sigma"):  # the log density and the entropy of a step need a sigma
+            if getattr(self.schedule, name) == 0.0:
+                raise ValueError(f"schedule.{name} is 0: a policy needs noise in every step, so make it greater than 0")
         try:
             shorten(self.schedule)
         except ValueError as error:

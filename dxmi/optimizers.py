@@ -41,7 +41,7 @@ class OptimizerConfig:
     warmup: int = 0
     """Iterations over which the learning rate rises linearly from lr / warmup to lr."""
     decay: str = "constant"
-    """What the learning rate does after the warm-up: constant, or linear or cosine to 0 at the last iteration."""
+    """After the warm-up: constant, or linear or cosine down to 0, which the iteration after the last would have."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

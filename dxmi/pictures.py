@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import FormatStrFormatter
 from PIL import Image
 from torch import Tensor
 
@@ -72,7 +73,11 @@ def curves_figure(
     for index, (name, value) in enumerate(references.items(), start=1):
         axes.axhline(value, color=f"C{index}", linestyle="--", linewidth=1, label=f"{name}  {value:.2f}")
     axes.set(xlabel="DxMI iteration", ylabel=metric.removeprefix("eval/"), yscale="log")
-    axes.legend(frameon=False)
+    for which in ("major", "minor"):
+        getattr(axes.yaxis, f"set_{which}_formatter")(FormatStrFormatter("%g"))
+    axes.tick_params(axis="y", which="minor", labelsize=8)
+    axes.grid(axis="y", which="both", color="0.92")
+    axes.legend(edgecolor="none", framealpha=0.9)
     _panels(figure.add_subfigure(layout[0, 1]), others)
     return figure
 

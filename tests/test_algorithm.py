@@ -15,6 +15,7 @@ from dxmi.algorithms.ddpm import DDPMConfig
 from dxmi.algorithms.dxmi import DxMI, DxMIConfig
 from dxmi.costs import ReferenceVariance, running_cost, squared_noise, squared_step, step_costs
 from dxmi.energy import Energy
+from dxmi.errors import UserError
 from dxmi.experiment import Experiment, ExperimentConfig, NetworksConfig
 from dxmi.losses import energy_loss
 from dxmi.networks import Critic, MlpConfig, TimedCritic
@@ -27,6 +28,7 @@ from dxmi.optimizers import (
     PolicyOptimizerConfig,
     lr_factor,
 )
+from dxmi.schedules import ScheduleConfig
 from dxmi.value import SeparateValue, SharedValue
 
 T, B, EVENT = 4, 6, (3,)
@@ -632,6 +634,20 @@ REFUSED: list[dict[str, Any]] = [
 def test_a_bad_setting_is_refused(setting):
     with pytest.raises(ValueError, match="it must be"):
         DxMIConfig(**setting)
+
+
+@pytest.mark.parametrize("name", ["kappa", "final_sigma"])
+def test_fine_tuning_without_noise_is_refused_by_name(name):
+    """log sigma would be minus infinity: the first policy update would leave NaN in every weight."""
+    small = MlpConfig(hidden=8, layers=2, embedding=4)
+
+    def build() -> None:
+        networks = NetworksConfig(denoiser=small, energy=small)
+        experiment = Experiment(ExperimentConfig(network=networks, schedule=ScheduleConfig(**{name: 0.0})))
+        experiment.build_finetuning(experiment.build_denoiser())
+
+    with pytest.raises((ValueError, UserError), match=name):
+        build()
 
 
 @pytest.mark.parametrize("name", ["reference_var", "value_mask", "policy_mask"])

@@ -6,33 +6,40 @@ CHANGELOG.md. The tolerance is that of other processors' rounding over a few ite
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dxmi.experiment import Experiment
-from tune.configs import compose_experiment
+from dxmi.config import build
+from dxmi.experiment import Experiment, ExperimentConfig
 
 GOLDEN = Path(__file__).with_name("golden.json")
 ITERATIONS = 5
-SETTINGS = {
-    "as released": [],
-    "objective": ["algorithm=objective", "algorithm.step_cost=sigmoid"],
-    "separate value with target": [
-        "algorithm=objective",
-        "algorithm.value=separate",
-        "algorithm.target_ema=0.995",
-        "algorithm.resample_next=true",
-        "algorithm.all_states=true",
-    ],
-    "step schedule, radam": ["schedule=step_quadratic", "algorithm.policy.kind=radam", "algorithm.policy.warmup=3"],
+NETWORK = {"hidden": 16, "layers": 3, "embedding": 8}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "as released": {},
+    "objective": {"algorithm": {"preset": "objective", "step_cost": "sigmoid"}},
+    "separate value with target": {
+        "algorithm": {
+            "preset": "objective",
+            "value": "separate",
+            "target_ema": 0.995,
+            "resample_next": True,
+            "all_states": True,
+        }
+    },
+    "step schedule, radam": {
+        "schedule": {"method": "step", "shape": "quadratic"},
+        "algorithm": {"policy": {"kind": "radam", "warmup": 3}},
+    },
 }
 
 
-def trajectory(overrides: list[str]) -> list[dict[str, float]]:
-    """Metrics of the first pretraining and fine-tuning iterations."""
-    small = [f"network.{name}.{size}" for name in ("denoiser", "energy", "value") for size in ("hidden=16", "layers=3")]
-    experiment = Experiment(compose_experiment(["experiment=digits", *small, *overrides]).experiment)
+def trajectory(settings: dict[str, Any]) -> list[dict[str, float]]:
+    """Metrics of the first pretraining and fine-tuning iterations, on digits; configs/ has no part in it."""
+    networks = {name: NETWORK for name in ("denoiser", "energy", "value")}
+    experiment = Experiment(build(ExperimentConfig, {"network": networks, **settings}))
     ddpm, pretraining = experiment.build_pretraining()
     noise, rows = pretraining.generators["noise"], []
     rows += [ddpm.update(pretraining.stream.next(), i, noise) for i in range(ITERATIONS)]
@@ -54,6 +61,4 @@ def test_the_first_iterations_are_as_recorded(name):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    GOLDEN.write_text(
-        json.dumps({name: trajectory(overrides) for name, overrides in SETTINGS.items()}, indent=1) + "\n"
-    )
+    GOLDEN.write_text(json.dumps({name: trajectory(settings) for name, settings in SETTINGS.items()}, indent=1) + "\n")

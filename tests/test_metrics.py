@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dxmi.data import data_root
 from dxmi.errors import UserError
+from dxmi.evaluate import EvaluateConfig
 from dxmi.metrics import classifier
 from dxmi.metrics.classifier import CLASSIFIERS, load_classifier
 from dxmi.metrics.fidelity import Pixels, classifier_features, frechet_distance, kernel_distance, precision_recall
@@ -152,6 +153,14 @@ def test_precision_and_recall_equal_brute_force_on_unequal_sets(seed):
     expected = brute_force(generated.numpy(), reference.numpy())
     assert precision_recall(generated, reference) == pytest.approx(expected, abs=1e-6)
     assert expected[0] > expected[1]  # a narrow set is precise and recalls little: the two are not swapped
+
+
+def test_too_few_samples_to_have_a_third_neighbour_are_refused():
+    """Precision and recall need three neighbours besides the sample itself."""
+    scores = precision_recall(normal(4, 2), normal(4, 2, seed=1))
+    assert all(0.0 <= score <= 1.0 for score in scores)
+    with pytest.raises(ValueError, match="num_samples is 3"):
+        EvaluateConfig(num_samples=3)
 
 
 # ----------------------------------------------------------------------------

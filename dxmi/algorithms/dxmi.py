@@ -67,7 +67,7 @@ class DxMIConfig:
     reference_var: tuple[float, ...] | None = None
     """s_t^2 at the start: null for the schedule's eta, one number for all steps, or T numbers."""
     reference_var_ema: float = 0.99
-    """Decay of the adaptive s_t^2 (AVR); 1 keeps the start."""
+    """Decay of the adaptive s_t^2 (AVR); 1 keeps the start. There is no s_t^2 with running_cost=noise."""
     value_mask: tuple[float, ...] | None = None
     """m_v: null for the preset's, one number for all steps, or T numbers."""
     policy_mask: tuple[float, ...] = (1.0,)
