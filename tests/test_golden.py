@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def trajectory(settings: dict[str, Any]) -> list[dict[str, float]]:
     """Metrics of the first pretraining and fine-tuning iterations, on digits; configs/ has no part in it."""
-    networks = {name: NETWORK for name in ("denoiser", "energy", "value")}
+    networks = dict.fromkeys(("denoiser", "energy", "value"), NETWORK)
     experiment = Experiment(build(ExperimentConfig, {"network": networks, **settings}))
     ddpm, pretraining = experiment.build_pretraining()
     noise, rows = pretraining.generators["noise"], []
