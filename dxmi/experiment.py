@@ -9,6 +9,7 @@ import torch
 
 from dxmi.algorithms.ddpm import DDPM, DDPMConfig
 from dxmi.algorithms.dxmi import DxMI, DxMIConfig, per_step_numbers
+from dxmi.checkpoint import Checkpoint
 from dxmi.config import signature, to_tree
 from dxmi.data import BatchStream, DataConfig, Images, load
 from dxmi.energy import Energy
@@ -110,6 +111,19 @@ class ExperimentConfig:
         """12 hex digits that two configs share exactly if they describe the same run."""
         tree = to_tree(self)
         return signature({key: value for key, value in tree.items() if key != "resources"})
+
+
+def require_signature(saved: Checkpoint, config: ExperimentConfig) -> None:
+    """Check that a checkpoint was written under `config`.
+
+    Raises:
+        UserError: it was not; somebody has edited config.yaml.
+    """
+    if saved.meta["signature"] != config.signature:
+        raise UserError(
+            f"Checkpoint {saved.path} was written under another config than the config.yaml beside it "
+            f"(signature {saved.meta['signature']}, now {config.signature}): restore that file."
+        )
 
 
 class Experiment:

@@ -24,7 +24,7 @@ from dxmi.checkpoint import Checkpoint, DamagedCheckpointError
 from dxmi.config import differences, signature, to_tree
 from dxmi.errors import DivergedError, UserError
 from dxmi.evaluate import REPORT, SELECTION, Sampling, Scorer, Scores, generate, generate_states
-from dxmi.experiment import Experiment
+from dxmi.experiment import Experiment, require_signature
 from dxmi.networks import Denoiser
 from dxmi.pictures import curves_figure, save_figure, save_grid, save_steps_grid
 from dxmi.provenance import device_name, git_revision, versions
@@ -311,7 +311,8 @@ class _Run:
         return found.step
 
     def _check_origin(self, found: Checkpoint) -> None:
-        """Refuse a run that was begun with other data; say so if the code has changed."""
+        """Refuse a run that was begun with another config or other data; say so if the code has changed."""
+        require_signature(found, self.config)
         data = self.experiment.images.signature
         if found.meta["data"] != data:
             raise UserError(
@@ -375,6 +376,7 @@ class _Run:
         before = [s for s in checkpoint.steps_in(folder) if s < step][-1:]
         images = self.experiment.images
         meta = {
+            "signature": self.config.signature,
             "best": self.best,
             "score": score,
             "seconds": self.seconds,

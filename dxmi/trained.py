@@ -11,7 +11,7 @@ from dxmi.cache import cache_root
 from dxmi.checkpoint import Checkpoint
 from dxmi.errors import UserError
 from dxmi.evaluate import REPORT, EvaluateConfig, Sampling, Scorer, Scores, generate_states
-from dxmi.experiment import Experiment, ExperimentConfig
+from dxmi.experiment import Experiment, ExperimentConfig, require_signature
 from dxmi.run_directory import RunDirectory
 from dxmi.state import ALGORITHM
 
@@ -58,11 +58,12 @@ def load_trained(run: RunDirectory, config: ExperimentConfig, which: str) -> Tra
     """The `best` or `last` checkpoint of a run.
 
     Raises:
-        UserError: the run has no checkpoint that is whole.
+        UserError: the run has no checkpoint that is whole, or its config was edited.
     """
     found, complaints = _find(run, which)
     if found is None:
         raise UserError(" ".join([*complaints, f"{run.path} has no checkpoint that can be used."]))
+    require_signature(found, config)
     experiment = Experiment(config, event=tuple(found.meta["event"]))
     experiment.use_threads()
     dxmi = experiment.build_dxmi(experiment.build_denoiser())

@@ -186,6 +186,17 @@ def test_a_bad_config_file_is_a_sentence(text, sentence, tmp_path, capsys):
     assert sentence in capsys.readouterr().err
 
 
+def test_an_edited_config_is_refused_in_a_sentence(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "summary.json").unlink()
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("hidden: 16", "hidden: 8"))
+    for command in (["train", "--resume"], ["sample"], ["evaluate"]):
+        assert main([*command, str(copy)]) == 2
+        assert "restore that file" in capsys.readouterr().err
+
+
 def test_a_corrupt_checkpoint_is_named_and_the_other_is_sampled(run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
