@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except DivergedError as error:
         complain(str(error))
+        return FAILED
+    except BrokenPipeError:  # the reader of our output has left, as in `dxmi config | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (so that the interpreter's last flush fails nowhere)
         return FAILED
     except OSError as error:
         complain(f"{error.filename or 'A file'} could not be read or written: {error.strerror or error}.")

@@ -153,6 +153,7 @@ class DxMI(nn.Module):
         self.config = config
         self.policy = policy
         self.value = value
+        self._pair: Tensor | None = None
         self._set_tables(eta.float())
         self._set_averages()
         self._set_optimizers(total)
@@ -272,7 +273,7 @@ class DxMI(nn.Module):
 
     def _update_energy(self, data: Tensor, sample: Tensor) -> dict[str, Tensor]:
         """Step 3: one optimiser step on mean E(x_data) - mean E(x_T) + l2 (mean E(x_data)^2 + mean E(x_T)^2)."""
-        energy_data, energy_sample = self.value.energy(torch.cat((data, sample))).chunk(2)
+        energy_data, energy_sample = self.value.energy(self._paired(data, sample)).chunk(2)
         loss = energy_loss(energy_data, energy_sample, self.config.energy_l2).mean()
         self.energy_optimizer.descend(loss)
         return {
@@ -280,6 +281,13 @@ class DxMI(nn.Module):
             "energy/sample_mean": energy_sample.detach().mean(),
             "energy/loss": loss.detach(),
         }
+
+    def _paired(self, data: Tensor, sample: Tensor) -> Tensor:
+        """Data and samples one after the other, [2B, *event], in memory that is allocated once."""
+        if self._pair is None or len(self._pair) != 2 * len(data):
+            self._pair = data.new_empty((2 * len(data), *data.shape[1:]))
+        torch.cat((data, sample), out=self._pair)
+        return self._pair
 
     def _update_value(
         self, trajectory: Trajectory, t: int, squared: Tensor | None, generator: torch.Generator
