@@ -6,8 +6,7 @@ been touched. For that, every row, evaluation and checkpoint falls on an iterati
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -154,7 +153,7 @@ class _Run:
         self.scorer = scorer
         self.report = report
         self.threads = experiment.use_threads()
-        self.seconds: dict[str, float] = {phase.value: 0.0 for phase in Phase}
+        self.clock = _Stopwatch()
         self.best: dict[str, Any] | None = None
         self.stopping = False
 
@@ -166,29 +165,21 @@ class _Run:
         finished = self.run.read_summary()
         if finished is not None:
             return Summary(**finished)
-        with self._timed(Phase.PRETRAIN):
-            denoiser = self._pretrained()
-        with self._timed(Phase.REFERENCES):
-            references = self._references(denoiser)
+        self.clock.enter(Phase.PRETRAIN)
+        denoiser = self._pretrained()
+        self.clock.enter(Phase.REFERENCES)
+        references = self._references(denoiser)
+        self.clock.enter(Phase.FINETUNE)
         dxmi, state = self.experiment.build_finetuning(denoiser)
         start = self._resume(dxmi, state)
-        with self._timed(Phase.FINETUNE):
-            self._finetune(dxmi, state, start)
-        with self._timed(Phase.REPORT):
-            final = self._final_scores(dxmi)
+        self._finetune(dxmi, state, start)
+        self.clock.enter(Phase.REPORT)
+        final = self._final_scores(dxmi)
+        self.clock.lap()
         summary = self._summary(references, final)
         self._draw(dxmi, summary)
         self.run.write_summary(asdict(summary))
         return summary
-
-    @contextmanager
-    def _timed(self, phase: Phase) -> Iterator[None]:
-        self._phase_started, self._phase_before = time.perf_counter(), self.seconds[phase]
-        yield
-        self._tick(phase)
-
-    def _tick(self, phase: Phase) -> None:
-        self.seconds[phase] = self._phase_before + time.perf_counter() - self._phase_started
 
     def _tell(self, phase: Phase, step: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
         """Report, and remember whether a stop was asked for."""
@@ -306,7 +297,7 @@ class _Run:
         checkpoint.prune(
             self.run.checkpoints, {s for s in checkpoint.steps_in(self.run.checkpoints) if s <= found.step}
         )
-        self.seconds |= found.meta["seconds"]
+        self.clock.add(found.meta["seconds"])
         self.best = self._best_that_is_whole(found)
         return found.step
 
@@ -371,7 +362,7 @@ class _Run:
 
     def _save(self, state: TrainingState, step: int, score: float | None) -> None:
         """Write a checkpoint; keep the best, this one, and the one before it."""
-        self._tick(Phase.FINETUNE)
+        self.clock.lap()
         folder = self.run.checkpoints
         before = [s for s in checkpoint.steps_in(folder) if s < step][-1:]
         images = self.experiment.images
@@ -379,7 +370,7 @@ class _Run:
             "signature": self.config.signature,
             "best": self.best,
             "score": score,
-            "seconds": self.seconds,
+            "seconds": self.clock.seconds,
             "event": list(images.event),
             "data": images.signature,
             "git_revision": git_revision(),
@@ -423,7 +414,7 @@ class _Run:
             seconds_per_1000_images={name: scored.seconds_per_1000 for name, scored in scores.items()},
             iterations=config.train.iterations,
             num_steps=config.schedule.num_steps,
-            seconds=self.seconds,
+            seconds=self.clock.seconds,
             device=device_name(self.experiment.device),
             threads=self.threads,
             git_revision=git_revision(),
@@ -439,6 +430,36 @@ class _Run:
         save_figure(self.run.curves, figure)
         states = generate_states(Sampling(dxmi.evaluated, SELECTION), _STEPS_GRID_ROWS, self.config.evaluate)
         save_steps_grid(self.run.samples / "steps.png", states)
+
+
+class _Stopwatch:
+    """Wall seconds by phase, over all sessions of a run.
+
+    Attributes:
+        seconds: by phase.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = {phase.value: 0.0 for phase in Phase}
+        self._phase: Phase | None = None
+        self._since = time.perf_counter()
+
+    def enter(self, phase: Phase) -> None:
+        """Begin a phase; the one before ends."""
+        self.lap()
+        self._phase = phase
+
+    def lap(self) -> None:
+        """Add what has passed to the present phase."""
+        now = time.perf_counter()
+        if self._phase is not None:
+            self.seconds[self._phase] += now - self._since
+        self._since = now
+
+    def add(self, earlier: Mapping[str, float]) -> None:
+        """Count an earlier session's seconds too."""
+        for phase, seconds in earlier.items():
+            self.seconds[phase] += seconds
 
 
 class _Window:

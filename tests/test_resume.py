@@ -88,6 +88,14 @@ def test_the_best_step_is_the_minimum_of_the_curve(undisturbed):
     assert best["step"] == min(rows, key=lambda row: row["eval/fid_digits"])["step"]
 
 
+def test_seconds_by_phase_add_up_to_the_time_that_passed(tmp_path):
+    before = time.perf_counter()
+    summary = train(tiny("seed=5"), out=tmp_path / "run")
+    passed = time.perf_counter() - before
+    assert all(seconds > 0 for seconds in summary.seconds.values())
+    assert 0.5 * passed < sum(summary.seconds.values()) <= passed
+
+
 def test_two_runs_of_one_config_are_equal_to_the_bit(undisturbed, tmp_path):
     train(tiny(), out=tmp_path / "again")
     assert outcome(tmp_path / "again") == outcome(undisturbed)
