@@ -30,6 +30,8 @@ from dxmi.tensors import from_uint8, to_uint8
 
 SELECTION, REPORT = "selection", "report"
 """Noise streams: the best checkpoint is chosen on one and scored on the other."""
+SCORING_VERSION = 1
+"""Raised whenever a change of the code changes a score, so that cached references are scored again."""
 MIN_SAMPLES = 4
 """Precision and recall look at a sample's third neighbour."""
 NUM_SAMPLES_KEY = "eval/num_samples"
@@ -176,7 +178,7 @@ class Scorer:
 
     def _distances(self, samples: Tensor, features: Tensor) -> dict[str, float]:
         config = self.config
-        precision, recall = precision_recall(features, self.reference)
+        precision, recall = precision_recall(features, self._neighbours())
         return {
             self.metric: frechet_distance(features, self.reference),
             f"eval/kid_{self.name}": kernel_distance(
@@ -195,6 +197,13 @@ class Scorer:
                 generator=generator(config.seed, "projections"),
             ),
         }
+
+    def _neighbours(self) -> Tensor:
+        """As many reference features as there are samples: comparing all pairs of a large data set takes minutes."""
+        if len(self.reference) <= self.config.num_samples:
+            return self.reference
+        order = torch.randperm(len(self.reference), generator=generator(self.config.seed, "neighbours"))
+        return self.reference[order[: self.config.num_samples]]
 
     def _with_count(self, values: dict[str, float]) -> dict[str, float]:
         return values | {NUM_SAMPLES_KEY: float(self.config.num_samples)}

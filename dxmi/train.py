@@ -22,7 +22,7 @@ from dxmi.cache import cache_root, cached
 from dxmi.checkpoint import Checkpoint, DamagedCheckpointError
 from dxmi.config import differences, signature, to_tree
 from dxmi.errors import DivergedError, UserError
-from dxmi.evaluate import REPORT, SELECTION, Sampling, Scorer, Scores, generate, generate_states
+from dxmi.evaluate import REPORT, SCORING_VERSION, SELECTION, Sampling, Scorer, Scores, generate, generate_states
 from dxmi.experiment import Experiment, require_signature
 from dxmi.networks import Denoiser
 from dxmi.pictures import curves_figure, save_figure, save_grid, save_steps_grid
@@ -252,6 +252,7 @@ class _Run:
     def _reference(self, schedule: StepSchedule, denoiser: Denoiser, done: int, total: int) -> Scores:
         """One sampler's scores; `done` of `total` network evaluations came before it."""
         identity = {
+            "version": SCORING_VERSION,
             "pretraining": self.experiment.pretraining_signature,
             "schedule": {key: value.tolist() for key, value in asdict(schedule).items()},
             "evaluate": to_tree(self.config.evaluate) | {"every": None, "grid": None},
