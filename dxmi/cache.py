@@ -5,23 +5,25 @@ computes it; the others wait for the lock and then read. A killed writer's lock 
 half written is never at the final name.
 """
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
-from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from dxmi.errors import UserError
-from dxmi.files import write_atomic
+from dxmi.files import user_path, write_atomic
+
+_DIGEST_BYTES = 32
 
 
 def cache_root() -> Path:
     """Where results are kept: $DXMI_CACHE, else ~/.cache/dxmi/cache."""
-    return Path(os.environ.get("DXMI_CACHE") or Path.home() / ".cache" / "dxmi" / "cache").expanduser()
+    return user_path(os.environ.get("DXMI_CACHE") or "~/.cache/dxmi/cache", "DXMI_CACHE")
 
 
 def lock_for(path: Path) -> FileLock:
@@ -49,14 +51,20 @@ def cached(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Te
         found = _read(path)  # another process may have been first
         if found is None:
             found = compute()
-            write_atomic(
-                path, save_safetensors({key: value.detach().cpu().contiguous() for key, value in found.items()})
-            )
+            _write(path, found)
     return found
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """The sha256 of what follows, then safetensors."""
+    data = save_safetensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+    write_atomic(path, hashlib.sha256(data).digest() + data)
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
     try:
-        return load_safetensors(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, SafetensorError):
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    digest, data = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    return load_safetensors(data) if hashlib.sha256(data).digest() == digest else None

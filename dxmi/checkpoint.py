@@ -97,9 +97,19 @@ def load(path: Path) -> Checkpoint:
     """
     manifest = _read_manifest(path)
     files = {name: _read_checked(path / name, digest) for name, digest in manifest.items()}
-    meta = json.loads(files.pop("meta.json"))
+    meta = _meta(path, files.pop("meta.json"))
     groups = {name.removesuffix(".safetensors"): _tensors(path / name, data) for name, data in files.items()}
     return Checkpoint(path, meta["step"], groups, meta)
+
+
+def _meta(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        meta = json.loads(data)
+    except ValueError:
+        meta = None
+    if not isinstance(meta, dict) or not isinstance(meta.get("step"), int):
+        raise DamagedCheckpointError(f"Checkpoint {path} is damaged: meta.json holds no step.")
+    return meta
 
 
 def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
@@ -140,8 +150,11 @@ def _read(path: Path) -> bytes:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of which `folder` holds a checkpoint, ascending."""
-    matches = (_NAME.fullmatch(entry.name) for entry in folder.iterdir()) if folder.is_dir() else ()
+    """The steps of which `folder` holds a checkpoint, ascending; links and plain files are none."""
+    entries = (
+        (entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink()) if folder.is_dir() else ()
+    )
+    matches = (_NAME.fullmatch(entry.name) for entry in entries)
     return sorted(int(match[1]) for match in matches if match)
 
 

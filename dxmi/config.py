@@ -59,7 +59,7 @@ def _kind(cls: type[T], tree: Mapping[str, Any], path: str) -> type[T]:
     if cls is not NetworkConfig:
         return cls
     kind = tree.get("kind", NetworkConfig.kind)
-    if kind not in NETWORK_CONFIGS:
+    if not isinstance(kind, str) or kind not in NETWORK_CONFIGS:
         raise UserError(f"{path}.kind is {kind!r}: it must be one of {', '.join(NETWORK_CONFIGS)}.")
     return typing.cast("type[T]", NETWORK_CONFIGS[kind])
 
@@ -78,7 +78,10 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if is_dataclass(hint):
         return build(typing.cast("type[Any]", hint), value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise UserError(f"{path} is too large a number.") from error
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         raise UserError(f"{path} is {value!r}: it must be {_WORDS[hint]}.")
     return value

@@ -32,6 +32,7 @@ SELECTION, REPORT = "selection", "report"
 """Noise streams: the best checkpoint is chosen on one and scored on the other."""
 SCORING_VERSION = 1
 """Raised whenever a change of the code changes a score, so that cached references are scored again."""
+_MIN_SUBSET, _SEEDS = 2, 2**32
 MIN_SAMPLES = 4
 """Precision and recall look at a sample's third neighbour."""
 NUM_SAMPLES_KEY = "eval/num_samples"
@@ -62,6 +63,10 @@ class EvaluateConfig:
         for name in ("every", "batch_size", "kid_subsets", "kid_subset_size", "projections", "grid"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.kid_subset_size < _MIN_SUBSET:
+            raise ValueError(f"kid_subset_size is {self.kid_subset_size}: it must be at least {_MIN_SUBSET}")
+        if not 0 <= self.seed < _SEEDS:
+            raise ValueError(f"seed is {self.seed}: it must be in 0..2^32 - 1")
         if self.num_samples < MIN_SAMPLES:
             raise ValueError(f"num_samples is {self.num_samples}: it must be at least {MIN_SAMPLES}")
 
@@ -151,9 +156,7 @@ class Scorer:
         self.name = images.name
         self.metric = f"eval/fid_{self.name}"
         self.identity = f"{images.signature}-{self.name}-{CLASSIFIERS[self.name].sha256[:12]}"
-        self.reference = cached(cache / "features" / f"{self.identity}.safetensors", self._reference_features)[
-            "features"
-        ]
+        self.reference = cached(cache / "features" / f"{self.identity}.cached", self._reference_features)["features"]
 
     def _reference_features(self) -> dict[str, Tensor]:
         return {"features": classifier_features(self.name, self.images.pixels.to(self.device))}

@@ -1,6 +1,7 @@
 """From a config tree to built objects."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,7 @@ from dxmi.seeds import generator
 from dxmi.state import TrainingState
 from dxmi.value import SeparateValue, SharedValue, Value
 
+_MAX_THREADS = 1024
 PRETRAINING_VERSION = 1
 """Raised whenever a change of the code changes what pretraining computes, so that old results are not read."""
 
@@ -67,10 +69,10 @@ class ResourcesConfig:
     """CPU threads of PyTorch; 0 for as many as this process may run on."""
 
     def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
             raise ValueError(f"device is {self.device!r}: it must be auto, cpu, cuda or cuda:N")
-        if self.threads < 0:
-            raise ValueError(f"threads is {self.threads}: it must be 0 or greater")
+        if not 0 <= self.threads <= _MAX_THREADS:
+            raise ValueError(f"threads is {self.threads}: it must be in 0..{_MAX_THREADS}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,8 @@ class ExperimentConfig:
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", self.name):
+            raise ValueError(f"name is {self.name!r}: it must be 1 to 100 letters, digits, dots, dashes or underscores")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}: it must be in 0..2^63 - 1")
         for name in ("kappa", "final_sigma"):  # the log density and the entropy of a step need a sigma
@@ -119,10 +123,11 @@ def require_signature(saved: Checkpoint, config: ExperimentConfig) -> None:
     Raises:
         UserError: it was not; somebody has edited config.yaml.
     """
-    if saved.meta["signature"] != config.signature:
+    written = saved.meta.get("signature")
+    if written != config.signature:
         raise UserError(
-            f"Checkpoint {saved.path} was written under another config than the config.yaml beside it "
-            f"(signature {saved.meta['signature']}, now {config.signature}): restore that file."
+            f"Checkpoint {saved.path} was written under another config (signature {written}) than config.yaml's "
+            f"({config.signature}): restore that file."
         )
 
 

@@ -5,6 +5,24 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dxmi.errors import UserError
+
+_SPACE = 0x20
+
+
+def user_path(text: str, what: str) -> Path:
+    """A path that a user wrote, with ~ expanded.
+
+    Raises:
+        UserError: it is empty, holds control characters, or names an unknown user.
+    """
+    if not text.strip() or any(ord(character) < _SPACE for character in text):
+        raise UserError(f"{what} is {text!r}: it must be the path of a folder.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{what} is {text}: there is no such home folder.") from error
+
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a power cut."""

@@ -53,23 +53,23 @@ Curve = Sequence[tuple[float, float]]
 
 
 def curves_figure(
-    metric: str, curve: Curve, references: Mapping[str, float], best_step: int, others: Mapping[str, Curve]
+    metric: str, curve: Curve, references: Mapping[str, float], best: tuple[float, float], others: Mapping[str, Curve]
 ) -> Figure:
     """The score against iterations with the references as lines, and small panels of what was logged.
 
     Args:
         metric: name of the score.
-        curve: (iteration, score).
-        references: name to score, each drawn as a horizontal line.
-        best_step: marked on the curve.
+        curve: (iteration, score) on the noise on which the best checkpoint is chosen.
+        references: name to score on the report's noise, each drawn as a horizontal line.
+        best: iteration and score on the report's noise of the best checkpoint, drawn as a star.
         others: logged metrics by key, as (iteration, value).
     """
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     layout = figure.add_gridspec(1, 2, width_ratios=(1.25, 1.0))
     axes = figure.add_subfigure(layout[0, 0]).subplots()
-    steps, values = zip(*curve, strict=True)
-    axes.plot(steps, values, marker="o", markersize=3, color="C0", label="fine-tuned")
-    axes.plot(best_step, dict(curve)[best_step], marker="*", markersize=13, color="C0", linestyle="none", label="best")
+    axes.plot(*_columns(curve), marker="o", markersize=3, color="C0", label="fine-tuned (selection noise)")
+    label = f"best  {best[1]:.2f} (report noise, as the lines)"
+    axes.plot(*best, marker="*", markersize=13, color="C0", linestyle="none", label=label)
     for index, (name, value) in enumerate(references.items(), start=1):
         axes.axhline(value, color=f"C{index}", linestyle="--", linewidth=1, label=f"{name}  {value:.2f}")
     axes.set(xlabel="DxMI iteration", ylabel=metric.removeprefix("eval/"), yscale="log")
@@ -82,13 +82,18 @@ def curves_figure(
     return figure
 
 
+def _columns(curve: Curve) -> tuple[list[float], list[float]]:
+    return [x for x, _ in curve], [y for _, y in curve]
+
+
 def _panels(figure: SubFigure, others: Mapping[str, Curve]) -> None:
     shown = {key: curve for key, curve in others.items() if curve}
     if not shown:
         return
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (key, curve) in zip(panels, shown.items(), strict=True):
-        axes.plot(*zip(*curve, strict=True), linewidth=1, color="0.3")
+        axes.plot(*_columns(curve), linewidth=1, color="0.3")
+        axes.ticklabel_format(axis="y", useOffset=False)
         axes.set_title(key, loc="left", fontsize=8)
         axes.tick_params(labelsize=7)
 

@@ -93,11 +93,14 @@ class RunDirectory:
             UserError: it is not JSON.
         """
         try:
-            return dict(json.loads(self.summary.read_text()))
+            summary = json.loads(self.summary.read_text())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError as error:
-            raise UserError(f"{self.summary} is damaged: delete it and resume the run to write it again.") from error
+        except ValueError:
+            summary = None
+        if not isinstance(summary, dict):
+            raise UserError(f"{self.summary} is damaged: delete it and resume the run to write it again.")
+        return summary
 
     def append(self, rows: list[Row]) -> None:
         """Add rows to metrics.jsonl, on disk when this returns."""
@@ -107,11 +110,24 @@ class RunDirectory:
             os.fsync(file.fileno())
 
     def rows(self) -> list[Row]:
-        """The rows of metrics.jsonl; a last line that a killed writer cut short is left out."""
+        """The rows of metrics.jsonl; a last line that a killed writer cut short is left out.
+
+        Raises:
+            UserError: another line is no row.
+        """
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        lines = self.metrics.read_text(errors="replace").split("\n")
+        return [self._row(number, line) for number, line in enumerate(lines[:-1], start=1) if line]
+
+    def _row(self, number: int, line: str) -> Row:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{self.metrics} is damaged: line {number} is no row. Delete that line.")
+        return row
 
     def forget_after(self, step: int) -> None:
         """Drop the rows of later steps than `step`, which a resumed run will write again."""
@@ -131,15 +147,17 @@ def read_yaml(path: Path, missing: str) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         text = path.read_text() if size <= _MAX_YAML_BYTES else ""
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(missing) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a plain YAML config: it is not UTF-8 text.") from error
     if size > _MAX_YAML_BYTES:
         raise UserError(f"{path} has {size} bytes: a config has at most {_MAX_YAML_BYTES}.")
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise UserError(f"{path} uses YAML aliases: write the values out.")
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a plain YAML config: {reason}") from error
     if not isinstance(tree, dict):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dxmi.checkpoint import Checkpoint
+from dxmi.checkpoint import Checkpoint, DamagedCheckpointError
 from dxmi.data import BatchStream
 from dxmi.optimizers import Optimizer
 
@@ -38,7 +38,13 @@ class TrainingState:
         return {ALGORITHM: dict(self.module.state_dict()), STATE: state}
 
     def restore(self, saved: Checkpoint) -> None:
-        """The inverse of `groups`."""
+        """The inverse of `groups`.
+
+        Raises:
+            DamagedCheckpointError: a group is missing.
+        """
+        if not {ALGORITHM, STATE} <= saved.groups.keys():
+            raise DamagedCheckpointError(f"Checkpoint {saved.path} is damaged: it lacks {ALGORITHM} or {STATE}.")
         self.module.load_state_dict(saved.groups[ALGORITHM])
         state = saved.groups[STATE]
         self.stream.load_state(_under("stream", state))

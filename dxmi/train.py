@@ -7,7 +7,7 @@ been touched. For that, every row, evaluation and checkpoint falls on an iterati
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from shutil import copytree, rmtree
@@ -20,10 +20,10 @@ from dxmi import checkpoint
 from dxmi.algorithms.dxmi import DxMI
 from dxmi.cache import cache_root, cached
 from dxmi.checkpoint import Checkpoint, DamagedCheckpointError
-from dxmi.config import differences, signature, to_tree
+from dxmi.config import build, differences, signature, to_tree
 from dxmi.errors import DivergedError, UserError
 from dxmi.evaluate import REPORT, SCORING_VERSION, SELECTION, Sampling, Scorer, Scores, generate, generate_states
-from dxmi.experiment import Experiment, require_signature
+from dxmi.experiment import Experiment, ExperimentConfig, require_signature
 from dxmi.networks import Denoiser
 from dxmi.pictures import curves_figure, save_figure, save_grid, save_steps_grid
 from dxmi.provenance import device_name, git_revision, versions
@@ -134,7 +134,7 @@ def train(
 def _refuse_other_run(run: RunDirectory, experiment: Experiment) -> None:
     if not run.config.exists():
         return
-    old, new = run.read_config(), to_tree(experiment.config)
+    old, new = to_tree(build(ExperimentConfig, run.read_config())), to_tree(experiment.config)
     changed = [line for line in differences(old, new) if not line.startswith("resources.")]
     if changed:
         raise UserError(
@@ -164,7 +164,7 @@ class _Run:
         """All phases, in order."""
         finished = self.run.read_summary()
         if finished is not None:
-            return Summary(**finished)
+            return _read_summary(self.run, finished)
         self.clock.enter(Phase.PRETRAIN)
         denoiser = self._pretrained()
         self.clock.enter(Phase.REFERENCES)
@@ -200,9 +200,11 @@ class _Run:
     # Pretraining, once for all runs that share its signature.
 
     def _pretrained(self) -> Denoiser:
-        path = cache_root() / "pretrained" / f"{self.experiment.pretraining_signature}.safetensors"
+        path = cache_root() / "pretrained" / f"{self.experiment.pretraining_signature}.cached"
         denoiser = self.experiment.build_denoiser()
-        denoiser.load_state_dict(cached(path, lambda: self._pretrain(path.with_suffix(".partial"))))
+        partial = path.with_suffix(".partial")
+        denoiser.load_state_dict(cached(path, lambda: self._pretrain(partial)))
+        rmtree(partial, ignore_errors=True)
         total = self.config.pretrain.iterations
         self._tell_or_stop(Phase.PRETRAIN, total, total)
         return denoiser
@@ -227,7 +229,6 @@ class _Run:
                 checkpoint.prune(partial, {step})
             if self.stopping and step < total:
                 raise _Stopped
-        rmtree(partial, ignore_errors=True)
         return dict(ddpm.average.state_dict())
 
     # ------------------------------------------------------------------------
@@ -243,6 +244,7 @@ class _Run:
         num_samples = self.config.evaluate.num_samples
         evaluations = {name: num_samples * schedule.num_steps for name, schedule in samplers.items()}
         total, done, scores = sum(evaluations.values()), 0, {}
+        self._tell_or_stop(Phase.REFERENCES, done, total)
         for name, schedule in samplers.items():
             scores[name] = self._reference(schedule, denoiser, done, total)
             done += evaluations[name]
@@ -259,14 +261,14 @@ class _Run:
             "features": self.scorer.identity,
             "device": self.experiment.device.type,
         }
-        path = cache_root() / "references" / f"{signature(identity)}.safetensors"
+        path = cache_root() / "references" / f"{signature(identity)}.cached"
 
         def on_batch(samples: int) -> None:
             self._tell_or_stop(Phase.REFERENCES, done + samples * schedule.num_steps, total)
 
         def compute() -> dict[str, Tensor]:
             policy = self.experiment.build_policy(denoiser, schedule)
-            scores = self.scorer.full(Sampling(policy, REPORT, on_batch=on_batch))
+            scores = _finite(self.scorer.full(Sampling(policy, REPORT, on_batch=on_batch)), 0)
             numbers = {**scores.values, "seconds_per_1000": scores.seconds_per_1000}
             return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
 
@@ -384,13 +386,13 @@ class _Run:
 
     def _final_scores(self, dxmi: DxMI) -> dict[str, Scores]:
         assert self.best is not None  # the last iteration is always evaluated
-        last = self.scorer.full(Sampling(dxmi.evaluated, REPORT))
+        last = _finite(self.scorer.full(Sampling(dxmi.evaluated, REPORT)), self.config.train.iterations)
         self._tell(Phase.REPORT, 1, 2)
         best = last
         if self.best["step"] != self.config.train.iterations:
             saved = checkpoint.load(checkpoint.path_of(self.run.checkpoints, self.best["step"]))
             dxmi.load_state_dict(saved.groups[ALGORITHM])
-            best = self.scorer.full(Sampling(dxmi.evaluated, REPORT))
+            best = _finite(self.scorer.full(Sampling(dxmi.evaluated, REPORT)), self.best["step"])
         self._tell(Phase.REPORT, 2, 2)
         return {"best": best, "last": last}
 
@@ -425,12 +427,19 @@ class _Run:
     def _draw(self, dxmi: DxMI, summary: Summary) -> None:
         """The curve, and the best policy's samples step by step."""
         rows = self.run.rows()
-        figure = curves_figure(
-            summary.metric, curve_of(rows, summary.metric), summary.reference, summary.best["step"], logged_curves(rows)
-        )
+        best = (summary.best["step"], summary.best["value"])
+        curve = curve_of(rows, summary.metric)
+        figure = curves_figure(summary.metric, curve, summary.reference, best, logged_curves(rows))
         save_figure(self.run.curves, figure)
         states = generate_states(Sampling(dxmi.evaluated, SELECTION), _STEPS_GRID_ROWS, self.config.evaluate)
         save_steps_grid(self.run.samples / "steps.png", states)
+
+
+def _read_summary(run: RunDirectory, tree: dict[str, Any]) -> Summary:
+    names = [f.name for f in fields(Summary)]
+    if not set(names) <= tree.keys():
+        raise UserError(f"{run.summary} is damaged: delete it and train again; the run is then only finished anew.")
+    return Summary(**{name: tree[name] for name in names})
 
 
 class _Stopwatch:
@@ -485,6 +494,18 @@ class _Window:
             if not math.isfinite(value):
                 raise DivergedError(step, key, value)
         return dict(zip(keys, means, strict=True))
+
+
+def _finite(scores: Scores, step: int) -> Scores:
+    """The scores themselves.
+
+    Raises:
+        DivergedError: one of them is not finite.
+    """
+    for key, value in scores.values.items():
+        if not math.isfinite(value):
+            raise DivergedError(step, key, value)
+    return scores
 
 
 def curve_of(rows: list[Row], key: str) -> list[tuple[float, float]]:

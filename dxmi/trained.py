@@ -40,15 +40,18 @@ class Trained:
 
     def scores(self, num_samples: int | None, seed: int | None, guidance: float) -> Scores:
         """Every score, on the noise of the run's own report unless `seed` says otherwise."""
-        config = self._config(seed)
-        if num_samples is not None:
-            config = replace(config, num_samples=num_samples)
+        config = self._config(seed, num_samples)
         scorer = Scorer(self.experiment.images, config, cache_root(), self.experiment.device)
         return scorer.full(self._sampling(REPORT, guidance))
 
-    def _config(self, seed: int | None) -> EvaluateConfig:
-        config = self.experiment.config.evaluate
-        return config if seed is None else replace(config, seed=seed)
+    def _config(self, seed: int | None, num_samples: int | None = None) -> EvaluateConfig:
+        """The run's evaluation with what is not None put in its place."""
+        given = {"seed": seed, "num_samples": num_samples}
+        changes = {key: value for key, value in given.items() if value is not None}
+        try:
+            return replace(self.experiment.config.evaluate, **changes)
+        except ValueError as error:
+            raise UserError(f"{error}.") from error
 
     def _sampling(self, stream: str, guidance: float) -> Sampling:
         return Sampling(self.dxmi.evaluated, stream, self.dxmi.value.gradient, guidance)

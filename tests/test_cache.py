@@ -51,6 +51,15 @@ def test_a_second_call_does_not_compute(tmp_path):
     assert torch.equal(again["x"], torch.ones(2))
 
 
+def test_a_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "result"
+    cached(path, lambda: {"x": torch.ones(2)})
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert torch.equal(cached(path, lambda: {"x": torch.zeros(2)})["x"], torch.zeros(2))
+
+
 @pytest.mark.parametrize("content", [b"", b"rubbish", b"\x00" * 100])
 def test_a_damaged_result_is_computed_again(tmp_path, content):
     path = tmp_path / "result.safetensors"

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -153,6 +154,7 @@ REFUSED = [
     (["sample", "nowhere", "--out", "grid.gif"], "must end in .png or .npz"),
     (["sample", "nowhere", "--out", "no/such/grid.png"], "does not exist"),
     (["evaluate", "nowhere"], "nowhere is not a run folder"),
+    (["evaluate", "nowhere", "--out", "no/such/scores.json"], "does not exist"),
 ]
 
 
@@ -178,6 +180,8 @@ def test_bad_input_is_a_sentence_and_exit_code_2_and_writes_nothing(arguments, s
         ("_target_: os.system", "_target_ is not a setting"),
         ("algorithm: {lr: 3}", "algorithm.lr is not a setting"),
         ("name: " + "x" * 2_000_000, "bytes"),
+        ("seed: 2001-99-99", "not a plain YAML config"),
+        ("name: " + "x" * 200, "letters, digits"),
     ],
 )
 def test_a_bad_config_file_is_a_sentence(text, sentence, tmp_path, capsys):
@@ -195,6 +199,81 @@ def test_an_edited_config_is_refused_in_a_sentence(run, tmp_path, capsys):
     for command in (["train", "--resume"], ["sample"], ["evaluate"]):
         assert main([*command, str(copy)]) == 2
         assert "restore that file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("summary", ["{}", "[1]", "null", "rubbish"])
+def test_a_damaged_summary_is_named(run, tmp_path, capsys, summary):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "summary.json").write_text(summary)
+    assert main(["train", "--resume", str(copy)]) == 2
+    assert "summary.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["rubbish", "{}", "[1]"])
+def test_a_damaged_row_is_named(run, tmp_path, capsys, line):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "summary.json").unlink()
+    rows = (copy / "metrics.jsonl").read_text()
+    (copy / "metrics.jsonl").write_text(line + "\n" + rows)
+    assert main(["train", "--resume", str(copy)]) == 2
+    assert "line 1 is no row" in capsys.readouterr().err
+
+
+def test_lost_rows_do_not_lose_the_result(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "summary.json").unlink()
+    (copy / "metrics.jsonl").unlink()
+    assert main(["train", "--resume", str(copy)]) == 0
+    assert (copy / "summary.json").exists()
+
+
+def test_links_and_files_among_the_checkpoints_are_left_alone(run, tmp_path):
+    copy, outside = tmp_path / "copy", tmp_path / "outside"
+    shutil.copytree(run, copy)
+    (copy / "summary.json").unlink()
+    outside.mkdir()
+    (copy / "checkpoints" / "step_00000098").write_text("")
+    (copy / "checkpoints" / "step_00000099").symlink_to(outside)
+    assert main(["train", "--resume", str(copy)]) == 0
+    assert outside.exists()
+
+
+def test_a_run_from_a_gpu_is_sampled_and_resumed_on_a_cpu(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("device: auto", "device: cuda:99"))
+    picture = ["--out", str(tmp_path / "x.png")]
+    assert main(["sample", str(copy), *picture]) == 2
+    assert "PyTorch sees" in capsys.readouterr().err
+    assert main(["sample", str(copy), "--device", "cpu", *picture]) == 0
+    (copy / "summary.json").unlink()
+    assert main(["train", "--resume", str(copy), "resources.device=cpu"]) == 0
+
+
+def test_a_reader_that_leaves_does_not_stop_the_run(run, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "tune.cli", "train", *TINY, f"out={out}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert "Traceback" not in errors
+    assert (out / "summary.json").exists()
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.5, 1.0])
+def test_ctrl_c_while_it_starts_is_no_traceback(tmp_path, seconds):
+    command = [sys.executable, "-m", "tune.cli", "train", *TINY, f"out={tmp_path / 'run'}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in errors or "tune/cli.py" not in errors
 
 
 def test_a_corrupt_checkpoint_is_named_and_the_other_is_sampled(run, tmp_path, capsys):

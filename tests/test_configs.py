@@ -53,7 +53,7 @@ def test_a_config_survives_the_way_to_yaml_and_back(name):
 
 def test_resources_do_not_enter_the_signature_and_everything_else_does():
     base = compose_experiment([]).experiment
-    assert compose_experiment(["resources.threads=1", "out=/tmp/x"]).experiment.signature == base.signature
+    assert compose_experiment(["resources.threads=1", "out=x"]).experiment.signature == base.signature
     changed = ["seed=1", "algorithm.entropy_coef=0.2", "evaluate.seed=1", "data.label=3", "network=mlp", "name=other"]
     signatures = {compose_experiment([override]).experiment.signature for override in changed}
     assert len(signatures | {base.signature}) == len(changed) + 1
@@ -128,7 +128,18 @@ def test_published_reproduction_is_as_design_lists_it():
         ("algorithm.entropy_coef=0.1,0.2", "names several values"),
         ("algorithm", "is not an override"),
         ("algorithm.entropy_coef=[", "is not an override"),
-        ("out=3", "must be the path of a folder"),
+        ("out=", "must be the path of a folder"),
+        ("out=~nobody-here/run", "there is no such home folder"),
+        ("name=../x", "letters, digits, dots"),
+        ("name=''", "letters, digits, dots"),
+        ("evaluate.seed=-1", "evaluate.seed is -1"),
+        ("evaluate.kid_subset_size=1", "must be at least 2"),
+        ("resources.device='cuda:²'", "must be auto, cpu, cuda"),
+        ("resources.threads=3000000000", "resources.threads is 3000000000"),
+        ("network.denoiser.kind=[a]", "must be one of mlp"),
+        ("network.denoiser.hidden=100000000", "hidden is 100000000"),
+        ("algorithm.policy.lr=1" + 400 * "0", "too large a number"),
+        ("seed=" + 5000 * "1", "is not an override"),
     ],
 )
 def test_a_bad_override_is_refused_in_a_sentence(override, sentence):
@@ -136,6 +147,13 @@ def test_a_bad_override_is_refused_in_a_sentence(override, sentence):
         compose_experiment([override])
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_out_takes_any_path_as_it_is_written():
+    for path in ("runs/ünï", "a=b", "(x)", "with space", "{y}"):
+        assert compose_experiment([f"out={path}"]).out == Path(path)
+    with pytest.raises(UserError, match="out is given twice"):
+        compose_experiment(["out=a", "out=b"])
 
 
 def test_an_override_given_twice_is_refused():

@@ -20,8 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 from dxmi.config import build, to_tree, unknown_key
 from dxmi.errors import UserError
 from dxmi.experiment import ExperimentConfig
+from dxmi.files import user_path
 
 _ROOT = "config"
+_SHOWN = 60
+"""Characters of a bad override that are repeated to the user."""
 _DEFAULTS = "dxmi_defaults"
 
 
@@ -60,7 +63,8 @@ def compose_experiment(overrides: Sequence[str]) -> Composed:
     Raises:
         UserError: an override is malformed, repeated, unknown or refused.
     """
-    parsed = _parse(overrides)
+    out = _out([o for o in overrides if o.startswith("out=")])
+    parsed = _parse([o for o in overrides if not o.startswith("out=")])
     options = groups()
     chosen = [str(o.input_line) for o in parsed if _is_group(o, options)]
     values = [o for o in parsed if not _is_group(o, options)]
@@ -70,18 +74,26 @@ def compose_experiment(overrides: Sequence[str]) -> Composed:
     for override in values:
         _check_path(override, known, options)
     tree = _compose([*chosen, *(str(o.input_line) for o in values)])
-    out = tree.pop("out", None)
-    if out is not None and (not isinstance(out, str) or not out or "\0" in out or "\n" in out):
-        raise UserError(f"out is {out!r}: it must be the path of a folder.")
-    return Composed(build(ExperimentConfig, tree), Path(out).expanduser() if out else None)
+    return Composed(build(ExperimentConfig, tree), out)
+
+
+def _out(given: Sequence[str]) -> Path | None:
+    """The folder that out=DIR names; taken as it is written, since Hydra's grammar would want odd names quoted."""
+    if len(given) > 1:
+        raise UserError("out is given twice: keep one.")
+    return user_path(given[0].removeprefix("out="), "out") if given else None
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
+    except (HydraException, ValueError) as error:
         bad = next((o for o in overrides if not _parses(o)), overrides[0])
-        raise UserError(f"{bad!r} is not an override: write key=value, like algorithm.entropy_coef=0.03.") from error
+        shown = bad if len(bad) <= _SHOWN else bad[:_SHOWN] + "..."
+        raise UserError(
+            f"{shown!r} is not an override: write key=value, like algorithm.entropy_coef=0.03, "
+            "and odd characters in quotes."
+        ) from error
     seen = set()
     for override in parsed:
         if override.is_sweep_override():
@@ -95,7 +107,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 def _parses(override: str) -> bool:
     try:
         OverridesParser.create().parse_override(override)
-    except HydraException:
+    except (HydraException, ValueError):
         return False
     return True
 

@@ -1,5 +1,6 @@
 """What a person sees: progress while a run goes on, tables at its end, sentences when something is wrong."""
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,20 @@ _PLAIN_LINES = 10
 def complain(sentence: str) -> None:
     """One sentence to the error stream."""
     print(f"dxmi: {sentence}", file=sys.stderr, flush=True)
+
+
+def discard_output() -> None:
+    """Send what is printed from now on nowhere: whoever read it has left, and the work goes on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Terminal(Console):
+    """A console whose reader may leave: the output ends, the work does not."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich, whose own way is to exit."""
+        self.quiet = True
+        discard_output()
 
 
 class _RateColumn(ProgressColumn):
@@ -138,8 +153,11 @@ def result_table(summary: Mapping[str, object]) -> Table:
         (f"{steps} steps, before", steps, "shortened"),
         (f"{steps} steps, after (iteration {best['step']})", steps, "best"),
     ]
-    table = Table(caption=f"{metric} of {summary['num_samples']:,} samples each; lower is better")
-    for heading in ("sampler", "network evaluations", metric, "seconds for 1,000 images"):
+    table = Table(
+        caption=f"Network evaluations an image; {metric} of {summary['num_samples']:,} samples each, lower is better; "
+        "seconds for 1,000 images."
+    )
+    for heading in ("sampler", "evaluations", metric, "seconds for 1,000"):
         table.add_column(heading, justify="left" if heading == "sampler" else "right")
     for label, evaluations, name in rows:
         score = f"{scores[name][summary['metric']]:.2f}"

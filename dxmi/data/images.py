@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dxmi.data.idx import read_idx
 from dxmi.errors import UserError
+from dxmi.files import user_path
 from dxmi.tensors import from_uint8
 
 MNIST8_IMAGES = 20_000
@@ -60,7 +61,7 @@ class Images:
 
 def data_root() -> Path:
     """Where files of data sets are looked for: $DXMI_DATA, else ~/.cache/dxmi."""
-    return Path(os.environ.get("DXMI_DATA") or Path.home() / ".cache" / "dxmi").expanduser()
+    return user_path(os.environ.get("DXMI_DATA") or "~/.cache/dxmi", "DXMI_DATA")
 
 
 def load(config: DataConfig) -> Images:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from dxmi.networks.base import Critic, Denoiser, NetworkConfig, SinusoidalEmbedding, TimedCritic
 
+_MAX_WIDTH, _MAX_LAYERS = 16_384, 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class MlpConfig(NetworkConfig):
@@ -26,12 +28,12 @@ class MlpConfig(NetworkConfig):
     """Width of the sinusoidal time embedding; an energy, which knows no time, ignores it."""
 
     def __post_init__(self) -> None:
-        if self.hidden < 1:
-            raise ValueError(f"hidden is {self.hidden}: it must be at least 1")
-        if self.layers < 2:
-            raise ValueError(f"layers is {self.layers}: it must be at least 2")
-        if self.embedding < 2 or self.embedding % 2:
-            raise ValueError(f"embedding is {self.embedding}: it must be even and at least 2")
+        if not 1 <= self.hidden <= _MAX_WIDTH:
+            raise ValueError(f"hidden is {self.hidden}: it must be in 1..{_MAX_WIDTH}")
+        if not 2 <= self.layers <= _MAX_LAYERS:
+            raise ValueError(f"layers is {self.layers}: it must be in 2..{_MAX_LAYERS}")
+        if not 2 <= self.embedding <= _MAX_WIDTH or self.embedding % 2:
+            raise ValueError(f"embedding is {self.embedding}: it must be even and in 2..{_MAX_WIDTH}")
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator, *, bias: bool = True) -> nn.Linear:
