@@ -130,7 +130,7 @@ def _check_path(override: Override, known: dict[str, Any], options: dict[str, li
     parts = override.key_or_group.split(".")
     for index, part in enumerate(parts):
         if not isinstance(tree, dict) or part not in tree:
-            names = [*tree, *(options if index == 0 else ())] if isinstance(tree, dict) else []
+            names = list(dict.fromkeys([*tree, *(options if index == 0 else ())])) if isinstance(tree, dict) else []
             if not names:
                 raise UserError(f"{override.key_or_group} is not a setting: {'.'.join(parts[:index])} is a value.")
             raise UserError(unknown_key(override.key_or_group, part, names))
