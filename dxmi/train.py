@@ -268,8 +268,8 @@ class _Run:
 
         def compute() -> dict[str, Tensor]:
             policy = self.experiment.build_policy(denoiser, schedule)
-            scores = _finite(self.scorer.full(Sampling(policy, REPORT, on_batch=on_batch)), 0)
-            numbers = {**scores.values, "seconds_per_1000": scores.seconds_per_1000}
+            scores = self.scorer.full(Sampling(policy, REPORT, on_batch=on_batch))
+            numbers = {**_finite(scores.values, 0), "seconds_per_1000": scores.seconds_per_1000}
             return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
 
         numbers = {key: float(value) for key, value in sorted(cached(path, compute).items())}
@@ -351,10 +351,8 @@ class _Run:
     def _evaluate(self, dxmi: DxMI, step: int) -> float:
         """The policy's score on the fixed selection noise; also draws its grid and remembers the best."""
         sampling = Sampling(dxmi.evaluated, SELECTION)
-        scores = self.scorer.quick(sampling).values
+        scores = _finite(self.scorer.quick(sampling).values, step)
         score = scores[self.scorer.metric]
-        if not math.isfinite(score):
-            raise DivergedError(step, self.scorer.metric, score)
         if self.best is None or score < self.best["value"]:
             self.best = {"step": step, "value": score}
         self.run.append([{"step": step, **scores}])
@@ -386,13 +384,15 @@ class _Run:
 
     def _final_scores(self, dxmi: DxMI) -> dict[str, Scores]:
         assert self.best is not None  # the last iteration is always evaluated
-        last = _finite(self.scorer.full(Sampling(dxmi.evaluated, REPORT)), self.config.train.iterations)
+        last = self.scorer.full(Sampling(dxmi.evaluated, REPORT))
+        _finite(last.values, self.config.train.iterations)
         self._tell(Phase.REPORT, 1, 2)
         best = last
         if self.best["step"] != self.config.train.iterations:
             saved = checkpoint.load(checkpoint.path_of(self.run.checkpoints, self.best["step"]))
             dxmi.load_state_dict(saved.groups[ALGORITHM])
-            best = _finite(self.scorer.full(Sampling(dxmi.evaluated, REPORT)), self.best["step"])
+            best = self.scorer.full(Sampling(dxmi.evaluated, REPORT))
+            _finite(best.values, self.best["step"])
         self._tell(Phase.REPORT, 2, 2)
         return {"best": best, "last": last}
 
@@ -490,22 +490,19 @@ class _Window:
         keys = list(self.metrics[0])
         means = torch.stack([torch.stack([m[key] for m in self.metrics]).mean() for key in keys]).tolist()
         self.metrics.clear()
-        for key, value in zip(keys, means, strict=True):
-            if not math.isfinite(value):
-                raise DivergedError(step, key, value)
-        return dict(zip(keys, means, strict=True))
+        return _finite(dict(zip(keys, means, strict=True)), step)
 
 
-def _finite(scores: Scores, step: int) -> Scores:
-    """The scores themselves.
+def _finite(metrics: dict[str, float], step: int) -> dict[str, float]:
+    """The metrics themselves.
 
     Raises:
         DivergedError: one of them is not finite.
     """
-    for key, value in scores.values.items():
+    for key, value in metrics.items():
         if not math.isfinite(value):
             raise DivergedError(step, key, value)
-    return scores
+    return metrics
 
 
 def curve_of(rows: list[Row], key: str) -> list[tuple[float, float]]:

@@ -144,7 +144,7 @@ def _train(args: argparse.Namespace) -> int:
         return STOPPED
     if finished is not None:
         console.out(f"This run has finished before; nothing was done again. Its folder is {out}.", highlight=False)
-    show_result(console, run, run.read_summary() or {})
+    show_result(console, run, summary)
     return OK
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dxmi.run_directory import RunDirectory
-from dxmi.train import Phase
+from dxmi.train import Phase, Summary
 from dxmi.train import Progress as Event
 
 _LABELS = {
@@ -138,35 +138,29 @@ def _score_note(metrics: Mapping[str, float]) -> str:
     return next(scores, "")
 
 
-def result_table(summary: Mapping[str, object]) -> Table:
+def result_table(summary: Summary) -> Table:
     """The samplers of a finished run side by side: network evaluations, score, seconds for 1,000 images."""
-    steps = summary["num_steps"]
-    metric = str(summary["metric"]).removeprefix("eval/")
-    scores, seconds = summary["scores"], summary["seconds_per_1000_images"]
-    best = summary["best"]
-    assert isinstance(scores, dict)
-    assert isinstance(seconds, dict)
-    assert isinstance(best, dict)
+    steps, metric = summary.num_steps, summary.metric.removeprefix("eval/")
     rows = [
         ("1000 steps (DDPM)", 1000, "ddpm_1000"),
         (f"{steps} steps (DDIM)", steps, f"ddim_{steps}"),
         (f"{steps} steps, before", steps, "shortened"),
-        (f"{steps} steps, after (iteration {best['step']})", steps, "best"),
+        (f"{steps} steps, after (iteration {summary.best['step']})", steps, "best"),
     ]
     table = Table(
-        caption=f"Network evaluations an image; {metric} of {summary['num_samples']:,} samples each, lower is better; "
+        caption=f"Network evaluations an image; {metric} of {summary.num_samples:,} samples each, lower is better; "
         "seconds for 1,000 images."
     )
     for heading in ("sampler", "evaluations", metric, "seconds for 1,000"):
         table.add_column(heading, justify="left" if heading == "sampler" else "right")
     for label, evaluations, name in rows:
-        score = f"{scores[name][summary['metric']]:.2f}"
-        style = "bold" if name == "best" else None
-        table.add_row(label, str(evaluations), score, f"{seconds[name]:.3f}", style=style)
+        score = f"{summary.scores[name][summary.metric]:.2f}"
+        seconds = f"{summary.seconds_per_1000_images[name]:.3f}"
+        table.add_row(label, str(evaluations), score, seconds, style="bold" if name == "best" else None)
     return table
 
 
-def show_result(console: Console, run: RunDirectory, summary: Mapping[str, object]) -> None:
+def show_result(console: Console, run: RunDirectory, summary: Summary) -> None:
     """The table, and where the pictures are."""
     console.print(result_table(summary))
     for label, path in (
