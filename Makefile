@@ -1,4 +1,4 @@
-# make demo   sets up and trains on real digits: a 5-step sampler overtakes the 1000-step model it came from
+# make demo   sets up and sweeps on real digits: 5-step samplers overtake the 1000-step model they came from
 # make test   sets up, then format, lint, types, import contracts and tests
 # make check  format, lint, types and import contracts alone
 # make setup  the virtual environment alone
@@ -21,7 +21,7 @@ setup: .venv/.ready
 	touch $@
 
 demo: setup
-	$(BIN)/dxmi train experiment=digits
+	$(BIN)/dxmi sweep experiment=digits sweep=demo
 
 check: setup
 	$(BIN)/ruff format --check .

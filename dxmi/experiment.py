@@ -1,5 +1,6 @@
 """From a config tree to built objects."""
 
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -66,13 +67,17 @@ class ResourcesConfig:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     threads: int = 0
-    """CPU threads of PyTorch; 0 for as many as this process may run on."""
+    """CPU threads of PyTorch; 0 for as many as this process may run on (in a sweep: one for each trial)."""
+    gpus: float = 1.0
+    """In a sweep, each trial's share of a GPU if there is one: 0.25 puts four trials on it."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
             raise ValueError(f"device is {self.device!r}: it must be auto, cpu, cuda or cuda:N")
         if not 0 <= self.threads <= _MAX_THREADS:
             raise ValueError(f"threads is {self.threads}: it must be in 0..{_MAX_THREADS}")
+        if not (0.01 <= self.gpus <= 1.0 or (1.0 < self.gpus < math.inf and self.gpus == int(self.gpus))):
+            raise ValueError(f"gpus is {self.gpus}: it must be in 0.01..1, or a whole number")
 
 
 @dataclass(frozen=True, kw_only=True)

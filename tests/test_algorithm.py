@@ -252,6 +252,20 @@ def test_value_update_regresses_on_the_target_by_hand(make_dxmi, kind, t):
     assert float(error) == pytest.approx(float((value - target).square().mean()), rel=1e-5)
 
 
+def test_the_energy_steps_of_an_iteration_are_as_many_as_asked_for(make_dxmi, monkeypatch):
+    dxmi, pairs = make_dxmi(DxMIConfig(energy_updates=3)), []
+    update_energy = dxmi._update_energy
+
+    def spy(data: Tensor, sample: Tensor) -> dict[str, Tensor]:
+        pairs.append((data, sample))
+        return update_energy(data, sample)
+
+    monkeypatch.setattr(dxmi, "_update_energy", spy)
+    updates(dxmi, 1)
+    assert len(pairs) == 3
+    assert all(torch.equal(a, b) for pair in pairs for a, b in zip(pair, pairs[0], strict=True))
+
+
 def test_value_learns_from_the_last_step_backwards(make_dxmi, monkeypatch):
     dxmi, order = make_dxmi(DxMIConfig(value_updates=2)), []
     update_value = dxmi._update_value
@@ -619,6 +633,7 @@ REFUSED: list[dict[str, Any]] = [
     {"entropy_coef": -0.1},
     {"cost_coef": float("inf")},
     {"energy_l2": float("nan")},
+    {"energy_updates": 0},
     {"value_updates": 0},
     {"policy_updates": 0},
     {"reference_var_ema": 1.1},
@@ -707,6 +722,7 @@ DXMI: Perturbations = {
     "value_mask": ({}, (1.0, 0.0, 0.0, 0.0)),
     "policy_mask": ({}, (1.0, 1.0, 1.0, 0.0)),
     "value": ({}, "separate"),
+    "energy_updates": ({}, 2),
     "value_updates": ({}, 2),
     "policy_updates": ({}, 2),
     "all_states": ({}, True),

@@ -268,7 +268,12 @@ def test_a_reader_that_leaves_does_not_stop_the_run(run, tmp_path):
 @pytest.mark.parametrize("seconds", [0.1, 0.5, 1.0])
 def test_ctrl_c_while_it_starts_is_no_traceback(tmp_path, seconds):
     command = [sys.executable, "-m", "tune.cli", "train", *TINY, f"out={tmp_path / 'run'}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+
+    def listen() -> None:  # a shell's background job ignores Ctrl-C, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=listen) as process:  # noqa: PLW1509
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)

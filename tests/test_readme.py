@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from dxmi.metrics.classifier import CLASSIFIERS
 from tune.cli import main
+from tune.configs import sweeps
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -49,25 +51,62 @@ def test_a_dxmi_command_of_the_readme_works(newcomer, command):
     """In the README's order: later commands use the folders of earlier ones."""
     program, *arguments = shlex.split(command)
     assert program == "dxmi"
-    if arguments[0] == "train" and "--resume" not in arguments:
+    if arguments[0] in ("train", "sweep") and not {"--resume", "--config"} & set(arguments):
         arguments += TINY
+    if arguments[0] == "sweep" and "--resume" not in arguments:
+        arguments += ["sweep.budget.trials=2"]
     assert main(arguments) == 0
 
 
 def test_files_that_the_readme_promises_are_there_afterwards(newcomer):
     assert {"grid.png", "steps.png", "samples.npz", "guided.png"} <= {entry.name for entry in newcomer.iterdir()}
-    promised = re.findall(r"^\| `([\w.]+/?)` \| ", README.split("## Look at a run")[1].split("```")[0], re.MULTILINE)
+    promised = re.findall(r"^\| `([\w.]+/?)` \| ", section("## Look at a run"), re.MULTILINE)
     assert len(promised) == 6
     for name in promised:
         assert (newcomer / "runs" / "low-entropy" / name).exists()
 
 
-def test_the_python_of_the_readme_works(newcomer):
-    (block,) = re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL)
-    small = block.replace('"seed=1"', ", ".join(repr(word) for word in ["seed=1", *TINY]))
+def test_files_that_the_readme_promises_of_a_study_are_there_afterwards(newcomer):
+    promised = re.findall(r"^\| `([\w./]+)` \| ", section("### What comes out"), re.MULTILINE)
+    assert len(promised) == 6
+    for name in promised:
+        assert (newcomer / "studies" / "lr-1" / name.replace("0007", "0001")).exists()
+
+
+def section(heading: str) -> str:
+    """The README from a heading to the next block of commands."""
+    return README.split(heading)[1].split("```")[0]
+
+
+PYTHON = re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("block", "word", "left"),
+    [
+        (PYTHON[0], "sweep.budget.trials=2", "studies/notebook/report.html"),
+        (PYTHON[1], "seed=1", "runs/from-python/summary.json"),
+    ],
+)
+def test_the_python_of_the_readme_works(newcomer, block, word, left):
+    small = block.replace(f'"{word}"', ", ".join(repr(setting) for setting in [word, *TINY]))
     assert small != block
     exec(compile(ast.parse(small), "README.md", "exec"), {})
-    assert (newcomer / "runs" / "from-python" / "summary.json").exists()
+    assert (newcomer / left).exists()
+
+
+def test_the_sweep_file_of_the_readme_plans_a_study(newcomer):
+    (text,) = re.findall(r"```yaml\n(.+?)```", README, flags=re.DOTALL)
+    (newcomer / "my.yaml").write_text(text)
+    assert main(["sweep", "sweep=my.yaml", "--dry-run"]) == 0
+
+
+def test_every_shipped_sweep_is_in_the_readme_with_its_sampler_and_trials():
+    names = {"tpe": "TPE", "nsga2": "NSGA-II"}
+    for name in sweeps():
+        tree = yaml.safe_load((ROOT / "configs" / "sweep" / f"{name}.yaml").read_text())
+        (by,) = re.findall(rf"^\| `{name}` \| .+ \| (.+) \|$", README, flags=re.MULTILINE)
+        assert by.startswith(f"{names[tree['sampler']['kind']]}, {tree['budget']['trials']} trials")
 
 
 def test_other_commands_of_the_readme_exist():

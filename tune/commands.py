@@ -1,13 +1,11 @@
-"""The commands: `dxmi train | sample | evaluate | config`."""
+"""The commands: `dxmi train | sample | evaluate | config`, and those of `tune.sweep_commands`."""
 
 import argparse
+import importlib
 import io
 import logging
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import yaml
@@ -20,11 +18,12 @@ from dxmi.errors import DivergedError, UserError
 from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.files import write_atomic, write_json
 from dxmi.pictures import save_grid, save_steps_grid
-from dxmi.run_directory import RunDirectory
+from dxmi.run_directory import RunDirectory, read_yaml
 from dxmi.train import train
 from dxmi.trained import CHECKPOINTS, Trained, load_trained
-from tune.configs import compose_experiment, groups
+from tune.configs import compose_experiment, groups, out_folder, overridden, sweeps
 from tune.console import ProgressReporter, Terminal, complain, discard_output, show_result
+from tune.signals import gentle_stop
 
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
 
@@ -37,13 +36,19 @@ Cut a diffusion model to a few steps and fine-tune those with DxMI (arXiv 2407.0
   dxmi sample runs/low-entropy --num 64 --out grid.png
   dxmi evaluate runs/low-entropy
   dxmi config experiment=digits                    every setting and its value
+
+  dxmi sweep experiment=digits sweep=demo          eight trials, a leaderboard and a report (minutes on a laptop)
+  dxmi sweep experiment=digits sweep=learning_rates name=lr-1 --dry-run
+  dxmi sweep --resume lr-1                         go on after an interruption
+  dxmi studies | dxmi report lr-1 | dxmi ui        what there is, its report, MLflow's page
+  dxmi doctor                                      is this machine ready?
 """
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 failed, 2 bad input, 130 stopped by a signal."""
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
-    args = _parser().parse_args(arguments)
+    args = _parse(arguments)
     try:
         return int(args.run(args))
     except UserError as error:
@@ -58,6 +63,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         complain(f"{error.filename or 'A file'} could not be read or written: {error.strerror or error}.")
         return FAILED
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line; settings may stand before and after options, which argparse alone would refuse."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(args, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="key=value",
         help="settings; out=DIR chooses the run folder; with --resume only resources.*",
     )
-    sub.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with an interrupted run")
+    source = sub.add_mutually_exclusive_group()
+    source.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with an interrupted run")
+    source.add_argument("--config", type=Path, metavar="FILE", help="a whole config, like a study's best.yaml")
 
     sub = command("sample", _sample, "draw images from a run's policy", "")
     _run_arguments(sub)
@@ -98,7 +117,49 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("config", _config, "print what would run", overrides)
     sub.add_argument("overrides", nargs="*", metavar="key=value")
+    _study_commands(command)
     return parser
+
+
+def _study_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands around studies."""
+    names = ", ".join(sweeps())
+    sub = command(
+        "sweep",
+        _later("sweep"),
+        "run a study of many trials",
+        f"sweep=NAME is one of {names}, or FILE.yaml; name=STUDY names the study; sweep.budget.trials=8,\n"
+        "sweep.sampler.kind=sobol, tracking.uri=http://... and the like change one setting; the rest as for train.\n",
+    )
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="sweep=NAME, experiment=NAME, any setting")
+    sub.add_argument("--resume", metavar="STUDY", help="go on with a study; only budgets and resources may change")
+    sub.add_argument("--dry-run", action="store_true", help="print trials, space, time and disk, and start nothing")
+    _studies_argument(sub)
+
+    _studies_argument(command("studies", _later("studies"), "list studies and their states", ""))
+
+    sub = command("report", _later("report"), "write a study's tables and report.html anew", "")
+    sub.add_argument("study", metavar="STUDY", help="name or folder of a study")
+    _studies_argument(sub)
+
+    sub = command("ui", _later("ui"), "open MLflow's page on the studies here, on this machine only", "")
+    sub.add_argument("--port", type=_positive, help="to listen on (default: the first free one from 5000 on)")
+    _studies_argument(sub)
+
+    _studies_argument(command("doctor", _later("doctor"), "is this machine ready for a sweep?", ""))
+
+
+def _studies_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--studies", type=Path, default=Path("studies"), metavar="DIR", help="their folder (./studies)")
+
+
+def _later(name: str) -> Callable[[argparse.Namespace], int]:
+    """A command of `tune.sweep_commands`, imported when it runs: Ray, Optuna and MLflow take seconds."""
+
+    def run(args: argparse.Namespace) -> int:
+        return int(getattr(importlib.import_module("tune.sweep_commands"), name)(args))
+
+    return run
 
 
 def _run_arguments(sub: argparse.ArgumentParser) -> None:
@@ -130,14 +191,14 @@ def _finite(text: str) -> float:
 
 
 def _train(args: argparse.Namespace) -> int:
-    config, out = _resumed(args) if args.resume else _composed(args)
+    config, out = _resumed(args) if args.resume else _read(args) if args.config else _composed(args)
     run = RunDirectory(out)
     console = Terminal()
     finished = run.read_summary()
     if finished is None and steps_in(run.checkpoints):
         console.out(f"Going on with the run in {out}.", highlight=False)
     experiment = Experiment(config)
-    with ProgressReporter(console) as reporter, _stops_gently(reporter):
+    with ProgressReporter(console) as reporter, gentle_stop(reporter.ask_to_stop):
         summary = train(experiment, out=out, report=reporter)
     if summary is None:
         complain(f"stopped and saved. Go on with: dxmi train --resume {out}")
@@ -151,37 +212,35 @@ def _train(args: argparse.Namespace) -> int:
 def _composed(args: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
     composed = compose_experiment(args.overrides)
     config = composed.experiment
-    return config, composed.out or Path("runs") / f"{config.name}-{config.signature}"
+    return config, composed.out or _default_out(config)
+
+
+def _read(args: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
+    """A whole config from a file; only resources.* and out= may be added."""
+    out = [override for override in args.overrides if override.startswith("out=")]
+    other = [o for o in args.overrides if not o.startswith(("resources.", "out="))]
+    if other:
+        raise UserError(f"--config runs the config in {args.config}: change it there, or leave out {' '.join(other)}.")
+    tree = read_yaml(args.config, f"The config {args.config} cannot be read.")
+    config = _with_resources(build(ExperimentConfig, tree), [o for o in args.overrides if o not in out])
+    return config, out_folder(out) or _default_out(config)
+
+
+def _default_out(config: ExperimentConfig) -> Path:
+    return Path("runs") / f"{config.name}-{config.signature}"
+
+
+def _with_resources(config: ExperimentConfig, overrides: Sequence[str]) -> ExperimentConfig:
+    tree = to_tree(config)
+    return build(ExperimentConfig, {**tree, **overridden({"resources": tree["resources"]}, overrides)})
 
 
 def _resumed(args: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
     other = [override for override in args.overrides if not override.startswith("resources.")]
     if other:
         raise UserError(f"--resume goes on with the run's own config: leave out {' '.join(other)}.")
-    tree = RunDirectory(args.resume).read_config()
-    resources = {}
-    for override in args.overrides:
-        key, _, value = override.removeprefix("resources.").partition("=")
-        resources[key] = yaml.safe_load(value)
-    return build(ExperimentConfig, {**tree, "resources": {**tree.get("resources", {}), **resources}}), args.resume
-
-
-@contextmanager
-def _stops_gently(reporter: ProgressReporter) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks the run to save and return; the second stops at once."""
-
-    def handle(_signal: int, _frame: FrameType | None) -> None:
-        if reporter.stop:
-            raise KeyboardInterrupt
-        reporter.stop = True
-        complain("saving, then stopping; once more to stop at once.")
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    config = build(ExperimentConfig, RunDirectory(args.resume).read_config())
+    return _with_resources(config, args.overrides), args.resume
 
 
 # ----------------------------------------------------------------------------

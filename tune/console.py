@@ -35,6 +35,7 @@ _UNITS = {
     Phase.FINETUNE: "iterations",
     Phase.REPORT: "policies",
 }
+_FILE_COLUMNS = 120
 _PLAIN_LINES = 10
 """Lines a phase prints when the output is no terminal, evaluations aside."""
 
@@ -50,7 +51,12 @@ def discard_output() -> None:
 
 
 class Terminal(Console):
-    """A console whose reader may leave: the output ends, the work does not."""
+    """A console whose reader may leave: the output ends, the work does not. In a file, tables have room."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not self.is_terminal and "COLUMNS" not in os.environ:
+            self.width = _FILE_COLUMNS
 
     def on_broken_pipe(self) -> None:
         """Called by rich, whose own way is to exit."""
@@ -98,6 +104,11 @@ class ProgressReporter:
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
+
+    def ask_to_stop(self, _signal: str) -> None:
+        """Let the run save and stop at its next report."""
+        self.stop = True
+        complain("saving, then stopping; once more to stop at once.")
 
     def __call__(self, event: Event) -> bool:
         """Show one event; returns whether a stop was asked for."""

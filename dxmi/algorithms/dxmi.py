@@ -4,7 +4,7 @@ One `update` is one iteration:
 
     1. roll out the policy                      without gradient
     2. adapt the reference variance             AVR
-    3. energy: low on data, high on samples     one optimiser step
+    3. energy: low on data, high on samples     one optimiser step (or energy_updates)
     4. value: t = T-1 .. 0, temporal difference one optimiser step each
     5. policy: one fresh step from stored states
 
@@ -74,6 +74,8 @@ class DxMIConfig:
     """m_p: one number for all steps, or T numbers."""
     value: str = "shared"
     """shared: the energy is the value; separate: a time-conditioned network of its own."""
+    energy_updates: int = 1
+    """Energy steps in an iteration; more than one where the T value steps smooth a shared energy too much."""
     value_updates: int = 1
     """Sweeps over t = T-1 .. 0 in an iteration."""
     policy_updates: int = 1
@@ -100,7 +102,7 @@ class DxMIConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
         for name in ("entropy_coef", "cost_coef", "energy_l2", "step_cost_scale"):
             require_rate(f"{name}", getattr(self, name))
-        for name in ("value_updates", "policy_updates"):
+        for name in ("energy_updates", "value_updates", "policy_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if not 0.0 <= self.reference_var_ema <= 1.0:
@@ -238,7 +240,8 @@ class DxMI(nn.Module):
             self.reference_var.update(squared)
 
         # 3. Energy: low on data, high on samples.
-        metrics = self._update_energy(data, trajectory.sample)
+        for _ in range(self.config.energy_updates):
+            metrics = self._update_energy(data, trajectory.sample)
 
         # 4. Value: backwards in time, one temporal difference each.
         for _ in range(self.config.value_updates):

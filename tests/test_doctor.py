@@ -1,0 +1,326 @@
+"""The doctor finds what is wrong with a machine, says what to do about it, and changes nothing."""
+
+import os
+import shutil
+import socket
+import sqlite3
+from collections import namedtuple
+from contextlib import closing
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+import torch
+
+from dxmi.errors import UserError
+from tune import doctor, ui
+from tune.doctor import Finding, Verdict, examine
+
+
+def findings(studies) -> dict[str, Finding]:
+    found = examine(studies)
+    assert len({finding.subject for finding in found}) == len(found)
+    return {finding.subject: finding for finding in found}
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path_factory, monkeypatch):
+    """What would be uploaded is what is in the working folder."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture
+def database(tmp_path):
+    """A tracking store with three runs, as far as the doctor looks."""
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection, connection:
+        connection.execute("CREATE TABLE runs (run_uuid TEXT)")
+        connection.executemany("INSERT INTO runs VALUES (?)", [("a",), ("b",), ("c",)])
+    return tmp_path / "mlflow.db"
+
+
+@pytest.fixture
+def taken():
+    """A port that somebody listens on."""
+    with socket.socket() as listener:
+        listener.bind((ui.HOST, 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def free() -> int:
+    """A port that nobody has, at this moment."""
+    with socket.socket() as probe:
+        probe.bind((ui.HOST, 0))
+        return probe.getsockname()[1]
+
+
+def test_it_looks_at_everything_starts_nothing_and_writes_nothing(tmp_path):
+    found = findings(tmp_path / "studies")
+    expected = {"versions", "devices", "memory", "disk for studies", "disk for Ray", "cache", "data", "tracking store"}
+    assert {*expected, "MLflow UI", "upload"} <= set(found)
+    assert list(tmp_path.iterdir()) == []
+    assert all(finding.text for finding in found.values())
+    assert all(finding.advice for finding in found.values() if finding.verdict is not Verdict.GOOD)
+
+
+# ----------------------------------------------------------------------------
+# Packages and devices
+
+
+def test_versions_are_those_that_are_installed():
+    text = findings(Path("studies"))["versions"].text
+    for package in ("torch", "ray", "optuna", "mlflow"):
+        assert f"{package} {version(package)}" in text
+
+
+@pytest.mark.parametrize(
+    ("package", "installed", "is_good"),
+    [
+        ("ray", "2.53.9", False),
+        ("ray", "2.54.0", True),
+        ("ray", "3.0.0", True),
+        ("mlflow", "3.9.1", False),
+        ("mlflow", "3.11", True),
+        ("torch", "2.9.1+cu128", False),
+        ("torch", "2.10.0+cpu", True),
+        ("hydra-core", "1.3.5", False),
+        ("hydra-core", "1.3.6", True),
+        ("hydra-core", "1.4.0.dev1", True),
+        ("optuna", None, False),
+    ],
+)
+def test_a_package_that_is_missing_or_too_old_is_bad(monkeypatch, tmp_path, package, installed, is_good):
+    def faked(name: str) -> str:
+        if name != package:
+            return "99.0"
+        if installed is None:
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(doctor, "version", faked)
+    finding = findings(tmp_path)["versions"]
+    assert finding.verdict is (Verdict.GOOD if is_good else Verdict.BAD)
+    assert (package in finding.advice) is not is_good
+    assert ("make setup" in finding.advice) is not is_good
+
+
+def test_devices_are_said_with_how_trials_share_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    text = findings(tmp_path)["devices"].text
+    assert text == "no GPU; trials: 6 at once, each with 1 of 6 CPU threads"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    text = findings(tmp_path)["devices"].text
+    assert text == "GPU 0, GPU 1; trials: 2 at once, each with 3 of 6 CPU threads and 1 of 2 GPUs"
+
+
+@pytest.mark.parametrize(("gigabytes", "verdict"), [(3.9, Verdict.WARNING), (4.1, Verdict.GOOD)])
+def test_little_memory_is_noticed(monkeypatch, tmp_path, gigabytes, verdict):
+    monkeypatch.setattr(doctor, "_meminfo", lambda: {"MemAvailable": gigabytes * 1e9, "MemTotal": 64e9})
+    finding = findings(tmp_path)["memory"]
+    assert finding.verdict is verdict
+    assert finding.text == f"{gigabytes} of 64.0 GB available"
+    assert bool(finding.advice) is (verdict is Verdict.WARNING)
+
+
+Usage = namedtuple("Usage", ["total", "used", "free"])
+
+
+def test_little_disk_is_noticed_and_little_shared_memory_is_bad(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1e12, 1e12, 0.1e9))
+    found = findings(tmp_path)
+    assert found["disk for studies"].verdict is Verdict.WARNING
+    assert found["disk for studies"].text == f"0.1 GB free at {tmp_path}"
+    assert found["disk for Ray"].verdict is Verdict.WARNING
+    assert found["shared memory"].verdict is Verdict.BAD
+    assert "--shm-size" in found["shared memory"].advice
+
+
+def test_a_folder_that_cannot_be_written_is_bad(monkeypatch, tmp_path):
+    writable = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: writable(path, mode) and path != tmp_path)
+    finding = findings(tmp_path / "not" / "there" / "yet")["disk for studies"]
+    assert finding.verdict is Verdict.BAD
+    assert finding.text == f"{tmp_path} cannot be written"
+    assert "--studies" in finding.advice
+
+
+# ----------------------------------------------------------------------------
+# The tracking store and the studies
+
+
+def test_a_store_that_is_not_there_yet_is_good(tmp_path):
+    finding = findings(tmp_path)["tracking store"]
+    assert finding.verdict is Verdict.GOOD
+    assert "none yet" in finding.text
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_whole_store_is_good_and_its_runs_are_counted(tmp_path, database):
+    before = database.read_bytes()
+    finding = findings(tmp_path)["tracking store"]
+    assert finding.verdict is Verdict.GOOD
+    assert finding.text == f"{database}: 3 runs; dxmi ui shows them"
+    assert database.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [database]
+
+
+@pytest.mark.parametrize(
+    "content", [b"this is no database, however long it is" * 100, b"SQLite format 3\x00" + 5000 * b"x"]
+)
+def test_a_broken_store_is_bad_with_what_to_do(tmp_path, content):
+    (tmp_path / "mlflow.db").write_bytes(content)
+    finding = findings(tmp_path)["tracking store"]
+    assert finding.verdict is Verdict.BAD
+    assert str(tmp_path / "mlflow.db") in finding.text
+    assert "move the file away" in finding.advice
+
+
+def test_a_store_of_something_else_or_cut_short_is_bad(tmp_path, database):
+    database.write_bytes(database.read_bytes()[:4500])
+    assert findings(tmp_path)["tracking store"].verdict is Verdict.BAD
+    database.unlink()
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("CREATE TABLE other (x TEXT)")
+    assert "no such table" in findings(tmp_path)["tracking store"].text
+
+
+@pytest.mark.parametrize("name", ["run #3", "50%25", "a?b", "ünï", "a b"])
+def test_a_store_in_a_folder_with_an_odd_name_is_found(tmp_path, database, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    database.rename(folder / "mlflow.db")
+    finding = findings(folder)["tracking store"]
+    assert (finding.verdict, finding.text.partition(": ")[2]) == (Verdict.GOOD, "3 runs; dxmi ui shows them")
+
+
+def test_studies_are_counted(tmp_path):
+    assert "studies" not in findings(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "study.yaml").write_text("")
+    (tmp_path / "c").mkdir()
+    assert findings(tmp_path)["studies"].text.startswith(f"2 in {tmp_path};")
+
+
+def test_the_cache_and_the_data_are_where_the_variables_say(tmp_path, monkeypatch):
+    monkeypatch.setenv("DXMI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DXMI_DATA", str(tmp_path / "data"))
+    found = findings(tmp_path)
+    assert found["cache"].text == f"0 results, 0.00 GB in {tmp_path / 'cache'} (DXMI_CACHE)"
+    assert found["data"].text.startswith("no files in ")
+    (tmp_path / "cache" / "references").mkdir(parents=True)
+    for name in ("x.cached", "y.cached", "z.lock"):
+        (tmp_path / "cache" / "references" / name).write_bytes(b"x")
+    with (tmp_path / "cache" / "large").open("wb") as file:
+        file.truncate(2_500_000_000)  # sparse
+    (tmp_path / "data" / "mnist").mkdir(parents=True)
+    found = findings(tmp_path)
+    assert found["cache"].text.startswith("2 results, 2.50 GB")
+    assert found["data"].text.startswith("mnist in ")
+
+
+# ----------------------------------------------------------------------------
+# The upload
+
+
+def sparse(path, size: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+def test_a_small_folder_can_be_uploaded(tmp_path):
+    here = Path.cwd()
+    sparse(here / "a", 99_000_000)
+    finding = findings(tmp_path)["upload"]
+    assert (finding.verdict, finding.text) == (Verdict.GOOD, f"99.0 MB in {here} would go to a cluster")
+
+
+def test_an_upload_that_is_too_big_names_its_biggest_folders(tmp_path):
+    here = Path.cwd()
+    for name, size in (("small", 1), ("weights/a", 60), ("weights/b", 70), ("pictures/x/y", 50), ("notes", 10)):
+        sparse(here / name, size * 1_000_000)
+    finding = findings(tmp_path)["upload"]
+    assert finding.verdict is Verdict.WARNING
+    assert finding.text.startswith("191.0 MB in ")
+    assert finding.advice == "ray job submit takes 100 MB: move away weights 130 MB, pictures 50 MB, notes 10 MB."
+
+
+def test_what_is_not_uploaded_does_not_count(tmp_path):
+    here = Path.cwd()
+    for name in (".git", ".venv", "runs", "studies", "package/__pycache__"):
+        sparse(here / name / "x", 500_000_000)
+    sparse(tmp_path / "elsewhere" / "x", 500_000_000)
+    (here / "link").symlink_to(tmp_path / "elsewhere")
+    assert findings(tmp_path)["upload"].verdict is Verdict.GOOD
+
+
+# ----------------------------------------------------------------------------
+# Ports and addresses
+
+
+def test_a_taken_port_is_noticed(monkeypatch, tmp_path, taken):
+    monkeypatch.setattr(doctor, "DEFAULT_PORT", taken)
+    finding = findings(tmp_path)["MLflow UI"]
+    assert (finding.verdict, finding.text) == (Verdict.WARNING, f"127.0.0.1:{taken} is taken")
+    assert finding.advice == "dxmi ui then takes the next free port."
+
+
+def test_a_free_port_is_good(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "DEFAULT_PORT", port := free())
+    finding = findings(tmp_path)["MLflow UI"]
+    assert finding == Finding("MLflow UI", Verdict.GOOD, f"127.0.0.1:{port} is free")
+
+
+def test_a_cluster_in_the_environment_is_noticed(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert "Ray" not in findings(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "http://10.0.0.1:8265")
+    finding = findings(tmp_path)["Ray"]
+    assert finding.verdict is Verdict.WARNING
+    assert "http://10.0.0.1:8265" in finding.text
+
+
+def test_a_host_name_that_does_not_resolve_is_noticed(monkeypatch, tmp_path):
+    def fails(*_):
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", fails)
+    finding = findings(tmp_path)["host name"]
+    assert finding.verdict is Verdict.WARNING
+    assert f"add {socket.gethostname()} to /etc/hosts" in finding.advice
+
+
+def test_a_wanted_port_is_taken_if_it_is_free():
+    port = free()
+    assert ui.is_free(port)
+    assert ui.free_port(port) == port
+
+
+def test_a_wanted_port_that_is_taken_is_refused(taken):
+    assert not ui.is_free(taken)
+    with pytest.raises(UserError) as refused:
+        ui.free_port(taken)
+    words = f"Port {taken} of 127.0.0.1 is taken: choose another by --port, or leave --port out."
+    assert str(refused.value) == words
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, 10**6, 10**30])
+def test_a_port_that_is_none_is_refused(port):
+    with pytest.raises(UserError, match=rf"--port is {port}: it must be in 1\.\.65535"):
+        ui.free_port(port)
+
+
+def test_without_a_wish_the_first_free_port_is_taken(monkeypatch):
+    monkeypatch.setattr(ui, "is_free", lambda port: port >= ui.DEFAULT_PORT + 3)
+    assert ui.free_port(None) == ui.DEFAULT_PORT + 3
+
+
+def test_when_every_port_is_taken_it_says_so(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ui, "is_free", asked.append)
+    with pytest.raises(UserError, match="Ports 5000 to 5049 are taken: choose one by --port"):
+        ui.free_port(None)
+    assert asked == [*range(5000, 5050)]

@@ -1,0 +1,729 @@
+"""The end of a sweep: ranking, leaderboard.csv, best.yaml, figures, and a report that needs no network."""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+import torch
+from optuna.trial import TrialState as OptunaState
+from optuna.trial import create_trial
+from rich.console import Console
+
+from dxmi import checkpoint
+from dxmi.config import build, to_tree
+from dxmi.experiment import Experiment, ExperimentConfig
+from dxmi.pictures import save_grid
+from dxmi.run_directory import read_yaml
+from dxmi.train import train
+from tune import report
+from tune.configs import compose_experiment
+from tune.figures import Reference, importance_obstacle, importances, references, study_figures
+from tune.leaderboard import leaderboard, leaderboard_table, short_names, write_best, write_leaderboard
+from tune.report import course_sentences, result_sentences, sample_matrix, write_report
+from tune.study import (
+    Outcome,
+    Plan,
+    Study,
+    StudyFolder,
+    TrialRecord,
+    TrialState,
+    completed,
+    fallen_behind,
+    unfinished,
+)
+from tune.sweep_config import BudgetConfig, ObjectiveConfig, SamplerConfig, SweepConfig
+
+TINY = [
+    "network.denoiser.hidden=16",
+    "network.energy.hidden=16",
+    "pretrain.iterations=60",
+    "train.iterations=40",
+    "train.batch_size=16",
+    "evaluate.every=10",
+    "evaluate.num_samples=64",
+    "evaluate.grid=4",
+    "resources.threads=1",
+]
+RATES = {
+    "algorithm.policy.lr": {"log_uniform": [1.0e-6, 1.0e-3]},
+    "algorithm.entropy_coef": {"log_uniform": [1.0e-3, 1.0]},
+}
+STEPS = (0, 10, 20, 30, 40)
+
+EVIL = "<script>alert('x')</script> & <img src=http://evil/x.png>"
+
+Score = Callable[[TrialRecord], float]
+
+
+class Fabricated:
+    """A study whose trials end as it is told, without training.
+
+    Args:
+        root: a folder for studies.
+        space: of the sweep.
+        sweep: fields of the sweep's config.
+    """
+
+    def __init__(self, root: Path, space: dict | None = None, name: str = "made-up", **sweep: object) -> None:
+        settings = {"sampler": SamplerConfig(kind="sobol"), "budget": BudgetConfig(trials=1000), **sweep}
+        experiment = compose_experiment(TINY).experiment
+        plan = Plan(name, experiment, SweepConfig(**settings), RATES if space is None else space)
+        folder = StudyFolder(root / name)
+        folder.path.mkdir(parents=True)
+        self.study = Study.drive(folder, plan)
+
+    @property
+    def records(self) -> list[TrialRecord]:
+        return self.study.records()
+
+    def _begin(self, scores: list[float]) -> TrialRecord:
+        record = self.study.add()
+        assert record is not None
+        for step, score in zip(STEPS, scores, strict=False):
+            self.study.score(record.number, step, score)
+        return record
+
+    def complete(self, score: float | Score, *, files: bool = True, num_steps: int | None = None) -> TrialRecord:
+        record = self.study.add()
+        assert record is not None
+        value = score(record) if callable(score) else score
+        for step in STEPS:
+            self.study.score(record.number, step, value * (1.0 + (40 - step) / 20.0))
+        config = self.study.config(record)
+        summary = _summary(config, value, num_steps or config.schedule.num_steps)
+        if files:
+            _write_run(record, config, summary)
+        self.study.finish(record.number, completed(self.study.plan, summary))
+        return self.study.record(record.number)
+
+    def pruned(self, *scores: float) -> TrialRecord:
+        record = self._begin(list(scores))
+        curve = self.study.curves()[record.number]
+        self.study.finish(record.number, fallen_behind(curve, max(curve), 2.0))
+        return self.study.record(record.number)
+
+    def ended(self, state: TrialState, reason: str, *scores: float) -> TrialRecord:
+        record = self._begin(list(scores))
+        curve = self.study.curves().get(record.number, {})
+        self.study.finish(record.number, unfinished(curve, state, reason, 1.0))
+        return self.study.record(record.number)
+
+    def running(self, *scores: float) -> TrialRecord:
+        return self._begin(list(scores))
+
+    def report(self) -> str:
+        return write_report(self.study, self.records).read_text()
+
+
+def _summary(config: ExperimentConfig, value: float, num_steps: int) -> dict:
+    return {
+        "scores": {"best": {"eval/fid_digits": value, "eval/precision_digits": 1.0 / (1.0 + value)}},
+        "best": {"value": value, "step": 40, "checkpoint": "checkpoints/step_00000040"},
+        "reference": {"ddpm_1000": 5.5, f"ddim_{num_steps}": 3.36, "shortened": 60.0 / num_steps},
+        "num_steps": num_steps,
+        "num_samples": 64,
+        "seconds": {"pretrain": 0.5, "finetune": 2.0 + num_steps},
+        "device": "cpu (x86_64)",
+        "threads": 1,
+        "git_revision": "0123456789abcdef0123456789abcdef01234567",
+        "versions": {"torch": "2.13"},
+        "signature": config.signature,
+    }
+
+
+def _write_run(record: TrialRecord, config: ExperimentConfig, summary: dict) -> None:
+    record.run.create()
+    record.run.write_config(to_tree(config))
+    checkpoint.path_of(record.run.checkpoints, 40).mkdir()
+    for step in STEPS:
+        noise = torch.Generator().manual_seed(step)
+        pixels = torch.randint(0, 256, (4, 1, 8, 8), generator=noise, dtype=torch.uint8)
+        save_grid(record.run.samples / f"step_{step:06d}.png", pixels)
+    record.run.write_summary(summary)
+
+
+def valley(record: TrialRecord) -> float:
+    """Lowest at a rate of 3e-5; the other setting hardly matters."""
+    rate, entropy = (record.values[path] for path in RATES)
+    return 3.0 + 4.0 * math.log10(rate / 3.0e-5) ** 2 + 0.05 * entropy
+
+
+@pytest.fixture
+def made(tmp_path):
+    return lambda *args, **kwargs: Fabricated(tmp_path, *args, **kwargs)
+
+
+# ----------------------------------------------------------------------------
+# Ranking, the data frame, the CSV, the terminal
+
+
+def test_the_leaderboard_is_in_rank_order_with_every_column(made):
+    sweep = made()
+    for score in (7.0, 3.0, 5.0):
+        sweep.complete(score)
+    sweep.pruned(9.0, 2.0)
+    sweep.ended(TrialState.FAILED, "RuntimeError: boom")
+    sweep.running(8.0)
+    frame = leaderboard(sweep.study.plan, sweep.records)
+    assert list(frame.columns) == [
+        "rank", "trial", "state", "score", "step", *RATES, "seconds", "signature", "checkpoint", "reason",
+    ]  # fmt: skip
+    assert frame["trial"].tolist() == [1, 2, 0, 3, 4, 5]
+    assert frame["rank"].tolist()[:3] == [1, 2, 3]
+    assert frame["rank"].isna().tolist() == [False] * 3 + [True] * 3  # 2.0 is on the noise that chose it: no rank
+    assert frame["score"].tolist()[:4] == [3.0, 5.0, 7.0, 2.0]
+    assert frame["checkpoint"].tolist() == [f"trials/{n:04d}/checkpoints/step_00000040" for n in (1, 2, 0)] + [""] * 3
+    assert frame["reason"].tolist()[3:] == ["fell behind at iteration 10", "RuntimeError: boom", ""]
+    first = sweep.records[1]
+    assert frame.loc[0, list(RATES)].tolist() == list(first.values.values())
+    assert frame.loc[0, "signature"] == first.signature
+
+
+def test_a_metric_that_is_to_grow_ranks_the_other_way(made):
+    sweep = made(objectives=(ObjectiveConfig(metric="eval/precision_digits", direction="maximize"),))
+    for score in (3.0, 9.0, 1.0):
+        sweep.complete(score)
+    frame = leaderboard(sweep.study.plan, sweep.records)
+    assert frame["trial"].tolist() == [2, 0, 1]
+    assert frame["eval/precision_digits"].tolist() == [0.5, 0.25, 0.1]
+    assert "has 5.50, DDIM with 5 steps 3.36" in sweep.report()
+
+
+def test_an_objective_called_seconds_does_not_hide_the_seconds_of_the_trial(made):
+    sweep = made(sampler=SamplerConfig(kind="nsga2"), objectives=(ObjectiveConfig(), ObjectiveConfig(metric="seconds")))
+    sweep.complete(3.0)
+    frame = leaderboard(sweep.study.plan, sweep.records)
+    assert frame["finetune_seconds"].tolist() == [7.0]
+    assert frame["seconds"].tolist() == [7.5]
+
+
+def test_names_are_as_short_as_they_can_be_without_meaning_something_else(made):
+    space = {
+        "algorithm.policy.lr": {"log_uniform": [1e-6, 1e-4]},
+        "algorithm.entropy_coef": {"uniform": [0, 1]},
+        "schedule.num_steps": {"integer": [4, 6]},
+        "pretrain.iterations": {"choice": [60, 70]},
+    }
+    names = list(short_names(made(space).study.plan).values())
+    assert names == ["policy.lr", "entropy_coef", "num_steps", "pretrain.iterations"]
+    both = (ObjectiveConfig(), ObjectiveConfig(metric="num_steps"))
+    plan = made(space, name="two", sampler=SamplerConfig(kind="nsga2"), objectives=both).study.plan
+    assert short_names(plan)["schedule.num_steps"] == "schedule.num_steps"  # num_steps is the objective's column
+
+
+def test_the_csv_has_one_line_a_trial_and_no_formula(made):
+    sweep = made({**RATES, "algorithm.value_mask": {"choice": [None, [1, 1, 1, 0, 0]]}})
+    sweep.complete(3.25)
+    sweep.ended(TrialState.FAILED, "=HYPERLINK(1)\nsecond line, with a comma", 4.0)
+    sweep.ended(TrialState.FAILED, "  @SUM(1)")
+    sweep.ended(TrialState.DIVERGED, "policy/entropy is -inf at iteration 3")
+    write_leaderboard(sweep.study, sweep.records)
+    text = sweep.study.folder.leaderboard.read_text()
+    assert len(text.splitlines()) == 5
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert [row["trial"] for row in rows] == ["0", "1", "2", "3"]
+    assert rows[0]["rank"] == "1"
+    assert rows[1]["rank"] == rows[2]["score"] == ""
+    assert float(rows[0]["algorithm.policy.lr"]) == sweep.records[0].values["algorithm.policy.lr"]
+    assert {row["algorithm.value_mask"] for row in rows} == {"null", "[1, 1, 1, 0, 0]"}
+    assert rows[1]["reason"] == "'=HYPERLINK(1) second line, with a comma"
+    assert rows[2]["reason"] == "'@SUM(1)"
+    assert rows[3]["reason"] == "policy/entropy is -inf at iteration 3"
+
+
+def test_a_negative_number_in_the_csv_stays_a_number(made, monkeypatch):
+    sweep = made()
+    sweep.complete(3.0)
+    frame = leaderboard(sweep.study.plan, sweep.records)
+    frame["score"] = -3.5
+    monkeypatch.setattr("tune.leaderboard.leaderboard", lambda *_: frame)
+    write_leaderboard(sweep.study, sweep.records)
+    (row,) = csv.DictReader(io.StringIO(sweep.study.folder.leaderboard.read_text()))
+    assert row["score"] == "-3.5"
+
+
+def shown(sweep: Fabricated, limit: int | None = None) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(leaderboard_table(sweep.study.plan, sweep.records, limit=limit))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_table_fits_a_terminal_and_lists_failures_beyond_the_limit(made):
+    sweep = made()
+    for score in (7.0, 3.0, 5.0):
+        sweep.complete(score)
+    sweep.pruned(9.0, 2.0)
+    sweep.ended(TrialState.FAILED, "RuntimeError: [red]boom[/red] \x1b[31m")
+    text = shown(sweep, limit=1)
+    assert "policy.lr  entropy_coef" in text
+    assert "trials/0001/checkpoints/step_00000040" in text
+    assert "failed: RuntimeError: [red]boom[/red]" in " ".join(text.split())
+    assert "\x1b" not in text
+    assert "3.00" in text
+    assert "5.00" not in text
+    assert "3 more trials" in text
+    assert "2.00*" in shown(sweep)
+    assert "not comparable" in " ".join(shown(sweep).split())
+
+
+def test_many_settings_share_a_column_so_that_no_number_is_cut(made):
+    more = {f"algorithm.{name}": {"uniform": [0.01, 1]} for name in ("cost_coef", "energy_l2", "step_cost_scale")}
+    sweep = made({**RATES, **more})
+    record = sweep.complete(3.0)
+    words = shown(sweep).replace(",", " ").split()
+    for path in more:
+        assert {path.removeprefix("algorithm."), f"{record.values[path]:.3g}"} <= {*words}
+    assert all(len(line) <= 100 for line in shown(sweep).splitlines())
+
+
+# ----------------------------------------------------------------------------
+# best.yaml
+
+
+def test_best_yaml_trains_again_to_the_same_numbers(made):
+    sweep = made()
+    study = sweep.study
+    sweep.complete(5000.0)  # worse than any training
+    record = study.add()
+    summary = train(Experiment(study.config(record)), out=record.run.path)
+    assert summary is not None
+    study.finish(record.number, completed(study.plan, record.run.read_summary()))
+    path = write_best(study, sweep.records)
+    assert path == study.folder.best
+    config = build(ExperimentConfig, read_yaml(path, ""))
+    assert config.signature == record.signature == summary.signature
+    again = train(Experiment(config), out=study.folder.path / "again")
+    assert again is not None
+    assert (again.best, again.scores) == (summary.best, summary.scores)
+    head = path.read_text().splitlines()[:3]
+    assert f"trial {record.number}" in head[0]
+    assert f"{summary.best['value']:.6g}" in head[1]
+    assert record.signature in head[2]
+
+
+def test_best_yaml_has_the_threads_that_the_trial_had(made):
+    sweep = made()
+    record = sweep.complete(3.0)
+    tree = to_tree(sweep.study.config(record))
+    tree["resources"]["threads"] = 7
+    record.run.write_config(tree)
+    path = write_best(sweep.study, sweep.records)
+    assert path is not None
+    assert read_yaml(path, "")["resources"]["threads"] == 7
+
+
+def test_there_is_no_best_without_a_complete_trial(made):
+    sweep = made()
+    sweep.pruned(9.0, 2.0)
+    sweep.ended(TrialState.FAILED, "boom", 1.0)
+    assert write_best(sweep.study, sweep.records) is None
+    assert not sweep.study.folder.best.exists()
+
+
+# ----------------------------------------------------------------------------
+# The report is one file that needs nothing
+
+
+class Page(HTMLParser):
+    """Tags in order, attributes, text; complains of a tag that is not closed."""
+
+    _VOID = frozenset({"meta", "br", "img", "input", "link", "hr"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self._open, f"not closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in self._VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open, f"</{tag}> closes nothing"
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def require_self_contained(text: str) -> Page:
+    page = Page(text)
+    assert "link" not in page.tags
+    assert "@import" not in text
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), f"{tag} has a handler {name}"
+        if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+            assert value.startswith(("#", "data:image/png;base64,")), f"{tag} refers to {value[:60]}"
+    assert all(target.startswith(('"#', "#")) for target in re.findall(r"url\(([^)]*)\)", text))
+    assert page.tags.count("script") == 1
+    policy = next(value for tag, name, value in page.attributes if tag == "meta" and "default-src" in value)
+    assert "default-src 'none'" in policy
+    assert "script-src 'sha256-" in policy
+    assert "http" not in policy
+    return page
+
+
+def a_full_study(sweep: Fabricated) -> Fabricated:
+    for _ in range(9):
+        sweep.complete(valley)
+    sweep.pruned(30.0, 40.0)
+    sweep.ended(TrialState.STOPPED, "trial time used up", 30.0, 20.0)
+    sweep.ended(TrialState.DIVERGED, "value/td_error is nan at iteration 23", 20.0, 1e6)
+    sweep.ended(TrialState.FAILED, EVIL)
+    sweep.running(30.0)
+    sweep.study.folder.write_progress(200.0, "every planned trial has ended")
+    return sweep
+
+
+def test_the_report_tells_everything_and_needs_no_network(made):
+    sweep = a_full_study(made())
+    page = require_self_contained(sweep.report())
+    best = min((record for record in sweep.records if record.state is TrialState.COMPLETE), key=valley)
+    assert f"Trial {best.number} is the best, with fid_digits {valley(best):.2f} (lower is better)" in page.text
+    assert "The 1000-step model it came from has 5.50, DDIM with 5 steps 3.36" in page.text
+    assert "14 of 1000 planned trials: 9 complete, 1 pruned, 1 stopped, 1 diverged, 1 failed, 1 running." in page.text
+    assert "The sweep has taken 3:20 min. Its last session ended: every planned trial has ended." in page.text
+    for heading in ("Leaderboard", "Score curves", "Settings", "Importance", "Samples", "Failed and diverged trials"):
+        assert heading in page.words
+    assert page.tags.count("svg") == 4
+    assert page.tags.count("img") == 8 * 5
+    assert "dxmi train --config studies" not in page.text  # the folder's own name, not an assumed one
+    assert f"dxmi train --config {sweep.study.folder.path.parent.name}/made-up/best.yaml" in page.text
+    assert sweep.study.plan.signature in page.text
+    assert "0123456789ab" in page.text
+
+
+def test_what_a_crash_said_is_shown_as_text(made):
+    sweep = made()
+    sweep.ended(TrialState.FAILED, EVIL)
+    text = sweep.report()
+    assert "<script>alert" not in text
+    assert EVIL in require_self_contained(text).text
+
+
+def test_the_script_is_the_one_that_the_policy_allows(made):
+    text = made().report()
+    (allowed,) = re.findall(r"script-src 'sha256-([^']*)'", text.replace("&#39;", "'"))
+    (script,) = re.findall(r"<script>(.*)</script>", text, flags=re.DOTALL)
+    assert report.sha256_base64(script) == allowed
+
+
+def test_two_writes_differ_in_the_time_only(made, monkeypatch):
+    sweep = a_full_study(made())
+    monkeypatch.setattr("tune.report.timestamp", lambda: "2026-01-01 00:00:00 UTC")
+    first = sweep.report()
+    again = Study.read(sweep.study.folder)
+    assert write_report(again, again.records()).read_text() == first
+    monkeypatch.setattr("tune.report.timestamp", lambda: "2026-01-01 00:00:01 UTC")
+    later = sweep.report()
+    assert later != first
+    assert later.replace("00:00:01 UTC", "00:00:00 UTC") == first
+
+
+# ----------------------------------------------------------------------------
+# Studies in any state
+
+
+def test_a_study_without_trials(made):
+    sweep = made()
+    page = require_self_contained(sweep.report())
+    assert "No trial has begun." in page.text
+    assert "1000 trials are planned." in page.text
+    assert "Leaderboard" not in page.words
+    assert study_figures(sweep.study, []) == {}
+    assert leaderboard(sweep.study.plan, []).empty
+    assert "policy.lr" in shown(sweep)
+
+
+def test_a_study_whose_trials_all_failed(made):
+    sweep = made()
+    for _ in range(3):
+        sweep.ended(TrialState.FAILED, "it died without a word")
+    page = require_self_contained(sweep.report())
+    assert "No trial is complete, so there is no result yet." in page.text
+    assert page.text.count("it died without a word") == 6  # in the leaderboard and among the failures
+    assert "svg" not in page.tags
+
+
+def test_a_study_of_one_trial_and_one_setting(made):
+    sweep = made({"algorithm.policy.lr": RATES["algorithm.policy.lr"]})
+    sweep.complete(3.0)
+    assert set(study_figures(sweep.study, sweep.records)) == {"curves", "slices"}
+    page = require_self_contained(sweep.report())
+    assert "Only one setting varies" in page.text
+
+
+def test_choices_of_null_lists_and_booleans(made):
+    space = {
+        "algorithm.value_mask": {"choice": [None, [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]},
+        "algorithm.all_states": {"choice": [False, True]},
+        "algorithm.target_ema": {"choice": [None, 0.99]},
+    }
+    sweep = made(space)
+    for index in range(7):
+        sweep.complete(3.0 + index)
+    page = require_self_contained(sweep.report())
+    assert "[1, 1, 1, 1, 0]" in page.words
+    assert "null" in page.words
+    assert "false" in page.words
+    assert page.tags.count("svg") == 4
+    mask, states, _ = study_figures(sweep.study, sweep.records)["slices"].axes
+    assert [tick.get_text() for tick in mask.get_xticklabels()] == ["null", "[1, 1, 1, 1, 0]", "[1, 1, 1, 0, 0]"]
+    drawn = sorted(float(x) for line in states.lines for x in line.get_xdata())
+    false, true = ([x for x in drawn if abs(x - place) < 0.2] for place in (0, 1))
+    assert len(false) == sum(record.values["algorithm.all_states"] is False for record in sweep.records)
+    assert len(false) + len(true) == 7
+
+
+def test_a_trial_that_shares_the_result_of_another_says_so_and_is_not_drawn_twice(made):
+    sweep = made({"algorithm.preset": {"choice": ["as_released", "objective"]}})
+    for _ in range(3):
+        sweep.complete(3.0)
+    (twin,) = [record for record in sweep.records if record.same_as is not None]
+    reasons = leaderboard(sweep.study.plan, sweep.records).set_index("trial")["reason"]
+    assert reasons[twin.number] == f"same config as trial {twin.same_as}"
+    matrix = sample_matrix(sweep.study.plan, sweep.records)
+    assert matrix is not None
+    assert len(matrix.rows) == 2
+
+
+def test_a_run_folder_that_is_gone_or_damaged_spoils_no_report(made):
+    sweep = made()
+    sweep.complete(3.0, files=False)
+    sweep.complete(2.0, files=False).run.create()
+    sweep.records[1].run.write_summary({"from": "another version"})
+    damaged = sweep.complete(4.0)
+    damaged.run.summary.write_text("{")
+    (damaged.run.samples / "step_000010.png").write_bytes(b"no picture")
+    page = require_self_contained(sweep.report())
+    assert "Trial 1 is the best" in page.text
+    assert "1000-step" not in page.text
+    matrix = sample_matrix(sweep.study.plan, sweep.records)
+    assert matrix is not None
+    assert matrix.steps == list(STEPS)
+    (row,) = matrix.rows
+    assert [bool(picture) for picture in row.pictures] == [True, False, True, True, True]
+
+
+def test_the_matrix_holds_steps_that_all_have_and_stays_small(made, monkeypatch):
+    sweep = made()
+    for score in range(12):
+        sweep.complete(float(score + 1))
+    (sweep.records[3].run.samples / "step_000020.png").unlink()
+    matrix = sample_matrix(sweep.study.plan, sweep.records)
+    assert matrix is not None
+    assert matrix.steps == [0, 10, 30, 40]
+    assert [row.trial for row in matrix.rows] == [f"trial {n}" for n in (0, 1, 2, 3, 4, 5, 6, 11)]
+    size = sum(len(picture) for row in matrix.rows for picture in row.pictures)
+    monkeypatch.setattr(report, "_MAX_SAMPLE_BYTES", size - 1)
+    smaller = sample_matrix(sweep.study.plan, sweep.records)
+    assert smaller is not None
+    assert sum(len(picture) for row in smaller.rows for picture in row.pictures) < size
+
+
+def test_three_hundred_trials_are_all_listed_in_a_small_file(made):
+    sweep = made({**RATES, "algorithm.critic.lr": {"log_uniform": [1e-5, 1e-3]}})
+    add_many(sweep, 300)
+    text = sweep.report()
+    page = require_self_contained(text)
+    numbers = leaderboard(sweep.study.plan, sweep.records)["trial"].tolist()
+    assert sorted(numbers) == list(range(300))
+    body = text.split('class="sortable"')[1].split("</table>")[0]
+    assert body.count("<tr") == 301
+    assert page.text.count("no space left") == 2 * 30
+    assert len(text) < 1_500_000
+
+
+def add_many(sweep: Fabricated, count: int) -> None:
+    """Trials put into the journal at once, since one by one each looks at all before it."""
+    plan, trials = sweep.study.plan, []
+    for number in range(count):
+        units = ((number * ratio) % 1.0 for ratio in (0.618034, 0.754878, 0.569840))
+        values = {axis.path: axis.at(unit) for axis, unit in zip(plan.axes, units, strict=True)}
+        kind = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.DIVERGED)[number % 10 // 4]
+        kind = TrialState.FAILED if number % 10 == 9 else kind
+        score = 5.0 + (number * 0.414214) % 1.0
+        outcome = Outcome(kind, {"failed": "no space left"}.get(kind, ""), score, 40, (score,), 3.0)
+        about = {"signature": f"{number:012x}", "seed": 0, "same_as": None, "outcome": asdict(outcome)}
+        trials.append(
+            create_trial(
+                state={"complete": OptunaState.COMPLETE, "pruned": OptunaState.PRUNED}.get(kind, OptunaState.FAIL),
+                value=score if kind is TrialState.COMPLETE else None,
+                params={axis.path: values[axis.path] for axis in plan.axes},
+                distributions={axis.path: axis.distribution for axis in plan.axes},
+                user_attrs={"dxmi": about},
+                intermediate_values={step: score + 40.0 - step for step in STEPS},
+            )
+        )
+    sweep.study.optuna.add_trials(trials)
+
+
+# ----------------------------------------------------------------------------
+# Figures
+
+
+def test_importance_finds_the_setting_that_matters(made):
+    sweep = made()
+    for _ in range(12):
+        sweep.complete(valley)
+    shares = importances(sweep.study.plan, sweep.records)
+    assert list(shares) == ["algorithm.policy.lr", "algorithm.entropy_coef"]
+    assert shares["algorithm.policy.lr"] > 0.8
+    assert shares == importances(sweep.study.plan, sweep.records)
+
+
+def test_importance_weighs_every_decade_of_a_log_range_alike(made):
+    """Only below 3e-5 the rate matters: a hundredth of the range, but half of its decades."""
+    sweep = made()
+
+    def score(record: TrialRecord) -> float:
+        rate, entropy = (record.values[path] for path in RATES)
+        return (9.0 if rate < 3e-5 else 3.0) + 0.5 * entropy
+
+    for _ in range(16):
+        sweep.complete(score)
+    assert importances(sweep.study.plan, sweep.records)["algorithm.policy.lr"] > 0.9
+
+
+def test_importance_needs_enough_complete_trials_that_differ(made):
+    sweep = made()
+    for _ in range(5):
+        sweep.complete(valley)
+    sweep.pruned(9.0, 2.0)
+    assert "of which there are 5: it takes at least 6" in importance_obstacle(sweep.study.plan, sweep.records)
+    assert "importances" not in study_figures(sweep.study, sweep.records)
+    assert "it takes at least 6" in Page(sweep.report()).text
+    sweep.complete(valley)
+    assert "importances" in study_figures(sweep.study, sweep.records)
+    same = made(name="same")
+    for _ in range(6):
+        same.complete(3.0)
+    assert "same result" in importance_obstacle(same.study.plan, same.records)
+    assert "importances" not in study_figures(same.study, same.records)
+
+
+def test_a_pareto_front_is_shown_where_there_are_two_objectives(made):
+    space = {**RATES, "schedule.num_steps": {"integer": [4, 6]}}
+    both = (ObjectiveConfig(), ObjectiveConfig(metric="num_steps"))
+    sweep = made(space, sampler=SamplerConfig(kind="sobol"), objectives=both)
+    for _ in range(8):
+        sweep.complete(lambda record: 12.0 - record.values["schedule.num_steps"] + record.number / 100.0)
+    figures = study_figures(sweep.study, sweep.records)
+    assert "pareto" in figures
+    front = {4: None, 5: None, 6: None}
+    for record in reversed(sweep.records):
+        front[record.values["schedule.num_steps"]] = record.number
+    label = figures["pareto"].get_label()
+    assert label.endswith(f"the front are the trials {front[6]}, {front[5]}, {front[4]}")
+    page = require_self_contained(sweep.report())
+    assert "Trials on the front" in page.words
+    assert "3 trials are on the Pareto front" in page.text
+    one = made(name="one")
+    one.complete(3.0)
+    assert "pareto" not in study_figures(one.study, one.records)
+    assert "Pareto front" not in Page(one.report()).words
+
+
+def test_references_are_lines_only_where_all_trials_share_them(made):
+    sweep = made({**RATES, "schedule.num_steps": {"integer": [4, 6]}})
+    for _ in range(4):
+        sweep.complete(3.0)
+    steps = {record.values["schedule.num_steps"] for record in sweep.records}
+    assert len(steps) > 1
+    assert references(sweep.records) == [
+        Reference("1000 steps", 5.5, 5.5, is_shared=True),
+        Reference("T steps, DDIM", 3.36, 3.36, is_shared=False),
+        Reference("T steps, before", 60.0 / max(steps), 60.0 / min(steps), is_shared=False),
+    ]
+    label = study_figures(sweep.study, sweep.records)["curves"].get_label()
+    assert "1000 steps: 5.50" in label
+    assert "DDIM" not in label
+    assert "T steps, before (depends on the trial)" in Page(sweep.report()).text
+
+
+def lines_of(figure: mpl.figure.Figure, color: str) -> list[mpl.lines.Line2D]:
+    (axes,) = figure.axes
+    return [line for line in axes.lines if line.get_color() == color and len(line.get_xdata()) > 1]
+
+
+def test_curves_end_where_a_trial_was_stopped_and_the_best_stands_out(made):
+    sweep = made()
+    sweep.complete(5.0)
+    sweep.complete(3.0)
+    sweep.pruned(30.0, 40.0)
+    figure = study_figures(sweep.study, sweep.records)["curves"]
+    (best,) = lines_of(figure, "#d55e00")
+    assert list(best.get_ydata()) == list(sweep.study.curves()[1].values())
+    (pruned,) = lines_of(figure, "#8c959f")
+    assert list(pruned.get_xdata()) == [0, 10]
+    assert pruned.get_alpha() < 1.0
+
+
+def test_a_trial_that_explodes_does_not_press_the_others_flat(made):
+    sweep = made()
+    sweep.complete(3.0)
+    sweep.complete(5.0)
+    sweep.ended(TrialState.DIVERGED, "nan", 9.0, 1e9)
+    (axes,) = study_figures(sweep.study, sweep.records)["curves"].axes
+    assert axes.get_ylim()[1] < 100.0
+
+
+def test_slices_have_the_scale_of_the_search_and_hollow_early_stops(made):
+    sweep = made({**RATES, "schedule.kappa": {"uniform": [0.1, 0.9]}})
+    for _ in range(3):
+        sweep.complete(valley)
+    sweep.pruned(6.0, 7.0)
+    figure = study_figures(sweep.study, sweep.records)["slices"]
+    rate, _, kappa = figure.axes
+    assert rate.get_xlabel() == "policy.lr (log)"
+    assert kappa.get_xlabel() == "kappa"
+    assert [tick.get_text() for tick in rate.get_xticklabels()] == ["1e-06", "1e-05", "0.0001", "0.001"]
+    hollow = [line for line in rate.lines if line.get_markerfacecolor() == "none"]
+    assert [len(line.get_xdata()) for line in hollow] == [1]
+    assert hollow[0].get_ydata() == [6.0]
+
+
+def test_a_best_value_at_the_edge_of_its_range_is_pointed_out(made):
+    sweep = made(sampler=SamplerConfig(kind="grid"), space={"algorithm.entropy_coef": {"uniform": [0, 1], "points": 3}})
+    for score in (5.0, 4.0, 3.0):
+        sweep.complete(score)
+    assert "The best entropy_coef (1) lies at the upper end of its range [0, 1]" in Page(sweep.report()).text
+    inside = made(name="inside", sampler=SamplerConfig(kind="grid"), space=dict(sweep.study.plan.space))
+    for score in (5.0, 3.0, 4.0):
+        inside.complete(score)
+    assert "end of its range" not in Page(inside.report()).text
+
+
+def test_sentences_name_the_budget_and_why_the_session_ended(made):
+    sweep = made(budget=BudgetConfig(trials=5, wall_minutes=30.0))
+    sweep.complete(3.0)
+    sweep.study.folder.write_progress(600.0, "the budget of 30 minutes is used up")
+    assert course_sentences(sweep.study, sweep.records) == [
+        "1 of 5 planned trials: 1 complete.",
+        "The sweep has taken 10:00 min of 30:00 min.",
+        "Its last session ended: the budget of 30 minutes is used up.",
+    ]
+    assert result_sentences(sweep.study.plan, sweep.records)[0].startswith("Trial 0 is the best")

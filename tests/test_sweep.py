@@ -1,0 +1,419 @@
+"""Whole sweeps on a small local Ray: what is trained, recorded and said, and what one bad trial does to the others."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import optuna
+import pandas as pd
+import pytest
+import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from rich.console import Console
+
+from dxmi.errors import UserError
+from tune import Sweep
+from tune.cli import main
+from tune.study import StudyFolder, TrialState
+
+TINY = [
+    "experiment=digits",
+    "network.denoiser.hidden=16",
+    "network.energy.hidden=16",
+    "pretrain.iterations=60",
+    "train.iterations=40",
+    "train.batch_size=16",
+    "train.log_every=5",
+    "evaluate.every=10",
+    "evaluate.num_samples=64",
+    "evaluate.batch_size=64",
+    "evaluate.grid=4",
+    "resources.threads=1",
+]
+QUIET = Console(quiet=True)
+
+
+def runs_of(folder: StudyFolder):
+    """(parents, children) of a study in its local store."""
+    client = mlflow.MlflowClient(f"sqlite:///{(folder.path.parent / 'mlflow.db').resolve()}")
+    runs = client.search_runs([client.get_experiment_by_name("dxmi").experiment_id])
+    mine = [run for run in runs if run.data.tags["study"] == folder.path.name]
+    children = [run for run in mine if "mlflow.parentRunId" in run.data.tags]
+    return [run for run in mine if run not in children], children
+
+
+def optuna_states(folder: StudyFolder):
+    storage = JournalStorage(JournalFileBackend(str(folder.journal)))
+    return [trial.state.name for trial in optuna.load_study(study_name=folder.path.name, storage=storage).trials]
+
+
+def summaries(folder: StudyFolder):
+    """What came out of each trial, without times and the like."""
+    found = {}
+    for path in sorted(folder.trials.glob("*/summary.json")):
+        tree = json.loads(path.read_text())
+        found[path.parent.name] = {key: tree[key] for key in ("signature", "best", "last", "scores", "reference")}
+    return found
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    return tmp_path_factory.mktemp("studies")
+
+
+@pytest.fixture(scope="module")
+def finished(studies):
+    """A study of three trials, two at a time, from the command line."""
+    arguments = ["sweep=demo", "name=first", "sweep.budget.trials=3", "sweep.stopping.rule=none", *TINY]
+    assert main(["sweep", *arguments, "--studies", str(studies)]) == 0
+    return StudyFolder(studies / "first")
+
+
+def test_a_sweep_runs_its_trials_and_leaves_a_leaderboard(finished):
+    table = pd.read_csv(finished.leaderboard)
+    assert list(table["state"]) == ["complete"] * 3
+    assert sorted(table["trial"]) == [0, 1, 2]
+    assert table["score"].is_monotonic_increasing
+    assert finished.report.stat().st_size > 10_000
+    assert not finished.scratch.exists()
+
+
+def test_the_first_trial_has_the_experiments_own_values(finished):
+    tree = yaml.safe_load(finished.run(0).config.read_text())
+    assert (tree["algorithm"]["policy"]["lr"], tree["algorithm"]["entropy_coef"]) == (5e-6, 1.0)
+
+
+def test_trials_share_one_pretraining(finished):
+    references = [summary["reference"]["ddpm_1000"] for summary in summaries(finished).values()]
+    assert len(references) == 3
+    assert len(set(references)) == 1
+
+
+def test_mlflow_has_one_parent_and_one_finished_child_a_trial(finished):
+    parents, children = runs_of(finished)
+    assert [run.info.status for run in parents] == ["FINISHED"]
+    assert [run.info.status for run in children] == ["FINISHED"] * 3
+    assert len({run.data.tags["trial_id"] for run in children}) == 3
+
+
+def test_optuna_has_every_trial_as_complete(finished):
+    assert optuna_states(finished) == ["COMPLETE"] * 3
+
+
+def test_best_yaml_trains_to_the_same_signature_and_the_same_numbers(finished, tmp_path):
+    assert main(["train", "--config", str(finished.best), f"out={tmp_path / 'again'}"]) == 0
+    again = json.loads((tmp_path / "again" / "summary.json").read_text())
+    best = pd.read_csv(finished.leaderboard).iloc[0]
+    assert again["signature"] == best["signature"]
+    assert again["best"]["value"] == pytest.approx(best["score"], rel=1e-12, abs=0)
+    trial = summaries(finished)[f"{best['trial']:04d}"]
+    assert again["scores"]["best"] == trial["scores"]["best"]
+
+
+def test_a_finished_study_is_not_run_again(finished, studies):
+    before = {path: path.stat().st_mtime_ns for path in finished.trials.rglob("*") if path.is_file()}
+    assert main(["sweep", "--resume", "first", "--studies", str(studies)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in finished.trials.rglob("*") if path.is_file()} == before
+    assert len(runs_of(finished)[1]) == 3
+
+
+def test_a_larger_budget_adds_trials_to_a_finished_study(finished, studies):
+    result = Sweep.resume("first", "sweep.budget.trials=4", studies=studies).run(console=QUIET)
+    assert [record.state for record in result.records] == [TrialState.COMPLETE] * 4
+    assert len(runs_of(finished)[1]) == 4
+
+
+def test_the_same_name_with_other_settings_is_refused_with_the_difference(finished, studies, capsys):
+    arguments = ["sweep=demo", "name=first", *TINY, "train.iterations=41"]
+    arguments.remove("train.iterations=40")
+    assert main(["sweep", *arguments, "--studies", str(studies)]) == 2
+    assert "train.iterations: 40 -> 41" in capsys.readouterr().err
+
+
+def test_a_notebook_gets_a_data_frame_and_figures(finished, studies):
+    sweep = Sweep.resume("first", studies=studies)
+    table = sweep.results()
+    assert len(table) >= 3
+    assert table["algorithm.policy.lr"].between(2e-6, 2e-5).all()
+    assert sweep.figures()
+
+
+def test_studies_report_and_dry_run_say_what_there_is(finished, studies, capsys):
+    assert main(["studies", "--studies", str(studies)]) == 0
+    assert re.search(r"first\s.*finished", capsys.readouterr().out)
+    assert main(["report", "first", "--studies", str(studies)]) == 0
+    assert "report.html" in capsys.readouterr().out
+    before = sorted(path.name for path in studies.iterdir())
+    assert main(["sweep", "sweep=demo", "name=dry", *TINY, "--studies", str(studies), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "8 by tpe" in said
+    assert "algorithm.policy.lr" in said
+    assert sorted(path.name for path in studies.iterdir()) == before
+
+
+BAD = {
+    "+sweep.space.algorithm.polcy.lr.uniform=[0,1]": "did you mean algorithm.policy.lr?",
+    "+sweep.space.algorithm.energy_l2.uniform=[2,1]": "low is above high",
+    "+sweep.space.algorithm.energy_l2.log_uniform=[0,1]": "must begin above 0",
+    "+sweep.space.algorithm.preset.choice=[]": "choice is empty",
+    "+sweep.space.algorithm.critic.lr.uniform=[-1,1]": "cannot take -1",
+    "sweep.objectives=[{metric: eval/fdi}]": "which no trial reports",
+    "sweep.budget.trials=0": "it must be at least 1",
+    "sweep.budget.trails=3": "did you mean trials?",
+    "resources.threads=512": "CPU threads",
+    "resources.device=cuda:0": "Ray gives each trial its GPU",
+    "sweep.max_concurrent=400": "holds",
+    "name=a/b": "it must be 1 to 100 letters",
+    "name=..": "it must be 1 to 100 letters",
+    "name=a\nb": "it must be 1 to 100 letters",
+    f"name={'n' * 101}": "it must be 1 to 100 letters",
+    "out=runs/x": "out is for one run",
+    "tracking.uri=ftp://x": "http://host:port",
+    "experiment=digit": "did you mean digits?",
+    "sweep=tag.yaml": "is not a plain YAML config",
+    "sweep=target.yaml": "names a _target_",
+    "sweep=gone.yaml": "cannot be read",
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input_is_a_sentence_and_code_2_and_writes_nothing(tmp_path, monkeypatch, capsys, bad):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tag.yaml").write_text("space: !!python/object/apply:os.system [id]")
+    (tmp_path / "target.yaml").write_text("space: {seed: {choice: [{_target_: os.system}]}}")
+    before = sorted(tmp_path.iterdir())
+    arguments = [bad] if bad.startswith("sweep=") else ["sweep=demo", bad]
+    assert main(["sweep", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert BAD[bad] in said
+    assert said.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_full_or_unwritable_folder_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tune.sweep.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 10**6))
+    assert main(["sweep", "sweep=demo", "--studies", str(tmp_path / "studies")]) == 2
+    assert "free some space" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["sweep", "sweep=demo", "--studies", str(tmp_path / "file")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+    assert not (tmp_path / "studies").exists()
+
+
+# ----------------------------------------------------------------------------
+# Trials that misbehave
+
+
+def misbehaving():
+    """A trainer whose manners depend on the seed. (Made in a function, so that Ray sends it by value.)"""
+
+    def trainer(experiment, *, out, report=None):
+        import math  # noqa: PLC0415
+
+        import torch  # noqa: PLC0415
+
+        from dxmi.train import Phase, Progress, Summary  # noqa: PLC0415
+
+        config = experiment.config
+        out.mkdir(parents=True, exist_ok=True)
+        attempts = out / "attempts"
+        attempts.write_text(attempts.read_text() + "x" if attempts.exists() else "x")
+        key, bad = "eval/fid_digits", {1: math.nan, 2: None, 3: torch.tensor(1.0), 4: math.inf}
+        for step in range(0, 41, 10):
+            metrics = {key: 50.0 - step + config.seed}
+            if step == 20 and config.seed in bad:
+                metrics = {key: bad[config.seed]}
+            if step == 20 and config.seed == 5:
+                metrics = {"eval/other": 1.0}
+            if step == 20 and config.seed == 6:
+                raise RuntimeError("the sixth seed is unlucky")
+            if step == 20 and config.seed == 7 and len(attempts.read_text()) == 1:
+                os._exit(1)
+            if report(Progress(Phase.FINETUNE, step, 40, metrics)) and step < 40:
+                return None
+        score = {"value": 10.0 + config.seed, "step": 40, "checkpoint": "checkpoints/step_00000040"}
+        return Summary(
+            name="digits", signature=config.signature, seed=config.seed, metric=key, num_samples=64,
+            reference={"ddpm_1000": 20.0}, best=score, last=score, scores={"best": {key: score["value"]}},
+            seconds_per_1000_images={}, iterations=40, num_steps=5, seconds={"finetune": 1.0}, device="cpu",
+            threads=1, git_revision=None, versions={},
+        )  # fmt: skip
+
+    return trainer
+
+
+def over_seeds(studies: Path, name: str, seeds: list[int], *overrides: str) -> Sweep:
+    """A sweep over seeds, from a file of the user's own."""
+    file = studies / f"{name}.yaml"
+    file.write_text(yaml.safe_dump({"space": {"seed": {"choice": seeds}}, "sampler": {"kind": "grid"}}))
+    return Sweep(*TINY, f"sweep={file}", *overrides, name=name, studies=studies)
+
+
+@pytest.fixture(scope="module")
+def mixed(studies):
+    return over_seeds(studies, "mixed", list(range(8))).run(console=QUIET, trainer=misbehaving())
+
+
+@pytest.mark.parametrize(
+    ("seed", "words"),
+    [(1, "nan at iteration 20"), (2, "NoneType at iteration 20"), (3, "Tensor at iteration 20"),
+     (4, "inf at iteration 20"), (5, "eval/fid_digits is missing at iteration 20")],
+)  # fmt: skip
+def test_a_report_that_is_no_number_fails_that_trial_alone_as_diverged(mixed, seed, words):
+    outcome = mixed.records[seed].outcome
+    assert outcome.state is TrialState.DIVERGED
+    assert words in outcome.reason
+
+
+def test_a_crash_is_tried_again_and_then_failed_with_its_traceback(mixed):
+    record = mixed.records[6]
+    assert record.state is TrialState.FAILED
+    assert "the sixth seed is unlucky" in record.outcome.reason
+    assert (record.run.path / "attempts").read_text() == "xxx"  # max_failures is 2
+    kept = mixed.folder.error(6).read_text()
+    assert "in trainer" in kept
+    assert "\x1b" not in kept
+
+
+def test_a_trial_whose_process_died_once_completes(mixed):
+    assert mixed.records[7].state is TrialState.COMPLETE
+    assert "worker process has died" in mixed.folder.error(7).read_text()
+    assert (mixed.records[7].run.path / "attempts").read_text() == "xx"
+
+
+def test_the_sweep_goes_on_and_optuna_and_mlflow_have_them_as_failed(mixed):
+    assert mixed.records[0].state is TrialState.COMPLETE
+    assert not mixed.all_failed
+    assert optuna_states(mixed.folder) == ["COMPLETE", *["FAIL"] * 6, "COMPLETE"]
+    _, children = runs_of(mixed.folder)
+    statuses = {run.data.tags["trial_id"]: run.info.status for run in children}
+    assert [statuses[f"mixed/{n:04d}"] for n in range(8)] == ["FINISHED", *["FAILED"] * 6, "FINISHED"]
+
+
+def test_a_sweep_whose_every_trial_fails_says_so(studies):
+    sweep = over_seeds(studies, "hopeless", [1, 2], "tracking.uri=none")
+    assert sweep.run(console=QUIET, trainer=misbehaving()).all_failed
+
+
+# ----------------------------------------------------------------------------
+# Interruptions
+
+
+def start(studies: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tune.cli", "sweep", *arguments, "--studies", str(studies)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def ray_processes() -> set[int]:
+    """Processes of any Ray on this machine."""
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {int(line.split()[0]) for line in listed if re.search(r"raylet/raylet|gcs_server|ray::", line)}
+
+
+def wait_until(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+SERIAL = [*TINY, "sweep=demo", "sweep.budget.trials=3", "sweep.stopping.first_step=10", "sweep.max_concurrent=1"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(studies):
+    process = start(studies, "name=undisturbed", *SERIAL)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    return StudyFolder(studies / "undisturbed")
+
+
+def assert_like(folder: StudyFolder, undisturbed: StudyFolder) -> None:
+    """Exactly the planned trials, none running, the same numbers."""
+    states = optuna_states(folder)
+    assert states == optuna_states(undisturbed)
+    parents, children = runs_of(folder)
+    assert len(parents) == 1
+    assert len(children) == len(states)
+    assert "RUNNING" not in {run.info.status for run in (*parents, *children)}
+    assert summaries(folder) == summaries(undisturbed)
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_leaves_nothing_behind(studies, undisturbed):
+    before = ray_processes()
+    process = start(studies, "name=stopped", *SERIAL)
+    folder = StudyFolder(studies / "stopped")
+    wait_until(lambda: any(folder.trials.glob("0001/metrics.jsonl")), 120)
+    process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    said, _ = process.communicate(timeout=60)
+    assert time.monotonic() - asked < 30
+    assert process.returncode == 130
+    assert f"dxmi sweep --resume {folder.path}" in said
+    wait_until(lambda: ray_processes() <= before, 20)
+    assert "RUNNING" not in {run.info.status for runs in runs_of(folder) for run in runs}
+    second = start(studies, "--resume", "stopped")
+    said, _ = second.communicate(timeout=200)
+    assert second.returncode == 0, said
+    assert_like(folder, undisturbed)
+
+
+def test_two_drivers_of_one_study_the_second_is_refused(studies, undisturbed):
+    with undisturbed.lock():
+        process = start(studies, "--resume", "undisturbed")
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "Another process is driving the study undisturbed" in said
+
+
+def kill_and_resume(studies: Path, name: str, seconds: list[float]) -> StudyFolder:
+    """Start a study, kill its driver after each of `seconds`, resume, and let the last session end."""
+    arguments = [f"name={name}", *SERIAL]
+    for after in seconds:
+        process = start(studies, *arguments)
+        try:
+            process.communicate(timeout=after)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL) if after < 1.0 else process.kill()
+            process.communicate()
+        if (studies / name / "study.yaml").exists():
+            arguments = ["--resume", name]
+    process = start(studies, *arguments)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return StudyFolder(studies / name)
+
+
+@pytest.mark.parametrize("seconds", [[9.0, 14.0]])
+def test_a_killed_driver_and_a_resume_end_like_an_undisturbed_sweep(studies, undisturbed, seconds):
+    assert_like(kill_and_resume(studies, "killed", seconds), undisturbed)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments(studies, undisturbed):
+    moments = random.Random(0)
+    for number in range(10):
+        folder = kill_and_resume(studies, f"killed-{number}", [moments.uniform(0.5, 30.0)])
+        assert_like(folder, undisturbed)
+
+
+def test_a_moved_study_goes_on_where_it_is(finished, tmp_path):
+    moved = tmp_path / "elsewhere" / "first"
+    shutil.copytree(finished.path, moved)
+    assert main(["sweep", "--resume", str(moved)]) == 0
+    _, children = runs_of(StudyFolder(moved))
+    assert len(children) == len(list(moved.glob("trials/*")))
+    renamed = moved.rename(moved.with_name("second"))
+    with pytest.raises(UserError, match="is called first"):
+        StudyFolder(renamed).read_plan()

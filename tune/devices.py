@@ -1,0 +1,80 @@
+"""What this machine has, and how many trials it holds at once."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from dxmi.errors import UserError
+from dxmi.experiment import ResourcesConfig
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How trials share a machine.
+
+    Attributes:
+        cpus: cores that may be used.
+        gpus: GPUs that may be used; 0 if trials run on the CPU.
+        threads: of each trial.
+        gpu_share: of each trial; 0 on the CPU.
+        concurrent: trials at once.
+    """
+
+    cpus: int
+    gpus: int
+    threads: int
+    gpu_share: float
+    concurrent: int
+
+    @property
+    def devices_of_a_trial(self) -> float:
+        """What a trial's hours are multiplied by: its GPUs, or on the CPU its threads."""
+        return self.gpu_share or float(self.threads)
+
+    def __str__(self) -> str:
+        each = f"{self.threads} of {self.cpus} CPU threads"
+        if self.gpu_share:
+            each += f" and {self.gpu_share:g} of {self.gpus} GPUs"
+        return f"{self.concurrent} at once, each with {each}"
+
+
+def find_slots(resources: ResourcesConfig, max_concurrent: int | None) -> Slots:
+    """Slots for trials with these resources on this machine.
+
+    `threads: 0` means one thread on the CPU, and an equal part of the cores beside a GPU.
+
+    Raises:
+        UserError: a trial, or the trials that are to run at once, need more than there is.
+    """
+    return share(resources, max_concurrent, len(os.sched_getaffinity(0)), torch.cuda.device_count())
+
+
+def share(resources: ResourcesConfig, max_concurrent: int | None, cpus: int, gpus: int) -> Slots:
+    """`find_slots` for a machine with these devices."""
+    if ":" in resources.device:
+        raise UserError(
+            f"resources.device is {resources.device}: in a sweep Ray gives each trial its GPU; write cuda, auto or cpu."
+        )
+    if resources.device == "cuda" and not gpus:
+        raise UserError("resources.device is cuda, but PyTorch sees 0 GPUs: use auto or cpu.")
+    on_gpu = gpus > 0 and resources.device != "cpu"
+    gpu_share = resources.gpus if on_gpu else 0.0
+    if on_gpu and gpu_share > gpus:
+        raise UserError(f"resources.gpus is {gpu_share:g}, but this machine has {gpus} GPUs.")
+    if resources.threads > cpus:
+        raise UserError(f"resources.threads is {resources.threads}, but this machine has {cpus} CPU threads.")
+    room = _trials_on_gpus(gpu_share, gpus) if on_gpu else cpus
+    threads = resources.threads or (max(1, cpus // (max_concurrent or room)) if on_gpu else 1)
+    room = min(room, cpus // threads)
+    if max_concurrent is not None and max_concurrent > room:
+        raise UserError(
+            f"sweep.max_concurrent is {max_concurrent}, but this machine holds {room} trials at once: "
+            f"it has {cpus} CPU threads and {gpus} GPUs, and each trial takes {threads} and {gpu_share:g}."
+        )
+    return Slots(cpus, gpus if on_gpu else 0, threads, gpu_share, max_concurrent or room)
+
+
+def _trials_on_gpus(gpu_share: float, gpus: int) -> int:
+    """A share below 1 lies on one GPU."""
+    return gpus * int(1.0 / gpu_share + 1e-6) if gpu_share < 1.0 else int(gpus / gpu_share)

@@ -1,0 +1,316 @@
+"""Ray Tune as the hands of the conductor: it starts trials, restarts crashed ones, and brings their reports.
+
+Tune's own records are scratch: a resume reads the study's journal and run folders, never Tune's state.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune as ray_tune
+from ray._private import ray_logging
+from ray.tune.experiment import Trial
+from ray.tune.search import Searcher
+from rich.text import Text
+
+from dxmi.errors import UserError
+from dxmi.train import train
+from tune.conductor import Conductor, Order
+from tune.devices import Slots
+from tune.signals import gentle_stop
+from tune.space import tree_with
+from tune.study import Study, TrialRecord
+from tune.trial import END, SCORE, STEP, Mailbox, Trainer, run_trial
+
+_GRACE = 20.0
+"""Seconds that an interrupted trial has to save; its last checkpoint is whole in any case."""
+_COLLECT_EVERY = 0.5
+_OBJECT_STORE_BYTES = 100_000_000
+_NEVER = "1000000000"
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the first Ctrl-C saves, see tune.signals
+    "TUNE_GLOBAL_CHECKPOINT_S": _NEVER,  # its state is never read
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": _NEVER,
+    "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": _NEVER,
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "10",
+}
+
+
+class StoppedAtOnceError(BaseException):
+    """A second Ctrl-C, or trials that did not stop in time. No Exception, so that Tune does not wrap it."""
+
+
+def drive(
+    conductor: Conductor,
+    *,
+    look: Callable[[Conductor], None],
+    trainer: Trainer = train,
+) -> None:
+    """Run a session of a study until the conductor says that it is over.
+
+    Args:
+        conductor: decides.
+        look: called several times a second, to draw and to record.
+        trainer: trains a trial.
+
+    Raises:
+        StoppedAtOnceError: the user, or the grace period, ended it; the study can be resumed.
+    """
+    os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(conductor.slots.concurrent)  # or their processes start in turn
+    scratch = conductor.study.folder.scratch
+    shutil.rmtree(scratch, ignore_errors=True)
+    control = _Control(conductor)
+    try:
+        with control.listening(), _ray(conductor.slots), control.listening():  # Ray's start takes SIGTERM for itself
+            control.checkpoint()
+            mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+            hands = _Hands(conductor, mailbox, look, control)
+            trainable = _trainable(conductor.slots, mailbox, trainer)
+            _tuner(trainable, conductor, hands, control).fit()
+    except StoppedAtOnceError:
+        if control.error is not None:
+            raise control.error from None
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class _Control:
+    """How a session is ended from inside Tune's loop, which would wrap an exception beyond recognition.
+
+    Attributes:
+        error: what the conductor raised, if it did.
+    """
+
+    def __init__(self, conductor: Conductor) -> None:
+        self.error: Exception | None = None
+        self._conductor = conductor
+        self._at_once = False
+        self._deadline = math.inf
+
+    def listening(self) -> AbstractContextManager[None]:
+        """While it lasts, signals come here."""
+        return gentle_stop(self._stop_gently, self._stop_at_once)
+
+    def _stop_gently(self, signal_name: str) -> None:
+        """The first signal: trials save and return, or are given up after a while; their last checkpoints are whole."""
+        self._deadline = time.monotonic() + _GRACE
+        self._conductor.stop_all(Order.INTERRUPT, f"stopped by {signal_name}")
+
+    def _stop_at_once(self) -> None:
+        """The second signal."""
+        self._at_once = True
+
+    def checkpoint(self) -> None:
+        """End the session here if that was asked for; called where an exception does no harm."""
+        if self._at_once or time.monotonic() > self._deadline:
+            raise StoppedAtOnceError
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Turn an error into an end of the session."""
+        self.checkpoint()
+        try:
+            yield
+        except Exception as error:
+            self.error = error
+            raise StoppedAtOnceError from error
+
+
+def _trainable(slots: Slots, mailbox: Any, trainer: Trainer) -> Any:
+    """`run_trial` with what every trial shares."""
+    function = ray_tune.with_parameters(run_trial, mailbox=mailbox, trainer=trainer)
+    return ray_tune.with_resources(function, {"cpu": slots.threads, "gpu": slots.gpu_share})
+
+
+def _tuner(trainable: Any, conductor: Conductor, hands: "_Hands", control: _Control) -> ray_tune.Tuner:
+    scratch = conductor.study.folder.scratch.resolve()
+    return ray_tune.Tuner(
+        trainable,
+        tune_config=ray_tune.TuneConfig(
+            search_alg=_Search(conductor, control), num_samples=-1, reuse_actors=True, metric=STEP, mode="max"
+        ),
+        run_config=ray_tune.RunConfig(
+            name="tune",
+            storage_path=str(scratch),
+            verbose=0,
+            callbacks=[hands],
+            failure_config=ray_tune.FailureConfig(max_failures=conductor.plan.sweep.max_failures),
+        ),
+    )
+
+
+@contextmanager
+def _ray(slots: Slots) -> Iterator[None]:
+    """A Ray of our own on this machine, as quiet as it can be, gone when this ends."""
+    for name in ("ray", "ray.tune", "ray.train"):  # what matters of it, the conductor says
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    ray_logging.stdout_deduplicator.skip_re = re.compile("worker died or was killed|lost objects")
+    if ray.is_initialized():
+        raise UserError("Ray runs in this process already: end it with ray.shutdown() first.")
+    ray.init(
+        address="local",
+        num_cpus=slots.cpus,
+        num_gpus=slots.gpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=_OBJECT_STORE_BYTES,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class _Unsaved:
+    """Tune pickles what it is given, for a restore that never comes; nothing of it is to be in the study's folder."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Search(_Unsaved, Searcher):
+    """Tune's searcher: whatever the conductor says."""
+
+    def __init__(self, conductor: Conductor, control: _Control) -> None:
+        super().__init__(metric=STEP, mode="max")
+        self._conductor, self._control = conductor, control
+
+    def suggest(self, trial_id: str) -> Any:  # noqa: ARG002
+        """A trial's arguments; None while there is no room; FINISHED when there are no more."""
+        with self._control.watched():
+            record = self._conductor.next()
+            if record is not None:
+                return {"number": record.number, "trial": json.dumps(_arguments(self._conductor, record))}
+            return Searcher.FINISHED if self._conductor.ending else None
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing: the conductor has heard of it."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the journal holds everything."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: Tune's state is never read."""
+
+
+def _arguments(conductor: Conductor, record: TrialRecord) -> dict[str, Any]:
+    """What `run_trial` wants to know."""
+    study, slots = conductor.study, conductor.slots
+    return {
+        "number": record.number,
+        "tree": trial_tree(study, record, slots),
+        "out": str(record.run.path.resolve()),
+        "metric": study.plan.metric,
+        "same_as": None if record.same_as is None else str(study.folder.run(record.same_as).path.resolve()),
+    }
+
+
+def trial_tree(study: Study, record: TrialRecord, slots: Slots) -> dict[str, Any]:
+    """A trial's whole config as a tree, with the threads that it really gets."""
+    tree = tree_with(study.plan.experiment, record.values)
+    tree["resources"]["threads"] = slots.threads
+    return tree
+
+
+def _traceback(trial: Trial) -> str:
+    """What Tune wrote down when a trial crashed, without colours."""
+    try:
+        return Text.from_ansi(Path(trial.error_file).read_text(errors="replace")).plain
+    except (OSError, TypeError):
+        return ""
+
+
+class _Hands(_Unsaved, ray_tune.Callback):
+    """Tune's callback: carries reports to the conductor and its orders to the trials."""
+
+    def __init__(
+        self, conductor: Conductor, mailbox: Any, look: Callable[[Conductor], None], control: _Control
+    ) -> None:
+        self._conductor, self._mailbox, self._look, self._control = conductor, mailbox, look, control
+        self._collected = 0.0
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:  # noqa: ARG002
+        """A trial's actor took it up."""
+        with self._control.watched():
+            if trial.config["number"] in self._conductor.live:
+                self._conductor.started(trial.config["number"])
+
+    def on_trial_result(
+        self,
+        iteration: int,  # noqa: ARG002
+        trials: list[Trial],  # noqa: ARG002
+        trial: Trial,
+        result: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        """A trial reported. It waits until this returns, so orders to it are passed on before."""
+        with self._control.watched():
+            number, message = trial.config["number"], json.loads(result["message"])
+            if number not in self._conductor.live:  # it crashed after its end was decided
+                return
+            if message["kind"] == SCORE:
+                self._conductor.scored(number, message["step"], message["metrics"])
+            elif message["kind"] == END:
+                self._conductor.ended(number, message)
+            self._pass_on()
+            self._look(self._conductor)
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:  # noqa: ARG002
+        """A trial crashed, and Tune starts it again."""
+        self._crashed(trial, again=True)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:  # noqa: ARG002
+        """A trial crashed for the last time."""
+        self._crashed(trial, again=False)
+
+    def _crashed(self, trial: Trial, *, again: bool) -> None:
+        with self._control.watched():
+            number = trial.config["number"]
+            error = _traceback(trial)
+            self._conductor.study.folder.write_error(number, error)
+            if number in self._conductor.live:  # it had not reported its end
+                self._conductor.crashed(number, error, again=again)
+            self._look(self._conductor)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:  # noqa: ARG002
+        """Several times a second."""
+        self._control.checkpoint()
+        now = time.monotonic()
+        if now - self._collected < _COLLECT_EVERY:
+            return
+        self._collected = now
+        with self._control.watched():
+            self._collect()
+            self._conductor.tick()
+            self._pass_on()
+            self._look(self._conductor)
+
+    def _collect(self) -> None:
+        beats, notes = ray.get(self._mailbox.collect.remote())
+        for number, (phase, step, total) in beats.items():
+            self._conductor.beat(number, phase, step, total)
+        for number, text in notes:
+            self._conductor.noted(number, text)
+
+    def _pass_on(self) -> None:
+        orders = self._conductor.take_orders()
+        if orders:
+            ray.get(self._mailbox.order.remote(list(orders)))

@@ -1,0 +1,105 @@
+"""How long a sweep will take and how much disk it will fill, from a second or two of the real work."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dxmi.cache import cache_root
+from dxmi.evaluate import SELECTION, Sampling, generate
+from dxmi.experiment import Experiment, ExperimentConfig
+from dxmi.schedules import NUM_DIFFUSION_STEPS
+from tune.devices import Slots
+
+_REPEATS = 3
+_SCORING = 1.5
+"""Generating samples and scoring them, over generating them alone."""
+_OTHER_BYTES = 1_000_000
+"""Pictures and records of a run."""
+_CHECKPOINTS = 2
+"""Best and last."""
+_START_SECONDS = 10.0
+"""Starting Ray, and PyTorch in its workers."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a sweep costs.
+
+    Attributes:
+        shared_seconds: pretraining and references, once; 0 if they are cached.
+        trial_seconds: of each trial that runs to its end.
+        trial_bytes: of each trial's folder.
+        trials: planned.
+        concurrent: trials at once.
+    """
+
+    shared_seconds: float
+    trial_seconds: float
+    trial_bytes: int
+    trials: int
+    concurrent: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole sweep, if no trial is stopped early."""
+        return _START_SECONDS + self.shared_seconds + self.trials * self.trial_seconds / self.concurrent
+
+    @property
+    def bytes(self) -> int:
+        """Of the study's folder."""
+        return self.trials * self.trial_bytes
+
+
+def estimate(config: ExperimentConfig, slots: Slots, trials: int) -> Estimate:
+    """Time a few iterations of each phase with one trial's threads.
+
+    Raises:
+        UserError: the data cannot be read.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(slots.threads)
+    try:
+        return _measured(Experiment(config), slots, trials)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured(experiment: Experiment, slots: Slots, trials: int) -> Estimate:
+    config, train = experiment.config, experiment.config.train
+    ddpm, pretraining = experiment.build_pretraining()
+    dxmi, state = experiment.build_finetuning(experiment.build_denoiser())
+    noise, states = state.generators["noise"], state.generators["states"]
+    iteration = _seconds(lambda: dxmi.update(state.stream.next(), 0, noise, states))
+    batch = _seconds(lambda: generate(Sampling(dxmi.policy, SELECTION), config.evaluate.batch_size, config.evaluate))
+    sampling = batch * config.evaluate.num_samples / config.evaluate.batch_size
+    shared = 0.0
+    cached = cache_root() / "pretrained" / f"{experiment.pretraining_signature}.cached"
+    if not cached.exists():
+        data, generator = pretraining.stream.next(), pretraining.generators["noise"]
+        shared += config.pretrain.iterations * _seconds(lambda: ddpm.update(data, 0, generator))
+        shared += sampling * (NUM_DIFFUSION_STEPS / config.schedule.num_steps + 2.0)
+    evaluations = train.iterations / config.evaluate.every + 3
+    seconds = train.iterations * iteration + evaluations * sampling * _SCORING
+    return Estimate(shared, seconds, _bytes(state.groups()), trials, slots.concurrent)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The shortest of a few calls."""
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _bytes(groups: object) -> int:
+    return _CHECKPOINTS * _tensor_bytes(groups) + _OTHER_BYTES
+
+
+def _tensor_bytes(tree: object) -> int:
+    if isinstance(tree, torch.Tensor):
+        return tree.numel() * tree.element_size()
+    return sum(_tensor_bytes(value) for value in tree.values()) if isinstance(tree, dict) else 0

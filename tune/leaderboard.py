@@ -1,0 +1,342 @@
+"""The leaderboard of a study: a data frame, a table for the terminal, leaderboard.csv, and best.yaml.
+
+Only complete trials have a rank. The score of any other is on the noise that chose its checkpoint, which flatters it.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from dxmi.checkpoint import path_of
+from dxmi.config import to_tree
+from dxmi.errors import UserError
+from dxmi.files import write_atomic
+from tune.space import flat, show
+from tune.study import Plan, Study, TrialRecord, TrialState, ranked
+from tune.sweep_config import ObjectiveConfig
+
+NOT_COMPARABLE = "*"
+"""Follows a score on the noise that chose the checkpoint."""
+_OWN_COLUMNS = ("rank", "trial", "state", "score", "step", "seconds", "checkpoint", "reason")
+_WIDTH, _GAP, _NARROWEST = 100, 2, 24
+"""Of a terminal, between columns, and of the last column: half a checkpoint's path."""
+_LONGEST_REASON = 400
+_NEEDED = {"reference", "num_steps", "num_samples", "device", "threads", "versions"}
+"""What a report reads in a summary."""
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+# ----------------------------------------------------------------------------
+# Words
+
+
+def short_names(plan: Plan) -> dict[str, str]:
+    """Each varying path to its shortest end that means no other setting and no column, like policy.lr."""
+    known = [*flat(to_tree(plan.experiment))]
+    taken = {*_OWN_COLUMNS, *objective_columns(plan)}
+
+    def shortest(path: str) -> str:
+        parts = path.split(".")
+        ends = [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+        clear = (end for end in ends if end not in taken and not any(_ends_so(p, end) for p in known if p != path))
+        return next(clear, path)
+
+    return {axis.path: shortest(axis.path) for axis in plan.axes}
+
+
+def _ends_so(path: str, end: str) -> bool:
+    return path == end or path.endswith(f".{end}")
+
+
+def objective_columns(plan: Plan) -> list[str]:
+    """One column an objective; `seconds` is there already, and means the whole trial."""
+    return [
+        "finetune_seconds" if objective.metric == "seconds" else objective.metric for objective in plan.sweep.objectives
+    ]
+
+
+def metric_label(plan: Plan, objective: ObjectiveConfig) -> str:
+    """What an objective measures, for people."""
+    if objective.metric == "score":
+        return plan.metric.removeprefix("eval/")
+    return "seconds of fine-tuning" if objective.metric == "seconds" else objective.metric.removeprefix("eval/")
+
+
+def better(objective: ObjectiveConfig) -> str:
+    """Which way is up."""
+    return "lower is better" if objective.direction == "minimize" else "higher is better"
+
+
+def number(value: float, metric: str = "score") -> str:
+    """A measured number for people: a count as it is, else two decimals, or three digits if it is small."""
+    if metric == "num_steps":
+        return f"{value:g}"
+    return f"{value:,.2f}" if abs(value) >= 1.0 else f"{value:.3g}"
+
+
+def settings(plan: Plan, record: TrialRecord) -> list[str]:
+    """What varies in a trial, in words."""
+    return [f"{name} {show(record.values[path])}" for path, name in short_names(plan).items()]
+
+
+def summary_of(record: TrialRecord) -> Mapping[str, Any]:
+    """What the run came to; empty if that is gone or damaged, since a report is made of what there is."""
+    try:
+        summary = record.run.read_summary() or {}
+    except UserError:
+        return {}
+    return summary if summary.keys() >= _NEEDED else {}
+
+
+def best_of(plan: Plan, records: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The first of the leaderboard, if a trial is complete."""
+    first = next(iter(ranked(plan, records)), None)
+    return first if first is not None and first.state is TrialState.COMPLETE else None
+
+
+# ----------------------------------------------------------------------------
+# The data frame
+
+
+def leaderboard(plan: Plan, records: Sequence[TrialRecord]) -> pd.DataFrame:
+    """One row a trial, in rank order.
+
+    Returns:
+        Columns rank (of complete trials), trial, state, each objective but the score, score, step (of the best
+        checkpoint), each parameter by its path, seconds, signature, checkpoint (relative to the study, if it is still
+        there) and reason (one line).
+    """
+    rows = ranked(plan, records)
+    ranks = [place if record.state is TrialState.COMPLETE else None for place, record in enumerate(rows, start=1)]
+    columns: dict[str, Any] = {
+        "rank": pd.array(ranks, dtype="Int64"),
+        "trial": [record.number for record in rows],
+        "state": [record.state.value for record in rows],
+    }
+    for index, name in enumerate(objective_columns(plan)):
+        columns[name] = pd.array([_objective(record, index) for record in rows], dtype="Float64")
+    columns.pop("score", None)
+    columns["score"] = pd.array([record.outcome.score for record in rows], dtype="Float64")
+    columns["step"] = pd.array([record.outcome.step for record in rows], dtype="Int64")
+    for axis in plan.axes:
+        values = [record.values[axis.path] for record in rows]
+        columns[axis.path] = pd.Series(values, dtype=object) if axis.kind == "choice" else values
+    columns["seconds"] = pd.array([_seconds(record) for record in rows], dtype="Float64")
+    columns["signature"] = [record.signature for record in rows]
+    columns["checkpoint"] = [_checkpoint(record) for record in rows]
+    columns["reason"] = [_reason(record) for record in rows]
+    return pd.DataFrame(columns)
+
+
+def _objective(record: TrialRecord, index: int) -> float | None:
+    return record.outcome.objectives[index] if record.state is TrialState.COMPLETE else None
+
+
+def _seconds(record: TrialRecord) -> float | None:
+    return None if record.state is TrialState.RUNNING else record.outcome.seconds
+
+
+def _checkpoint(record: TrialRecord) -> str:
+    if record.outcome.step is None:
+        return ""
+    path = path_of(record.run.checkpoints, record.outcome.step)
+    return path.relative_to(record.run.path.parent.parent).as_posix() if path.is_dir() else ""
+
+
+def _reason(record: TrialRecord) -> str:
+    """One printable line: it may be the end of somebody's traceback."""
+    if record.same_as is not None and not record.outcome.reason:
+        return f"same config as trial {record.same_as}"
+    text = "".join(character if character.isprintable() else " " for character in record.outcome.reason)
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 1] + "…"
+
+
+# ----------------------------------------------------------------------------
+# The terminal
+
+
+def leaderboard_table(plan: Plan, records: Sequence[TrialRecord], *, limit: int | None = None) -> Table:
+    """The leaderboard for a terminal.
+
+    Args:
+        plan: of the study.
+        records: its trials.
+        limit: rows at most; failed and diverged trials are listed in any case.
+    """
+    rows = leaderboard(plan, records).to_dict("records")
+    shown = [row for place, row in enumerate(rows) if limit is None or place < limit or _state(row).is_failure]
+    columns = _columns(plan, shown)
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        caption=_caption(plan, rows, shown),
+        caption_justify="left",
+        caption_style="dim",
+    )
+    for column in columns:
+        table.add_column(
+            Text(column.heading),
+            justify="left" if column.wraps else "right",
+            no_wrap=not column.wraps,
+            overflow="fold",
+            min_width=None if column.wraps else column.width,
+        )
+    for index, row in enumerate(shown):
+        table.add_row(*(Text(column.cells[index]) for column in columns), style=_row_style(row))
+    return table
+
+
+Row = Mapping[Any, Any]
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of text.
+
+    Attributes:
+        heading: above it.
+        cells: one a row.
+        wraps: whether it may be broken into lines.
+    """
+
+    heading: str
+    cells: list[str]
+    wraps: bool = False
+
+    @property
+    def width(self) -> int:
+        return max(map(len, (self.heading, *self.cells)))
+
+
+def _columns(plan: Plan, rows: Sequence[Row]) -> list[_Column]:
+    """A column a setting, or all settings in one if there are too many for a terminal."""
+    names = short_names(plan)
+    left = [
+        _Column("#", [_optional(row["rank"], "{:d}") for row in rows]),
+        _Column("trial", [str(row["trial"]) for row in rows]),
+        *(
+            _Column(name.removeprefix("eval/"), [_optional_number(row, name) for row in rows])
+            for name in objective_columns(plan)
+            if name != "score"
+        ),
+        _Column("score ", [_marked_score(row) for row in rows]),
+        _Column("step", [_optional(row["step"], "{:d}") for row in rows]),
+    ]
+    middle = [_Column(name, [show(row[path]) for row in rows]) for path, name in names.items()]
+    right = [
+        _Column("seconds", [_optional(row["seconds"], "{:,.0f}") for row in rows]),
+        _Column("checkpoint, or how it ended", [_ending(row) for row in rows], wraps=True),
+    ]
+    if sum(column.width + _GAP for column in (*left, *middle, right[0])) + _NARROWEST > _WIDTH:
+        lines = [", ".join(f"{name} {show(row[path])}" for path, name in names.items()) for row in rows]
+        middle = [_Column("settings", lines, wraps=True)]
+    return [*left, *middle, *right]
+
+
+def _state(row: Row) -> TrialState:
+    return TrialState(row["state"])
+
+
+def _optional(value: Any, form: str) -> str:
+    return "" if pd.isna(value) else form.format(value)
+
+
+def _optional_number(row: Row, metric: str) -> str:
+    return "" if pd.isna(row[metric]) else number(float(row[metric]), metric)
+
+
+def _marked_score(row: Row) -> str:
+    """With a mark or a space behind it, so that the digits stand below each other."""
+    text = _optional_number(row, "score")
+    return text and text + (" " if _state(row) is TrialState.COMPLETE else NOT_COMPARABLE)
+
+
+def _ending(row: Row) -> str:
+    if _state(row) is TrialState.COMPLETE:
+        return row["checkpoint"] or TrialState.COMPLETE.value
+    return f"{row['state']}: {row['reason']}" if row["reason"] else str(row["state"])
+
+
+def _row_style(row: Row) -> str:
+    state = _state(row)
+    if state.is_failure:
+        return "red"
+    if state is not TrialState.COMPLETE:
+        return "dim"
+    return "bold" if row["rank"] == 1 else ""
+
+
+def _caption(plan: Plan, rows: Sequence[Row], shown: Sequence[Row]) -> str:
+    sentences = [f"{', '.join(f'{metric_label(plan, o)}: {better(o)}' for o in plan.sweep.objectives)}."]
+    if any(_marked_score(row).endswith(NOT_COMPARABLE) for row in shown):
+        sentences.append(f"{NOT_COMPARABLE} on the noise that chose the checkpoint: not comparable.")
+    if len(shown) < len(rows):
+        sentences.append(f"{len(rows) - len(shown)} more trials are in leaderboard.csv.")
+    return " ".join(sentences)
+
+
+# ----------------------------------------------------------------------------
+# Files
+
+
+def write_leaderboard(study: Study, records: Sequence[TrialRecord]) -> None:
+    """Write leaderboard.csv: one line a trial, numbers in full."""
+    frame = leaderboard(study.plan, records)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(frame.columns)
+    writer.writerows(map(_cell, row) for row in zip(*(frame[name].tolist() for name in frame), strict=True))
+    write_atomic(study.folder.leaderboard, buffer.getvalue())
+
+
+def _cell(value: Any) -> str:
+    """As CSV text; what a spreadsheet would run as a formula is quoted by an apostrophe."""
+    if isinstance(value, str):
+        return "'" + value if value.startswith(_FORMULA) else value
+    if value is pd.NA:
+        return ""
+    return repr(value) if isinstance(value, float) else json.dumps(value)
+
+
+def write_best(study: Study, records: Sequence[TrialRecord]) -> Path | None:
+    """Write best.yaml: the whole config of the best complete trial, for `dxmi train --config best.yaml`.
+
+    Returns:
+        Where it is, or None if no trial is complete.
+    """
+    best = best_of(study.plan, records)
+    if best is None:
+        return None
+    tree = to_tree(study.config(best))
+    tree["resources"] = _resources(best, tree["resources"])
+    objective = study.plan.sweep.objectives[0]
+    header = [
+        f"study {study.plan.name}, trial {best.number}",
+        f"{objective.metric} {best.outcome.objectives[0]:.6g} ({metric_label(study.plan, objective)}, "
+        f"{better(objective)}), best checkpoint at iteration {best.outcome.step}",
+        f"signature {best.signature}",
+        "again: dxmi train --config best.yaml",
+    ]
+    text = "".join(f"# {line}\n" for line in header) + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    write_atomic(study.folder.best, text)
+    return study.folder.best
+
+
+def _resources(record: TrialRecord, planned: dict[str, Any]) -> dict[str, Any]:
+    """Those of the run: the sums of a network's layers, and so the bits, depend on the number of threads."""
+    if not record.run.config.exists():
+        return planned
+    resources: dict[str, Any] = record.run.read_config().get("resources", planned)
+    return resources

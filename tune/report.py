@@ -1,0 +1,589 @@
+"""The report of a study: one HTML file that says what came out, and opens anywhere without a network.
+
+Everything is inside it: figures as SVG, samples as PNG, the style, and the few lines of script that sort a table. It is
+all made from the records and the run folders, so that it can be written again at any time.
+"""
+
+import base64
+import hashlib
+import io
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dxmi import __version__
+from dxmi.config import to_tree
+from dxmi.files import write_atomic
+from dxmi.provenance import git_revision
+from tune.figures import Reference, importance_obstacle, references, study_figures, unit
+from tune.leaderboard import (
+    NOT_COMPARABLE,
+    best_of,
+    better,
+    leaderboard,
+    metric_label,
+    number,
+    objective_columns,
+    settings,
+    short_names,
+    summary_of,
+)
+from tune.live import duration
+from tune.space import Axis, show, value_at
+from tune.study import Plan, Study, TrialRecord, TrialState, pareto_front, ranked, timestamp
+
+_TEMPLATES = Path(__file__).resolve().parent / "_templates"
+_MATRIX_TRIALS, _MATRIX_STEPS = 8, 6
+_SAMPLES_A_SIDE = (4, 3, 2, 1)
+"""Of each grid, so many samples a side are shown: the first number with which the report stays small."""
+_MAX_SAMPLE_BYTES = 3_000_000
+_SCROLLING_ROWS = 40
+"""A longer table scrolls in its own frame."""
+_EDGE = 0.05
+_FEW = 6
+"""As many settings fit into a sentence."""
+_TOLD = (
+    TrialState.COMPLETE,
+    TrialState.PRUNED,
+    TrialState.STOPPED,
+    TrialState.DIVERGED,
+    TrialState.FAILED,
+    TrialState.RUNNING,
+)
+
+
+def write_report(study: Study, records: Sequence[TrialRecord]) -> Path:
+    """Write report.html, for a study in any state; returns where it is."""
+    write_atomic(study.folder.report, _html(study, records, timestamp()))
+    return study.folder.report
+
+
+def _html(study: Study, records: Sequence[TrialRecord], written: str) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    script = (_TEMPLATES / "report.js").read_text()
+    figures = {name: _drawn(name, figure) for name, figure in study_figures(study, records).items()}
+    return environment.get_template("report.html.j2").render(
+        about=_about(study, records, written),
+        result=result_sentences(study.plan, records),
+        course=course_sentences(study, records),
+        samplers=_samplers(study.plan, records),
+        board=_board(study.plan, records),
+        plan=study.plan,
+        has_marked=any(r.outcome.score is not None and r.state is not TrialState.COMPLETE for r in records),
+        notes=_notes(study.plan, records),
+        figures=figures,
+        no_importances=importance_obstacle(study.plan, records),
+        space=_space(study.plan, records),
+        front=_front(study.plan, records),
+        matrix=sample_matrix(study.plan, records),
+        failures=_failures(study, records),
+        commands=_commands(study, records),
+        shared=_shared_config(study.plan),
+        sweep=_yaml(study.plan.tree()["sweep"]),
+        style=Markup((_TEMPLATES / "report.css").read_text()),  # noqa: S704  (ours)
+        script=Markup(script),  # noqa: S704  (ours)
+        script_hash=sha256_base64(script),
+    )
+
+
+def sha256_base64(text: str) -> str:
+    """As a content security policy names a script."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+# ----------------------------------------------------------------------------
+# Words
+
+
+def result_sentences(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
+    """What came out: the best trial, and the references beside it."""
+    best = best_of(plan, records)
+    if best is None:
+        return ["No trial is complete, so there is no result yet." if records else "No trial has begun."]
+    objective, has_front = plan.sweep.objectives[0], len(plan.sweep.objectives) > 1
+    label, value = metric_label(plan, objective), number(best.outcome.objectives[0], objective.metric)
+    claim = f"has the best {label}, {value}" if has_front else f"is the best, with {label} {value}"
+    words = settings(plan, best)
+    where = f" at {_listed(words)}" if len(words) <= _FEW else "; its settings are below"
+    first = f"Trial {best.number} {claim} ({better(objective)}) after {best.outcome.step} iterations{where}."
+    return [first, *_references_sentences(plan, best), *([_front_sentence(plan, records)] if has_front else [])]
+
+
+def _references_sentences(plan: Plan, best: TrialRecord) -> list[str]:
+    summary = summary_of(best)
+    if not summary:
+        return []
+    steps, scores = summary["num_steps"], summary["reference"]
+    words = {
+        "ddpm_1000": "the 1000-step model it came from has {}",
+        f"ddim_{steps}": f"DDIM with {steps} steps {{}}",
+        "shortened": f"the same {steps} steps before fine-tuning {{}}",
+    }
+    parts = [sentence.format(number(scores[key])) for key, sentence in words.items() if key in scores]
+    is_score = plan.sweep.objectives[0].metric in ("score", plan.metric)
+    label = "" if is_score else f"Its {plan.metric.removeprefix('eval/')} is {number(_score(best))}; "
+    text = f"{label}{_listed(parts)}, each on {summary['num_samples']:,} samples." if parts else ""
+    return [text[0].upper() + text[1:]] if text else []
+
+
+def _front_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
+    front = pareto_front(plan, records)
+
+    def point(record: TrialRecord) -> str:
+        pairs = zip(plan.sweep.objectives, record.outcome.objectives, strict=True)
+        return " with ".join(f"{metric_label(plan, o)} {number(value, o.metric)}" for o, value in pairs)
+
+    if len(front) == 1:
+        return f"It is better than, or equal to, every other in both objectives ({point(front[0])})."
+    return f"{len(front)} trials are on the Pareto front, from {point(front[0])} to {point(front[-1])}."
+
+
+def course_sentences(study: Study, records: Sequence[TrialRecord]) -> list[str]:
+    """How the trials ended, and what of the budget was used."""
+    planned = study.plan.num_trials
+    if not records:
+        return [f"{planned} trial{'s are' if planned > 1 else ' is'} planned."]
+    counts = Counter(record.state for record in records)
+    ways = ", ".join(f"{counts[state]} {state.value}" for state in _TOLD if counts[state])
+    sentences = [f"{len(records)} of {planned} planned trial{'s' if planned > 1 else ''}: {ways}."]
+    progress, minutes = study.folder.read_progress(), study.plan.sweep.budget.wall_minutes
+    seconds = float(progress.get("seconds") or 0.0)
+    if seconds:
+        limit = f" of {duration(60.0 * minutes)}" if minutes else ""
+        sentences.append(f"The sweep has taken {duration(seconds)}{limit}.")
+    if progress.get("ended"):
+        sentences.append(f"Its last session ended: {progress['ended']}.")
+    return sentences
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """a, b and c."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _score(record: TrialRecord) -> float:
+    assert record.outcome.score is not None  # a complete trial has one
+    return record.outcome.score
+
+
+def _notes(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
+    """Settings whose best value is at the edge of what was searched."""
+    best = best_of(plan, records)
+    if best is None:
+        return []
+    names, notes = short_names(plan), []
+    for axis in plan.axes:
+        place = unit(axis, best.values[axis.path])
+        if axis.kind in ("log_uniform", "uniform") and not _EDGE < place < 1.0 - _EDGE:
+            end = "lower" if place <= _EDGE else "upper"
+            notes.append(
+                f"The best {names[axis.path]} ({show(best.values[axis.path])}) lies at the {end} end of its range "
+                f"[{axis.low:g}, {axis.high:g}]: a wider one may hold a better value."
+            )
+    return notes
+
+
+# ----------------------------------------------------------------------------
+# Head and foot
+
+
+@dataclass(frozen=True)
+class _About:
+    """The head of the report, as text."""
+
+    study: str
+    experiment: str
+    signature: str
+    begun: str
+    written: str
+    revisions: list[str]
+    machine: str
+    version: str
+
+
+def _about(study: Study, records: Sequence[TrialRecord], written: str) -> _About:
+    best = best_of(study.plan, records)
+    summary = {} if best is None else summary_of(best)
+    return _About(
+        study=study.plan.name,
+        experiment=study.plan.experiment.name,
+        signature=study.plan.signature,
+        begun=_begun(study),
+        written=written,
+        revisions=revisions(records),
+        machine=_machine(summary) if summary else "",
+        version=__version__,
+    )
+
+
+def _machine(summary: Mapping[str, Any]) -> str:
+    threads = f"{summary['threads']} thread{'s' if summary['threads'] > 1 else ''}"
+    return f"{summary['device']}, {threads}, torch {summary['versions'].get('torch', '?')}"
+
+
+def _begun(study: Study) -> str:
+    starts = [trial.datetime_start for trial in study.optuna.get_trials(deepcopy=False)[:1]]
+    if starts and starts[0] is not None:
+        moment = starts[0].astimezone(UTC)
+    else:
+        moment = datetime.fromtimestamp(study.folder.plan.stat().st_mtime, UTC)
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def revisions(records: Sequence[TrialRecord]) -> list[str]:
+    """The revisions of the code that complete trials ended with; the present one if none is complete."""
+    summaries = (summary_of(record) for record in records if record.state is TrialState.COMPLETE)
+    found = dict.fromkeys(summary.get("git_revision") or "unknown" for summary in summaries if summary)
+    return [*found] or [git_revision() or "unknown"]
+
+
+def _commands(study: Study, records: Sequence[TrialRecord]) -> list[tuple[str, str]]:
+    """What to do, and the command that does it, from the folder that holds the studies'."""
+    folder = f"{study.folder.path.resolve().parent.name}/{study.plan.name}"
+    best, found, commands = best_of(study.plan, records), revisions(records), []
+    if found != ["unknown"] and len(found) == 1:
+        changed = " (with changes that were not committed)" if found[0].endswith("-dirty") else ""
+        commands.append((f"The code{changed}", f"git checkout {found[0].removesuffix('-dirty')}"))
+    if best is not None:
+        run = f"{folder}/trials/{best.number:04d}"
+        commands += [
+            ("The best trial again, with the same numbers", f"dxmi train --config {folder}/best.yaml"),
+            ("Any other trial again", f"dxmi train --config {folder}/trials/NUMBER/config.yaml"),
+            ("Samples of the best", f"dxmi sample {run} --num 64 --out samples.png"),
+            ("More scores of the best", f"dxmi evaluate {run}"),
+        ]
+    return [*commands, ("Go on with the sweep, if it has not ended", f"dxmi sweep --resume {folder}")]
+
+
+def _shared_config(plan: Plan) -> str:
+    """The experiment without what varies, and without resources, which change no result."""
+    tree = to_tree(plan.experiment)
+    del tree["resources"]
+    for axis in plan.axes:
+        *groups, last = axis.path.split(".")
+        group = tree
+        for name in groups:
+            group = group[name]
+        del group[last]
+    return _yaml(tree)
+
+
+def _yaml(tree: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)
+
+
+# ----------------------------------------------------------------------------
+# Tables
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        text: what stands in it.
+        key: what it is sorted by; empty comes last.
+        style: classes.
+    """
+
+    text: str
+    key: str = ""
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class HtmlTable:
+    """A table.
+
+    Attributes:
+        headings: text, longer text for the pointer, classes.
+        rows: classes and cells.
+    """
+
+    headings: list[tuple[str, str, str]]
+    rows: list[tuple[str, list[Cell]]]
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it scrolls in a frame of its own."""
+        return len(self.rows) > _SCROLLING_ROWS
+
+
+def _number_cell(value: Any, text: str, style: str = "number") -> Cell:
+    """Empty for a missing value."""
+    return Cell("", "", style) if pd.isna(value) else Cell(text, repr(float(value)), style)
+
+
+def _count_cell(value: Any) -> Cell:
+    return _number_cell(value, str(value))
+
+
+def _metric_cell(value: Any, metric: str) -> Cell:
+    return _number_cell(value, "" if pd.isna(value) else number(float(value), metric))
+
+
+def _value_cell(axis: Axis, value: Any) -> Cell:
+    """A setting's value."""
+    return Cell(show(value), show(value)) if axis.kind == "choice" else _number_cell(value, show(value))
+
+
+def _value_heading(plan: Plan, axis: Axis) -> tuple[str, str, str]:
+    return short_names(plan)[axis.path], axis.path, "" if axis.kind == "choice" else "number"
+
+
+def _board(plan: Plan, records: Sequence[TrialRecord]) -> HtmlTable:
+    frame = leaderboard(plan, records)
+    objectives = [name for name in objective_columns(plan) if name != "score"]
+    headings = [
+        ("#", "rank", "number"),
+        ("trial", "trial", "number"),
+        ("state", "state", ""),
+        *((name.removeprefix("eval/"), name, "number") for name in objectives),
+        ("score", plan.metric, "number"),
+        ("step", "iteration of the best checkpoint", "number"),
+        *(_value_heading(plan, axis) for axis in plan.axes),
+        ("seconds", "wall time of the trial", "number"),
+        ("checkpoint, or why not complete", "checkpoints are relative to the study's folder", ""),
+    ]
+    rows = [_board_row(row, objectives, plan.axes) for row in frame.to_dict("records")]
+    return HtmlTable(headings, rows)
+
+
+def _board_row(row: Mapping[Any, Any], objectives: Sequence[str], axes: Sequence[Axis]) -> tuple[str, list[Cell]]:
+    is_complete = row["state"] == TrialState.COMPLETE
+    score = "" if pd.isna(row["score"]) else number(float(row["score"])) + ("" if is_complete else NOT_COMPARABLE)
+    cells = [
+        _count_cell(row["rank"]),
+        _count_cell(row["trial"]),
+        Cell(row["state"], row["state"], "state"),
+        *(_metric_cell(row[name], name) for name in objectives),
+        _number_cell(row["score"], score, "number score"),
+        _count_cell(row["step"]),
+        *(_value_cell(axis, row[axis.path]) for axis in axes),
+        _number_cell(row["seconds"], "" if pd.isna(row["seconds"]) else f"{row['seconds']:,.0f}"),
+        _ending_cell(row["checkpoint"] if is_complete else "", row["reason"]),
+    ]
+    best = " best" if not pd.isna(row["rank"]) and row["rank"] == 1 else ""
+    return row["state"] + best, cells
+
+
+def _ending_cell(checkpoint: str, reason: str) -> Cell:
+    return Cell(checkpoint, checkpoint, "path") if checkpoint else Cell(reason, reason, "reason")
+
+
+def _samplers(plan: Plan, records: Sequence[TrialRecord]) -> list[tuple[str, str, bool]]:
+    """Name, score and whether it is the best trial, of each reference and of the best trial."""
+    best = best_of(plan, records)
+    rows = [(_sampler_name(reference), _span(reference), False) for reference in references(records)]
+    return [*rows, (f"trial {best.number}", number(_score(best)), True)] if best is not None and rows else []
+
+
+def _sampler_name(reference: Reference) -> str:
+    return reference.label + ("" if reference.is_shared else " (depends on the trial)")
+
+
+def _span(reference: Reference) -> str:
+    low, high = number(reference.low), number(reference.high)
+    return low if low == high else f"{low} to {high}"
+
+
+def _space(plan: Plan, records: Sequence[TrialRecord]) -> list[tuple[str, str, str, str]]:
+    """Path, range, the experiment's own value and the best trial's of each setting that varies."""
+    best = best_of(plan, records)
+    return [
+        (
+            axis.path,
+            str(axis),
+            show(value_at(plan.experiment, axis.path)),
+            "" if best is None else show(best.values[axis.path]),
+        )
+        for axis in plan.axes
+    ]
+
+
+def _front(plan: Plan, records: Sequence[TrialRecord]) -> HtmlTable | None:
+    """The Pareto front, if there are two objectives and a complete trial."""
+    front = pareto_front(plan, records)
+    if len(plan.sweep.objectives) < 2 or not front:
+        return None
+    labels = [metric_label(plan, objective) for objective in plan.sweep.objectives]
+    headings = [
+        ("trial", "trial", "number"),
+        *((label, better(o), "number") for label, o in zip(labels, plan.sweep.objectives, strict=True)),
+        *(_value_heading(plan, axis) for axis in plan.axes),
+    ]
+    rows = [
+        (
+            "",
+            [
+                _count_cell(record.number),
+                *map(_metric_cell, record.outcome.objectives, objective_columns(plan)),
+                *(_value_cell(axis, record.values[axis.path]) for axis in plan.axes),
+            ],
+        )
+        for record in front
+    ]
+    return HtmlTable(headings, rows)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A trial that failed or diverged, as text."""
+
+    number: int
+    state: str
+    reason: str
+    settings: str
+    traceback: str
+
+
+def _failures(study: Study, records: Sequence[TrialRecord]) -> list[_Failure]:
+    frame = leaderboard(study.plan, records)
+    reasons = dict(zip(frame["trial"], frame["reason"], strict=True))
+    return [
+        _Failure(
+            record.number,
+            record.state.value,
+            reasons[record.number],
+            ", ".join(settings(study.plan, record)),
+            f"trials/{record.number:04d}/error.txt" if study.folder.error(record.number).exists() else "",
+        )
+        for record in records
+        if record.state.is_failure
+    ]
+
+
+# ----------------------------------------------------------------------------
+# Figures
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """A figure as SVG, and in words."""
+
+    svg: Markup
+    label: str
+
+
+def _drawn(name: str, figure: Figure) -> _Drawing:
+    """As SVG for the inside of a page: its text stays text, and the same figure gives the same bytes."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    return _Drawing(Markup(_inline(buffer.getvalue(), name)), str(figure.get_label()))  # noqa: S704  (escaped by Matplotlib)
+
+
+def _inline(svg: str, name: str) -> str:
+    """Without what only a file of its own needs, and with coordinates to a hundredth of a point."""
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(r'<g id="[^"]*"', "<g", body)  # every figure has an axes_1
+    body = body.replace("xlink:href=", "href=")
+    body = re.sub(r'(?<= d=")[^"]*', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), body)
+    width, height = (float(re.findall(rf'{side}="([\d.]+)pt"', body)[0]) for side in ("width", "height"))
+    head = f'<svg class="{name}" viewBox="0 0 {width:g} {height:g}" style="--natural: {width:g}" aria-hidden="true">'
+    return head + body[body.index(">") + 1 :].strip()
+
+
+# ----------------------------------------------------------------------------
+# Samples
+
+
+@dataclass(frozen=True)
+class MatrixRow:
+    """A trial's samples.
+
+    Attributes:
+        trial: which.
+        note: how good it is.
+        pictures: data URIs, one a step; empty where a picture is damaged.
+    """
+
+    trial: str
+    note: str
+    pictures: list[str]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Sample grids, all from the same noise: one row a trial, one column an iteration."""
+
+    steps: list[int]
+    rows: list[MatrixRow]
+
+
+def sample_matrix(plan: Plan, records: Sequence[TrialRecord]) -> Matrix | None:
+    """Grids of the best trials and the last one, at iterations that all of them have; None if there are none."""
+    chosen = _shown(plan, records)
+    if not chosen:
+        return None
+    steps = _thinned(sorted(set.intersection(*(_sampled(record) for record in chosen))), _MATRIX_STEPS)
+    if not steps:
+        return None
+    columns = max(1, round(plan.experiment.evaluate.grid**0.5))
+    places = {record.number: place for place, record in enumerate(ranked(plan, records), start=1)}
+    for side in _SAMPLES_A_SIDE:
+        pictures = [[_picture(record, step, columns, side) for step in steps] for record in chosen]
+        if sum(len(picture) for row in pictures for picture in row) <= _MAX_SAMPLE_BYTES:
+            break
+    rows = [
+        MatrixRow(f"trial {record.number}", _matrix_note(record, places[record.number]), row)
+        for record, row in zip(chosen, pictures, strict=True)
+    ]
+    return Matrix(steps, rows)
+
+
+def _shown(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Complete trials if there are any, by rank: the first ones and the last."""
+    sampled = [record for record in ranked(plan, records) if record.same_as is None and _sampled(record)]
+    complete = [record for record in sampled if record.state is TrialState.COMPLETE] or sampled
+    return complete if len(complete) <= _MATRIX_TRIALS else [*complete[: _MATRIX_TRIALS - 1], complete[-1]]
+
+
+def _sampled(record: TrialRecord) -> set[int]:
+    """Iterations of which there is a grid."""
+    found = (re.fullmatch(r"step_(\d+)\.png", path.name) for path in record.run.samples.glob("step_*.png"))
+    return {int(match[1]) for match in found if match}
+
+
+def _thinned(steps: Sequence[int], most: int) -> list[int]:
+    """At most so many, evenly, with the first and the last."""
+    if len(steps) <= most:
+        return [*steps]
+    return [steps[round(index * (len(steps) - 1) / (most - 1))] for index in range(most)]
+
+
+def _matrix_note(record: TrialRecord, place: int) -> str:
+    if record.state is not TrialState.COMPLETE:
+        return record.state.value
+    return f"#{place}, {number(_score(record))} at {record.outcome.step}"
+
+
+def _picture(record: TrialRecord, step: int, columns: int, side: int) -> str:
+    """The upper left corner of a grid, `side` samples wide and high, as a data URI."""
+    buffer = io.BytesIO()
+    try:
+        with Image.open(record.run.samples / f"step_{step:06d}.png") as grid:
+            gap = 2  # see dxmi.pictures.grid
+            extent = gap + min(side, columns) * ((grid.width - gap) // columns)
+            grid.crop((0, 0, extent, min(extent, grid.height))).save(buffer, format="png", optimize=True)
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

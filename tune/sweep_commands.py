@@ -1,0 +1,206 @@
+"""The commands around studies: `dxmi sweep | studies | report | ui | doctor`. Imported only when one of them runs."""
+
+import argparse
+import warnings
+from collections import Counter
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from rich.table import Table
+
+from dxmi.errors import UserError
+from tune.console import Terminal, complain
+from tune.doctor import Verdict, examine
+from tune.estimate import Estimate
+from tune.leaderboard import leaderboard_table
+from tune.live import duration
+from tune.space import show, value_at
+from tune.study import Study, StudyFolder, TrialState, require_name, studies_in
+from tune.sweep import Sweep, SweepResult
+from tune.tracking import open_store
+from tune.ui import free_port, serve
+
+OK, FAILED, STOPPED = 0, 1, 130
+
+# ----------------------------------------------------------------------------
+# dxmi sweep
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Run a sweep, go on with one, or say what it would do."""
+    warnings.simplefilter("ignore", FutureWarning)  # of Ray, at import, about its own next version
+    chosen = _chosen(args)
+    console = Terminal()
+    chosen.check()
+    if args.dry_run:
+        _plan(console, chosen, chosen.estimate())
+        return OK
+    _announce(console, chosen)
+    result = chosen.run(console=console)
+    return _close(console, chosen, result)
+
+
+def _chosen(args: argparse.Namespace) -> Sweep:
+    if args.resume is None:
+        return Sweep(*args.overrides, studies=args.studies)
+    name, studies = _place(args.resume, args.studies)
+    return Sweep.resume(name, *args.overrides, studies=studies)
+
+
+def _place(study: str, studies: Path) -> tuple[str, Path]:
+    """A study's name and the folder it is in; it may be given as a path, too."""
+    path = Path(study)
+    return (path.name, path.parent) if len(path.parts) > 1 else (study, studies)
+
+
+def _announce(console: Terminal, chosen: Sweep) -> None:
+    cost = chosen.estimate()
+    chosen.check_room(cost)
+    again = "Going on with" if chosen.folder.exists else "Study"
+    console.out(
+        f"{again} {chosen.plan.name}: {cost.trials} trials, {chosen.slots()}; "
+        f"about {duration(cost.seconds)} and {cost.bytes / 1e9:.1f} GB in all, less where trials are stopped early.",
+        highlight=False,
+    )
+
+
+def _plan(console: Terminal, chosen: Sweep, cost: Estimate) -> None:
+    """What --dry-run prints."""
+    plan, sweep = chosen.plan, chosen.plan.sweep
+    console.out(f"Study {plan.name} (signature {plan.signature}) in {chosen.folder.path}", highlight=False)
+    space = Table("setting", "values", "default", title="space", title_justify="left")
+    for axis in plan.axes:
+        space.add_row(axis.path, str(axis), show(value_at(plan.experiment, axis.path)))
+    console.print(space)
+    objectives = ", ".join(f"{objective.direction} {objective.metric}" for objective in sweep.objectives)
+    stopping = "no early stopping" if sweep.stopping.rule == "none" else f"early stopping by {sweep.stopping.rule}"
+    rows = {
+        "trials": f"{plan.num_trials} by {sweep.sampler.kind} (seed {sweep.sampler.seed}), {stopping}",
+        "objective": objectives,
+        "concurrency": str(chosen.slots()),
+        "time": _time(cost),
+        "disk": f"{cost.bytes / 1e9:.2f} GB ({cost.trial_bytes / 1e6:.0f} MB a trial)",
+        "tracking": plan.tracking.uri,
+    }
+    table = Table(show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    console.out("Nothing was started and nothing was written.", highlight=False)
+    chosen.check_room(cost)
+
+
+def _time(cost: Estimate) -> str:
+    shared = f"{duration(cost.shared_seconds)} of pretraining and references, once; " if cost.shared_seconds else ""
+    return f"about {duration(cost.seconds)}: {shared}{duration(cost.trial_seconds)} a trial that runs to its end"
+
+
+def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
+    """The end table, where everything is, and the exit code."""
+    console.print(leaderboard_table(chosen.plan, result.records))
+    places = {"report": result.folder.report, "best config": result.folder.best, "table": result.folder.leaderboard}
+    for label, path in places.items():
+        if path.exists():
+            console.out(f"{label + ':':<13}{path}", highlight=False)
+    if chosen.plan.tracking.uri != "none":
+        console.out(f"{'MLflow:':<13}dxmi ui --studies {result.folder.path.parent}", highlight=False)
+    resume = f"dxmi sweep --resume {result.folder.path}"
+    if result.undelivered:
+        complain(f"the tracking server has not got {result.undelivered} records yet. To deliver them: {resume}")
+    if result.interrupted:
+        complain(f"{result.ended or 'interrupted'}. Everything is saved; go on with: {resume}")
+        return STOPPED
+    if result.all_failed:
+        complain("every trial failed; the table says why.")
+        return FAILED
+    return OK
+
+
+# ----------------------------------------------------------------------------
+# dxmi studies, report
+
+
+def studies(args: argparse.Namespace) -> int:
+    """List the studies there are."""
+    found = studies_in(args.studies)
+    console = Terminal()
+    if not found:
+        console.out(f"There are no studies in {args.studies} yet: dxmi sweep begins one.", highlight=False)
+        return OK
+    table = Table("study", "state", "trials", "best", "wall time")
+    for folder in found:
+        table.add_row(folder.path.name, *_row(folder))
+    console.print(table)
+    return OK
+
+
+def _row(folder: StudyFolder) -> tuple[str, ...]:
+    try:
+        plan = folder.read_plan()
+        seconds = duration(float(folder.read_progress()["seconds"]))
+        if not folder.journal.exists():
+            return _state(folder, 0, plan.num_trials), f"0/{plan.num_trials}", "", seconds
+        records = Study.read(folder).records()
+    except UserError as error:
+        return "damaged", str(error), "", ""
+    counts = Counter(record.state for record in records)
+    ended = len(records) - counts[TrialState.RUNNING]
+    words = ", ".join(f"{counts[state]} {state.value}" for state in TrialState if counts[state])
+    complete = [r.outcome.score for r in records if r.state is TrialState.COMPLETE and r.outcome.score is not None]
+    best = f"{min(complete):.2f}" if complete else ""
+    return _state(folder, ended, plan.num_trials), f"{ended}/{plan.num_trials} ({words})", best, seconds
+
+
+def _state(folder: StudyFolder, ended: int, planned: int) -> str:
+    """running, finished, or interrupted."""
+    lock = FileLock(folder.path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return "running"
+    lock.release()
+    if ended >= planned or "budget" in str(folder.read_progress()["ended"]):
+        return "finished"
+    return "interrupted"
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write a study's tables and report anew, and say where they are."""
+    name, root = _place(args.study, args.studies)
+    require_name(name)
+    study = Study.read(StudyFolder(root / name))
+    records = study.records()
+    console = Terminal()
+    console.print(leaderboard_table(study.plan, records))
+    Sweep.write_results(study, records)
+    console.out(f"report: {study.folder.report}", highlight=False)
+    return OK
+
+
+# ----------------------------------------------------------------------------
+# dxmi ui, doctor
+
+
+def ui(args: argparse.Namespace) -> int:
+    """MLflow's page on the local store, until Ctrl-C."""
+    if not args.studies.is_dir():
+        raise UserError(f"There is no folder {args.studies}: run a sweep first, or name the folder by --studies.")
+    port = free_port(args.port)
+    store, _ = open_store(args.studies, "dxmi")
+    console = Terminal()
+    console.out("MLflow is starting ...", highlight=False)
+    return serve(store, args.studies, port, lambda line: console.out(line, highlight=False))
+
+
+_STYLES = {Verdict.GOOD: "green", Verdict.WARNING: "yellow", Verdict.BAD: "red"}
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Say whether this machine is ready; exit code 1 if something has to be done first."""
+    findings = examine(args.studies)
+    table = Table("", "what", "found", "what to do")
+    for finding in findings:
+        style = _STYLES[finding.verdict]
+        table.add_row(f"[{style}]{finding.verdict.value}[/]", finding.subject, finding.text, finding.advice)
+    Terminal().print(table)
+    return FAILED if any(finding.verdict is Verdict.BAD for finding in findings) else OK

@@ -1,0 +1,187 @@
+"""One trial, in a Ray worker: compose, build, train, report. It decides nothing: a stop is asked for from outside.
+
+What a trial reports to the driver is either a score or how it ended; how far it is goes to the mailbox, which answers
+whether it should stop. Ray Tune goes on with a report only when the driver has dealt with it, so the answer that a
+trial gets after a score already knows that score.
+"""
+
+import errno
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from numbers import Real
+from pathlib import Path
+from shutil import copytree, ignore_patterns, rmtree
+from typing import Any, Protocol
+
+from dxmi.config import build
+from dxmi.errors import DivergedError, UserError
+from dxmi.experiment import Experiment, ExperimentConfig
+from dxmi.train import Progress, Reporter, Summary, train
+
+SCORE, END = "score", "end"
+"""Kinds of report."""
+STEP = "step"
+"""The one number that Tune itself sees."""
+_BEAT_EVERY = 0.5
+_SHOWN = 20
+"""Characters of a bad value that are repeated."""
+_EVALUATION = "eval/"
+
+
+class Trainer(Protocol):
+    """What runs a trial; `dxmi.train.train`, or a stand-in in a test."""
+
+    def __call__(self, experiment: Experiment, *, out: Path, report: Reporter | None = None) -> Summary | None:
+        """Train, tell `report` about it, and return the summary, or None if it was asked to stop."""
+
+
+class BadReportError(Exception):
+    """A reported metric is no finite number.
+
+    Attributes:
+        step: the iteration it was reported for.
+        metric: its key.
+    """
+
+    def __init__(self, step: int, metric: str, what: str) -> None:
+        super().__init__(f"{metric} is {what} at iteration {step}")
+        self.step = step
+        self.metric = metric
+
+
+def checked(metrics: Mapping[str, Any], step: int, required: str) -> dict[str, float]:
+    """The metrics as plain floats.
+
+    Raises:
+        BadReportError: one of them is not a finite Python or NumPy number, or the required one is missing.
+    """
+    if required not in metrics:
+        raise BadReportError(step, required, "missing")
+    for key, value in metrics.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise BadReportError(step, key, f"no number but {type(value).__name__}")
+        if not math.isfinite(_float(value)):
+            raise BadReportError(step, key, str(value)[:_SHOWN])
+    return {key: _float(value) for key, value in metrics.items()}
+
+
+def _float(value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number may be larger than any float
+        return math.inf
+
+
+class Mailbox:
+    """A Ray actor between the driver and the trials: orders one way, heartbeats and notes the other."""
+
+    def __init__(self) -> None:
+        self._orders: set[int] = set()
+        self._beats: dict[int, tuple[str, int, int]] = {}
+        self._notes: list[tuple[int, str]] = []
+
+    def order(self, numbers: list[int]) -> None:
+        """Tell trials to save and return."""
+        self._orders.update(numbers)
+
+    def beat(self, number: int, phase: str, step: int, total: int) -> bool:
+        """A trial says how far it is; returns whether it should stop."""
+        self._beats[number] = (phase, step, total)
+        return number in self._orders
+
+    def note(self, number: int, text: str) -> None:
+        """A trial has something to say to a person."""
+        self._notes.append((number, text))
+
+    def collect(self) -> tuple[dict[int, tuple[str, int, int]], list[tuple[int, str]]]:
+        """Beats and notes since the last call."""
+        beats, self._beats = self._beats, {}
+        notes, self._notes = self._notes, []
+        return beats, notes
+
+
+class _Reporter:
+    """A trial's line to the driver, called by `train`."""
+
+    def __init__(self, number: int, metric: str, mailbox: Any, send: Callable[[dict[str, Any]], None]) -> None:
+        import ray  # noqa: PLC0415  (this module is read by tests without Ray, too)
+
+        self._ray = ray
+        self._number, self._metric, self._mailbox, self._send = number, metric, mailbox, send
+        self._pending: Any = None
+        self._sent = 0.0
+        self.stop = False
+
+    def __call__(self, event: Progress) -> bool:
+        if event.note:
+            self._mailbox.note.remote(self._number, event.note)
+        elif any(key.startswith(_EVALUATION) for key in event.metrics):
+            metrics = checked(event.metrics, event.step, self._metric)
+            self._send({"kind": SCORE, "step": event.step, "metrics": metrics})
+            self.stop = self._ray.get(self._beat(event)) or self.stop
+        else:
+            self._beat_sometimes(event)
+        return self.stop
+
+    def _beat(self, event: Progress) -> Any:
+        self._sent = time.monotonic()
+        return self._mailbox.beat.remote(self._number, event.phase.value, event.step, event.total)
+
+    def _beat_sometimes(self, event: Progress) -> None:
+        """Ask without waiting: the answer is read at a later call."""
+        if self._pending is not None and self._ray.wait([self._pending], timeout=0)[0]:
+            self.stop = self._ray.get(self._pending) or self.stop
+            self._pending = None
+        if self._pending is None and time.monotonic() - self._sent > _BEAT_EVERY:
+            self._pending = self._beat(event)
+
+
+def run_trial(config: Mapping[str, Any], *, mailbox: Any, trainer: Trainer = train) -> None:
+    """The function that Ray Tune runs.
+
+    Everything goes through it as JSON text: Tune would flatten, copy and keep each value of a tree.
+
+    Args:
+        config: `number`, and `trial`: tree (of the experiment's config), out (run folder), metric, same_as (a run
+            folder or None).
+        mailbox: an actor of `Mailbox`.
+        trainer: trains.
+    """
+    from ray import tune as ray_tune  # noqa: PLC0415
+
+    def send(message: dict[str, Any]) -> None:
+        ray_tune.report({STEP: message.get("step", 0), "message": json.dumps(message)})
+
+    number, trial = int(config["number"]), json.loads(config["trial"])
+    out = Path(trial["out"])
+    if trial["same_as"] is not None:
+        _copy_run(Path(trial["same_as"]), out)
+    reporter = _Reporter(number, trial["metric"], mailbox, send)
+    send({"kind": END, **_result(trial["tree"], out, trainer, reporter)})
+
+
+def _result(tree: Mapping[str, Any], out: Path, trainer: Trainer, reporter: Reporter) -> dict[str, Any]:
+    """How the training ended. Only what a second try could mend is raised."""
+    try:
+        experiment = Experiment(build(ExperimentConfig, tree))
+        summary = trainer(experiment, out=out, report=reporter)
+    except (DivergedError, BadReportError) as error:
+        return {"state": "diverged", "reason": str(error)}
+    except UserError as error:
+        return {"state": "failed", "reason": str(error)}
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return {"disk_full": True, "reason": f"{error.strerror}: {error.filename or out}"}
+        raise
+    return {"summary": None if summary is None else asdict(summary)}
+
+
+def _copy_run(source: Path, out: Path) -> None:
+    """A finished run once more; its files never change, so they are linked."""
+    if not (out / "summary.json").exists():
+        rmtree(out, ignore_errors=True)
+        copytree(source, out, copy_function=os.link, ignore=ignore_patterns(".lock"))

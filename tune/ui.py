@@ -1,0 +1,104 @@
+"""`dxmi ui`: MLflow's own page on the store of the studies here, on this machine only."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from dxmi.errors import UserError
+
+HOST = "127.0.0.1"
+DEFAULT_PORT = 5000
+_PORTS_TRIED = 50
+_LAST_PORT = 65535
+_START_SECONDS = 120.0
+_ENVIRONMENT = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # or it starts ten processes
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+}
+
+
+def free_port(wanted: int | None) -> int:
+    """The wanted port, or the first free one from DEFAULT_PORT on.
+
+    Raises:
+        UserError: the wanted one is no port or taken, or all are taken.
+    """
+    if wanted is not None:
+        if not 1 <= wanted <= _LAST_PORT:
+            raise UserError(f"--port is {wanted}: it must be in 1..{_LAST_PORT}.")
+        if not is_free(wanted):
+            raise UserError(f"Port {wanted} of {HOST} is taken: choose another by --port, or leave --port out.")
+        return wanted
+    for port in range(DEFAULT_PORT, DEFAULT_PORT + _PORTS_TRIED):
+        if is_free(port):
+            return port
+    raise UserError(f"Ports {DEFAULT_PORT} to {DEFAULT_PORT + _PORTS_TRIED - 1} are taken: choose one by --port.")
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen on a port of this machine."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def serve(store: str, root: Path, port: int, say: Callable[[str], None]) -> int:
+    """Run MLflow's server until it is stopped; says its address when it answers. Returns its exit code.
+
+    Args:
+        store: SQLite URI of the tracking store.
+        root: the studies' folder.
+        port: to listen on.
+        say: prints a line.
+    """
+    arguments = ["--backend-store-uri", store, "--artifacts-destination", str(root.resolve() / "mlartifacts")]
+    server = subprocess.Popen(  # noqa: S603  (no shell; every argument is ours)
+        [sys.executable, "-m", "mlflow", "server", *arguments, "--host", HOST, "--port", str(port), "--workers", "1"],
+        env={**_ENVIRONMENT, **os.environ},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        if _answers(server, port):
+            say(f"MLflow UI: http://{HOST}:{port}  (Ctrl-C ends it)")
+        _, errors = server.communicate()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _end(server)
+    if server.returncode <= 0:
+        return 0
+    say((errors or "").strip()[-2000:])
+    return 1
+
+
+def _answers(server: "subprocess.Popen[str]", port: int) -> bool:
+    """Wait until the server answers; False if it has died or takes too long."""
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        with suppress(URLError, OSError), urlopen(f"http://{HOST}:{port}/health", timeout=1.0):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def _end(server: "subprocess.Popen[str]") -> None:
+    server.terminate()
+    try:
+        server.wait(10.0)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
