@@ -62,9 +62,9 @@ class _Body(nn.Module):
         first, *others = self.layers
         h: Tensor = first(x.flatten(1))
         if embedding is not None:
-            h = h + embedding
-        for layer in others:
-            h = layer(nn.functional.silu(h))
+            h += embedding
+        for layer in others:  # in place where no gradient will ask for what went in: the rollout's fastest memory
+            h = layer(nn.functional.silu(h, inplace=not h.requires_grad))
         return h
 
 

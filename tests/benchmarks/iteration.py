@@ -58,15 +58,19 @@ class Runner:
         self.iteration += 1
 
 
-def seconds_each(run: Callable[[], None]) -> float:
-    """Median over rounds of the mean time of one call."""
-    rounds = []
+def seconds_each(*runs: Callable[[], None]) -> list[float]:
+    """For each of `runs`, the median over rounds of the mean time of one call.
+
+    A round takes them in turn, so that what else the machine does, and its clock's changes, fall on all alike.
+    """
+    rounds: list[list[float]] = [[] for _ in runs]
     for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        for _ in range(_PER_ROUND):
-            run()
-        rounds.append((time.perf_counter() - start) / _PER_ROUND)
-    return statistics.median(rounds)
+        for run, seconds in zip(runs, rounds, strict=True):
+            start = time.perf_counter()
+            for _ in range(_PER_ROUND):
+                run()
+            seconds.append((time.perf_counter() - start) / _PER_ROUND)
+    return [statistics.median(seconds) for seconds in rounds]
 
 
 def replay(calls: list[tuple[Any, tuple[Tensor, ...]]]) -> Callable[[], None]:
@@ -123,7 +127,7 @@ def main() -> None:
         runner()
     with Recorder() as recorder:
         runner()
-    whole, products = seconds_each(runner), seconds_each(replay(recorder.calls))
+    whole, products = seconds_each(runner, replay(recorder.calls))
     print(f"{' '.join(overrides)}: {threads} thread(s), {len(recorder.calls)} matrix products an iteration")
     print(f"iteration            {whole * 1e3:8.2f} ms")
     print(f"its matrix products  {products * 1e3:8.2f} ms")
