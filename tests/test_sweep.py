@@ -386,7 +386,7 @@ def kill_and_resume(studies: Path, name: str, seconds: list[float]) -> StudyFold
             process.communicate(timeout=after)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL) if after < 1.0 else process.kill()
-            process.communicate()
+            process.communicate(timeout=60)  # until what Ray had begun has noticed, and closed the pipe
         if (studies / name / "study.yaml").exists():
             arguments = ["--resume", name]
     process = start(studies, *arguments)

@@ -405,6 +405,8 @@ class Study:
         self.plan = plan
         self._optuna = optuna_study
         self._curves: dict[int, dict[int, float]] = {}
+        self._ended: dict[int, TrialRecord] = {}
+        self._complete_by_signature: dict[str, int] = {}
 
     @classmethod
     def drive(cls, folder: StudyFolder, plan: Plan) -> Self:
@@ -469,6 +471,17 @@ class Study:
         return self._optuna.get_trials(deepcopy=False)
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
+        """A trial's record; an ended trial's is made once, since it never changes again."""
+        if trial.number in self._ended:
+            return self._ended[trial.number]
+        record = self._made_record(trial)
+        if record.state is not TrialState.RUNNING:
+            self._ended[trial.number] = record
+        if record.state is TrialState.COMPLETE:
+            self._complete_by_signature.setdefault(record.signature, record.number)
+        return record
+
+    def _made_record(self, trial: FrozenTrial) -> TrialRecord:
         about: dict[str, Any] = {**trial.user_attrs[_RECORDED]}
         return TrialRecord(
             number=trial.number,
@@ -511,9 +524,8 @@ class Study:
             about = {"signature": config.signature, "seed": config.seed}
         except UserError:  # the values are only refused together: the trial will say so
             about = {"signature": signature([self.plan.signature, dict(values)]), "seed": self.plan.experiment.seed}
-        complete = (record for record in self.records() if record.state is TrialState.COMPLETE)
-        same = (record.number for record in complete if record.signature == about["signature"])
-        return {**about, "same_as": next(same, None)}
+        self.records()  # sees who has completed since
+        return {**about, "same_as": self._complete_by_signature.get(str(about["signature"]))}
 
     def score(self, number: int, step: int, score: float) -> None:
         """Record a score on a trial's curve."""
