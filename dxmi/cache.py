@@ -8,17 +8,20 @@ half written is never at the final name.
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from dxmi.errors import UserError
 from dxmi.files import user_path, write_atomic
+from dxmi.workers import Workers
 
 _DIGEST_BYTES = 32
+_POLL_SECONDS = 5.0
 
 
 def cache_root() -> Path:
@@ -53,6 +56,36 @@ def cached(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Te
             found = compute()
             _write(path, found)
     return found
+
+
+def cached_together(path: Path, compute: Callable[[], dict[str, Tensor]], workers: Workers) -> dict[str, Tensor]:
+    """`cached` for a group: the first worker reads and writes the file, and all compute together what is not there.
+
+    While another process computes it, the others are told so every few seconds, so that none takes the first for hung.
+    """
+    if workers.size == 1:
+        return cached(path, compute)
+    tensors: dict[str, Tensor] = {}
+    with ExitStack() as held:
+        while (claim := workers.on_first(lambda: _claim(path, held, tensors))) == "busy":
+            pass
+        if claim == "mine":
+            tensors = compute()
+            workers.on_first(lambda: _write(path, tensors))
+    return workers.agree(tensors)
+
+
+def _claim(path: Path, held: ExitStack, tensors: dict[str, Tensor]) -> str:
+    """Whether the result is found (and then put into `tensors`), or mine to compute, or another process is busy."""
+    lock = lock_for(path)
+    try:
+        lock.acquire(timeout=_POLL_SECONDS)
+    except Timeout:
+        return "busy"
+    held.callback(lock.release)
+    found = _read(path)
+    tensors.update(found or {})
+    return "mine" if found is None else "found"
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

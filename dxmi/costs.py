@@ -61,9 +61,9 @@ class ReferenceVariance(nn.Module):
         """Whether `update` changes anything."""
         return self.decay < 1.0
 
-    def update(self, squared: Tensor) -> None:
-        """One AVR update from `squared_step` of a batch of trajectories, [T, B]."""
-        self.variance.lerp_(squared.mean(1), 1.0 - self.decay)
+    def update(self, mean_squared: Tensor) -> None:
+        """One AVR update from the mean of `squared_step` over a batch of trajectories, [T]."""
+        self.variance.lerp_(mean_squared, 1.0 - self.decay)
 
     def forward(self) -> Tensor:
         """s_t^2, [T]."""

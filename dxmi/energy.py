@@ -19,4 +19,4 @@ class Energy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """E(x), [B]."""
         energy: Tensor = self.network(x)
-        return energy
+        return energy.float()  # under autocast it comes in bfloat16

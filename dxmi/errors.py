@@ -14,9 +14,11 @@ class DivergedError(Exception):
     Attributes:
         step: the iteration after which it was seen.
         metric: its key.
+        value: what it was.
     """
 
     def __init__(self, step: int, metric: str, value: float) -> None:
         super().__init__(f"Training diverged: {metric} is {value} at iteration {step}. Lower the learning rates.")
         self.step = step
         self.metric = metric
+        self.value = value

@@ -12,8 +12,9 @@ Score keys (`X` is the data set whose classifier gives the features, never plain
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from dxmi.metrics.sliced_wasserstein import sliced_wasserstein
 from dxmi.sampler import Guide, Policy
 from dxmi.seeds import generator
 from dxmi.tensors import from_uint8, to_uint8
+from dxmi.workers import ALONE, Workers
 
 SELECTION, REPORT = "selection", "report"
 """Noise streams: the best checkpoint is chosen on one and scored on the other."""
@@ -93,7 +95,8 @@ class Sampling:
         stream: name of the noise; with the seed it fixes every sample.
         guide: gradient of a value to descend, see `Policy.walk`.
         guidance: its strength.
-        on_batch: called after each batch with how many samples there are so far.
+        on_batch: called after each batch with how many samples there are so far; by all workers at the same time.
+        workers: take the batches in turn.
     """
 
     policy: Policy
@@ -101,21 +104,28 @@ class Sampling:
     guide: Guide | None = None
     guidance: float = 0.0
     on_batch: Callable[[int], None] | None = None
+    workers: Workers = ALONE
 
 
 def generate(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
-    """`num` samples as uint8 [num, *event].
+    """`num` samples as uint8 [num, *event], on every worker.
 
     The noise of a batch depends on its place alone, so the first samples of a longer run are those of a shorter one
-    as long as `batch_size` is the same.
+    as long as `batch_size` is the same, and workers change none of them.
     """
-    batches = []
-    for start, noise in _batches(sampling, num, config):
-        x = sampling.policy.sample(config.batch_size, noise, sampling.guide, sampling.guidance)
-        batches.append(to_uint8(x)[: num - start])
+    policy, workers = sampling.policy, sampling.workers
+    batches = list(_batches(sampling, num, config))
+    blocks: list[Tensor] = []
+    for first in range(0, len(batches), workers.size):
+        mine = first + workers.rank
+        if mine < len(batches):
+            x = policy.sample(config.batch_size, batches[mine][1], sampling.guide, sampling.guidance)
+        else:  # the last round may have fewer batches than workers
+            x = torch.zeros((config.batch_size, *policy.event), device=policy.diffusion_step.device)
+        blocks += workers.gather(to_uint8(x))
         if sampling.on_batch is not None:
-            sampling.on_batch(min(start + config.batch_size, num))
-    return torch.cat(batches)
+            sampling.on_batch(min((first + workers.size) * config.batch_size, num))
+    return torch.cat(blocks)[:num]
 
 
 def generate_states(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
@@ -142,42 +152,51 @@ class Scorer:
         config: what is scored.
         cache: folder of cached features.
         device: where samples are generated and features computed.
+        workers: generate samples together; the first scores them.
 
     Raises:
         UserError: there are too few images to score against.
     """
 
-    def __init__(self, images: Images, config: EvaluateConfig, cache: Path, device: torch.device) -> None:
+    def __init__(
+        self, images: Images, config: EvaluateConfig, cache: Path, device: torch.device, workers: Workers = ALONE
+    ) -> None:
         if len(images) < MIN_SAMPLES:
             raise UserError(f"The data set {images.name} holds {len(images)} images: scoring needs {MIN_SAMPLES}.")
         self.images = images
         self.config = config
         self.device = device
+        self.workers = workers
         self.name = images.name
         self.metric = f"eval/fid_{self.name}"
         self.identity = f"{images.signature}-{self.name}-{CLASSIFIERS[self.name].sha256[:12]}"
-        self.reference = cached(cache / "features" / f"{self.identity}.cached", self._reference_features)["features"]
+        path = cache / "features" / f"{self.identity}.cached"
+        self.reference = cached(path, self._reference_features)["features"] if workers.is_first else torch.empty(0)
 
     def _reference_features(self) -> dict[str, Tensor]:
         return {"features": classifier_features(self.name, self.images.pixels.to(self.device))}
 
     def quick(self, sampling: Sampling) -> Scores:
         """The Frechet distance alone: what the curve shows."""
-        _, features, seconds = self._sample(sampling)
-        return Scores(self._with_count({self.metric: frechet_distance(features, self.reference)}), seconds)
+        return self._scores(sampling, lambda _, features: {self.metric: frechet_distance(features, self.reference)})
 
     def full(self, sampling: Sampling) -> Scores:
         """Every score that the module's docstring lists."""
-        samples, features, seconds = self._sample(sampling)
-        return Scores(self._with_count(self._distances(samples, features)), seconds)
+        return self._scores(sampling, self._distances)
 
-    def _sample(self, sampling: Sampling) -> tuple[Tensor, Tensor, float]:
+    def _scores(self, sampling: Sampling, distances: Callable[[Tensor, Tensor], dict[str, float]]) -> Scores:
+        """All workers sample; the first computes `distances` of the samples and their features, and tells them."""
         start = time.perf_counter()
-        samples = generate(sampling, self.config.num_samples, self.config)
+        samples = generate(replace(sampling, workers=self.workers), self.config.num_samples, self.config)
         if samples.is_cuda:
             torch.cuda.synchronize()
         seconds = (time.perf_counter() - start) * 1000.0 / self.config.num_samples
-        return samples, classifier_features(self.name, samples), seconds
+
+        def score() -> list[Any]:
+            values = distances(samples, classifier_features(self.name, samples))
+            return [self._with_count(values), seconds]
+
+        return Scores(*self.workers.on_first(score))
 
     def _distances(self, samples: Tensor, features: Tensor) -> dict[str, float]:
         config = self.config

@@ -23,8 +23,10 @@ from dxmi.schedules import ScheduleConfig, StepSchedule, shorten
 from dxmi.seeds import generator
 from dxmi.state import TrainingState
 from dxmi.value import SeparateValue, SharedValue, Value
+from dxmi.workers import ALONE, Workers
 
-_MAX_THREADS = 1024
+_MAX_THREADS = _MAX_WORKERS = 1024
+PRECISIONS = ("float32", "bfloat16")
 PRETRAINING_VERSION = 1
 """Raised whenever a change of the code changes what pretraining computes, so that old results are not read."""
 
@@ -51,10 +53,14 @@ class TrainConfig:
     """B: data and trajectories in each."""
     log_every: int = 50
     """Iterations whose mean is one logged row."""
+    precision: str = "float32"
+    """Of the networks' arithmetic in training: float32 or bfloat16. Weights, losses and scores are float32 always."""
 
     def __post_init__(self) -> None:
         if self.iterations < 0:
             raise ValueError(f"iterations is {self.iterations}: it must be 0 or greater")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}: it must be one of {', '.join(PRECISIONS)}")
         for name in ("batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -69,7 +75,15 @@ class ResourcesConfig:
     threads: int = 0
     """CPU threads of PyTorch; 0 for as many as this process may run on (in a sweep: one for each trial)."""
     gpus: float = 1.0
-    """In a sweep, each trial's share of a GPU if there is one: 0.25 puts four trials on it."""
+    """In a sweep, each worker's share of a GPU if there is one: 0.25 puts four of them on it."""
+    num_workers: int = 1
+    """Processes that share each batch of a run."""
+    accumulate: int = 1
+    """Pieces in which a worker takes its share of an update, one after the other, to save memory."""
+    worker_timeout: float = 1800.0
+    """Seconds after which a worker that does not answer the others counts as hung, and the group starts again."""
+    max_restarts: int = 3
+    """How often the workers of a run are started again, from its last checkpoint, after one of them was lost."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
@@ -78,6 +92,16 @@ class ResourcesConfig:
             raise ValueError(f"threads is {self.threads}: it must be in 0..{_MAX_THREADS}")
         if not (0.01 <= self.gpus <= 1.0 or (1.0 < self.gpus < math.inf and self.gpus == int(self.gpus))):
             raise ValueError(f"gpus is {self.gpus}: it must be in 0.01..1, or a whole number")
+        if not 1 <= self.num_workers <= _MAX_WORKERS:
+            raise ValueError(f"num_workers is {self.num_workers}: it must be in 1..{_MAX_WORKERS}")
+        if self.num_workers > 1 and self.gpus != 1.0:
+            raise ValueError(f"gpus is {self.gpus}, but each of several workers takes one whole GPU: make it 1")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate is {self.accumulate}: it must be at least 1")
+        if not 1.0 <= self.worker_timeout < math.inf:
+            raise ValueError(f"worker_timeout is {self.worker_timeout}: it must be at least 1 second")
+        if self.max_restarts < 0:
+            raise ValueError(f"max_restarts is {self.max_restarts}: it must be 0 or greater")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +166,17 @@ class Experiment:
     Args:
         config: the whole of a run.
         event: shape of one sample, if it is known without reading the data.
+        workers: share the work of the run.
 
     Raises:
         UserError: the device is not there.
     """
 
-    def __init__(self, config: ExperimentConfig, event: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self, config: ExperimentConfig, event: tuple[int, ...] | None = None, workers: Workers = ALONE
+    ) -> None:
         self.config = config
+        self.workers = workers
         self.device = _device(config.resources.device)
         self._event = event
 
@@ -173,6 +201,14 @@ class Experiment:
         torch.set_num_threads(threads)
         return threads
 
+    def precision(self) -> torch.autocast:
+        """The context in which updates are computed.
+
+        Weights are cast anew in each evaluation of a network, since the optimisers change them in between.
+        """
+        enabled = self.config.train.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
+
     @property
     def pretraining_signature(self) -> str:
         """Of everything that the pretrained denoiser depends on."""
@@ -180,12 +216,13 @@ class Experiment:
 
     def _pretraining_tree(self) -> dict[str, Any]:
         config = self.config
-        return {
+        tree = {
             "seed": config.seed,
             "data": self.images.signature,
             "network": to_tree(config.network.denoiser),
             "pretrain": to_tree(config.pretrain),
         }
+        return tree if config.train.precision == "float32" else {**tree, "precision": config.train.precision}
 
     # ------------------------------------------------------------------------
     # Building. Every random stream has a name; see dxmi.seeds.
@@ -201,7 +238,7 @@ class Experiment:
     def build_pretraining(self) -> tuple[DDPM, TrainingState]:
         """Pretraining at its start."""
         config = self.config
-        ddpm = DDPM(config.pretrain, self.build_denoiser()).to(self.device)
+        ddpm = DDPM(config.pretrain, self.build_denoiser(), self.workers, config.resources.accumulate).to(self.device)
         noise = generator(config.seed, "pretrain/noise", self.device)
         stream = self._stream(config.pretrain.batch_size, "pretrain/data")
         return ddpm, TrainingState(ddpm, ddpm.optimizers, {"noise": noise}, stream)
@@ -225,7 +262,15 @@ class Experiment:
         schedule = shorten(config.schedule)
         policy = self.build_policy(denoiser, schedule)
         eta = torch.from_numpy(schedule.eta)
-        return DxMI(config.algorithm, policy, self.build_value(), eta, config.train.iterations).to(self.device)
+        return DxMI(
+            config.algorithm,
+            policy,
+            self.build_value(),
+            eta,
+            config.train.iterations,
+            self.workers,
+            config.resources.accumulate,
+        ).to(self.device)
 
     def build_finetuning(self, denoiser: Denoiser) -> tuple[DxMI, TrainingState]:
         """Fine-tuning at its start: the algorithm, and all that changes while it runs."""

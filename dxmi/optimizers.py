@@ -7,9 +7,12 @@ asked for, and nothing has to be zeroed or frozen.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from dxmi.workers import ALONE, Workers
 
 KINDS = ("adam", "adamw", "radam")
 DECAYS = ("constant", "linear", "cosine")
@@ -83,6 +86,23 @@ def lr_factor(config: OptimizerConfig, iteration: int, total: int) -> float:
     return 1.0 - progress if config.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+class Part(NamedTuple):
+    """Some rows' part of a loss, and of what is to be logged beside it: scalars that are summed over all parts."""
+
+    loss: Tensor
+    logged: tuple[Tensor, ...] = ()
+
+
+class Descent(NamedTuple):
+    """One optimiser step: the whole loss before it, the whole of what was logged, and the gradient norm before clipping
+    if it clips.
+    """
+
+    loss: Tensor
+    logged: tuple[Tensor, ...]
+    norm: Tensor | None
+
+
 class Optimizer:
     """A torch optimiser with its learning-rate schedule and clipping, stepped by gradients that are handed to it.
 
@@ -90,13 +110,19 @@ class Optimizer:
         config: which one, and how.
         groups: (parameters, learning rate) of each group.
         total: the iteration at which a decay ends.
+        workers: over which gradients are summed.
     """
 
     def __init__(
-        self, config: OptimizerConfig, groups: Sequence[tuple[Iterable[nn.Parameter], float]], total: int
+        self,
+        config: OptimizerConfig,
+        groups: Sequence[tuple[Iterable[nn.Parameter], float]],
+        total: int,
+        workers: Workers = ALONE,
     ) -> None:
         self.config = config
         self.total = total
+        self.workers = workers
         self.rates = [rate for _, rate in groups]
         param_groups = [{"params": list(parameters), "lr": rate} for parameters, rate in groups]
         self.parameters: list[nn.Parameter] = [p for group in param_groups for p in group["params"]]  # type: ignore[attr-defined]
@@ -115,16 +141,30 @@ class Optimizer:
         for group, rate in zip(self.torch.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
 
-    def descend(self, loss: Tensor) -> Tensor | None:
-        """One step down `loss`, a scalar; returns the gradient norm before clipping if it clips."""
-        grads = torch.autograd.grad(loss, self.parameters)
+    def descend(self, parts: Iterable[Part]) -> Descent:
+        """One step down the sum of all parts of a loss, this worker's and the others'.
+
+        Args:
+            parts: made one after the other, so that only one graph is in memory at a time.
+        """
+        grads, (loss, *logged) = self._summed(parts)
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = grad
         norm = None
         if self.config.max_grad_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.torch.step()
-        return norm
+        return Descent(loss, tuple(logged), norm)
+
+    def _summed(self, parts: Iterable[Part]) -> tuple[list[Tensor], list[Tensor]]:
+        """Gradients, and loss with logged numbers, over all parts and workers: one bucket, one all-reduce."""
+        total: list[Tensor] = []
+        for part in parts:
+            grads = torch.autograd.grad(part.loss, self.parameters)
+            numbers = [*grads, part.loss.detach(), *part.logged]
+            total = [a + b for a, b in zip(total, numbers, strict=True)] if total else numbers
+        total = self.workers.sum(total)
+        return total[: len(self.parameters)], total[len(self.parameters) :]
 
     def state(self) -> dict[str, Tensor]:
         """The optimiser's tensors, keyed by parameter number and name."""

@@ -69,7 +69,7 @@ class Policy(nn.Module):
         row = slice(t, t + 1) if isinstance(t, int) else t
         embeddings = self.embeddings() if embeddings is None else embeddings
         log_sigma = self.log_sigma if log_sigma is None else log_sigma
-        noise = self.network(x, embeddings[row])
+        noise = self.network(x, embeddings[row]).float()  # under autocast it comes in bfloat16
         signal_scale, noise_scale = per_sample(self.signal_scale[row], x), per_sample(self.noise_scale[row], x)
         mean = (signal_scale * x).addcmul(noise_scale, noise)
         return Gaussian(mean, log_sigma[row].exp().expand(len(x)))

@@ -30,3 +30,9 @@ def from_uint8(images: Tensor) -> Tensor:
 def to_uint8(x: Tensor) -> Tensor:
     """Floats as pixels 0..255: the inverse of `from_uint8`, with values outside [-1, 1] clipped."""
     return x.clamp(-1.0, 1.0).add(1.0).mul(255.0 / 2.0).round_().to(torch.uint8)
+
+
+def chunks(num: int, pieces: int) -> list[slice]:
+    """`num` rows cut into `pieces` slices that differ by one row at most; empty ones are left out, but for the last."""
+    edges = [piece * num // pieces for piece in range(pieces + 1)]
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a] or [slice(0, 0)]

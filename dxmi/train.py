@@ -7,6 +7,7 @@ been touched. For that, every row, evaluation and checkpoint falls on an iterati
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from dxmi import checkpoint
 from dxmi.algorithms.dxmi import DxMI
-from dxmi.cache import cache_root, cached
+from dxmi.cache import cache_root, cached_together
 from dxmi.checkpoint import Checkpoint, DamagedCheckpointError
 from dxmi.config import build, differences, signature, to_tree
 from dxmi.errors import DivergedError, UserError
@@ -30,6 +31,7 @@ from dxmi.provenance import device_name, git_revision, versions
 from dxmi.run_directory import Row, RunDirectory
 from dxmi.schedules import StepSchedule, ancestral_schedule, ddim_schedule, shorten
 from dxmi.state import ALGORITHM, TrainingState
+from dxmi.workers import Workers
 
 _PARTIAL_EVERY = 2_000
 """Iterations between checkpoints of pretraining."""
@@ -102,7 +104,7 @@ class Summary:
 def train(
     experiment: Experiment, *, out: Path, report: Reporter | None = None, resume_from: Path | None = None
 ) -> Summary | None:
-    """Run an experiment from pretraining to its summary.
+    """Run an experiment from pretraining to its summary. Of several workers each calls this; the first reads and writes.
 
     Args:
         experiment: what to run.
@@ -117,14 +119,24 @@ def train(
         UserError: `out` holds another run, was begun with other data, or cannot be written.
         DivergedError: a metric is not finite.
     """
+    workers, config = experiment.workers, experiment.config
     run = RunDirectory(out)
-    if resume_from is not None and resume_from.resolve() != out.resolve():
-        copytree(resume_from, out, dirs_exist_ok=False)
-    _refuse_other_run(run, experiment)
-    scorer = Scorer(experiment.images, experiment.config.evaluate, cache_root(), experiment.device)
-    run.create()
-    with run.lock():
-        run.write_config(to_tree(experiment.config))
+    held = ExitStack()
+
+    def refuse() -> None:
+        if resume_from is not None and resume_from.resolve() != out.resolve():
+            copytree(resume_from, out, dirs_exist_ok=False)
+        _refuse_other_run(run, experiment)
+
+    def begin() -> None:
+        run.create()
+        held.enter_context(run.lock())
+        run.write_config(to_tree(config))
+
+    workers.on_first(refuse)
+    scorer = Scorer(experiment.images, config.evaluate, cache_root(), experiment.device, workers)
+    with held:
+        workers.on_first(begin)
         try:
             return _Run(experiment, run, scorer, report or (lambda _: None)).whole()
         except _Stopped:
@@ -149,6 +161,7 @@ class _Run:
     def __init__(self, experiment: Experiment, run: RunDirectory, scorer: Scorer, report: Reporter) -> None:
         self.experiment = experiment
         self.config = experiment.config
+        self.workers = experiment.workers
         self.run = run
         self.scorer = scorer
         self.report = report
@@ -162,7 +175,7 @@ class _Run:
 
     def whole(self) -> Summary:
         """All phases, in order."""
-        finished = self.run.read_summary()
+        finished = self.workers.on_first(self.run.read_summary)
         if finished is not None:
             return _read_summary(self.run, finished)
         self.clock.enter(Phase.PRETRAIN)
@@ -177,17 +190,21 @@ class _Run:
         final = self._final_scores(dxmi)
         self.clock.lap()
         summary = self._summary(references, final)
-        self._draw(dxmi, summary)
-        self.run.write_summary(asdict(summary))
+        self.workers.on_first(lambda: self._close(dxmi, summary))
         return summary
 
+    def _close(self, dxmi: DxMI, summary: Summary) -> None:
+        self._draw(dxmi, summary)
+        self.run.write_summary(asdict(summary))
+
     def _tell(self, phase: Phase, step: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Report, and remember whether a stop was asked for."""
-        if self.report(Progress(phase, step, total, metrics or {})):
+        """Report, and remember whether a stop was asked for; all workers hear the same."""
+        progress = Progress(phase, step, total, metrics or {})
+        if self.workers.on_first(lambda: bool(self.report(progress))):
             self.stopping = True
 
     def _note(self, sentences: list[str]) -> None:
-        for sentence in sentences:
+        for sentence in sentences if self.workers.is_first else ():
             self.report(Progress(Phase.FINETUNE, 0, self.config.train.iterations, note=sentence))
 
     def _tell_or_stop(self, phase: Phase, step: int, total: int) -> None:
@@ -203,8 +220,9 @@ class _Run:
         path = cache_root() / "pretrained" / f"{self.experiment.pretraining_signature}.cached"
         denoiser = self.experiment.build_denoiser()
         partial = path.with_suffix(".partial")
-        denoiser.load_state_dict(cached(path, lambda: self._pretrain(partial)))
-        rmtree(partial, ignore_errors=True)
+        denoiser.load_state_dict(cached_together(path, lambda: self._pretrain(partial), self.workers))
+        if self.workers.is_first:
+            rmtree(partial, ignore_errors=True)
         total = self.config.pretrain.iterations
         self._tell_or_stop(Phase.PRETRAIN, total, total)
         return denoiser
@@ -212,7 +230,7 @@ class _Run:
     def _pretrain(self, partial: Path) -> dict[str, Tensor]:
         ddpm, state = self.experiment.build_pretraining()
         total, log_every = self.config.pretrain.iterations, self.config.train.log_every
-        found, _ = checkpoint.newest(partial)
+        found, _ = _newest(partial, self.workers)
         start = 0
         if found is not None:
             state.restore(found)
@@ -220,13 +238,13 @@ class _Run:
         noise = state.generators["noise"]
         window = _Window()
         for iteration in range(start, total):
-            window.add(ddpm.update(state.stream.next(), iteration, noise))
+            with self.experiment.precision():
+                window.add(ddpm.update(state.stream.next(), iteration, noise))
             step = iteration + 1
             if step % log_every == 0 or step == total:
                 self._tell(Phase.PRETRAIN, step, total, window.mean(step))
             if (step % _PARTIAL_EVERY == 0 or self.stopping) and step < total:
-                checkpoint.save(partial, step, state.groups(), {})
-                checkpoint.prune(partial, {step})
+                self.workers.on_first(lambda step=step: _keep_only(partial, step, state))
             if self.stopping and step < total:
                 raise _Stopped
         return dict(ddpm.average.state_dict())
@@ -272,7 +290,7 @@ class _Run:
             numbers = {**_finite(scores.values, 0), "seconds_per_1000": scores.seconds_per_1000}
             return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
 
-        numbers = {key: float(value) for key, value in sorted(cached(path, compute).items())}
+        numbers = {key: float(value) for key, value in sorted(cached_together(path, compute, self.workers).items())}
         seconds = numbers.pop("seconds_per_1000")
         return Scores(numbers, seconds)
 
@@ -281,27 +299,29 @@ class _Run:
 
     def _start(self, dxmi: DxMI, state: TrainingState) -> int:
         """Iteration 0: score the shortened model, and save."""
-        checkpoint.prune(self.run.checkpoints, set())
-        self.run.forget_after(-1)
+        self.workers.on_first(lambda: self._go_back_to(-1))
         self._save(state, 0, self._evaluate(dxmi, 0))
         if self.stopping:
             raise _Stopped
         return 0
 
+    def _go_back_to(self, step: int) -> None:
+        """Drop the records and checkpoints of later steps."""
+        self.run.forget_after(step)
+        folder = self.run.checkpoints
+        checkpoint.prune(folder, {s for s in checkpoint.steps_in(folder) if s <= step})
+
     def _resume(self, dxmi: DxMI, state: TrainingState) -> int:
         """Restore the newest whole checkpoint and return its iteration; without one, start afresh."""
-        found, complaints = checkpoint.newest(self.run.checkpoints)
+        found, complaints = _newest(self.run.checkpoints, self.workers)
         self._note(complaints)
         if found is None:
             return self._start(dxmi, state)
         self._check_origin(found)
         state.restore(found)
-        self.run.forget_after(found.step)
-        checkpoint.prune(
-            self.run.checkpoints, {s for s in checkpoint.steps_in(self.run.checkpoints) if s <= found.step}
-        )
+        self.workers.on_first(lambda: self._go_back_to(found.step))
         self.clock.add(found.meta["seconds"])
-        self.best = self._best_that_is_whole(found)
+        self.best = self.workers.on_first(lambda: self._best_that_is_whole(found))
         return found.step
 
     def _check_origin(self, found: Checkpoint) -> None:
@@ -334,13 +354,15 @@ class _Run:
         noise, states = state.generators["noise"], state.generators["states"]
         window = _Window()
         for iteration in range(start, total):
-            window.add(dxmi.update(state.stream.next(), iteration, noise, states))
+            with self.experiment.precision():
+                window.add(dxmi.update(state.stream.next(), iteration, noise, states))
             step = iteration + 1
             evaluate = step % self.config.evaluate.every == 0 or step == total
             if not evaluate and step % train.log_every != 0:
                 continue
             metrics = window.mean(step)
-            self.run.append([{"step": step, **metrics}])
+            row: Row = {"step": step, **metrics}
+            self.workers.on_first(lambda row=row: self.run.append([row]))
             self._tell(Phase.FINETUNE, step, total, metrics)
             score = self._evaluate(dxmi, step) if evaluate else None
             if evaluate or self.stopping:
@@ -355,14 +377,20 @@ class _Run:
         score = scores[self.scorer.metric]
         if self.best is None or score < self.best["value"]:
             self.best = {"step": step, "value": score}
-        self.run.append([{"step": step, **scores}])
-        pixels = generate(sampling, self.config.evaluate.grid, self.config.evaluate)
-        save_grid(self.run.samples / f"step_{step:06d}.png", pixels)
+        self.workers.on_first(lambda: self._record_scores(sampling, step, scores))
         self._tell(Phase.FINETUNE, step, self.config.train.iterations, scores)
         return score
 
+    def _record_scores(self, sampling: Sampling, step: int, scores: Mapping[str, float]) -> None:
+        self.run.append([{"step": step, **scores}])
+        pixels = generate(sampling, self.config.evaluate.grid, self.config.evaluate)
+        save_grid(self.run.samples / f"step_{step:06d}.png", pixels)
+
     def _save(self, state: TrainingState, step: int, score: float | None) -> None:
         """Write a checkpoint; keep the best, this one, and the one before it."""
+        self.workers.on_first(lambda: self._write_checkpoint(state, step, score))
+
+    def _write_checkpoint(self, state: TrainingState, step: int, score: float | None) -> None:
         self.clock.lap()
         folder = self.run.checkpoints
         before = [s for s in checkpoint.steps_in(folder) if s < step][-1:]
@@ -389,12 +417,16 @@ class _Run:
         self._tell(Phase.REPORT, 1, 2)
         best = last
         if self.best["step"] != self.config.train.iterations:
-            saved = checkpoint.load(checkpoint.path_of(self.run.checkpoints, self.best["step"]))
-            dxmi.load_state_dict(saved.groups[ALGORITHM])
+            dxmi.load_state_dict(self.workers.agree(self._best_weights()))
             best = self.scorer.full(Sampling(dxmi.evaluated, REPORT))
             _finite(best.values, self.best["step"])
         self._tell(Phase.REPORT, 2, 2)
         return {"best": best, "last": last}
+
+    def _best_weights(self) -> dict[str, Tensor]:
+        if not (self.workers.is_first and self.best):
+            return {}
+        return checkpoint.load(checkpoint.path_of(self.run.checkpoints, self.best["step"])).groups[ALGORITHM]
 
     def _summary(self, references: Mapping[str, Scores], final: Mapping[str, Scores]) -> Summary:
         metric, config, scores = self.scorer.metric, self.config, {**references, **final}
@@ -433,6 +465,31 @@ class _Run:
         save_figure(self.run.curves, figure)
         states = generate_states(Sampling(dxmi.evaluated, SELECTION), _STEPS_GRID_ROWS, self.config.evaluate)
         save_steps_grid(self.run.samples / "steps.png", states)
+
+
+def _newest(folder: Path, workers: Workers) -> tuple[Checkpoint | None, list[str]]:
+    """The first worker's newest whole checkpoint and its complaints, on all."""
+    found, complaints = checkpoint.newest(folder) if workers.is_first else (None, [])
+    if workers.size == 1:
+        return found, complaints
+    about = workers.on_first(lambda: None if found is None else [found.step, found.meta])
+    if about is None:
+        return None, complaints
+    flat = {f"{group}/{key}": value for group, tensors in _groups(found).items() for key, value in tensors.items()}
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, value in workers.agree(flat).items():
+        group, _, key = name.partition("/")
+        groups.setdefault(group, {})[key] = value
+    return Checkpoint(checkpoint.path_of(folder, about[0]), about[0], groups, about[1]), complaints
+
+
+def _groups(found: Checkpoint | None) -> Mapping[str, Mapping[str, Tensor]]:
+    return {} if found is None else found.groups
+
+
+def _keep_only(folder: Path, step: int, state: TrainingState) -> None:
+    checkpoint.save(folder, step, state.groups(), {})
+    checkpoint.prune(folder, {step})
 
 
 def _read_summary(run: RunDirectory, tree: dict[str, Any]) -> Summary:

@@ -79,12 +79,12 @@ class SeparateValue(Value):
         if t == self.num_steps:
             return self.energy(x)  # type: ignore[no-any-return]
         value: Tensor = self.network(x, self.network.embed(self.steps[t : t + 1]))
-        return value
+        return value.float()
 
     def at_steps(self, x: Tensor, t: Tensor, num_final: int) -> Tensor:
         """Each network sees only the samples that are its own."""
         split = len(x) - num_final
         if split == 0:
             return self.energy(x)  # type: ignore[no-any-return]
-        early = self.network(x[:split], self.network.embed(self.steps)[t[:split]])
+        early = self.network(x[:split], self.network.embed(self.steps)[t[:split]]).float()
         return early if num_final == 0 else torch.cat((early, self.energy(x[split:])))

@@ -25,11 +25,13 @@ from dxmi.optimizers import (
     MovingAverage,
     Optimizer,
     OptimizerConfig,
+    Part,
     PolicyOptimizerConfig,
     lr_factor,
 )
 from dxmi.schedules import ScheduleConfig
 from dxmi.value import SeparateValue, SharedValue
+from dxmi.workers import ALONE, Share
 
 T, B, EVENT = 4, 6, (3,)
 PRESETS, VALUES = ("as_released", "objective"), ("shared", "separate")
@@ -37,6 +39,11 @@ PRESETS, VALUES = ("as_released", "objective"), ("shared", "separate")
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def whole(batch: Tensor) -> Share:
+    """The share of the only worker."""
+    return ALONE.share(len(batch))
 
 
 def updates(dxmi: DxMI, num: int = 3, batch_size: int = B, first: int = 0) -> dict[str, Tensor]:
@@ -74,7 +81,7 @@ def with_gradient(module: nn.Module) -> set[str]:
 def test_energy_update_moves_the_energy_alone(make_dxmi, kind):
     dxmi = make_dxmi(DxMIConfig(value=kind, target_ema=0.9))
     before, data = parameters(dxmi), normal(B, *EVENT)
-    dxmi._update_energy(data, normal(B, *EVENT, seed=1))
+    dxmi._update_energy(whole(data), data, normal(B, *EVENT, seed=1))
     expected = {f"value.energy.{name}" for name, _ in dxmi.value.energy.named_parameters()}
     # The last bias shifts both energies alike: only the squared-energy term moves it, which is on by default.
     assert changed(before, dxmi) == expected
@@ -87,7 +94,7 @@ def test_value_update_moves_a_separate_value_alone(make_dxmi, preset, t):
     dxmi = make_dxmi(DxMIConfig(value="separate", preset=preset, target_ema=0.9))
     trajectory = dxmi.policy.rollout(normal(T + 1, B, *EVENT))
     before, squared = parameters(dxmi), dxmi._squared_steps(trajectory)
-    dxmi._update_value(trajectory, t, squared, torch.Generator())
+    dxmi._update_value(whole(trajectory.sample), trajectory, t, squared, torch.Generator())
     expected = {f"value.network.{name}" for name, _ in dxmi.value.network.named_parameters()}
     assert changed(before, dxmi) == expected
     assert with_gradient(dxmi) == expected
@@ -99,7 +106,7 @@ def test_value_update_moves_a_shared_value_alone(make_dxmi, preset, t):
     dxmi = make_dxmi(DxMIConfig(value="shared", preset=preset, target_ema=0.9))
     trajectory = dxmi.policy.rollout(normal(T + 1, B, *EVENT))
     before, squared = parameters(dxmi), dxmi._squared_steps(trajectory)
-    dxmi._update_value(trajectory, t, squared, torch.Generator())
+    dxmi._update_value(whole(trajectory.sample), trajectory, t, squared, torch.Generator())
     moved = changed(before, dxmi)
     assert moved
     assert moved <= {f"value.{name}" for name, _ in dxmi.value.named_parameters()}
@@ -112,7 +119,7 @@ def test_policy_update_moves_the_policy_alone(make_dxmi, kind, mask):
     dxmi = make_dxmi(DxMIConfig(value=kind, target_ema=0.9, policy_mask=(mask,)))
     trajectory = dxmi.policy.rollout(normal(T + 1, B, *EVENT))
     before = parameters(dxmi)
-    dxmi._update_policy(trajectory, torch.arange(0, T * B, T), torch.Generator().manual_seed(0))
+    dxmi._update_policy(whole(trajectory.sample), trajectory, torch.arange(0, T * B, T), torch.Generator().manual_seed(0))
     expected = {f"policy.{name}" for name, _ in dxmi.policy.named_parameters()}
     assert changed(before, dxmi) == expected
     assert with_gradient(dxmi) == expected
@@ -167,7 +174,7 @@ def test_noise_cost_is_half_the_mean_square_of_the_standardised_noise(make_dxmi)
     with torch.no_grad():
         value = dxmi.value(trajectory.x[1], 1).double()
         target = dxmi.value(trajectory.x[2], 2).double() + 0.2 * 0.5 * noise[2].double().square().mean(1)
-    error = dxmi._update_value(trajectory, 1, squared, torch.Generator())
+    error = dxmi._update_value(whole(trajectory.sample), trajectory, 1, squared, torch.Generator())
     assert float(error) == pytest.approx(float((value - target).square().mean()), rel=1e-4)
     updates(dxmi)
     assert dxmi.reference_var().tolist() == [1.0] * T
@@ -186,9 +193,9 @@ def test_noise_cost_refuses_a_reference_variance_that_it_would_not_use():
         DxMIConfig(running_cost="noise", reference_var=(0.3,))
 
 
-def test_reference_variance_module_averages_over_the_batch():
+def test_reference_variance_moves_towards_the_mean_of_a_batch():
     reference = ReferenceVariance(torch.tensor([1.0, 2.0]), 0.75)
-    reference.update(torch.tensor([[2.0, 4.0], [0.0, 0.0]]))
+    reference.update(torch.tensor([3.0, 0.0]))
     assert reference().tolist() == [0.75 * 1.0 + 0.25 * 3.0, 0.75 * 2.0]
 
 
@@ -209,7 +216,7 @@ def test_energy_metrics_are_the_means_on_data_and_on_samples(make_dxmi, kind):
     data, sample = normal(B, *EVENT), normal(B, *EVENT, seed=1)
     with torch.no_grad():
         of_data, of_sample = (dxmi.value.energy(x).double() for x in (data, sample))
-    metrics = dxmi._update_energy(data, sample)
+    metrics = dxmi._update_energy(whole(data), data, sample)
     loss = of_data.mean() - of_sample.mean() + 0.7 * (of_data.square().mean() + of_sample.square().mean())
     expected = {"energy/data_mean": of_data.mean(), "energy/sample_mean": of_sample.mean(), "energy/loss": loss}
     assert set(metrics) == set(expected)
@@ -220,9 +227,9 @@ def test_energy_metrics_are_the_means_on_data_and_on_samples(make_dxmi, kind):
 def test_energy_falls_on_data_and_rises_on_samples(make_dxmi):
     dxmi = make_dxmi(DxMIConfig(value="separate", energy_l2=0.0, energy=OptimizerConfig(lr=1e-3)))
     data, sample = normal(B, *EVENT) + 2.0, normal(B, *EVENT, seed=1)
-    first = dxmi._update_energy(data, sample)
+    first = dxmi._update_energy(whole(data), data, sample)
     for _ in range(20):
-        last = dxmi._update_energy(data, sample)
+        last = dxmi._update_energy(whole(data), data, sample)
     assert (
         last["energy/data_mean"] - last["energy/sample_mean"] < first["energy/data_mean"] - first["energy/sample_mean"]
     )
@@ -248,7 +255,7 @@ def test_value_update_regresses_on_the_target_by_hand(make_dxmi, kind, t):
     control = 0.2 * cost - 0.1 * math.log(float(trajectory.sigma[t, 0]))
     step_cost = 3.0 * (1 / (1 + math.exp(-(2 - t))) - 1 / (1 + math.exp(-(1 - t))))
     target = value_next + step_cost + (0.0, 1.0, 0.5, 2.0)[t] * control
-    error = dxmi._update_value(trajectory, t, dxmi._squared_steps(trajectory), torch.Generator())
+    error = dxmi._update_value(whole(trajectory.sample), trajectory, t, dxmi._squared_steps(trajectory), torch.Generator())
     assert float(error) == pytest.approx(float((value - target).square().mean()), rel=1e-5)
 
 
@@ -256,9 +263,9 @@ def test_the_energy_steps_of_an_iteration_are_as_many_as_asked_for(make_dxmi, mo
     dxmi, pairs = make_dxmi(DxMIConfig(energy_updates=3)), []
     update_energy = dxmi._update_energy
 
-    def spy(data: Tensor, sample: Tensor) -> dict[str, Tensor]:
+    def spy(share: Share, data: Tensor, sample: Tensor) -> dict[str, Tensor]:
         pairs.append((data, sample))
-        return update_energy(data, sample)
+        return update_energy(share, data, sample)
 
     monkeypatch.setattr(dxmi, "_update_energy", spy)
     updates(dxmi, 1)
@@ -270,9 +277,9 @@ def test_value_learns_from_the_last_step_backwards(make_dxmi, monkeypatch):
     dxmi, order = make_dxmi(DxMIConfig(value_updates=2)), []
     update_value = dxmi._update_value
 
-    def spy(trajectory: Any, t: int, *others: Any) -> Tensor:
+    def spy(share: Share, trajectory: Any, t: int, *others: Any) -> Tensor:
         order.append(t)
-        return update_value(trajectory, t, *others)
+        return update_value(share, trajectory, t, *others)
 
     monkeypatch.setattr(dxmi, "_update_value", spy)
     updates(dxmi, 1)
@@ -281,7 +288,7 @@ def test_value_learns_from_the_last_step_backwards(make_dxmi, monkeypatch):
 
 def test_td_error_is_the_root_of_the_mean_square_over_all_steps(make_dxmi, monkeypatch):
     dxmi = make_dxmi(DxMIConfig())
-    monkeypatch.setattr(dxmi, "_update_value", lambda trajectory, t, *others: torch.tensor(float(t)))
+    monkeypatch.setattr(dxmi, "_update_value", lambda share, trajectory, t, *others: torch.tensor(float(t)))
     assert float(updates(dxmi, 1)["value/td_error"]) == pytest.approx(math.sqrt((0 + 1 + 2 + 3) / 4))
 
 
@@ -296,7 +303,7 @@ def test_resampled_next_states_come_from_the_policy_and_not_from_the_rollout(mak
         value, value_next = dxmi.value(x, 1).double(), dxmi.value(x_next.float(), 2).double()
     cost = (x_next - x).square().mean(1) / (2.0 * dxmi.reference_var()[1].double())
     target = value_next + 0.01 * cost - 0.1 * sigma.log().double()
-    error = dxmi._update_value(trajectory, 1, dxmi._squared_steps(trajectory), torch.Generator().manual_seed(3))
+    error = dxmi._update_value(whole(trajectory.sample), trajectory, 1, dxmi._squared_steps(trajectory), torch.Generator().manual_seed(3))
     assert float(error) == pytest.approx(float((value - target).square().mean()), rel=1e-5)
 
 
@@ -402,7 +409,7 @@ def test_policy_update_minimises_the_loss_by_hand(make_dxmi, kind):
             costs.append(float((x_next - x).double().square().mean() / (2.0 * dxmi.reference_var()[t])))
             control = 0.2 * costs[-1] - 0.3 * math.log(float(sigma))
             losses.append(float(dxmi.value(x_next, t + 1)) + masks[t] * control)
-    metrics = dxmi._update_policy(trajectory, drawn, torch.Generator().manual_seed(3))
+    metrics = dxmi._update_policy(whole(trajectory.sample), trajectory, drawn, torch.Generator().manual_seed(3))
     assert float(metrics["policy/loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
     assert float(metrics["policy/cost"]) == pytest.approx(np.mean(costs), rel=1e-5)
 
@@ -417,7 +424,7 @@ def test_policy_entropy_is_the_mean_log_sigma(make_dxmi):
 def test_all_states_are_drawn_exactly_once(make_dxmi):
     dxmi = make_dxmi(DxMIConfig(all_states=True))
     trajectory = dxmi.policy.rollout(normal(T + 1, B, *EVENT))
-    draws = list(dxmi._draw_states(trajectory, torch.Generator().manual_seed(0)))
+    draws = list(dxmi._draw_states(whole(trajectory.sample), torch.Generator().manual_seed(0)))
     assert [len(drawn) for drawn in draws] == [B] * T
     assert torch.cat(draws).sort().values.tolist() == list(range(T * B))
     assert not torch.equal(torch.cat(draws), torch.arange(T * B))
@@ -426,7 +433,7 @@ def test_all_states_are_drawn_exactly_once(make_dxmi):
 def test_one_draw_is_a_batch_of_distinct_states_from_all_steps(make_dxmi):
     dxmi = make_dxmi(DxMIConfig())
     trajectory, generator = dxmi.policy.rollout(normal(T + 1, B, *EVENT)), torch.Generator().manual_seed(0)
-    draws = [next(dxmi._draw_states(trajectory, generator)) for _ in range(50)]
+    draws = [next(dxmi._draw_states(whole(trajectory.sample), generator)) for _ in range(50)]
     assert all(len(set(drawn.tolist())) == B for drawn in draws)
     assert all(torch.equal(drawn, drawn.sort().values) for drawn in draws)
     assert set(torch.cat(draws).tolist()) == set(range(T * B))
@@ -469,7 +476,7 @@ def test_td_target_uses_the_target_network(make_dxmi):
         for p in dxmi.target.parameters():
             p.zero_()
         value = dxmi.value(trajectory.x[0], 0).double()
-    error = dxmi._update_value(trajectory, 0, None, torch.Generator())
+    error = dxmi._update_value(whole(trajectory.sample), trajectory, 0, None, torch.Generator())
     assert float(error) == pytest.approx(float(value.square().mean()), rel=1e-5)
 
 
@@ -496,14 +503,14 @@ def test_gradients_are_clipped_over_network_and_log_sigma_together(make_dxmi):
     drawn = torch.arange(0, T * B, T)
     for algorithm in (dxmi, free):
         trajectory = algorithm.policy.rollout(normal(T + 1, B, *EVENT))
-        metrics = algorithm._update_policy(trajectory, drawn, torch.Generator().manual_seed(0))
+        metrics = algorithm._update_policy(whole(trajectory.sample), trajectory, drawn, torch.Generator().manual_seed(0))
         if algorithm is dxmi:
             norm = float(metrics["policy/grad_norm"])
     clipped, raw = ([p.grad.double() for p in algorithm.policy.parameters()] for algorithm in (dxmi, free))
     assert norm == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in raw)), rel=1e-5)
     assert norm > 1.0
-    for ours, whole in zip(clipped, raw, strict=True):
-        torch.testing.assert_close(ours, whole * 0.1 / norm, rtol=1e-4, atol=1e-9)
+    for ours, free_grad in zip(clipped, raw, strict=True):
+        torch.testing.assert_close(ours, free_grad * 0.1 / norm, rtol=1e-4, atol=1e-9)
     assert all(float(g.abs().max()) > 0.0 for g in clipped)
     assert "policy/grad_norm" not in metrics
 
@@ -511,7 +518,7 @@ def test_gradients_are_clipped_over_network_and_log_sigma_together(make_dxmi):
 def test_gradients_below_the_limit_are_left_alone():
     parameter = nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = Optimizer(OptimizerConfig(max_grad_norm=10.0), [([parameter], 0.1)], 1)
-    assert float(optimizer.descend(0.5 * parameter.square().sum())) == pytest.approx(5.0)
+    assert float(optimizer.descend([Part(0.5 * parameter.square().sum())]).norm) == pytest.approx(5.0)
     assert parameter.grad.tolist() == [3.0, 4.0]
 
 
@@ -536,7 +543,7 @@ def test_optimizers_are_torchs_run_by_hand(kind, weight_decay):
     reference = TORCH[kind](groups, betas=(0.8, 0.95), weight_decay=weight_decay, foreach=False)
     for i in range(10):
         optimizer.schedule(i)
-        optimizer.descend(loss(ours))
+        optimizer.descend([Part(loss(ours))])
         reference.zero_grad()
         loss(theirs).backward()
         reference.step()
@@ -551,7 +558,7 @@ def test_adam_is_its_formula():
     optimizer = Optimizer(OptimizerConfig(beta1=0.8, beta2=0.95), [([parameter], 0.05)], 1)
     x, m, v = np.array([1.0, -2.0, 0.5]), np.zeros(3), np.zeros(3)
     for i in range(1, 6):
-        optimizer.descend((parameter**4).sum())
+        optimizer.descend([Part((parameter**4).sum())])
         g = 4.0 * x**3
         m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
         x = x - 0.05 * (m / (1 - 0.8**i)) / (np.sqrt(v / (1 - 0.95**i)) + 1e-8)

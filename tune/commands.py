@@ -19,7 +19,7 @@ from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.files import write_atomic, write_json
 from dxmi.pictures import save_grid, save_steps_grid
 from dxmi.run_directory import RunDirectory, read_yaml
-from dxmi.train import train
+from dxmi.train import Summary, train
 from dxmi.trained import CHECKPOINTS, Trained, load_trained
 from tune.configs import compose_experiment, groups, out_folder, overridden, sweeps
 from tune.console import ProgressReporter, Terminal, complain, discard_output, show_result
@@ -199,7 +199,10 @@ def _train(args: argparse.Namespace) -> int:
         console.out(f"Going on with the run in {out}.", highlight=False)
     experiment = Experiment(config)
     with ProgressReporter(console) as reporter, gentle_stop(reporter.ask_to_stop):
-        summary = train(experiment, out=out, report=reporter)
+        if config.resources.num_workers > 1:
+            summary = _on_workers(experiment, out, reporter)
+        else:
+            summary = train(experiment, out=out, report=reporter)
     if summary is None:
         complain(f"stopped and saved. Go on with: dxmi train --resume {out}")
         return STOPPED
@@ -207,6 +210,15 @@ def _train(args: argparse.Namespace) -> int:
         console.out(f"This run has finished before; nothing was done again. Its folder is {out}.", highlight=False)
     show_result(console, run, summary)
     return OK
+
+
+def _on_workers(experiment: Experiment, out: Path, reporter: ProgressReporter) -> Summary | None:
+    """`train` on several processes of a Ray of its own."""
+    _ = experiment.images  # what is wrong with the data is said before anything starts
+    parallel = importlib.import_module("tune.data_parallel")  # Ray takes seconds
+    with parallel.ray_for(experiment.config), gentle_stop(reporter.ask_to_stop):  # Ray's start takes SIGTERM for itself
+        summary: Summary | None = parallel.train_on_workers(experiment.config, out=out, report=reporter)
+    return summary
 
 
 def _composed(args: argparse.Namespace) -> tuple[ExperimentConfig, Path]:

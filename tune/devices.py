@@ -8,6 +8,13 @@ import torch
 from dxmi.errors import UserError
 from dxmi.experiment import ResourcesConfig
 
+TRAIN_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+}
+"""What Ray Train needs of the process that starts Ray, and so of all others, to be quick and quiet."""
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -16,9 +23,10 @@ class Slots:
     Attributes:
         cpus: cores that may be used.
         gpus: GPUs that may be used; 0 if trials run on the CPU.
-        threads: of each trial.
-        gpu_share: of each trial; 0 on the CPU.
+        threads: of each worker.
+        gpu_share: of each worker; 0 on the CPU.
         concurrent: trials at once.
+        workers: of each trial.
     """
 
     cpus: int
@@ -26,16 +34,19 @@ class Slots:
     threads: int
     gpu_share: float
     concurrent: int
+    workers: int = 1
 
     @property
     def devices_of_a_trial(self) -> float:
         """What a trial's hours are multiplied by: its GPUs, or on the CPU its threads."""
-        return self.gpu_share or float(self.threads)
+        return self.workers * (self.gpu_share or float(self.threads))
 
     def __str__(self) -> str:
         each = f"{self.threads} of {self.cpus} CPU threads"
         if self.gpu_share:
             each += f" and {self.gpu_share:g} of {self.gpus} GPUs"
+        if self.workers > 1:
+            return f"{self.concurrent} at once, each with {self.workers} workers, each of them with {each}"
         return f"{self.concurrent} at once, each with {each}"
 
 
@@ -60,19 +71,26 @@ def share(resources: ResourcesConfig, max_concurrent: int | None, cpus: int, gpu
         raise UserError("resources.device is cuda, but PyTorch sees 0 GPUs: use auto or cpu.")
     on_gpu = gpus > 0 and resources.device != "cpu"
     gpu_share = resources.gpus if on_gpu else 0.0
-    if on_gpu and gpu_share > gpus:
-        raise UserError(f"resources.gpus is {gpu_share:g}, but this machine has {gpus} GPUs.")
+    workers = resources.num_workers
+    if on_gpu and gpu_share * workers > gpus:
+        what = f"resources.gpus is {gpu_share:g}" if workers == 1 else f"resources.num_workers is {workers}"
+        raise UserError(f"{what}, but this machine has {gpus} GPUs.")
     if resources.threads > cpus:
         raise UserError(f"resources.threads is {resources.threads}, but this machine has {cpus} CPU threads.")
-    room = _trials_on_gpus(gpu_share, gpus) if on_gpu else cpus
-    threads = resources.threads or (max(1, cpus // (max_concurrent or room)) if on_gpu else 1)
-    room = min(room, cpus // threads)
+    if workers * (resources.threads or 1) > cpus:
+        raise UserError(
+            f"resources.num_workers is {workers}, and each takes {resources.threads or 1} CPU threads, "
+            f"but this machine has {cpus}."
+        )
+    room = _trials_on_gpus(gpu_share * workers, gpus) if on_gpu else cpus // workers
+    threads = resources.threads or (max(1, cpus // (workers * (max_concurrent or room))) if on_gpu else 1)
+    room = min(room, cpus // (threads * workers))
     if max_concurrent is not None and max_concurrent > room:
         raise UserError(
             f"sweep.max_concurrent is {max_concurrent}, but this machine holds {room} trials at once: "
             f"it has {cpus} CPU threads and {gpus} GPUs, and each trial takes {threads} and {gpu_share:g}."
         )
-    return Slots(cpus, gpus if on_gpu else 0, threads, gpu_share, max_concurrent or room)
+    return Slots(cpus, gpus if on_gpu else 0, threads, gpu_share, max_concurrent or room, workers)
 
 
 def _trials_on_gpus(gpu_share: float, gpus: int) -> int:

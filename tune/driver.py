@@ -25,7 +25,7 @@ from rich.text import Text
 from dxmi.errors import UserError
 from dxmi.train import train
 from tune.conductor import Conductor, Order
-from tune.devices import Slots
+from tune.devices import TRAIN_ENVIRONMENT, Slots
 from tune.signals import gentle_stop
 from tune.space import tree_with
 from tune.study import Study, TrialRecord
@@ -34,6 +34,8 @@ from tune.trial import END, SCORE, STEP, Mailbox, Trainer, run_trial
 _GRACE = 20.0
 """Seconds that an interrupted trial has to save; its last checkpoint is whole in any case."""
 _COLLECT_EVERY = 0.5
+_WAITING_BYTES = 200_000_000
+"""Of memory, which every node has, for a process that must hold something but no device."""
 _OBJECT_STORE_BYTES = 100_000_000
 _NEVER = "1000000000"
 _ENVIRONMENT = {
@@ -48,6 +50,7 @@ _ENVIRONMENT = {
     "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": _NEVER,
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "10",
+    **TRAIN_ENVIRONMENT,
 }
 
 
@@ -136,6 +139,8 @@ class _Control:
 def _trainable(slots: Slots, mailbox: Any, trainer: Trainer) -> Any:
     """`run_trial` with what every trial shares."""
     function = ray_tune.with_parameters(run_trial, mailbox=mailbox, trainer=trainer)
+    if slots.workers > 1:  # its workers hold the devices; this process only waits for them
+        return ray_tune.with_resources(function, {"cpu": 0, "memory": _WAITING_BYTES})
     return ray_tune.with_resources(function, {"cpu": slots.threads, "gpu": slots.gpu_share})
 
 

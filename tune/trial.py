@@ -149,7 +149,7 @@ def run_trial(config: Mapping[str, Any], *, mailbox: Any, trainer: Trainer = tra
         config: `number`, and `trial`: tree (of the experiment's config), out (run folder), metric, same_as (a run
             folder or None).
         mailbox: an actor of `Mailbox`.
-        trainer: trains.
+        trainer: trains, unless the trial has several workers.
     """
     from ray import tune as ray_tune  # noqa: PLC0415
 
@@ -167,8 +167,13 @@ def run_trial(config: Mapping[str, Any], *, mailbox: Any, trainer: Trainer = tra
 def _result(tree: Mapping[str, Any], out: Path, trainer: Trainer, reporter: Reporter) -> dict[str, Any]:
     """How the training ended. Only what a second try could mend is raised."""
     try:
-        experiment = Experiment(build(ExperimentConfig, tree))
-        summary = trainer(experiment, out=out, report=reporter)
+        config = build(ExperimentConfig, tree)
+        if config.resources.num_workers > 1:
+            from tune.data_parallel import train_on_workers  # noqa: PLC0415  (Ray Train takes seconds)
+
+            summary = train_on_workers(config, out=out, report=reporter)
+        else:
+            summary = trainer(Experiment(config), out=out, report=reporter)
     except (DivergedError, BadReportError) as error:
         return {"state": "diverged", "reason": str(error)}
     except UserError as error:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from dxmi.losses import denoising_loss
 from dxmi.networks import Denoiser
-from dxmi.optimizers import MovingAverage, Optimizer, OptimizerConfig
+from dxmi.optimizers import MovingAverage, Optimizer, OptimizerConfig, Part
 from dxmi.schedules import NUM_DIFFUSION_STEPS, forward_levels
-from dxmi.tensors import per_sample
+from dxmi.tensors import chunks, per_sample
+from dxmi.workers import ALONE, Share, Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ class DDPM(nn.Module):
     Args:
         config: its settings.
         network: the denoiser, trained in place.
+        workers: share each batch.
+        accumulate: pieces in which each takes its share, one after the other.
 
     Attributes:
         average: the moving average of the network.
@@ -55,13 +58,17 @@ class DDPM(nn.Module):
     signal: Tensor
     noise: Tensor
 
-    def __init__(self, config: DDPMConfig, network: Denoiser) -> None:
+    def __init__(
+        self, config: DDPMConfig, network: Denoiser, workers: Workers = ALONE, accumulate: int = 1
+    ) -> None:
         super().__init__()
+        self.workers = workers
+        self.accumulate = accumulate
         self.network = network
         self.average = copy.deepcopy(network)
         self.moving_average = MovingAverage(network, self.average, config.ema)
         rate = config.optimizer.lr
-        self.optimizer = Optimizer(config.optimizer, [(network.parameters(), rate)], config.iterations)
+        self.optimizer = Optimizer(config.optimizer, [(network.parameters(), rate)], config.iterations, workers)
         level = torch.from_numpy(forward_levels())
         self.register_buffer("signal", level.sqrt().float(), persistent=False)
         self.register_buffer("noise", (1.0 - level).sqrt().float(), persistent=False)
@@ -75,7 +82,7 @@ class DDPM(nn.Module):
         """One optimiser step.
 
         Args:
-            data: real samples in [-1, 1], [B, *event].
+            data: real samples in [-1, 1], the whole batch, [B, *event].
             iteration: from 0; sets the learning rate.
             generator: of diffusion steps and noise, on the data's device.
 
@@ -83,12 +90,17 @@ class DDPM(nn.Module):
             The metrics that the module's docstring lists, as scalars still on the device.
         """
         self.optimizer.schedule(iteration)
-        step = torch.randint(NUM_DIFFUSION_STEPS, (len(data),), generator=generator, device=data.device)
-        noise = torch.randn(data.shape, generator=generator, device=data.device)
-        noised = (per_sample(self.signal[step], data) * data).addcmul(per_sample(self.noise[step], data), noise)
-        predicted = self.network(noised, self.network.embed(step))
-        loss = denoising_loss(predicted, noise).mean()
-        norm = self.optimizer.descend(loss)
+        share = self.workers.share(len(data))
+        step = share.of(torch.randint(NUM_DIFFUSION_STEPS, (len(data),), generator=generator, device=data.device))
+        noise = share.of(torch.randn(data.shape, generator=generator, device=data.device))
+        data = share.of(data)
+        pieces = chunks(share.count, self.accumulate)
+        descent = self.optimizer.descend(self._part(data[p], step[p], noise[p], share) for p in pieces)
         self.moving_average.update(iteration)
-        metrics = {"pretrain/loss": loss.detach()}
-        return metrics if norm is None else metrics | {"pretrain/grad_norm": norm}
+        metrics = {"pretrain/loss": descent.loss}
+        return metrics if descent.norm is None else metrics | {"pretrain/grad_norm": descent.norm}
+
+    def _part(self, data: Tensor, step: Tensor, noise: Tensor, share: Share) -> Part:
+        noised = (per_sample(self.signal[step], data) * data).addcmul(per_sample(self.noise[step], data), noise)
+        predicted = self.network(noised, self.network.embed(step)).float()
+        return Part(share.mean(denoising_loss(predicted, noise)))

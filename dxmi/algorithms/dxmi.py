@@ -37,10 +37,20 @@ from dxmi.costs import (
     step_costs,
 )
 from dxmi.losses import control_cost, energy_loss, policy_loss, td_target, value_loss
-from dxmi.optimizers import MovingAverage, Optimizer, OptimizerConfig, PolicyOptimizerConfig, require_rate
+from dxmi.optimizers import (
+    Descent,
+    MovingAverage,
+    Optimizer,
+    OptimizerConfig,
+    Part,
+    PolicyOptimizerConfig,
+    require_rate,
+)
 from dxmi.sampler import Policy
+from dxmi.tensors import chunks
 from dxmi.trajectory import Gaussian, Trajectory
 from dxmi.value import SeparateValue, Value
+from dxmi.workers import ALONE, Share, Workers
 
 PRESETS = ("as_released", "objective")
 VALUES = ("shared", "separate")
@@ -142,6 +152,8 @@ class DxMI(nn.Module):
         value: trained in place, its energy included.
         eta: the schedule's variances, [T], the default start of the reference variance.
         total: iterations planned, the end of a learning-rate decay.
+        workers: share each batch.
+        accumulate: pieces in which each takes its share of an update, one after the other.
 
     Raises:
         ValueError: a per-step setting has neither one nor T entries.
@@ -150,11 +162,22 @@ class DxMI(nn.Module):
     policy_mask: Tensor
     step_cost: Tensor
 
-    def __init__(self, config: DxMIConfig, policy: Policy, value: Value, eta: Tensor, total: int) -> None:
+    def __init__(
+        self,
+        config: DxMIConfig,
+        policy: Policy,
+        value: Value,
+        eta: Tensor,
+        total: int,
+        workers: Workers = ALONE,
+        accumulate: int = 1,
+    ) -> None:
         super().__init__()
         self.config = config
         self.policy = policy
         self.value = value
+        self.workers = workers
+        self.accumulate = accumulate
         self._pair: Tensor | None = None
         self._set_tables(eta.float())
         self._set_averages()
@@ -194,16 +217,17 @@ class DxMI(nn.Module):
 
     def _set_optimizers(self, total: int) -> None:
         config, policy, value = self.config, self.policy, self.value
-        sigmas = ([policy.free_log_sigma], config.policy.sigma_lr)
-        self.policy_optimizer = Optimizer(
-            config.policy, [(policy.network.parameters(), config.policy.lr), sigmas], total
-        )
+
+        def critics(settings: OptimizerConfig, module: nn.Module) -> Optimizer:
+            return Optimizer(settings, [(module.parameters(), settings.lr)], total, self.workers)
+
+        groups = [(policy.network.parameters(), config.policy.lr), ([policy.free_log_sigma], config.policy.sigma_lr)]
+        self.policy_optimizer = Optimizer(config.policy, groups, total, self.workers)
         if isinstance(value, SeparateValue):
-            self.value_optimizer = Optimizer(config.critic, [(value.network.parameters(), config.critic.lr)], total)
-            self.energy_optimizer = Optimizer(config.energy, [(value.energy.parameters(), config.energy.lr)], total)
+            self.value_optimizer = critics(config.critic, value.network)
+            self.energy_optimizer = critics(config.energy, value.energy)
         else:
-            self.value_optimizer = Optimizer(config.critic, [(value.parameters(), config.critic.lr)], total)
-            self.energy_optimizer = self.value_optimizer
+            self.value_optimizer = self.energy_optimizer = critics(config.critic, value)
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
@@ -217,10 +241,10 @@ class DxMI(nn.Module):
     def update(
         self, data: Tensor, iteration: int, generator: torch.Generator, state_generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """One DxMI iteration on a batch of data.
+        """One DxMI iteration on a batch of data, of which this worker takes its share.
 
         Args:
-            data: real samples in [-1, 1], [B, *event].
+            data: real samples in [-1, 1], the whole batch, [B, *event].
             iteration: from 0; sets the learning rates.
             generator: noise of the policy, on the policy's device.
             state_generator: which stored states the policy update draws, on the host.
@@ -231,27 +255,29 @@ class DxMI(nn.Module):
         for optimizer in self.optimizers.values():
             optimizer.schedule(iteration)
 
+        share = self.workers.share(len(data))
+
         # 1. Roll out.
-        trajectory = self.policy.rollout(self.policy.noise(len(data), generator))
+        trajectory = self.policy.rollout(share.of(self.policy.noise(share.num, generator), dim=1))
 
         # 2. Adapt the reference variance.
         squared = self._squared_steps(trajectory)
         if squared is not None and self.reference_var.adaptive:
-            self.reference_var.update(squared)
+            self.reference_var.update(*self.workers.sum([share.mean(squared)]))
 
         # 3. Energy: low on data, high on samples.
         for _ in range(self.config.energy_updates):
-            metrics = self._update_energy(data, trajectory.sample)
+            metrics = self._update_energy(share, share.of(data), trajectory.sample)
 
         # 4. Value: backwards in time, one temporal difference each.
         for _ in range(self.config.value_updates):
-            errors = [self._update_value(trajectory, t, squared, generator) for t in self._backwards()]
+            errors = [self._update_value(share, trajectory, t, squared, generator) for t in self._backwards()]
         metrics["value/td_error"] = torch.stack(errors).mean().sqrt()
 
         # 5. Policy: one fresh reparameterised step from stored states.
         for _ in range(self.config.policy_updates):
-            for drawn in self._draw_states(trajectory, state_generator):
-                metrics |= self._update_policy(trajectory, drawn, generator)
+            for drawn in self._draw_states(share, state_generator):
+                metrics |= self._update_policy(share, trajectory, drawn, generator)
         metrics["policy/entropy"] = self.policy.log_sigma.detach().mean()
 
         for moving_average in self.moving_averages:
@@ -274,16 +300,21 @@ class DxMI(nn.Module):
         """What the running cost is made of, [B]."""
         return squared_noise(step, x_next) if self.config.running_cost == "noise" else squared_step(x, x_next)
 
-    def _update_energy(self, data: Tensor, sample: Tensor) -> dict[str, Tensor]:
+    def _pieces(self, num: int) -> list[slice]:
+        """Rows that are taken at a time."""
+        return chunks(num, self.accumulate)
+
+    def _update_energy(self, share: Share, data: Tensor, sample: Tensor) -> dict[str, Tensor]:
         """Step 3: one optimiser step on mean E(x_data) - mean E(x_T) + l2 (mean E(x_data)^2 + mean E(x_T)^2)."""
-        energy_data, energy_sample = self.value.energy(self._paired(data, sample)).chunk(2)
-        loss = energy_loss(energy_data, energy_sample, self.config.energy_l2).mean()
-        self.energy_optimizer.descend(loss)
-        return {
-            "energy/data_mean": energy_data.detach().mean(),
-            "energy/sample_mean": energy_sample.detach().mean(),
-            "energy/loss": loss.detach(),
-        }
+
+        def part(rows: slice) -> Part:
+            energy_data, energy_sample = self.value.energy(self._paired(data[rows], sample[rows])).chunk(2)
+            loss = energy_loss(energy_data, energy_sample, self.config.energy_l2)
+            return Part(share.mean(loss), (share.mean(energy_data.detach()), share.mean(energy_sample.detach())))
+
+        descent = self.energy_optimizer.descend(part(rows) for rows in self._pieces(share.count))
+        data_mean, sample_mean = descent.logged
+        return {"energy/data_mean": data_mean, "energy/sample_mean": sample_mean, "energy/loss": descent.loss}
 
     def _paired(self, data: Tensor, sample: Tensor) -> Tensor:
         """Data and samples one after the other, [2B, *event], in memory that is allocated once."""
@@ -292,54 +323,92 @@ class DxMI(nn.Module):
         torch.cat((data, sample), out=self._pair)
         return self._pair
 
+    def _noise(self, num: int, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Standard normal noise for `num` states like those of `like` [., *event]."""
+        return torch.randn((num, *like.shape[1:]), generator=generator, device=like.device)
+
     def _update_value(
-        self, trajectory: Trajectory, t: int, squared: Tensor | None, generator: torch.Generator
+        self, share: Share, trajectory: Trajectory, t: int, squared: Tensor | None, generator: torch.Generator
     ) -> Tensor:
         """Step 4 at one t: one optimiser step towards the TD target; returns the mean squared error."""
-        config, x = self.config, trajectory.x[t]
-        with torch.no_grad():
-            x_next, stored = trajectory.x[t + 1], None if squared is None else squared[t]
-            if config.resample_next:
-                step = self.policy.transition(x, t)
-                x_next = step.sample(torch.randn(x.shape, generator=generator, device=x.device))
-                stored = self._squared(x, x_next, step) if self.value_mask[t] != 0.0 else None
-            control = None
-            if stored is not None and self.value_mask[t] != 0.0:
-                cost = running_cost(stored, self.reference_var()[t : t + 1])
-                log_sigma = self.policy.log_sigma[t]
-                control = self.value_mask[t] * control_cost(cost, log_sigma, config.cost_coef, config.entropy_coef)
-            target = td_target((self.target or self.value)(x_next, t + 1), self.step_cost[t], control)
-        loss = value_loss(self.value(x, t), target).mean()
-        self.value_optimizer.descend(loss)
-        return loss.detach()
+        x, x_next, stored = trajectory.x[t], trajectory.x[t + 1], None if squared is None else squared[t]
+        noise = share.of(self._noise(share.num, x, generator)) if self.config.resample_next else None
 
-    def _draw_states(self, trajectory: Trajectory, generator: torch.Generator) -> Iterator[Tensor]:
-        """Indices into `trajectory.states`: B of the T x B, or all of them in T minibatches; each in ascending order,
-        so that the samples of one step lie together.
+        def part(rows: slice) -> Part:
+            next_rows, stored_rows = x_next[rows], None if stored is None else stored[rows]
+            with torch.no_grad():
+                if noise is not None:
+                    next_rows, stored_rows = self._resampled(x[rows], t, noise[rows])
+                target = self._target(next_rows, t, stored_rows)
+            return Part(share.mean(value_loss(self.value(x[rows], t), target)))
+
+        return self.value_optimizer.descend(part(rows) for rows in self._pieces(share.count)).loss
+
+    def _resampled(self, x: Tensor, t: int, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Fresh next states of `x` at step t, and what their running cost is made of if it is used."""
+        step = self.policy.transition(x, t)
+        x_next = step.sample(noise)
+        return x_next, self._squared(x, x_next, step) if self.value_mask[t] != 0.0 else None
+
+    def _target(self, x_next: Tensor, t: int, squared: Tensor | None) -> Tensor:
+        """What V(x_t, t) regresses on, [B]."""
+        config, control = self.config, None
+        if squared is not None and self.value_mask[t] != 0.0:
+            cost = running_cost(squared, self.reference_var()[t : t + 1])
+            log_sigma = self.policy.log_sigma[t]
+            control = self.value_mask[t] * control_cost(cost, log_sigma, config.cost_coef, config.entropy_coef)
+        return td_target((self.target or self.value)(x_next, t + 1), self.step_cost[t], control)
+
+    def _draw_states(self, share: Share, generator: torch.Generator) -> Iterator[Tensor]:
+        """Indices into the T x B states of all workers, time-major: B of them, or all in T minibatches; each in
+        ascending order, so that the samples of one step lie together.
         """
-        batch_size = trajectory.batch_size
-        shuffled = torch.randperm(trajectory.num_steps * batch_size, generator=generator)
-        draws = torch.split(shuffled, batch_size) if self.config.all_states else (shuffled[:batch_size],)
+        shuffled = torch.randperm(self.policy.num_steps * share.num, generator=generator)
+        draws = torch.split(shuffled, share.num) if self.config.all_states else (shuffled[: share.num],)
         yield from (drawn.sort().values for drawn in draws)
 
-    def _update_policy(self, trajectory: Trajectory, drawn: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def _update_policy(
+        self, share: Share, trajectory: Trajectory, drawn: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """Step 5: one optimiser step on V(x_{t+1}, t+1) + m_p (control cost), through one fresh step only."""
+        noise = self._noise(len(drawn), trajectory.sample, generator)
+        t_host, row = drawn // share.num, drawn % share.num - share.start
+        if share.count < share.num:  # the states that are this worker's own; their number differs from draw to draw
+            own = ((row >= 0) & (row < share.count)).nonzero()[:, 0]
+            t_host, row, noise = t_host[own], row[own], noise[own.to(noise.device, non_blocking=True)]
+        state = t_host * share.count + row
+
+        pieces = self._pieces(len(state))
+        descent = self.policy_optimizer.descend(
+            self._policy_part(share, trajectory, t_host[rows], state[rows], noise[rows]) for rows in pieces
+        )
+        return self._policy_metrics(descent)
+
+    def _policy_part(
+        self, share: Share, trajectory: Trajectory, t_host: Tensor, state: Tensor, noise: Tensor
+    ) -> Part:
+        """The policy's loss of stored states, [b] indices into `trajectory.states`, at their steps `t_host` [b]."""
         config, policy = self.config, self.policy
-        t_host = drawn // trajectory.batch_size
         num_final = int((t_host == policy.num_steps - 1).sum())  # of a tensor on the host: nothing is waited for
-        t = t_host.to(trajectory.x.device, non_blocking=True)
-        x = trajectory.states[drawn.to(t.device, non_blocking=True)]
+        t = t_host.to(noise.device, non_blocking=True)
+        x = trajectory.states[state.to(noise.device, non_blocking=True)]
 
         log_sigma = policy.log_sigma
         step = policy.transition(x, t, log_sigma=log_sigma)
-        x_next = step.sample(torch.randn(x.shape, generator=generator, device=x.device))
-        metrics, control = {}, None
+        x_next = step.sample(noise)
+        logged: tuple[Tensor, ...] = ()
+        control = None
         if self.policy_has_control:
             cost = running_cost(self._squared(x, x_next, step), self.reference_var()[t])
             control = self.policy_mask[t] * control_cost(cost, log_sigma[t], config.cost_coef, config.entropy_coef)
-            metrics["policy/cost"] = cost.detach().mean()
-        loss = policy_loss(self.value.at_steps(x_next, t + 1, num_final), control).mean()
-        norm = self.policy_optimizer.descend(loss)
-        if norm is not None:
-            metrics["policy/grad_norm"] = norm
-        return metrics | {"policy/loss": loss.detach()}
+            logged = (share.mean(cost.detach()),)
+        return Part(share.mean(policy_loss(self.value.at_steps(x_next, t + 1, num_final), control)), logged)
+
+    @staticmethod
+    def _policy_metrics(descent: Descent) -> dict[str, Tensor]:
+        metrics = {"policy/loss": descent.loss}
+        if descent.logged:
+            metrics["policy/cost"] = descent.logged[0]
+        if descent.norm is not None:
+            metrics["policy/grad_norm"] = descent.norm
+        return metrics

@@ -1,0 +1,166 @@
+"""The processes that share the work of one run; most often there is one.
+
+Each worker takes its rows of every global batch, and a mean over the batch is the sum of every worker's part of it. Noise
+is drawn for the whole batch by each worker and cut to its rows, so each has a stream of its own that no other draws from,
+and a run has the same noise however many workers it has: their number changes results by rounding alone, a checkpoint is
+the same file, and a run that began with two may go on with four.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from dxmi.errors import UserError
+
+
+@dataclass(frozen=True)
+class Share:
+    """One worker's part of a global batch.
+
+    Attributes:
+        start: its first row.
+        count: how many rows are its own.
+        num: rows of the global batch.
+    """
+
+    start: int
+    count: int
+    num: int
+
+    def of(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Its rows of a tensor that holds the global batch along `dim`."""
+        return x if self.count == self.num else x.narrow(dim, self.start, self.count)
+
+    def mean(self, part: Tensor) -> Tensor:
+        """Its part of a mean over the global batch, along the last axis of `part`, which holds some of its rows."""
+        return part.mean(-1) if part.shape[-1] == self.num else part.sum(-1) / self.num
+
+
+class Workers(ABC):
+    """The group, as one of its members sees it.
+
+    Attributes:
+        rank: of this worker, from 0.
+        size: how many there are.
+    """
+
+    rank: int
+    size: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the worker that reads and writes files and speaks for the group."""
+        return self.rank == 0
+
+    def share(self, num: int) -> Share:
+        """This worker's part of a global batch of `num`; parts differ by one row at most."""
+        start, end = self.rank * num // self.size, (self.rank + 1) * num // self.size
+        return Share(start, end - start, num)
+
+    @abstractmethod
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each tensor summed over the workers, the same bits on all of them; float32 on one device."""
+
+    @abstractmethod
+    def gather(self, block: Tensor) -> list[Tensor]:
+        """Every worker's block, in the order of ranks; all have one shape."""
+
+    @abstractmethod
+    def _agree(self, content: bytes) -> bytes:
+        """The first worker's bytes."""
+
+    def agree(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The first worker's tensors, on the host."""
+        if self.size == 1:
+            return dict(tensors)
+        content = save_safetensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+        return load_safetensors(self._agree(content if self.is_first else b""))
+
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """What `action` gives on the first worker, which alone calls it: plain values that JSON can hold.
+
+        Raises:
+            UserError: `action` did; it is raised on every worker.
+        """
+        if self.size == 1:
+            return action()
+        message = self._said_by(action) if self.is_first else {}
+        message = json.loads(self._agree(json.dumps(message).encode()))
+        if "error" in message:
+            raise UserError(message["error"])
+        return message["value"]
+
+    @staticmethod
+    def _said_by(action: Callable[[], Any]) -> dict[str, Any]:
+        try:
+            return {"value": action()}
+        except UserError as error:
+            return {"error": str(error)}
+
+
+class Alone(Workers):
+    """The only one."""
+
+    rank, size = 0, 1
+
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors themselves."""
+        return list(tensors)
+
+    def gather(self, block: Tensor) -> list[Tensor]:
+        """The block alone."""
+        return [block]
+
+    def _agree(self, content: bytes) -> bytes:
+        return content
+
+
+ALONE = Alone()
+
+
+class Group(Workers):
+    """The workers of torch.distributed's default process group, which the caller has set up.
+
+    Gradients go through that group, NCCL's on GPUs; everything else, through one of gloo's beside it.
+
+    Args:
+        timeout: seconds after which a worker that does not answer counts as hung.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """One all-reduce of all of them together."""
+        bucket = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(bucket)
+        parts = bucket.split([tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def gather(self, block: Tensor) -> list[Tensor]:
+        """Through the host."""
+        mine = block.cpu().contiguous()
+        blocks = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(blocks, mine, group=self._host)
+        return [one.to(block.device) for one in blocks]
+
+    def _agree(self, content: bytes) -> bytes:
+        length = torch.tensor([len(content)])
+        dist.broadcast(length, 0, group=self._host)
+        size = int(length)
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8) if self.is_first else torch.empty(
+            size, dtype=torch.uint8
+        )
+        if size:
+            dist.broadcast(data, 0, group=self._host)
+        return data.numpy().tobytes()

@@ -1,0 +1,265 @@
+"""Ray Train around `dxmi.train`: one run on several workers.
+
+Each worker calls the same `train`, with a `Group` that says which rows of each batch are its own. The first worker's
+reports come back to the caller through an actor, one at a time, and the answer, whether to stop, goes the same way and
+from the first worker to the others: a run ends because every worker returns, never because somebody kills it.
+A worker that is lost, or hangs, takes its group down; Ray Train starts the group again, from the run folder's last
+checkpoint.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import ray
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from dxmi.config import build, to_tree
+from dxmi.errors import DivergedError, UserError
+from dxmi.experiment import Experiment, ExperimentConfig
+from dxmi.train import Phase, Progress, Reporter, Summary, train
+from dxmi.workers import Group
+from tune.devices import TRAIN_ENVIRONMENT
+
+_POLL_SECONDS = 0.5
+_CONTROLLER_FAILURES = 2
+
+
+class WorkersLostError(Exception):
+    """The workers of a run were lost more often than `resources.max_restarts` allows."""
+
+
+class _Line:
+    """An actor between the first worker and whoever called `train_on_workers`: one report at a time, with its answer."""
+
+    def __init__(self) -> None:
+        self._asked: asyncio.Queue[tuple[str, asyncio.Future[bool]]] = asyncio.Queue()
+        self._open: asyncio.Future[bool] | None = None
+
+    async def ask(self, message: str) -> bool:
+        """The first worker reports, and waits for the answer."""
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        await self._asked.put((message, answer))
+        return await answer
+
+    async def next(self) -> str | None:
+        """The next report, or None if there is none for a while."""
+        try:
+            message, self._open = await asyncio.wait_for(self._asked.get(), _POLL_SECONDS)
+        except TimeoutError:
+            return None
+        return message
+
+    async def answer(self, stop: bool) -> None:  # noqa: FBT001
+        """Answer the report that `next` gave."""
+        if self._open is not None and not self._open.done():
+            self._open.set_result(stop)
+
+
+def train_on_workers(config: ExperimentConfig, *, out: Path, report: Reporter | None = None) -> Summary | None:
+    """`dxmi.train.train` on `resources.num_workers` workers of the Ray that this process is connected to.
+
+    Args:
+        config: what to run.
+        out: the run's folder, which the first worker must be able to reach wherever it runs.
+        report: as for `train`; called in this process.
+
+    Returns:
+        The summary, or None if `report` asked for a stop.
+
+    Raises:
+        UserError: as `train`.
+        DivergedError: as `train`.
+        WorkersLostError: the group was lost too often; the last worker's traceback is in the message.
+    """
+    line = ray.remote(num_cpus=0, max_concurrency=4)(_Line).remote()
+    serving = _Serving(line, report or (lambda _: None))
+    storage = out.resolve() / ".ray_train"
+    try:
+        trainer = _trainer(config, out.resolve(), line, storage)
+        ended = serving.until_returned(lambda: trainer.fit().return_value)
+    finally:
+        ray.kill(line)
+        rmtree(storage, ignore_errors=True)
+    return _summary(ended)
+
+
+def _trainer(config: ExperimentConfig, out: Path, line: Any, storage: Path) -> TorchTrainer:
+    resources = config.resources
+    on_gpu = resources.device != "cpu" and _cluster_has_gpus()
+    return TorchTrainer(
+        _work,
+        train_loop_config={"tree": json.dumps(to_tree(config)), "out": str(out), "line": line},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=int(resources.worker_timeout)),
+        scaling_config=ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": resources.threads or 1, **({"GPU": 1} if on_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name="group",
+            storage_path=str(storage),
+            failure_config=FailureConfig(
+                max_failures=resources.max_restarts, controller_failure_limit=_CONTROLLER_FAILURES
+            ),
+        ),
+    )
+
+
+def _cluster_has_gpus() -> bool:
+    return float(ray.cluster_resources().get("GPU", 0.0)) > 0.0
+
+
+class _Serving:
+    """Answers the first worker while a group works."""
+
+    def __init__(self, line: Any, report: Reporter) -> None:
+        self._line, self._report = line, report
+        self._error: Exception | None = None
+        self._stopping = False
+
+    def until_returned(self, fit: Callable[[], Any]) -> Any:
+        """What `fit` returns, which runs in a thread of its own.
+
+        Raises:
+            Exception: the reporter's, or `fit`'s.
+        """
+        result: dict[str, Any] = {}
+
+        def run() -> None:
+            try:
+                result["returned"] = fit()
+            except Exception as error:  # noqa: BLE001  (raised below, in the caller's thread)
+                result["error"] = error
+
+        thread = threading.Thread(target=run, name="ray-train", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            message = ray.get(self._line.next.remote())
+            if message is not None:
+                ray.get(self._line.answer.remote(self._answer(message)))
+        if self._error is not None:
+            raise self._error
+        if "error" in result:
+            raise _cause(result["error"])
+        return result["returned"]
+
+    def _answer(self, message: str) -> bool:
+        """Whether the group is to stop; once it is, it always is."""
+        tree = json.loads(message)
+        try:
+            progress = Progress(**{**tree, "phase": Phase(tree["phase"])})
+            self._stopping = bool(self._report(progress)) or self._stopping
+        except Exception as error:  # noqa: BLE001  (raised when the workers have returned)
+            self._error, self._stopping = error, True
+        return self._stopping
+
+
+def _cause(error: Exception) -> Exception:
+    """What a failed `fit` is to be reported as."""
+    if isinstance(error, WorkerGroupError):
+        for failure in error.worker_failures.values():
+            if isinstance(failure, UserError | OSError):
+                return failure
+    return WorkersLostError(str(error)) if isinstance(error, TrainingFailedError) else error
+
+
+def _summary(ended: Mapping[str, Any] | None) -> Summary | None:
+    """The first worker's result, from what it returned."""
+    if ended is None:
+        return None
+    if "diverged" in ended:
+        raise DivergedError(**ended["diverged"])
+    if "refused" in ended:
+        raise UserError(ended["refused"])
+    return Summary(**ended["summary"])
+
+
+# ----------------------------------------------------------------------------
+# In a worker
+
+
+def _work(loop_config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The function that Ray Train runs in every worker; the first one's result is the group's."""
+    config = build(ExperimentConfig, json.loads(loop_config["tree"]))
+    config = replace(config, resources=_own_resources(config))
+    group = Group(config.resources.worker_timeout)
+    report = _asking(loop_config["line"]) if group.is_first else None
+    try:
+        experiment = Experiment(config, workers=group)
+        summary = train(experiment, out=Path(loop_config["out"]), report=report)
+    except DivergedError as error:  # on all workers alike: starting again would not mend it
+        return {"diverged": {"step": error.step, "metric": error.metric, "value": error.value}}
+    except UserError as error:
+        return {"refused": str(error)}
+    return None if summary is None else {"summary": asdict(summary)}
+
+
+def _own_resources(config: ExperimentConfig) -> Any:
+    """With this worker's device and threads."""
+    device = get_device() if torch.cuda.is_available() and config.resources.device != "cpu" else torch.device("cpu")
+    return replace(config.resources, device=str(device), threads=config.resources.threads or 1)
+
+
+def _asking(line: Any) -> Reporter:
+    """A reporter that asks the caller and waits."""
+
+    def report(progress: Progress) -> bool:
+        return bool(ray.get(line.ask.remote(json.dumps(asdict(progress)))))
+
+    return report
+
+
+# ----------------------------------------------------------------------------
+# A Ray for one run
+
+
+@contextmanager
+def ray_for(config: ExperimentConfig) -> Iterator[None]:
+    """A Ray of this run's own on this machine, unless the process is connected to one.
+
+    Raises:
+        UserError: the machine has not what the workers need.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    resources = config.resources
+    cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    needed = resources.num_workers * (resources.threads or 1)
+    if needed > cpus:
+        raise UserError(
+            f"resources.num_workers={resources.num_workers} with {resources.threads or 1} threads each need {needed} "
+            f"CPU threads, and this machine has {cpus}."
+        )
+    if resources.device != "cpu" and 0 < gpus < resources.num_workers:
+        raise UserError(
+            f"resources.num_workers is {resources.num_workers}, and this machine has {gpus} GPUs: use resources.device=cpu "
+            "or fewer workers."
+        )
+    os.environ.update({key: value for key, value in TRAIN_ENVIRONMENT.items() if key not in os.environ})
+    for name in ("ray", "ray.train"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        num_gpus=gpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
