@@ -1,4 +1,4 @@
-"""The one exception that is meant for the user's eyes."""
+"""What can go wrong with a run, as exceptions that the command line turns into sentences."""
 
 
 class UserError(Exception):
@@ -22,3 +22,17 @@ class DivergedError(Exception):
         self.step = step
         self.metric = metric
         self.value = value
+
+
+class WorkersLostError(Exception):
+    """The workers of a run were lost more often than `resources.max_restarts` allows.
+
+    Attributes:
+        details: tracebacks of the last ones.
+    """
+
+    def __init__(self, reason: str, details: str = "") -> None:
+        super().__init__(
+            f"A worker of this run was lost more often than resources.max_restarts allows; the last time: {reason}"
+        )
+        self.details = details

@@ -268,8 +268,8 @@ class Experiment:
             self.build_value(),
             eta,
             config.train.iterations,
-            self.workers,
-            config.resources.accumulate,
+            workers=self.workers,
+            accumulate=config.resources.accumulate,
         ).to(self.device)
 
     def build_finetuning(self, denoiser: Denoiser) -> tuple[DxMI, TrainingState]:

@@ -3,6 +3,8 @@
 Axis letters: B batch, C channels, H height, W width; *event is everything after the batch axis.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -35,4 +37,4 @@ def to_uint8(x: Tensor) -> Tensor:
 def chunks(num: int, pieces: int) -> list[slice]:
     """`num` rows cut into `pieces` slices that differ by one row at most; empty ones are left out, but for the last."""
     edges = [piece * num // pieces for piece in range(pieces + 1)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a] or [slice(0, 0)]
+    return [slice(a, b) for a, b in pairwise(edges) if b > a] or [slice(0, 0)]

@@ -4,6 +4,7 @@ A run is a pure function of its config: killed at any moment and resumed, it end
 been touched. For that, every row, evaluation and checkpoint falls on an iteration that the config alone decides.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -104,7 +105,7 @@ class Summary:
 def train(
     experiment: Experiment, *, out: Path, report: Reporter | None = None, resume_from: Path | None = None
 ) -> Summary | None:
-    """Run an experiment from pretraining to its summary. Of several workers each calls this; the first reads and writes.
+    """Run an experiment from pretraining to its summary; each of several workers calls this, the first writes.
 
     Args:
         experiment: what to run.
@@ -244,7 +245,7 @@ class _Run:
             if step % log_every == 0 or step == total:
                 self._tell(Phase.PRETRAIN, step, total, window.mean(step))
             if (step % _PARTIAL_EVERY == 0 or self.stopping) and step < total:
-                self.workers.on_first(lambda step=step: _keep_only(partial, step, state))
+                self.workers.on_first(functools.partial(_keep_only, partial, step, state))
             if self.stopping and step < total:
                 raise _Stopped
         return dict(ddpm.average.state_dict())
@@ -361,8 +362,7 @@ class _Run:
             if not evaluate and step % train.log_every != 0:
                 continue
             metrics = window.mean(step)
-            row: Row = {"step": step, **metrics}
-            self.workers.on_first(lambda row=row: self.run.append([row]))
+            self.workers.on_first(functools.partial(self.run.append, [{"step": step, **metrics}]))
             self._tell(Phase.FINETUNE, step, total, metrics)
             score = self._evaluate(dxmi, step) if evaluate else None
             if evaluate or self.stopping:

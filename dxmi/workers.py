@@ -1,9 +1,9 @@
 """The processes that share the work of one run; most often there is one.
 
-Each worker takes its rows of every global batch, and a mean over the batch is the sum of every worker's part of it. Noise
-is drawn for the whole batch by each worker and cut to its rows, so each has a stream of its own that no other draws from,
-and a run has the same noise however many workers it has: their number changes results by rounding alone, a checkpoint is
-the same file, and a run that began with two may go on with four.
+Each worker takes its rows of every global batch, and a mean over the batch is the sum of every worker's part of it.
+Noise is drawn for the whole batch by each worker and cut to its rows: each then has noise that no other has, and a run
+has the same noise however many workers there are. Their number changes results by rounding alone, a checkpoint is the
+same file, and a run that began with two workers may go on with four.
 """
 
 import json
@@ -144,7 +144,7 @@ class Group(Workers):
         """One all-reduce of all of them together."""
         bucket = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(bucket)
-        parts = bucket.split([tensor.numel() for tensor in tensors])
+        parts = torch.split(bucket, [tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
     def gather(self, block: Tensor) -> list[Tensor]:
@@ -158,8 +158,10 @@ class Group(Workers):
         length = torch.tensor([len(content)])
         dist.broadcast(length, 0, group=self._host)
         size = int(length)
-        data = torch.frombuffer(bytearray(content), dtype=torch.uint8) if self.is_first else torch.empty(
-            size, dtype=torch.uint8
+        data = (
+            torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            if self.is_first
+            else torch.empty(size, dtype=torch.uint8)
         )
         if size:
             dist.broadcast(data, 0, group=self._host)

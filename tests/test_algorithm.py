@@ -119,7 +119,9 @@ def test_policy_update_moves_the_policy_alone(make_dxmi, kind, mask):
     dxmi = make_dxmi(DxMIConfig(value=kind, target_ema=0.9, policy_mask=(mask,)))
     trajectory = dxmi.policy.rollout(normal(T + 1, B, *EVENT))
     before = parameters(dxmi)
-    dxmi._update_policy(whole(trajectory.sample), trajectory, torch.arange(0, T * B, T), torch.Generator().manual_seed(0))
+    dxmi._update_policy(
+        whole(trajectory.sample), trajectory, torch.arange(0, T * B, T), torch.Generator().manual_seed(0)
+    )
     expected = {f"policy.{name}" for name, _ in dxmi.policy.named_parameters()}
     assert changed(before, dxmi) == expected
     assert with_gradient(dxmi) == expected
@@ -255,7 +257,9 @@ def test_value_update_regresses_on_the_target_by_hand(make_dxmi, kind, t):
     control = 0.2 * cost - 0.1 * math.log(float(trajectory.sigma[t, 0]))
     step_cost = 3.0 * (1 / (1 + math.exp(-(2 - t))) - 1 / (1 + math.exp(-(1 - t))))
     target = value_next + step_cost + (0.0, 1.0, 0.5, 2.0)[t] * control
-    error = dxmi._update_value(whole(trajectory.sample), trajectory, t, dxmi._squared_steps(trajectory), torch.Generator())
+    error = dxmi._update_value(
+        whole(trajectory.sample), trajectory, t, dxmi._squared_steps(trajectory), torch.Generator()
+    )
     assert float(error) == pytest.approx(float((value - target).square().mean()), rel=1e-5)
 
 
@@ -303,7 +307,9 @@ def test_resampled_next_states_come_from_the_policy_and_not_from_the_rollout(mak
         value, value_next = dxmi.value(x, 1).double(), dxmi.value(x_next.float(), 2).double()
     cost = (x_next - x).square().mean(1) / (2.0 * dxmi.reference_var()[1].double())
     target = value_next + 0.01 * cost - 0.1 * sigma.log().double()
-    error = dxmi._update_value(whole(trajectory.sample), trajectory, 1, dxmi._squared_steps(trajectory), torch.Generator().manual_seed(3))
+    error = dxmi._update_value(
+        whole(trajectory.sample), trajectory, 1, dxmi._squared_steps(trajectory), torch.Generator().manual_seed(3)
+    )
     assert float(error) == pytest.approx(float((value - target).square().mean()), rel=1e-5)
 
 
@@ -503,7 +509,9 @@ def test_gradients_are_clipped_over_network_and_log_sigma_together(make_dxmi):
     drawn = torch.arange(0, T * B, T)
     for algorithm in (dxmi, free):
         trajectory = algorithm.policy.rollout(normal(T + 1, B, *EVENT))
-        metrics = algorithm._update_policy(whole(trajectory.sample), trajectory, drawn, torch.Generator().manual_seed(0))
+        metrics = algorithm._update_policy(
+            whole(trajectory.sample), trajectory, drawn, torch.Generator().manual_seed(0)
+        )
         if algorithm is dxmi:
             norm = float(metrics["policy/grad_norm"])
     clipped, raw = ([p.grad.double() for p in algorithm.policy.parameters()] for algorithm in (dxmi, free))

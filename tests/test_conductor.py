@@ -15,7 +15,8 @@ from dxmi import checkpoint
 from dxmi.config import build
 from dxmi.experiment import ExperimentConfig
 from dxmi.train import Summary
-from tune.conductor import Conductor, Note, Order, last_line
+from tune.conductor import Conductor, Note, Order
+from tune.console import last_line
 from tune.devices import Slots
 from tune.study import Outcome, Plan, Study, StudyFolder, TrialRecord, TrialState
 from tune.sweep_config import BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig

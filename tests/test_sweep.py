@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
@@ -310,15 +311,20 @@ def test_a_sweep_whose_every_trial_fails_says_so(studies):
 
 def start(studies: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tune.cli", "sweep", *arguments, "--studies", str(studies)]
+    pipe, environment = subprocess.PIPE, os.environ | {"MARK": str(studies)}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment
     )
 
 
-def ray_processes() -> set[int]:
-    """Processes of any Ray on this machine."""
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return {int(line.split()[0]) for line in listed if re.search(r"raylet/raylet|gcs_server|ray::", line)}
+def processes_of(studies: Path) -> set[int]:
+    """What runs now of what `start` has started, directly or not."""
+    mark, found = f"MARK={studies}".encode(), set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark in (entry / "environ").read_bytes():
+                found.add(int(entry.name))
+    return found
 
 
 def wait_until(condition, seconds: float) -> None:
@@ -351,7 +357,6 @@ def assert_like(folder: StudyFolder, undisturbed: StudyFolder) -> None:
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_leaves_nothing_behind(studies, undisturbed):
-    before = ray_processes()
     process = start(studies, "name=stopped", *SERIAL)
     folder = StudyFolder(studies / "stopped")
     wait_until(lambda: any(folder.trials.glob("0001/metrics.jsonl")), 120)
@@ -361,7 +366,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_leaves_nothing_behind(studies, undis
     assert time.monotonic() - asked < 30
     assert process.returncode == 130
     assert f"dxmi sweep --resume {folder.path}" in said
-    wait_until(lambda: ray_processes() <= before, 20)
+    wait_until(lambda: not processes_of(studies), 20)
     assert "RUNNING" not in {run.info.status for runs in runs_of(folder) for run in runs}
     second = start(studies, "--resume", "stopped")
     said, _ = second.communicate(timeout=200)

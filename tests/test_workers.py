@@ -1,5 +1,6 @@
 """Several workers against one: the same noise, the same gradients, the same files. Processes of gloo, without Ray."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -167,7 +168,7 @@ def test_the_share_of_the_only_worker_is_the_batch_itself():
 def test_chunks_make_up_the_rows(num, pieces):
     rows = list(range(num))
     parts = [rows[piece] for piece in chunks(num, pieces)]
-    assert sum(parts, []) == rows
+    assert list(itertools.chain(*parts)) == rows
     assert 1 <= len(parts) <= max(1, min(num, pieces))
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from dxmi import __version__
 from dxmi.checkpoint import steps_in
 from dxmi.config import build, to_tree
-from dxmi.errors import DivergedError, UserError
+from dxmi.errors import DivergedError, UserError, WorkersLostError
 from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.files import write_atomic, write_json
 from dxmi.pictures import save_grid, save_steps_grid
@@ -54,7 +54,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         complain(str(error))
         return BAD_INPUT
-    except DivergedError as error:
+    except (DivergedError, WorkersLostError) as error:
         complain(str(error))
         return FAILED
     except BrokenPipeError:  # the reader of our output has left, as in `dxmi config | head`
@@ -217,7 +217,12 @@ def _on_workers(experiment: Experiment, out: Path, reporter: ProgressReporter) -
     _ = experiment.images  # what is wrong with the data is said before anything starts
     parallel = importlib.import_module("tune.data_parallel")  # Ray takes seconds
     with parallel.ray_for(experiment.config), gentle_stop(reporter.ask_to_stop):  # Ray's start takes SIGTERM for itself
-        summary: Summary | None = parallel.train_on_workers(experiment.config, out=out, report=reporter)
+        try:
+            summary: Summary | None = parallel.train_on_workers(experiment.config, out=out, report=reporter)
+        except WorkersLostError as error:
+            write_atomic(out / "error.txt", error.details)
+            complain(f"tracebacks are in {out / 'error.txt'}. Go on with: dxmi train --resume {out}")
+            raise
     return summary
 
 

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from dxmi.errors import UserError
+from tune.console import last_line
 from tune.devices import Slots
 from tune.study import (
     Outcome,
@@ -329,15 +330,3 @@ class Conductor:
         self._written = self.clock()
         ended = self.ending if self.is_over else ""
         self.study.folder.write_progress(self.wall_seconds, ended, self.device_seconds)
-
-
-_SHOWN = 300
-
-
-def last_line(error: str) -> str:
-    """What a traceback ends with, no longer than a line or two."""
-    lines = [line.strip() for line in error.strip().splitlines() if line.strip()]
-    last = lines[-1] if lines else "it died without a word"
-    if "worker process has died" in last:  # Ray goes on to list everything that could have been the cause
-        return "its process died; if it was killed for memory, run fewer at once by sweep.max_concurrent"
-    return last if len(last) <= _SHOWN else last[:_SHOWN] + "..."

@@ -184,3 +184,15 @@ def show_result(console: Console, run: RunDirectory, summary: Summary) -> None:
 
 def _say_path(console: Console, label: str, path: Path) -> None:
     console.out(f"{label + ':':<23}{path}", highlight=False)
+
+
+_LONG = 300
+
+
+def last_line(error: str) -> str:
+    """What a traceback ends with, no longer than a line or two."""
+    lines = [line.strip() for line in error.strip().splitlines() if line.strip()]
+    last = lines[-1] if lines else "it died without a word"
+    if "worker process has died" in last:  # Ray goes on to list everything that could have been the cause
+        return "its process died; if it was killed for memory, run fewer at once by sweep.max_concurrent"
+    return last if len(last) <= _LONG else last[:_LONG] + "..."

@@ -9,7 +9,6 @@ checkpoint.
 
 import asyncio
 import json
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,27 +20,25 @@ from typing import Any
 
 import ray
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchConfig, get_device
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from dxmi.config import build, to_tree
-from dxmi.errors import DivergedError, UserError
+from dxmi.errors import DivergedError, UserError, WorkersLostError
 from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.train import Phase, Progress, Reporter, Summary, train
 from dxmi.workers import Group
-from tune.devices import TRAIN_ENVIRONMENT
+from tune.console import last_line
+from tune.local_ray import local_ray
 
 _POLL_SECONDS = 0.5
 _CONTROLLER_FAILURES = 2
 
 
-class WorkersLostError(Exception):
-    """The workers of a run were lost more often than `resources.max_restarts` allows."""
-
-
 class _Line:
-    """An actor between the first worker and whoever called `train_on_workers`: one report at a time, with its answer."""
+    """An actor between the first worker and the caller of `train_on_workers`: one report at a time, with its answer."""
 
     def __init__(self) -> None:
         self._asked: asyncio.Queue[tuple[str, asyncio.Future[bool]]] = asyncio.Queue()
@@ -61,7 +58,7 @@ class _Line:
             return None
         return message
 
-    async def answer(self, stop: bool) -> None:  # noqa: FBT001
+    async def answer(self, stop: bool) -> None:
         """Answer the report that `next` gave."""
         if self._open is not None and not self._open.done():
             self._open.set_result(stop)
@@ -81,13 +78,15 @@ def train_on_workers(config: ExperimentConfig, *, out: Path, report: Reporter | 
     Raises:
         UserError: as `train`.
         DivergedError: as `train`.
-        WorkersLostError: the group was lost too often; the last worker's traceback is in the message.
+        WorkersLostError: the group was lost too often.
     """
-    line = ray.remote(num_cpus=0, max_concurrency=4)(_Line).remote()
+    # The other workers notice a hung one in their collectives; Ray Train, when they all are.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.resources.worker_timeout)
+    line: Any = ray.remote(num_cpus=0)(_Line).remote()
     serving = _Serving(line, report or (lambda _: None))
     storage = out.resolve() / ".ray_train"
     try:
-        trainer = _trainer(config, out.resolve(), line, storage)
+        trainer: Any = _trainer(config, out.resolve(), line, storage)
         ended = serving.until_returned(lambda: trainer.fit().return_value)
     finally:
         ray.kill(line)
@@ -118,7 +117,8 @@ def _trainer(config: ExperimentConfig, out: Path, line: Any, storage: Path) -> T
 
 
 def _cluster_has_gpus() -> bool:
-    return float(ray.cluster_resources().get("GPU", 0.0)) > 0.0
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources.get("GPU", 0.0) > 0.0
 
 
 class _Serving:
@@ -172,7 +172,14 @@ def _cause(error: Exception) -> Exception:
         for failure in error.worker_failures.values():
             if isinstance(failure, UserError | OSError):
                 return failure
-    return WorkersLostError(str(error)) if isinstance(error, TrainingFailedError) else error
+    return WorkersLostError(_reason(error), str(error)) if isinstance(error, TrainingFailedError) else error
+
+
+def _reason(error: TrainingFailedError) -> str:
+    """One line about the worker that is most likely to blame: another one's lost connection is a consequence."""
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else (error,)
+    lines = [f"{type(failure).__name__}: {last_line(str(failure))}" for failure in failures]
+    return next((line for line in lines if "ActorDied" in line or "Timeout" in line), lines[0])
 
 
 def _summary(ended: Mapping[str, Any] | None) -> Summary | None:
@@ -245,21 +252,8 @@ def ray_for(config: ExperimentConfig) -> Iterator[None]:
         )
     if resources.device != "cpu" and 0 < gpus < resources.num_workers:
         raise UserError(
-            f"resources.num_workers is {resources.num_workers}, and this machine has {gpus} GPUs: use resources.device=cpu "
-            "or fewer workers."
+            f"resources.num_workers is {resources.num_workers}, and this machine has {gpus} GPUs: "
+            "use resources.device=cpu or fewer workers."
         )
-    os.environ.update({key: value for key, value in TRAIN_ENVIRONMENT.items() if key not in os.environ})
-    for name in ("ray", "ray.train"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        num_gpus=gpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    try:
+    with local_ray(cpus, gpus):
         yield
-    finally:
-        ray.shutdown()

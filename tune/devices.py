@@ -8,13 +8,6 @@ import torch
 from dxmi.errors import UserError
 from dxmi.experiment import ResourcesConfig
 
-TRAIN_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
-}
-"""What Ray Train needs of the process that starts Ray, and so of all others, to be quick and quiet."""
-
 
 @dataclass(frozen=True)
 class Slots:

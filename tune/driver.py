@@ -4,10 +4,8 @@ Tune's own records are scratch: a resume reads the study's journal and run folde
 """
 
 import json
-import logging
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,15 +15,14 @@ from typing import Any
 
 import ray
 from ray import tune as ray_tune
-from ray._private import ray_logging
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 from rich.text import Text
 
-from dxmi.errors import UserError
 from dxmi.train import train
 from tune.conductor import Conductor, Order
-from tune.devices import TRAIN_ENVIRONMENT, Slots
+from tune.devices import Slots
+from tune.local_ray import local_ray
 from tune.signals import gentle_stop
 from tune.space import tree_with
 from tune.study import Study, TrialRecord
@@ -36,12 +33,8 @@ _GRACE = 20.0
 _COLLECT_EVERY = 0.5
 _WAITING_BYTES = 200_000_000
 """Of memory, which every node has, for a process that must hold something but no device."""
-_OBJECT_STORE_BYTES = 100_000_000
 _NEVER = "1000000000"
 _ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the first Ctrl-C saves, see tune.signals
@@ -50,7 +43,6 @@ _ENVIRONMENT = {
     "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": _NEVER,
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "10",
-    **TRAIN_ENVIRONMENT,
 }
 
 
@@ -80,7 +72,12 @@ def drive(
     shutil.rmtree(scratch, ignore_errors=True)
     control = _Control(conductor)
     try:
-        with control.listening(), _ray(conductor.slots), control.listening():  # Ray's start takes SIGTERM for itself
+        slots = conductor.slots
+        with (
+            control.listening(),
+            local_ray(slots.cpus, slots.gpus),
+            control.listening(),
+        ):  # Ray's start takes SIGTERM for itself
             control.checkpoint()
             mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
             hands = _Hands(conductor, mailbox, look, control)
@@ -159,29 +156,6 @@ def _tuner(trainable: Any, conductor: Conductor, hands: "_Hands", control: _Cont
             failure_config=ray_tune.FailureConfig(max_failures=conductor.plan.sweep.max_failures),
         ),
     )
-
-
-@contextmanager
-def _ray(slots: Slots) -> Iterator[None]:
-    """A Ray of our own on this machine, as quiet as it can be, gone when this ends."""
-    for name in ("ray", "ray.tune", "ray.train"):  # what matters of it, the conductor says
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    ray_logging.stdout_deduplicator.skip_re = re.compile("worker died or was killed|lost objects")
-    if ray.is_initialized():
-        raise UserError("Ray runs in this process already: end it with ray.shutdown() first.")
-    ray.init(
-        address="local",
-        num_cpus=slots.cpus,
-        num_gpus=slots.gpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=_OBJECT_STORE_BYTES,
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 class _Unsaved:

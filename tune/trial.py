@@ -18,7 +18,7 @@ from shutil import copytree, ignore_patterns, rmtree
 from typing import Any, Protocol
 
 from dxmi.config import build
-from dxmi.errors import DivergedError, UserError
+from dxmi.errors import DivergedError, UserError, WorkersLostError
 from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.train import Progress, Reporter, Summary, train
 
@@ -178,6 +178,8 @@ def _result(tree: Mapping[str, Any], out: Path, trainer: Trainer, reporter: Repo
         return {"state": "diverged", "reason": str(error)}
     except UserError as error:
         return {"state": "failed", "reason": str(error)}
+    except WorkersLostError as error:
+        raise RuntimeError(f"{error.details}\n{error}") from None  # what is kept is the text of it
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return {"disk_full": True, "reason": f"{error.strerror}: {error.filename or out}"}

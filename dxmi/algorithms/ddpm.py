@@ -58,9 +58,7 @@ class DDPM(nn.Module):
     signal: Tensor
     noise: Tensor
 
-    def __init__(
-        self, config: DDPMConfig, network: Denoiser, workers: Workers = ALONE, accumulate: int = 1
-    ) -> None:
+    def __init__(self, config: DDPMConfig, network: Denoiser, workers: Workers = ALONE, accumulate: int = 1) -> None:
         super().__init__()
         self.workers = workers
         self.accumulate = accumulate

@@ -169,6 +169,7 @@ class DxMI(nn.Module):
         value: Value,
         eta: Tensor,
         total: int,
+        *,
         workers: Workers = ALONE,
         accumulate: int = 1,
     ) -> None:
@@ -384,9 +385,7 @@ class DxMI(nn.Module):
         )
         return self._policy_metrics(descent)
 
-    def _policy_part(
-        self, share: Share, trajectory: Trajectory, t_host: Tensor, state: Tensor, noise: Tensor
-    ) -> Part:
+    def _policy_part(self, share: Share, trajectory: Trajectory, t_host: Tensor, state: Tensor, noise: Tensor) -> Part:
         """The policy's loss of stored states, [b] indices into `trajectory.states`, at their steps `t_host` [b]."""
         config, policy = self.config, self.policy
         num_final = int((t_host == policy.num_steps - 1).sum())  # of a tensor on the host: nothing is waited for

@@ -1,0 +1,230 @@
+"""One run on several workers of Ray Train: ended, interrupted, killed, hung; alone and as a trial of a sweep."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from dxmi.errors import UserError
+from dxmi.experiment import ResourcesConfig
+from tune.devices import share
+from tune.study import Study, StudyFolder, TrialState
+
+TINY = [
+    "experiment=digits",
+    "pretrain.iterations=100",
+    "train.iterations=60",
+    "train.batch_size=64",
+    "train.log_every=5",
+    "evaluate.every=5",
+    "evaluate.num_samples=200",
+    "evaluate.batch_size=50",
+    "evaluate.kid_subset_size=50",
+    "evaluate.grid=16",
+    "resources.device=cpu",
+    "resources.threads=1",
+]
+GROUP = [*TINY, "resources.num_workers=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where this module's runs and their cache are."""
+    return tmp_path_factory.mktemp("groups")
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"DXMI_CACHE": str(folder / "cache")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tune.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+    )
+
+
+def train(folder: Path, name: str, *arguments: str) -> subprocess.Popen[str]:
+    return start(folder, "train", *GROUP, f"out={folder / name}", *arguments)
+
+
+def ended(process: subprocess.Popen[str], code: int = 0, seconds: float = 200) -> str:
+    said, _ = process.communicate(timeout=seconds)
+    assert process.returncode == code, said
+    return said
+
+
+def workers_of(folder: Path) -> list[int]:
+    """Processes of Ray Train's workers that belong to this module's runs."""
+    mark = f"DXMI_CACHE={folder / 'cache'}".encode()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if b"RayTrainWorker" in (entry / "cmdline").read_bytes() and mark in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def wait_until(condition, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def iteration(run: Path) -> int:
+    """The last row's."""
+    try:
+        return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    except (OSError, IndexError, ValueError):
+        return -1
+
+
+def result(run: Path) -> tuple[str, str]:
+    """What a finished run has learned and scored, to the bit."""
+    summary = json.loads((run / "summary.json").read_text())
+    weights = (run / summary["last"]["checkpoint"] / "algorithm.safetensors").read_bytes()
+    return hashlib.sha256(weights).hexdigest(), json.dumps([summary["best"], summary["last"]])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    assert "Traceback" not in ended(train(folder, "undisturbed"))
+    return folder / "undisturbed"
+
+
+def test_a_run_on_two_workers_leaves_what_one_leaves(undisturbed):
+    assert sorted(path.name for path in undisturbed.iterdir() if path.name != ".lock") == [
+        "checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "samples", "summary.json",
+    ]  # fmt: skip
+    assert iteration(undisturbed) == 60
+
+
+def test_ctrl_c_saves_and_another_number_of_workers_goes_on(folder, undisturbed):
+    process = train(folder, "stopped")
+    run = folder / "stopped"
+    wait_until(lambda: iteration(run) >= 10)
+    process.send_signal(signal.SIGINT)
+    said = ended(process, 130)
+    assert f"Go on with: dxmi train --resume {run}" in said
+    assert not workers_of(folder)
+    ended(start(folder, "train", "--resume", str(run), "resources.num_workers=1"))
+    ours, theirs = (json.loads((r / "summary.json").read_text()) for r in (run, undisturbed))
+    assert ours["signature"] == theirs["signature"]
+    assert ours["last"]["value"] == pytest.approx(theirs["last"]["value"], rel=0.05)
+
+
+def lose_workers(folder: Path, name: str, chance: random.Random, losses: int, how: int = signal.SIGKILL) -> Path:
+    """A run that loses `losses` workers, chosen at random, at random moments."""
+    run = folder / name
+    process = train(folder, name, "resources.max_restarts=10", "resources.worker_timeout=20")
+    lost: set[int] = set()
+    for _ in range(losses):
+        aim = chance.randint(0, 50)
+        wait_until(lambda aim=aim: iteration(run) >= aim and set(workers_of(folder)) - lost, 200)  # noqa: B023
+        time.sleep(chance.uniform(0.0, 0.3))
+        present = sorted(set(workers_of(folder)) - lost)
+        if not present or (run / "summary.json").exists():
+            break
+        victim = chance.choice(present)
+        lost |= set(present)  # those that are left go down with it
+        os.kill(victim, how)
+    ended(process, seconds=300)
+    return run
+
+
+def test_a_run_that_loses_a_worker_ends_like_one_that_does_not(folder, undisturbed):
+    assert result(lose_workers(folder, "killed", random.Random(1), 1)) == result(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_hung_worker_is_found_within_its_timeout(folder, undisturbed):
+    began = time.monotonic()
+    assert result(lose_workers(folder, "hung", random.Random(2), 1, signal.SIGSTOP)) == result(undisturbed)
+    assert time.monotonic() - began < 150
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(folder, undisturbed):
+    chance = random.Random(3)
+    for number in range(7):
+        assert result(lose_workers(folder, f"killed-{number}", chance, 3)) == result(undisturbed)
+
+
+@pytest.mark.slow
+def test_workers_that_are_lost_too_often_fail_the_run_and_say_why(folder, undisturbed):
+    process = train(folder, "hopeless", "resources.max_restarts=0")
+    wait_until(lambda: iteration(folder / "hopeless") >= 5)
+    os.kill(workers_of(folder)[0], signal.SIGKILL)
+    said = ended(process, 1)
+    assert "resources.max_restarts" in said
+    assert "Traceback" not in said
+    ended(start(folder, "train", "--resume", str(folder / "hopeless")))
+    assert result(folder / "hopeless") == result(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("resources.num_workers=0", "num_workers is 0"),
+        ("resources.num_workers=64", "num_workers"),
+        ("resources.accumulate=0", "accumulate is 0"),
+        ("resources.worker_timeout=0", "worker_timeout is 0"),
+        ("train.precision=int8", "precision is 'int8'"),
+    ],
+)
+def test_bad_settings_are_refused_with_a_sentence(folder, override, sentence):
+    key = override.partition("=")[0]
+    arguments = [argument for argument in GROUP if not argument.startswith(key)]
+    said = ended(start(folder, "train", *arguments, override, f"out={folder / 'refused'}"), 2, 60)
+    assert sentence in said
+    assert "Traceback" not in said
+    assert not (folder / "refused").exists()
+
+
+@pytest.mark.slow
+def test_another_run_in_the_folder_is_refused_by_all_workers(folder, undisturbed):
+    said = ended(start(folder, "train", *GROUP, "algorithm.entropy_coef=0.5", f"out={undisturbed}"), 2)
+    assert "holds a run with another config" in said
+
+
+# ----------------------------------------------------------------------------
+# As a trial
+
+
+def test_slots_of_trials_with_several_workers():
+    resources = ResourcesConfig(num_workers=2, threads=2)
+    slots = share(resources, None, cpus=9, gpus=0)
+    assert (slots.concurrent, slots.workers, slots.devices_of_a_trial) == (2, 2, 4.0)
+    assert share(ResourcesConfig(num_workers=4), None, cpus=32, gpus=8).concurrent == 2
+    with pytest.raises(UserError, match="num_workers is 3"):
+        share(ResourcesConfig(num_workers=3), None, cpus=2, gpus=0)
+    with pytest.raises(UserError, match="num_workers is 4"):
+        share(ResourcesConfig(num_workers=4), None, cpus=32, gpus=2)
+
+
+def test_a_sweep_of_groups_prunes_fails_and_finishes_and_loses_no_device(folder):
+    sweep = [argument for argument in GROUP if "iterations=60" not in argument]
+    said = ended(
+        start(
+            folder, "sweep", *sweep, "train.iterations=20", "sweep=demo", "sweep.budget.trials=4",
+            "sweep.stopping.first_step=5", "name=groups", "--studies", str(folder / "studies"),
+        ),
+        seconds=390,
+    )  # fmt: skip
+    records = Study.read(StudyFolder(folder / "studies/groups")).records()
+    states = [record.state for record in records]
+    assert len(states) == 4
+    assert set(states) == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert "1 at once, each with 2 workers" in said
+    assert not workers_of(folder)
