@@ -54,10 +54,12 @@ def pretrained():
     return dict(ddpm.state_dict()) | {f"metric/{k}": v for k, v in metrics.items()}
 
 if what == "gradients":
-    dxmi, grads, metrics = gradients()
-    tensors = grads
+    _, tensors, _ = gradients()
 elif what == "after":
     tensors = after(20)
+elif what == "both":
+    _, tensors, _ = gradients()
+    tensors = {f"gradient/{name}": value for name, value in tensors.items()} | after(20)
 elif what == "pretrained":
     tensors = pretrained()
 elif what == "train":
@@ -180,12 +182,13 @@ def test_chunks_make_up_the_rows(num, pieces):
 @pytest.mark.parametrize("algorithm", [{}, SEPARATE], ids=["shared", "separate"])
 def test_gradients_and_parameters_are_those_of_one_worker(tmp_path, size, algorithm):
     tree = tree_of(algorithm)
-    for what, relative in (("gradients", 1e-5), ("after", 1e-4)):
-        (alone,) = run(tmp_path / "alone", what, 1, tree)
-        group = run(tmp_path / "group", what, size, tree)
-        assert_near(group[0], alone, relative)
-        for other in group[1:]:
-            assert all(torch.equal(other[name], value) for name, value in group[0].items())
+    (alone,) = run(tmp_path / "alone", "both", 1, tree)
+    group = run(tmp_path / "group", "both", size, tree)
+    for wanted, relative in ((True, 1e-5), (False, 1e-4)):
+        ours, theirs = ({k: v for k, v in t.items() if k.startswith("gradient/") == wanted} for t in (group[0], alone))
+        assert_near(ours, theirs, relative)
+    for other in group[1:]:
+        assert all(torch.equal(other[name], value) for name, value in group[0].items())
 
 
 def test_pretraining_is_that_of_one_worker(tmp_path):

@@ -146,6 +146,23 @@ def _study_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--port", type=_positive, help="to listen on (default: the first free one from 5000 on)")
     _studies_argument(sub)
 
+    sub = command(
+        "submit",
+        _later("submit"),
+        "run a command on a Ray cluster, as a job that outlives this terminal",
+        "dxmi submit --address http://head:8265 -- sweep experiment=digits sweep=demo --studies /shared/studies\n",
+    )
+    sub.add_argument("command", nargs="*", metavar="COMMAND", help="after --: a command of dxmi with its arguments")
+    sub.add_argument("--address", help="of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS or this machine's)")
+    again = sub.add_mutually_exclusive_group()
+    again.add_argument("--attach", metavar="ID", help="follow a job that was submitted before")
+    again.add_argument("--cancel", metavar="ID", help="end a job; a sweep saves first and can be resumed")
+    sub.add_argument("--no-follow", action="store_true", help="submit, print the id, and return")
+    sub.add_argument("--env", action="append", default=[], metavar="NAME", help="pass this variable on; repeatable")
+    sub.add_argument("--working-dir", type=Path, default=Path(), metavar="DIR", help="the checkout (.)")
+    sub.add_argument("--max-upload-mb", type=_positive, default=100, metavar="N", help="refuse a larger tree (100)")
+    sub.add_argument("--patience", type=_positive, default=300, metavar="S", help="wait for a silent cluster (300 s)")
+
     _studies_argument(command("doctor", _later("doctor"), "is this machine ready for a sweep?", ""))
 
 

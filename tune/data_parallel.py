@@ -31,7 +31,7 @@ from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.train import Phase, Progress, Reporter, Summary, train
 from dxmi.workers import Group
 from tune.console import last_line
-from tune.local_ray import local_ray
+from tune.ray_session import on_cluster, ray_session
 
 _POLL_SECONDS = 0.5
 _CONTROLLER_FAILURES = 2
@@ -96,7 +96,7 @@ def train_on_workers(config: ExperimentConfig, *, out: Path, report: Reporter | 
 
 def _trainer(config: ExperimentConfig, out: Path, line: Any, storage: Path) -> TorchTrainer:
     resources = config.resources
-    on_gpu = resources.device != "cpu" and _cluster_has_gpus()
+    on_gpu = resources.device == "cuda" or (resources.device == "auto" and _cluster_has_gpus())
     return TorchTrainer(
         _work,
         train_loop_config={"tree": json.dumps(to_tree(config)), "out": str(out), "line": line},
@@ -234,13 +234,14 @@ def _asking(line: Any) -> Reporter:
 
 @contextmanager
 def ray_for(config: ExperimentConfig) -> Iterator[None]:
-    """A Ray of this run's own on this machine, unless the process is connected to one.
+    """The cluster, or a Ray of this run's own on this machine.
 
     Raises:
         UserError: the machine has not what the workers need.
     """
-    if ray.is_initialized():
-        yield
+    if on_cluster():
+        with ray_session(0, 0):
+            yield
         return
     resources = config.resources
     cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
@@ -255,5 +256,5 @@ def ray_for(config: ExperimentConfig) -> Iterator[None]:
             f"resources.num_workers is {resources.num_workers}, and this machine has {gpus} GPUs: "
             "use resources.device=cpu or fewer workers."
         )
-    with local_ray(cpus, gpus):
+    with ray_session(cpus, gpus):
         yield

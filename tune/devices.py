@@ -1,6 +1,7 @@
-"""What this machine has, and how many trials it holds at once."""
+"""What this machine or the cluster has, and how many trials it holds at once."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +49,15 @@ def find_slots(resources: ResourcesConfig, max_concurrent: int | None) -> Slots:
 
     `threads: 0` means one thread on the CPU, and an equal part of the cores beside a GPU.
 
+    On a cluster, whose nodes may come and go, `max_concurrent` is taken as it is.
+
     Raises:
         UserError: a trial, or the trials that are to run at once, need more than there is.
     """
+    if os.environ.get("RAY_ADDRESS"):
+        from tune.ray_session import cluster_nodes  # noqa: PLC0415  (Ray takes seconds)
+
+        return share_cluster(resources, max_concurrent, cluster_nodes())
     return share(resources, max_concurrent, len(os.sched_getaffinity(0)), torch.cuda.device_count())
 
 
@@ -89,3 +96,28 @@ def share(resources: ResourcesConfig, max_concurrent: int | None, cpus: int, gpu
 def _trials_on_gpus(gpu_share: float, gpus: int) -> int:
     """A share below 1 lies on one GPU."""
     return gpus * int(1.0 / gpu_share + 1e-6) if gpu_share < 1.0 else int(gpus / gpu_share)
+
+
+def share_cluster(resources: ResourcesConfig, max_concurrent: int | None, nodes: Sequence[tuple[int, int]]) -> Slots:
+    """`find_slots` for a cluster whose nodes have these (CPUs, GPUs): no worker is spread over two nodes.
+
+    Raises:
+        UserError: the cluster has no room for a trial now, and nobody has said how many it is to hold.
+    """
+    cpus, gpus = sum(c for c, _ in nodes), sum(g for _, g in nodes)
+    on_gpu = resources.device != "cpu" and (gpus > 0 or resources.device == "cuda")
+    threads, gpu_share = resources.threads or 1, resources.gpus if on_gpu else 0.0
+    workers = sum(_workers_on(node, threads, gpu_share) for node in nodes)
+    room = workers // resources.num_workers
+    if room == 0 and max_concurrent is None:
+        raise UserError(
+            f"The cluster has {cpus} CPUs and {gpus} GPUs on {len(nodes)} nodes, and a trial takes "
+            f"{resources.num_workers} workers with {threads} CPUs and {gpu_share:g} GPUs each: use fewer, or, if nodes "
+            "will be added, say by sweep.max_concurrent how many trials are to run at once."
+        )
+    return Slots(cpus, gpus if on_gpu else 0, threads, gpu_share, max_concurrent or room, resources.num_workers)
+
+
+def _workers_on(node: tuple[int, int], threads: int, gpu_share: float) -> int:
+    cpus, gpus = node
+    return min(cpus // threads, _trials_on_gpus(gpu_share, gpus)) if gpu_share else cpus // threads

@@ -22,7 +22,7 @@ from rich.text import Text
 from dxmi.train import train
 from tune.conductor import Conductor, Order
 from tune.devices import Slots
-from tune.local_ray import local_ray
+from tune.ray_session import ray_session
 from tune.signals import gentle_stop
 from tune.space import tree_with
 from tune.study import Study, TrialRecord
@@ -75,7 +75,7 @@ def drive(
         slots = conductor.slots
         with (
             control.listening(),
-            local_ray(slots.cpus, slots.gpus),
+            ray_session(slots.cpus, slots.gpus),
             control.listening(),
         ):  # Ray's start takes SIGTERM for itself
             control.checkpoint()

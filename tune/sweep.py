@@ -21,6 +21,7 @@ from rich.console import Console
 from dxmi.config import to_tree
 from dxmi.errors import UserError
 from dxmi.train import train
+from tune.cluster import require_fit
 from tune.conductor import Conductor
 from tune.configs import ComposedSweep, compose_sweep, overridden
 from tune.console import Terminal, complain
@@ -113,6 +114,7 @@ class Sweep:
         Raises:
             UserError: the folder cannot hold the study, or holds another one.
         """
+        require_fit(self.folder.path, self.plan.tracking)
         self.slots()
         self.folder.require_own()
         if self.folder.exists:

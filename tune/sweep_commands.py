@@ -1,6 +1,7 @@
-"""The commands around studies: `dxmi sweep | studies | report | ui | doctor`. Imported only when one of them runs."""
+"""The commands around studies: `dxmi sweep | studies | report | ui | doctor | submit`. Imported when one runs."""
 
 import argparse
+import os
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ from tune.leaderboard import leaderboard_table
 from tune.live import duration
 from tune.space import show, value_at
 from tune.study import Study, StudyFolder, TrialState, require_name, studies_in
+from tune.submit import DEFAULT_ADDRESS, Jobs, entrypoint, environment, follow, survey
 from tune.sweep import Sweep, SweepResult
 from tune.tracking import open_store
 from tune.ui import free_port, serve
@@ -204,3 +206,43 @@ def doctor(args: argparse.Namespace) -> int:
         table.add_row(f"[{style}]{finding.verdict.value}[/]", finding.subject, finding.text, finding.advice)
     Terminal().print(table)
     return FAILED if any(finding.verdict is Verdict.BAD for finding in findings) else OK
+
+
+# ----------------------------------------------------------------------------
+# dxmi submit
+
+
+def submit(args: argparse.Namespace) -> int:
+    """Start a job on a cluster and follow it, or follow or end one that was started before."""
+    if (args.attach or args.cancel) and args.command:
+        raise UserError("--attach and --cancel are about a job that there is: leave out the command after --.")
+    if args.attach or args.cancel:
+        jobs = Jobs(_address(args))
+        return _cancel(jobs, args.cancel) if args.cancel else _follow(jobs, args.attach, args)
+    line, variables = entrypoint(args.command), environment(args.env)
+    tree = survey(args.working_dir)
+    tree.require_small(args.max_upload_mb * 1_000_000)
+    jobs = Jobs(_address(args))
+    job = jobs.submit(line, tree, variables)
+    complain(f"submitted {job} with {tree.bytes / 1e6:.1f} MB of {tree.folder.resolve()}: {line}")
+    return OK if args.no_follow else _follow(jobs, job, args)
+
+
+def _address(args: argparse.Namespace) -> str:
+    return str(args.address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
+
+
+def _cancel(jobs: Jobs, job: str) -> int:
+    said = f"{job} has been asked to end." if jobs.stop(job) else f"{job} had ended before."
+    complain(said)
+    return OK
+
+
+def _follow(jobs: Jobs, job: str, args: argparse.Namespace) -> int:
+    console = Terminal()
+    try:
+        return follow(jobs, job, lambda text: console.out(text, end="", highlight=False), args.patience)
+    except KeyboardInterrupt:
+        again = f"dxmi submit --address {jobs.address}"
+        complain(f"the job goes on. Follow it again: {again} --attach {job}. End it: {again} --cancel {job}")
+        return STOPPED

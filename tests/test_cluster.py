@@ -1,0 +1,288 @@
+"""A real cluster on this machine: a head and nodes that are processes of their own, and jobs that are sent to it."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dxmi.errors import UserError
+from dxmi.experiment import ResourcesConfig
+from tune.cluster import file_system, is_loopback, is_network, require_fit
+from tune.devices import share_cluster
+from tune.study import Study, StudyFolder, TrialState
+from tune.submit import entrypoint, environment, survey
+from tune.sweep_config import TrackingConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "experiment=digits", "pretrain.iterations=100", "train.iterations=40", "train.batch_size=64", "train.log_every=5",
+    "evaluate.every=10", "evaluate.num_samples=200", "evaluate.batch_size=50", "evaluate.kid_subset_size=50",
+    "evaluate.grid=16",
+]  # fmt: skip
+
+# ----------------------------------------------------------------------------
+# What is refused, and what is left at home
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("http://127.0.0.1:5000", True), ("http://localhost:5000", True), ("http://[::1]:5000", True),
+        ("http://127.8.9.1", True), ("http://mlflow.example.org:5000", False), ("http://10.0.0.7:5000", False),
+        ("local", False), ("none", False),
+    ],
+)  # fmt: skip
+def test_loopback_addresses(uri, expected):
+    assert is_loopback(uri) == expected
+
+
+def test_the_kind_of_file_system_is_that_of_the_deepest_mount(tmp_path):
+    shared = tmp_path / "sh ared"
+    mounts = tmp_path / "mounts"
+    escaped = str(shared).replace(" ", "\\040")
+    mounts.write_text(f"/dev/a / ext4 rw 0 0\nhost:/x {escaped} nfs4 rw 0 0\nbroken\n/dev/b {escaped}/in xfs rw 0 0\n")
+    assert file_system(tmp_path, mounts) == "ext4"
+    assert file_system(shared / "study", mounts) == "nfs4"
+    assert file_system(shared / "in" / "study", mounts) == "xfs"
+    assert file_system(tmp_path, tmp_path / "none") == ""
+    assert [is_network(kind) for kind in ("nfs4", "fuse.sshfs", "ext4", "overlay", "")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_on_a_cluster_folders_are_absolute_and_servers_have_names(tmp_path, monkeypatch):
+    require_fit(Path("studies/x"), TrackingConfig(uri="http://127.0.0.1:5000"))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    require_fit(tmp_path, TrackingConfig())
+    with pytest.raises(UserError, match="absolute folder that every node sees"):
+        require_fit(Path("studies/x"), TrackingConfig())
+    with pytest.raises(UserError, match="whichever machine"):
+        require_fit(tmp_path, TrackingConfig(uri="http://127.0.0.1:5000"))
+
+
+def test_sqlite_on_a_network_file_system_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("tune.cluster.file_system", lambda _: "nfs4")
+    with pytest.raises(UserError, match=r"tracking\.uri=http"):
+        require_fit(tmp_path, TrackingConfig())
+    require_fit(tmp_path, TrackingConfig(uri="none"))
+
+
+def test_slots_of_a_cluster_do_not_spread_a_worker_over_nodes():
+    nodes = [(3, 0), (3, 0), (1, 0)]
+    assert share_cluster(ResourcesConfig(threads=2), None, nodes).concurrent == 2
+    assert share_cluster(ResourcesConfig(threads=1, num_workers=3), None, nodes).concurrent == 2
+    assert share_cluster(ResourcesConfig(num_workers=8), None, [(32, 8)] * 8).concurrent == 8
+    assert share_cluster(ResourcesConfig(gpus=0.25), None, [(8, 1), (1, 1)]).concurrent == 5
+    with pytest.raises(UserError, match=r"sweep.max_concurrent"):
+        share_cluster(ResourcesConfig(device="cuda"), None, [(4, 0)])
+    assert share_cluster(ResourcesConfig(device="cuda"), 8, [(4, 0)]).concurrent == 8  # nodes will be added
+
+
+def made_tree(folder: Path) -> Path:
+    for name in ("dxmi", "tune", "runs/x", ".git", ".venv/lib", "own"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "file").write_bytes(b"x" * 1000)
+    for name in (".env", "server.pem", "auth_token", "credentials.json", ".gitignore"):
+        (folder / name).write_bytes(b"own/\n")
+    return folder
+
+
+def test_data_runs_secrets_and_what_git_ignores_stay_at_home(tmp_path):
+    tree = survey(made_tree(tmp_path))
+    assert tree.sizes == {"dxmi": 1000, "tune": 1000, ".gitignore": 5}
+    with pytest.raises(UserError, match=r"dxmi 0 MB.*--max-upload-mb"):
+        tree.require_small(2000)
+    tree.require_small(2005)
+
+
+def test_only_named_variables_go_along_and_no_secret(monkeypatch):
+    monkeypatch.delenv("DXMI_DATA", raising=False)
+    monkeypatch.setenv("DXMI_CACHE", "/shared/cache")
+    monkeypatch.setenv("MINE", "1")
+    assert environment(["MINE"]) == {"DXMI_CACHE": "/shared/cache", "MINE": "1"}
+    for name, sentence in (
+        ("MLFLOW_TRACKING_TOKEN", "secret"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("NONE", "not set"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            environment([name])
+
+
+def test_a_jobs_command_is_ours_and_quoted():
+    assert entrypoint(["sweep", "name=a b", "x=$(id)"]) == "python -m tune.cli sweep 'name=a b' 'x=$(id)'"
+    for arguments in ([], ["rm"], ["ui"]):
+        with pytest.raises(UserError, match="After -- comes a command"):
+            entrypoint(arguments)
+
+
+# ----------------------------------------------------------------------------
+# A head, and nodes
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Cluster:
+    """A head without devices, and nodes of two CPUs each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        token = folder / "token"
+        token.write_text(secrets.token_hex(32))
+        bin_folder = str(Path(sys.executable).parent)
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "DXMI_CACHE": str(folder / "cache"),
+            "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        }
+        self.port, self.dashboard = _free_port(), _free_port()
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._start(
+            "--head", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
+            "--num-cpus=0", "--include-dashboard=true",
+        )  # fmt: skip
+        self.address = f"http://127.0.0.1:{self.dashboard}"
+        _wait(lambda: _listens(self.dashboard), 90)
+
+    def add_node(self) -> subprocess.Popen[bytes]:
+        return self._start(f"--address=127.0.0.1:{self.port}", "--num-cpus=2")
+
+    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        command = [str(Path(sys.executable).parent / "ray"), "start", "--block", *arguments]
+        log = (self.folder / f"node-{len(self.processes)}.log").open("wb")
+        process = subprocess.Popen(
+            command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+        self.processes.append(process)
+        return process
+
+    def close(self) -> None:
+        for process in reversed(self.processes):
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(timeout=20)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+
+    def start(self, *arguments: str, **changes: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "tune.cli", "submit", "--address", self.address, *arguments]
+        return subprocess.Popen(
+            command,
+            env=self.environment | changes,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+        )
+
+    def submit(self, *arguments: str, code: int = 0, seconds: float = 300, **changes: str) -> str:
+        process = self.start(*arguments, **changes)
+        said, _ = process.communicate(timeout=seconds)
+        assert process.returncode == code, said
+        assert "Traceback" not in said
+        return said
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _wait(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    made = Cluster(tmp_path_factory.mktemp("cluster"))
+    made.add_node()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def test_a_jobs_output_and_exit_code_come_back(cluster):
+    said = cluster.submit("--", "config", "experiment=digits", "algorithm.entropy_coef=0.07")
+    assert "entropy_coef: 0.07" in said
+    assert "experiment 'nothing' does not exist" in cluster.submit("--", "train", "experiment=nothing", code=2)
+
+
+@pytest.mark.slow
+def test_a_sweep_is_sent_left_followed_again_and_ended(cluster):
+    studies = cluster.folder / "studies"
+    long = [*TINY, "train.iterations=100000", "sweep=demo", "sweep.stopping.rule=none", "name=long"]
+    long.remove("train.iterations=40")
+    process = cluster.start("--", "sweep", *long, "--studies", str(studies))
+    _wait(lambda: any((studies / "long").glob("trials/0000/metrics.jsonl")), 200)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    job = said.rpartition("--cancel ")[2].strip()
+    assert f"--attach {job}" in said
+    attached = cluster.start("--attach", job)
+    cluster.submit("--cancel", job)
+    said, _ = attached.communicate(timeout=120)
+    assert attached.returncode == 130, said
+    assert "trial 0: started" in said
+    assert "stopped by SIGTERM" in said
+    _wait((studies / "long" / "report.html").exists, 40)
+    assert "had ended before" in cluster.submit("--cancel", job)
+
+
+def test_what_a_cluster_cannot_take_is_refused_with_a_sentence(cluster, tmp_path):
+    assert "absolute folder" in cluster.submit("--", "sweep", *TINY, "sweep=demo", code=2)
+    assert "has no job nothing" in cluster.submit("--attach", "nothing", code=2)
+    wrong = tmp_path / "wrong"
+    wrong.write_text(secrets.token_hex(32))
+    assert "wants a token" in cluster.submit("--", "config", code=2, RAY_AUTH_TOKEN_PATH=str(wrong))
+    command = [sys.executable, "-m", "tune.cli", "submit", "--address", "http://127.0.0.1:9", "--", "config"]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=ROOT, env=cluster.environment, timeout=60
+    )
+    assert done.returncode == 2
+    assert "No Ray cluster answers at http://127.0.0.1:9" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_of_groups_survives_the_loss_of_a_node(cluster):
+    second = cluster.add_node()
+    studies, name = cluster.folder / "studies", "lossy"
+    process = cluster.start(
+        "--", "sweep", *TINY, "sweep=demo", "sweep.budget.trials=4", "sweep.stopping.rule=none", "sweep.max_failures=3",
+        "sweep.max_concurrent=2", "resources.num_workers=2", f"name={name}", "--studies", str(studies),
+    )  # fmt: skip
+    _wait(lambda: any((studies / name).glob("trials/0001/metrics.jsonl")), 300)
+    os.killpg(second.pid, signal.SIGKILL)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    records = Study.read(StudyFolder(studies / name)).records()
+    assert [record.state for record in records] == [TrialState.COMPLETE] * 4
+    for record in records:
+        rows = [json.loads(line)["step"] for line in record.run.metrics.read_text().splitlines()]
+        assert rows[-1] == 40
+        assert rows == sorted(rows)

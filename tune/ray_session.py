@@ -1,0 +1,106 @@
+"""The Ray that a command uses: its own on this machine, or the cluster that RAY_ADDRESS names, as in a Ray job."""
+
+import gc
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray._private import ray_logging
+
+from dxmi.errors import UserError
+
+_OBJECT_STORE_BYTES = 100_000_000
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+}
+"""What Ray, Tune and Train need of every process to be quick and quiet."""
+
+
+def on_cluster() -> bool:
+    """Whether trials run on a Ray that is there already; everybody sees this before anything is started."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def cluster_nodes() -> list[tuple[int, int]]:
+    """(CPUs, GPUs) of each node that is alive.
+
+    Raises:
+        UserError: RAY_ADDRESS does not answer.
+    """
+    _connect()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    return [(int(resources.get("CPU", 0)), int(resources.get("GPU", 0))) for resources in alive]
+
+
+def _connect() -> None:
+    if ray.is_initialized():
+        return
+    _quiet()
+    try:
+        ray.init(
+            address=os.environ["RAY_ADDRESS"],
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": {key: os.environ[key] for key in _ENVIRONMENT}},
+        )
+    except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"The Ray at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be used ({reason}): start it, or unset "
+            "RAY_ADDRESS to run on this machine alone."
+        ) from error
+
+
+def _quiet() -> None:
+    os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
+    for name in ("ray", "ray.tune", "ray.train"):  # what matters of it, the caller says
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    ray_logging.stdout_deduplicator.skip_re = re.compile("worker died or was killed|lost objects")
+
+
+@contextmanager
+def ray_session(cpus: int, gpus: int) -> Iterator[None]:
+    """The cluster, or a Ray of our own with these devices, while it lasts.
+
+    Raises:
+        UserError: there is another Ray in this process already, or the cluster does not answer.
+    """
+    if on_cluster():
+        _connect()
+    else:
+        if ray.is_initialized():
+            raise UserError("Ray runs in this process already: end it with ray.shutdown() first.")
+        _quiet()
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_OBJECT_STORE_BYTES,
+        )
+    try:
+        yield
+    finally:
+        _shut_down()
+
+
+def _shut_down() -> None:
+    """End or leave Ray while no thread collects garbage: a handle that one frees then makes Ray end the process."""
+    gc.collect()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        gc.enable()
