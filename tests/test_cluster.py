@@ -254,6 +254,7 @@ def test_a_sweep_is_sent_left_followed_again_and_ended(cluster):
     assert "had ended before" in cluster.submit("--cancel", job)
 
 
+@pytest.mark.slow
 def test_what_a_cluster_cannot_take_is_refused_with_a_sentence(cluster, tmp_path):
     assert "absolute folder" in cluster.submit("--", "sweep", *TINY, "sweep=demo", code=2)
     assert "has no job nothing" in cluster.submit("--attach", "nothing", code=2)
@@ -286,3 +287,75 @@ def test_a_sweep_of_groups_survives_the_loss_of_a_node(cluster):
         rows = [json.loads(line)["step"] for line in record.run.metrics.read_text().splitlines()]
         assert rows[-1] == 40
         assert rows == sorted(rows)
+
+
+# ----------------------------------------------------------------------------
+# Slurm
+
+
+def stand_in(folder: Path, name: str, body: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def slurm(tmp_path: Path, *arguments: str, **changes: str) -> subprocess.Popen[str]:
+    """The batch script as Slurm would run it, with stand-ins for Slurm, Ray and us that write down what they were."""
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    stand_in(programs, "scontrol", 'printf "node1\\nnode2\\nnode3\\n"')
+    stand_in(
+        programs, "srun", 'while [[ "$1" == --* ]]; do options="${options:-} $1"; shift; done\n'
+        f'echo "srun$options: $*" >>"{tmp_path}/log"\nexec "$@"',
+    )  # fmt: skip
+    stand_in(programs, "hostname", "echo 10.0.0.1 fe80::1")
+    stand_in(
+        programs,
+        "ray",
+        'stat -c "token %a" "$RAY_AUTH_TOKEN_PATH" >>' + f'"{tmp_path}/log"\nexec sleep 60 >/dev/null 2>&1',
+    )
+    stand_in(programs, "python", f'[[ "$1" == - ]] && exit 0; exec {sys.executable} "$@"')
+    stand_in(
+        programs, "dxmi",
+        f'echo "dxmi $* at $RAY_ADDRESS" >>"{tmp_path}/log"\n'
+        f'trap \'sleep 1; echo saved >>"{tmp_path}/log"; exit 130\' TERM\n'
+        '[[ "$1" == wait ]] && { sleep 30 >/dev/null 2>&1 & wait; }; exit 3',
+    )  # fmt: skip
+    environment = {
+        "PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "41234",
+        "SLURM_JOB_NODELIST": "node[1-3]", "SLURM_JOB_NUM_NODES": "3", "SLURM_CPUS_PER_TASK": "8", **changes,
+    }  # fmt: skip
+    command = ["bash", str(ROOT / "cluster" / "slurm.sbatch"), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_the_slurm_script_starts_a_head_and_nodes_and_passes_the_exit_code_on(tmp_path):
+    process = slurm(tmp_path, "sweep", "name=a b", SLURM_GPUS_ON_NODE="4")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 3, said
+    log = (tmp_path / "log").read_text()
+    assert (
+        "srun --nodes=1 --ntasks=1 --nodelist=node1: ray start --head --block --node-ip-address=10.0.0.1 --port=21234"
+        in log
+    )
+    assert "--num-cpus=8 --num-gpus=4" in log
+    assert "srun --nodes=2 --ntasks=2 --exclude=node1: ray start --block --address=10.0.0.1:21234" in log
+    assert "dxmi sweep name=a b at 10.0.0.1:21234" in log
+    assert log.count("token 600") == 2
+    assert not list(tmp_path.glob(".ray-token*"))
+
+
+def test_the_slurm_script_lets_a_sweep_save_when_time_is_up(tmp_path):
+    process = slurm(tmp_path, "wait")
+    _wait(lambda: (tmp_path / "log").exists() and "dxmi wait" in (tmp_path / "log").read_text(), 30)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "saved" in (tmp_path / "log").read_text()
+
+
+def test_the_slurm_script_without_a_command_says_how_it_is_used(tmp_path):
+    process = slurm(tmp_path)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "usage: sbatch" in said

@@ -3,12 +3,14 @@
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dxmi.errors import UserError
 from dxmi.tensors import chunks
@@ -27,83 +29,82 @@ from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.train import train
 from dxmi.workers import ALONE, Group
 
-what, tree, out = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
 torch.set_num_threads(1)
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 workers = Group(60.0) if size > 1 else ALONE
-experiment = Experiment(build(ExperimentConfig, tree), workers=workers)
+cases, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
 
-def gradients():
+def iterations(experiment, num):
     dxmi, state = experiment.build_finetuning(experiment.build_denoiser())
-    with experiment.precision():
-        metrics = dxmi.update(state.stream.next(), 0, state.generators["noise"], state.generators["states"])
-    return dxmi, {name: p.grad for name, p in dxmi.named_parameters() if p.grad is not None}, metrics
-
-def after(iterations):
-    dxmi, state = experiment.build_finetuning(experiment.build_denoiser())
-    for i in range(iterations):
+    for i in range(num):
         with experiment.precision():
             metrics = dxmi.update(state.stream.next(), i, state.generators["noise"], state.generators["states"])
+    return dxmi, metrics
+
+def gradients(experiment):
+    dxmi, _ = iterations(experiment, 1)
+    return {name: p.grad for name, p in dxmi.named_parameters() if p.grad is not None}
+
+def after(experiment):
+    dxmi, metrics = iterations(experiment, 20)
     return dict(dxmi.state_dict()) | {f"metric/{k}": v for k, v in metrics.items()}
 
-def pretrained():
+def pretrained(experiment):
     ddpm, state = experiment.build_pretraining()
     for i in range(20):
         metrics = ddpm.update(state.stream.next(), i, state.generators["noise"])
     return dict(ddpm.state_dict()) | {f"metric/{k}": v for k, v in metrics.items()}
 
-if what == "gradients":
-    _, tensors, _ = gradients()
-elif what == "after":
-    tensors = after(20)
-elif what == "both":
-    _, tensors, _ = gradients()
-    tensors = {f"gradient/{name}": value for name, value in tensors.items()} | after(20)
-elif what == "pretrained":
-    tensors = pretrained()
-elif what == "train":
-    stop_at = int(sys.argv[4])
-    def report(progress):
-        return progress.phase == "finetune" and progress.step >= stop_at > 0
-    summary = train(experiment, out=out, report=report)
-    tensors = {}
-    (out.parent / f"said-{rank}.json").write_text(json.dumps(None if summary is None else summary.best))
-elif what == "refuse":
+def refused(experiment):
     def refuse():
         raise UserError("no")
     try:
         workers.on_first(refuse)
     except UserError as error:
-        tensors = {str(error): torch.zeros(1)}
-save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, out.parent / f"{what}-{rank}.safetensors")
+        return {str(error): torch.zeros(1)}
+
+def trained(experiment, stop_at=0):
+    def report(progress):
+        return progress.phase == "finetune" and progress.step >= stop_at > 0
+    summary = train(experiment, out=folder / "run", report=report)
+    (folder / f"said-{rank}.json").write_text(json.dumps(None if summary is None else summary.best))
+    return {}
+
+def begun(experiment):
+    return trained(experiment, stop_at=10)
+
+made = {}
+for name, what, tree in cases:
+    experiment = Experiment(build(ExperimentConfig, tree), workers=workers)
+    made |= {f"{name}/{key}": value for key, value in globals()[what](experiment).items()}
+save_file({k: v.detach().contiguous().clone() for k, v in made.items()}, folder / f"made-{rank}.safetensors")
 dist.barrier()
 """
 
 
-def run(tmp_path: Path, what: str, size: int, tree: dict, *, stop_at: int = 0) -> list[dict[str, torch.Tensor]]:
-    """What each of `size` workers has made."""
-    from safetensors.torch import load_file  # noqa: PLC0415
-
-    tmp_path.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", PROGRAM, what, json.dumps(tree), str(tmp_path / "run"), str(stop_at)]
-    port = str(_free_port())
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
+def run(folder: Path, size: int, cases: list[tuple[str, str, dict]]) -> list[dict[str, torch.Tensor]]:
+    """What each of `size` workers has made of the cases: (name, function of the program, tree of a config)."""
+    folder.mkdir(exist_ok=True)
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(size)}
     processes = [
-        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, json.dumps(cases), str(folder)],
+            env=environment | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(size)
     ]
-    said = [process.communicate(timeout=200)[1] for process in processes]
+    said = [process.communicate(timeout=300)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), said
-    return [load_file(tmp_path / f"{what}-{rank}.safetensors") for rank in range(size)]
+    return [load_file(folder / f"made-{rank}.safetensors") for rank in range(size)]
 
 
 def _free_port() -> int:
-    import socket  # noqa: PLC0415
-
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+        return int(listener.getsockname()[1])
 
 
 NETWORK = {"kind": "mlp", "hidden": 32, "layers": 3, "embedding": 16}
@@ -175,45 +176,63 @@ def test_chunks_make_up_the_rows(num, pieces):
 
 
 # ----------------------------------------------------------------------------
-# Equality: DESIGN's floor of data parallelism
+# Equality: as many cases as can be in one group of processes, since to start them takes most of the time
+
+ALGORITHMS = {"shared": {}, "separate": SEPARATE}
+CASES = [
+    *[(f"{name}-gradients", "gradients", tree_of(algorithm)) for name, algorithm in ALGORITHMS.items()],
+    *[(f"{name}-after", "after", tree_of(algorithm)) for name, algorithm in ALGORITHMS.items()],
+    *[(f"batch-{size}", "after", tree_of(train__batch_size=size)) for size in (1, 3)],
+    ("pretrained", "pretrained", tree_of()),
+]
+ALONE_ONLY = [
+    *[(f"pieces-{n}", "after", tree_of(SEPARATE, resources__accumulate=n)) for n in (2, 7)],
+    ("half", "gradients", tree_of(train__precision="bfloat16")),
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """What groups of 1, 2 and 4 workers make of the cases."""
+    folder = tmp_path_factory.mktemp("made")
+    groups = {size: run(folder / str(size), size, CASES + (ALONE_ONLY if size == 1 else [])) for size in (1, 2)}
+    small = [case for case in CASES if not case[0].startswith("batch")]
+    return groups | {4: run(folder / "4", 4, small)}
+
+
+def of(tensors: dict[str, torch.Tensor], case: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(f"{case}/"): value for key, value in tensors.items() if key.startswith(f"{case}/")}
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("algorithm", [{}, SEPARATE], ids=["shared", "separate"])
-def test_gradients_and_parameters_are_those_of_one_worker(tmp_path, size, algorithm):
-    tree = tree_of(algorithm)
-    (alone,) = run(tmp_path / "alone", "both", 1, tree)
-    group = run(tmp_path / "group", "both", size, tree)
-    for wanted, relative in ((True, 1e-5), (False, 1e-4)):
-        ours, theirs = ({k: v for k, v in t.items() if k.startswith("gradient/") == wanted} for t in (group[0], alone))
-        assert_near(ours, theirs, relative)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_gradients_and_parameters_are_those_of_one_worker(made, size, name):
+    (alone,), group = made[1], made[size]
+    assert_near(of(group[0], f"{name}-gradients"), of(alone, f"{name}-gradients"), 1e-5)
+    assert_near(of(group[0], f"{name}-after"), of(alone, f"{name}-after"), 1e-4)
     for other in group[1:]:
-        assert all(torch.equal(other[name], value) for name, value in group[0].items())
+        assert all(torch.equal(other[key], value) for key, value in group[0].items())
 
 
-def test_pretraining_is_that_of_one_worker(tmp_path):
-    (alone,) = run(tmp_path / "alone", "pretrained", 1, tree_of())
-    group = run(tmp_path / "group", "pretrained", 2, tree_of())
-    assert_near(group[0], alone, 1e-4)
+@pytest.mark.parametrize("size", [2, 4])
+def test_pretraining_is_that_of_one_worker(made, size):
+    assert_near(of(made[size][0], "pretrained"), of(made[1][0], "pretrained"), 1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_batch_may_be_smaller_than_the_group_and_odd(tmp_path, batch_size):
-    tree = tree_of(train__batch_size=batch_size)
-    (alone,) = run(tmp_path / "alone", "after", 1, tree)
-    assert_near(run(tmp_path / "group", "after", 2, tree)[0], alone, 1e-4)
+def test_a_batch_may_be_smaller_than_the_group_and_odd(made, batch_size):
+    case = f"batch-{batch_size}"
+    assert_near(of(made[2][0], case), of(made[1][0], case), 1e-4)
 
 
 @pytest.mark.parametrize("pieces", [2, 7])
-def test_accumulated_gradients_are_those_of_the_batch(tmp_path, pieces):
-    (alone,) = run(tmp_path / "alone", "after", 1, tree_of(SEPARATE))
-    (pieced,) = run(tmp_path / "pieces", "after", 1, tree_of(SEPARATE, resources__accumulate=pieces))
-    assert_near(pieced, alone, 1e-4)
+def test_accumulated_gradients_are_those_of_the_batch(made, pieces):
+    (alone,) = made[1]
+    assert_near(of(alone, f"pieces-{pieces}"), of(alone, "separate-after"), 1e-4)
 
 
-def test_bfloat16_trains_close_to_float32_and_keeps_float32_weights(tmp_path):
-    (full,) = run(tmp_path / "full", "gradients", 1, tree_of())
-    (half,) = run(tmp_path / "half", "gradients", 1, tree_of(train__precision="bfloat16"))
+def test_bfloat16_trains_close_to_float32_and_keeps_float32_weights(made):
+    half, full = of(made[1][0], "half"), of(made[1][0], "shared-gradients")
     assert all(value.dtype == torch.float32 for value in half.values())
     assert not all(torch.equal(half[name], full[name]) for name in full)
     for name in ("policy.network.body.layers.0.weight", "value.energy.network.body.layers.0.weight"):
@@ -228,12 +247,13 @@ def test_bfloat16_trains_close_to_float32_and_keeps_float32_weights(tmp_path):
 def test_a_run_of_two_ends_like_a_run_of_one_and_may_go_on_with_three(tmp_path, monkeypatch):
     monkeypatch.setenv("DXMI_CACHE", str(tmp_path / "cache"))
     alone, two, both = tmp_path / "alone", tmp_path / "two", tmp_path / "both"
-    run(alone, "train", 1, tree_of())
-    run(two, "train", 2, tree_of())
-    run(both, "train", 2, tree_of(), stop_at=10)
+    whole, part = [("run", "trained", tree_of())], [("run", "begun", tree_of())]
+    run(alone, 1, whole)
+    run(two, 2, whole)
+    run(both, 2, part)
     assert json.loads((both / "said-0.json").read_text()) is None
     assert not (both / "run" / "summary.json").exists()
-    run(both, "train", 3, tree_of())
+    refused = run(both, 3, [*whole, ("refused", "refused", tree_of())])
     one = json.loads((alone / "run" / "summary.json").read_text())
     for folder in (two, both):
         summary = json.loads((folder / "run" / "summary.json").read_text())
@@ -243,10 +263,7 @@ def test_a_run_of_two_ends_like_a_run_of_one_and_may_go_on_with_three(tmp_path, 
         rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [0, 10, 10, 20, 20, 30, 30]
     assert (two / "said-0.json").read_text() == (two / "said-1.json").read_text()
-
-
-def test_what_the_first_worker_refuses_all_refuse(tmp_path):
-    assert all(list(made) == ["no"] for made in run(tmp_path, "refuse", 3, tree_of()))
+    assert all(list(made) == ["refused/no"] for made in refused)  # what the first refuses, all refuse
 
 
 def test_alone_an_action_is_just_called():

@@ -20,20 +20,24 @@ from typing import Any
 
 import ray
 import torch
+from ray._raylet import PlacementGroupID
 from ray.train.torch import TorchConfig, get_device
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from dxmi.config import build, to_tree
 from dxmi.errors import DivergedError, UserError, WorkersLostError
 from dxmi.experiment import Experiment, ExperimentConfig
+from dxmi.files import write_atomic
 from dxmi.train import Phase, Progress, Reporter, Summary, train
 from dxmi.workers import Group
 from tune.console import last_line
 from tune.ray_session import on_cluster, ray_session
 
 _POLL_SECONDS = 0.5
+_NOTE = "placement_group"
 _CONTROLLER_FAILURES = 2
 
 
@@ -84,7 +88,8 @@ def train_on_workers(config: ExperimentConfig, *, out: Path, report: Reporter | 
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.resources.worker_timeout)
     line: Any = ray.remote(num_cpus=0)(_Line).remote()
     serving = _Serving(line, report or (lambda _: None))
-    storage = out.resolve() / ".ray_train"
+    release_lost_group(out)
+    storage = _storage(out)
     try:
         trainer: Any = _trainer(config, out.resolve(), line, storage)
         ended = serving.until_returned(lambda: trainer.fit().return_value)
@@ -92,6 +97,31 @@ def train_on_workers(config: ExperimentConfig, *, out: Path, report: Reporter | 
         ray.kill(line)
         rmtree(storage, ignore_errors=True)
     return _summary(ended)
+
+
+def _storage(out: Path) -> Path:
+    """What Ray Train writes down of a group; it is needed only while the group lives."""
+    return out.resolve() / ".ray_train"
+
+
+def release_lost_group(out: Path) -> None:
+    """Free the devices of a group whose caller was killed, which Ray itself would hold until the session ends."""
+    note = _storage(out) / _NOTE
+    try:
+        group = PlacementGroup(PlacementGroupID(bytes.fromhex(note.read_text())))
+    except (OSError, ValueError):
+        return
+    remove_placement_group(group)
+    note.unlink(missing_ok=True)
+
+
+def _note_group(out: Path) -> None:
+    """Write down which devices this worker's group holds, for `release_lost_group`."""
+    group = get_current_placement_group()
+    if group is not None:
+        folder = _storage(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / _NOTE, group.id.hex())
 
 
 def _trainer(config: ExperimentConfig, out: Path, line: Any, storage: Path) -> TorchTrainer:
@@ -203,9 +233,12 @@ def _work(loop_config: Mapping[str, Any]) -> dict[str, Any] | None:
     config = replace(config, resources=_own_resources(config))
     group = Group(config.resources.worker_timeout)
     report = _asking(loop_config["line"]) if group.is_first else None
+    out = Path(loop_config["out"])
+    if group.is_first:
+        _note_group(out)
     try:
         experiment = Experiment(config, workers=group)
-        summary = train(experiment, out=Path(loop_config["out"]), report=report)
+        summary = train(experiment, out=out, report=report)
     except DivergedError as error:  # on all workers alike: starting again would not mend it
         return {"diverged": {"step": error.step, "metric": error.metric, "value": error.value}}
     except UserError as error:

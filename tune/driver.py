@@ -265,6 +265,10 @@ class _Hands(_Unsaved, ray_tune.Callback):
             number = trial.config["number"]
             error = _traceback(trial)
             self._conductor.study.folder.write_error(number, error)
+            if self._conductor.slots.workers > 1:
+                from tune.data_parallel import release_lost_group  # noqa: PLC0415  (Ray Train takes seconds)
+
+                release_lost_group(self._conductor.study.folder.run(number).path)
             if number in self._conductor.live:  # it had not reported its end
                 self._conductor.crashed(number, error, again=again)
             self._look(self._conductor)

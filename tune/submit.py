@@ -6,6 +6,7 @@ connection may drop meanwhile, and so may we: the job goes on, and `--attach` fo
 
 import logging
 import os
+import secrets
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -132,6 +133,11 @@ def entrypoint(arguments: Sequence[str]) -> str:
     return shlex.join(["python", "-m", "tune.cli", *arguments])
 
 
+def new_id() -> str:
+    """A job's id that no other has."""
+    return f"dxmi-{secrets.token_hex(6)}"
+
+
 class Jobs:
     """The job server of a Ray cluster.
 
@@ -148,14 +154,20 @@ class Jobs:
         self.address = address
         self._client = self._asked(lambda: _client(address))
 
-    def submit(self, command: str, tree: Tree, variables: dict[str, str]) -> str:
-        """Upload the tree and start a job; returns its id."""
+    def submit(self, job: str, command: str, tree: Tree, variables: dict[str, str]) -> None:
+        """Upload the tree and start a job under an id of ours; one that runs under it already is left alone."""
         runtime_env = {
             "working_dir": str(tree.folder.resolve()),
             "excludes": list(tree.left_out),
             "env_vars": {**variables, "RAY_JOB_STOP_WAIT_TIME_S": _SAVING_SECONDS},
         }
-        return str(self._asked(lambda: self._client.submit_job(entrypoint=command, runtime_env=runtime_env)))
+        try:
+            self._asked(
+                lambda: self._client.submit_job(entrypoint=command, submission_id=job, runtime_env=runtime_env), job
+            )
+        except UnreachableError as error:
+            if "already exists" not in str(error):  # the answer to an earlier try was lost, not the try
+                raise
 
     def stop(self, job: str) -> bool:
         """Ask a job to end; returns whether it was running."""
@@ -207,6 +219,27 @@ def _client(address: str) -> Any:
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "ray"]:
         logging.getLogger(name).setLevel(logging.ERROR)  # what it packs, it says at length
     return client
+
+
+def patiently(action: Callable[[], None], patience: float) -> None:
+    """Do it, again and again while the cluster does not answer.
+
+    Args:
+        action: may be done more than once.
+        patience: seconds.
+
+    Raises:
+        UnreachableError: it did not answer for so long.
+    """
+    deadline, wait = time.monotonic() + patience, _POLL_SECONDS
+    while True:
+        try:
+            return action()
+        except UnreachableError:
+            if time.monotonic() + wait > deadline:
+                raise
+        time.sleep(wait)
+        wait = min(2.0 * wait, _LONGEST_WAIT)
 
 
 def follow(jobs: Jobs, job: str, write: Callable[[str], None], patience: float) -> int:

@@ -17,7 +17,7 @@ from tune.leaderboard import leaderboard_table
 from tune.live import duration
 from tune.space import show, value_at
 from tune.study import Study, StudyFolder, TrialState, require_name, studies_in
-from tune.submit import DEFAULT_ADDRESS, Jobs, entrypoint, environment, follow, survey
+from tune.submit import DEFAULT_ADDRESS, Jobs, entrypoint, environment, follow, new_id, patiently, survey
 from tune.sweep import Sweep, SweepResult
 from tune.tracking import open_store
 from tune.ui import free_port, serve
@@ -223,7 +223,8 @@ def submit(args: argparse.Namespace) -> int:
     tree = survey(args.working_dir)
     tree.require_small(args.max_upload_mb * 1_000_000)
     jobs = Jobs(_address(args))
-    job = jobs.submit(line, tree, variables)
+    job = new_id()
+    patiently(lambda: jobs.submit(job, line, tree, variables), args.patience)
     complain(f"submitted {job} with {tree.bytes / 1e6:.1f} MB of {tree.folder.resolve()}: {line}")
     return OK if args.no_follow else _follow(jobs, job, args)
 
