@@ -309,12 +309,9 @@ def slurm(tmp_path: Path, *arguments: str, **changes: str) -> subprocess.Popen[s
         f'echo "srun$options: $*" >>"{tmp_path}/log"\nexec "$@"',
     )  # fmt: skip
     stand_in(programs, "hostname", "echo 10.0.0.1 fe80::1")
-    stand_in(
-        programs,
-        "ray",
-        'stat -c "token %a" "$RAY_AUTH_TOKEN_PATH" >>' + f'"{tmp_path}/log"\nexec sleep 60 >/dev/null 2>&1',
-    )
-    stand_in(programs, "python", f'[[ "$1" == - ]] && exit 0; exec {sys.executable} "$@"')
+    note = f'stat -c "token %a" "$RAY_AUTH_TOKEN_PATH" >>"{tmp_path}/log"'
+    stand_in(programs, "ray", f"{note}\nexec sleep 60 >/dev/null 2>&1")
+    stand_in(programs, "python", f'[[ "$1" == - ]] && {{ sleep 1; exit 0; }}; exec {sys.executable} "$@"')
     stand_in(
         programs, "dxmi",
         f'echo "dxmi $* at $RAY_ADDRESS" >>"{tmp_path}/log"\n'
