@@ -2,8 +2,8 @@
 
 Part 1: milliseconds of an iteration on one worker and on two, each with one thread, of the same global batch; their
 ratio; and the share of the second that goes into all-reduces, waiting for the other worker included.
-Part 2: one policy step with its gradients averaged by PyTorch's DistributedDataParallel and by one bucket, which is what
-this project does.
+Part 2: one policy step with its gradients averaged by PyTorch's DistributedDataParallel and by one bucket, which is
+what this project does.
 Then what 8 GPUs would make of it, from the bytes that are sent.
 """
 
