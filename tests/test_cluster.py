@@ -166,7 +166,9 @@ class Cluster:
         return self._start(f"--address=127.0.0.1:{self.port}", "--num-cpus=2")
 
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--block", *arguments]
+        # Another Ray on this machine may have the agents' default ports, and a job waits for an agent.
+        ports = [f"--{name}={_free_port()}" for name in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")]
+        command = [str(Path(sys.executable).parent / "ray"), "start", "--block", *arguments, *ports]
         log = (self.folder / f"node-{len(self.processes)}.log").open("wb")
         process = subprocess.Popen(
             command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -226,6 +228,7 @@ def cluster(tmp_path_factory):
         made.close()
 
 
+@pytest.mark.slow
 def test_a_jobs_output_and_exit_code_come_back(cluster):
     said = cluster.submit("--", "config", "experiment=digits", "algorithm.entropy_coef=0.07")
     assert "entropy_coef: 0.07" in said

@@ -111,6 +111,7 @@ def test_a_run_on_two_workers_leaves_what_one_leaves(undisturbed):
     assert iteration(undisturbed) == 60
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_another_number_of_workers_goes_on(folder, undisturbed):
     process = train(folder, "stopped")
     run = folder / "stopped"
