@@ -90,6 +90,7 @@ def train_on_workers(config: ExperimentConfig, *, out: Path, report: Reporter | 
     serving = _Serving(line, report or (lambda _: None))
     release_lost_group(out)
     storage = _storage(out)
+    rmtree(storage, ignore_errors=True)  # or Ray Train would go on with what a killed caller left
     try:
         trainer: Any = _trainer(config, out.resolve(), line, storage)
         ended = serving.until_returned(lambda: trainer.fit().return_value)
