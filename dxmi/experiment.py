@@ -84,6 +84,8 @@ class ResourcesConfig:
     """Seconds after which a worker that does not answer the others counts as hung, and the group starts again."""
     max_restarts: int = 3
     """How often the workers of a run are started again, from its last checkpoint, after one of them was lost."""
+    storage_path: str | None = None
+    """Where runs and studies are kept if the nodes share no file system: a URI like s3://bucket/studies, or a path."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):

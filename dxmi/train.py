@@ -69,6 +69,8 @@ class Progress:
 
 Reporter = Callable[[Progress], bool | None]
 """Called as a run goes on; if it returns True the run writes a checkpoint and returns."""
+Saved = Callable[[int], None]
+"""Called by every worker when the checkpoint of this iteration is whole."""
 
 
 class _Stopped(Exception):  # noqa: N818  (not an error)
@@ -103,7 +105,12 @@ class Summary:
 
 
 def train(
-    experiment: Experiment, *, out: Path, report: Reporter | None = None, resume_from: Path | None = None
+    experiment: Experiment,
+    *,
+    out: Path,
+    report: Reporter | None = None,
+    saved: Saved | None = None,
+    resume_from: Path | None = None,
 ) -> Summary | None:
     """Run an experiment from pretraining to its summary; each of several workers calls this, the first writes.
 
@@ -111,6 +118,7 @@ def train(
         experiment: what to run.
         out: the run's folder; if it holds the beginning of this very run, that is gone on with.
         report: hears of every logged step and evaluation, and may ask for a stop.
+        saved: hears of every checkpoint of the fine-tuning.
         resume_from: another run folder to go on from, which is copied to `out` first and not touched.
 
     Returns:
@@ -139,7 +147,7 @@ def train(
     with held:
         workers.on_first(begin)
         try:
-            return _Run(experiment, run, scorer, report or (lambda _: None)).whole()
+            return _Run(experiment, run, scorer, report or (lambda _: None), saved or (lambda _: None)).whole()
         except _Stopped:
             return None
 
@@ -159,13 +167,16 @@ def _refuse_other_run(run: RunDirectory, experiment: Experiment) -> None:
 class _Run:
     """One call of `train`: what its phases share."""
 
-    def __init__(self, experiment: Experiment, run: RunDirectory, scorer: Scorer, report: Reporter) -> None:
+    def __init__(
+        self, experiment: Experiment, run: RunDirectory, scorer: Scorer, report: Reporter, saved: Saved
+    ) -> None:
         self.experiment = experiment
         self.config = experiment.config
         self.workers = experiment.workers
         self.run = run
         self.scorer = scorer
         self.report = report
+        self.saved = saved
         self.threads = experiment.use_threads()
         self.clock = _Stopwatch()
         self.best: dict[str, Any] | None = None
@@ -389,6 +400,7 @@ class _Run:
     def _save(self, state: TrainingState, step: int, score: float | None) -> None:
         """Write a checkpoint; keep the best, this one, and the one before it."""
         self.workers.on_first(lambda: self._write_checkpoint(state, step, score))
+        self.saved(step)
 
     def _write_checkpoint(self, state: TrainingState, step: int, score: float | None) -> None:
         self.clock.lap()

@@ -14,19 +14,10 @@ import pytest
 import yaml
 from PIL import Image
 
+import support
 from tune.cli import main
 
-TINY = [
-    "experiment=digits",
-    "network.denoiser.hidden=16",
-    "network.energy.hidden=16",
-    "pretrain.iterations=60",
-    "train.iterations=20",
-    "evaluate.every=10",
-    "evaluate.num_samples=64",
-    "evaluate.batch_size=64",
-    "resources.threads=1",
-]
+TINY = support.changed(support.TINY, "train.iterations=20", "evaluate.grid=64")
 
 
 @pytest.fixture(scope="module")

@@ -7,25 +7,25 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
+import ray
 
 from dxmi.errors import UserError
 from dxmi.experiment import ResourcesConfig
+from support import SLOWER, changed, free_port, wait_until
 from tune.cluster import file_system, is_loopback, is_network, require_fit
 from tune.devices import share_cluster
+from tune.ray_session import ray_session
 from tune.study import Study, StudyFolder, TrialState
-from tune.submit import entrypoint, environment, survey
+from tune.submit import Jobs, entrypoint, environment, survey
 from tune.sweep_config import TrackingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = [
-    "experiment=digits", "pretrain.iterations=100", "train.iterations=40", "train.batch_size=64", "train.log_every=5",
-    "evaluate.every=10", "evaluate.num_samples=200", "evaluate.batch_size=50", "evaluate.kid_subset_size=50",
-    "evaluate.grid=16",
-]  # fmt: skip
+TINY = changed(SLOWER, "train.iterations=40", "evaluate.every=10")
 
 # ----------------------------------------------------------------------------
 # What is refused, and what is left at home
@@ -106,6 +106,45 @@ def test_data_runs_secrets_and_what_git_ignores_stay_at_home(tmp_path):
     tree.require_small(2005)
 
 
+def test_only_a_checkout_is_sent(tmp_path):
+    survey(made_tree(tmp_path)).require_ours()
+    with pytest.raises(UserError, match="does not hold the packages dxmi and tune"):
+        survey(tmp_path / "own").require_ours()
+    with pytest.raises(UserError, match="no such folder"):
+        survey(tmp_path / "none")
+
+
+class OpenServer(BaseHTTPRequestHandler):
+    """A job server that answers everybody."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"version": "1", "ray_version": ray.__version__, "session_name": "x"}).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_cluster_that_strangers_can_use_is_refused_unless_it_is_asked_for(monkeypatch):
+    server = HTTPServer(("127.0.0.1", 0), OpenServer)
+    Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    Jobs(address)  # nobody else reaches it
+    monkeypatch.setattr("tune.submit.is_loopback", lambda _: False)
+    with pytest.raises(UserError, match=r"asks for no token.*--no-token"):
+        Jobs(address)
+    Jobs(address, no_token=True)
+    server.shutdown()
+
+
+def test_a_ray_of_our_own_never_starts_without_its_token(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(UserError, match="whoever reaches them"), ray_session(1, 0):
+        raise AssertionError
+
+
 def test_only_named_variables_go_along_and_no_secret(monkeypatch):
     monkeypatch.delenv("DXMI_DATA", raising=False)
     monkeypatch.setenv("DXMI_CACHE", "/shared/cache")
@@ -131,12 +170,6 @@ def test_a_jobs_command_is_ours_and_quoted():
 # A head, and nodes
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 class Cluster:
     """A head without devices, and nodes of two CPUs each."""
 
@@ -153,21 +186,21 @@ class Cluster:
             "DXMI_CACHE": str(folder / "cache"),
             "PATH": f"{bin_folder}:{os.environ['PATH']}",
         }
-        self.port, self.dashboard = _free_port(), _free_port()
+        self.port, self.dashboard = free_port(), free_port()
         self.processes: list[subprocess.Popen[bytes]] = []
         self._start(
             "--head", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
             "--num-cpus=0", "--include-dashboard=true",
         )  # fmt: skip
         self.address = f"http://127.0.0.1:{self.dashboard}"
-        _wait(lambda: _listens(self.dashboard), 90)
+        wait_until(lambda: _listens(self.dashboard), 90)
 
     def add_node(self) -> subprocess.Popen[bytes]:
         return self._start(f"--address=127.0.0.1:{self.port}", "--num-cpus=2")
 
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
         # Another Ray on this machine may have the agents' default ports, and a job waits for an agent.
-        ports = [f"--{name}={_free_port()}" for name in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")]
+        ports = [f"--{name}={free_port()}" for name in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")]
         command = [str(Path(sys.executable).parent / "ray"), "start", "--block", *arguments, *ports]
         log = (self.folder / f"node-{len(self.processes)}.log").open("wb")
         process = subprocess.Popen(
@@ -211,13 +244,6 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _wait(condition, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     made = Cluster(tmp_path_factory.mktemp("cluster"))
@@ -238,10 +264,9 @@ def test_a_jobs_output_and_exit_code_come_back(cluster):
 @pytest.mark.slow
 def test_a_sweep_is_sent_left_followed_again_and_ended(cluster):
     studies = cluster.folder / "studies"
-    long = [*TINY, "train.iterations=100000", "sweep=demo", "sweep.stopping.rule=none", "name=long"]
-    long.remove("train.iterations=40")
+    long = [*changed(TINY, "train.iterations=100000"), "sweep=demo", "sweep.stopping.rule=none", "name=long"]
     process = cluster.start("--", "sweep", *long, "--studies", str(studies))
-    _wait(lambda: any((studies / "long").glob("trials/0000/metrics.jsonl")), 200)
+    wait_until(lambda: any((studies / "long").glob("trials/0000/metrics.jsonl")), 200)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
@@ -253,7 +278,7 @@ def test_a_sweep_is_sent_left_followed_again_and_ended(cluster):
     assert attached.returncode == 130, said
     assert "trial 0: started" in said
     assert "stopped by SIGTERM" in said
-    _wait((studies / "long" / "report.html").exists, 40)
+    wait_until((studies / "long" / "report.html").exists, 40)
     assert "had ended before" in cluster.submit("--cancel", job)
 
 
@@ -280,7 +305,7 @@ def test_a_sweep_of_groups_survives_the_loss_of_a_node(cluster):
         "--", "sweep", *TINY, "sweep=demo", "sweep.budget.trials=4", "sweep.stopping.rule=none", "sweep.max_failures=3",
         "sweep.max_concurrent=2", "resources.num_workers=2", f"name={name}", "--studies", str(studies),
     )  # fmt: skip
-    _wait(lambda: any((studies / name).glob("trials/0001/metrics.jsonl")), 300)
+    wait_until(lambda: any((studies / name).glob("trials/0001/metrics.jsonl")), 300)
     os.killpg(second.pid, signal.SIGKILL)
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
@@ -347,7 +372,7 @@ def test_the_slurm_script_starts_a_head_and_nodes_and_passes_the_exit_code_on(tm
 
 def test_the_slurm_script_lets_a_sweep_save_when_time_is_up(tmp_path):
     process = slurm(tmp_path, "wait")
-    _wait(lambda: (tmp_path / "log").exists() and "dxmi wait" in (tmp_path / "log").read_text(), 30)
+    wait_until(lambda: (tmp_path / "log").exists() and "dxmi wait" in (tmp_path / "log").read_text(), 30)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said

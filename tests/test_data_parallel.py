@@ -8,32 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from dxmi.errors import UserError
 from dxmi.experiment import ResourcesConfig
+from support import SLOWER, processes_with, wait_until
 from tune.cli import main
 from tune.devices import share
 from tune.study import Study, StudyFolder, TrialState
 
-TINY = [
-    "experiment=digits",
-    "pretrain.iterations=100",
-    "train.iterations=60",
-    "train.batch_size=64",
-    "train.log_every=5",
-    "evaluate.every=5",
-    "evaluate.num_samples=200",
-    "evaluate.batch_size=50",
-    "evaluate.kid_subset_size=50",
-    "evaluate.grid=16",
-    "resources.device=cpu",
-    "resources.threads=1",
-]
-GROUP = [*TINY, "resources.num_workers=2"]
+GROUP = [*SLOWER, "resources.num_workers=2"]
 
 
 @pytest.fixture(scope="module")
@@ -65,22 +51,9 @@ def ended(process: subprocess.Popen[str], code: int = 0, seconds: float = 200) -
     return said
 
 
-def workers_of(folder: Path, kind: bytes = b"RayTrainWorker") -> list[int]:
+def workers_of(folder: Path, kind: str = "RayTrainWorker") -> list[int]:
     """Processes of Ray Train's workers, or of another kind, that belong to this module's runs."""
-    mark = f"DXMI_CACHE={folder / 'cache'}".encode()
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if kind in (entry / "cmdline").read_bytes() and mark in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-    return sorted(found)
-
-
-def wait_until(condition, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    return processes_with(f"DXMI_CACHE={folder / 'cache'}", kind)
 
 
 def iteration(run: Path) -> int:
@@ -157,6 +130,7 @@ def test_a_hung_worker_is_found_within_its_timeout(folder, undisturbed):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_twenty_kills_at_random_moments(folder, undisturbed):
     chance = random.Random(3)
     for number in range(7):
@@ -241,9 +215,9 @@ def test_a_killed_trial_gives_its_workers_devices_back(folder):
     for number in (0, 1):
         run = studies / "killed" / "trials" / f"{number:04d}"
         wait_until(lambda run=run: iteration(run) >= 5, 200)
-        (trial,) = workers_of(folder, b"ImplicitFunc")
+        (trial,) = workers_of(folder, "ImplicitFunc")
         os.kill(trial, signal.SIGKILL)
-        wait_until(lambda trial=trial: trial not in workers_of(folder, b"ImplicitFunc"))
+        wait_until(lambda trial=trial: trial not in workers_of(folder, "ImplicitFunc"))
     ended(process, seconds=300)
     records = Study.read(StudyFolder(studies / "killed")).records()
     assert [record.state for record in records] == [TrialState.COMPLETE] * 2

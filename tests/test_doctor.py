@@ -245,7 +245,8 @@ def test_an_upload_that_is_too_big_names_its_biggest_folders(tmp_path):
     finding = findings(tmp_path)["upload"]
     assert finding.verdict is Verdict.WARNING
     assert finding.text.startswith("191.0 MB in ")
-    assert finding.advice == "ray job submit takes 100 MB: move away weights 130 MB, pictures 50 MB, notes 10 MB."
+    biggest = "weights 130 MB, pictures 50 MB, notes 10 MB, small 1 MB"
+    assert finding.advice == f"dxmi submit takes 100 MB: move away, or list in .gitignore, {biggest}."
 
 
 def test_what_is_not_uploaded_does_not_count(tmp_path):

@@ -22,6 +22,7 @@ from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.pictures import save_grid
 from dxmi.run_directory import read_yaml
 from dxmi.train import train
+from support import TINY
 from tune import report
 from tune.configs import compose_experiment
 from tune.figures import Reference, importance_obstacle, importances, references, study_figures
@@ -40,17 +41,6 @@ from tune.study import (
 )
 from tune.sweep_config import BudgetConfig, ObjectiveConfig, SamplerConfig, SweepConfig
 
-TINY = [
-    "network.denoiser.hidden=16",
-    "network.energy.hidden=16",
-    "pretrain.iterations=60",
-    "train.iterations=40",
-    "train.batch_size=16",
-    "evaluate.every=10",
-    "evaluate.num_samples=64",
-    "evaluate.grid=4",
-    "resources.threads=1",
-]
 RATES = {
     "algorithm.policy.lr": {"log_uniform": [1.0e-6, 1.0e-3]},
     "algorithm.entropy_coef": {"log_uniform": [1.0e-3, 1.0]},

@@ -19,27 +19,12 @@ from dxmi.errors import DivergedError, UserError
 from dxmi.experiment import Experiment
 from dxmi.run_directory import RunDirectory
 from dxmi.train import Phase, _Stopwatch, train
+from support import TINY, changed
 from tune.configs import compose_experiment
-
-TINY = [
-    "network.denoiser.hidden=16",
-    "network.energy.hidden=16",
-    "pretrain.iterations=60",
-    "train.iterations=40",
-    "train.batch_size=16",
-    "train.log_every=5",
-    "evaluate.every=10",
-    "evaluate.num_samples=64",
-    "evaluate.batch_size=64",
-    "evaluate.grid=4",
-    "resources.threads=1",
-]
 
 
 def tiny(*overrides: str) -> Experiment:
-    changed = {override.split("=")[0] for override in overrides}
-    kept = [override for override in TINY if override.split("=")[0] not in changed]
-    return Experiment(compose_experiment([*kept, *overrides]).experiment)
+    return Experiment(compose_experiment(changed(TINY, *overrides)).experiment)
 
 
 def outcome(out: Path) -> tuple[bytes, bytes, str, dict]:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import mlflow
@@ -22,24 +21,11 @@ from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 
 from dxmi.errors import UserError
+from support import TINY, changed, processes_with, wait_until
 from tune import Sweep
 from tune.cli import main
 from tune.study import StudyFolder, TrialState
 
-TINY = [
-    "experiment=digits",
-    "network.denoiser.hidden=16",
-    "network.energy.hidden=16",
-    "pretrain.iterations=60",
-    "train.iterations=40",
-    "train.batch_size=16",
-    "train.log_every=5",
-    "evaluate.every=10",
-    "evaluate.num_samples=64",
-    "evaluate.batch_size=64",
-    "evaluate.grid=4",
-    "resources.threads=1",
-]
 QUIET = Console(quiet=True)
 
 
@@ -134,8 +120,7 @@ def test_a_larger_budget_adds_trials_to_a_finished_study(finished, studies):
 
 
 def test_the_same_name_with_other_settings_is_refused_with_the_difference(finished, studies, capsys):
-    arguments = ["sweep=demo", "name=first", *TINY, "train.iterations=41"]
-    arguments.remove("train.iterations=40")
+    arguments = ["sweep=demo", "name=first", *changed(TINY, "train.iterations=41")]
     assert main(["sweep", *arguments, "--studies", str(studies)]) == 2
     assert "train.iterations: 40 -> 41" in capsys.readouterr().err
 
@@ -217,7 +202,7 @@ def test_a_full_or_unwritable_folder_is_refused(tmp_path, monkeypatch, capsys):
 def misbehaving():
     """A trainer whose manners depend on the seed. (Made in a function, so that Ray sends it by value.)"""
 
-    def trainer(experiment, *, out, report=None):
+    def trainer(experiment, *, out, report=None, saved=None):
         import math  # noqa: PLC0415
 
         import torch  # noqa: PLC0415
@@ -319,19 +304,7 @@ def start(studies: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def processes_of(studies: Path) -> set[int]:
     """What runs now of what `start` has started, directly or not."""
-    mark, found = f"MARK={studies}".encode(), set()
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if mark in (entry / "environ").read_bytes():
-                found.add(int(entry.name))
-    return found
-
-
-def wait_until(condition, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    return set(processes_with(f"MARK={studies}"))
 
 
 SERIAL = [*TINY, "sweep=demo", "sweep.budget.trials=3", "sweep.stopping.first_step=10", "sweep.max_concurrent=1"]

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from dxmi.config import to_tree
 from dxmi.errors import UserError
 from dxmi.files import write_atomic, write_json
 from dxmi.run_directory import RunDirectory
+from support import free_port, wait_until
 from tune.configs import compose_experiment
 from tune.space import configured, flat
 from tune.study import Outcome, Plan, StudyFolder, TrialRecord, TrialState
@@ -189,14 +189,6 @@ class Seen:
         return {Path(file.path).name for file in self.client.list_artifacts(run.info.run_id, folder)}
 
 
-def until(condition, seconds: float = 20.0) -> None:
-    """Wait until it holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
-
-
 # ----------------------------------------------------------------------------
 # What a record holds
 
@@ -332,7 +324,7 @@ def test_the_study_shows_counts_the_best_and_the_references(studies):
     tracker = made.tracker()
     made.whole()
     tracker.update(made.records, running=())
-    until(lambda: Seen(tracker.address).parents and "best/score" in Seen(tracker.address).parent.data.metrics)
+    wait_until(lambda: Seen(tracker.address).parents and "best/score" in Seen(tracker.address).parent.data.metrics)
     made.whole(TrialState.PRUNED)
     made.whole(TrialState.FAILED)
     made.add()
@@ -415,7 +407,7 @@ def test_interrupted_resumed_finished(studies):
     made.add()  # it never gets to run
     first = made.tracker()
     first.update(made.records, running={1})
-    until(lambda: "demo/0001" in Seen(first.address).children and made.seen.logged(1) == made.rows(1))
+    wait_until(lambda: "demo/0001" in Seen(first.address).children and made.seen.logged(1) == made.rows(1))
     assert made.seen.child(1).info.status == "RUNNING"
     assert made.seen.child(1).data.tags["state"] == "running"
     assert made.seen.parent.info.status == "RUNNING"
@@ -428,7 +420,7 @@ def test_interrupted_resumed_finished(studies):
 
     second = made.tracker()
     second.update(made.records, running={1})
-    until(lambda: made.seen.child(1).info.status == "RUNNING")
+    wait_until(lambda: made.seen.child(1).info.status == "RUNNING")
     assert made.seen.child(1).data.tags["state"] == "running"
     assert made.seen.parent.info.status == "RUNNING"
     for number in (1, 2):
@@ -453,12 +445,12 @@ def test_rows_that_a_resumed_trial_writes_again_are_not_sent_again(studies):
     made.go_on(0, 20)
     tracker = made.tracker()
     tracker.update(made.records, running={0})
-    until(lambda: made.seen.children and made.seen.logged(0) == made.rows(0))
+    wait_until(lambda: made.seen.children and made.seen.logged(0) == made.rows(0))
     made.folder.run(0).forget_after(10)
     tracker.update(made.records, running={0})
     made.add()
     tracker.update(made.records, running={0, 1})
-    until(lambda: "demo/0001" in made.seen.children)  # so the shorter file was looked at
+    wait_until(lambda: "demo/0001" in made.seen.children)  # so the shorter file was looked at
     made.go_on(0, 20)
     made.go_on(0, 30)
     for number in (0, 1):
@@ -476,7 +468,9 @@ def test_a_pruned_trial_is_never_finished(studies):
     statuses = set()
     tracker = made.tracker()
     tracker.update(made.records, running=())
-    until(lambda: statuses.add(made.seen.child(0).info.status) or made.seen.child(0).data.tags["state"] == "pruned")
+    wait_until(
+        lambda: statuses.add(made.seen.child(0).info.status) or made.seen.child(0).data.tags["state"] == "pruned"
+    )
     made.record(tracker)
     statuses.add(made.seen.child(0).info.status)
     assert statuses == {"KILLED"}
@@ -488,7 +482,7 @@ def test_a_killed_driver_leaves_nothing_running_after_the_next_session(studies):
     made.add()
     first = made.tracker()
     first.update(made.records, running={0})
-    until(lambda: made.seen.children)
+    wait_until(lambda: made.seen.children)
     first._recorder.given_up.set()  # as far as MLflow can tell, it was killed
     first._something_new.set()
     first._thread.join()
@@ -620,7 +614,7 @@ def test_a_call_that_fails_is_made_up_for_once(studies, flaky, name, fate):
     client = flaky(first_two)
     tracker = made.tracker()
     tracker.update(made.records, running={0})
-    until(lambda: made.seen.child(0).info.status == "RUNNING")
+    wait_until(lambda: made.seen.child(0).info.status == "RUNNING")
     made.go_on(0, 10)
     made.end(0, best=10)
     made.whole(TrialState.PRUNED)
@@ -687,7 +681,7 @@ def test_a_run_that_somebody_deleted_is_made_again(studies):
     made.go_on(0, 10)
     tracker = made.tracker()
     tracker.update(made.records, running={0})
-    until(lambda: made.seen.children and made.seen.logged(0) == made.rows(0))
+    wait_until(lambda: made.seen.children and made.seen.logged(0) == made.rows(0))
     made.seen.client.delete_run(made.seen.child(0).info.run_id)
     assert made.record(tracker, ended="interrupted") == 0
     assert made.seen.logged(0) == made.rows(0)
@@ -700,7 +694,7 @@ def test_a_study_that_somebody_deleted_is_made_again(studies):
     made.add()
     tracker = made.tracker()
     tracker.update(made.records, running={1})
-    until(lambda: "demo/0001" in made.seen.children and made.seen.logged(1) == made.rows(1))
+    wait_until(lambda: "demo/0001" in made.seen.children and made.seen.logged(1) == made.rows(1))
     seen = made.seen
     for run in (seen.parent, *seen.children.values()):
         seen.client.delete_run(run.info.run_id)
@@ -743,8 +737,8 @@ def test_at_the_end_patience_is_kept_and_what_is_left_is_counted(studies, flaky)
     flaky(lambda _: "before" if away.is_set() else "")
     tracker = made.tracker()
     tracker.update(made.records, running={1})
-    until(lambda: "demo/0001" in made.seen.children and made.seen.logged(1) == made.rows(1))
-    until(lambda: made.seen.child(0).data.tags.get("artifacts") == "complete")
+    wait_until(lambda: "demo/0001" in made.seen.children and made.seen.logged(1) == made.rows(1))
+    wait_until(lambda: made.seen.child(0).data.tags.get("artifacts") == "complete")
     away.set()
     made.go_on(1, 30)
     made.go_on(1, 40)
@@ -807,17 +801,17 @@ def test_trials_that_are_done_cost_nothing(studies, flaky, monkeypatch):
     for _ in range(8):
         made.whole()
     tracker.update(made.records, running=())
-    until(lambda: tracker._recorder._first == 8)
+    wait_until(lambda: tracker._recorder._first == 8)
     made.add()
     tracker.update(made.records, running={8})
-    until(lambda: "demo/0008" in made.seen.children and made.seen.logged(8) == made.rows(8))
+    wait_until(lambda: "demo/0008" in made.seen.children and made.seen.logged(8) == made.rows(8))
     before = client.calls.copy()
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "rows", lambda _: 1 / 0)  # nothing is read again that has not changed
         patch.setattr(tune.store, "link", lambda *_: 1 / 0)
         for _ in range(5):
             tracker.update(made.records, running={8})
-            until(lambda: not tracker._something_new.is_set())
+            wait_until(lambda: not tracker._something_new.is_set())
         time.sleep(0.1)
     assert client.calls == before
     assert made.said == []
@@ -903,11 +897,11 @@ def test_a_kill_while_the_store_is_made_leaves_nothing_behind(tmp_path):
             parent.stdin.write(f"{root}\n")
             parent.stdin.flush()
             pid = int(parent.stdout.readline().split()[0])
-            until(lambda: [*root.glob(".mlflow.*.part/mlflow.db")])
+            wait_until(lambda: [*root.glob(".mlflow.*.part/mlflow.db")])
             time.sleep(kill * 0.15)
             killed += not (root / "mlflow.db").exists()
             os.kill(pid, signal.SIGKILL)
-            until(lambda: not is_alive(pid))  # noqa: B023
+            wait_until(lambda: not is_alive(pid))  # noqa: B023
             (root / "mlflow.db").unlink(missing_ok=True)
         parent.communicate()
     assert killed >= 2
@@ -986,7 +980,7 @@ def check_a_lock_costs_nothing(studies: Path, seconds: float) -> None:
     made.add()
     tracker = made.tracker()
     tracker.update(made.records, running={0})
-    until(lambda: made.seen.children)
+    wait_until(lambda: made.seen.children)
     holder = hold(studies / "mlflow.db", seconds)
     for step in (10, 20, 30, 40):
         made.go_on(0, step)
@@ -1023,12 +1017,6 @@ def test_a_lock_that_is_held_for_thirty_seconds_costs_nothing(studies):
 # A server
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 class Server:
     """A real one, on a store that it finds again when it is started again."""
 
@@ -1045,7 +1033,7 @@ class Server:
         self.process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        until(self.is_up, 120.0)
+        wait_until(self.is_up, 120.0)
         return self
 
     def is_up(self) -> bool:
@@ -1067,7 +1055,7 @@ def test_a_server_that_is_killed_and_started_again_has_everything_once_and_in_or
         made.whole()
         made.add()
         tracker.update(made.records, running={1})
-        until(lambda: "demo/0001" in made.seen.children and made.seen.logged(1) == made.rows(1), 60.0)
+        wait_until(lambda: "demo/0001" in made.seen.children and made.seen.logged(1) == made.rows(1), 60.0)
         made.go_on(1, 10)
         tracker.update(made.records, running={1})
     for step in (20, 30, 40):
@@ -1076,7 +1064,7 @@ def test_a_server_that_is_killed_and_started_again_has_everything_once_and_in_or
     made.end(1)
     made.whole(TrialState.PRUNED)
     tracker.update(made.records, running=())
-    until(lambda: made.said, 60.0)
+    wait_until(lambda: made.said, 60.0)
     with server:
         assert made.record(tracker) == 0
         seen = made.seen

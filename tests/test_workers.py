@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from dxmi.errors import UserError
 from dxmi.tensors import chunks
 from dxmi.workers import ALONE, Alone, Share
+from support import free_port
 
 PROGRAM = """
 import json, os, sys
@@ -86,7 +86,7 @@ dist.barrier()
 def run(folder: Path, size: int, cases: list[tuple[str, str, dict]]) -> list[dict[str, torch.Tensor]]:
     """What each of `size` workers has made of the cases: (name, function of the program, tree of a config)."""
     folder.mkdir(exist_ok=True)
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(size)}
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, json.dumps(cases), str(folder)],
@@ -99,12 +99,6 @@ def run(folder: Path, size: int, cases: list[tuple[str, str, dict]]) -> list[dic
     said = [process.communicate(timeout=300)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), said
     return [load_file(folder / f"made-{rank}.safetensors") for rank in range(size)]
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 NETWORK = {"kind": "mlp", "hidden": 32, "layers": 3, "embedding": 16}

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from dxmi.errors import UserError
 from tune.ray_session import on_cluster
+from tune.storage import Remote
 from tune.sweep_config import TrackingConfig
 
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "9p", "afs"}
@@ -21,13 +22,20 @@ _NETWORK_FUSE = (
 _MOUNTS = Path("/proc/mounts")
 
 
-def require_fit(studies: Path, tracking: TrackingConfig) -> None:
+def require_fit(studies: Path, tracking: TrackingConfig, storage_path: str | None = None) -> None:
     """Check where a study is to be kept and recorded.
 
+    Args:
+        studies: the study's folder.
+        tracking: where it is recorded.
+        storage_path: where its runs are kept if not in its folder.
+
     Raises:
-        UserError: its folder is relative on a cluster, its SQLite store would be on a network file system, or its
-            tracking server's address means another machine on each node.
+        UserError: its folder is relative on a cluster, its SQLite store would be on a network file system, its tracking
+            server's address means another machine on each node, or nothing can be kept at its storage path.
     """
+    if storage_path is not None:
+        Remote(storage_path).require_reachable()
     kind = file_system(studies)
     if tracking.uri == "local" and is_network(kind):
         raise UserError(
@@ -36,10 +44,11 @@ def require_fit(studies: Path, tracking: TrackingConfig) -> None:
         )
     if not on_cluster():
         return
-    if not studies.is_absolute():
+    if not studies.is_absolute() and storage_path is None:
         raise UserError(
             f"--studies is {studies}: on a cluster name an absolute folder that every node sees, since a job's own "
-            "folder differs from node to node and is deleted after it."
+            "folder differs from node to node and is deleted after it; or a place that every node reaches, by "
+            "resources.storage_path=s3://bucket/studies."
         )
     if is_loopback(tracking.uri):
         raise UserError(

@@ -161,7 +161,13 @@ def _study_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--env", action="append", default=[], metavar="NAME", help="pass this variable on; repeatable")
     sub.add_argument("--working-dir", type=Path, default=Path(), metavar="DIR", help="the checkout (.)")
     sub.add_argument("--max-upload-mb", type=_positive, default=100, metavar="N", help="refuse a larger tree (100)")
+    sub.add_argument("--no-token", action="store_true", help="the cluster wants no token, and is protected otherwise")
     sub.add_argument("--patience", type=_positive, default=300, metavar="S", help="wait for a silent cluster (300 s)")
+
+    sub = command("fetch", _later("fetch"), "copy a study or a run from resources.storage_path to this machine", "")
+    sub.add_argument("address", metavar="ADDRESS", help="of the study or run, like s3://bucket/studies/lr-1")
+    sub.add_argument("--into", type=Path, default=Path("studies"), metavar="DIR", help="where to (./studies)")
+    sub.add_argument("--without-checkpoints", action="store_true", help="records and pictures alone")
 
     _studies_argument(command("doctor", _later("doctor"), "is this machine ready for a sweep?", ""))
 
@@ -211,15 +217,21 @@ def _train(args: argparse.Namespace) -> int:
     config, out = _resumed(args) if args.resume else _read(args) if args.config else _composed(args)
     run = RunDirectory(out)
     console = Terminal()
+    address = _address(config, out)
+    keep = _keeper(address, out)
     finished = run.read_summary()
     if finished is None and steps_in(run.checkpoints):
         console.out(f"Going on with the run in {out}.", highlight=False)
     experiment = Experiment(config)
     with ProgressReporter(console) as reporter, gentle_stop(reporter.ask_to_stop):
         if config.resources.num_workers > 1:
-            summary = _on_workers(experiment, out, reporter)
+            keep()
+            summary = _on_workers(experiment, out, reporter, address)
         else:
-            summary = train(experiment, out=out, report=reporter)
+            try:
+                summary = train(experiment, out=out, report=reporter, saved=lambda _: keep())
+            finally:
+                keep()
     if summary is None:
         complain(f"stopped and saved. Go on with: dxmi train --resume {out}")
         return STOPPED
@@ -229,17 +241,38 @@ def _train(args: argparse.Namespace) -> int:
     return OK
 
 
-def _on_workers(experiment: Experiment, out: Path, reporter: ProgressReporter) -> Summary | None:
-    """`train` on several processes of a Ray of its own."""
+def _address(config: ExperimentConfig, out: Path) -> str | None:
+    """Where a run is kept beside its folder."""
+    storage_path = config.resources.storage_path
+    return None if storage_path is None else f"{storage_path.rstrip('/')}/{out.resolve().name}"
+
+
+def _keeper(address: str | None, out: Path) -> Callable[[], None]:
+    """What copies the run to its address."""
+    if address is None:
+        return lambda: None
+    storage = importlib.import_module("tune.storage")  # pyarrow takes a while
+    storage.Remote(address).require_reachable()
+    keep: Callable[[], None] = storage.copied(address, out)
+    return keep
+
+
+def _on_workers(experiment: Experiment, out: Path, reporter: ProgressReporter, address: str | None) -> Summary | None:
+    """`train` on several processes of a Ray of its own, or on the cluster's."""
     _ = experiment.images  # what is wrong with the data is said before anything starts
     parallel = importlib.import_module("tune.data_parallel")  # Ray takes seconds
     with parallel.ray_for(experiment.config), gentle_stop(reporter.ask_to_stop):  # Ray's start takes SIGTERM for itself
         try:
-            summary: Summary | None = parallel.train_on_workers(experiment.config, out=out, report=reporter)
+            summary: Summary | None = parallel.train_on_workers(
+                experiment.config, out=out, report=reporter, address=address
+            )
         except WorkersLostError as error:
             write_atomic(out / "error.txt", error.details)
             complain(f"tracebacks are in {out / 'error.txt'}. Go on with: dxmi train --resume {out}")
             raise
+        finally:
+            if address is not None:
+                importlib.import_module("tune.storage").Remote(address).pull(out)
     return summary
 
 

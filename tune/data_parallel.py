@@ -4,41 +4,48 @@ Each worker calls the same `train`, with a `Group` that says which rows of each 
 reports come back to the caller through an actor, one at a time, and the answer, whether to stop, goes the same way and
 from the first worker to the others: a run ends because every worker returns, never because somebody kills it.
 A worker that is lost, or hangs, takes its group down; Ray Train starts the group again, from the run folder's last
-checkpoint.
+checkpoint, of which Ray Train knows where it lies.
 """
 
 import asyncio
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from shutil import rmtree
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
+import ray.train
 import torch
 from ray._raylet import PlacementGroupID
 from ray.train.torch import TorchConfig, get_device
-from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
+from dxmi.checkpoint import steps_in
 from dxmi.config import build, to_tree
 from dxmi.errors import DivergedError, UserError, WorkersLostError
 from dxmi.experiment import Experiment, ExperimentConfig
-from dxmi.files import write_atomic
-from dxmi.train import Phase, Progress, Reporter, Summary, train
+from dxmi.run_directory import RunDirectory
+from dxmi.train import Phase, Progress, Reporter, Saved, Summary, train
 from dxmi.workers import Group
 from tune.console import last_line
 from tune.devices import find_slots
 from tune.ray_session import ray_session
+from tune.storage import Remote, join, kept
 
 _POLL_SECONDS = 0.5
+_LATE_SECONDS = 60.0
+"""In which a network file system has shown a file to every node."""
 _NOTE = "placement_group"
+_POINTER = "checkpoint.json"
 _CONTROLLER_FAILURES = 2
 
 
@@ -69,13 +76,17 @@ class _Line:
             self._open.set_result(stop)
 
 
-def train_on_workers(config: ExperimentConfig, *, out: Path, report: Reporter | None = None) -> Summary | None:
+def train_on_workers(
+    config: ExperimentConfig, *, out: Path, report: Reporter | None = None, address: str | None = None
+) -> Summary | None:
     """`dxmi.train.train` on `resources.num_workers` workers of the Ray that this process is connected to.
 
     Args:
         config: what to run.
-        out: the run's folder, which the first worker must be able to reach wherever it runs.
+        out: the run's folder, which the first worker must be able to reach wherever it runs, unless there is an
+            address.
         report: as for `train`; called in this process.
+        address: where the run is kept instead, see `tune.storage.kept`.
 
     Returns:
         The summary, or None if `report` asked for a stop.
@@ -89,49 +100,50 @@ def train_on_workers(config: ExperimentConfig, *, out: Path, report: Reporter | 
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.resources.worker_timeout)
     line: Any = ray.remote(num_cpus=0)(_Line).remote()
     serving = _Serving(line, report or (lambda _: None))
-    release_lost_group(out)
-    storage = _storage(out)
-    rmtree(storage, ignore_errors=True)  # or Ray Train would go on with what a killed caller left
+    place = address or str(out.resolve())
+    release_lost_group(place)
+    state = _state(place)
+    state.clear()  # or Ray Train would go on with what a killed caller left
     try:
-        trainer: Any = _trainer(config, out.resolve(), line, storage)
+        trainer: Any = _trainer(config, {"out": str(out.resolve()), "line": line, "address": address}, state)
         ended = serving.until_returned(lambda: trainer.fit().return_value)
     finally:
         ray.kill(line)
-        rmtree(storage, ignore_errors=True)
+        state.remove()
     return _summary(ended)
 
 
-def _storage(out: Path) -> Path:
-    """What Ray Train writes down of a group; it is needed only while the group lives."""
-    return out.resolve() / ".ray_train"
+def _state(place: str) -> Remote:
+    """What Ray Train writes down of the group of the run that is kept there; needed only while the group lives."""
+    return Remote(join(place, ".ray_train"))
 
 
-def release_lost_group(out: Path) -> None:
+def release_lost_group(place: str) -> None:
     """Free the devices of a group whose caller was killed, which Ray itself would hold until the session ends."""
-    note = _storage(out) / _NOTE
+    state = _state(place)
+    note = state.read(_NOTE)
     try:
-        group = PlacementGroup(PlacementGroupID(bytes.fromhex(note.read_text())))
-    except (OSError, ValueError):
+        group = PlacementGroup(PlacementGroupID(bytes.fromhex((note or b"").decode())))
+    except ValueError:
         return
     remove_placement_group(group)
-    note.unlink(missing_ok=True)
+    state.delete(_NOTE)
 
 
-def _note_group(out: Path) -> None:
+def _note_group(place: str) -> None:
     """Write down which devices this worker's group holds, for `release_lost_group`."""
     group = get_current_placement_group()
     if group is not None:
-        folder = _storage(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / _NOTE, group.id.hex())
+        _state(place).write(_NOTE, group.id.hex().encode())
 
 
-def _trainer(config: ExperimentConfig, out: Path, line: Any, storage: Path) -> TorchTrainer:
+def _trainer(config: ExperimentConfig, loop_config: dict[str, Any], state: Remote) -> TorchTrainer:
     resources = config.resources
+    file_system, path = state.for_ray
     on_gpu = resources.device == "cuda" or (resources.device == "auto" and _cluster_has_gpus())
     return TorchTrainer(
         _work,
-        train_loop_config={"tree": json.dumps(to_tree(config)), "out": str(out), "line": line},
+        train_loop_config={"tree": json.dumps(to_tree(config)), **loop_config},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=int(resources.worker_timeout)),
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
@@ -140,7 +152,9 @@ def _trainer(config: ExperimentConfig, out: Path, line: Any, storage: Path) -> T
         ),
         run_config=RunConfig(
             name="group",
-            storage_path=str(storage),
+            storage_path=path,
+            storage_filesystem=file_system,
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(
                 max_failures=resources.max_restarts, controller_failure_limit=_CONTROLLER_FAILURES
             ),
@@ -235,17 +249,57 @@ def _work(loop_config: Mapping[str, Any]) -> dict[str, Any] | None:
     config = replace(config, resources=_own_resources(config))
     group = Group(config.resources.worker_timeout)
     report = _asking(loop_config["line"]) if group.is_first else None
-    out = Path(loop_config["out"])
-    if group.is_first:
-        _note_group(out)
     try:
-        experiment = Experiment(config, workers=group)
-        summary = train(experiment, out=out, report=report)
+        with _run_folder(group, loop_config["address"], Path(loop_config["out"])) as (out, saved):
+            summary = train(Experiment(config, workers=group), out=out, report=report, saved=saved)
     except DivergedError as error:  # on all workers alike: starting again would not mend it
         return {"diverged": {"step": error.step, "metric": error.metric, "value": error.value}}
     except UserError as error:
         return {"refused": str(error)}
     return None if summary is None else {"summary": asdict(summary)}
+
+
+@contextmanager
+def _run_folder(group: Group, address: str | None, out: Path) -> Iterator[tuple[Path, Saved]]:
+    """Where the first worker writes, and what every worker calls when a checkpoint is whole."""
+    if not group.is_first:
+        yield out, _report_checkpoint
+        return
+    _note_group(address or str(out))
+    with kept(address, out) as (here, keep):
+        _await_checkpoint(RunDirectory(here).checkpoints, None if address is None else Remote(address))
+
+        def saved(step: int) -> None:
+            keep()
+            _report_checkpoint(step, {"place": address or str(out), "step": step})
+
+        yield here, saved
+
+
+def _report_checkpoint(step: int, about: dict[str, Any] | None = None) -> None:
+    """Tell Ray Train of a checkpoint, as all workers must; the first says where it lies."""
+    with TemporaryDirectory() as folder:
+        if about is not None:
+            (Path(folder) / _POINTER).write_text(json.dumps(about))
+        pointer = None if about is None else ray.train.Checkpoint.from_directory(folder)
+        ray.train.report({"step": step}, checkpoint=pointer, checkpoint_dir_name=f"step_{step:08d}")
+
+
+def _await_checkpoint(checkpoints: Path, remote: Remote | None) -> None:
+    """After a restart, wait until this node sees the last checkpoint that Ray Train knows of.
+
+    A network file system may show another node's files late; without them more than one interval would be lost.
+    """
+    pointer = ray.train.get_checkpoint()
+    if pointer is None:
+        return
+    with pointer.as_directory() as folder:
+        step = json.loads((Path(folder) / _POINTER).read_text())["step"]
+    deadline = time.monotonic() + _LATE_SECONDS
+    while max(steps_in(checkpoints), default=-1) < step and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        if remote is not None:
+            remote.pull(checkpoints.parent)
 
 
 def _own_resources(config: ExperimentConfig) -> Any:

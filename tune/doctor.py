@@ -20,6 +20,7 @@ from dxmi.errors import UserError
 from dxmi.experiment import ResourcesConfig
 from tune.devices import find_slots
 from tune.study import studies_in
+from tune.submit import UPLOAD_MEGABYTES, survey
 from tune.ui import DEFAULT_PORT, HOST, is_free
 
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "mlflow", "hydra-core", "torch-fidelity", "numpy", "scikit-learn")
@@ -27,10 +28,6 @@ _OLDEST = {"ray": (2, 54), "mlflow": (3, 11), "torch": (2, 10), "hydra-core": (1
 """Older ones have known holes."""
 _GB = 1e9
 _MIN_MEMORY, _MIN_SHARED_MEMORY, _MIN_DISK = 4 * _GB, 0.2 * _GB, 5 * _GB
-_UPLOAD_LIMIT = 100e6
-"""Bytes that `ray job submit` takes as a working directory."""
-_NOT_UPLOADED = {".git", ".venv", "runs", "studies", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
-_BIGGEST = 3
 
 
 class Verdict(StrEnum):
@@ -196,7 +193,10 @@ def _addresses(_: Path) -> Iterator[Finding]:
     cluster = os.environ.get("RAY_ADDRESS")
     if cluster:
         yield Finding(
-            "Ray", Verdict.WARNING, f"RAY_ADDRESS is {cluster}", "sweeps start a Ray of their own all the same."
+            "Ray",
+            Verdict.WARNING,
+            f"RAY_ADDRESS is {cluster}",
+            "sweeps and groups use that cluster; unset it to use this machine alone.",
         )
     try:
         socket.getaddrinfo(socket.gethostname(), None)
@@ -206,16 +206,12 @@ def _addresses(_: Path) -> Iterator[Finding]:
 
 
 def _upload(_: Path) -> Iterator[Finding]:
-    here = Path.cwd()
-    sizes = {path: _size(path) for path in here.iterdir() if path.name not in _NOT_UPLOADED}
-    total = sum(sizes.values())
-    text = f"{total / 1e6:.1f} MB in {here} would go to a cluster"
-    if total <= _UPLOAD_LIMIT:
+    tree = survey(Path.cwd())
+    text = f"{tree.bytes / 1e6:.1f} MB in {tree.folder} would go to a cluster"
+    if tree.bytes <= UPLOAD_MEGABYTES * 1e6:
         yield Finding("upload", Verdict.GOOD, text)
         return
-    biggest = sorted(sizes, key=lambda path: -sizes[path])[:_BIGGEST]
-    named = ", ".join(f"{path.name} {sizes[path] / 1e6:.0f} MB" for path in biggest)
-    advice = f"ray job submit takes {_UPLOAD_LIMIT / 1e6:.0f} MB: move away {named}."
+    advice = f"dxmi submit takes {UPLOAD_MEGABYTES} MB: move away, or list in .gitignore, {tree.biggest}."
     yield Finding("upload", Verdict.WARNING, text, advice)
 
 
@@ -226,6 +222,6 @@ def _size(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
     try:
-        return sum(_size(entry) for entry in path.iterdir() if entry.name not in _NOT_UPLOADED)
+        return sum(_size(entry) for entry in path.iterdir())
     except OSError:
         return 0

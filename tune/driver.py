@@ -22,6 +22,7 @@ from rich.text import Text
 from dxmi.train import train
 from tune.conductor import Conductor, Order
 from tune.devices import Slots
+from tune.mirror import Mirror
 from tune.ray_session import ray_session
 from tune.signals import gentle_stop
 from tune.space import tree_with
@@ -53,6 +54,7 @@ class StoppedAtOnceError(BaseException):
 def drive(
     conductor: Conductor,
     *,
+    mirror: Mirror,
     look: Callable[[Conductor], None],
     trainer: Trainer = train,
 ) -> None:
@@ -60,6 +62,7 @@ def drive(
 
     Args:
         conductor: decides.
+        mirror: of the study.
         look: called several times a second, to draw and to record.
         trainer: trains a trial.
 
@@ -77,9 +80,9 @@ def drive(
         with control.listening(), ray_session(slots.cpus, slots.gpus), control.listening():
             control.checkpoint()
             mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-            hands = _Hands(conductor, mailbox, look, control)
+            hands = _Hands(conductor, mirror, mailbox, look, control)
             trainable = _trainable(conductor.slots, mailbox, trainer)
-            _tuner(trainable, conductor, hands, control).fit()
+            _tuner(trainable, conductor, mirror, hands, control).fit()
     except StoppedAtOnceError:
         if control.error is not None:
             raise control.error from None
@@ -138,12 +141,12 @@ def _trainable(slots: Slots, mailbox: Any, trainer: Trainer) -> Any:
     return ray_tune.with_resources(function, {"cpu": slots.threads, "gpu": slots.gpu_share})
 
 
-def _tuner(trainable: Any, conductor: Conductor, hands: "_Hands", control: _Control) -> ray_tune.Tuner:
+def _tuner(trainable: Any, conductor: Conductor, mirror: Mirror, hands: "_Hands", control: _Control) -> ray_tune.Tuner:
     scratch = conductor.study.folder.scratch.resolve()
     return ray_tune.Tuner(
         trainable,
         tune_config=ray_tune.TuneConfig(
-            search_alg=_Search(conductor, control), num_samples=-1, reuse_actors=True, metric=STEP, mode="max"
+            search_alg=_Search(conductor, mirror, control), num_samples=-1, reuse_actors=True, metric=STEP, mode="max"
         ),
         run_config=ray_tune.RunConfig(
             name="tune",
@@ -165,16 +168,17 @@ class _Unsaved:
 class _Search(_Unsaved, Searcher):
     """Tune's searcher: whatever the conductor says."""
 
-    def __init__(self, conductor: Conductor, control: _Control) -> None:
+    def __init__(self, conductor: Conductor, mirror: Mirror, control: _Control) -> None:
         super().__init__(metric=STEP, mode="max")
-        self._conductor, self._control = conductor, control
+        self._conductor, self._mirror, self._control = conductor, mirror, control
 
     def suggest(self, trial_id: str) -> Any:  # noqa: ARG002
         """A trial's arguments; None while there is no room; FINISHED when there are no more."""
         with self._control.watched():
             record = self._conductor.next()
             if record is not None:
-                return {"number": record.number, "trial": json.dumps(_arguments(self._conductor, record))}
+                arguments = _arguments(self._conductor, self._mirror, record)
+                return {"number": record.number, "trial": json.dumps(arguments)}
             return Searcher.FINISHED if self._conductor.ending else None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -187,15 +191,20 @@ class _Search(_Unsaved, Searcher):
         """Nothing: Tune's state is never read."""
 
 
-def _arguments(conductor: Conductor, record: TrialRecord) -> dict[str, Any]:
+def _arguments(conductor: Conductor, mirror: Mirror, record: TrialRecord) -> dict[str, Any]:
     """What `run_trial` wants to know."""
     study, slots = conductor.study, conductor.slots
+
+    def place(number: int) -> str:
+        return mirror.address(number) or str(study.folder.run(number).path.resolve())
+
     return {
         "number": record.number,
         "tree": trial_tree(study, record, slots),
         "out": str(record.run.path.resolve()),
+        "address": mirror.address(record.number),
         "metric": study.plan.metric,
-        "same_as": None if record.same_as is None else str(study.folder.run(record.same_as).path.resolve()),
+        "same_as": None if record.same_as is None else place(record.same_as),
     }
 
 
@@ -218,9 +227,10 @@ class _Hands(_Unsaved, ray_tune.Callback):
     """Tune's callback: carries reports to the conductor and its orders to the trials."""
 
     def __init__(
-        self, conductor: Conductor, mailbox: Any, look: Callable[[Conductor], None], control: _Control
+        self, conductor: Conductor, mirror: Mirror, mailbox: Any, look: Callable[[Conductor], None], control: _Control
     ) -> None:
-        self._conductor, self._mailbox, self._look, self._control = conductor, mailbox, look, control
+        self._conductor, self._mirror, self._mailbox = conductor, mirror, mailbox
+        self._look, self._control = look, control
         self._collected = 0.0
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:  # noqa: ARG002
@@ -242,10 +252,12 @@ class _Hands(_Unsaved, ray_tune.Callback):
             number, message = trial.config["number"], json.loads(result["message"])
             if number not in self._conductor.live:  # it crashed after its end was decided
                 return
+            self._mirror.fetch(number, ended=message["kind"] == END)
             if message["kind"] == SCORE:
                 self._conductor.scored(number, message["step"], message["metrics"])
             elif message["kind"] == END:
                 self._conductor.ended(number, message)
+                self._mirror.send(number)
             self._pass_on()
             self._look(self._conductor)
 
@@ -261,13 +273,17 @@ class _Hands(_Unsaved, ray_tune.Callback):
         with self._control.watched():
             number = trial.config["number"]
             error = _traceback(trial)
+            self._mirror.fetch(number, ended=not again)
             self._conductor.study.folder.write_error(number, error)
             if self._conductor.slots.workers > 1:
                 from tune.data_parallel import release_lost_group  # noqa: PLC0415  (Ray Train takes seconds)
 
-                release_lost_group(self._conductor.study.folder.run(number).path)
+                run = self._conductor.study.folder.run(number).path
+                release_lost_group(self._mirror.address(number) or str(run.resolve()))
             if number in self._conductor.live:  # it had not reported its end
                 self._conductor.crashed(number, error, again=again)
+            if not again:
+                self._mirror.send(number)
             self._look(self._conductor)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:  # noqa: ARG002

@@ -68,18 +68,29 @@ def _quiet() -> None:
     ray_logging.stdout_deduplicator.skip_re = re.compile("worker died or was killed|lost objects")
 
 
+def _require_token() -> None:
+    """Refuse to start a Ray without its token, since its ports listen on every interface whatever its options say."""
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode.lower() != "token":
+        raise UserError(
+            f"RAY_AUTH_MODE is {mode}: Ray would listen on all of this machine's addresses, and whoever reaches them "
+            "would run code here. Unset it, or set it to token."
+        )
+
+
 @contextmanager
 def ray_session(cpus: int, gpus: int) -> Iterator[None]:
     """The cluster, or a Ray of our own with these devices, while it lasts.
 
     Raises:
-        UserError: there is another Ray in this process already, or the cluster does not answer.
+        UserError: there is another Ray in this process, it would have no token, or the cluster does not answer.
     """
     if on_cluster():
         _connect()
     else:
         if ray.is_initialized():
             raise UserError("Ray runs in this process already: end it with ray.shutdown() first.")
+        _require_token()
         _quiet()
         ray.init(
             address="local",

@@ -11,13 +11,16 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.request import urlopen
 
 from pathspec import PathSpec
 from ray.exceptions import AuthenticationError
 
 from dxmi.errors import UserError
+from tune.cluster import is_loopback
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 LEFT_OUT = (
@@ -28,7 +31,8 @@ LEFT_OUT = (
 """Patterns of gitignore's kind; the last line is what could hold a secret."""
 PASSED_ON = ("DXMI_CACHE", "DXMI_DATA")
 """Variables that a job gets if they are set here."""
-UPLOAD_LIMIT = 100_000_000
+UPLOAD_MEGABYTES = 100
+"""What is sent unless more is allowed."""
 _SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "KEY", "COOKIE")
 _COMMANDS = ("train", "sweep", "report", "studies", "doctor", "config")
 _BIGGEST = 5
@@ -36,6 +40,7 @@ _POLL_SECONDS = 1.0
 _SAVING_SECONDS = "40"
 """That a job which is told to end has for saving, of Ray's 3."""
 _LONGEST_WAIT = 15.0
+_ANSWER_SECONDS = 10.0
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 OK, FAILED, STOPPED = 0, 1, 130
 T = TypeVar("T")
@@ -60,6 +65,23 @@ class Tree:
         """In all."""
         return sum(self.sizes.values())
 
+    @property
+    def biggest(self) -> str:
+        """Its largest entries, in words."""
+        return ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in list(self.sizes.items())[:_BIGGEST])
+
+    def require_ours(self) -> None:
+        """Refuse a tree that is no checkout of this project.
+
+        Raises:
+            UserError: it is none.
+        """
+        if not {"dxmi", "tune"} <= set(self.sizes):
+            raise UserError(
+                f"{self.folder.resolve()} does not hold the packages dxmi and tune, which the cluster runs: go to the "
+                "checkout's root, or name it by --working-dir."
+            )
+
     def require_small(self, limit: int) -> None:
         """Refuse a tree that is too large.
 
@@ -67,10 +89,9 @@ class Tree:
             UserError: it is; the sentence names the biggest entries.
         """
         if self.bytes > limit:
-            biggest = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in list(self.sizes.items())[:_BIGGEST])
             raise UserError(
                 f"{self.folder} has {self.bytes / 1e6:.0f} MB to upload, and the limit is {limit / 1e6:.0f} MB: move "
-                f"the biggest away ({biggest}), list them in .gitignore, or raise --max-upload-mb."
+                f"the biggest away ({self.biggest}), list them in .gitignore, or raise --max-upload-mb."
             )
 
 
@@ -78,31 +99,29 @@ def survey(folder: Path) -> Tree:
     """Look at what of a working tree would be uploaded: neither `LEFT_OUT` nor what .gitignore names.
 
     Raises:
-        UserError: it does not hold this project's packages.
+        UserError: there is no such folder.
     """
-    if not (folder / "tune").is_dir() or not (folder / "dxmi").is_dir():
-        raise UserError(
-            f"{folder.resolve()} does not hold the packages dxmi and tune, which the cluster runs: go to the "
-            "checkout's root, or name it by --working-dir."
-        )
+    if not folder.is_dir():
+        raise UserError(f"--working-dir is {folder}: there is no such folder.")
     ignored = folder / ".gitignore"
     own = ignored.read_text().splitlines() if ignored.is_file() else []
     left_out = (*LEFT_OUT, *(line for line in own if line.strip() and not line.startswith(("#", "!"))))
-    spec, sizes = PathSpec.from_lines("gitignore", left_out), {}
-    for entry in folder.iterdir():
-        size = _size(entry, folder, spec)
-        if size:
-            sizes[entry.name] = size
-    return Tree(folder, dict(sorted(sizes.items(), key=lambda item: -item[1])), left_out)
+    spec = PathSpec.from_lines("gitignore", left_out)
+    sizes = {entry.name: _size(entry, folder, spec) for entry in folder.iterdir()}
+    largest_first = sorted(((size, name) for name, size in sizes.items() if size), reverse=True)
+    return Tree(folder, {name: size for size, name in largest_first}, left_out)
 
 
 def _size(entry: Path, root: Path, spec: PathSpec[Any]) -> int:
     name = str(entry.relative_to(root))
     if spec.match_file(name) or spec.match_file(name + "/") or entry.is_symlink():
         return 0
-    if entry.is_dir():
-        return sum(_size(inner, root, spec) for inner in entry.iterdir())
-    return entry.stat().st_size if entry.is_file() else 0
+    try:
+        if entry.is_dir():
+            return sum(_size(inner, root, spec) for inner in entry.iterdir())
+        return entry.stat().st_size if entry.is_file() else 0
+    except OSError:  # what cannot be read is not sent either
+        return 0
 
 
 def environment(names: Sequence[str]) -> dict[str, str]:
@@ -144,16 +163,23 @@ class Jobs:
 
     Args:
         address: http://host:port.
+        no_token: whether it may let everybody in who reaches it.
 
     Raises:
-        UserError: it does not answer, is no job server, or wants a token that we have not got.
+        UserError: it does not answer, is no job server, wants a token that we have not got, or wants none though
+            others reach it.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, no_token: bool = False) -> None:
         if not address.startswith(("http://", "https://")):
             raise UserError(f"--address is {address!r}: it must be http://HOST:PORT of the cluster's dashboard.")
         self.address = address
         self._client = self._asked(lambda: _client(address))
+        if not no_token and not is_loopback(address) and _lets_everybody_in(address):
+            raise UserError(
+                f"The cluster at {address} asks for no token, so whoever reaches it runs code there: start it with "
+                "RAY_AUTH_MODE=token, or pass --no-token if something else keeps strangers out."
+            )
 
     def submit(self, job: str, command: str, tree: Tree, variables: dict[str, str]) -> None:
         """Upload the tree and start a job under an id of ours; one that runs under it already is left alone."""
@@ -203,6 +229,15 @@ class Jobs:
 
 class UnreachableError(UserError):
     """The cluster does not answer now; it may later."""
+
+
+def _lets_everybody_in(address: str) -> bool:
+    """Whether a job server lists its jobs for somebody without a token."""
+    try:
+        with urlopen(f"{address.rstrip('/')}/api/jobs/", timeout=_ANSWER_SECONDS) as answer:  # noqa: S310  (http or https)
+            return bool(answer.status == HTTPStatus.OK)
+    except OSError:  # an HTTPError is one too
+        return False
 
 
 def _short(error: Exception) -> str:

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -31,6 +32,7 @@ from tune.estimate import Estimate, estimate
 from tune.figures import study_figures
 from tune.leaderboard import leaderboard, write_best, write_leaderboard
 from tune.live import SweepView
+from tune.mirror import Mirror
 from tune.report import write_report
 from tune.study import Plan, Study, StudyFolder, TrialRecord, plan_from, require_name
 from tune.tracking import Tracker
@@ -96,8 +98,9 @@ class Sweep:
     # ------------------------------------------------------------------------
     # Before
 
+    @cached_property
     def slots(self) -> Slots:
-        """How this machine is shared.
+        """How this machine, or the cluster as it is when first asked, is shared.
 
         Raises:
             UserError: it has not what the trials need.
@@ -106,7 +109,7 @@ class Sweep:
 
     def estimate(self) -> Estimate:
         """Time and disk of the whole sweep."""
-        return estimate(self.plan.experiment, self.slots(), self.plan.num_trials)
+        return estimate(self.plan.experiment, self.slots, self.plan.num_trials)
 
     def check(self) -> None:
         """Refuse now what would fail later. Writes nothing.
@@ -114,8 +117,9 @@ class Sweep:
         Raises:
             UserError: the folder cannot hold the study, or holds another one.
         """
-        require_fit(self.folder.path, self.plan.tracking)
-        self.slots()
+        storage_path = self.plan.experiment.resources.storage_path
+        require_fit(self.folder.path, self.plan.tracking, storage_path)
+        _ = self.slots
         self.folder.require_own()
         if self.folder.exists:
             self.folder.require_same(self.plan)
@@ -151,27 +155,35 @@ class Sweep:
         self.check()
         console = console or Terminal()
         with self.folder.lock():
+            mirror = self._mirror()
+            mirror.begin()
             study = Study.drive(self.folder, self.plan)
             view = SweepView(console)
-            conductor = Conductor(study, self.slots(), note=view.note)
+            conductor = Conductor(study, self.slots, note=view.note)
             tracker = Tracker(self.folder, self.plan, complain)
             tracker.start()
-            at_once = self._drive(conductor, view, tracker, trainer)
-            return self._close(conductor, tracker, at_once)
+            at_once = self._drive(conductor, mirror, view, tracker, trainer)
+            result = self._close(conductor, tracker, at_once)
+            mirror.finish()
+            return result
 
-    def _drive(self, conductor: Conductor, view: SweepView, tracker: Tracker, trainer: Trainer) -> bool:
+    def _mirror(self) -> Mirror:
+        return Mirror(self.folder, self.plan.experiment.resources.storage_path, complain)
+
+    def _drive(self, conductor: Conductor, mirror: Mirror, view: SweepView, tracker: Tracker, trainer: Trainer) -> bool:
         """Returns whether the session was cut off instead of ending."""
 
         def look(conductor: Conductor) -> None:
             view(conductor)
             if conductor.changed():
                 tracker.update(conductor.study.records(), running=set(conductor.live))
+            mirror.send_study()
 
         if conductor.has_nothing_to_do:
             return False
         try:
             with view:
-                drive(conductor, look=look, trainer=trainer)
+                drive(conductor, mirror=mirror, look=look, trainer=trainer)
         except StoppedAtOnceError:
             conductor.interrupted = True
             return True

@@ -1,4 +1,4 @@
-"""The commands around studies: `dxmi sweep | studies | report | ui | doctor | submit`. Imported when one runs."""
+"""The commands around studies: `dxmi sweep | studies | report | ui | doctor | submit | fetch`. Imported on use."""
 
 import argparse
 import os
@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 from rich.table import Table
 
 from dxmi.errors import UserError
+from tune import storage
 from tune.console import Terminal, complain
 from tune.doctor import Verdict, examine
 from tune.estimate import Estimate
@@ -60,7 +61,7 @@ def _announce(console: Terminal, chosen: Sweep) -> None:
     chosen.check_room(cost)
     again = "Going on with" if chosen.folder.exists else "Study"
     console.out(
-        f"{again} {chosen.plan.name}: {cost.trials} trials, {chosen.slots()}; "
+        f"{again} {chosen.plan.name}: {cost.trials} trials, {chosen.slots}; "
         f"about {duration(cost.seconds)} and {cost.bytes / 1e9:.1f} GB in all, less where trials are stopped early.",
         highlight=False,
     )
@@ -79,7 +80,7 @@ def _plan(console: Terminal, chosen: Sweep, cost: Estimate) -> None:
     rows = {
         "trials": f"{plan.num_trials} by {sweep.sampler.kind} (seed {sweep.sampler.seed}), {stopping}",
         "objective": objectives,
-        "concurrency": str(chosen.slots()),
+        "concurrency": str(chosen.slots),
         "time": _time(cost),
         "disk": f"{cost.bytes / 1e9:.2f} GB ({cost.trial_bytes / 1e6:.0f} MB a trial)",
         "tracking": plan.tracking.uri,
@@ -217,20 +218,22 @@ def submit(args: argparse.Namespace) -> int:
     if (args.attach or args.cancel) and args.command:
         raise UserError("--attach and --cancel are about a job that there is: leave out the command after --.")
     if args.attach or args.cancel:
-        jobs = Jobs(_address(args))
+        jobs = _jobs(args)
         return _cancel(jobs, args.cancel) if args.cancel else _follow(jobs, args.attach, args)
     line, variables = entrypoint(args.command), environment(args.env)
     tree = survey(args.working_dir)
+    tree.require_ours()
     tree.require_small(args.max_upload_mb * 1_000_000)
-    jobs = Jobs(_address(args))
+    jobs = _jobs(args)
     job = new_id()
     patiently(lambda: jobs.submit(job, line, tree, variables), args.patience)
     complain(f"submitted {job} with {tree.bytes / 1e6:.1f} MB of {tree.folder.resolve()}: {line}")
     return OK if args.no_follow else _follow(jobs, job, args)
 
 
-def _address(args: argparse.Namespace) -> str:
-    return str(args.address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
+def _jobs(args: argparse.Namespace) -> Jobs:
+    address = args.address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    return Jobs(address, no_token=args.no_token)
 
 
 def _cancel(jobs: Jobs, job: str) -> int:
@@ -247,3 +250,14 @@ def _follow(jobs: Jobs, job: str, args: argparse.Namespace) -> int:
         again = f"dxmi submit --address {jobs.address}"
         complain(f"the job goes on. Follow it again: {again} --attach {job}. End it: {again} --cancel {job}")
         return STOPPED
+
+
+# ----------------------------------------------------------------------------
+# dxmi fetch
+
+
+def fetch(args: argparse.Namespace) -> int:
+    """Copy a study or a run from where all nodes keep theirs."""
+    folder = storage.fetch(args.address, args.into, storage.light if args.without_checkpoints else storage.whole)
+    Terminal().out(f"Fetched: {folder}", highlight=False)
+    return OK

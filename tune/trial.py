@@ -20,7 +20,8 @@ from typing import Any, Protocol
 from dxmi.config import build
 from dxmi.errors import DivergedError, UserError, WorkersLostError
 from dxmi.experiment import Experiment, ExperimentConfig
-from dxmi.train import Progress, Reporter, Summary, train
+from dxmi.train import Progress, Reporter, Saved, Summary, train
+from tune.storage import Remote, kept, node_folder
 
 SCORE, END = "score", "end"
 """Kinds of report."""
@@ -35,8 +36,10 @@ _EVALUATION = "eval/"
 class Trainer(Protocol):
     """What runs a trial; `dxmi.train.train`, or a stand-in in a test."""
 
-    def __call__(self, experiment: Experiment, *, out: Path, report: Reporter | None = None) -> Summary | None:
-        """Train, tell `report` about it, and return the summary, or None if it was asked to stop."""
+    def __call__(
+        self, experiment: Experiment, *, out: Path, report: Reporter | None = None, saved: Saved | None = None
+    ) -> Summary | None:
+        """Train, tell `report` and `saved` about it, and return the summary, or None if it was asked to stop."""
 
 
 class BadReportError(Exception):
@@ -146,8 +149,8 @@ def run_trial(config: Mapping[str, Any], *, mailbox: Any, trainer: Trainer = tra
     Everything goes through it as JSON text: Tune would flatten, copy and keep each value of a tree.
 
     Args:
-        config: `number`, and `trial`: tree (of the experiment's config), out (run folder), metric, same_as (a run
-            folder or None).
+        config: `number`, and `trial`: tree (of the experiment's config), out (run folder), address (where the run is
+            kept, or None if there), metric, same_as (another run's folder or address, or None).
         mailbox: an actor of `Mailbox`.
         trainer: trains, unless the trial has several workers.
     """
@@ -157,23 +160,24 @@ def run_trial(config: Mapping[str, Any], *, mailbox: Any, trainer: Trainer = tra
         ray_tune.report({STEP: message.get("step", 0), "message": json.dumps(message)})
 
     number, trial = int(config["number"]), json.loads(config["trial"])
-    out = Path(trial["out"])
     if trial["same_as"] is not None:
-        _copy_run(Path(trial["same_as"]), out)
+        _copy_run(trial["same_as"], Path(trial["out"]), trial["address"])
     reporter = _Reporter(number, trial["metric"], mailbox, send)
-    send({"kind": END, **_result(trial["tree"], out, trainer, reporter)})
+    send({"kind": END, **_result(trial, trainer, reporter)})
 
 
-def _result(tree: Mapping[str, Any], out: Path, trainer: Trainer, reporter: Reporter) -> dict[str, Any]:
+def _result(trial: Mapping[str, Any], trainer: Trainer, reporter: Reporter) -> dict[str, Any]:
     """How the training ended. Only what a second try could mend is raised."""
+    out, address = Path(trial["out"]), trial["address"]
     try:
-        config = build(ExperimentConfig, tree)
+        config = build(ExperimentConfig, trial["tree"])
         if config.resources.num_workers > 1:
             from tune.data_parallel import train_on_workers  # noqa: PLC0415  (Ray Train takes seconds)
 
-            summary = train_on_workers(config, out=out, report=reporter)
+            summary = train_on_workers(config, out=out, report=reporter, address=address)
         else:
-            summary = trainer(Experiment(config), out=out, report=reporter)
+            with kept(address, out) as (here, keep):
+                summary = trainer(Experiment(config), out=here, report=reporter, saved=lambda _: keep())
     except (DivergedError, BadReportError) as error:
         return {"state": "diverged", "reason": str(error)}
     except UserError as error:
@@ -187,8 +191,12 @@ def _result(tree: Mapping[str, Any], out: Path, trainer: Trainer, reporter: Repo
     return {"summary": None if summary is None else asdict(summary)}
 
 
-def _copy_run(source: Path, out: Path) -> None:
-    """A finished run once more; its files never change, so they are linked."""
-    if not (out / "summary.json").exists():
+def _copy_run(source: str, out: Path, address: str | None) -> None:
+    """A finished run once more; its files never change, so they are linked where they lie on one disk."""
+    if address is not None:
+        here = node_folder(address)
+        Remote(source).pull(here)
+        Remote(address).push(here)
+    elif not (out / "summary.json").exists():
         rmtree(out, ignore_errors=True)
         copytree(source, out, copy_function=os.link, ignore=ignore_patterns(".lock"))

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from iteration import PER_ROUND, ROUNDS, seconds_each
 from torch import nn
 
 from dxmi.algorithms.dxmi import DxMI
 from dxmi.experiment import Experiment
 from dxmi.optimizers import Optimizer, OptimizerConfig, Part
 from dxmi.workers import ALONE, Group, Workers
+from iteration import PER_ROUND, ROUNDS, seconds_each
 from tune.configs import compose_experiment
 
 _WARM_UP = 20

@@ -43,7 +43,7 @@ def sweep_of(folder: Path, trials: int, max_concurrent: int = 2) -> Sweep:
 def nothing():
     """A trainer that reports one score and returns. (Made in a function, so that Ray sends it by value.)"""
 
-    def trainer(experiment, *, out, report=None):
+    def trainer(experiment, *, out, report=None, saved=None):
         from dxmi.train import Phase, Progress, Summary  # noqa: PLC0415
 
         key, lr = "eval/fid_digits", experiment.config.algorithm.policy.lr

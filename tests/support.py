@@ -1,0 +1,71 @@
+"""What several test files need: the smallest settings that train, waiting, ports, and the processes of a test."""
+
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+
+def changed(settings: list[str], *overrides: str) -> list[str]:
+    """Settings of a command line with other values for some keys, and further ones."""
+    keys = {override.partition("=")[0] for override in overrides}
+    return [setting for setting in settings if setting.partition("=")[0] not in keys] + list(overrides)
+
+
+TINY = [
+    "experiment=digits",
+    "network.denoiser.hidden=16",
+    "network.energy.hidden=16",
+    "pretrain.iterations=60",
+    "train.iterations=40",
+    "train.batch_size=16",
+    "train.log_every=5",
+    "evaluate.every=10",
+    "evaluate.num_samples=64",
+    "evaluate.batch_size=64",
+    "evaluate.grid=4",
+    "resources.threads=1",
+]
+"""A run of a second."""
+
+SLOWER = [
+    "experiment=digits",
+    "pretrain.iterations=100",
+    "train.iterations=60",
+    "train.batch_size=64",
+    "train.log_every=5",
+    "evaluate.every=5",
+    "evaluate.num_samples=200",
+    "evaluate.batch_size=50",
+    "evaluate.kid_subset_size=50",
+    "evaluate.grid=16",
+    "resources.device=cpu",
+    "resources.threads=1",
+]
+"""A run of ten seconds, in which something can happen; its networks are the experiment's own."""
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 120.0) -> None:
+    """Wait until something holds, or fail."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def processes_with(mark: str, kind: str = "") -> list[int]:
+    """Processes that have this in their environment, and in their command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if kind.encode() in (entry / "cmdline").read_bytes() and mark.encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+    return sorted(found)
