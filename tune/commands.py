@@ -217,8 +217,7 @@ def _train(args: argparse.Namespace) -> int:
     config, out = _resumed(args) if args.resume else _read(args) if args.config else _composed(args)
     run = RunDirectory(out)
     console = Terminal()
-    address = _address(config, out)
-    keep = _keeper(address, out)
+    address, keep = _kept(config, out)
     finished = run.read_summary()
     if finished is None and steps_in(run.checkpoints):
         console.out(f"Going on with the run in {out}.", highlight=False)
@@ -241,20 +240,15 @@ def _train(args: argparse.Namespace) -> int:
     return OK
 
 
-def _address(config: ExperimentConfig, out: Path) -> str | None:
-    """Where a run is kept beside its folder."""
+def _kept(config: ExperimentConfig, out: Path) -> tuple[str | None, Callable[[], None]]:
+    """Where the run is kept beside its folder, and what copies it there."""
     storage_path = config.resources.storage_path
-    return None if storage_path is None else f"{storage_path.rstrip('/')}/{out.resolve().name}"
-
-
-def _keeper(address: str | None, out: Path) -> Callable[[], None]:
-    """What copies the run to its address."""
-    if address is None:
-        return lambda: None
+    if storage_path is None:
+        return None, lambda: None
     storage = importlib.import_module("tune.storage")  # pyarrow takes a while
+    address = str(storage.join(storage_path, out.resolve().name))
     storage.Remote(address).require_reachable()
-    keep: Callable[[], None] = storage.copied(address, out)
-    return keep
+    return address, storage.copied(address, out)
 
 
 def _on_workers(experiment: Experiment, out: Path, reporter: ProgressReporter, address: str | None) -> Summary | None:
