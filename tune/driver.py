@@ -25,7 +25,6 @@ from tune.devices import Slots
 from tune.mirror import Mirror
 from tune.ray_session import ray_session
 from tune.signals import gentle_stop
-from tune.space import tree_with
 from tune.study import Study, TrialRecord
 from tune.trial import END, SCORE, STEP, Mailbox, Trainer, run_trial
 
@@ -210,7 +209,7 @@ def _arguments(conductor: Conductor, mirror: Mirror, record: TrialRecord) -> dic
 
 def trial_tree(study: Study, record: TrialRecord, slots: Slots) -> dict[str, Any]:
     """A trial's whole config as a tree, with the threads that it really gets."""
-    tree = tree_with(study.plan.experiment, record.values)
+    tree = study.plan.tree_of(record.values)
     tree["resources"]["threads"] = slots.threads
     return tree
 

@@ -38,8 +38,8 @@ from dxmi.errors import UserError
 from dxmi.experiment import ExperimentConfig
 from dxmi.files import write_atomic, write_json
 from dxmi.run_directory import RunDirectory, read_yaml
-from tune.proposals import num_planned, propose, template
-from tune.space import Axis, Value, configured, parse_space
+from tune.proposals import Proposal, num_planned, propose, template
+from tune.space import Axis, Value, parse_space, tree_with
 from tune.stopping import falls_behind
 from tune.sweep_config import SweepConfig, TrackingConfig
 
@@ -169,6 +169,25 @@ class Plan:
     def num_trials(self) -> int:
         """Trials of the whole study."""
         return num_planned(self.sweep, self.axes)
+
+    def propose(self, history: Sequence[FrozenTrial]) -> Proposal | None:
+        """The trial that follows `history`; None if there is none, or none before a running one has ended."""
+        if len(history) >= self.num_trials:
+            return None
+        axes = sorted(self.axes, key=lambda axis: axis.path)  # their order in the file is not in the signature
+        return propose(self.sweep, axes, self.experiment, history)
+
+    def tree_of(self, values: Mapping[str, Value]) -> dict[str, Any]:
+        """The config of the trial with these values, as a tree that may still be refused."""
+        return tree_with(self.experiment, values)
+
+    def config_of(self, values: Mapping[str, Value]) -> ExperimentConfig:
+        """The config of the trial with these values.
+
+        Raises:
+            UserError: it refuses one of them, or one beside another.
+        """
+        return build(ExperimentConfig, self.tree_of(values))
 
     @property
     def metric(self) -> str:
@@ -495,7 +514,7 @@ class Study:
 
     def config(self, record: TrialRecord) -> ExperimentConfig:
         """What a trial runs."""
-        return configured(self.plan.experiment, record.values)
+        return self.plan.config_of(record.values)
 
     def curves(self) -> dict[int, dict[int, float]]:
         """Every trial's scores by iteration."""
@@ -510,17 +529,16 @@ class Study:
     def add(self) -> TrialRecord | None:
         """Propose one more trial and record it as running; None if all that are planned have been."""
         history = self._trials()
-        if len(history) >= self.plan.num_trials:
+        proposal = self.plan.propose(history)
+        if proposal is None:
             return None
-        axes = sorted(self.plan.axes, key=lambda axis: axis.path)  # their order in the file is not in the signature
-        proposal = propose(self.plan.sweep, axes, self.plan.experiment, history)
         about = self._about(proposal.values)
         self._optuna.add_trial(template(self.plan.axes, proposal, {_RECORDED: about}))
         return self.record(len(history))
 
     def _about(self, values: Mapping[str, Value]) -> dict[str, Any]:
         try:
-            config = configured(self.plan.experiment, values)
+            config = self.plan.config_of(values)
             about = {"signature": config.signature, "seed": config.seed}
         except UserError:  # the values are only refused together: the trial will say so
             about = {"signature": signature([self.plan.signature, dict(values)]), "seed": self.plan.experiment.seed}

@@ -29,7 +29,7 @@ from dxmi.errors import UserError
 from dxmi.provenance import git_revision
 from dxmi.run_directory import Row
 from tune.console import complain
-from tune.space import configured, flat
+from tune.space import flat
 from tune.store import Ledger, Point, Run, experiment_id, import_quietly, missing, open_store, store_address
 from tune.study import Plan, StudyFolder, TrialRecord, TrialState
 
@@ -85,7 +85,7 @@ def _text(value: Any) -> str:
 
 def _params(plan: Plan, record: TrialRecord) -> dict[str, str]:
     try:
-        settings = flat(to_tree(configured(plan.experiment, record.values)))
+        settings = flat(to_tree(plan.config_of(record.values)))
     except UserError:  # together they were refused, and the trial failed
         settings = flat(to_tree(plan.experiment)) | dict(record.values)
     return {path: _text(value) for path, value in settings.items() if not path.startswith("resources.")}
