@@ -93,8 +93,10 @@ def made_tree(folder: Path) -> Path:
     for name in ("dxmi", "tune", "runs/x", ".git", ".venv/lib", "own"):
         (folder / name).mkdir(parents=True)
         (folder / name / "file").write_bytes(b"x" * 1000)
-    for name in (".env", "server.pem", "auth_token", "credentials.json", ".gitignore"):
+    for name in (".env", "server.pem", "auth_token", "credentials.json", ".pgpass", ".gitignore"):
         (folder / name).write_bytes(b"own/\n")
+    (folder / "cluster" / "credentials").mkdir(parents=True)  # where cluster/mlflow.compose.yaml has its password
+    (folder / "cluster" / "credentials" / "database").write_bytes(b"hunter2")
     return folder
 
 
@@ -164,6 +166,21 @@ def test_a_jobs_command_is_ours_and_quoted():
     for arguments in ([], ["rm"], ["ui"]):
         with pytest.raises(UserError, match="After -- comes a command"):
             entrypoint(arguments)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "tracking.uri=http://olga:hunter2@host", "tracking.uri=olga:hunter2@host", "tracking.uri='https://hunter2@host'",
+        "tracking.uri=https://host?token=hunter2", "tracking.uri=http://olga:hunter2%40host",
+        "++tracking={uri:'http://olga:hunter2@host'}",
+    ],
+)  # fmt: skip
+def test_no_credentials_reach_a_jobs_command(argument):
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD where the cluster's nodes start") as refused:
+        entrypoint(["sweep", argument])
+    assert "hunter2" not in str(refused.value)
+    assert entrypoint(["sweep", "tracking.uri=http://host:5000"]).endswith(" tracking.uri=http://host:5000")
 
 
 # ----------------------------------------------------------------------------

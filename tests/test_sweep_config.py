@@ -383,6 +383,9 @@ def test_a_place_to_track_that_is_none_is_refused(uri):
         "//user:hunter2@host",
         "http://user:hunter2@[bad",
         "http://user:hunter2@host:port",
+        "http://user:hunter2%40host",
+        "https://host/?token=hunter2",
+        "https://host#hunter2",
     ],
 )
 def test_credentials_in_an_address_are_refused_and_not_repeated(uri):

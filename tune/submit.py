@@ -6,6 +6,7 @@ connection may drop meanwhile, and so may we: the job goes on, and `--attach` fo
 
 import logging
 import os
+import re
 import secrets
 import shlex
 import time
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 from urllib.request import urlopen
 
 from pathspec import PathSpec
@@ -26,13 +28,19 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 LEFT_OUT = (
     ".git", ".venv", "venv", "env", "node_modules", "__pycache__", "*.pyc", "*.egg-info", ".mypy_cache", ".ruff_cache",
     ".pytest_cache", ".import_linter_cache", "/runs", "/studies", "/data", "/dist", "/build", "mlruns", "*.part",
-    ".env", ".env.*", ".netrc", ".ssh", ".aws", "*.pem", "*.key", "auth_token", "credentials*", "kubeconfig*",
+    ".env", ".env.*", ".netrc", ".pgpass", ".ssh", ".aws", "*.pem", "*.key", "auth_token", "credentials*",
+    "kubeconfig*",
 )  # fmt: skip
-"""Patterns of gitignore's kind; the last line is what could hold a secret."""
+"""Patterns of gitignore's kind; the last two lines are what could hold a secret."""
 PASSED_ON = ("DXMI_CACHE", "DXMI_DATA")
 """Variables that a job gets if they are set here."""
 UPLOAD_MEGABYTES = 100
 """What is sent unless more is allowed."""
+_CREDENTIALS = re.compile(
+    r"(?<!abfs:)(?<!abfss:)//[^/\s]*@|tracking\.uri.*[@?#]|storage_path.*[?&][^=&]*(key|secret|token|password|sig)[^=&]*=",
+    re.IGNORECASE,
+)
+"""In an argument: those of an address, with its scheme or without; an abfs address names its container before the @."""
 _SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "KEY", "COOKIE")
 _COMMANDS = ("train", "sweep", "report", "studies", "doctor", "config")
 _BIGGEST = 5
@@ -145,11 +153,16 @@ def entrypoint(arguments: Sequence[str]) -> str:
     """The job's command line, of a command of `dxmi` and its arguments.
 
     Raises:
-        UserError: it is no command for a cluster.
+        UserError: it is no command for a cluster, or holds an address with credentials, which Ray would show.
     """
     if not arguments or arguments[0] not in _COMMANDS:
         given = arguments[0] if arguments else "nothing"
         raise UserError(f"After -- comes a command, one of {', '.join(_COMMANDS)}, and its arguments; not {given}.")
+    if any(_CREDENTIALS.search(unquote(argument)) for argument in arguments):
+        raise UserError(
+            "An address after -- holds a user name, a password or a query, and Ray's dashboard shows a job's command: "
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the cluster's nodes start instead."
+        )
     return shlex.join(["python", "-m", "tune.cli", *arguments])
 
 

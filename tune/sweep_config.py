@@ -5,7 +5,7 @@ A file configs/sweep/NAME.yaml (or any .yaml that `sweep=` names) holds these, a
 
 import math
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 DIRECTIONS = ("minimize", "maximize")
 SAMPLERS = ("tpe", "sobol", "random", "grid", "nsga2")
@@ -156,9 +156,10 @@ class TrackingConfig:
     """How long the end of a sweep waits for a server that is away; the next resume delivers what is then left."""
 
     def __post_init__(self) -> None:
-        if "@" in self.uri:  # first, since the next sentence repeats it
+        if set("@?#") & set(unquote(self.uri)):  # first, since the next sentence repeats it
             raise ValueError(
-                "uri holds a user name or password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+                "uri holds a user name, a password or a query: set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, instead"
             )
         if self.uri not in ("local", "none") and not _is_server(self.uri):
             raise ValueError(f"uri is {self.uri!r}: it must be local, none, or http://host:port of an MLflow server")
