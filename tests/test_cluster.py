@@ -93,7 +93,7 @@ def made_tree(folder: Path) -> Path:
     for name in ("dxmi", "tune", "runs/x", ".git", ".venv/lib", "own"):
         (folder / name).mkdir(parents=True)
         (folder / name / "file").write_bytes(b"x" * 1000)
-    for name in (".env", "server.pem", "auth_token", "credentials.json", ".pgpass", ".gitignore"):
+    for name in (".env", "server.pem", "auth_token", ".ray-token-41234", "credentials.json", ".pgpass", ".gitignore"):
         (folder / name).write_bytes(b"own/\n")
     (folder / "cluster" / "credentials").mkdir(parents=True)  # where cluster/mlflow.compose.yaml has its password
     (folder / "cluster" / "credentials" / "database").write_bytes(b"hunter2")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,6 +33,7 @@ class Estimate:
         trial_bytes: of each trial's folder.
         trials: planned.
         concurrent: trials at once.
+        elsewhere: whether trials get GPUs of other machines, while this one's CPU was timed.
     """
 
     shared_seconds: float
@@ -40,6 +41,7 @@ class Estimate:
     trial_bytes: int
     trials: int
     concurrent: int
+    elsewhere: bool = False
 
     @property
     def seconds(self) -> float:
@@ -55,13 +57,18 @@ class Estimate:
 def estimate(config: ExperimentConfig, slots: Slots, trials: int) -> Estimate:
     """Time a few iterations of each phase with one trial's threads.
 
+    A cluster's GPUs may be on other nodes, or on none yet: without one here, the CPU is timed.
+
     Raises:
         UserError: the data cannot be read.
     """
+    elsewhere = slots.gpu_share > 0.0 and not torch.cuda.is_available()
+    if elsewhere:
+        config = replace(config, resources=replace(config.resources, device="cpu"))
     before = torch.get_num_threads()
     torch.set_num_threads(slots.threads)
     try:
-        return _measured(Experiment(config), slots, trials)
+        return replace(_measured(Experiment(config), slots, trials), elsewhere=elsewhere)
     finally:
         torch.set_num_threads(before)
 

@@ -28,8 +28,8 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 LEFT_OUT = (
     ".git", ".venv", "venv", "env", "node_modules", "__pycache__", "*.pyc", "*.egg-info", ".mypy_cache", ".ruff_cache",
     ".pytest_cache", ".import_linter_cache", "/runs", "/studies", "/data", "/dist", "/build", "mlruns", "*.part",
-    ".env", ".env.*", ".netrc", ".pgpass", ".ssh", ".aws", "*.pem", "*.key", "auth_token", "credentials*",
-    "kubeconfig*",
+    ".env", ".env.*", ".netrc", ".pgpass", ".ssh", ".aws", "*.pem", "*.key", "auth_token", ".ray-token*",
+    "credentials*", "kubeconfig*",
 )  # fmt: skip
 """Patterns of gitignore's kind; the last two lines are what could hold a secret."""
 PASSED_ON = ("DXMI_CACHE", "DXMI_DATA")

@@ -24,6 +24,7 @@ from tune.tracking import open_store
 from tune.ui import free_port, serve
 
 OK, FAILED, STOPPED = 0, 1, 130
+_TIMED_ELSEWHERE = ", and much less on GPUs: this machine has none, so its CPU was timed"
 
 # ----------------------------------------------------------------------------
 # dxmi sweep
@@ -62,7 +63,8 @@ def _announce(console: Terminal, chosen: Sweep) -> None:
     again = "Going on with" if chosen.folder.exists else "Study"
     console.out(
         f"{again} {chosen.plan.name}: {cost.trials} trials, {chosen.slots}; "
-        f"about {duration(cost.seconds)} and {cost.bytes / 1e9:.1f} GB in all, less where trials are stopped early.",
+        f"about {duration(cost.seconds)} and {cost.bytes / 1e9:.1f} GB in all, less where trials are stopped early"
+        f"{_TIMED_ELSEWHERE if cost.elsewhere else ''}.",
         highlight=False,
     )
 
@@ -95,7 +97,8 @@ def _plan(console: Terminal, chosen: Sweep, cost: Estimate) -> None:
 
 def _time(cost: Estimate) -> str:
     shared = f"{duration(cost.shared_seconds)} of pretraining and references, once; " if cost.shared_seconds else ""
-    return f"about {duration(cost.seconds)}: {shared}{duration(cost.trial_seconds)} a trial that runs to its end"
+    each = f"{duration(cost.trial_seconds)} a trial that runs to its end"
+    return f"about {duration(cost.seconds)}: {shared}{each}{_TIMED_ELSEWHERE if cost.elsewhere else ''}"
 
 
 def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
