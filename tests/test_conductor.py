@@ -18,7 +18,8 @@ from dxmi.train import Summary
 from tune.conductor import Conductor, Note, Order
 from tune.console import last_line
 from tune.devices import Slots
-from tune.study import Outcome, Plan, Study, StudyFolder, TrialRecord, TrialState
+from tune.plans import Plan
+from tune.study import Outcome, Study, StudyFolder, TrialRecord, TrialState
 from tune.sweep_config import BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig
 from tune.trial import BadReportError, checked
 

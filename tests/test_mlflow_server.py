@@ -28,8 +28,9 @@ import tune.tracking
 from dxmi.config import to_tree
 from dxmi.files import write_atomic
 from tune.configs import compose_experiment
+from tune.plans import Plan
 from tune.space import configured
-from tune.study import Outcome, Plan, StudyFolder, TrialRecord, TrialState
+from tune.study import Outcome, StudyFolder, TrialRecord, TrialState
 from tune.submit import LEFT_OUT
 from tune.sweep_config import SweepConfig, TrackingConfig
 from tune.tracking import Tracker

@@ -27,18 +27,9 @@ from tune import report
 from tune.configs import compose_experiment
 from tune.figures import Reference, importance_obstacle, importances, references, study_figures
 from tune.leaderboard import leaderboard, leaderboard_table, short_names, write_best, write_leaderboard
+from tune.plans import Plan
 from tune.report import course_sentences, result_sentences, sample_matrix, write_report
-from tune.study import (
-    Outcome,
-    Plan,
-    Study,
-    StudyFolder,
-    TrialRecord,
-    TrialState,
-    completed,
-    fallen_behind,
-    unfinished,
-)
+from tune.study import Outcome, Study, StudyFolder, TrialRecord, TrialState, completed, fallen_behind, unfinished
 from tune.sweep_config import BudgetConfig, ObjectiveConfig, SamplerConfig, SweepConfig
 
 RATES = {

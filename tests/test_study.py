@@ -24,20 +24,17 @@ from dxmi.evaluate import NUM_SAMPLES_KEY, REPORT, Sampling, Scorer
 from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.schedules import shorten
 from dxmi.train import Summary
+from tune.plans import Plan, metrics_of, plan_from, require_name
 from tune.study import (
     Outcome,
-    Plan,
     Study,
     StudyFolder,
     TrialRecord,
     TrialState,
     completed,
     fallen_behind,
-    metrics_of,
     pareto_front,
-    plan_from,
     ranked,
-    require_name,
     studies_in,
     unfinished,
 )

@@ -11,8 +11,8 @@ import yaml
 from dxmi.config import build, to_tree
 from dxmi.errors import UserError
 from tune.configs import ComposedSweep, compose_experiment, compose_sweep, config_folder, sweeps
+from tune.plans import Plan, plan_from
 from tune.space import flat
-from tune.study import Plan, plan_from
 from tune.sweep_config import BudgetConfig, ObjectiveConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
 
 SPACE = "space: {algorithm.policy.lr: {log_uniform: [1.0e-6, 1.0e-4]}}\n"

@@ -28,8 +28,9 @@ from dxmi.files import write_atomic, write_json
 from dxmi.run_directory import RunDirectory
 from support import free_port, wait_until
 from tune.configs import compose_experiment
+from tune.plans import Plan
 from tune.space import configured, flat
-from tune.study import Outcome, Plan, StudyFolder, TrialRecord, TrialState
+from tune.study import Outcome, StudyFolder, TrialRecord, TrialState
 from tune.sweep_config import ObjectiveConfig, SweepConfig, TrackingConfig
 from tune.tracking import Tracker, open_store
 

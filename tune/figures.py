@@ -21,8 +21,9 @@ from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import create_trial
 
 from tune.leaderboard import best_of, better, metric_label, number, short_names, summary_of
+from tune.plans import Plan
 from tune.space import Axis, Param, Value, show
-from tune.study import Plan, Study, TrialRecord, TrialState, pareto_front, ranked
+from tune.study import Study, TrialRecord, TrialState, pareto_front, ranked
 from tune.sweep_config import ObjectiveConfig
 
 _INK, _MUTED, _FAINT = "#24292f", "#656d76", "#d0d7de"

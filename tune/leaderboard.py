@@ -21,8 +21,9 @@ from dxmi.checkpoint import path_of
 from dxmi.config import to_tree
 from dxmi.errors import UserError
 from dxmi.files import write_atomic
+from tune.plans import Plan
 from tune.space import flat, show
-from tune.study import Plan, Study, TrialRecord, TrialState, ranked
+from tune.study import Study, TrialRecord, TrialState, ranked
 from tune.sweep_config import ObjectiveConfig
 
 NOT_COMPARABLE = "*"

@@ -41,8 +41,9 @@ from tune.leaderboard import (
     summary_of,
 )
 from tune.live import duration
+from tune.plans import Plan
 from tune.space import Axis, show, value_at
-from tune.study import Plan, Study, TrialRecord, TrialState, pareto_front, ranked, timestamp
+from tune.study import Study, TrialRecord, TrialState, pareto_front, ranked, timestamp
 
 _TEMPLATES = Path(__file__).resolve().parent / "_templates"
 _MATRIX_TRIALS, _MATRIX_STEPS = 8, 6

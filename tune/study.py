@@ -13,13 +13,11 @@ in here is pickled, so that opening a study runs no code.
 
 import json
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,20 +31,18 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from dxmi.checkpoint import newest, prune
-from dxmi.config import build, differences, signature, to_tree
+from dxmi.config import differences, signature
 from dxmi.errors import UserError
 from dxmi.experiment import ExperimentConfig
 from dxmi.files import write_atomic, write_json
 from dxmi.run_directory import RunDirectory, read_yaml
-from tune.proposals import Proposal, num_planned, propose, template
-from tune.space import Axis, Value, parse_space, tree_with
+from tune.plans import FORMAT, Plan, plan_from
+from tune.proposals import template
+from tune.space import Value
 from tune.stopping import falls_behind
-from tune.sweep_config import SweepConfig, TrackingConfig
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every trial; so do we
 
-_FORMAT = 1
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _NO_SAMPLER = RandomSampler(0)
 """Optuna's study is never asked: see `tune.proposals`."""
 _RECORDED = "dxmi"
@@ -137,149 +133,6 @@ class TrialRecord:
         return {int(row["step"]): float(row[metric]) for row in rows if metric in row}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a study is to do.
-
-    Attributes:
-        name: of the study.
-        experiment: what each trial changes a little.
-        sweep: how.
-        space: the sweep file's space, as written.
-        tracking: where it is recorded.
-    """
-
-    name: str
-    experiment: ExperimentConfig
-    sweep: SweepConfig
-    space: Mapping[str, Any]
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-    def __post_init__(self) -> None:
-        require_name(self.name)
-        _check_objectives(self.sweep, self.experiment)
-        _ = self.num_trials  # a grid may be refused
-
-    @cached_property
-    def axes(self) -> tuple[Axis, ...]:
-        """The space."""
-        return parse_space(self.space, self.experiment)
-
-    @cached_property
-    def num_trials(self) -> int:
-        """Trials of the whole study."""
-        return num_planned(self.sweep, self.axes)
-
-    def propose(self, history: Sequence[FrozenTrial]) -> Proposal | None:
-        """The trial that follows `history`; None if there is none, or none before a running one has ended."""
-        if len(history) >= self.num_trials:
-            return None
-        axes = sorted(self.axes, key=lambda axis: axis.path)  # their order in the file is not in the signature
-        return propose(self.sweep, axes, self.experiment, history)
-
-    def tree_of(self, values: Mapping[str, Value]) -> dict[str, Any]:
-        """The config of the trial with these values, as a tree that may still be refused."""
-        return tree_with(self.experiment, values)
-
-    def config_of(self, values: Mapping[str, Value]) -> ExperimentConfig:
-        """The config of the trial with these values.
-
-        Raises:
-            UserError: it refuses one of them, or one beside another.
-        """
-        return build(ExperimentConfig, self.tree_of(values))
-
-    @property
-    def metric(self) -> str:
-        """The key of the experiment's own score, like eval/fid_digits."""
-        return f"eval/fid_{self.experiment.data.name}"
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Everything that decides the trials and their results."""
-        experiment, sweep = to_tree(self.experiment), to_tree(self.sweep)
-        for free in ("budget", "max_failures", "max_concurrent"):
-            del sweep[free]
-        del experiment["resources"]
-        return {"experiment": experiment, "sweep": {**sweep, "space": self.space}}
-
-    @property
-    def signature(self) -> str:
-        """12 hex digits that two plans share exactly if they describe the same trials."""
-        return signature(self.identity)
-
-    def tree(self) -> dict[str, Any]:
-        """What study.yaml holds."""
-        return {
-            "format": _FORMAT,
-            "name": self.name,
-            "signature": self.signature,
-            "experiment": to_tree(self.experiment),
-            "sweep": {**to_tree(self.sweep), "space": json.loads(json.dumps(self.space))},
-            "tracking": to_tree(self.tracking),
-        }
-
-
-def plan_from(tree: Mapping[str, Any]) -> Plan:
-    """The inverse of `Plan.tree`.
-
-    Raises:
-        UserError: something in it is wrong.
-    """
-    given = tree.get("sweep", {})
-    if not isinstance(given, Mapping):
-        raise UserError(f"sweep is {given!r}: it must be a group of settings.")
-    sweep = dict(given)
-    space = sweep.pop("space", {})
-    return Plan(
-        name=str(tree.get("name")),
-        experiment=build(ExperimentConfig, tree.get("experiment", {}), "experiment"),
-        sweep=build(SweepConfig, sweep, "sweep"),
-        space=space,
-        tracking=build(TrackingConfig, tree.get("tracking", {}), "tracking"),
-    )
-
-
-def require_name(name: str) -> None:
-    """Check the name of a study.
-
-    Raises:
-        UserError: it could not be the name of a folder and of a run.
-    """
-    if not _NAME.fullmatch(name) or ".." in name:
-        shown = name if len(name) <= 60 else name[:60] + "..."
-        raise UserError(
-            f"The study's name is {shown!r}: it must be 1 to 100 letters, digits, dots, dashes or underscores."
-        )
-
-
-_OWN_METRICS = ("score", "num_steps", "seconds")
-
-
-def metrics_of(experiment: ExperimentConfig) -> list[str]:
-    """Every metric that an objective may name."""
-    data = experiment.data.name
-    scores = [f"eval/{kind}_{data}" for kind in ("fid", "kid", "precision", "recall")]
-    return [*_OWN_METRICS, *scores, "eval/sliced_wasserstein"]
-
-
-def _check_objectives(sweep: SweepConfig, experiment: ExperimentConfig) -> None:
-    known = metrics_of(experiment)
-    for index, objective in enumerate(sweep.objectives):
-        if objective.metric not in known:
-            raise UserError(
-                f"sweep.objectives[{index}].metric is {objective.metric!r}, which no trial reports: "
-                f"it must be one of {', '.join(known)}."
-            )
-    first = sweep.objectives[0]
-    follows_curve = first.metric in ("score", known[len(_OWN_METRICS)]) and first.direction == "minimize"
-    if sweep.stopping.rule != "none" and not follows_curve:
-        raise UserError(
-            f"sweep.stopping.rule is {sweep.stopping.rule!r}, which goes by the curve of the score: "
-            "the objective must be score then, and be minimized."
-        )
-
-
 # ----------------------------------------------------------------------------
 # The folder
 
@@ -358,8 +211,8 @@ class StudyFolder:
         """
         self.require_own()
         tree = read_yaml(self.plan, f"There is no study in {self.path}. `dxmi studies` lists those there are.")
-        if tree.get("format") != _FORMAT:
-            raise UserError(f"{self.plan} has format {tree.get('format')!r}: this version of dxmi reads {_FORMAT}.")
+        if tree.get("format") != FORMAT:
+            raise UserError(f"{self.plan} has format {tree.get('format')!r}: this version of dxmi reads {FORMAT}.")
         plan = plan_from(tree)
         if plan.name != self.path.resolve().name:
             raise UserError(f"The study in {self.path} is called {plan.name}: name its folder so.")

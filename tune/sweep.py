@@ -33,8 +33,9 @@ from tune.figures import study_figures
 from tune.leaderboard import leaderboard, write_best, write_leaderboard
 from tune.live import SweepView
 from tune.mirror import Mirror
+from tune.plans import Plan, plan_from, require_name
 from tune.report import write_report
-from tune.study import Plan, Study, StudyFolder, TrialRecord, plan_from, require_name
+from tune.study import Study, StudyFolder, TrialRecord
 from tune.tracking import Tracker
 from tune.trial import Trainer
 

@@ -16,8 +16,9 @@ from tune.doctor import Verdict, examine
 from tune.estimate import Estimate
 from tune.leaderboard import leaderboard_table
 from tune.live import duration
+from tune.plans import require_name
 from tune.space import show, value_at
-from tune.study import Study, StudyFolder, TrialState, require_name, studies_in
+from tune.study import Study, StudyFolder, TrialState, studies_in
 from tune.submit import DEFAULT_ADDRESS, Jobs, entrypoint, environment, follow, new_id, patiently, survey
 from tune.sweep import Sweep, SweepResult
 from tune.tracking import open_store

@@ -29,9 +29,10 @@ from dxmi.errors import UserError
 from dxmi.provenance import git_revision
 from dxmi.run_directory import Row
 from tune.console import complain
+from tune.plans import Plan
 from tune.space import flat
 from tune.store import Ledger, Point, Run, experiment_id, import_quietly, missing, open_store, store_address
-from tune.study import Plan, StudyFolder, TrialRecord, TrialState
+from tune.study import StudyFolder, TrialRecord, TrialState
 
 __all__ = ["Tracker", "open_store"]
 

@@ -28,10 +28,11 @@ from tune.conductor import Conductor
 from tune.configs import compose_experiment
 from tune.devices import Slots
 from tune.leaderboard import write_leaderboard
+from tune.plans import Plan
 from tune.proposals import propose
 from tune.report import write_report
 from tune.storage import Remote
-from tune.study import Plan, Study, StudyFolder, TrialRecord
+from tune.study import Study, StudyFolder, TrialRecord
 from tune.sweep_config import BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
 from tune.tracking import Tracker
 
