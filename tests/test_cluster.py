@@ -291,7 +291,7 @@ def test_a_sweep_is_sent_left_followed_again_and_ended(cluster):
     assert f"--attach {job}" in said
     attached = cluster.start("--attach", job)
     cluster.submit("--cancel", job)
-    said, _ = attached.communicate(timeout=120)
+    said, _ = attached.communicate(timeout=200)
     assert attached.returncode == 130, said
     assert "trial 0: started" in said
     assert "stopped by SIGTERM" in said

@@ -38,7 +38,7 @@ from dxmi.train import Phase, Progress, Reporter, Saved, Summary, train
 from dxmi.workers import Group
 from tune.console import last_line
 from tune.devices import find_slots
-from tune.ray_session import ray_session
+from tune.ray_session import actor_here, ray_session
 from tune.storage import Remote, join, kept
 
 _POLL_SECONDS = 0.5
@@ -98,7 +98,7 @@ def train_on_workers(
     """
     # The other workers notice a hung one in their collectives; Ray Train, when they all are.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.resources.worker_timeout)
-    line: Any = ray.remote(num_cpus=0)(_Line).remote()
+    line = actor_here(_Line)
     serving = _Serving(line, report or (lambda _: None))
     place = address or str(out.resolve())
     release_lost_group(place)

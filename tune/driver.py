@@ -23,7 +23,7 @@ from dxmi.train import train
 from tune.conductor import Conductor, Order
 from tune.devices import Slots
 from tune.mirror import Mirror
-from tune.ray_session import ray_session
+from tune.ray_session import actor_here, ray_session
 from tune.signals import gentle_stop
 from tune.study import Study, TrialRecord
 from tune.trial import END, SCORE, STEP, Mailbox, Trainer, run_trial
@@ -78,7 +78,7 @@ def drive(
         # Twice, since Ray's start takes SIGTERM for itself.
         with control.listening(), ray_session(slots.cpus, slots.gpus), control.listening():
             control.checkpoint()
-            mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+            mailbox = actor_here(Mailbox)
             hands = _Hands(conductor, mirror, mailbox, look, control)
             trainable = _trainable(conductor.slots, mailbox, trainer)
             _tuner(trainable, conductor, mirror, hands, control).fit()

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_logging
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dxmi.errors import UserError
 
@@ -40,6 +41,12 @@ def cluster_nodes() -> list[tuple[int, int]]:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     return [(int(resources.get("CPU", 0)), int(resources.get("GPU", 0))) for resources in alive]
+
+
+def actor_here(kind: type) -> Any:
+    """An actor of this class on this very node, so that it is lost only with whoever talks through it; it holds no CPU."""
+    node = ray.get_runtime_context().get_node_id()
+    return ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))(kind).remote()
 
 
 def _connect() -> None:

@@ -45,7 +45,7 @@ _SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "KEY", "
 _COMMANDS = ("train", "sweep", "report", "studies", "doctor", "config")
 _BIGGEST = 5
 _POLL_SECONDS = 1.0
-_SAVING_SECONDS = "40"
+_SAVING_SECONDS = "120"
 """That a job which is told to end has for saving, of Ray's 3."""
 _LONGEST_WAIT = 15.0
 _ANSWER_SECONDS = 10.0
