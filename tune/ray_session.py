@@ -44,9 +44,13 @@ def cluster_nodes() -> list[tuple[int, int]]:
 
 
 def actor_here(kind: type) -> Any:
-    """An actor of this class on this very node, so that it is lost only with whoever talks through it; it holds no CPU."""
+    """An actor of this class on this very node, without a CPU: it is lost only with whoever made it."""
     node = ray.get_runtime_context().get_node_id()
-    return ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))(kind).remote()
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+    }
+    return ray.remote(**options)(kind).remote()
 
 
 def _connect() -> None:
