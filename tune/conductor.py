@@ -138,7 +138,8 @@ class Conductor:
             return None
         record = self._waiting.pop(0) if self._waiting else self.study.add()
         if record is None:
-            self.ending = "every planned trial has ended"
+            if self.study.is_done:
+                self.ending = "every planned trial has ended"
             return None
         total = self._iterations(record)
         self.live[record.number] = Live(record, total, self.clock())
@@ -153,7 +154,7 @@ class Conductor:
     @property
     def has_nothing_to_do(self) -> bool:
         """Whether the study had ended before."""
-        return not self._waiting and len(self.states) >= self.plan.num_trials
+        return not self._waiting and self.study.is_done
 
     def changed(self) -> bool:
         """Whether there is something new to record since the last call."""

@@ -61,6 +61,10 @@ class Plan:
         axes = sorted(self.axes, key=lambda axis: axis.path)  # their order in the file is not in the signature
         return propose(self.sweep, axes, self.experiment, history)
 
+    def is_done(self, history: Sequence[FrozenTrial]) -> bool:
+        """Whether every trial has been begun, and none that runs can call for more."""
+        return len(history) >= self.num_trials
+
     def tree_of(self, values: Mapping[str, Value]) -> dict[str, Any]:
         """The config of the trial with these values, as a tree that may still be refused."""
         return tree_with(self.experiment, values)

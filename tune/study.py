@@ -380,7 +380,7 @@ class Study:
     # Changing
 
     def add(self) -> TrialRecord | None:
-        """Propose one more trial and record it as running; None if all that are planned have been."""
+        """Propose one more trial and record it as running; None if there is none, or none until another has ended."""
         history = self._trials()
         proposal = self.plan.propose(history)
         if proposal is None:
@@ -388,6 +388,11 @@ class Study:
         about = self._about(proposal.values)
         self._optuna.add_trial(template(self.plan.axes, proposal, {_RECORDED: about}))
         return self.record(len(history))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no further trial will be begun."""
+        return self.plan.is_done(self._trials())
 
     def _about(self, values: Mapping[str, Value]) -> dict[str, Any]:
         try:
