@@ -61,7 +61,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         discard_output()
         return FAILED
     except OSError as error:
-        complain(f"{error.filename or 'A file'} could not be read or written: {error.strerror or error}.")
+        if error.filename is None:  # no file of the user's
+            raise
+        complain(f"{error.filename} could not be read or written: {error.strerror or error}.")
         return FAILED
 
 
