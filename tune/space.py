@@ -27,11 +27,12 @@ from dxmi.experiment import ExperimentConfig
 from tune.sweep_config import KINDS
 
 _EXAMPLE = "write one of {log_uniform: [1.0e-6, 1.0e-4]}, {uniform: [0, 1]}, {integer: [3, 8]}, {choice: [a, b]}"
-_FIXED = {
+FIXED = {
     "resources": "it changes no result",
     "evaluate": "trials that are measured differently cannot be compared",
     "name": "it changes no result",
 }
+"""Groups that no study varies, and why."""
 _MAX_GRID = 100_000
 
 Value = Any
@@ -161,7 +162,7 @@ def parse_space(tree: Any, experiment: ExperimentConfig) -> tuple[Axis, ...]:
     known = to_tree(experiment)
     axes = []
     for path, spec in specs.items():
-        _check_path(path, known)
+        require_setting(f"sweep.space.{path}", path, known)
         axis = _axis(path, spec)
         _check_values(axis, experiment)
         axes.append(axis)
@@ -180,20 +181,31 @@ def _specs(tree: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield from _specs(value, f"{path}.{key}" if path else str(key))
 
 
-def _check_path(path: str, known: Mapping[str, Any]) -> None:
+def require_setting(where: str, path: str, known: Mapping[str, Any], fixed: Mapping[str, str] = FIXED) -> None:
+    """Check that `path` is one setting of an experiment, and that it may vary.
+
+    Args:
+        where: of the path in a file, for messages.
+        path: with dots.
+        known: the experiment as a tree.
+        fixed: groups that may not vary, and why.
+
+    Raises:
+        UserError: it is none (the nearest is named), a group of them, or fixed.
+    """
     tree: Any = known
     group = path.partition(".")[0]
-    if group in _FIXED:
-        raise UserError(f"sweep.space.{path} cannot vary: {_FIXED[group]}.")
+    if group in fixed:
+        raise UserError(f"{where} cannot vary: {fixed[group]}.")
     for part in path.split("."):
         if not isinstance(tree, Mapping) or part not in tree:
-            every = [name for name in flat(known) if name.partition(".")[0] not in _FIXED]
+            every = [name for name in flat(known) if name.partition(".")[0] not in fixed]
             near = difflib.get_close_matches(path, every, n=1, cutoff=0.5)
-            groups = [name for name in known if name not in _FIXED]
-            raise UserError(unknown_key(f"sweep.space.{path}", path, near or groups))
+            groups = [name for name in known if name not in fixed]
+            raise UserError(unknown_key(where, path, near or groups))
         tree = tree[part]
     if isinstance(tree, Mapping):
-        raise UserError(f"sweep.space.{path} is a group of settings: name one of them, like {path}.{next(iter(tree))}.")
+        raise UserError(f"{where} is a group of settings: name one of them, like {path}.{next(iter(tree))}.")
 
 
 def _axis(path: str, spec: Mapping[str, Any]) -> Axis:

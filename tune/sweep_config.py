@@ -80,13 +80,11 @@ class StoppingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetConfig:
-    """When a sweep ends. Whichever comes first; running trials then save and return."""
+class LimitsConfig:
+    """When a study ends before its last trial. Whichever comes first; running trials then save and return."""
 
-    trials: int = 20
-    """Trials, whatever becomes of them."""
     wall_minutes: float | None = None
-    """Wall time of the sweep, over all its sessions."""
+    """Wall time of the study, over all its sessions."""
     device_hours: float | None = None
     """Hours of trials, each times the GPUs (on a CPU: times the threads) that it holds."""
     failed_trials: int | None = None
@@ -97,14 +95,33 @@ class BudgetConfig:
     """10^9 bytes of the study's trials; each keeps its best and its last checkpoint, which are never deleted."""
 
     def __post_init__(self) -> None:
-        if self.trials < 1:
-            raise ValueError(f"trials is {self.trials}: it must be at least 1")
         if self.failed_trials is not None and self.failed_trials < 1:
             raise ValueError(f"failed_trials is {self.failed_trials}: it must be at least 1")
         for name in ("wall_minutes", "device_hours", "trial_minutes", "disk_gb"):
             limit = getattr(self, name)
             if limit is not None and not (math.isfinite(limit) and limit > 0.0):
                 raise ValueError(f"{name} is {limit}: it must be a finite number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig(LimitsConfig):
+    """When a sweep ends."""
+
+    trials: int = 20
+    """Trials, whatever becomes of them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trials < 1:
+            raise ValueError(f"trials is {self.trials}: it must be at least 1")
+
+
+def require_attempts(max_failures: int, max_concurrent: int | None) -> None:
+    """Raise a ValueError with a sentence unless both are numbers that a study can go by."""
+    if max_failures < 0:
+        raise ValueError(f"max_failures is {max_failures}: it must be 0 or greater")
+    if max_concurrent is not None and max_concurrent < 1:
+        raise ValueError(f"max_concurrent is {max_concurrent}: it must be at least 1, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +147,7 @@ class SweepConfig:
             raise ValueError(f"stopping.rule is {self.stopping.rule!r}: with two objectives it must be none")
         if (self.sampler.kind == "nsga2") != (len(self.objectives) == 2) and self.sampler.kind in ("nsga2", "tpe"):
             raise ValueError(f"sampler.kind is {self.sampler.kind!r}: nsga2 takes two objectives and tpe one")
-        if self.max_failures < 0:
-            raise ValueError(f"max_failures is {self.max_failures}: it must be 0 or greater")
-        if self.max_concurrent is not None and self.max_concurrent < 1:
-            raise ValueError(f"max_concurrent is {self.max_concurrent}: it must be at least 1, or null")
+        require_attempts(self.max_failures, self.max_concurrent)
 
 
 def _is_server(uri: str) -> bool:
