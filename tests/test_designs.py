@@ -1,0 +1,375 @@
+"""From tables to arms: what each design makes of its entries, and what is refused before anything runs."""
+
+import itertools
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tune.designs
+from dxmi.config import build, differences, to_tree
+from dxmi.errors import UserError
+from dxmi.experiment import ExperimentConfig
+from dxmi.networks import NETWORK_CONFIGS, MlpConfig
+from tune.ablation_config import parse_ablation
+from tune.designs import MAX_ARMS, Arm, arms, tuning_axes, two_level_design
+
+SMALL = {"kind": "mlp", "hidden": 8, "layers": 3, "embedding": 4}
+EXPERIMENT = build(
+    ExperimentConfig,
+    {
+        "network": {"denoiser": SMALL, "energy": SMALL, "value": SMALL},
+        "pretrain": {"iterations": 20},
+        "schedule": {"num_steps": 3},
+        "train": {"iterations": 50},
+    },
+)
+TAU, COST, L2 = "algorithm.entropy_coef", "algorithm.cost_coef", "algorithm.energy_l2"
+STEP_COST, SCALE = "algorithm.step_cost", "algorithm.step_cost_scale"
+ON_OFF = {"with": {}, "without": {TAU: 0}}
+look_at_effects = tune.designs.digests
+
+
+@pytest.fixture(autouse=True)
+def _no_effect_is_looked_at(monkeypatch):
+    """Tests of tables need no updates of networks."""
+    monkeypatch.setattr("tune.designs.digests", lambda configs: defaultdict(lambda: None))
+
+
+@pytest.fixture
+def effects(monkeypatch, _no_effect_is_looked_at):
+    """Whether a setting does anything is looked at after all."""
+    monkeypatch.setattr("tune.designs.digests", look_at_effects)
+
+
+def arms_of(experiment: ExperimentConfig = EXPERIMENT, **ablation: Any) -> list[Arm]:
+    return arms(parse_ablation({"hypothesis": "It helps.", **ablation}), experiment)
+
+
+def refusal(**ablation: Any) -> str:
+    """The sentence by which arms are refused."""
+    with pytest.raises(UserError) as refused:
+        arms_of(**ablation)
+    sentence = str(refused.value)
+    assert "\n" not in sentence
+    assert sentence.endswith((".", "?"))
+    return sentence
+
+
+def factors(**named: Any) -> dict[str, Any]:
+    return {"design": "factorial", "factors": named}
+
+
+# ----------------------------------------------------------------------------
+# One change an arm
+
+
+@pytest.mark.parametrize("design", ["one_factor", "list"])
+def test_a_variant_is_an_arm_after_the_baseline(design):
+    found = arms_of(design=design, variants={"b": {TAU: 0}, "a": {TAU: 0.5, COST: 0}})
+    assert found == [Arm("baseline"), Arm("b", {TAU: 0.0}), Arm("a", {TAU: 0.5, COST: 0.0})]
+    assert found[0].config(EXPERIMENT) == EXPERIMENT
+    changed = differences(to_tree(EXPERIMENT), to_tree(found[2].config(EXPERIMENT)))
+    assert changed == [f"{COST}: 0.01 -> 0.0", f"{TAU}: 0.1 -> 0.5"]
+
+
+def test_settings_may_be_nested_and_a_group_keeps_what_is_not_named():
+    nested = {"algorithm": {"policy": {"sigma_lr": 0}, "policy_mask": [1, 0.5, 0]}, "schedule": {"method": "step"}}
+    (_, arm) = arms_of(variants={"x": nested})
+    expected = {"algorithm.policy.sigma_lr": 0.0, "algorithm.policy_mask": [1.0, 0.5, 0.0], "schedule.method": "step"}
+    assert arm.changes == expected
+    assert arm.config(EXPERIMENT).schedule.num_steps == EXPERIMENT.schedule.num_steps == 3
+
+
+def test_what_the_baseline_has_already_is_no_change_of_a_bundle():
+    (_, arm) = arms_of(variants={"x": {TAU: 0, COST: 0.01, "algorithm.preset": "as_released"}})
+    assert arm.changes == {TAU: 0.0}
+
+
+def test_a_network_of_another_kind_is_changed_as_a_whole(monkeypatch):
+    class OtherConfig(MlpConfig):
+        kind: str = "other"
+
+    monkeypatch.setitem(NETWORK_CONFIGS, "other", OtherConfig)
+    given = {"network": {"denoiser": {"kind": "other", "layers": 4}}, TAU: 0}
+    (_, arm) = arms_of(variants={"x": given})
+    whole = {"kind": "other", "hidden": 512, "layers": 4, "embedding": 100}
+    assert arm.changes == {TAU: 0.0, "network.denoiser": whole}
+    assert to_tree(arm.config(EXPERIMENT))["network"]["denoiser"] == whole
+
+
+def test_leaving_one_out_switches_each_component_off_alone_and_all_together_if_asked():
+    components = {"entropy": {TAU: 0}, "costs": {COST: 0, L2: 0}}
+    each = [Arm("baseline"), Arm("without_entropy", {TAU: 0.0}), Arm("without_costs", {COST: 0.0, L2: 0.0})]
+    assert arms_of(design="leave_one_out", components=components) == each
+    whole = arms_of(design="leave_one_out", components=components, all_off=True)
+    assert whole == [*each, Arm("without_all", {TAU: 0.0, COST: 0.0, L2: 0.0})]
+
+
+# ----------------------------------------------------------------------------
+# Combinations
+
+
+def test_a_factorial_has_every_combination_once_and_the_baseline_is_one_of_them():
+    tau = {"own": {}, "none": {TAU: 0}, "much": {TAU: 1}}
+    found = arms_of(**factors(tau=tau, cost={"own": {COST: 0.01}, "none": {COST: 0}}))
+    assert [arm.levels for arm in found] == [
+        {"tau": a, "cost": b} for a, b in itertools.product(("own", "none", "much"), ("own", "none"))
+    ]
+    assert [arm.name for arm in found] == [
+        *("baseline", "cost-none", "tau-none", "tau-none.cost-none", "tau-much", "tau-much.cost-none")
+    ]
+    assert found[0].changes == {}
+    assert found[5].changes == {TAU: 1.0, COST: 0.0}
+    assert two_level_design(parse_ablation({"hypothesis": "x", **factors(tau=tau)})) is None
+
+
+@pytest.mark.parametrize("design", ["factorial", "fractional"])
+@pytest.mark.parametrize("resolution", [3, 4])
+def test_the_rows_of_the_coded_matrix_are_the_arms(design, resolution):
+    paths = [TAU, COST, L2, "algorithm.policy.lr", "algorithm.critic.lr"]
+    given = {
+        "hypothesis": "x",
+        "design": design,
+        "factors": {f"f{i}": {"own": {}, "other": {path: 0.7}} for i, path in enumerate(paths)},
+        "resolution": resolution if design == "fractional" else None,
+    }
+    ablation = parse_ablation(given)
+    found, coded = arms(ablation, EXPERIMENT), two_level_design(ablation)
+    assert len(found) == {"factorial": 32, "fractional": 8 if resolution == 3 else 16}[design]
+    assert coded.factors == tuple(ablation.factors)
+    levels = [[1 if arm.levels[factor] == "own" else -1 for factor in coded.factors] for arm in found]
+    np.testing.assert_array_equal(coded.matrix, levels)
+    for arm in found:
+        assert arm.changes == {paths[int(f[1])]: 0.7 for f, level in arm.levels.items() if level == "other"}
+
+
+def test_a_fraction_is_of_resolution_four_unless_it_says_otherwise():
+    given = {"design": "fractional", "factors": dict.fromkeys("abcd", ON_OFF)}
+    assert two_level_design(parse_ablation({"hypothesis": "x", **given})).resolution == 4
+    assert two_level_design(parse_ablation({"hypothesis": "x", "variants": {}})) is None
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ({}, "ablation.factors is empty: an ablation compares something; write {method: {var: {}, step:"),
+        ({"a": 3}, "ablation.factors.a is 3: it must be a group of levels"),
+        ({"a": {"own": {}}}, "ablation.factors.a has fewer than two levels: name the baseline's own first"),
+        ({"a": {"own": {}, "same": {}}}, "ablation.factors.a.same equals the baseline, since it changes nothing"),
+        (
+            {"a": {"off": {TAU: 0}, "on": {}}},
+            f"ablation.factors.a.off is the first level, which must be the baseline's own, but it changes {TAU} from "
+            "0.1 to 0: put the baseline's level first, or write {}.",
+        ),
+        ({"a": {"own": {}, "x y": {TAU: 0}}}, "ablation.factors.a.x y is no name for an arm"),
+        ({"a b": ON_OFF}, "ablation.factors.a b is no name for an arm"),
+        ({"a": ON_OFF, "b": ON_OFF}, f"ablation.factors.b.without changes {TAU}, which another entry changes too"),
+        ({"a": {"own": {}, "one": {TAU: 0}, "two": {TAU: 0.0}}}, "The arms a-one and a-two of the ablation are equal"),
+    ],
+)
+def test_factors_that_make_no_factorial_are_refused(named, words):
+    assert words in refusal(**factors(**named))
+
+
+def test_a_combination_that_the_experiment_refuses_is_named():
+    steps, mask = (
+        {"own": {}, "two": {"schedule.num_steps": 2}},
+        {"own": {}, "last": {"algorithm.policy_mask": [0, 0, 1]}},
+    )
+    sentence = refusal(**factors(steps=steps, mask=mask))
+    assert sentence.startswith("The arm steps-two.mask-last of the ablation is refused: algorithm.policy_mask has 3")
+
+
+def test_a_fraction_takes_two_levels_and_at_most_ten_factors():
+    three = {"own": {}, "none": {TAU: 0}, "much": {TAU: 1}}
+    assert "a has 3 levels: a fraction takes two" in refusal(design="fractional", factors={"a": three})
+    many = {f"f{i}": ON_OFF for i in range(11)}
+    assert "ablation.factors has 11 entries: a fraction takes at most 10." in refusal(design="fractional", factors=many)
+
+
+def test_too_many_arms_are_refused_before_any_is_built():
+    values = {f"v{i}": {TAU: 1.0 + i} for i in range(MAX_ARMS)}
+    assert "The ablation has 65 arms, the baseline included: at most 64 are allowed." in refusal(variants=values)
+    del values["v0"]
+    assert len(arms_of(variants=values)) == MAX_ARMS
+    many = {f"f{i}": ON_OFF for i in range(40)}
+    assert f"The ablation has {2**40} arms" in refusal(**factors(**many))
+
+
+# ----------------------------------------------------------------------------
+# Entries that are refused
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [
+        ({}, "ablation.variants.x equals the baseline, since it changes nothing: name a setting."),
+        ({TAU: 0.1}, f"ablation.variants.x equals the baseline, where {TAU} is 0.1 already: leave it out."),
+        ({"algorithm": {"policy_mask": [1]}}, "equals the baseline, where algorithm.policy_mask is [1] already"),
+        (3, "ablation.variants.x is 3: it must be a group of settings, like {algorithm.entropy_coef: 0}."),
+        (None, "ablation.variants.x is None: it must be a group of settings"),
+        (
+            {"algorithm.entropy_coeff": 0},
+            f"ablation.variants.x.algorithm.entropy_coeff is not a setting: did you mean {TAU}",
+        ),
+        ({"zzz": 0}, "ablation.variants.x.zzz is not a setting: known here: network, pretrain, schedule"),
+        ({1: 2}, "ablation.variants.x.1 is not a setting"),
+        ({"algorithm": 3}, "ablation.variants.x.algorithm is a group of settings: name one of them"),
+        ({"algorithm": {}}, "ablation.variants.x.algorithm is a group of settings: name one of them"),
+        ({f"{TAU}.x": 3}, f"ablation.variants.x.{TAU}.x is not a setting"),
+        ({TAU: "much"}, f"ablation.variants.x is refused: {TAU} is 'much': it must be a number."),
+        ({TAU: True}, "it must be a number"),
+        ({TAU: -1}, f"ablation.variants.x is refused: {TAU} is -1.0: it must be a finite number, 0 or greater."),
+        ({TAU: [1]}, "it must be a number"),
+        ({"schedule.num_steps": 2.5}, "it must be a whole number"),
+        ({"algorithm.policy_mask": [1, 0]}, "one for each of the 3 steps"),
+        ({"network.denoiser": {"kind": "unet"}}, "network.denoiser.kind is 'unet': it must be one of"),
+        ({TAU: 0, "algorithm": {"entropy_coef": 0}}, f"ablation.variants.x names {TAU} twice: keep one."),
+        ({"resources.threads": 1}, "ablation.variants.x.resources.threads cannot vary: it changes no result."),
+        ({"evaluate": {"every": 3}}, "cannot vary: trials that are measured differently cannot be compared."),
+        ({"name": "y"}, "ablation.variants.x.name cannot vary: it changes no result."),
+        ({"seed": 1}, "ablation.variants.x.seed cannot vary: every arm is run with the same seeds."),
+        ({"data.label": 3}, "cannot vary: scores against other data cannot be compared."),
+        ({"data": {"name": "mnist"}}, "cannot vary: scores against other data cannot be compared."),
+    ],
+)
+@pytest.mark.parametrize("table", ["variants", "components"])
+def test_an_entry_that_is_no_change_of_this_baseline_is_refused(table, variant, words):
+    design = "one_factor" if table == "variants" else "leave_one_out"
+    sentence = refusal(design=design, **{table: {"x": variant}})
+    assert words.replace("ablation.variants", f"ablation.{table}") in sentence
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "-x", ".x", "ä", "a\nb", "x" * 41, "x" * 900, 3, None])
+def test_a_name_that_is_no_plain_word_is_refused(name):
+    assert "is no name for an arm: use 1 to 40 letters, digits" in refusal(variants={name: {TAU: 0}})
+
+
+@pytest.mark.parametrize("name", ["a", "tau_0.03", "T-5", "x" * 40, "0"])
+def test_a_plain_word_is_a_name(name):
+    assert arms_of(variants={name: {TAU: 0}})[1].name == name
+
+
+def test_the_baselines_name_and_names_given_twice_are_refused():
+    assert "ablation.variants.baseline is the name of the arm" in refusal(variants={"baseline": {TAU: 0}})
+    twice = {"all": {TAU: 0}, "other": {COST: 0}}
+    sentence = refusal(design="leave_one_out", components=twice, all_off=True)
+    assert sentence == "Two arms of the ablation are called without_all: rename one."
+
+
+def test_equal_arms_are_refused():
+    equal = {"a": {TAU: 0}, "b": {"algorithm": {"entropy_coef": 0.0}}}
+    assert refusal(variants=equal) == "The arms a and b of the ablation are equal: leave one of them out."
+    alone = refusal(design="leave_one_out", components={"a": {TAU: 0}}, all_off=True)
+    assert alone == "The arms without_a and without_all of the ablation are equal: leave one of them out."
+
+
+def test_components_that_change_the_same_setting_cannot_be_off_together():
+    components = {"a": {TAU: 0}, "b": {TAU: 0.5}}
+    assert len(arms_of(design="leave_one_out", components=components)) == 3
+    sentence = refusal(design="leave_one_out", components=components, all_off=True)
+    assert sentence == f"ablation.components.b changes {TAU}, which another entry changes too: keep one."
+
+
+@pytest.mark.parametrize("design", ["one_factor", "leave_one_out", "factorial", "fractional", "list"])
+def test_an_empty_design_is_refused_with_an_example(design):
+    sentence = refusal(design=design)
+    assert "is empty: an ablation compares something; write {" in sentence
+
+
+# ----------------------------------------------------------------------------
+# Settings that do nothing
+
+
+def test_a_change_that_does_nothing_under_this_baseline_is_refused(effects):
+    sentence = refusal(variants={"tau": {TAU: 0}, "x": {SCALE: 2.0}})
+    assert sentence == (
+        "ablation.variants.x has no effect under this baseline: training is the same, bit for bit, whatever "
+        f"{SCALE} is. Leave it out."
+    )
+    both = refusal(design="leave_one_out", components={"x": {SCALE: 0, "algorithm.energy.lr": 0}})
+    assert "ablation.components.x has no effect under this baseline" in both
+    assert f"whatever {SCALE} and algorithm.energy.lr are." in both
+
+
+def test_the_same_change_is_accepted_where_it_does_something(effects):
+    with_cost = build(ExperimentConfig, to_tree(EXPERIMENT) | {"algorithm": {"step_cost": "linear"}})
+    assert len(arms_of(with_cost, variants={"x": {SCALE: 2.0}})) == 2
+    bundle = {STEP_COST: "linear", SCALE: 2.0}
+    assert arms_of(variants={"x": bundle})[1].changes == bundle
+
+
+def test_a_part_of_a_change_that_does_nothing_beside_the_rest_is_refused(effects):
+    sentence = refusal(variants={"x": {TAU: 0, SCALE: 2.0}})
+    assert sentence == f"ablation.variants.x.{SCALE} has no effect beside its other changes: leave it out."
+    level = {"own": {}, "other": {TAU: 0, "network.value.hidden": 9}}
+    assert "ablation.factors.a.other.network.value.hidden has no effect" in refusal(**factors(a=level))
+
+
+def test_arms_that_come_to_the_same_are_refused(effects):
+    same = {
+        "a": {TAU: 0, "algorithm.preset": "objective", COST: 0.5},
+        "b": {TAU: 0, COST: 0.5, "algorithm.value_mask": [1]},
+    }
+    sentence = refusal(variants=same)
+    assert sentence.startswith("The arms a and b of the ablation train the same, bit for bit")
+
+
+def test_a_factor_that_another_switches_off_is_refused(effects):
+    """Without a step cost its height does nothing, so two cells of the factorial are one."""
+    with_cost = build(ExperimentConfig, to_tree(EXPERIMENT) | {"algorithm": {"step_cost": "linear"}})
+    named = {"kind": {"own": {}, "none": {STEP_COST: "none"}}, "height": {"own": {}, "double": {SCALE: 2.0}}}
+    with pytest.raises(
+        UserError, match=r"The arms kind-none and kind-none\.height-double of the ablation train the same"
+    ):
+        arms_of(with_cost, **factors(**named))
+
+
+# ----------------------------------------------------------------------------
+# Tuning inside each arm
+
+
+def tuned(space: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"variants": {"tau": {TAU: 0}}, "tuning": {"space": space, "trials": 4, **more}}
+
+
+LR = {"algorithm.policy.lr": {"log_uniform": [1e-6, 1e-4]}}
+
+
+def test_nuisance_settings_are_tuned_over_the_same_space_in_each_arm():
+    ablation = parse_ablation({"hypothesis": "x", **tuned(LR)})
+    spaces = [tuning_axes(ablation, arm.config(EXPERIMENT)) for arm in arms(ablation, EXPERIMENT)]
+    assert [axis.path for axis in spaces[0]] == list(LR)
+    assert spaces[0] == spaces[1]
+    assert tuning_axes(parse_ablation({"hypothesis": "x"}), EXPERIMENT) == ()
+
+
+@pytest.mark.parametrize(
+    ("tuning", "words"),
+    [
+        (tuned({}), "ablation.tuning.space is empty"),
+        (
+            tuned({"algorithm.policy.lrr": {"uniform": [0, 1]}}),
+            "ablation.tuning.space.algorithm.policy.lrr is not a setting",
+        ),
+        (tuned({TAU: {"uniform": [0, 1]}}), f"ablation.tuning.space.{TAU} would undo what the arm tau changes"),
+        (
+            tuned({"seed": {"integer": [0, 9]}}),
+            "ablation.tuning.space.seed cannot vary: every arm is run with the same",
+        ),
+        (tuned({"data.label": {"integer": [0, 9]}}), "ablation.tuning.space.data.label cannot vary"),
+        (tuned({"evaluate.every": {"integer": [1, 9]}}), "ablation.tuning.space.evaluate.every cannot vary"),
+        (tuned(LR, seed=5), "ablation.tuning.seed is 5, one of the seeds that are compared: choose another."),
+    ],
+)
+def test_tuning_that_would_spoil_the_comparison_is_refused(tuning, words):
+    assert words in refusal(**tuning)
+
+
+def test_a_space_that_one_arm_cannot_take_is_refused():
+    variants = {"mask": {"algorithm.policy_mask": [1, 1, 0]}}
+    space = {"schedule.num_steps": {"integer": [2, 5]}}
+    sentence = refusal(variants=variants, tuning={"space": space})
+    assert sentence.startswith("The arm mask of the ablation cannot be tuned: ablation.tuning.space.schedule.num_steps")
