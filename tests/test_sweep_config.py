@@ -258,7 +258,7 @@ def test_a_sweep_that_is_none_is_refused(overrides, words):
         ("space: !!python/object/apply:os.system [echo hi]\n", "is not a plain YAML config"),
         ("space: !!python/name:os.system ''\n", "is not a plain YAML config"),
         (SPACE + "x: !include other.yaml\n", "is not a plain YAML config"),
-        (SPACE + "_target_: os.system\n", "names a _target_: a sweep file holds values only"),
+        (SPACE + "_target_: os.system\n", "names a _target_: a study's file holds values only"),
         ("space: {algorithm.policy.lr: {choice: [{_target_: os.system, command: echo}]}}\n", "names a _target_"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n", "uses YAML aliases: write the values out."),
         ("space: &s {seed: {choice: [1]}}\nbudget: *s\n", "uses YAML aliases"),

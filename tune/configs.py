@@ -3,11 +3,12 @@
 Hydra composes plain values; `dxmi.config.build` turns them into frozen dataclasses and refuses what is wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -22,13 +23,24 @@ from dxmi.errors import UserError
 from dxmi.experiment import ExperimentConfig
 from dxmi.files import user_path
 from dxmi.run_directory import read_yaml
-from tune.sweep_config import KINDS, BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
+from tune.ablation_config import AblationConfig, SeedsConfig, TuningConfig
+from tune.sweep_config import (
+    KINDS,
+    BudgetConfig,
+    LimitsConfig,
+    ObjectiveConfig,
+    SamplerConfig,
+    StoppingConfig,
+    SweepConfig,
+    TrackingConfig,
+)
 
 _ROOT = "config"
 _SHOWN = 60
 """Characters of a bad override that are repeated to the user."""
 _DEFAULTS = "dxmi_defaults"
-_SWEEP, _TRACKING, _TREE_ROOT = "sweep", "tracking", "dxmi_tree"
+_SWEEP, _ABLATION, _TRACKING, _TREE_ROOT = "sweep", "ablation", "tracking", "dxmi_tree"
+_EXPERIMENT, _BASELINE = "experiment", "baseline"
 
 
 @dataclass(frozen=True)
@@ -56,13 +68,18 @@ def groups() -> dict[str, list[str]]:
     return {
         folder.name: _options(folder)
         for folder in sorted(config_folder().iterdir())
-        if folder.is_dir() and folder.name != _SWEEP
+        if folder.is_dir() and folder.name not in (_SWEEP, _ABLATION)
     }
 
 
 def sweeps() -> list[str]:
     """Names of the sweeps that are shipped."""
     return _options(config_folder() / _SWEEP)
+
+
+def ablations() -> list[str]:
+    """Names of the ablations that are shipped."""
+    return _options(config_folder() / _ABLATION)
 
 
 def _options(folder: Path) -> list[str]:
@@ -81,7 +98,7 @@ def compose_experiment(overrides: Sequence[str]) -> Composed:
     chosen = [str(o.input_line) for o in parsed if _is_group(o, options)]
     values = [o for o in parsed if not _is_group(o, options)]
     for override in (o for o in parsed if _is_group(o, options)):
-        _check_option(override, options)
+        _check_option(override.key_or_group, override.value(), options)
     known = _compose(chosen)
     for override in values:
         _check_path(override, known, options)
@@ -107,7 +124,7 @@ def _raw(key: str, given: Sequence[str]) -> str | None:
 
 
 # ----------------------------------------------------------------------------
-# A sweep
+# Studies: sweeps and ablations
 
 
 @dataclass(frozen=True)
@@ -129,6 +146,26 @@ class ComposedSweep:
     source: str
 
 
+@dataclass(frozen=True)
+class ComposedAblation:
+    """A composed ablation, as trees of plain values.
+
+    Attributes:
+        experiment: the baseline.
+        ablation: an ablation file's content with overrides but for its baseline, which is in `experiment`;
+            `tune.ablation_config.parse_ablation` reads it.
+        tracking: where it is recorded.
+        name: of the study, if one was given.
+        source: name of the ablation file.
+    """
+
+    experiment: ExperimentConfig
+    ablation: dict[str, Any]
+    tracking: dict[str, Any]
+    name: str | None
+    source: str
+
+
 def compose_sweep(overrides: Sequence[str]) -> ComposedSweep:
     """The sweep that `overrides` describe: sweep=NAME or sweep=FILE.yaml, name=STUDY, sweep.KEY=..., tracking.KEY=...,
     and everything else as for one run.
@@ -136,24 +173,70 @@ def compose_sweep(overrides: Sequence[str]) -> ComposedSweep:
     Raises:
         UserError: an override or the sweep file is refused.
     """
+    asked = _asked(_SWEEP, sweeps(), overrides)
+    tree = overridden({_SWEEP: _whole_sweep(asked.content), _TRACKING: to_tree(TrackingConfig())}, asked.own)
+    experiment = compose_experiment(asked.rest).experiment
+    return ComposedSweep(experiment, tree[_SWEEP], tree[_TRACKING], asked.name, asked.source)
+
+
+def compose_ablation(overrides: Sequence[str]) -> ComposedAblation:
+    """The ablation that `overrides` describe: ablation=NAME or ablation=FILE.yaml, name=STUDY, ablation.KEY=...,
+    tracking.KEY=..., and everything else as for one run: it wins over the file's own baseline.
+
+    Raises:
+        UserError: an override or the ablation file is refused.
+    """
+    asked = _asked(_ABLATION, ablations(), overrides)
+    tree = overridden({_ABLATION: _whole_ablation(asked.content), _TRACKING: to_tree(TrackingConfig())}, asked.own)
+    ablation = tree[_ABLATION]
+    baseline = _baseline(ablation.pop(_BASELINE, []), asked.rest)
+    experiment = compose_experiment([*baseline, *asked.rest]).experiment
+    ablation = _with_settings(ablation, _with_options)
+    return ComposedAblation(experiment, ablation, tree[_TRACKING], asked.name, asked.source)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a study's overrides ask for.
+
+    Attributes:
+        name: of the study, if one was given.
+        source: name of the study's file.
+        content: of that file.
+        own: overrides of that content and of tracking.
+        rest: overrides of the experiment.
+    """
+
+    name: str | None
+    source: str
+    content: dict[str, Any]
+    own: list[str]
+    rest: list[str]
+
+
+def _asked(kind: str, shipped: list[str], overrides: Sequence[str]) -> _Asked:
+    """The overrides of a sweep or an ablation (`kind`), sorted, and its file."""
 
     def belongs(override: str, *keys: str) -> bool:
-        key = override.lstrip("+~").partition("=")[0]
+        key = _key(override)
         return any(key == known or key.startswith(f"{known}.") for known in keys)
 
     name = _raw("name", [o for o in overrides if o.startswith("name=")])
     odd = [o for o in overrides if belongs(o, "name") and not o.startswith("name=")]
     if odd:
         raise UserError(f"{odd[0]!r} is not how a study is named: write name=STUDY.")
-    chosen = _raw(_SWEEP, [o for o in overrides if o.startswith(f"{_SWEEP}=")])
+    chosen = _raw(kind, [o for o in overrides if o.startswith(f"{kind}=")])
     if chosen is None:
-        raise UserError(f"Which sweep? Add sweep=NAME, one of {', '.join(sweeps())}, or sweep=FILE.yaml.")
-    own = [o for o in overrides if belongs(o, _SWEEP, _TRACKING) and not o.startswith(f"{_SWEEP}=")]
-    rest = [o for o in overrides if not belongs(o, _SWEEP, _TRACKING, "name")]
+        raise UserError(f"Which {kind}? Add {kind}=NAME, one of {', '.join(shipped)}, or {kind}=FILE.yaml.")
+    own = [o for o in overrides if belongs(o, kind, _TRACKING) and not o.startswith(f"{kind}=")]
+    rest = [o for o in overrides if not belongs(o, kind, _TRACKING, "name")]
     if any(o.startswith("out=") for o in rest):
         raise UserError("out is for one run: a study lives in the folder of its name; give name=... instead.")
-    tree = overridden({_SWEEP: _whole_sweep(_sweep_file(chosen)), _TRACKING: to_tree(TrackingConfig())}, own)
-    return ComposedSweep(compose_experiment(rest).experiment, tree[_SWEEP], tree[_TRACKING], name, Path(chosen).stem)
+    return _Asked(name, Path(chosen).stem, _study_file(kind, chosen, shipped), own, rest)
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
 def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -170,30 +253,107 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
 def _whole_sweep(given: dict[str, Any]) -> dict[str, Any]:
     """A sweep file's content with the defaults of what it leaves out, so that overrides find every key."""
     whole = {"space": {}, **to_tree(SweepConfig()), **given}
-    whole["space"] = _nested(whole["space"])
+    whole["space"] = _nested("sweep.space", whole["space"], _is_group_of_axes)
     for group, cls in (("sampler", SamplerConfig), ("stopping", StoppingConfig), ("budget", BudgetConfig)):
         if isinstance(whole[group], dict):
             whole[group] = {**to_tree(cls()), **whole[group]}
     return whole
 
 
-def _nested(space: Any) -> Any:
-    """A space whose dotted keys have become groups, as overrides on the command line write them.
+def _whole_ablation(given: dict[str, Any]) -> dict[str, Any]:
+    """An ablation file's content with the defaults of what it leaves out, so that overrides find every key."""
+    defaults = to_tree(AblationConfig(hypothesis="none")) | {"hypothesis": "", "seeds": "auto"}
+    whole = {_BASELINE: [], **defaults, **given}
+    for group, cls in (
+        ("objective", ObjectiveConfig),
+        ("seeds", SeedsConfig),
+        ("budget", LimitsConfig),
+        ("tuning", TuningConfig),
+    ):
+        if isinstance(whole[group], dict):
+            whole[group] = {**to_tree(cls()), **whole[group]}
+    if isinstance(whole["tuning"], dict):
+        whole["tuning"] = _whole_tuning(whole["tuning"])
+    return _with_settings(whole, lambda where, settings: _nested(where, settings, _is_group_of_settings))
+
+
+def _whole_tuning(tuning: dict[str, Any]) -> dict[str, Any]:
+    whole = {**tuning, "space": _nested("ablation.tuning.space", tuning["space"], _is_group_of_axes)}
+    for group, cls in (("sampler", SamplerConfig), ("stopping", StoppingConfig)):
+        if isinstance(whole[group], dict):
+            whole[group] = {**to_tree(cls()), **whole[group]}
+    return whole
+
+
+def _baseline(given: Any, rest: Sequence[str]) -> list[str]:
+    """An ablation file's overrides of its experiment that `rest`, on the command line, does not name itself."""
+    if not isinstance(given, list) or not all(isinstance(override, str) for override in given):
+        raise UserError(
+            f"ablation.{_BASELINE} is {given!r}: it must be a list of overrides, like [algorithm.entropy_coef=1.0]."
+        )
+    keys = {_key(override) for override in rest}
+    return [override for override in given if _key(override) not in keys]
+
+
+Settings = Callable[[str, Any], Any]
+"""From where an entry stands and the settings that it names, to what they become."""
+
+
+def _with_settings(ablation: dict[str, Any], change: Settings) -> dict[str, Any]:
+    """An ablation with the settings of every entry of its tables changed; names that were numbers have become text."""
+    found = dict(ablation)
+    for table in ("variants", "components"):
+        found[table] = _named(f"ablation.{table}", found.get(table, {}), change)
+    found["factors"] = _named("ablation.factors", found.get("factors", {}), lambda w, levels: _named(w, levels, change))
+    return found
+
+
+def _named(where: str, table: Any, change: Settings) -> Any:
+    if not isinstance(table, dict):
+        return table
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(key, bool):
+            raise UserError(
+                f"{where} has a name that YAML takes for {str(key).lower()}: write on, off, yes, no in quotes."
+            )
+        if str(key) in found:
+            raise UserError(f"{where} names {key} twice: keep one.")
+        found[str(key)] = change(f"{where}.{key}", value)
+    return found
+
+
+def _with_options(where: str, settings: Any) -> Any:
+    """Settings in which the name of a config group's option has become what that option holds."""
+    if not isinstance(settings, dict):
+        return settings
+    options = {group: names for group, names in groups().items() if group != _EXPERIMENT}
+    found = dict(settings)
+    for group in options.keys() & settings.keys():
+        if isinstance(settings[group], str):
+            _check_option(group, settings[group], options)
+            path = config_folder() / group / f"{settings[group]}.yaml"
+            found[group] = read_yaml(path, f"{where} names {path}, which has gone.")
+    return found
+
+
+def _nested(where: str, tree: Any, is_group: Callable[[Any], bool]) -> Any:
+    """A tree whose dotted keys have become groups, as overrides on the command line write them.
 
     Raises:
         UserError: a setting is named twice, or is a group of another.
     """
-    if not isinstance(space, dict) or any(kind in space for kind in KINDS):
-        return space
+    if not is_group(tree):
+        return tree
     groups: dict[Any, Any] = {}
-    for key, value in space.items():
+    for key, value in tree.items():
         path = key.split(".") if isinstance(key, str) else [key]
         group: Any = groups
         for name in path[:-1]:
-            group = group.setdefault(name, {}) if _is_group_of_axes(group) else None
-        if not _is_group_of_axes(group) or path[-1] in group:
-            raise UserError(f"sweep.space names {key} twice, or inside another setting: keep one.")
-        group[path[-1]] = _nested(value)
+            group = group.setdefault(name, {}) if is_group(group) else None
+        if not is_group(group) or path[-1] in group:
+            raise UserError(f"{where} names {key} twice, or inside another setting: keep one.")
+        group[path[-1]] = _nested(where, value, is_group)
     return groups
 
 
@@ -201,24 +361,44 @@ def _is_group_of_axes(tree: Any) -> bool:
     return isinstance(tree, dict) and not any(kind in tree for kind in KINDS)
 
 
-def _sweep_file(chosen: str) -> dict[str, Any]:
-    """The content of a shipped sweep, or of a user's own file."""
+def _is_group_of_settings(tree: Any) -> bool:
+    return isinstance(tree, dict)
+
+
+def _study_file(kind: str, chosen: str, shipped: list[str]) -> dict[str, Any]:
+    """The content of a shipped sweep or ablation, or of a user's own file."""
     if chosen.endswith((".yaml", ".yml")):
-        path = user_path(chosen, _SWEEP)
-        missing = f"The sweep file {path} cannot be read."
+        path = user_path(chosen, kind)
+        missing = f"The {kind} file {path} cannot be read."
     else:
-        path = config_folder() / _SWEEP / f"{chosen}.yaml"
-        if chosen not in sweeps():
-            raise UserError(f"sweep {chosen!r} does not exist: {_nearest(chosen, sweeps())} A file ends in .yaml.")
-        missing = f"The sweep file {path} has gone."
+        path = config_folder() / kind / f"{chosen}.yaml"
+        if chosen not in shipped:
+            raise UserError(f"{kind} {chosen!r} does not exist: {_nearest(chosen, shipped)} A file ends in .yaml.")
+        missing = f"The {kind} file {path} has gone."
     tree = read_yaml(path, missing)
+    _refuse_double_keys(path)
     if "${" in str(tree):
         raise UserError(
             f"{path} holds a ${{...}}: write the value out; a study's records must not depend on surroundings."
         )
     if "_target_" in str(tree):
-        raise UserError(f"{path} names a _target_: a sweep file holds values only, nothing that is to be run.")
+        raise UserError(f"{path} names a _target_: a study's file holds values only, nothing that is to be run.")
     return tree
+
+
+def _refuse_double_keys(path: Path) -> None:
+    """Refuse a key that a YAML file gives twice in one place: only the last of them would be read."""
+    nodes: list[Any] = [yaml.compose(path.read_text(), Loader=yaml.SafeLoader)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
+            if twice is not None:
+                raise UserError(f"{path} names {twice} twice in one place: keep one.")
+            nodes += [value for _, value in node.value]
 
 
 # ----------------------------------------------------------------------------
@@ -257,8 +437,7 @@ def _is_group(override: Override, options: dict[str, list[str]]) -> bool:
     return override.key_or_group in options
 
 
-def _check_option(override: Override, options: dict[str, list[str]]) -> None:
-    group, name = override.key_or_group, override.value()
+def _check_option(group: str, name: object, options: dict[str, list[str]]) -> None:
     if name not in options[group]:
         raise UserError(f"{group} {name!r} does not exist: {_nearest(str(name), options[group])}")
 

@@ -1,0 +1,414 @@
+"""What an ablation is: every shipped file's arms are accepted, overrides land, and whatever is wrong is a sentence."""
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+import tune.designs
+from dxmi.config import to_tree
+from dxmi.errors import UserError
+from tune.ablation_config import AblationConfig, SeedsConfig, parse_ablation
+from tune.configs import ComposedAblation, ablations, compose_ablation, compose_experiment, config_folder, groups
+from tune.designs import Arm, arms, two_level_design
+from tune.sweep_config import LimitsConfig, ObjectiveConfig, SamplerConfig, StoppingConfig
+
+HYPOTHESIS = "hypothesis: More entropy is better.\n"
+VARIANTS = "variants: {none: {algorithm.entropy_coef: 0}}\n"
+FILE = HYPOTHESIS + VARIANTS
+TAU = "algorithm.entropy_coef"
+look_at_effects = tune.designs.digests
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _each_experiment_is_composed_once() -> Iterator[None]:
+    """Its composing is a pure function that takes half a second, and is tested elsewhere; so are effects."""
+    once = functools.cache(compose_experiment)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tune.configs.compose_experiment", lambda overrides: once(tuple(overrides)))
+        patch.setattr("tune.designs.digests", lambda configs: defaultdict(lambda: None))
+        yield
+
+
+def read(*overrides: str) -> tuple[AblationConfig, list[Arm], ComposedAblation]:
+    """All the way from overrides to arms."""
+    composed = compose_ablation(overrides)
+    ablation = parse_ablation(composed.ablation)
+    return ablation, arms(ablation, composed.experiment), composed
+
+
+def refusal(*overrides: str) -> str:
+    """The sentence by which an ablation is refused."""
+    with pytest.raises(UserError) as refused:
+        read(*overrides)
+    sentence = str(refused.value)
+    assert "\n" not in sentence
+    assert len(sentence) < 500
+    return sentence
+
+
+@pytest.fixture
+def file(tmp_path):
+    """`file(text)`: the override that names an ablation file of the user's own."""
+
+    def written(text: str) -> str:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return f"ablation={path}"
+
+    return written
+
+
+# ----------------------------------------------------------------------------
+# Shipped ablations
+
+
+def test_ablations_are_shipped_and_are_no_group_of_an_experiment():
+    assert {"dxmi_terms", "entropy", "steps", "pretraining", "shortening"} == set(ablations())
+    assert "ablation" not in groups()
+    assert "sweep" not in groups()
+
+
+@pytest.mark.parametrize("name", ablations())
+def test_every_shipped_ablation_has_a_hypothesis_and_arms_that_digits_accepts(name, monkeypatch):
+    monkeypatch.setattr("tune.designs.digests", look_at_effects)
+    written = yaml.safe_load((config_folder() / "ablation" / f"{name}.yaml").read_text())
+    ablation, found, composed = read(f"ablation={name}", "experiment=digits")
+    assert len(ablation.hypothesis.split()) > 10
+    assert ablation.hypothesis == written["hypothesis"]
+    assert composed.experiment.data.name == "digits"
+    assert (composed.source, composed.name) == (name, None)
+    assert parse_ablation(yaml.safe_load(yaml.safe_dump(to_tree(ablation)))) == ablation
+    assert len(found) == (4 if name == "shortening" else 1 + len(written["variants"]))
+
+
+def values(name: str, path: str) -> list[Any]:
+    """Of one setting in the arms of a shipped ablation of digits."""
+    _, found, composed = read(f"ablation={name}", "experiment=digits")
+    tree = [to_tree(arm.config(composed.experiment)) for arm in found]
+    return [functools.reduce(lambda group, key: group[key], path.split("."), whole) for whole in tree]
+
+
+def test_shipped_ablations_compare_what_they_say():
+    assert sorted(values("entropy", TAU)) == [0.0, 0.01, 0.03, 0.1, 0.3, 1.0]
+    assert sorted(values("steps", "schedule.num_steps")) == [2, 4, 5, 8, 10, 20]
+    assert sorted(values("pretraining", "pretrain.iterations")) == [0, 3000, 6000]
+    methods, shapes = values("shortening", "schedule.method"), values("shortening", "schedule.shape")
+    assert list(zip(methods, shapes, strict=True)) == [
+        *(("var", "quadratic"), ("var", "linear"), ("step", "quadratic"), ("step", "linear"))
+    ]
+
+
+def test_a_separate_value_is_the_only_thing_that_its_arm_changes():
+    """Its energy keeps the optimiser that the shared one has in experiment=digits."""
+    _, found, composed = read("ablation=dxmi_terms", "experiment=digits")
+    algorithm = next(arm for arm in found if arm.name == "separate_value").config(composed.experiment).algorithm
+    assert algorithm.energy == algorithm.critic == composed.experiment.algorithm.critic
+
+
+def test_the_shortening_is_a_two_level_design():
+    coded = two_level_design(read("ablation=shortening")[0])
+    assert coded.factors == ("method", "shape")
+    assert coded.matrix.tolist() == [[1, 1], [1, -1], [-1, 1], [-1, -1]]
+
+
+# ----------------------------------------------------------------------------
+# Files and their defaults
+
+
+def test_a_file_may_be_the_users_own_and_leave_the_rest_to_defaults(file):
+    ablation, found, composed = read(file(FILE), "name=mine-1", "tracking.uri=none")
+    assert ablation == AblationConfig(
+        hypothesis="More entropy is better.", variants={"none": {"algorithm": {"entropy_coef": 0}}}
+    )
+    assert found == [Arm("baseline"), Arm("none", {TAU: 0.0})]
+    assert (composed.name, composed.source, composed.tracking["uri"]) == ("mine-1", "mine", "none")
+
+
+def test_every_key_of_a_file_is_read(file):
+    text = """
+    seeds: {first: 4, cap: 8}
+    generations: 3
+    level: 0.1
+    objective: {metric: num_steps, direction: maximize}
+    budget: {wall_minutes: 5, disk_gb: 2}
+    max_failures: 0
+    max_concurrent: 2
+    tuning:
+      space: {algorithm.policy.lr: {log_uniform: [1.0e-6, 1.0e-4]}}
+      trials: 5
+      seed: 77
+      sampler: {kind: sobol}
+      stopping: {rule: asha}
+    """
+    ablation = read(file(FILE + text.replace("\n    ", "\n")))[0]
+    assert ablation.seeds == SeedsConfig(first=4, cap=8)
+    assert (ablation.generations, ablation.level, ablation.max_failures, ablation.max_concurrent) == (3, 0.1, 0, 2)
+    assert ablation.objective == ObjectiveConfig(metric="num_steps", direction="maximize")
+    assert ablation.budget == LimitsConfig(wall_minutes=5.0, disk_gb=2.0)
+    assert (ablation.tuning.trials, ablation.tuning.seed) == (5, 77)
+    assert (ablation.tuning.sampler, ablation.tuning.stopping) == (
+        SamplerConfig(kind="sobol"),
+        StoppingConfig(rule="asha"),
+    )
+    assert parse_ablation(to_tree(ablation)) == ablation
+
+
+@pytest.mark.parametrize(
+    ("written", "seeds"),
+    [
+        ("6", (5, 6, 7, 8, 9, 10)),
+        ("[3, 1, 2]", (3, 1, 2)),
+        ("auto", tuple(range(5, 17))),
+        ("{first: 2, cap: 4}", (5, 6, 7, 8)),
+    ],
+)
+def test_seeds_are_counted_from_the_experiments_own_or_listed(file, written, seeds):
+    config = read(file(FILE + f"seeds: {written}\n"))[0].seeds
+    assert config.numbers(5) == seeds
+    assert config.first == {"auto": 3, "{first: 2, cap: 4}": 2}.get(written, len(seeds))
+
+
+def test_a_file_without_seeds_has_auto(file):
+    assert read(file(FILE))[0].seeds == read(file(FILE + "seeds: auto\n"))[0].seeds == SeedsConfig(first=3, cap=12)
+
+
+def test_numbers_are_names_too(file):
+    text = "variants: {0: {algorithm.entropy_coef: 0}, 0.5: {algorithm.entropy_coef: 0.5}}\n"
+    assert [arm.name for arm in read(file(HYPOTHESIS + text))[1]] == ["baseline", "0", "0.5"]
+
+
+def test_the_option_of_a_config_group_stands_for_its_settings(file):
+    text = "variants: {step: {schedule: step_linear}, wide: {network: mlp}, objective: {algorithm: objective}}\n"
+    _, (_, step, wide, objective), composed = read(file(HYPOTHESIS + text), "schedule.num_steps=7")
+    assert step.changes == {"schedule.method": "step", "schedule.shape": "linear"}
+    assert step.config(composed.experiment).schedule.num_steps == 7
+    expected = compose_experiment(["network=mlp", "schedule.num_steps=7"]).experiment
+    assert wide.config(composed.experiment) == expected
+    assert objective.changes == {"algorithm.preset": "objective"}
+
+
+# ----------------------------------------------------------------------------
+# The baseline
+
+
+def test_a_file_may_change_the_experiment_that_is_its_baseline(file):
+    text = FILE + "baseline: [algorithm.entropy_coef=0.7, schedule=step_linear, experiment=mnist8]\n"
+    experiment = read(file(text))[2].experiment
+    assert (experiment.algorithm.entropy_coef, experiment.schedule.method, experiment.data.name) == (
+        0.7,
+        "step",
+        "mnist8",
+    )
+
+
+def test_the_command_line_wins_over_a_files_baseline(file):
+    text = FILE + "baseline: [algorithm.entropy_coef=0.7, experiment=mnist8]\n"
+    experiment = read(file(text), "algorithm.entropy_coef=0.3", "experiment=digits")[2].experiment
+    assert (experiment.algorithm.entropy_coef, experiment.data.name) == (0.3, "digits")
+    changed = read(file(text), "ablation.baseline=['algorithm.entropy_coef=0.9']")[2].experiment
+    assert changed.algorithm.entropy_coef == 0.9
+
+
+def test_a_variant_that_the_command_line_makes_the_baseline_is_refused(file):
+    assert "ablation.variants.none equals the baseline" in refusal(file(FILE), f"{TAU}=0")
+
+
+@pytest.mark.parametrize(
+    ("baseline", "words"),
+    [
+        (
+            "{algorithm.entropy_coef: 1}",
+            "ablation.baseline is {'algorithm.entropy_coef': 1}: it must be a list of overrides",
+        ),
+        ("algorithm.entropy_coef=1", "it must be a list of overrides, like [algorithm.entropy_coef=1.0]."),
+        ("[1]", "it must be a list of overrides"),
+        ("[algorithm.entropy_coeff=1]", "did you mean entropy_coef?"),
+        ("['x=[']", "is not an override"),
+        ("[sweep=demo]", "sweep is not a setting"),
+    ],
+)
+def test_a_baseline_that_is_no_list_of_overrides_is_refused(file, baseline, words):
+    assert words in refusal(file(FILE + f"baseline: {baseline}\n"))
+
+
+# ----------------------------------------------------------------------------
+# Overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("ablation.variants.tau_0.algorithm.entropy_coef=0.001", ["tau_0", "tau_0.01", "tau_0.03"]),
+        ("+ablation.variants.much={algorithm.entropy_coef:9}", ["tau_0", "tau_0.01", "tau_0.03"]),
+        ("~ablation.variants.tau_0", ["tau_0.01", "tau_0.03", "tau_0.1"]),
+        ("ablation.design=list", ["tau_0", "tau_0.01", "tau_0.03"]),
+    ],
+)
+def test_the_table_can_be_overridden(override, names):
+    assert [arm.name for arm in read("ablation=entropy", override)[1]][1:4] == names
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("ablation.seeds=4", "seeds", SeedsConfig(first=4, cap=4)),
+        ("ablation.seeds=[7,8]", "seeds", SeedsConfig(first=2, cap=2, values=(7, 8))),
+        ("ablation.generations=5", "generations", 5),
+        ("ablation.level=0.01", "level", 0.01),
+        ("ablation.budget.wall_minutes=9", "budget", LimitsConfig(wall_minutes=9.0)),
+        ("ablation.objective.metric=seconds", "objective", ObjectiveConfig(metric="seconds")),
+        ("ablation.max_concurrent=1", "max_concurrent", 1),
+        ("ablation.hypothesis='It helps.'", "hypothesis", "It helps."),
+    ],
+)
+def test_an_override_lands_where_it_should(override, key, value):
+    assert getattr(read("ablation=entropy", override)[0], key) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("ablation.seed=3", "ablation.seed is not a setting: did you mean seeds?"),
+        ("ablation.budget.trials=3", "ablation.budget.trials is not a setting"),
+        ("ablation.variants.tau_0.algorithm.entropy=3", "did you mean entropy_coef?"),
+        ("ablation.seeds=1", "ablation.seeds is 1: it must be in 2..1000."),
+        (
+            "ablation.seeds=1.5",
+            "ablation.seeds is 1.5: write how many (6), which ([0, 1, 2]), auto, or {first: 3, cap: 12}",
+        ),
+        ("ablation.seeds=true", "ablation.seeds is True: write how many (6)"),
+        ("ablation.seeds=three", "ablation.seeds is 'three': write how many (6)"),
+        ("ablation.seeds=[1]", "ablation.seeds is [1]: write how many (6)"),
+        ("ablation.seeds=[1,1]", "ablation.seeds.values names a seed twice: keep one."),
+        ("ablation.seeds=[1,-1]", "ablation.seeds.values holds -1: a seed must be in 0..2^63 - 1."),
+        ("ablation.seeds=[1,x]", "ablation.seeds.values[1] is 'x': it must be a whole number."),
+        ("ablation.seeds={first:1}", "ablation.seeds.first is 1: it must be in 2..1000."),
+        ("ablation.seeds={first:5,cap:4}", "ablation.seeds.cap is 4: it must be at least first, 5, and at most 1000."),
+        ("ablation.seeds={frist:5}", "ablation.seeds.frist is not a setting: did you mean first?"),
+        ("ablation.seeds={values:[1,2]}", "ablation.seeds.values has 2 entries, but cap is 12: make them equal."),
+        ("ablation.generations=0", "ablation.generations is 0: it must be in 1..100."),
+        ("ablation.level=1", "ablation.level is 1.0: it must be above 0 and below 1."),
+        ("ablation.level=nan", "ablation.level is nan: it must be above 0 and below 1."),
+        (
+            "ablation.design=factoral",
+            "ablation.design is 'factoral': it must be one of one_factor, list, leave_one_out",
+        ),
+        ("ablation.design=factorial", "ablation.variants has no effect with design=factorial, which takes factors"),
+        ("ablation.resolution=4", "ablation.resolution has no effect with design=one_factor: leave it out."),
+        ("ablation.all_off=true", "ablation.all_off has no effect with design=one_factor: leave it out."),
+        ("ablation.hypothesis=' '", "ablation.hypothesis is missing: say in a sentence what you expect, and why."),
+        ("ablation.hypothesis=3", "ablation.hypothesis is 3: it must be text."),
+        ("~ablation.hypothesis", "ablation.hypothesis is missing"),
+        ("~ablation.variants", "ablation.variants is empty"),
+        ("ablation.variants=3", "ablation.variants is 3: it must be a group"),
+        ("ablation.max_failures=-1", "ablation.max_failures is -1: it must be 0 or greater."),
+        ("ablation.max_concurrent=0", "ablation.max_concurrent is 0: it must be at least 1, or null."),
+        ("ablation.budget.disk_gb=0", "ablation.budget.disk_gb is 0.0: it must be a finite number above 0."),
+        (
+            "ablation.objective.direction=up",
+            "ablation.objective.direction is 'up': it must be one of minimize, maximize.",
+        ),
+        ("ablation.tuning={trials:0}", "ablation.tuning.trials is 0: it must be at least 1."),
+        ("ablation.tuning={seed:-1}", "ablation.tuning.seed is -1: it must be in 0..2^63 - 1."),
+        (
+            "ablation.tuning={sampler:{kind:nsga2}}",
+            "ablation.tuning.sampler.kind is 'nsga2', which takes two objectives",
+        ),
+        ("ablation.tuning={space:3}", "ablation.tuning.space is 3: it must be a group"),
+        ("ablation.tuning={trails:3}", "ablation.tuning.trails is not a setting: did you mean trials?"),
+        ("ablation.tuning=3", "ablation.tuning is 3: it must be a group of settings."),
+        ("tracking.url=x", "tracking.url is not a setting: did you mean uri?"),
+        ("algorithm.entropy_coeff=1", "did you mean entropy_coef?"),
+        ("out=x", "a study lives in the folder of its name; give name=... instead."),
+        ("+name=x", "is not how a study is named"),
+    ],
+)
+def test_a_bad_override_is_refused_in_a_sentence(override, words):
+    assert words in refusal("ablation=entropy", override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "Which ablation? Add ablation=NAME, one of dxmi_terms, entropy"),
+        (["ablation=entrpy"], "ablation 'entrpy' does not exist: did you mean entropy? A file ends in .yaml."),
+        (["ablation=nowhere.yaml"], "The ablation file nowhere.yaml cannot be read."),
+        (["ablation=entropy", "ablation=steps"], "ablation is given twice: keep one."),
+    ],
+)
+def test_an_ablation_that_is_none_is_refused(overrides, words):
+    assert words in refusal(*overrides)
+
+
+# ----------------------------------------------------------------------------
+# Files that are refused
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (VARIANTS, "ablation.hypothesis is missing: say in a sentence what you expect, and why."),
+        ("hypothesis:\n" + VARIANTS, "ablation.hypothesis is None: it must be text."),
+        (HYPOTHESIS, "ablation.variants is empty: an ablation compares something; write {no_entropy:"),
+        (HYPOTHESIS + "variants:\n", "ablation.variants is None: it must be a group"),
+        (FILE + "varants: {}\n", "ablation.varants is not a setting: did you mean variants?"),
+        (FILE + "name: x\n", "ablation.name is not a setting"),
+        (FILE + VARIANTS, "names variants twice in one place: keep one."),
+        (
+            HYPOTHESIS + "variants:\n  a: {algorithm.cost_coef: 0}\n  a: {algorithm.cost_coef: 1}\n",
+            "names a twice in one place",
+        ),
+        (HYPOTHESIS + "variants: {1: {}, '1': {}}\n", "names 1 twice"),
+        (
+            HYPOTHESIS + "variants: {a: {algorithm.preset: x, algorithm: {preset: y}}}\n",
+            "ablation.variants.a names algorithm",
+        ),
+        (
+            HYPOTHESIS + "design: factorial\nfactors: {a: {on: {}, off: {algorithm.entropy_coef: 0}}}\n",
+            "ablation.factors.a has a name that YAML takes for true: write on, off, yes, no in quotes.",
+        ),
+        (
+            HYPOTHESIS + "variants: {no: {algorithm.entropy_coef: 0}}\n",
+            "ablation.variants has a name that YAML takes for false",
+        ),
+        (
+            HYPOTHESIS + "variants: {a: {schedule: step_lnear}}\n",
+            "schedule 'step_lnear' does not exist: did you mean step_linear?",
+        ),
+        (
+            HYPOTHESIS + "variants: {a: {data: mnist}}\n",
+            "ablation.variants.a.data.name cannot vary: scores against other data",
+        ),
+        (HYPOTHESIS + "variants: {a: {experiment: mnist8}}\n", "ablation.variants.a.experiment is not a setting"),
+        (HYPOTHESIS + "variants: {a: {algorithm.preset: '${x}'}}\n", "write the value out"),
+        (FILE + "_target_: os.system\n", "names a _target_"),
+        (FILE + "x: !!python/name:os.system ''\n", "is not a plain YAML config"),
+        (FILE + "budget: 3\n", "ablation.budget is 3: it must be a group of settings."),
+        (
+            FILE + "tuning: {space: {algorithm.policy.lr: 3}}\n",
+            "ablation.tuning.space.algorithm.policy.lr is 3: write one of",
+        ),
+        (
+            FILE + "tuning: {space: {seed: {choice: [1, 2]}, seed.x: {choice: [1]}}}\n",
+            "ablation.tuning.space names seed.x twice",
+        ),
+        (FILE + "tuning: {sampler: 3}\n", "ablation.tuning.sampler is 3: it must be a group of settings."),
+    ],
+)
+def test_a_file_that_is_no_ablation_is_refused_in_a_sentence(file, text, words):
+    assert words in refusal(file(text))
+
+
+def test_levels_may_be_called_on_and_off_in_quotes(file):
+    text = "design: factorial\nfactors: {entropy: {'on': {}, 'off': {algorithm.entropy_coef: 0}}}\n"
+    found = read(file(HYPOTHESIS + text))[1]
+    assert [arm.levels for arm in found] == [{"entropy": "on"}, {"entropy": "off"}]
+
+
+def test_what_is_no_tree_is_no_ablation():
+    with pytest.raises(UserError, match=r"ablation is 3: it must be a group of settings\."):
+        parse_ablation(3)
