@@ -15,7 +15,7 @@ from dxmi.config import to_tree
 from dxmi.errors import UserError
 from dxmi.experiment import ExperimentConfig
 from tune.ablation_config import TABLES, AblationConfig, Table
-from tune.effects import Digest, digests
+from tune.digests import Digest, digests
 from tune.factorial import MAX_FACTORS, TwoLevelDesign, smallest_fraction
 from tune.space import FIXED, Axis, Value, configured, flat, parse_space, require_setting, show, value_at
 

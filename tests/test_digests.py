@@ -10,7 +10,7 @@ from dxmi.algorithms.ddpm import DDPM
 from dxmi.config import build, to_tree
 from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.seeds import generator
-from tune.effects import digests
+from tune.digests import digests
 from tune.space import FIXED, configured, flat
 
 Settings = dict[str, Any]
