@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tune.ablation import Ablation as Ablation
     from tune.sweep import Sweep as Sweep
 
 
@@ -12,4 +13,8 @@ def __getattr__(name: str) -> Any:
         from tune.sweep import Sweep  # noqa: PLC0415
 
         return Sweep
+    if name == "Ablation":
+        from tune.ablation import Ablation  # noqa: PLC0415
+
+        return Ablation
     raise AttributeError(f"module 'tune' has no attribute {name!r}")

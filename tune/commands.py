@@ -21,7 +21,7 @@ from dxmi.pictures import save_grid, save_steps_grid
 from dxmi.run_directory import RunDirectory, read_yaml
 from dxmi.train import Summary, train
 from dxmi.trained import CHECKPOINTS, Trained, load_trained
-from tune.configs import compose_experiment, groups, out_folder, overridden, sweeps
+from tune.configs import ablations, compose_experiment, groups, out_folder, overridden, sweeps
 from tune.console import ProgressReporter, Terminal, complain, discard_output, show_result
 from tune.signals import gentle_stop
 
@@ -136,6 +136,18 @@ def _study_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="sweep=NAME, experiment=NAME, any setting")
     sub.add_argument("--resume", metavar="STUDY", help="go on with a study; only budgets and resources may change")
     sub.add_argument("--dry-run", action="store_true", help="print trials, space, time and disk, and start nothing")
+    _studies_argument(sub)
+
+    sub = command(
+        "ablate",
+        _later("ablate"),
+        "compare arms with a baseline, seed by seed, and say how sure it is",
+        f"ablation=NAME is one of {', '.join(ablations())}, or FILE.yaml; name=STUDY names the study;\n"
+        "ablation.seeds=6, ablation.generations=3 and the like change one setting; the rest as for train.\n",
+    )
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="ablation=NAME, experiment=NAME, any setting")
+    sub.add_argument("--resume", metavar="STUDY", help="go on with a study; only budgets and resources may change")
+    sub.add_argument("--dry-run", action="store_true", help="print arms, design, seeds and time, and start nothing")
     _studies_argument(sub)
 
     _studies_argument(command("studies", _later("studies"), "list studies and their states", ""))

@@ -26,11 +26,11 @@ from tune.space import Axis, Param, Value, show
 from tune.study import Study, TrialRecord, TrialState, pareto_front, ranked
 from tune.sweep_config import ObjectiveConfig
 
-_INK, _MUTED, _FAINT = "#24292f", "#656d76", "#d0d7de"
-_BEST, _COMPLETE, _FAILURE, _ASIDE = "#d55e00", "#0072b2", "#cc79a7", "#8c959f"
+INK, MUTED, FAINT = "#24292f", "#656d76", "#d0d7de"
+BEST, COMPLETE, FAILURE, ASIDE = "#d55e00", "#0072b2", "#cc79a7", "#8c959f"
 _SCORES = colormaps["viridis"]
-_WIDTH = 9.5
-_SMALL, _NORMAL = 8, 9
+WIDTH = 9.5
+SMALL, NORMAL = 8, 9
 _MAX_LABEL = 16
 _MIN_IMPORTANCE_TRIALS = 6
 _CROWD = 20
@@ -120,16 +120,17 @@ def reference_labels(summary: Mapping[str, Value]) -> dict[str, str]:
 # Axes and scales
 
 
-def _styled(axes: Axes, *, grid: str = "y") -> Axes:
+def styled(axes: Axes, *, grid: str = "y") -> Axes:
+    """The same axes in the report's style."""
     axes.set_facecolor("none")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_color(_FAINT)
-    axes.tick_params(colors=_MUTED, labelsize=_SMALL, length=3)
-    axes.xaxis.label.set(color=_INK, fontsize=_NORMAL)
-    axes.yaxis.label.set(color=_INK, fontsize=_NORMAL)
-    axes.grid(axis=grid, color=_FAINT, linewidth=0.5)  # type: ignore[arg-type]
+        axes.spines[side].set_color(FAINT)
+    axes.tick_params(colors=MUTED, labelsize=SMALL, length=3)
+    axes.xaxis.label.set(color=INK, fontsize=NORMAL)
+    axes.yaxis.label.set(color=INK, fontsize=NORMAL)
+    axes.grid(axis=grid, color=FAINT, linewidth=0.5)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
     return axes
 
@@ -201,7 +202,8 @@ def _axis_ticks(axis: Axis, most: int) -> list[tuple[float, str]]:
     return [(unit(axis, value), f"{value:g}") for value in values]
 
 
-def _score_label(plan: Plan, objective: ObjectiveConfig) -> str:
+def score_label(plan: Plan, objective: ObjectiveConfig) -> str:
+    """What an axis of scores shows, and which way is up."""
     return f"{metric_label(plan, objective)} ({better(objective)})"
 
 
@@ -216,8 +218,8 @@ def _is_score(plan: Plan, objective: ObjectiveConfig) -> bool:
 
 def score_curves(plan: Plan, records: Sequence[TrialRecord], curves: Curves) -> Figure:
     """Every trial's score against iterations, and the references that all share as lines."""
-    figure = Figure(figsize=(_WIDTH, 4.8), layout="constrained")
-    axes = _styled(figure.subplots())
+    figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
+    axes = styled(figure.subplots())
     best = best_of(plan, records)
     shown = [record for record in records if record.number in curves]
     for record in shown:
@@ -243,9 +245,9 @@ def _draw_curve(
     steps = sorted(curve)
     scores = [curve[step] for step in steps]
     if best is not None and record.number == best.number:
-        axes.plot(steps, scores, color=_BEST, linewidth=2.0, zorder=6)
+        axes.plot(steps, scores, color=BEST, linewidth=2.0, zorder=6)
         if record.outcome.step is not None and record.outcome.score is not None:
-            axes.plot(record.outcome.step, record.outcome.score, "*", color=_BEST, markersize=12, zorder=7)
+            axes.plot(record.outcome.step, record.outcome.score, "*", color=BEST, markersize=12, zorder=7)
         return
     color, end, order = _look(record.state)
     alpha = (0.35 if pale else 0.75) if record.state is TrialState.COMPLETE else (0.4 if pale else 0.7)
@@ -256,10 +258,10 @@ def _draw_curve(
 def _look(state: TrialState) -> tuple[str, str, float]:
     """Colour, marker at the end, drawing order."""
     if state.is_failure:
-        return _FAILURE, "x", 4
+        return FAILURE, "x", 4
     if state is TrialState.COMPLETE:
-        return _COMPLETE, "", 5
-    return _ASIDE, ">" if state is TrialState.RUNNING else "|", 3
+        return COMPLETE, "", 5
+    return ASIDE, ">" if state is TrialState.RUNNING else "|", 3
 
 
 def _view(curves: Sequence[Mapping[int, float]], lines: Sequence[float]) -> tuple[float, float]:
@@ -275,9 +277,9 @@ def _draw_references(axes: Axes, lines: Sequence[Reference]) -> None:
     log = axes.get_yscale() == "log"
     places = _spread([_between(low, high, line.low, log=log) for line in lines], 0.055)
     for line, place in zip(lines, places, strict=True):
-        axes.axhline(line.low, color=_INK, linestyle=(0, (4, 3)), linewidth=0.9, zorder=2)
+        axes.axhline(line.low, color=INK, linestyle=(0, (4, 3)), linewidth=0.9, zorder=2)
         text = f"{line.label}: {number(line.low)}"
-        axes.text(1.01, place, text, transform=axes.transAxes, va="center", fontsize=_SMALL, color=_INK)
+        axes.text(1.01, place, text, transform=axes.transAxes, va="center", fontsize=SMALL, color=INK)
 
 
 def _spread(places: Sequence[float], gap: float) -> list[float]:
@@ -293,7 +295,7 @@ def _legend(axes: Axes, shown: Sequence[TrialRecord], best: TrialRecord | None) 
     handles = []
     if best is not None:
         label = f"best: trial {best.number}"
-        handles.append(Line2D([], [], color=_BEST, linewidth=2, marker="*", markersize=9, label=label))
+        handles.append(Line2D([], [], color=BEST, linewidth=2, marker="*", markersize=9, label=label))
     kinds = {
         "complete": [r for r in shown if r.state is TrialState.COMPLETE and (best is None or r.number != best.number)],
         "stopped early": [r for r in shown if r.state in (TrialState.PRUNED, TrialState.STOPPED)],
@@ -305,8 +307,8 @@ def _legend(axes: Axes, shown: Sequence[TrialRecord], best: TrialRecord | None) 
             color, end, _ = _look(of_kind[0].state)
             handles.append(Line2D([], [], color=color, marker=end, markersize=5, label=f"{label} ({len(of_kind)})"))
     axes.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, frameon=False, fontsize=_SMALL,
-        labelcolor=_INK, borderaxespad=0.2, handlelength=1.6, columnspacing=1.4,
+        handles=handles, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, frameon=False, fontsize=SMALL,
+        labelcolor=INK, borderaxespad=0.2, handlelength=1.6, columnspacing=1.4,
     )  # fmt: skip
 
 
@@ -319,7 +321,7 @@ def parallel_coordinates(plan: Plan, records: Sequence[TrialRecord]) -> Figure:
     complete = sorted(_complete(records), key=lambda r: -plan.sweep.objectives[0].sign * _first(r))
     scores = [_first(record) for record in complete]
     log = _is_log(scores)
-    figure = Figure(figsize=(max(_WIDTH, len(plan.axes) + 1.5), 4.4), layout="constrained")
+    figure = Figure(figsize=(max(WIDTH, len(plan.axes) + 1.5), 4.4), layout="constrained")
     axes = figure.subplots()
     axes.set_axis_off()
     crowded = len(plan.axes) > 5
@@ -333,17 +335,17 @@ def parallel_coordinates(plan: Plan, records: Sequence[TrialRecord]) -> Figure:
     objective = plan.sweep.objectives[0]
     figure.set_label(
         f"Parallel coordinates of {len(complete)} complete trials: {', '.join(short_names(plan).values())}, "
-        f"and {_score_label(plan, objective)}"
+        f"and {score_label(plan, objective)}"
     )
     return figure
 
 
 def _vertical(axes: Axes, x: float, height: float, name: str, ticks: Iterable[tuple[float, str]]) -> None:
-    axes.plot([x, x], [0, 1], color=_MUTED, linewidth=1.0, zorder=4)
-    axes.text(x, height, name, ha="center", fontsize=_NORMAL, color=_INK)
+    axes.plot([x, x], [0, 1], color=MUTED, linewidth=1.0, zorder=4)
+    axes.text(x, height, name, ha="center", fontsize=NORMAL, color=INK)
     for place, label in ticks:
-        axes.plot([x - 0.03, x], [place, place], color=_MUTED, linewidth=0.8, zorder=4)
-        axes.text(x - 0.05, place, label, ha="right", va="center", fontsize=_SMALL, color=_INK, zorder=8, bbox=_halo())
+        axes.plot([x - 0.03, x], [place, place], color=MUTED, linewidth=0.8, zorder=4)
+        axes.text(x - 0.05, place, label, ha="right", va="center", fontsize=SMALL, color=INK, zorder=8, bbox=_halo())
 
 
 def _inset(axis: Axis, place: float) -> float:
@@ -375,7 +377,7 @@ def _draw_lines(axes: Axes, plan: Plan, complete: Sequence[TrialRecord], *, log:
     colors = [_score_color(plan, path[-1][1]) for path in paths]
     width = 0.9 if len(complete) > _CROWD else 1.4
     axes.add_collection(LineCollection(paths[:-1], colors=colors[:-1], linewidths=width, alpha=0.75, zorder=3))
-    axes.add_collection(LineCollection(paths[-1:], colors=_BEST, linewidths=2.4, zorder=5))
+    axes.add_collection(LineCollection(paths[-1:], colors=BEST, linewidths=2.4, zorder=5))
 
 
 def _score_color(plan: Plan, place: float) -> tuple[float, float, float, float]:
@@ -393,11 +395,11 @@ def _score_axis(axes: Axes, plan: Plan, scores: Sequence[float], *, log: bool) -
     axes.add_collection(LineCollection(bits, colors=colors, linewidths=6, zorder=4, capstyle="butt"))
     objective = plan.sweep.objectives[0]
     name = metric_label(plan, objective)
-    axes.text(x, 1.05, name, ha="center", fontsize=_NORMAL, color=_INK, fontweight="bold")
+    axes.text(x, 1.05, name, ha="center", fontsize=NORMAL, color=INK, fontweight="bold")
     ticks = _log_ticks(low, high, 6) if log else [t for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
     for tick in ticks:
         place = _between(low, high, tick, log=log)
-        axes.text(x + 0.08, place, f"{tick:g}", va="center", fontsize=_SMALL, color=_INK)
+        axes.text(x + 0.08, place, f"{tick:g}", va="center", fontsize=SMALL, color=INK)
 
 
 # ----------------------------------------------------------------------------
@@ -412,13 +414,13 @@ def slices(plan: Plan, records: Sequence[TrialRecord]) -> Figure:
     low, high = _slices_view([_first(record) for record in (best, *others)], [value for _, value in hollow])
     columns = min(len(plan.axes), 3)
     rows = -(-len(plan.axes) // columns)
-    figure = Figure(figsize=(_WIDTH, 2.7 * rows + 0.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.7 * rows + 0.2), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False, gridspec_kw={"wspace": 0.08}).flatten()
     for panel, axis in zip(panels, plan.axes, strict=False):
-        _styled(panel, grid="both")
+        styled(panel, grid="both")
         _dots(panel, axis, hollow, hollow=True)
         _dots(panel, axis, [(record, _first(record)) for record in others], hollow=False)
-        panel.plot(_sideways(axis, best), _first(best), "*", color=_BEST, markersize=12, markeredgewidth=0, zorder=5)
+        panel.plot(_sideways(axis, best), _first(best), "*", color=BEST, markersize=12, markeredgewidth=0, zorder=5)
         _label_slice(panel, axis, short_names(plan)[axis.path])
     for panel in panels[len(plan.axes) :]:
         panel.set_axis_off()
@@ -426,7 +428,7 @@ def slices(plan: Plan, records: Sequence[TrialRecord]) -> Figure:
     for panel in panels[::columns]:
         panel.set_ylabel(metric_label(plan, objective))
     figure.set_label(
-        f"{_score_label(plan, objective)} of {1 + len(others)} complete trials against each of "
+        f"{score_label(plan, objective)} of {1 + len(others)} complete trials against each of "
         f"{', '.join(short_names(plan).values())}" + (f"; {len(hollow)} stopped early are hollow" if hollow else "")
     )
     return figure
@@ -450,8 +452,8 @@ def _dots(axes: Axes, axis: Axis, points: Sequence[tuple[TrialRecord, float]], *
         [value for _, value in points],
         linestyle="none", marker="o", markersize=4.5, zorder=3,
         alpha=0.55 if len(points) > _CROWD else 0.85,
-        color=_ASIDE if hollow else _COMPLETE,
-        markerfacecolor="none" if hollow else _COMPLETE,
+        color=ASIDE if hollow else COMPLETE,
+        markerfacecolor="none" if hollow else COMPLETE,
         markeredgewidth=0.9 if hollow else 0.0,
     )  # fmt: skip
 
@@ -531,14 +533,14 @@ def _searched_value(axis: Axis, value: Value) -> Param:
 def importance_bars(plan: Plan, shares: Mapping[str, float], num_trials: int) -> Figure:
     """Shares as bars, the largest on top."""
     names = short_names(plan)
-    figure = Figure(figsize=(_WIDTH, 0.3 * len(shares) + 0.75), layout="constrained")
-    axes = _styled(figure.subplots(), grid="x")
+    figure = Figure(figsize=(WIDTH, 0.3 * len(shares) + 0.75), layout="constrained")
+    axes = styled(figure.subplots(), grid="x")
     places = range(len(shares), 0, -1)
-    axes.barh(list(places), list(shares.values()), height=0.62, color=_COMPLETE)
+    axes.barh(list(places), list(shares.values()), height=0.62, color=COMPLETE)
     for place, share in zip(places, shares.values(), strict=True):
-        axes.text(share + 0.008, place, f"{share:.0%}", va="center", fontsize=_SMALL, color=_INK)
+        axes.text(share + 0.008, place, f"{share:.0%}", va="center", fontsize=SMALL, color=INK)
     axes.set_yticks(list(places), [names[path] for path in shares])
-    axes.tick_params(axis="y", labelsize=_NORMAL, labelcolor=_INK, length=0)
+    axes.tick_params(axis="y", labelsize=NORMAL, labelcolor=INK, length=0)
     axes.set_xlim(0, max(shares.values()) * 1.12)
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.set_xlabel(f"share of the variance of {metric_label(plan, plan.sweep.objectives[0])} over {num_trials} trials")
@@ -556,20 +558,20 @@ def pareto(plan: Plan, records: Sequence[TrialRecord]) -> Figure:
     first, second = plan.sweep.objectives
     complete, front = _complete(records), pareto_front(plan, records)
     on_front = {record.number for record in front}
-    figure = Figure(figsize=(_WIDTH, 4.6), layout="constrained")
-    axes = _styled(figure.subplots(), grid="both")
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    axes = styled(figure.subplots(), grid="both")
     beaten = [record.outcome.objectives for record in complete if record.number not in on_front]
-    axes.plot([p[1] for p in beaten], [p[0] for p in beaten], "o", color=_ASIDE, markersize=4.5, alpha=0.6)
+    axes.plot([p[1] for p in beaten], [p[0] for p in beaten], "o", color=ASIDE, markersize=4.5, alpha=0.6)
     points = sorted((record.outcome.objectives[1], record.outcome.objectives[0]) for record in front)
-    axes.plot(*zip(*points, strict=True), color=_BEST, linewidth=1.2, drawstyle=_steps(second))
-    axes.plot(*zip(*points, strict=True), "o", color=_BEST, markersize=7)
+    axes.plot(*zip(*points, strict=True), color=BEST, linewidth=1.2, drawstyle=_steps(second))
+    axes.plot(*zip(*points, strict=True), "o", color=BEST, markersize=7)
     for record in front:
         y, x = record.outcome.objectives
-        axes.annotate(f"{record.number}", (x, y), (6, 6), textcoords="offset points", fontsize=_SMALL, color=_INK)
+        axes.annotate(f"{record.number}", (x, y), (6, 6), textcoords="offset points", fontsize=SMALL, color=INK)
     scores = [_first(record) for record in complete]
     _scale_scores(axes, min(scores), max(scores), log=_is_log(scores))
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=second.metric == "num_steps"))
-    axes.set(xlabel=_score_label(plan, second), ylabel=_score_label(plan, first))
+    axes.set(xlabel=score_label(plan, second), ylabel=score_label(plan, first))
     figure.set_label(
         f"{len(complete)} complete trials by {metric_label(plan, first)} and {metric_label(plan, second)}; the front "
         f"are the trials {', '.join(str(record.number) for record in front)}"

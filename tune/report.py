@@ -7,6 +7,7 @@ all made from the records and the run folders, so that it can be written again a
 import base64
 import hashlib
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,10 @@ from dxmi import __version__
 from dxmi.config import to_tree
 from dxmi.files import write_atomic
 from dxmi.provenance import git_revision
+from tune.ablation_figures import ablation_figures
+from tune.ablation_plan import AblationPlan
+from tune.ablation_results import Results, changes_text, results_of
+from tune.designs import Arm, two_level_design
 from tune.figures import Reference, importance_obstacle, references, study_figures, unit
 from tune.leaderboard import (
     NOT_COMPARABLE,
@@ -43,6 +48,7 @@ from tune.leaderboard import (
 from tune.live import duration
 from tune.plans import Plan
 from tune.space import Axis, show, value_at
+from tune.statistics import Comparison, Verdict, p_text
 from tune.study import Study, TrialRecord, TrialState, pareto_front, ranked, timestamp
 
 _TEMPLATES = Path(__file__).resolve().parent / "_templates"
@@ -77,10 +83,13 @@ def _html(study: Study, records: Sequence[TrialRecord], written: str) -> str:
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     script = (_TEMPLATES / "report.js").read_text()
-    figures = {name: _drawn(name, figure) for name, figure in study_figures(study, records).items()}
+    compared = results_of(study.plan, study.folder, records) if isinstance(study.plan, AblationPlan) else None
+    drawn = study_figures(study, records) if compared is None else ablation_figures(compared, study.curves())
+    figures = {name: _drawn(name, figure) for name, figure in drawn.items()}
     return environment.get_template("report.html.j2").render(
         about=_about(study, records, written),
-        result=result_sentences(study.plan, records),
+        ablation=None if compared is None else _ablation(compared),
+        result=result_sentences(study.plan, records) if compared is None else verdict_sentences(compared),
         course=course_sentences(study, records),
         samplers=_samplers(study.plan, records),
         board=_board(study.plan, records),
@@ -89,13 +98,13 @@ def _html(study: Study, records: Sequence[TrialRecord], written: str) -> str:
         notes=_notes(study.plan, records),
         figures=figures,
         no_importances=importance_obstacle(study.plan, records),
-        space=_space(study.plan, records),
+        space=_space(study.plan, records) if compared is None else [],
         front=_front(study.plan, records),
-        matrix=sample_matrix(study.plan, records),
+        matrix=sample_matrix(study.plan, records) if compared is None else arm_matrix(compared),
         failures=_failures(study, records),
         commands=_commands(study, records),
         shared=_shared_config(study.plan),
-        sweep=_yaml(study.plan.tree()["sweep"]),
+        sweep=_yaml(study.plan.tree()["sweep" if compared is None else "ablation"]),
         style=Markup((_TEMPLATES / "report.css").read_text()),  # noqa: S704  (ours)
         script=Markup(script),  # noqa: S704  (ours)
         script_hash=sha256_base64(script),
@@ -152,6 +161,16 @@ def _front_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
     if len(front) == 1:
         return f"It is better than, or equal to, every other in both objectives ({point(front[0])})."
     return f"{len(front)} trials are on the Pareto front, from {point(front[0])} to {point(front[-1])}."
+
+
+def verdict_sentences(results: Results) -> list[str]:
+    """What an ablation says about its arms, most certain first."""
+    if not results.comparisons:
+        return ["No run of the baseline is complete, so there is nothing to compare with yet."]
+    by_verdict: dict[Verdict, list[str]] = {verdict: [] for verdict in Verdict}
+    for comparison in results.comparisons:
+        by_verdict[comparison.verdict].append(f"{comparison.arm} ({comparison.difference})")
+    return [f"{str(verdict).capitalize()}: {', '.join(arms)}." for verdict, arms in by_verdict.items() if arms]
 
 
 def course_sentences(study: Study, records: Sequence[TrialRecord]) -> list[str]:
@@ -260,15 +279,21 @@ def _commands(study: Study, records: Sequence[TrialRecord]) -> list[tuple[str, s
     if found != ["unknown"] and len(found) == 1:
         changed = " (with changes that were not committed)" if found[0].endswith("-dirty") else ""
         commands.append((f"The code{changed}", f"git checkout {found[0].removesuffix('-dirty')}"))
+    is_ablation = isinstance(study.plan, AblationPlan)
     if best is not None:
         run = f"{folder}/trials/{best.number:04d}"
+        if not is_ablation:
+            commands.append(("The best trial again, with the same numbers", f"dxmi train --config {folder}/best.yaml"))
         commands += [
-            ("The best trial again, with the same numbers", f"dxmi train --config {folder}/best.yaml"),
-            ("Any other trial again", f"dxmi train --config {folder}/trials/NUMBER/config.yaml"),
+            (
+                "Any trial again" if is_ablation else "Any other trial again",
+                f"dxmi train --config {folder}/trials/NUMBER/config.yaml",
+            ),
             ("Samples of the best", f"dxmi sample {run} --num 64 --out samples.png"),
             ("More scores of the best", f"dxmi evaluate {run}"),
         ]
-    return [*commands, ("Go on with the sweep, if it has not ended", f"dxmi sweep --resume {folder}")]
+    again = f"dxmi {'ablate' if is_ablation else 'sweep'} --resume {folder}"
+    return [*commands, ("Go on with the study, if it has not ended", again)]
 
 
 def _shared_config(plan: Plan) -> str:
@@ -280,7 +305,7 @@ def _shared_config(plan: Plan) -> str:
         group = tree
         for name in groups:
             group = group[name]
-        del group[last]
+        group.pop(last, None)  # the arm of an ablation is no setting
     return _yaml(tree)
 
 
@@ -385,6 +410,79 @@ def _board_row(row: Mapping[Any, Any], objectives: Sequence[str], axes: Sequence
 
 def _ending_cell(checkpoint: str, reason: str) -> Cell:
     return Cell(checkpoint, checkpoint, "path") if checkpoint else Cell(reason, reason, "reason")
+
+
+@dataclass(frozen=True)
+class _Ablation:
+    """The part of a report that only an ablation has.
+
+    Attributes:
+        hypothesis: the file's.
+        arms: a table with a row an arm.
+        reasons: why each verdict is what it is.
+        effects: of factors, a line each.
+        design: a factorial design in words; empty for others.
+        spreads: where the spread of the scores comes from, a line an arm.
+    """
+
+    hypothesis: str
+    arms: HtmlTable
+    reasons: list[tuple[str, str]]
+    effects: list[str]
+    design: str
+    spreads: list[str]
+
+
+def _ablation(results: Results) -> _Ablation:
+    design = two_level_design(results.plan.ablation)
+    return _Ablation(
+        hypothesis=results.plan.ablation.hypothesis.strip(),
+        arms=_arms(results),
+        reasons=[(comparison.arm, comparison.reason) for comparison in results.comparisons],
+        effects=[str(effect) for effect in results.effects],
+        design="" if design is None else design.describe(),
+        spreads=[
+            f"{arm}: {v.training**0.5:.3g} between training seeds, {v.generation**0.5:.3g} between draws of the "
+            f"evaluation's noise ({v.training_seeds} x {v.generation_seeds} scores)"
+            for arm, v in results.variances.items()
+        ],
+    )
+
+
+def _arms(results: Results) -> HtmlTable:
+    label = metric_label(results.plan, results.plan.sweep.objectives[0])
+    headings = [
+        ("arm", "what is compared", ""),
+        ("changes of the baseline", "settings", ""),
+        ("seeds", "with a score", "number"),
+        (label, "mean over the seeds, with its interval", "number"),
+        ("minus baseline", "mean difference at the same seed, with its interval", "number"),
+        ("p", "sign-flip test over the seeds, Holm's correction over the arms", "number"),
+        ("beats it", "chance that a run of the arm beats a run of the baseline", "number"),
+        ("verdict", "", ""),
+    ]
+    compared = {comparison.arm: comparison for comparison in results.comparisons}
+    return HtmlTable(headings, [("", _arm_row(results, arm, compared.get(arm.name))) for arm in results.plan.arms])
+
+
+def _arm_row(results: Results, arm: Arm, comparison: Comparison | None) -> list[Cell]:
+    summary = results.summaries[arm.name]
+    mean = str(summary.mean) if summary.seeds > 1 else ""
+    cells = [
+        Cell(arm.name, arm.name),
+        Cell(changes_text(arm.changes), "", "wrap"),
+        _count_cell(summary.seeds),
+        _number_cell(summary.mean.estimate, mean, "number"),
+    ]
+    if comparison is None:
+        return [*cells, *(Cell("", "") for _ in range(4))]
+    return [
+        *cells,
+        _number_cell(comparison.difference.estimate, str(comparison.difference), "number"),
+        _number_cell(comparison.p_holm, p_text(comparison.p_holm).removeprefix("p = "), "number"),
+        _number_cell(comparison.improvement.estimate, f"{comparison.improvement.estimate:.0%}", "number"),
+        Cell(str(comparison.verdict), str(comparison.verdict), "state"),
+    ]
 
 
 def _samplers(plan: Plan, records: Sequence[TrialRecord]) -> list[tuple[str, str, bool]]:
@@ -549,6 +647,24 @@ def sample_matrix(plan: Plan, records: Sequence[TrialRecord]) -> Matrix | None:
         for record, row in zip(chosen, pictures, strict=True)
     ]
     return Matrix(steps, rows)
+
+
+def arm_matrix(results: Results) -> Matrix | None:
+    """The best checkpoints' grids: one row an arm, one column a seed; None if there are none."""
+    columns = max(1, round(results.plan.experiment.evaluate.grid**0.5))
+    seeds = results.seeds[:_MATRIX_STEPS]
+    rows = []
+    for arm in results.plan.arms:
+        records = [results.records.get((arm.name, seed)) for seed in seeds]
+        pictures = [
+            "" if record is None or record.outcome.step is None else _picture(record, record.outcome.step, columns, 2)
+            for record in records
+        ]
+        if any(pictures):
+            summary = results.summaries[arm.name]
+            note = "" if math.isnan(summary.mean.estimate) else number(summary.mean.estimate)
+            rows.append(MatrixRow(arm.name, note, pictures))
+    return Matrix([*seeds], rows) if rows else None
 
 
 def _shown(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:

@@ -36,7 +36,8 @@ from dxmi.errors import UserError
 from dxmi.experiment import ExperimentConfig
 from dxmi.files import write_atomic, write_json
 from dxmi.run_directory import RunDirectory, read_yaml
-from tune.plans import FORMAT, Plan, plan_from
+from tune.ablation_plan import any_plan_from
+from tune.plans import FORMAT, Plan
 from tune.proposals import template
 from tune.space import Value
 from tune.stopping import falls_behind
@@ -213,7 +214,7 @@ class StudyFolder:
         tree = read_yaml(self.plan, f"There is no study in {self.path}. `dxmi studies` lists those there are.")
         if tree.get("format") != FORMAT:
             raise UserError(f"{self.plan} has format {tree.get('format')!r}: this version of dxmi reads {FORMAT}.")
-        plan = plan_from(tree)
+        plan = any_plan_from(tree)
         if plan.name != self.path.resolve().name:
             raise UserError(f"The study in {self.path} is called {plan.name}: name its folder so.")
         if plan.signature != tree.get("signature"):

@@ -22,6 +22,8 @@ from rich.console import Console
 from dxmi.config import to_tree
 from dxmi.errors import UserError
 from dxmi.train import train
+from tune.ablation_plan import AblationPlan, any_plan_from
+from tune.ablation_results import results_of, write_tables
 from tune.cluster import require_fit
 from tune.conductor import Conductor
 from tune.configs import ComposedSweep, compose_sweep, overridden
@@ -84,6 +86,13 @@ class Sweep:
         self.folder = StudyFolder(Path(studies) / self.plan.name)
 
     @classmethod
+    def of(cls, plan: Plan, studies: str | Path = STUDIES) -> Self:
+        """The study of a plan."""
+        sweep = cls.__new__(cls)
+        sweep.plan, sweep.folder = plan, StudyFolder(Path(studies) / plan.name)
+        return sweep
+
+    @classmethod
     def resume(cls, name: str, *overrides: str, studies: str | Path = STUDIES) -> Self:
         """The study of that name, to go on with; resources.*, sweep.budget.* and tracking.* may be changed.
 
@@ -91,10 +100,7 @@ class Sweep:
             UserError: there is no such study, or something else is to be changed.
         """
         require_name(name)
-        sweep = cls.__new__(cls)
-        sweep.folder = StudyFolder(Path(studies) / name)
-        sweep.plan = _overridden(sweep.folder.read_plan(), overrides)
-        return sweep
+        return cls.of(_overridden(StudyFolder(Path(studies) / name).read_plan(), overrides), studies)
 
     # ------------------------------------------------------------------------
     # Before
@@ -195,18 +201,11 @@ class Sweep:
         records = study.records()
         conductor.live.clear()
         conductor.write_progress()
-        self.write_results(study, records)
+        write_results(study, records)
         tracker.update(records, running=())
         interrupted = conductor.ending or "interrupted"
         undelivered = tracker.finish(interrupted if conductor.interrupted else "", patient=not at_once)
         return SweepResult(self.folder, records, conductor.ending, conductor.interrupted, undelivered)
-
-    @staticmethod
-    def write_results(study: Study, records: Sequence[TrialRecord]) -> None:
-        """leaderboard.csv, best.yaml and report.html."""
-        write_leaderboard(study, records)
-        write_best(study, records)
-        write_report(study, records)
 
     # ------------------------------------------------------------------------
     # After
@@ -235,6 +234,16 @@ class Sweep:
         return write_report(study, study.records())
 
 
+def write_results(study: Study, records: Sequence[TrialRecord]) -> None:
+    """The study's tables and its report: leaderboard.csv, best.yaml or ablation.csv and ablation.tex, report.html."""
+    write_leaderboard(study, records)
+    if isinstance(study.plan, AblationPlan):
+        write_tables(results_of(study.plan, study.folder, records))
+    else:
+        write_best(study, records)
+    write_report(study, records)
+
+
 def _plan(composed: ComposedSweep) -> Plan:
     name = composed.name if composed.name is not None else f"{composed.experiment.name}-{composed.source}"
     return plan_from(
@@ -247,22 +256,24 @@ def _plan(composed: ComposedSweep) -> Plan:
     )
 
 
-_FREE = ("resources.", "sweep.budget.", "sweep.max_failures=", "sweep.max_concurrent=", "tracking.")
+_FREE = ("budget.", "max_failures=", "max_concurrent=")
 
 
 def _overridden(plan: Plan, overrides: Sequence[str]) -> Plan:
     """The plan with other resources, budget or tracking."""
-    other = [override for override in overrides if not override.startswith(_FREE)]
+    tree = plan.tree()
+    kind = "ablation" if "ablation" in tree else "sweep"
+    free = ("resources.", "tracking.", *(f"{kind}.{end}" for end in _FREE))
+    other = [override for override in overrides if not override.startswith(free)]
     if other:
         raise UserError(
-            f"--resume goes on with the study's own settings: leave out {' '.join(other)}. "
-            "Only resources.*, sweep.budget.*, sweep.max_failures, sweep.max_concurrent and tracking.* may change."
+            f"--resume goes on with the study's own settings: leave out {' '.join(other)}. Only resources.*, "
+            f"{kind}.budget.*, {kind}.max_failures, {kind}.max_concurrent and tracking.* may change."
         )
-    tree = plan.tree()
-    groups = {"sweep": tree["sweep"], "tracking": tree["tracking"], "resources": tree["experiment"]["resources"]}
+    groups = {kind: tree[kind], "tracking": tree["tracking"], "resources": tree["experiment"]["resources"]}
     changed = overridden(groups, overrides)
     experiment = {**tree["experiment"], "resources": changed.pop("resources")}
-    return plan_from({**tree, **changed, "experiment": experiment})
+    return any_plan_from({**tree, **changed, "experiment": experiment})
 
 
 _MIN_FREE_BYTES = 50_000_000

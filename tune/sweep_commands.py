@@ -1,9 +1,10 @@
-"""The commands around studies: `dxmi sweep | studies | report | ui | doctor | submit | fetch`. Imported on use."""
+"""The commands around studies: sweeps, ablations, reports, MLflow's page, jobs on a cluster. Imported on use."""
 
 import argparse
 import os
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -11,16 +12,21 @@ from rich.table import Table
 
 from dxmi.errors import UserError
 from tune import storage
+from tune.ablation import Ablation, TuningInterruptedError
+from tune.ablation_plan import AblationPlan
+from tune.ablation_results import arms_table, changes_text, results_of
 from tune.console import Terminal, complain
+from tune.designs import two_level_design
 from tune.doctor import Verdict, examine
 from tune.estimate import Estimate
 from tune.leaderboard import leaderboard_table
 from tune.live import duration
-from tune.plans import require_name
+from tune.plans import Plan, require_name
+from tune.ray_session import on_cluster
 from tune.space import show, value_at
-from tune.study import Study, StudyFolder, TrialState, studies_in
+from tune.study import Study, StudyFolder, TrialRecord, TrialState, studies_in
 from tune.submit import DEFAULT_ADDRESS, Jobs, entrypoint, environment, follow, new_id, patiently, survey
-from tune.sweep import Sweep, SweepResult
+from tune.sweep import Sweep, SweepResult, write_results
 from tune.tracking import open_store
 from tune.ui import free_port, serve
 
@@ -41,8 +47,16 @@ def sweep(args: argparse.Namespace) -> int:
         _plan(console, chosen, chosen.estimate())
         return OK
     _announce(console, chosen)
+    if on_cluster():
+        _leave_working_folder(chosen)
     result = chosen.run(console=console)
     return _close(console, chosen, result)
+
+
+def _leave_working_folder(chosen: Sweep) -> None:
+    """Ray may replace a job's folder while it runs, and nothing works in a folder that is gone."""
+    chosen.folder = StudyFolder(chosen.folder.path.absolute())
+    os.chdir("/")
 
 
 def _chosen(args: argparse.Namespace) -> Sweep:
@@ -104,14 +118,23 @@ def _time(cost: Estimate) -> str:
 
 def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
     """The end table, where everything is, and the exit code."""
-    console.print(leaderboard_table(chosen.plan, result.records))
+    console.print(_results_table(result.folder, chosen.plan, result.records))
     places = {"report": result.folder.report, "best config": result.folder.best, "table": result.folder.leaderboard}
+    if isinstance(chosen.plan, AblationPlan):
+        own = {name: result.folder.path / f"ablation.{name}" for name in ("csv", "tex")}
+        places = {
+            "report": result.folder.report,
+            "arms": own["csv"],
+            "for LaTeX": own["tex"],
+            "trials": places["table"],
+        }
     for label, path in places.items():
         if path.exists():
             console.out(f"{label + ':':<13}{path}", highlight=False)
     if chosen.plan.tracking.uri != "none":
         console.out(f"{'MLflow:':<13}dxmi ui --studies {result.folder.path.parent}", highlight=False)
-    resume = f"dxmi sweep --resume {result.folder.path}"
+    command = "ablate" if isinstance(chosen.plan, AblationPlan) else "sweep"
+    resume = f"dxmi {command} --resume {result.folder.path}"
     if result.undelivered:
         complain(f"the tracking server has not got {result.undelivered} records yet. To deliver them: {resume}")
     if result.interrupted:
@@ -121,6 +144,73 @@ def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
         complain("every trial failed; the table says why.")
         return FAILED
     return OK
+
+
+def _results_table(folder: StudyFolder, plan: Plan, records: Sequence[TrialRecord]) -> Table:
+    if isinstance(plan, AblationPlan):
+        return arms_table(results_of(plan, folder, records))
+    return leaderboard_table(plan, records)
+
+
+# ----------------------------------------------------------------------------
+# dxmi ablate
+
+
+def ablate(args: argparse.Namespace) -> int:
+    """Run an ablation, go on with one, or say what it would do."""
+    warnings.simplefilter("ignore", FutureWarning)  # of Ray, at import, about its own next version
+    chosen = _chosen_ablation(args)
+    console = Terminal()
+    chosen.check()
+    if args.dry_run:
+        _show_arms(console, chosen)
+        return OK
+    console.out(f"Hypothesis: {' '.join(chosen.plan.ablation.hypothesis.split())}", highlight=False)
+    _announce(console, chosen)
+    if on_cluster():
+        _leave_working_folder(chosen)
+    try:
+        result = chosen.run(console=console)
+    except TuningInterruptedError as error:
+        complain(f"{error}. Everything is saved; the same command goes on.")
+        return STOPPED
+    return _close(console, chosen, result)
+
+
+def _chosen_ablation(args: argparse.Namespace) -> Ablation:
+    if args.resume is None:
+        return Ablation(*args.overrides, studies=args.studies)
+    name, studies = _place(args.resume, args.studies)
+    return Ablation.resume(name, *args.overrides, studies=studies)
+
+
+def _show_arms(console: Terminal, chosen: Ablation) -> None:
+    """What --dry-run prints."""
+    plan, ablation = chosen.plan, chosen.plan.ablation
+    console.out(f"Ablation {plan.name} (signature {plan.signature}) in {chosen.folder.path}", highlight=False)
+    table = Table("arm", "changes of the baseline", title=" ".join(ablation.hypothesis.split()), title_justify="left")
+    for arm in plan.arms:
+        table.add_row(arm.name, changes_text(arm.changes))
+    console.print(table)
+    design = two_level_design(ablation)
+    if design is not None:
+        console.out(design.describe(), highlight=False)
+    cost = chosen.estimate()
+    seeds = plan.seeds if plan.seed_plan is None else (*plan.seeds[: ablation.seeds.first], "...", plan.seeds[-1])
+    rows = {
+        "seeds": ", ".join(map(str, seeds)),
+        "trials": f"{plan.num_trials}" + ("" if plan.seed_plan is None else " at most"),
+        "concurrency": str(chosen.slots),
+        "time": _time(cost),
+        "tracking": plan.tracking.uri,
+    }
+    if ablation.tuning is not None:
+        rows["tuning"] = f"{ablation.tuning.trials} trials in each arm, before"
+    summary = Table(show_header=False)
+    for name, value in rows.items():
+        summary.add_row(name, value)
+    console.print(summary)
+    console.out("Nothing was started and nothing was written.", highlight=False)
 
 
 # ----------------------------------------------------------------------------
@@ -178,8 +268,8 @@ def report(args: argparse.Namespace) -> int:
     study = Study.read(StudyFolder(root / name))
     records = study.records()
     console = Terminal()
-    console.print(leaderboard_table(study.plan, records))
-    Sweep.write_results(study, records)
+    console.print(_results_table(study.folder, study.plan, records))
+    write_results(study, records)
     console.out(f"report: {study.folder.report}", highlight=False)
     return OK
 

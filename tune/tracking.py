@@ -28,7 +28,10 @@ from dxmi.config import to_tree
 from dxmi.errors import UserError
 from dxmi.provenance import git_revision
 from dxmi.run_directory import Row
+from tune.ablation_plan import ARM, AblationPlan
+from tune.ablation_results import results_of
 from tune.console import complain
+from tune.designs import Arm
 from tune.plans import Plan
 from tune.space import flat
 from tune.store import Ledger, Point, Run, experiment_id, import_quietly, missing, open_store, store_address
@@ -215,6 +218,8 @@ class _Recorder:
         self._complain = complain
         self._ledger: Ledger | None = None
         self._parent: Run | None = None
+        self._arms: dict[str, Run] = {}
+        """In an ablation, the run of each arm."""
         self._damaged: set[int] = set()
         self._times: dict[int, dict[int, int]] = {}
         """When each step of a trial was first seen: a point that is sent again must be the same point."""
@@ -264,6 +269,7 @@ class _Recorder:
             raise failed[-1][1]
         ledger.log(parent, self._tally.points(len(news.records)))
         if ended is not None:
+            self._end_arms(ledger, news.records, "KILLED" if ended else "FINISHED")
             ledger.end(parent, "KILLED" if ended else "FINISHED", {"ended": ended}, _now())
         # Files come last, since they may be large and a server may refuse them; one that is sent twice does no harm.
         unsent = self._each([parent], lambda run: self._upload_study(ledger, run, ended is not None))
@@ -316,14 +322,50 @@ class _Recorder:
             tags = {"mlflow.runName": plan.name, **identity, "git_revision": git_revision() or "unknown"}
             run = ledger.create(tags, _written(self._folder.plan) or _now())
         self._forget_trials()
+        if isinstance(plan, AblationPlan):
+            self._arms = {arm.name: self._begin_arm(ledger, run, arm, children) for arm in plan.arms}
+            children = [child for arm in self._arms.values() for child in ledger.find({"mlflow.parentRunId": arm.id})]
         self._found = {child.tags.get("trial_id", ""): child for child in children}
-        ledger.describe(run, {path: _text(value) for path, value in flat({"sweep": plan.identity["sweep"]}).items()})
+        kind = "ablation" if isinstance(plan, AblationPlan) else "sweep"
+        ledger.describe(run, {path: _text(value) for path, value in flat({kind: plan.identity[kind]}).items()})
         ledger.begin(run, {"planned_trials": str(plan.num_trials), "ended": ""})
         return run
 
+    def _begin_arm(self, ledger: Ledger, parent: Run, arm: Arm, children: Sequence[Run]) -> Run:
+        """An arm's run, between the study's and those of its seeds."""
+        run = next((child for child in children if child.tags.get("arm") == arm.name), None)
+        if run is None:
+            plan = self._plan
+            tags = {
+                "mlflow.parentRunId": parent.id,
+                "mlflow.runName": f"{plan.name}/{arm.name}",
+                "study": plan.name,
+                "arm": arm.name,
+            }
+            run = ledger.create(tags, _written(self._folder.plan) or _now())
+        ledger.describe(run, {path: _text(value) for path, value in arm.changes.items()})
+        ledger.begin(run, {})
+        return run
+
+    def _end_arms(self, ledger: Ledger, records: Sequence[TrialRecord], status: str) -> None:
+        """What each arm came to: the mean of its scores, and how it compares with the baseline."""
+        if not isinstance(self._plan, AblationPlan):
+            return
+        results = results_of(self._plan, self._folder, records)
+        compared = {comparison.arm: comparison for comparison in results.comparisons}
+        for name, run in self._arms.items():
+            summary, comparison = results.summaries[name], compared.get(name)
+            numbers = {"arm/mean": summary.mean.estimate, "arm/seeds": float(summary.seeds)}
+            if comparison is not None:
+                numbers |= {"arm/difference": comparison.difference.estimate, "arm/p_holm": comparison.p_holm}
+            finite = _numbers(numbers)
+            ledger.log(run, [Point(key, value, summary.seeds, _now()) for key, value in finite.items()])
+            ledger.end(run, status, {"verdict": "" if comparison is None else str(comparison.verdict)}, _now())
+
     def _upload_study(self, ledger: Ledger, run: Run, ending: bool) -> None:
         folder = self._folder
-        results = (folder.leaderboard, folder.best, folder.report) if ending else ()
+        tables = (folder.path / "ablation.csv", folder.path / "ablation.tex")
+        results = (folder.leaderboard, folder.best, folder.report, *tables) if ending else ()
         ledger.upload(run, [(path, "") for path in (folder.plan, *results)], again=ending)
 
     # ------------------------------------------------------------------------
@@ -333,6 +375,7 @@ class _Recorder:
         """Everything but its files."""
         is_unfinished = record.state is TrialState.RUNNING
         runs_now = is_unfinished and record.number in news.running and not ending
+        parent = self._arms.get(str(record.values.get(ARM)), parent)
         run = self._run(ledger, parent, record)
         if run is not None and _is_closed(run, record):
             self._close(record.number)
@@ -389,7 +432,7 @@ class _Recorder:
             "study": self._plan.name,
             "signature": record.signature,
             "git_revision": git_revision() or "unknown",
-            "arm": "sweep",
+            "arm": str(record.values.get(ARM, "sweep")),
             "seed": str(record.seed),
             "state": record.state.value,
         }

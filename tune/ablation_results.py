@@ -1,0 +1,264 @@
+"""What an ablation came to: scores by arm and seed, comparisons with the baseline, effects, and its tables."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.table import Table
+
+from dxmi.files import write_atomic
+from tune.ablation_plan import ARM, SEED, AblationPlan
+from tune.designs import BASELINE, two_level_design
+from tune.effects import Effect, level_effects
+from tune.leaderboard import better, metric_label, number, summary_of
+from tune.seed_plan import review
+from tune.space import show
+from tune.statistics import (
+    Array,
+    Bootstrap,
+    Comparison,
+    Direction,
+    Summary,
+    Variances,
+    Verdict,
+    compare,
+    p_text,
+    summarize,
+    variance_components,
+)
+from tune.study import StudyFolder, TrialRecord, TrialState
+
+_STYLES = {Verdict.BETTER: "green", Verdict.WORSE: "red", Verdict.NO_DIFFERENCE: "", Verdict.TOO_FEW_SEEDS: "yellow"}
+
+
+@dataclass(frozen=True)
+class Results:
+    """An ablation's results so far.
+
+    Attributes:
+        plan: of the study.
+        folder: of the study.
+        records: its trials by arm and seed.
+        seeds: those that any arm has been given, in order.
+    """
+
+    plan: AblationPlan
+    folder: Path
+    records: Mapping[tuple[str, int], TrialRecord]
+    seeds: tuple[int, ...]
+
+    @cached_property
+    def scores(self) -> dict[str, Array]:
+        """Of each arm the objective [seeds], NaN where there is none (yet)."""
+        return {arm.name: np.array([self._score(arm.name, seed) for seed in self.seeds]) for arm in self.plan.arms}
+
+    def _score(self, arm: str, seed: int) -> float:
+        record = self.records.get((arm, seed))
+        if record is None or record.state is not TrialState.COMPLETE:
+            return math.nan
+        return record.outcome.objectives[0]
+
+    @cached_property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Every arm beside the baseline; nothing as long as the baseline has no score."""
+        if np.isnan(self.scores[BASELINE]).all() or len(self.plan.arms) < 2:
+            return ()
+        direction: Direction = "minimize" if self.plan.ablation.objective.sign > 0 else "maximize"
+        if self.plan.seed_plan is None:
+            return compare(self.scores, BASELINE, direction=direction, bootstrap=self._bootstrap)
+        return review(self._so_far(), BASELINE, self.plan.seed_plan, direction=direction)
+
+    @property
+    def _bootstrap(self) -> Bootstrap:
+        return Bootstrap(1.0 - self.plan.ablation.level)
+
+    def _so_far(self) -> dict[str, Array]:
+        """Each arm's scores at the seeds that it has been given and that have ended, which are the first ones."""
+        return {name: scores[: self._ended(name)] for name, scores in self.scores.items()}
+
+    def _ended(self, arm: str) -> int:
+        count = 0
+        for seed in self.seeds:
+            record = self.records.get((arm, seed))
+            if record is None or record.state is TrialState.RUNNING:
+                break
+            count += 1
+        return count
+
+    @cached_property
+    def summaries(self) -> dict[str, Summary]:
+        """Level and spread of each arm."""
+        return {name: summarize(name, scores, self._bootstrap) for name, scores in self.scores.items()}
+
+    @cached_property
+    def variances(self) -> dict[str, Variances]:
+        """Of each arm with at least two seeds and two draws of the evaluation's noise, where its spread comes from."""
+        found = {}
+        for arm in self.plan.arms:
+            draws = [draw for draw in (self._generations(arm.name, seed) for seed in self.seeds) if len(draw) > 1]
+            if len(draws) > 1:
+                found[arm.name] = variance_components(draws)
+        return found
+
+    def _generations(self, arm: str, seed: int) -> list[float]:
+        record = self.records.get((arm, seed))
+        if record is None or record.state is not TrialState.COMPLETE:
+            return []
+        return [float(score) for score in summary_of(record).get("generations", ())]
+
+    @cached_property
+    def effects(self) -> tuple[Effect, ...]:
+        """Main effects and interactions of two, of a factorial design with at least two complete seeds."""
+        scores = np.array([self.scores[arm.name] for arm in self.plan.arms])  # [arms, seeds]
+        if not self.plan.ablation.factors or (~np.isnan(scores)).all(axis=0).sum() < 2:
+            return ()
+        levels = {name: [arm.levels[name] for arm in self.plan.arms] for name in self.plan.ablation.factors}
+        return level_effects(levels, _terms(self.plan), scores, self._bootstrap)
+
+
+def _terms(plan: AblationPlan) -> list[tuple[str, ...]]:
+    """Every main effect, and every interaction of two that is not confounded with one that is there already."""
+    factors = list(plan.ablation.factors)
+    terms: list[tuple[str, ...]] = [(name,) for name in factors]
+    design = two_level_design(plan.ablation)
+    aliases = {} if design is None else design.aliases()
+    for pair in itertools.combinations(factors, 2):
+        if not any(other in terms for other in aliases.get(pair, ())):
+            terms.append(pair)
+    return terms
+
+
+def results_of(plan: AblationPlan, folder: StudyFolder, records: Sequence[TrialRecord]) -> Results:
+    """The results of an ablation's study."""
+    by_cell = {(str(record.values[ARM]), int(record.values[SEED])): record for record in records}
+    begun = {seed for _, seed in by_cell}
+    return Results(plan, folder.path, by_cell, tuple(seed for seed in plan.seeds if seed in begun))
+
+
+# ----------------------------------------------------------------------------
+# Tables
+
+
+def arms_frame(results: Results) -> pd.DataFrame:
+    """One row an arm, the baseline first.
+
+    Returns:
+        Columns arm, changes, seeds, missing, mean, mean_low, mean_high, iqm, std, difference, difference_low,
+        difference_high, p, p_holm, improvement (the chance of beating the baseline), verdict, seeds_needed, and the
+        standard deviations std_training and std_generation where the evaluation's noise was drawn more than once.
+    """
+    compared = {comparison.arm: comparison for comparison in results.comparisons}
+    return pd.DataFrame([_row(results, arm.name, arm.changes, compared.get(arm.name)) for arm in results.plan.arms])
+
+
+def _row(results: Results, arm: str, changes: Mapping[str, Any], comparison: Comparison | None) -> dict[str, Any]:
+    summary, variances = results.summaries[arm], results.variances.get(arm)
+    row = {
+        "arm": arm,
+        "changes": changes_text(changes),
+        "seeds": summary.seeds,
+        "missing": summary.missing,
+        "mean": summary.mean.estimate,
+        "mean_low": summary.mean.low,
+        "mean_high": summary.mean.high,
+        "iqm": summary.iqm.estimate,
+        "std": summary.spread,
+    }
+    compared = {
+        "difference": math.nan if comparison is None else comparison.difference.estimate,
+        "difference_low": math.nan if comparison is None else comparison.difference.low,
+        "difference_high": math.nan if comparison is None else comparison.difference.high,
+        "p": math.nan if comparison is None else comparison.p,
+        "p_holm": math.nan if comparison is None else comparison.p_holm,
+        "improvement": math.nan if comparison is None else comparison.improvement.estimate,
+        "verdict": "" if comparison is None else str(comparison.verdict),
+        "seeds_needed": math.nan if comparison is None else comparison.seeds_needed,
+    }
+    spreads = {
+        "std_training": math.nan if variances is None else math.sqrt(variances.training),
+        "std_generation": math.nan if variances is None else math.sqrt(variances.generation),
+    }
+    return {**row, **compared, **spreads}
+
+
+def changes_text(changes: Mapping[str, Any]) -> str:
+    """What an arm changes, in words."""
+    return ", ".join(f"{path}={show(value)}" for path, value in changes.items())
+
+
+def arms_table(results: Results) -> Table:
+    """The terminal's table: one row an arm, with its verdict."""
+    objective = results.plan.sweep.objectives[0]
+    table = Table(
+        "arm", "seeds", f"{metric_label(results.plan, objective)}, mean", "minus baseline", "p (Holm)", "verdict",
+        title=results.plan.ablation.hypothesis.strip(), title_justify="left",
+        caption=f"{better(objective)}; intervals of {100.0 * (1.0 - results.plan.ablation.level):g} %.",
+        caption_justify="left",
+    )  # fmt: skip
+    compared = {comparison.arm: comparison for comparison in results.comparisons}
+    for arm in results.plan.arms:
+        summary, comparison = results.summaries[arm.name], compared.get(arm.name)
+        cells = ["", "", ""]
+        if comparison is not None:
+            style = _STYLES[comparison.verdict]
+            verdict = f"[{style}]{_verdict(comparison)}[/]" if style else _verdict(comparison)
+            cells = [str(comparison.difference), p_text(comparison.p_holm).removeprefix("p = "), verdict]
+        table.add_row(arm.name, str(summary.seeds), str(summary.mean) if summary.seeds > 1 else _alone(summary), *cells)
+    return table
+
+
+def _verdict(comparison: Comparison) -> str:
+    needed = comparison.seeds_needed
+    if comparison.verdict is not Verdict.TOO_FEW_SEEDS or math.isinf(needed):
+        return str(comparison.verdict)
+    return f"{comparison.verdict}, {needed:.0f} would do"
+
+
+def _alone(summary: Summary) -> str:
+    """Without an interval, which one seed does not have."""
+    return "" if math.isnan(summary.mean.estimate) else number(summary.mean.estimate)
+
+
+def latex(results: Results) -> str:
+    """The table for a paper, in the form of the booktabs package."""
+    objective = results.plan.sweep.objectives[0]
+    compared = {comparison.arm: comparison for comparison in results.comparisons}
+    lines = [
+        f"% {_escaped(results.plan.name)}: {_escaped(' '.join(results.plan.ablation.hypothesis.split()))}",
+        r"\begin{tabular}{lrllll}",
+        r"\toprule",
+        rf"arm & seeds & {_escaped(metric_label(results.plan, objective))} & difference & $p$ (Holm) & verdict \\",
+        r"\midrule",
+    ]
+    for arm in results.plan.arms:
+        summary, comparison = results.summaries[arm.name], compared.get(arm.name)
+        cells = [_escaped(arm.name), str(summary.seeds), str(summary.mean) if summary.seeds > 1 else _alone(summary)]
+        if comparison is None:
+            cells += ["", "", ""]
+        else:
+            p = p_text(comparison.p_holm).removeprefix("p = ").replace("p < ", "$<$ ")
+            cells += [str(comparison.difference), p, _escaped(str(comparison.verdict))]
+        lines.append(" & ".join(cells) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _escaped(text: str) -> str:
+    """Plain text as LaTeX takes it."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {character: f"\\{character}" for character in "&%$#_{}"}
+    return "".join(special.get(character, character) for character in text)
+
+
+def write_tables(results: Results) -> tuple[Path, Path]:
+    """Write ablation.csv and ablation.tex into the study's folder; returns where they are."""
+    folder = results.folder
+    csv, tex = folder / "ablation.csv", folder / "ablation.tex"
+    write_atomic(csv, arms_frame(results).to_csv(index=False))
+    write_atomic(tex, latex(results))
+    return csv, tex
