@@ -60,9 +60,11 @@ class EvaluateConfig:
     """Directions of the sliced Wasserstein distance."""
     grid: int = 64
     """Images in a sample grid."""
+    generations: int = 1
+    """Independent draws of the report's noise on which the best checkpoint is scored; the first is the score."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "batch_size", "kid_subsets", "kid_subset_size", "projections", "grid"):
+        for name in ("every", "batch_size", "kid_subsets", "kid_subset_size", "projections", "grid", "generations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.kid_subset_size < _MIN_SUBSET:

@@ -82,7 +82,8 @@ class Summary:
     """What came out of a finished run. The field names are those of summary.json.
 
     `reference`, `best` and `last` hold the score `metric`, all from `num_samples` samples of noise that took no part in
-    choosing the best checkpoint; `scores` holds every score of each, `seconds_per_1000_images` the time to draw them.
+    choosing the best checkpoint; `scores` holds every score of each, `generations` those of the best on each draw of
+    that noise, `seconds_per_1000_images` the time to draw samples.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Summary:
     threads: int
     git_revision: str | None
     versions: dict[str, str]
+    generations: list[dict[str, float]] = field(default_factory=list)
 
 
 def train(
@@ -180,6 +182,7 @@ class _Run:
         self.threads = experiment.use_threads()
         self.clock = _Stopwatch()
         self.best: dict[str, Any] | None = None
+        self.generations: list[dict[str, float]] = []
         self.stopping = False
 
     # ------------------------------------------------------------------------
@@ -287,7 +290,7 @@ class _Run:
             "version": SCORING_VERSION,
             "pretraining": self.experiment.pretraining_signature,
             "schedule": {key: value.tolist() for key, value in asdict(schedule).items()},
-            "evaluate": to_tree(self.config.evaluate) | {"every": None, "grid": None},
+            "evaluate": to_tree(self.config.evaluate) | {"every": None, "grid": None, "generations": None},
             "features": self.scorer.identity,
             "device": self.experiment.device.type,
         }
@@ -432,8 +435,14 @@ class _Run:
             dxmi.load_state_dict(self.workers.agree(self._best_weights()))
             best = self.scorer.full(Sampling(dxmi.evaluated, REPORT))
             _finite(best.values, self.best["step"])
+        self.generations = [best.values, *self._further_draws(dxmi)]
         self._tell(Phase.REPORT, 2, 2)
         return {"best": best, "last": last}
+
+    def _further_draws(self, dxmi: DxMI) -> list[dict[str, float]]:
+        """The best policy's scores on more noise, which tell the evaluation's own spread from that of training."""
+        draws = range(1, self.config.evaluate.generations)
+        return [self.scorer.full(Sampling(dxmi.evaluated, f"{REPORT}/draw_{draw}")).values for draw in draws]
 
     def _best_weights(self) -> dict[str, Tensor]:
         if not (self.workers.is_first and self.best):
@@ -458,6 +467,7 @@ class _Run:
             best={**outcome("best", self.best["step"]), "selection_value": self.best["value"]},
             last=outcome("last", config.train.iterations),
             scores={name: scored.values for name, scored in scores.items()},
+            generations=self.generations,
             seconds_per_1000_images={name: scored.seconds_per_1000 for name, scored in scores.items()},
             iterations=config.train.iterations,
             num_steps=config.schedule.num_steps,

@@ -196,6 +196,21 @@ def test_higher_is_better_where_the_objective_says_so(played):
     assert [str(c.verdict) for c in outcome(study).comparisons] == ["worse", "better"]
 
 
+def test_the_spread_of_training_is_told_from_that_of_the_evaluation(played):
+    study = played(seeds=3, generations=2)
+    assert study.plan.config_of({"arm": "fast", "seed": 0}).evaluate.generations == 2
+    study.play(shifted())
+    for record in study.records():
+        summary = record.run.read_summary()
+        value = summary["best"]["value"]
+        record.run.write_summary(summary | {"generations": [{"eval/fid_digits": value + d} for d in (0.0, 0.2)]})
+    found = outcome(study).variances["baseline"]
+    own = np.array([shifted()("baseline", seed) for seed in range(3)])
+    assert found.generation == pytest.approx(0.2**2 / 2)
+    assert found.training == pytest.approx(own.var(ddof=1) - 0.2**2 / 4)
+    assert arms_frame(outcome(study))["std_generation"].notna().all()
+
+
 def test_a_failed_run_costs_its_seed_in_that_arm_alone(played):
     study = played(seeds=7)
     scores = shifted(no_entropy=-2.0, fast=1.0)

@@ -53,6 +53,16 @@ def test_a_run_writes_what_the_readme_says(undisturbed):
     assert len(kept) <= 3
 
 
+def test_further_draws_of_the_reports_noise_change_nothing_but_themselves(undisturbed, tmp_path):
+    train(tiny("evaluate.generations=3"), out=tmp_path / "run")
+    ours, theirs = (json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", undisturbed))
+    draws = [draw["eval/fid_digits"] for draw in ours["generations"]]
+    assert draws[0] == ours["best"]["value"] == theirs["best"]["value"]
+    assert len(set(draws)) == 3
+    assert theirs["generations"] == [theirs["scores"]["best"]]
+    assert ours["scores"] == theirs["scores"]
+
+
 def test_the_summary_has_at_least_what_was_promised(undisturbed):
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert {"signature", "seed", "git_revision", "versions", "device", "seconds", "iterations"} <= summary.keys()

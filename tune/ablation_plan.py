@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -163,7 +163,7 @@ def ablation_plan(
     )
     return AblationPlan(
         name,
-        experiment,
+        replace(experiment, evaluate=replace(experiment.evaluate, generations=ablation.generations)),
         sweep,
         {},
         tracking,

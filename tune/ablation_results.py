@@ -110,7 +110,9 @@ class Results:
         record = self.records.get((arm, seed))
         if record is None or record.state is not TrialState.COMPLETE:
             return []
-        return [float(score) for score in summary_of(record).get("generations", ())]
+        metric = self.plan.ablation.objective.metric
+        key = self.plan.metric if metric == "score" else metric
+        return [float(draw[key]) for draw in summary_of(record).get("generations", ()) if key in draw]
 
     @cached_property
     def effects(self) -> tuple[Effect, ...]:
