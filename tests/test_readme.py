@@ -51,7 +51,7 @@ def test_a_dxmi_command_of_the_readme_works(newcomer, command):
     """In the README's order: later commands use the folders of earlier ones."""
     program, *arguments = shlex.split(command)
     assert program == "dxmi"
-    if arguments[0] in ("train", "sweep") and not {"--resume", "--config"} & set(arguments):
+    if arguments[0] in ("train", "sweep", "ablate") and not {"--resume", "--config"} & set(arguments):
         arguments += TINY
     if arguments[0] == "sweep" and "--resume" not in arguments:
         arguments += ["sweep.budget.trials=2"]
@@ -96,7 +96,7 @@ def test_the_python_of_the_readme_works(newcomer, block, word, left):
 
 
 def test_the_sweep_file_of_the_readme_plans_a_study(newcomer):
-    (text,) = re.findall(r"```yaml\n(.+?)```", README, flags=re.DOTALL)
+    text, _ = re.findall(r"```yaml\n(.+?)```", README, flags=re.DOTALL)
     (newcomer / "my.yaml").write_text(text)
     assert main(["sweep", "sweep=my.yaml", "--dry-run"]) == 0
 
@@ -133,3 +133,11 @@ def test_every_metric_that_is_logged_is_explained():
     logged = set(re.findall(r'"((?:energy|value|policy)/\w+)"', source[2]))
     assert documented == logged
     assert set(re.findall(r"^    ((?:energy|value|policy)/\w+) ", source[1], flags=re.MULTILINE)) == logged
+
+
+def test_the_ablation_file_of_the_readme_plans_a_study(newcomer):
+    _, text = re.findall(r"```yaml\n(.+?)```", README, flags=re.DOTALL)
+    (newcomer / "mine.yaml").write_text(text)
+    arguments = ["ablate", "experiment=digits", *TINY, "ablation=mine.yaml", "name=planned", "--dry-run"]
+    assert main(arguments) == 0
+    assert not (newcomer / "studies" / "planned").exists()
