@@ -194,7 +194,8 @@ def test_slots_of_trials_with_several_workers():
         share(ResourcesConfig(num_workers=4), None, cpus=32, gpus=2)
 
 
-def test_a_sweep_of_groups_prunes_fails_and_finishes_and_loses_no_device(folder):
+@pytest.mark.slow
+def test_a_sweep_of_groups_prunes_and_finishes_and_loses_no_device(folder):
     sweep = [argument for argument in GROUP if "iterations=60" not in argument]
     said = ended(
         start(
