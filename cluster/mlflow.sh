@@ -19,7 +19,7 @@ fail() {
 # ----------------------------------------------------------------------------
 # What is refused
 
-[[ $# -eq 1 || $# -eq 2 ]] || fail "usage: cluster/mlflow.sh FOLDER [PORT]"
+[[ ($# -eq 1 || $# -eq 2) && $1 != -* ]] || fail "usage: cluster/mlflow.sh FOLDER [PORT]"
 port=${2:-5000}
 [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -le 65535 ]] || fail "The port is $port: it must be in 1..65535."
 [[ $EUID -ne 0 ]] || fail "PostgreSQL does not run as root: start this as another user, runuser -u NAME -- $0 $*"

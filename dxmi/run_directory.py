@@ -158,8 +158,17 @@ def read_yaml(path: Path, missing: str) -> dict[str, Any]:
             raise UserError(f"{path} uses YAML aliases: write the values out.")
         tree = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        reason = _reason(error)
         raise UserError(f"{path} is not a plain YAML config: {reason}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path} is not a config: it holds no settings.")
+        raise UserError(f"{path} is not a config: it holds no settings, which are lines of key: value.")
     return tree
+
+
+def _reason(error: Exception) -> str:
+    """What a YAML error says, and where; of text with a colon, what to do about it."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem is None or mark is None:
+        return " ".join(str(error).split())
+    hint = ": text with a colon in it must be in quotes" if "mapping values" in problem else ""
+    return f"{problem} at line {mark.line + 1}, column {mark.column + 1}{hint}"

@@ -357,12 +357,17 @@ def test_an_ablation_that_is_none_is_refused(overrides, words):
         (HYPOTHESIS + "variants:\n", "ablation.variants is None: it must be a group"),
         (FILE + "varants: {}\n", "ablation.varants is not a setting: did you mean variants?"),
         (FILE + "name: x\n", "ablation.name is not a setting"),
-        (FILE + VARIANTS, "names variants twice in one place: keep one."),
+        (FILE + VARIANTS, "names variants twice in one place"),
         (
             HYPOTHESIS + "variants:\n  a: {algorithm.cost_coef: 0}\n  a: {algorithm.cost_coef: 1}\n",
             "names a twice in one place",
         ),
         (HYPOTHESIS + "variants: {1: {}, '1': {}}\n", "names 1 twice"),
+        (HYPOTHESIS + "variants: {1: {}, yes: {}}\n", "names yes twice in one place, or what YAML takes for the same"),
+        (
+            "hypothesis: Entropy: it matters\n" + VARIANTS,
+            "line 1, column 20: text with a colon in it must be in quotes",
+        ),
         (
             HYPOTHESIS + "variants: {a: {algorithm.preset: x, algorithm: {preset: y}}}\n",
             "ablation.variants.a names algorithm",

@@ -250,9 +250,9 @@ def test_a_sweep_that_is_none_is_refused(overrides, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "it holds no settings."),
-        ("- a\n", "it holds no settings."),
-        ("just text\n", "it holds no settings."),
+        ("", "it holds no settings, which are lines of key: value."),
+        ("- a\n", "it holds no settings, which are lines of key: value."),
+        ("just text\n", "it holds no settings, which are lines of key: value."),
         ("a: [\n", "is not a plain YAML config"),
         ("\x00", "is not a plain YAML config"),
         ("space: !!python/object/apply:os.system [echo hi]\n", "is not a plain YAML config"),

@@ -199,7 +199,6 @@ def arms_table(results: Results) -> Table:
     objective = results.plan.sweep.objectives[0]
     table = Table(
         "arm", "seeds", f"{metric_label(results.plan, objective)}, mean", "minus baseline", "p (Holm)", "verdict",
-        title=results.plan.ablation.hypothesis.strip(), title_justify="left",
         caption=f"{better(objective)}; intervals of {100.0 * (1.0 - results.plan.ablation.level):g} %.",
         caption_justify="left",
     )  # fmt: skip

@@ -394,10 +394,16 @@ def _refuse_double_keys(path: Path) -> None:
         if isinstance(node, yaml.SequenceNode):
             nodes += node.value
         if isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
+            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            values = [
+                yaml.safe_load(key.value) if key.style is None else key.value for key in keys
+            ]  # 1 is yes to Python
+            twice = next((key for index, key in enumerate(keys) if values[index] in values[:index]), None)
             if twice is not None:
-                raise UserError(f"{path} names {twice} twice in one place: keep one.")
+                raise UserError(
+                    f"{path} names {twice.value} twice in one place, or what YAML takes for the same (yes, on and 1; "
+                    "no, off and 0): keep one, or put it in quotes."
+                )
             nodes += [value for _, value in node.value]
 
 

@@ -188,7 +188,8 @@ def _show_arms(console: Terminal, chosen: Ablation) -> None:
     """What --dry-run prints."""
     plan, ablation = chosen.plan, chosen.plan.ablation
     console.out(f"Ablation {plan.name} (signature {plan.signature}) in {chosen.folder.path}", highlight=False)
-    table = Table("arm", "changes of the baseline", title=" ".join(ablation.hypothesis.split()), title_justify="left")
+    console.out(f"Hypothesis: {' '.join(ablation.hypothesis.split())}", highlight=False)
+    table = Table("arm", "changes of the baseline")
     for arm in plan.arms:
         table.add_row(arm.name, changes_text(arm.changes))
     console.print(table)
@@ -196,14 +197,19 @@ def _show_arms(console: Terminal, chosen: Ablation) -> None:
     if design is not None:
         console.out(design.describe(), highlight=False)
     cost = chosen.estimate()
-    seeds = plan.seeds if plan.seed_plan is None else (*plan.seeds[: ablation.seeds.first], "...", plan.seeds[-1])
     rows = {
-        "seeds": ", ".join(map(str, seeds)),
-        "trials": f"{plan.num_trials}" + ("" if plan.seed_plan is None else " at most"),
+        "design": ablation.design,
+        "seeds": ", ".join(map(str, plan.seeds)),
+        "trials": str(plan.num_trials),
         "concurrency": str(chosen.slots),
         "time": _time(cost),
         "tracking": plan.tracking.uri,
     }
+    if plan.seed_plan is not None:
+        first = ablation.seeds.first
+        rows["seeds"] = f"{first}, then more where the verdict is open, {ablation.seeds.cap} at most"
+        rows["trials"] = f"{len(plan.arms) * first}, then up to {plan.num_trials}"
+        rows["time"] += ", with every seed"
     if ablation.tuning is not None:
         rows["tuning"] = f"{ablation.tuning.trials} trials in each arm, before"
     summary = Table(show_header=False)
