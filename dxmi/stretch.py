@@ -93,7 +93,7 @@ def tell_together(stories: Sequence[Story[T]]) -> list[T]:
             go_on(number)
         while waiting:
             group, until = _next_group(waiting)
-            for number, error in _train_together(group, until).items():
+            for number, error in train_together(group, until).items():
                 go_on(number, error)
             for number, stretch in group.items():
                 if waiting.get(number) is stretch and stretch.iteration == stretch.total:
@@ -121,8 +121,12 @@ class _Stack(Protocol):
     def update(self, data: Tensor, iteration: int, *generators: Sequence[torch.Generator]) -> Mapping[str, Tensor]: ...
 
 
-def _train_together(group: Mapping[int, Stretch], until: int) -> dict[int, BaseException]:
-    """Do the iterations of a group before `until`, or until one of its stories ends; errors by story."""
+def train_together(group: Mapping[int, Stretch], until: int) -> dict[int, BaseException]:
+    """Do the iterations of a group, all at the same one, before `until` or until one of its stories ends by an error.
+
+    Returns:
+        What they raised, by their numbers in `group`.
+    """
     for stretch in group.values():
         stretch.stacked(len(group))
     if len(group) == 1:

@@ -156,22 +156,32 @@ class Member:
     saved: Saved | None = None
 
 
-def train_stacked(members: Sequence[Member]) -> list[Summary | Exception | None]:
+Outcome = Summary | Exception | None
+"""What `train` returns, or what it would raise."""
+
+
+def train_stacked(members: Sequence[Member], ended: Callable[[int, Outcome], None] | None = None) -> list[Outcome]:
     """Run several seeds of one experiment as one program; each is the run that it would be alone, but for rounding.
 
-    Returns:
-        For each what `train` returns, or what it would raise: the others go on.
+    Args:
+        members: differ in their seeds, folders and reporters alone.
+        ended: hears of each, by its number in `members`, as soon as it has ended; the others go on.
     """
-    by_seed = sorted(range(len(members)), key=lambda k: members[k].experiment.config.seed)  # or two programs' locks
-    told = tell_together([_guarded(_story(members[k])) for k in by_seed])  # could wait for each other
-    return [told[by_seed.index(k)] for k in range(len(members))]
 
+    def told(number: int) -> Story[Outcome]:
+        outcome: Outcome
+        try:
+            outcome = yield from _story(members[number])
+        except Exception as error:  # noqa: BLE001  (this member's own)
+            outcome = error
+        if ended is not None:
+            ended(number, outcome)
+        return outcome
 
-def _guarded(story: Story[Summary | None]) -> Story[Summary | Exception | None]:
-    try:
-        return (yield from story)
-    except Exception as error:  # noqa: BLE001  (this member's own)
-        return error
+    # By seed: programs that take the locks of two pretrainings in different orders would wait for each other.
+    by_seed = sorted(range(len(members)), key=lambda number: members[number].experiment.config.seed)
+    outcomes = tell_together([told(number) for number in by_seed])
+    return [outcomes[by_seed.index(number)] for number in range(len(members))]
 
 
 def _story(member: Member, resume_from: Path | None = None) -> Story[Summary | None]:
