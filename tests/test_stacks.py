@@ -201,7 +201,7 @@ def test_a_killed_program_goes_on_with_all_its_seeds(tmp_path):
     program = subprocess.Popen([sys.executable, "-m", "tune.cli", *command], env=environment)
     folder = StudyFolder(tmp_path / "real")
     wait_until(lambda: len(list(folder.trials.glob("000[0-2]/checkpoints/step_00000010"))) == 3, 300)
-    workers = processes_with(str(tmp_path), "ray::")
+    workers = processes_with(str(tmp_path), "ray::Implicit")
     assert workers
     for worker in workers:
         os.kill(worker, signal.SIGKILL)
