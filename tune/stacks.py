@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayError
 
 from dxmi.config import build, to_tree
 from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
@@ -36,7 +37,10 @@ def seeds_together(plan: Plan, slots: Slots) -> int:
         return most if _can_be_stacked(resources) else 1
     measure = ray.remote(num_cpus=slots.threads, num_gpus=slots.gpu_share)(_seconds_by_number)
     tree = to_tree(replace(plan.experiment, resources=replace(resources, threads=slots.threads)))
-    seconds: dict[int, float] = ray.get(measure.remote(tree, _numbers(most)))
+    try:
+        seconds: dict[int, float] = ray.get(measure.remote(tree, _numbers(most)))
+    except RayError:  # whatever it was, each trial meets it too, and says so where it belongs
+        return 1
     return fastest(seconds)
 
 
