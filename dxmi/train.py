@@ -475,16 +475,13 @@ def _newest(folder: Path, workers: Workers) -> tuple[Checkpoint | None, list[str
     about = workers.on_first(lambda: None if found is None else [found.step, found.meta])
     if about is None:
         return None, complaints
-    flat = {f"{group}/{key}": value for group, tensors in _groups(found).items() for key, value in tensors.items()}
+    own = {} if found is None else found.groups
+    flat = {f"{group}/{key}": value for group, tensors in own.items() for key, value in tensors.items()}
     groups: dict[str, dict[str, Tensor]] = {}
     for name, value in workers.agree(flat).items():
         group, _, key = name.partition("/")
         groups.setdefault(group, {})[key] = value
     return Checkpoint(checkpoint.path_of(folder, about[0]), about[0], groups, about[1]), complaints
-
-
-def _groups(found: Checkpoint | None) -> Mapping[str, Mapping[str, Tensor]]:
-    return {} if found is None else found.groups
 
 
 def _keep_only(folder: Path, step: int, state: TrainingState) -> None:

@@ -34,7 +34,8 @@ from dxmi.files import write_atomic
 from dxmi.train import Phase, Progress, Reporter, Summary, train
 from dxmi.workers import Group
 from tune.console import last_line
-from tune.ray_session import on_cluster, ray_session
+from tune.devices import find_slots
+from tune.ray_session import ray_session
 
 _POLL_SECONDS = 0.5
 _NOTE = "placement_group"
@@ -273,22 +274,6 @@ def ray_for(config: ExperimentConfig) -> Iterator[None]:
     Raises:
         UserError: the machine has not what the workers need.
     """
-    if on_cluster():
-        with ray_session(0, 0):
-            yield
-        return
-    resources = config.resources
-    cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
-    needed = resources.num_workers * (resources.threads or 1)
-    if needed > cpus:
-        raise UserError(
-            f"resources.num_workers={resources.num_workers} with {resources.threads or 1} threads each need {needed} "
-            f"CPU threads, and this machine has {cpus}."
-        )
-    if resources.device != "cpu" and 0 < gpus < resources.num_workers:
-        raise UserError(
-            f"resources.num_workers is {resources.num_workers}, and this machine has {gpus} GPUs: "
-            "use resources.device=cpu or fewer workers."
-        )
-    with ray_session(cpus, gpus):
+    slots = find_slots(config.resources, max_concurrent=1)
+    with ray_session(slots.cpus, slots.gpus):
         yield

@@ -8,6 +8,7 @@ import torch
 
 from dxmi.errors import UserError
 from dxmi.experiment import ResourcesConfig
+from tune.ray_session import cluster_nodes, on_cluster
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,7 @@ def find_slots(resources: ResourcesConfig, max_concurrent: int | None) -> Slots:
     Raises:
         UserError: a trial, or the trials that are to run at once, need more than there is.
     """
-    if os.environ.get("RAY_ADDRESS"):
-        from tune.ray_session import cluster_nodes  # noqa: PLC0415  (Ray takes seconds)
-
+    if on_cluster():
         return share_cluster(resources, max_concurrent, cluster_nodes())
     return share(resources, max_concurrent, len(os.sched_getaffinity(0)), torch.cuda.device_count())
 

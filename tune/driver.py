@@ -73,11 +73,8 @@ def drive(
     control = _Control(conductor)
     try:
         slots = conductor.slots
-        with (
-            control.listening(),
-            ray_session(slots.cpus, slots.gpus),
-            control.listening(),
-        ):  # Ray's start takes SIGTERM for itself
+        # Twice, since Ray's start takes SIGTERM for itself.
+        with control.listening(), ray_session(slots.cpus, slots.gpus), control.listening():
             control.checkpoint()
             mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
             hands = _Hands(conductor, mailbox, look, control)

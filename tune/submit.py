@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pathspec import PathSpec
 from ray.exceptions import AuthenticationError
@@ -38,6 +38,7 @@ _SAVING_SECONDS = "40"
 _LONGEST_WAIT = 15.0
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 OK, FAILED, STOPPED = 0, 1, 130
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,8 @@ def _client(address: str) -> Any:
     return client
 
 
-def patiently(action: Callable[[], None], patience: float) -> None:
-    """Do it, again and again while the cluster does not answer.
+def patiently(action: Callable[[], T], patience: float) -> T:
+    """What `action` gives, asked again and again while the cluster does not answer.
 
     Args:
         action: may be done more than once.
@@ -254,20 +255,9 @@ def follow(jobs: Jobs, job: str, write: Callable[[str], None], patience: float) 
     Raises:
         UnreachableError: it did not answer for so long.
     """
-    written, silent_since, wait = 0, None, _POLL_SECONDS
+    written = 0
     while True:
-        try:
-            details = jobs.details(job)
-            text = jobs.logs(job)
-        except UnreachableError:
-            now = time.monotonic()
-            silent_since = silent_since or now
-            if now - silent_since > patience:
-                raise
-            time.sleep(wait)
-            wait = min(2.0 * wait, _LONGEST_WAIT)
-            continue
-        silent_since, wait = None, _POLL_SECONDS
+        details, text = patiently(lambda: (jobs.details(job), jobs.logs(job)), patience)
         write(text[written:])
         written = len(text)
         if str(details.status) in _ENDED:

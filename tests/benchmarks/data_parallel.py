@@ -8,7 +8,6 @@ Then what 8 GPUs would make of it, from the bytes that are sent.
 """
 
 import os
-import statistics
 import sys
 import time
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from iteration import PER_ROUND, ROUNDS, seconds_each
 from torch import nn
 
 from dxmi.algorithms.dxmi import DxMI
@@ -24,7 +24,7 @@ from dxmi.optimizers import Optimizer, OptimizerConfig, Part
 from dxmi.workers import ALONE, Group, Workers
 from tune.configs import compose_experiment
 
-_WARM_UP, _ROUNDS, _PER_ROUND = 20, 10, 10
+_WARM_UP = 20
 _NVLINK, _ETHERNET = 300e9, 12.5e9
 """Bytes a second of an all-reduce's slowest link: between GPUs of one machine; 100 Gbit/s between machines."""
 
@@ -48,13 +48,7 @@ class _Timed:
 def _median_seconds(run: Any) -> float:
     for _ in range(_WARM_UP):
         run()
-    rounds = []
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        for _ in range(_PER_ROUND):
-            run()
-        rounds.append((time.perf_counter() - start) / _PER_ROUND)
-    return statistics.median(rounds)
+    return seconds_each(run)[0]
 
 
 def _iterations(overrides: list[str], workers: Workers) -> dict[str, float]:
@@ -66,7 +60,7 @@ def _iterations(overrides: list[str], workers: Workers) -> dict[str, float]:
     dist.all_reduce = timed
     start = time.perf_counter()
     seconds = _median_seconds(lambda: dxmi.update(state.stream.next(), 0, noise, states))
-    whole, count = time.perf_counter() - start, _WARM_UP + _ROUNDS * _PER_ROUND
+    whole, count = time.perf_counter() - start, _WARM_UP + ROUNDS * PER_ROUND
     return {
         "seconds": seconds,
         "share": timed.seconds / whole,

@@ -20,7 +20,7 @@ from dxmi.experiment import Experiment
 from dxmi.state import TrainingState
 from tune.configs import compose_experiment
 
-_WARM_UP, _ROUNDS, _PER_ROUND = 20, 15, 10
+_WARM_UP, ROUNDS, PER_ROUND = 20, 15, 10
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
@@ -64,12 +64,12 @@ def seconds_each(*runs: Callable[[], None]) -> list[float]:
     A round takes them in turn, so that what else the machine does, and its clock's changes, fall on all alike.
     """
     rounds: list[list[float]] = [[] for _ in runs]
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         for run, seconds in zip(runs, rounds, strict=True):
             start = time.perf_counter()
-            for _ in range(_PER_ROUND):
+            for _ in range(PER_ROUND):
                 run()
-            seconds.append((time.perf_counter() - start) / _PER_ROUND)
+            seconds.append((time.perf_counter() - start) / PER_ROUND)
     return [statistics.median(seconds) for seconds in rounds]
 
 
@@ -108,7 +108,7 @@ def shares(runner: Runner) -> dict[str, float]:
     timed(dxmi, "_update_energy", "3 energy")
     timed(dxmi, "_update_value", "4 value")
     timed(dxmi, "_update_policy", "5 policy")
-    count = _ROUNDS * _PER_ROUND
+    count = ROUNDS * PER_ROUND
     start = time.perf_counter()
     for _ in range(count):
         runner()
