@@ -5,11 +5,12 @@ all made from the records and the run folders, so that it can be written again a
 """
 
 import base64
+import functools
 import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +49,8 @@ _TEMPLATES = Path(__file__).resolve().parent / "_templates"
 _MATRIX_TRIALS, _MATRIX_STEPS = 8, 6
 _SAMPLES_A_SIDE = (4, 3, 2, 1)
 """Of each grid, so many samples a side are shown: the first number with which the report stays small."""
+_FIGURE_PIXELS = 60
+"""A side of a figure is so many times that number."""
 _MAX_SAMPLE_BYTES = 3_000_000
 _SCROLLING_ROWS = 40
 """A longer table scrolls in its own frame."""
@@ -133,6 +136,7 @@ def _references_sentences(plan: Plan, best: TrialRecord) -> list[str]:
         "ddpm_1000": "the 1000-step model it came from has {}",
         f"ddim_{steps}": f"DDIM with {steps} steps {{}}",
         "shortened": f"the same {steps} steps before fine-tuning {{}}",
+        "data": "fresh data itself {}",
     }
     parts = [sentence.format(number(scores[key])) for key, sentence in words.items() if key in scores]
     is_score = plan.sweep.objectives[0].metric in ("score", plan.metric)
@@ -537,10 +541,10 @@ def sample_matrix(plan: Plan, records: Sequence[TrialRecord]) -> Matrix | None:
     steps = _thinned(sorted(set.intersection(*(_sampled(record) for record in chosen))), _MATRIX_STEPS)
     if not steps:
         return None
-    columns = max(1, round(plan.experiment.evaluate.grid**0.5))
     places = {record.number: place for place, record in enumerate(ranked(plan, records), start=1)}
     for side in _SAMPLES_A_SIDE:
-        pictures = [[_picture(record, step, columns, side) for step in steps] for record in chosen]
+        part = functools.partial(_part, plan, side)
+        pictures = [[_picture(record, step, part) for step in steps] for record in chosen]
         if sum(len(picture) for row in pictures for picture in row) <= _MAX_SAMPLE_BYTES:
             break
     rows = [
@@ -576,14 +580,21 @@ def _matrix_note(record: TrialRecord, place: int) -> str:
     return f"#{place}, {number(_score(record))} at {record.outcome.step}"
 
 
-def _picture(record: TrialRecord, step: int, columns: int, side: int) -> str:
-    """The upper left corner of a grid, `side` samples wide and high, as a data URI."""
+def _part(plan: Plan, side: int, picture: Image.Image) -> Image.Image:
+    """The upper left corner of a grid of images, `side` samples wide and high; all of a figure, made small."""
+    if plan.experiment.data.is_planar:
+        return picture.convert("RGB").resize((_FIGURE_PIXELS * side, _FIGURE_PIXELS * side), Image.Resampling.LANCZOS)
+    columns, gap = max(1, round(plan.experiment.evaluate.grid**0.5)), 2  # see dxmi.pictures.grid
+    extent = gap + min(side, columns) * ((picture.width - gap) // columns)
+    return picture.crop((0, 0, extent, min(extent, picture.height)))
+
+
+def _picture(record: TrialRecord, step: int, part: Callable[[Image.Image], Image.Image]) -> str:
+    """A part of what was drawn at a step, as a data URI."""
     buffer = io.BytesIO()
     try:
-        with Image.open(record.run.samples / f"step_{step:06d}.png") as grid:
-            gap = 2  # see dxmi.pictures.grid
-            extent = gap + min(side, columns) * ((grid.width - gap) // columns)
-            grid.crop((0, 0, extent, min(extent, grid.height))).save(buffer, format="png", optimize=True)
+        with Image.open(record.run.samples / f"step_{step:06d}.png") as picture:
+            part(picture).save(buffer, format="png", optimize=True)
     except (OSError, SyntaxError, ValueError):
         return ""
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

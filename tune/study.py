@@ -38,6 +38,7 @@ from dxmi.errors import UserError
 from dxmi.experiment import ExperimentConfig
 from dxmi.files import write_atomic, write_json
 from dxmi.run_directory import RunDirectory, read_yaml
+from dxmi.scorers import score_keys
 from tune.proposals import num_planned, propose, template
 from tune.space import Axis, Value, configured, parse_space
 from tune.stopping import falls_behind
@@ -173,7 +174,7 @@ class Plan:
     @property
     def metric(self) -> str:
         """The key of the experiment's own score, like eval/fid_digits."""
-        return f"eval/fid_{self.experiment.data.name}"
+        return score_keys(self.experiment.data)[0]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -239,9 +240,7 @@ _OWN_METRICS = ("score", "num_steps", "seconds")
 
 def metrics_of(experiment: ExperimentConfig) -> list[str]:
     """Every metric that an objective may name."""
-    data = experiment.data.name
-    scores = [f"eval/{kind}_{data}" for kind in ("fid", "kid", "precision", "recall")]
-    return [*_OWN_METRICS, *scores, "eval/sliced_wasserstein"]
+    return [*_OWN_METRICS, *score_keys(experiment.data)]
 
 
 def _check_objectives(sweep: SweepConfig, experiment: ExperimentConfig) -> None:
