@@ -568,7 +568,10 @@ def curve_of(rows: list[Row], key: str) -> list[tuple[float, float]]:
     return [(float(row["step"]), float(row[key])) for row in rows if key in row]
 
 
-_PANELS = ("energy/data_mean", "energy/sample_mean", "value/td_error", "policy/entropy", "policy/grad_norm")
+_PANELS = (
+    *("eval/energy_auc", "energy/data_mean", "energy/sample_mean"),
+    *("value/td_error", "policy/entropy", "policy/grad_norm"),
+)
 
 
 def logged_curves(rows: list[Row]) -> dict[str, list[tuple[float, float]]]:

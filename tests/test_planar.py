@@ -116,7 +116,7 @@ def test_a_log_density_of_many_points_is_that_of_each(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_follow_the_density_by_a_chi_square_test(name):
-    """Counts in fields of side 1/2 against the density integrated over each; fields that expect few are put together."""
+    """Counts in fields of side 1/2 against the density integrated over each; those that expect few are put together."""
     num, fields, fine = 20_000, 16, 8
     density = DISTRIBUTIONS[name].log_density(square_grid(SQUARE, fields * fine)).exp()
     blocks = density.view(fields, fine, fields, fine).sum(dim=(1, 3)).flatten() * cell_area(SQUARE, fields * fine)

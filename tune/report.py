@@ -527,10 +527,17 @@ class MatrixRow:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Sample grids, all from the same noise: one row a trial, one column an iteration."""
+    """Pictures of samples, all from the same noise: one row a trial, one column an iteration.
+
+    Attributes:
+        steps: iterations.
+        rows: of pictures.
+        are_figures: whether they are figures and no grids of images, whose pixels are worth seeing.
+    """
 
     steps: list[int]
     rows: list[MatrixRow]
+    are_figures: bool
 
 
 def sample_matrix(plan: Plan, records: Sequence[TrialRecord]) -> Matrix | None:
@@ -551,7 +558,7 @@ def sample_matrix(plan: Plan, records: Sequence[TrialRecord]) -> Matrix | None:
         MatrixRow(f"trial {record.number}", _matrix_note(record, places[record.number]), row)
         for record, row in zip(chosen, pictures, strict=True)
     ]
-    return Matrix(steps, rows)
+    return Matrix(steps, rows, are_figures=plan.experiment.data.is_planar)
 
 
 def _shown(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:

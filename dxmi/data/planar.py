@@ -10,6 +10,7 @@ Axis letters: N points, 2 the plane, M nodes of a curve or centres of a mixture.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from dxmi.seeds import generator
 
 SQUARE = 4.0
 """Half the side of the square that the distributions fill, and on which densities are compared."""
+_NODES = 512
+"""Of each curve's quadrature."""
 _ROWS = 4096
 """Points whose distances to all nodes are in memory at a time."""
 
@@ -78,14 +81,22 @@ class Gaussians8(Distribution):
 
     def log_density(self, points: Tensor) -> Tensor:
         """Of the mixture."""
-        return _mixture_log_density(points, self.centres, torch.full((8,), -math.log(8.0), dtype=torch.float64), self.std)
+        return _mixture_log_density(
+            points, self.centres, torch.full((8,), -math.log(8.0), dtype=torch.float64), self.std
+        )
+
+
+@cache
+def _quadrature() -> tuple[Tensor, Tensor]:
+    """Gauss-Legendre nodes in [0, 1] and their weights, which add up to 1: [M] each."""
+    nodes, weights = (torch.from_numpy(table) for table in np.polynomial.legendre.leggauss(_NODES))
+    return (nodes + 1.0) / 2.0, weights / 2.0
 
 
 class _Curve(Distribution):
     """Normal noise around curves that are run through with a known density of the parameter."""
 
     std: float
-    num_nodes = 512
 
     @abstractmethod
     def branches(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,10 +118,9 @@ class _Curve(Distribution):
 
     def log_density(self, points: Tensor) -> Tensor:
         """The integral of the noise's density along both curves."""
-        nodes, weights = (torch.from_numpy(table) for table in np.polynomial.legendre.leggauss(self.num_nodes))
-        u = (nodes + 1.0) / 2.0  # from [-1, 1], where the weights add up to 2
+        u, weights = _quadrature()
         centres = torch.cat(self.branches(u))
-        log_weights = (weights / 2.0 * self.speed(u) / 2.0).log().repeat(2)
+        log_weights = (weights * self.speed(u) / 2.0).log().repeat(2)
         return _mixture_log_density(points, centres, log_weights, self.std)
 
 
