@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial
 from dxmi.config import build, signature, to_tree
 from dxmi.errors import UserError
 from dxmi.experiment import ExperimentConfig
+from dxmi.scorers import score_keys
 from tune.proposals import Proposal, num_planned, propose
 from tune.space import Axis, Value, parse_space, tree_with
 from tune.sweep_config import SweepConfig, TrackingConfig
@@ -80,7 +81,7 @@ class Plan:
     @property
     def metric(self) -> str:
         """The key of the experiment's own score, like eval/fid_digits."""
-        return f"eval/fid_{self.experiment.data.name}"
+        return score_keys(self.experiment.data)[0]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -146,9 +147,7 @@ _OWN_METRICS = ("score", "num_steps", "seconds")
 
 def metrics_of(experiment: ExperimentConfig) -> list[str]:
     """Every metric that an objective may name."""
-    data = experiment.data.name
-    scores = [f"eval/{kind}_{data}" for kind in ("fid", "kid", "precision", "recall")]
-    return [*_OWN_METRICS, *scores, "eval/sliced_wasserstein"]
+    return [*_OWN_METRICS, *score_keys(experiment.data)]
 
 
 def _check_objectives(sweep: SweepConfig, experiment: ExperimentConfig) -> None:

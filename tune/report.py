@@ -5,12 +5,13 @@ all made from the records and the run folders, so that it can be written again a
 """
 
 import base64
+import functools
 import hashlib
 import io
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,6 +56,8 @@ _TEMPLATES = Path(__file__).resolve().parent / "_templates"
 _MATRIX_TRIALS, _MATRIX_STEPS = 8, 6
 _SAMPLES_A_SIDE = (4, 3, 2, 1)
 """Of each grid, so many samples a side are shown: the first number with which the report stays small."""
+_FIGURE_PIXELS = 60
+"""A side of a figure is so many times that number."""
 _MAX_SAMPLE_BYTES = 3_000_000
 _SCROLLING_ROWS = 40
 """A longer table scrolls in its own frame."""
@@ -143,6 +146,7 @@ def _references_sentences(plan: Plan, best: TrialRecord) -> list[str]:
         "ddpm_1000": "the 1000-step model it came from has {}",
         f"ddim_{steps}": f"DDIM with {steps} steps {{}}",
         "shortened": f"the same {steps} steps before fine-tuning {{}}",
+        "data": "fresh data itself {}",
     }
     parts = [sentence.format(number(scores[key])) for key, sentence in words.items() if key in scores]
     is_score = plan.sweep.objectives[0].metric in ("score", plan.metric)
@@ -622,10 +626,17 @@ class MatrixRow:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Sample grids, all from the same noise: one row a trial, one column an iteration."""
+    """Pictures of samples, all from the same noise: one row a trial, one column an iteration.
+
+    Attributes:
+        steps: iterations.
+        rows: of pictures.
+        are_figures: whether they are figures and no grids of images, whose pixels are worth seeing.
+    """
 
     steps: list[int]
     rows: list[MatrixRow]
+    are_figures: bool
 
 
 def sample_matrix(plan: Plan, records: Sequence[TrialRecord]) -> Matrix | None:
@@ -636,35 +647,35 @@ def sample_matrix(plan: Plan, records: Sequence[TrialRecord]) -> Matrix | None:
     steps = _thinned(sorted(set.intersection(*(_sampled(record) for record in chosen))), _MATRIX_STEPS)
     if not steps:
         return None
-    columns = max(1, round(plan.experiment.evaluate.grid**0.5))
     places = {record.number: place for place, record in enumerate(ranked(plan, records), start=1)}
     for side in _SAMPLES_A_SIDE:
-        pictures = [[_picture(record, step, columns, side) for step in steps] for record in chosen]
+        part = functools.partial(_part, plan, side)
+        pictures = [[_picture(record, step, part) for step in steps] for record in chosen]
         if sum(len(picture) for row in pictures for picture in row) <= _MAX_SAMPLE_BYTES:
             break
     rows = [
         MatrixRow(f"trial {record.number}", _matrix_note(record, places[record.number]), row)
         for record, row in zip(chosen, pictures, strict=True)
     ]
-    return Matrix(steps, rows)
+    return Matrix(steps, rows, are_figures=plan.experiment.data.is_planar)
 
 
 def arm_matrix(results: Results) -> Matrix | None:
     """The best checkpoints' grids: one row an arm, one column a seed; None if there are none."""
-    columns = max(1, round(results.plan.experiment.evaluate.grid**0.5))
+    part = functools.partial(_part, results.plan, 2)
     seeds = results.seeds[:_MATRIX_STEPS]
     rows = []
     for arm in results.plan.arms:
         records = [results.records.get((arm.name, seed)) for seed in seeds]
         pictures = [
-            "" if record is None or record.outcome.step is None else _picture(record, record.outcome.step, columns, 2)
+            "" if record is None or record.outcome.step is None else _picture(record, record.outcome.step, part)
             for record in records
         ]
         if any(pictures):
             summary = results.summaries[arm.name]
             note = "" if math.isnan(summary.mean.estimate) else number(summary.mean.estimate)
             rows.append(MatrixRow(arm.name, note, pictures))
-    return Matrix([*seeds], rows) if rows else None
+    return Matrix([*seeds], rows, results.plan.experiment.data.is_planar) if rows else None
 
 
 def _shown(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
@@ -693,14 +704,21 @@ def _matrix_note(record: TrialRecord, place: int) -> str:
     return f"#{place}, {number(_score(record))} at {record.outcome.step}"
 
 
-def _picture(record: TrialRecord, step: int, columns: int, side: int) -> str:
-    """The upper left corner of a grid, `side` samples wide and high, as a data URI."""
+def _part(plan: Plan, side: int, picture: Image.Image) -> Image.Image:
+    """The upper left corner of a grid of images, `side` samples wide and high; all of a figure, made small."""
+    if plan.experiment.data.is_planar:
+        return picture.convert("RGB").resize((_FIGURE_PIXELS * side, _FIGURE_PIXELS * side), Image.Resampling.LANCZOS)
+    columns, gap = max(1, round(plan.experiment.evaluate.grid**0.5)), 2  # see dxmi.pictures.grid
+    extent = gap + min(side, columns) * ((picture.width - gap) // columns)
+    return picture.crop((0, 0, extent, min(extent, picture.height)))
+
+
+def _picture(record: TrialRecord, step: int, part: Callable[[Image.Image], Image.Image]) -> str:
+    """A part of what was drawn at a step, as a data URI."""
     buffer = io.BytesIO()
     try:
-        with Image.open(record.run.samples / f"step_{step:06d}.png") as grid:
-            gap = 2  # see dxmi.pictures.grid
-            extent = gap + min(side, columns) * ((grid.width - gap) // columns)
-            grid.crop((0, 0, extent, min(extent, grid.height))).save(buffer, format="png", optimize=True)
+        with Image.open(record.run.samples / f"step_{step:06d}.png") as picture:
+            part(picture).save(buffer, format="png", optimize=True)
     except (OSError, SyntaxError, ValueError):
         return ""
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
