@@ -15,6 +15,7 @@ SELECTION, REPORT = "selection", "report"
 """Noise streams: the best checkpoint is chosen on one and scored on the other."""
 SCORING_VERSION = 1
 """Raised whenever a change of the code changes a score, so that cached references are scored again."""
+RESULTS = ("best", "last")
 _MIN_SUBSET, _SEEDS = 2, 2**32
 MIN_SAMPLES = 4
 """Precision and recall look at a sample's third neighbour."""
@@ -43,11 +44,16 @@ class EvaluateConfig:
     """Images in a sample grid, or points in a picture of samples."""
     generations: int = 1
     """Independent draws of the report's noise on which the best checkpoint is scored; the first is the score."""
+    result: str = "best"
+    """The checkpoint that counts as the best: best, which has the best score of the samples on noise of its own; or
+    last, where that score is not all that matters, as in the plane, where the energy has to be right too."""
 
     def __post_init__(self) -> None:
         for name in ("every", "batch_size", "kid_subsets", "kid_subset_size", "projections", "grid", "generations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.result not in RESULTS:
+            raise ValueError(f"result is {self.result!r}: it must be one of {', '.join(RESULTS)}")
         if self.kid_subset_size < _MIN_SUBSET:
             raise ValueError(f"kid_subset_size is {self.kid_subset_size}: it must be at least {_MIN_SUBSET}")
         if not 0 <= self.seed < _SEEDS:

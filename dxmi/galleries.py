@@ -9,7 +9,7 @@ from torch import Tensor
 from dxmi.data import DISTRIBUTIONS, SQUARE, Distribution
 from dxmi.metrics.density import calibrated_kl, square_grid
 from dxmi.pictures import save_figure, save_grid, save_steps_grid
-from dxmi.planar_pictures import energy_figure, samples_figure, steps_figure, values_figure
+from dxmi.planar_pictures import energy_figure, samples_figure, shown_times, steps_figure, values_figure
 from dxmi.value import Value
 
 _CELLS = 120
@@ -80,10 +80,11 @@ class PlanarGallery(Gallery):
     def draw_value(self, folder: Path, value: Value, num_steps: int) -> None:
         """values.png and energy.png."""
         device = next(value.parameters()).device
-        maps = [_map(value(self.cells.to(device), t).cpu()) for t in range(num_steps + 1)]
+        maps = {t: _map(value(self.cells.to(device), t).cpu()) for t in shown_times(num_steps)}
         save_figure(folder / "values.png", values_figure(maps))
-        beta = calibrated_kl(maps[-1].flatten(), self.log_density.flatten()).beta
-        save_figure(folder / "energy.png", energy_figure(maps[-1], self.log_density, beta))
+        energy = maps[num_steps]
+        beta = calibrated_kl(energy.flatten(), self.log_density.flatten()).beta
+        save_figure(folder / "energy.png", energy_figure(energy, self.log_density, beta))
 
 
 def _map(heights: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Axis letters: N points, T policy steps, S cells a side of a map, which is indexe
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,8 @@ _PANEL = 2.2
 """Inches a side of a small panel."""
 _COLUMNS = (4, 3)
 """Of panels: the number that leaves fewer places empty."""
+_MOST_TIMES = 11
+"""Panels of a figure that has one for each t."""
 _PATHS = 60
 """Ways of single samples that a panel shows; more of them hide one another."""
 _ANGLES = ListedColormap(0.85 * hsv_to_rgb([(hue, 0.85, 1.0) for hue in np.linspace(0.0, 1.0, 256)]))
@@ -51,6 +53,12 @@ def samples_figure(samples: Tensor, density: Tensor) -> Figure:
     return figure
 
 
+def shown_times(num_steps: int) -> list[int]:
+    """The t = 0 .. T that figures have panels for: all of them if they are few, else some, evenly, with both ends."""
+    panels = min(num_steps + 1, _MOST_TIMES)
+    return [round(index * num_steps / (panels - 1)) for index in range(panels)]
+
+
 def steps_figure(states: Tensor, density: Tensor) -> Figure:
     """Where the samples are at each t, coloured by the angle at which they end; and some of the ways they took.
 
@@ -59,10 +67,11 @@ def steps_figure(states: Tensor, density: Tensor) -> Figure:
         density: of the data, as a map [S, S].
     """
     last = len(states) - 1
-    panels = _panels([*(f"$x_{{{t}}}$" for t in range(last + 1)), f"from $x_0$ to $x_{{{last}}}$"])
+    times = shown_times(last)
+    panels = _panels([*(f"$x_{{{t}}}$" for t in times), f"from $x_0$ to $x_{{{last}}}$"])
     *points, ways = panels.panels
     angle = np.arctan2(states[-1, :, 1].numpy(), states[-1, :, 0].numpy())
-    for axes, x in zip(points, states, strict=True):
+    for axes, x in zip(points, states[times], strict=True):
         axes.scatter(*_columns(x), c=angle, cmap=_ANGLES, vmin=-math.pi, vmax=math.pi, s=2.0, linewidths=0)
     _shade(ways, density)
     paths = states[:, :_PATHS].transpose(0, 1).numpy()
@@ -73,18 +82,18 @@ def steps_figure(states: Tensor, density: Tensor) -> Figure:
     return panels.figure
 
 
-def values_figure(maps: Sequence[Tensor]) -> Figure:
-    """V(x, t) for t = 0 .. T on one scale; the last is the energy.
+def values_figure(maps: Mapping[int, Tensor]) -> Figure:
+    """V(x, t) on one scale; the last is the energy.
 
     Args:
-        maps: [S, S] each.
+        maps: by t, ascending up to T, [S, S] each.
     """
-    last = len(maps) - 1
-    titles = [f"$V(x, {t})$" for t in range(last)] + [f"$V(x, {last}) = E(x)$"]
+    *times, last = maps
+    titles = [f"$V(x, {t})$" for t in times] + [f"$V(x, {last}) = E(x)$"]
     panels = _panels(titles)
-    heights = np.stack([one.numpy() for one in maps])
+    heights = np.stack([one.numpy() for one in maps.values()])
     low, high = float(heights.min()), float(heights.max())
-    images = [_heights(axes, one, low, high) for axes, one in zip(panels.panels, maps, strict=True)]
+    images = [_heights(axes, one, low, high) for axes, one in zip(panels.panels, maps.values(), strict=True)]
     panels.figure.colorbar(images[0], ax=panels.panels, shrink=0.9, label="V: low is good")
     return panels.figure
 

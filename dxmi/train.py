@@ -23,6 +23,7 @@ from dxmi.algorithms.dxmi import DxMI
 from dxmi.cache import cache_root, cached_together
 from dxmi.checkpoint import Checkpoint, DamagedCheckpointError
 from dxmi.config import build, differences, signature, to_tree
+from dxmi.energy import Energy
 from dxmi.errors import DivergedError, UserError
 from dxmi.evaluate import REPORT, SCORING_VERSION, SELECTION, Sampling, generate, generate_states
 from dxmi.experiment import Experiment, ExperimentConfig, require_signature
@@ -36,6 +37,8 @@ from dxmi.scorers import Scorer, Scores, build_scorer
 from dxmi.state import ALGORITHM, TrainingState
 from dxmi.workers import Workers
 
+_NOT_OF_SCORES = ("every", "grid", "generations", "result")
+"""What of an evaluation's config changes no score of given weights."""
 _PARTIAL_EVERY = 2_000
 """Iterations between checkpoints of pretraining."""
 
@@ -293,7 +296,9 @@ class _Run:
             "version": SCORING_VERSION,
             "pretraining": self.experiment.pretraining_signature,
             "schedule": {key: value.tolist() for key, value in asdict(schedule).items()},
-            "evaluate": to_tree(self.config.evaluate) | {"every": None, "grid": None, "generations": None},
+            "evaluate": {
+                key: value for key, value in to_tree(self.config.evaluate).items() if key not in _NOT_OF_SCORES
+            },
             "features": self.scorer.identity,
             "device": self.experiment.device.type,
         }
@@ -390,9 +395,9 @@ class _Run:
     def _evaluate(self, dxmi: DxMI, step: int) -> float:
         """The policy's score on the fixed selection noise; also draws its grid and remembers the best."""
         sampling = Sampling(dxmi.evaluated, SELECTION)
-        scores = _finite(self.scorer.quick(sampling, dxmi.value.energy).values, step)
+        scores = _finite(self.scorer.quick(sampling, self._energy(dxmi)).values, step)
         score = scores[self.scorer.metric]
-        if self.best is None or score < self.best["value"]:
+        if self.best is None or self.config.evaluate.result == "last" or score < self.best["value"]:
             self.best = {"step": step, "value": score}
         self.workers.on_first(lambda: self._record_scores(sampling, step, scores))
         self._tell(Phase.FINETUNE, step, self.config.train.iterations, scores)
@@ -430,13 +435,13 @@ class _Run:
 
     def _final_scores(self, dxmi: DxMI) -> dict[str, Scores]:
         assert self.best is not None  # the last iteration is always evaluated
-        last = self.scorer.full(Sampling(dxmi.evaluated, REPORT), dxmi.value.energy)
+        last = self.scorer.full(Sampling(dxmi.evaluated, REPORT), self._energy(dxmi))
         _finite(last.values, self.config.train.iterations)
         self._tell(Phase.REPORT, 1, 2)
         best = last
         if self.best["step"] != self.config.train.iterations:
             dxmi.load_state_dict(self.workers.agree(self._best_weights()))
-            best = self.scorer.full(Sampling(dxmi.evaluated, REPORT), dxmi.value.energy)
+            best = self.scorer.full(Sampling(dxmi.evaluated, REPORT), self._energy(dxmi))
             _finite(best.values, self.best["step"])
         self.generations = [best.values, *self._further_draws(dxmi)]
         self._tell(Phase.REPORT, 2, 2)
@@ -445,7 +450,11 @@ class _Run:
     def _further_draws(self, dxmi: DxMI) -> list[dict[str, float]]:
         """The best policy's scores on more noise, which tell the evaluation's own spread from that of training."""
         draws = (Sampling(dxmi.evaluated, f"{REPORT}/draw_{n}") for n in range(1, self.config.evaluate.generations))
-        return [self.scorer.full(draw, dxmi.value.energy).values for draw in draws]
+        return [self.scorer.full(draw, self._energy(dxmi)).values for draw in draws]
+
+    def _energy(self, dxmi: DxMI) -> Energy | None:
+        """The energy, unless the run trains none: a random network says nothing about the data."""
+        return dxmi.value.energy if self.config.train.iterations else None
 
     def _best_weights(self) -> dict[str, Tensor]:
         if not (self.workers.is_first and self.best):
@@ -490,7 +499,8 @@ class _Run:
         save_figure(self.run.curves, figure)
         states = generate_states(Sampling(dxmi.evaluated, SELECTION), self.gallery.num_ways, self.config.evaluate)
         self.gallery.draw_steps(self.run.samples / "steps.png", states)
-        self.gallery.draw_value(self.run.samples, dxmi.value, self.config.schedule.num_steps)
+        if self.config.train.iterations:
+            self.gallery.draw_value(self.run.samples, dxmi.value, self.config.schedule.num_steps)
 
 
 def _newest(folder: Path, workers: Workers) -> tuple[Checkpoint | None, list[str]]:

@@ -43,12 +43,13 @@ class Trained:
         """Every score, on the noise of the run's own report unless `seed` says otherwise."""
         config = self._config(seed, num_samples)
         scorer = build_scorer(self.experiment.data, config, cache_root(), self.experiment.device)
-        return scorer.full(self._sampling(REPORT, guidance), self.dxmi.value.energy)
+        energy = self.dxmi.value.energy if self.experiment.config.train.iterations else None
+        return scorer.full(self._sampling(REPORT, guidance), energy)
 
     def _config(self, seed: int | None, num_samples: int | None = None) -> EvaluateConfig:
         """The run's evaluation with what is not None put in its place."""
         given = {"seed": seed, "num_samples": num_samples}
-        changes = {key: value for key, value in given.items() if value is not None}
+        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         try:
             return replace(self.experiment.config.evaluate, **changes)
         except ValueError as error:

@@ -15,7 +15,7 @@ from dxmi.experiment import Experiment
 from dxmi.galleries import ImageGallery, PlanarGallery, build_gallery
 from dxmi.metrics.density import square_grid
 from dxmi.networks import MlpConfig, build_critic
-from dxmi.planar_pictures import energy_figure, samples_figure, steps_figure, values_figure
+from dxmi.planar_pictures import energy_figure, samples_figure, shown_times, steps_figure, values_figure
 from dxmi.run_directory import RunDirectory
 from dxmi.train import Phase, train
 from dxmi.value import SharedValue
@@ -90,6 +90,31 @@ def test_the_samples_are_scored_everywhere_and_the_energy_where_there_is_one(run
     rows = [row for row in RunDirectory(run).rows() if "eval/sliced_wasserstein" in row]
     assert [row["step"] for row in rows] == [0, 10, 20]
     assert all(set(row) >= POINT_SCORES | ENERGY_SCORES for row in rows)
+
+
+def test_the_last_checkpoint_counts_in_the_plane_and_the_best_if_asked_for(run, tmp_path):
+    """The rates are so large that the samples of the last are the worst."""
+    rates = ("algorithm.policy.lr=0.3", "algorithm.policy.decay=constant", "algorithm.policy.max_grad_norm=null")
+    for result, step in (("last", 20), ("best", 0)):
+        summary = train(tiny(*rates, f"evaluate.result={result}"), out=tmp_path / result)
+        scores = {
+            row["step"]: row[summary.metric] for row in RunDirectory(tmp_path / result).rows() if summary.metric in row
+        }
+        assert min(scores, key=scores.get) == 0
+        assert summary.best["step"] == step
+        assert summary.best["selection_value"] == scores[step]
+        assert (summary.scores["best"] == summary.scores["last"]) == (result == "last")
+
+
+def test_a_run_that_trains_no_energy_neither_scores_nor_draws_one(tmp_path):
+    out = tmp_path / "run"
+    summary = train(tiny("train.iterations=0", "schedule.num_steps=30"), out=out)
+    assert set(summary.scores["best"]) == POINT_SCORES
+    assert summary.scores["best"] == summary.scores["shortened"]
+    assert {path.name for path in (out / "samples").iterdir()} == {"step_000000.png", "steps.png"}
+    path = tmp_path / "scores.json"
+    assert main(["evaluate", str(out), "--out", str(path)]) == 0
+    assert json.loads(path.read_text()) == summary.scores["best"]
 
 
 @pytest.mark.parametrize("stop_at", [0, 15])
@@ -177,7 +202,7 @@ def test_maps_have_x_to_the_right_and_y_upwards():
     """The energy x - 100 y is lowest in the upper left corner of what is drawn."""
     cells = square_grid(SQUARE, CELLS)
     heights = (cells[:, 0] - 100.0 * cells[:, 1]).view(CELLS, CELLS).T
-    image = values_figure([heights]).axes[0].images[0]
+    image = values_figure({5: heights}).axes[0].images[0]
     assert image.origin == "lower"
     drawn = np.asarray(image.get_array())
     assert np.unravel_index(drawn.argmin(), drawn.shape) == (CELLS - 1, 0)
@@ -187,6 +212,28 @@ def test_there_is_a_panel_for_every_step_and_one_for_the_ways():
     states = torch.randn(7, 30, 2, generator=torch.Generator().manual_seed(0))
     titles = [axes.get_title() for axes in steps_figure(states, log_density("moons").exp()).axes]
     assert [title for title in titles if title] == [*(f"$x_{{{t}}}$" for t in range(7)), "from $x_0$ to $x_{6}$"]
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "times"),
+    [
+        (1, [0, 1]),
+        (5, list(range(6))),
+        (10, list(range(11))),
+        (100, list(range(0, 101, 10))),
+        (12, [0, 1, 2, 4, 5, 6, 7, 8, 10, 11, 12]),
+    ],
+)
+def test_of_many_steps_some_are_drawn_with_both_ends(num_steps, times):
+    assert shown_times(num_steps) == times
+
+
+def test_the_panels_of_many_steps_are_of_those_steps():
+    states = torch.zeros(101, 3, 2) + torch.arange(101.0)[:, None, None] / 100.0
+    axes = steps_figure(states, log_density("moons").exp()).axes
+    assert [panel.get_title() for panel in axes][:3] == ["$x_{0}$", "$x_{10}$", "$x_{20}$"]
+    drawn = axes[3].collections[0].get_offsets()
+    assert np.asarray(drawn).tolist() == pytest.approx(np.full((3, 2), 0.3))
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)

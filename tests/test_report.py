@@ -553,6 +553,18 @@ def test_figures_of_points_are_shown_whole_and_small(made, tmp_path):
     assert 'class="samples figures"' in sweep.report()
 
 
+def test_the_best_trials_energy_and_value_are_shown_where_they_were_drawn(made):
+    sweep = made(experiment=compose_experiment([*TINY, "experiment=moons"]).experiment)
+    records = [sweep.complete(score) for score in (3.0, 2.0)]
+    assert 'id="maps"' not in sweep.report()
+    for record in records:
+        for what in ("energy", "values"):
+            Image.new("RGB", (50, 20)).save(record.run.samples / f"{what}.png")
+    page = sweep.report()
+    assert f'alt="Energy of trial {records[1].number}, the best' in page
+    assert f'alt="Energy of trial {records[0].number}' not in page
+
+
 def test_three_hundred_trials_are_all_listed_in_a_small_file(made):
     sweep = made({**RATES, "algorithm.critic.lr": {"log_uniform": [1e-5, 1e-3]}})
     add_many(sweep, 300)

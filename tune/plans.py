@@ -150,14 +150,20 @@ def metrics_of(experiment: ExperimentConfig) -> list[str]:
     return [*_OWN_METRICS, *score_keys(experiment.data)]
 
 
+def require_metric(where: str, metric: str, known: Sequence[str]) -> None:
+    """Check what a plan calls a metric, at `where`.
+
+    Raises:
+        UserError: it is none of those that are known.
+    """
+    if metric not in known:
+        raise UserError(f"{where} is {metric!r}, which no trial reports: it must be one of {', '.join(known)}.")
+
+
 def _check_objectives(sweep: SweepConfig, experiment: ExperimentConfig) -> None:
     known = metrics_of(experiment)
     for index, objective in enumerate(sweep.objectives):
-        if objective.metric not in known:
-            raise UserError(
-                f"sweep.objectives[{index}].metric is {objective.metric!r}, which no trial reports: "
-                f"it must be one of {', '.join(known)}."
-            )
+        require_metric(f"sweep.objectives[{index}].metric", objective.metric, known)
     first = sweep.objectives[0]
     follows_curve = first.metric in ("score", known[len(_OWN_METRICS)]) and first.direction == "minimize"
     if sweep.stopping.rule != "none" and not follows_curve:

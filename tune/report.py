@@ -31,7 +31,7 @@ from dxmi.files import write_atomic
 from dxmi.provenance import git_revision
 from tune.ablation_figures import ablation_figures
 from tune.ablation_plan import AblationPlan
-from tune.ablation_results import Results, changes_text, results_of
+from tune.ablation_results import Results, changes_text, mean_text, other_labels, results_of
 from tune.designs import Arm, two_level_design
 from tune.figures import Reference, importance_obstacle, references, study_figures, unit
 from tune.leaderboard import (
@@ -48,6 +48,7 @@ from tune.leaderboard import (
 )
 from tune.live import duration
 from tune.plans import Plan
+from tune.report_maps import arm_maps, trial_maps
 from tune.space import Axis, show, value_at
 from tune.statistics import Comparison, Verdict, p_text
 from tune.study import Study, TrialRecord, TrialState, pareto_front, ranked, timestamp
@@ -104,6 +105,7 @@ def _html(study: Study, records: Sequence[TrialRecord], written: str) -> str:
         space=_space(study.plan, records) if compared is None else [],
         front=_front(study.plan, records),
         matrix=sample_matrix(study.plan, records) if compared is None else arm_matrix(compared),
+        maps=trial_maps(study.plan, records) if compared is None else arm_maps(compared),
         failures=_failures(study, records),
         commands=_commands(study, records),
         shared=_shared_config(study.plan),
@@ -460,6 +462,7 @@ def _arms(results: Results) -> HtmlTable:
         ("changes of the baseline", "settings", ""),
         ("seeds", "with a score", "number"),
         (label, "mean over the seeds, with its interval", "number"),
+        *((name, "mean over the seeds, with its interval", "number") for name in other_labels(results)),
         ("minus baseline", "mean difference at the same seed, with its interval", "number"),
         ("p", "sign-flip test over the seeds, Holm's correction over the arms", "number"),
         ("beats it", "chance that a run of the arm beats a run of the baseline", "number"),
@@ -477,6 +480,7 @@ def _arm_row(results: Results, arm: Arm, comparison: Comparison | None) -> list[
         Cell(changes_text(arm.changes), "", "wrap"),
         _count_cell(summary.seeds),
         _number_cell(summary.mean.estimate, mean, "number"),
+        *(_number_cell(s[arm.name].mean.estimate, mean_text(s[arm.name]), "number") for s in results.others.values()),
     ]
     if comparison is None:
         return [*cells, *(Cell("", "") for _ in range(4))]
