@@ -537,7 +537,7 @@ def test_the_matrix_holds_steps_that_all_have_and_stays_small(made, monkeypatch)
 
 def test_figures_of_points_are_shown_whole_and_small(made, tmp_path):
     """A grid of images is cut, since a part of it says as much; half of a figure says nothing."""
-    sweep = made(experiment=compose_experiment([*TINY, "experiment=moons"]).experiment)
+    sweep = made(experiment=compose_experiment(["experiment=moons", *TINY[1:]]).experiment)
     record = sweep.complete(3.0)
     corners = Image.new("RGB", (462, 462), "white")
     corners.putpixel((461, 461), (0, 0, 0))
@@ -554,7 +554,7 @@ def test_figures_of_points_are_shown_whole_and_small(made, tmp_path):
 
 
 def test_the_best_trials_energy_and_value_are_shown_where_they_were_drawn(made):
-    sweep = made(experiment=compose_experiment([*TINY, "experiment=moons"]).experiment)
+    sweep = made(experiment=compose_experiment(["experiment=moons", *TINY[1:]]).experiment)
     records = [sweep.complete(score) for score in (3.0, 2.0)]
     assert 'id="maps"' not in sweep.report()
     for record in records:

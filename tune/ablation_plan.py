@@ -43,7 +43,7 @@ class AblationPlan(Plan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for index, metric in enumerate(self.ablation.also):
+        for index, metric in enumerate(self.ablation.also or ()):
             require_metric(f"ablation.also[{index}]", metric, score_keys(self.experiment.data))
 
     @cached_property

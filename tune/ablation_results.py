@@ -99,7 +99,7 @@ class Results:
     @cached_property
     def others(self) -> dict[str, dict[str, Summary]]:
         """Level and spread of each arm in each score that is shown beside the objective: by metric, then by arm."""
-        return {metric: self._other(metric) for metric in self.plan.ablation.also}
+        return {metric: self._other(metric) for metric in self.plan.ablation.also or ()}
 
     def _other(self, metric: str) -> dict[str, Summary]:
         scores = {
