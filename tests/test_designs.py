@@ -189,6 +189,18 @@ def test_a_fraction_takes_two_levels_and_at_most_ten_factors():
     assert "ablation.factors has 11 entries: a fraction takes at most 10." in refusal(design="fractional", factors=many)
 
 
+@pytest.mark.parametrize(("num", "resolution"), [(2, 3), (2, 4), (3, 4)])
+def test_a_fraction_that_would_be_the_whole_is_refused(num, resolution):
+    """The smallest fractions are 2^(3-1) of resolution III and 2^(4-1) of resolution IV."""
+    given = {"design": "fractional", "resolution": resolution, "factors": dict.fromkeys("abcd"[:num], ON_OFF)}
+    assert f"{num} entries, of which no part has resolution {resolution}: use design=factorial" in refusal(**given)
+
+
+def test_names_that_differ_in_case_alone_are_refused():
+    sentence = refusal(variants={"fast": {TAU: 1.5}, "Fast": {TAU: 2.5}})
+    assert "called fast and Fast, which differ in case alone: rename one." in sentence
+
+
 def test_too_many_arms_are_refused_before_any_is_built():
     values = {f"v{i}": {TAU: 1.0 + i} for i in range(MAX_ARMS)}
     assert "The ablation has 65 arms, the baseline included: at most 64 are allowed." in refusal(variants=values)
