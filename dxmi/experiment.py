@@ -13,7 +13,7 @@ from dxmi.algorithms.ddpm import DDPM, DDPMConfig
 from dxmi.algorithms.dxmi import DxMI, DxMIConfig, per_step_numbers
 from dxmi.checkpoint import Checkpoint
 from dxmi.config import signature, to_tree
-from dxmi.data import BatchStream, DataConfig, Images, load
+from dxmi.data import BatchStream, DataConfig, Dataset, load
 from dxmi.energy import Energy
 from dxmi.errors import UserError
 from dxmi.evaluate import EvaluateConfig
@@ -199,8 +199,8 @@ class Experiment:
         self._event = event
 
     @cached_property
-    def images(self) -> Images:
-        """The data, read when first asked for.
+    def data(self) -> Dataset:
+        """The data, read or drawn when first asked for.
 
         Raises:
             UserError: it cannot be read.
@@ -209,8 +209,8 @@ class Experiment:
 
     @property
     def event(self) -> tuple[int, ...]:
-        """Shape of one sample, (C, H, W)."""
-        return self._event or self.images.event
+        """Shape of one sample, (C, H, W) of an image or (2,) of a point."""
+        return self._event or self.data.event
 
     def use_threads(self) -> int:
         """Set PyTorch's CPU threads as `resources.threads` says; returns how many."""
@@ -236,7 +236,7 @@ class Experiment:
         config = self.config
         tree = {
             "seed": config.seed,
-            "data": self.images.signature,
+            "data": self.data.signature,
             "network": to_tree(config.network.denoiser),
             "pretrain": to_tree(config.pretrain),
         }
@@ -301,7 +301,7 @@ class Experiment:
         return dxmi, TrainingState(dxmi, dxmi.optimizers, generators, stream)
 
     def _stream(self, batch_size: int, name: str) -> BatchStream:
-        return BatchStream(self.images.pixels.to(self.device), batch_size, generator(self.config.seed, name))
+        return BatchStream(self.data.stored.to(self.device), batch_size, generator(self.config.seed, name))
 
 
 def _device(name: str) -> torch.device:

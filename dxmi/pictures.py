@@ -1,4 +1,4 @@
-"""Pictures of a run: sample grids and curves."""
+"""Pictures of a run: grids of images, and curves."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -52,6 +52,11 @@ def save_steps_grid(path: Path, states: Tensor) -> None:
 Curve = Sequence[tuple[float, float]]
 
 
+def score_text(value: float) -> str:
+    """A score for people: two decimals, or three digits if it is small."""
+    return f"{value:,.2f}" if abs(value) >= 1.0 else f"{value:.3g}"
+
+
 def curves_figure(
     metric: str, curve: Curve, references: Mapping[str, float], best: tuple[float, float], others: Mapping[str, Curve]
 ) -> Figure:
@@ -68,10 +73,10 @@ def curves_figure(
     layout = figure.add_gridspec(1, 2, width_ratios=(1.25, 1.0))
     axes = figure.add_subfigure(layout[0, 0]).subplots()
     axes.plot(*_columns(curve), marker="o", markersize=3, color="C0", label="fine-tuned (selection noise)")
-    label = f"best  {best[1]:.2f} (report noise, as the lines)"
+    label = f"best  {score_text(best[1])} (report noise, as the lines)"
     axes.plot(*best, marker="*", markersize=13, color="C0", linestyle="none", label=label)
     for index, (name, value) in enumerate(references.items(), start=1):
-        axes.axhline(value, color=f"C{index}", linestyle="--", linewidth=1, label=f"{name}  {value:.2f}")
+        axes.axhline(value, color=f"C{index}", linestyle="--", linewidth=1, label=f"{name}  {score_text(value)}")
     axes.set(xlabel="DxMI iteration", ylabel=metric.removeprefix("eval/"), yscale="log")
     for which in ("major", "minor"):
         getattr(axes.yaxis, f"set_{which}_formatter")(FormatStrFormatter("%g"))

@@ -8,6 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+_IMAGE_RANK = 4
+"""B, C, H, W."""
+
 
 def per_sample(scalar: Tensor, like: Tensor) -> Tensor:
     """`scalar` [B] or [1], reshaped to [B, 1, ...] so that it multiplies `like` [B, *event]."""
@@ -32,6 +35,16 @@ def from_uint8(images: Tensor) -> Tensor:
 def to_uint8(x: Tensor) -> Tensor:
     """Floats as pixels 0..255: the inverse of `from_uint8`, with values outside [-1, 1] clipped."""
     return x.clamp(-1.0, 1.0).add(1.0).mul(255.0 / 2.0).round_().to(torch.uint8)
+
+
+def decode(stored: Tensor) -> Tensor:
+    """Stored samples as floats: uint8 pixels in [-1, 1], the coordinates of points as they are."""
+    return from_uint8(stored) if stored.dtype == torch.uint8 else stored
+
+
+def encode(x: Tensor) -> Tensor:
+    """Samples [N, *event] as they are stored: images (events [C, H, W]) as pixels 0..255, points as they are."""
+    return to_uint8(x) if x.dim() == _IMAGE_RANK else x
 
 
 def chunks(num: int, pieces: int) -> list[slice]:

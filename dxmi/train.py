@@ -24,21 +24,25 @@ from dxmi.algorithms.dxmi import DxMI
 from dxmi.cache import cache_root, cached, entry
 from dxmi.checkpoint import Checkpoint, DamagedCheckpointError
 from dxmi.config import build, differences, signature, to_tree
+from dxmi.energy import Energy
 from dxmi.errors import DivergedError, UserError
-from dxmi.evaluate import REPORT, SCORING_VERSION, SELECTION, Sampling, Scorer, Scores, generate, generate_states
+from dxmi.evaluate import REPORT, SCORING_VERSION, SELECTION, Sampling, generate, generate_states
 from dxmi.experiment import Experiment, ExperimentConfig, require_signature
+from dxmi.galleries import build_gallery
 from dxmi.networks import Denoiser
-from dxmi.pictures import curves_figure, save_figure, save_grid, save_steps_grid
+from dxmi.pictures import curves_figure, save_figure
 from dxmi.provenance import device_name, git_revision, versions
 from dxmi.run_directory import Row, RunDirectory
 from dxmi.schedules import StepSchedule, ancestral_schedule, ddim_schedule, shorten
+from dxmi.scorers import Scorer, Scores, build_scorer
 from dxmi.state import ALGORITHM, TrainingState
 from dxmi.stretch import Story, Stretch, tell, tell_together
 from dxmi.workers import Workers
 
+_NOT_OF_SCORES = ("every", "grid", "generations", "result")
+"""What of an evaluation's config changes no score of given weights."""
 _PARTIAL_EVERY = 2_000
 """Iterations between checkpoints of pretraining."""
-_STEPS_GRID_ROWS = 8
 
 
 class Phase(StrEnum):
@@ -202,7 +206,7 @@ def _story(member: Member, resume_from: Path | None = None) -> Story[Summary | N
         run.write_config(to_tree(config))
 
     workers.on_first(refuse)
-    scorer = Scorer(experiment.images, config.evaluate, cache_root(), experiment.device, workers)
+    scorer = build_scorer(experiment.data, config.evaluate, cache_root(), experiment.device, workers)
     with held:
         workers.on_first(begin)
         try:
@@ -235,6 +239,7 @@ class _Run:
         self.workers = experiment.workers
         self.run = run
         self.scorer = scorer
+        self.gallery = build_gallery(experiment.config.data.name)
         self.report = report
         self.saved = saved
         self.threads = experiment.use_threads()
@@ -356,7 +361,8 @@ class _Run:
             scores[name] = self._reference(schedule, denoiser, done, total)
             done += evaluations[name]
             self._tell_or_stop(Phase.REFERENCES, done, total)
-        return scores
+        floor = self.scorer.of_data()
+        return scores if floor is None else {**scores, "data": floor}
 
     def _reference(self, schedule: StepSchedule, denoiser: Denoiser, done: int, total: int) -> Scores:
         """One sampler's scores; `done` of `total` network evaluations came before it."""
@@ -364,7 +370,9 @@ class _Run:
             "version": SCORING_VERSION,
             "pretraining": self.experiment.pretraining_signature,
             "schedule": {key: value.tolist() for key, value in asdict(schedule).items()},
-            "evaluate": to_tree(self.config.evaluate) | {"every": None, "grid": None, "generations": None},
+            "evaluate": {
+                key: value for key, value in to_tree(self.config.evaluate).items() if key not in _NOT_OF_SCORES
+            },
             "features": self.scorer.identity,
             "device": self.experiment.device.type,
         }
@@ -416,7 +424,7 @@ class _Run:
     def _check_origin(self, found: Checkpoint) -> None:
         """Refuse a run that was begun with another config or other data; say so if the code has changed."""
         require_signature(found, self.config)
-        data = self.experiment.images.signature
+        data = self.experiment.data.signature
         if found.meta["data"] != data:
             raise UserError(
                 f"{self.run.path} was begun with other data (signature {found.meta['data']}, now {data}): "
@@ -460,9 +468,9 @@ class _Run:
     def _evaluate(self, dxmi: DxMI, step: int) -> float:
         """The policy's score on the fixed selection noise; also draws its grid and remembers the best."""
         sampling = Sampling(dxmi.evaluated, SELECTION)
-        scores = _finite(self.scorer.quick(sampling).values, step)
+        scores = _finite(self.scorer.quick(sampling, self._energy(dxmi)).values, step)
         score = scores[self.scorer.metric]
-        if self.best is None or score < self.best["value"]:
+        if self.best is None or self.config.evaluate.result == "last" or score < self.best["value"]:
             self.best = {"step": step, "value": score}
         self.workers.on_first(lambda: self._record_scores(sampling, step, scores))
         self._tell(Phase.FINETUNE, step, self.config.train.iterations, scores)
@@ -470,8 +478,8 @@ class _Run:
 
     def _record_scores(self, sampling: Sampling, step: int, scores: Mapping[str, float]) -> None:
         self.run.append([{"step": step, **scores}])
-        pixels = generate(sampling, self.config.evaluate.grid, self.config.evaluate)
-        save_grid(self.run.samples / f"step_{step:06d}.png", pixels)
+        samples = generate(sampling, self.config.evaluate.grid, self.config.evaluate)
+        self.gallery.draw_samples(self.run.samples / f"step_{step:06d}.png", samples)
 
     def _save(self, state: TrainingState, step: int, score: float | None) -> None:
         """Write a checkpoint; keep the best, this one, and the one before it."""
@@ -482,14 +490,14 @@ class _Run:
         self.clock.lap()
         folder = self.run.checkpoints
         before = [s for s in checkpoint.steps_in(folder) if s < step][-1:]
-        images = self.experiment.images
+        data = self.experiment.data
         meta = {
             "signature": self.config.signature,
             "best": self.best,
             "score": score,
             "seconds": self.clock.seconds,
-            "event": list(images.event),
-            "data": images.signature,
+            "event": list(data.event),
+            "data": data.signature,
             "git_revision": git_revision(),
         }
         checkpoint.save(folder, step, state.groups(), meta)
@@ -500,13 +508,13 @@ class _Run:
 
     def _final_scores(self, dxmi: DxMI) -> dict[str, Scores]:
         assert self.best is not None  # the last iteration is always evaluated
-        last = self.scorer.full(Sampling(dxmi.evaluated, REPORT))
+        last = self.scorer.full(Sampling(dxmi.evaluated, REPORT), self._energy(dxmi))
         _finite(last.values, self.config.train.iterations)
         self._tell(Phase.REPORT, 1, 2)
         best = last
         if self.best["step"] != self.config.train.iterations:
             dxmi.load_state_dict(self.workers.agree(self._best_weights()))
-            best = self.scorer.full(Sampling(dxmi.evaluated, REPORT))
+            best = self.scorer.full(Sampling(dxmi.evaluated, REPORT), self._energy(dxmi))
             _finite(best.values, self.best["step"])
         self.generations = [best.values, *self._further_draws(dxmi)]
         self._tell(Phase.REPORT, 2, 2)
@@ -514,8 +522,12 @@ class _Run:
 
     def _further_draws(self, dxmi: DxMI) -> list[dict[str, float]]:
         """The best policy's scores on more noise, which tell the evaluation's own spread from that of training."""
-        draws = range(1, self.config.evaluate.generations)
-        return [self.scorer.full(Sampling(dxmi.evaluated, f"{REPORT}/draw_{draw}")).values for draw in draws]
+        draws = (Sampling(dxmi.evaluated, f"{REPORT}/draw_{n}") for n in range(1, self.config.evaluate.generations))
+        return [self.scorer.full(draw, self._energy(dxmi)).values for draw in draws]
+
+    def _energy(self, dxmi: DxMI) -> Energy | None:
+        """The energy, unless the run trains none: a random network says nothing about the data."""
+        return dxmi.value.energy if self.config.train.iterations else None
 
     def _best_weights(self) -> dict[str, Tensor]:
         if not (self.workers.is_first and self.best):
@@ -553,14 +565,16 @@ class _Run:
         )
 
     def _draw(self, dxmi: DxMI, summary: Summary) -> None:
-        """The curve, and the best policy's samples step by step."""
+        """The curve, the best policy's samples step by step, and maps of its value."""
         rows = self.run.rows()
         best = (summary.best["step"], summary.best["value"])
         curve = curve_of(rows, summary.metric)
         figure = curves_figure(summary.metric, curve, summary.reference, best, logged_curves(rows))
         save_figure(self.run.curves, figure)
-        states = generate_states(Sampling(dxmi.evaluated, SELECTION), _STEPS_GRID_ROWS, self.config.evaluate)
-        save_steps_grid(self.run.samples / "steps.png", states)
+        states = generate_states(Sampling(dxmi.evaluated, SELECTION), self.gallery.num_ways, self.config.evaluate)
+        self.gallery.draw_steps(self.run.samples / "steps.png", states)
+        if self.config.train.iterations:
+            self.gallery.draw_value(self.run.samples, dxmi.value, self.config.schedule.num_steps)
 
 
 def _newest(folder: Path, workers: Workers) -> tuple[Checkpoint | None, list[str]]:
@@ -672,7 +686,10 @@ def curve_of(rows: list[Row], key: str) -> list[tuple[float, float]]:
     return [(float(row["step"]), float(row[key])) for row in rows if key in row]
 
 
-_PANELS = ("energy/data_mean", "energy/sample_mean", "value/td_error", "policy/entropy", "policy/grad_norm")
+_PANELS = (
+    *("eval/energy_auc", "energy/data_mean", "energy/sample_mean"),
+    *("value/td_error", "policy/entropy", "policy/grad_norm"),
+)
 
 
 def logged_curves(rows: list[Row]) -> dict[str, list[tuple[float, float]]]:

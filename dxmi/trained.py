@@ -10,9 +10,10 @@ from dxmi.algorithms.dxmi import DxMI
 from dxmi.cache import cache_root
 from dxmi.checkpoint import Checkpoint
 from dxmi.errors import UserError
-from dxmi.evaluate import REPORT, EvaluateConfig, Sampling, Scorer, Scores, generate_states
+from dxmi.evaluate import REPORT, EvaluateConfig, Sampling, generate_states
 from dxmi.experiment import Experiment, ExperimentConfig, require_signature
 from dxmi.run_directory import RunDirectory
+from dxmi.scorers import Scores, build_scorer
 from dxmi.state import ALGORITHM
 
 CHECKPOINTS = ("best", "last")
@@ -35,19 +36,20 @@ class Trained:
     complaints: list[str]
 
     def states(self, num: int, seed: int | None, guidance: float) -> Tensor:
-        """Samples with the way to them: uint8 [T+1, num, *event], noise first."""
+        """Samples with the way to them, as a data set stores them: [T+1, num, *event], noise first."""
         return generate_states(self._sampling("sample", guidance), num, self._config(seed))
 
     def scores(self, num_samples: int | None, seed: int | None, guidance: float) -> Scores:
         """Every score, on the noise of the run's own report unless `seed` says otherwise."""
         config = self._config(seed, num_samples)
-        scorer = Scorer(self.experiment.images, config, cache_root(), self.experiment.device)
-        return scorer.full(self._sampling(REPORT, guidance))
+        scorer = build_scorer(self.experiment.data, config, cache_root(), self.experiment.device)
+        energy = self.dxmi.value.energy if self.experiment.config.train.iterations else None
+        return scorer.full(self._sampling(REPORT, guidance), energy)
 
     def _config(self, seed: int | None, num_samples: int | None = None) -> EvaluateConfig:
         """The run's evaluation with what is not None put in its place."""
         given = {"seed": seed, "num_samples": num_samples}
-        changes = {key: value for key, value in given.items() if value is not None}
+        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         try:
             return replace(self.experiment.config.evaluate, **changes)
         except ValueError as error:

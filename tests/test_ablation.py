@@ -1,14 +1,18 @@
 """Ablations: who is run when, what the numbers come to, how they are recorded; no training but in the last test."""
 
+import base64
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from dxmi.errors import UserError
 from dxmi.experiment import Experiment
@@ -22,6 +26,7 @@ from tune.cli import main
 from tune.configs import compose_experiment
 from tune.designs import arms
 from tune.report import write_report
+from tune.report_maps import arm_maps
 from tune.study import Study, StudyFolder, TrialState, completed, unfinished
 from tune.sweep import Sweep
 from tune.sweep_config import TrackingConfig
@@ -62,7 +67,8 @@ class Played(Study):
             self.score(number, step, value + 40.0 - step)
         best = {"value": value, "step": 40, "checkpoint": ""}
         summary = {
-            "scores": {"best": {"eval/fid_digits": value}}, "best": best, "last": best, "num_steps": 5,
+            "scores": {"best": {"eval/fid_digits": value, "eval/kid_digits": value / 100.0}},
+            "best": best, "last": best, "num_steps": 5,
             "reference": {"ddpm_1000": 5.0}, "seconds": {"finetune": 1.0}, "num_samples": 64, "device": "cpu",
             "threads": 1, "git_revision": None, "versions": {}, "signature": record.signature,
             "metric": "eval/fid_digits",
@@ -211,6 +217,30 @@ def test_the_spread_of_training_is_told_from_that_of_the_evaluation(played):
     assert arms_frame(outcome(study))["std_generation"].notna().all()
 
 
+def test_further_scores_are_shown_with_their_intervals_and_decide_nothing(played):
+    also = ["eval/kid_digits", "eval/recall_digits"]  # of the latter nothing was made up
+    studies = [played(seeds=6), played(name="more", seeds=6, also=also)]
+    for study in studies:
+        study.play(shifted(fast=1.0))
+    assert studies[0].plan.signature == studies[1].plan.signature
+    assert any_plan_from(studies[1].plan.tree()) == studies[1].plan
+    plain, more = (arms_frame(outcome(study)).set_index("arm") for study in studies)
+    pd.testing.assert_frame_equal(more[plain.columns], plain)
+    assert list(more.columns[len(plain.columns) :]) == [
+        f"{name}{end}" for name in ("kid_digits", "recall_digits") for end in ("", "_low", "_high")
+    ]
+    for end, own in (("", "mean"), ("_low", "mean_low"), ("_high", "mean_high")):
+        np.testing.assert_allclose(more[f"kid_digits{end}"], more[own] / 100.0)
+        assert more[f"recall_digits{end}"].isna().all() or end
+    results = outcome(studies[1])
+    assert [str(column.header) for column in arms_table(results).columns][2:5] == [
+        "fid_digits, mean", "kid_digits", "recall_digits",
+    ]  # fmt: skip
+    assert "& kid\\_digits & recall\\_digits &" in latex(results)
+    page = write_report(studies[1], studies[1].records()).read_text()
+    assert page.count(">kid_digits</th>") == 1
+
+
 def test_a_failed_run_costs_its_seed_in_that_arm_alone(played):
     study = played(seeds=7)
     scores = shifted(no_entropy=-2.0, fast=1.0)
@@ -242,6 +272,23 @@ def test_tables_figures_and_report_say_the_same_in_every_state(played, tmp_path)
         study.play(shifted(), most=3)
     assert "interactions" in ablation_figures(outcome(study), study.curves())
     assert latex(outcome(study)).count(r"\\") == 5
+
+
+def test_the_report_has_the_maps_of_each_arms_first_seed_that_drew_some(played):
+    study = played(seeds=2)
+    study.play(shifted())
+    for record in study.records():
+        for what in ("energy", "values") if record.values["arm"] != "fast" else ():
+            Image.new("RGB", (50, 20)).save(record.run.samples / f"{what}.png")
+    found = arm_maps(outcome(study))
+    assert [(maps.name, maps.note) for maps in found] == [("baseline", "seed 0"), ("no_entropy", "seed 0")]
+    picture = Image.open(io.BytesIO(base64.b64decode(found[0].values.partition(",")[2])))
+    assert picture.size == (40, 16)
+    page = write_report(study, study.records()).read_text()
+    assert page.count('alt="Energy of no_entropy, seed 0') == 1
+    first = next(r for r in study.records() if (r.values["arm"], r.values["seed"]) == ("baseline", 0))
+    (first.run.samples / "energy.png").write_bytes(b"damaged")
+    assert [maps.name for maps in arm_maps(outcome(study))] == ["no_entropy"]
 
 
 # ----------------------------------------------------------------------------
@@ -296,6 +343,7 @@ def test_a_dry_run_prints_arms_and_design_and_writes_nothing(tmp_path, capsys):
         ("ablation.hypothesis=''", "hypothesis is missing"),
         ("ablation.seeds=1", "must be in 2"),
         ("ablation.objective.metric=eval/fdi", "which no trial reports"),
+        ("ablation.also=[eval/energy_auc]", "ablation.also[0] is 'eval/energy_auc', which no trial reports"),
         ("+ablation.variants.same={algorithm.entropy_coef: 1.0}", "same"),
         ("ablation=nothing", "does not exist"),
     ],

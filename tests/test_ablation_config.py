@@ -67,27 +67,27 @@ def file(tmp_path):
 
 
 def test_ablations_are_shipped_and_are_no_group_of_an_experiment():
-    assert {"dxmi_terms", "entropy", "steps", "pretraining", "shortening"} == set(ablations())
+    assert {"dxmi_terms", "entropy", "paper_2d", "steps", "pretraining", "shortening"} == set(ablations())
     assert "ablation" not in groups()
     assert "sweep" not in groups()
 
 
 @pytest.mark.parametrize("name", ablations())
-def test_every_shipped_ablation_has_a_hypothesis_and_arms_that_digits_accepts(name, monkeypatch):
+def test_every_shipped_ablation_has_a_hypothesis_and_arms_that_its_experiment_accepts(name, monkeypatch):
     monkeypatch.setattr("tune.designs.digests", look_at_effects)
     written = yaml.safe_load((config_folder() / "ablation" / f"{name}.yaml").read_text())
-    ablation, found, composed = read(f"ablation={name}", "experiment=digits")
+    ablation, found, composed = read(f"ablation={name}")
     assert len(ablation.hypothesis.split()) > 10
     assert ablation.hypothesis == written["hypothesis"]
-    assert composed.experiment.data.name == "digits"
+    assert composed.experiment.data.name == ("gaussians8" if name == "paper_2d" else "digits")
     assert (composed.source, composed.name) == (name, None)
     assert parse_ablation(yaml.safe_load(yaml.safe_dump(to_tree(ablation)))) == ablation
     assert len(found) == (4 if name == "shortening" else 1 + len(written["variants"]))
 
 
 def values(name: str, path: str) -> list[Any]:
-    """Of one setting in the arms of a shipped ablation of digits."""
-    _, found, composed = read(f"ablation={name}", "experiment=digits")
+    """Of one setting in the arms of a shipped ablation."""
+    _, found, composed = read(f"ablation={name}")
     tree = [to_tree(arm.config(composed.experiment)) for arm in found]
     return [functools.reduce(lambda group, key: group[key], path.split("."), whole) for whole in tree]
 
@@ -100,6 +100,18 @@ def test_shipped_ablations_compare_what_they_say():
     assert list(zip(methods, shapes, strict=True)) == [
         *(("var", "quadratic"), ("var", "linear"), ("step", "quadratic"), ("step", "linear"))
     ]
+
+
+def test_the_2d_study_has_the_arms_of_the_papers_table():
+    arms = ("pretrain.iterations", "train.iterations", "schedule.num_steps", TAU, "algorithm.cost_coef")
+    pretrained, trained, steps, tau, cost = (values("paper_2d", path) for path in arms)
+    rows = list(zip(map(bool, pretrained), map(bool, trained), steps, tau, strict=True))
+    ddpm = {(True, False, steps, 0.1) for steps in (5, 10, 100, 1000)}
+    dxmi = {(is_pretrained, True, 5, tau) for is_pretrained in (True, False) for tau in (0.0, 0.01, 0.1, 1.0)}
+    assert rows[0] == (True, True, 5, 0.1)
+    assert set(rows) == ddpm | dxmi
+    assert len(rows) == len(ddpm | dxmi)
+    assert cost == tau
 
 
 def test_a_separate_value_is_the_only_thing_that_its_arm_changes():

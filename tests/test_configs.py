@@ -19,11 +19,13 @@ OPTIONS = [(group, name) for group, names in groups().items() for name in names]
 
 
 def with_fake_images(config: ExperimentConfig) -> Experiment:
-    """The experiment on random pixels of the right shape: files of real data need not be there."""
+    """The experiment on random pixels of the right shape, as files of real data need not be there; points are drawn."""
     experiment = Experiment(config)
+    if config.data.is_planar:
+        return experiment
     side = 28 if config.data.name in ("mnist", "fashion_mnist") else 8
     pixels = torch.randint(0, 256, (64, 1, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    experiment.__dict__["images"] = Images(config.data.name, pixels, torch.zeros(64, dtype=torch.int64), "random")
+    experiment.__dict__["data"] = Images(config.data.name, pixels, torch.zeros(64, dtype=torch.int64), "random")
     return experiment
 
 
@@ -121,6 +123,7 @@ def test_published_reproduction_is_as_design_lists_it():
         ("schedule.kappa=0", "schedule.kappa is 0: a policy needs noise"),
         ("schedule.final_sigma=0", "schedule.final_sigma is 0: a policy needs noise"),
         ("data.label=10", "must be in 0..9"),
+        ("data.num_points=0", "data.num_points is 0"),
         ("train.batch_size=0", "must be at least 1"),
         ("evaluate.num_samples=1", "must be at least 4"),
         ("seed=-1", "seed is -1"),

@@ -94,7 +94,7 @@ def test_a_network_of_another_kind_is_changed_as_a_whole(monkeypatch):
     monkeypatch.setitem(NETWORK_CONFIGS, "other", OtherConfig)
     given = {"network": {"denoiser": {"kind": "other", "layers": 4}}, TAU: 0}
     (_, arm) = arms_of(variants={"x": given})
-    whole = {"kind": "other", "hidden": 512, "layers": 4, "embedding": 100}
+    whole = {"kind": "other", "hidden": 512, "layers": 4, "embedding": 100, "first_gain": 1.0}
     assert arm.changes == {TAU: 0.0, "network.denoiser": whole}
     assert to_tree(arm.config(EXPERIMENT))["network"]["denoiser"] == whole
 

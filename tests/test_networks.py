@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,6 +130,15 @@ def test_initial_weights_are_uniform_within_one_over_root_inputs(kind):
             assert layer.weight.square().mean().item() == pytest.approx(variance, abs=error)
 
 
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_first_gain_multiplies_the_first_layers_initial_weights_alone(kind):
+    base = MlpConfig(hidden=9, layers=4, embedding=6)
+    plain, gained = (dict(build(kind, config).named_parameters()) for config in (base, replace(base, first_gain=4.0)))
+    factors = {"body.layers.0.weight": 4.0, "body.layers.0.bias": 4.0}
+    for name, parameter in plain.items():
+        assert torch.equal(gained[name], factors.get(name, 1.0) * parameter)  # 4 is exact in binary
+
+
 @pytest.mark.parametrize("layers", [2, 3, 6])
 def test_layers_counts_the_output_layer(layers):
     network = build("critic", MlpConfig(hidden=7, layers=layers, embedding=4))
@@ -136,7 +146,9 @@ def test_layers_counts_the_output_layer(layers):
     assert shapes == [(7, 6), *[(7, 7)] * (layers - 2), (1, 7)]
 
 
-@pytest.mark.parametrize("setting", [{"hidden": 0}, {"layers": 1}, {"embedding": 0}, {"embedding": 7}], ids=str)
+@pytest.mark.parametrize(
+    "setting", [{"hidden": 0}, {"layers": 1}, {"embedding": 0}, {"embedding": 7}, {"first_gain": 0.0}], ids=str
+)
 def test_a_bad_setting_is_refused_by_name(setting):
     (name,) = setting
     with pytest.raises(ValueError, match=f"^{name} is "):

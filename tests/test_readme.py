@@ -20,6 +20,7 @@ COMMANDS = re.findall(r"^\$ (.+)$", README, flags=re.MULTILINE)
 TINY = [
     "network.denoiser.hidden=16",
     "network.energy.hidden=16",
+    "network.value.hidden=16",
     "pretrain.iterations=20",
     "train.iterations=4",
     "evaluate.every=2",

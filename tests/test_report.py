@@ -1,5 +1,6 @@
 """The end of a sweep: ranking, leaderboard.csv, best.yaml, figures, and a report that needs no network."""
 
+import base64
 import csv
 import io
 import math
@@ -14,6 +15,7 @@ import pytest
 import torch
 from optuna.trial import TrialState as OptunaState
 from optuna.trial import create_trial
+from PIL import Image
 from rich.console import Console
 
 from dxmi import checkpoint
@@ -49,12 +51,20 @@ class Fabricated:
     Args:
         root: a folder for studies.
         space: of the sweep.
+        experiment: what the trials vary; digits by default.
         sweep: fields of the sweep's config.
     """
 
-    def __init__(self, root: Path, space: dict | None = None, name: str = "made-up", **sweep: object) -> None:
+    def __init__(
+        self,
+        root: Path,
+        space: dict | None = None,
+        name: str = "made-up",
+        experiment: ExperimentConfig | None = None,
+        **sweep: object,
+    ) -> None:
         settings = {"sampler": SamplerConfig(kind="sobol"), "budget": BudgetConfig(trials=1000), **sweep}
-        experiment = compose_experiment(TINY).experiment
+        experiment = experiment or compose_experiment(TINY).experiment
         plan = Plan(name, experiment, SweepConfig(**settings), RATES if space is None else space)
         folder = StudyFolder(root / name)
         folder.path.mkdir(parents=True)
@@ -523,6 +533,36 @@ def test_the_matrix_holds_steps_that_all_have_and_stays_small(made, monkeypatch)
     smaller = sample_matrix(sweep.study.plan, sweep.records)
     assert smaller is not None
     assert sum(len(picture) for row in smaller.rows for picture in row.pictures) < size
+
+
+def test_figures_of_points_are_shown_whole_and_small(made, tmp_path):
+    """A grid of images is cut, since a part of it says as much; half of a figure says nothing."""
+    sweep = made(experiment=compose_experiment(["experiment=moons", *TINY[1:]]).experiment)
+    record = sweep.complete(3.0)
+    corners = Image.new("RGB", (462, 462), "white")
+    corners.putpixel((461, 461), (0, 0, 0))
+    corners.paste((255, 0, 0), (360, 360, 462, 462))
+    for step in STEPS:
+        corners.save(record.run.samples / f"step_{step:06d}.png")
+    matrix = sample_matrix(sweep.study.plan, sweep.records)
+    assert matrix is not None
+    assert matrix.are_figures
+    picture = Image.open(io.BytesIO(base64.b64decode(matrix.rows[0].pictures[0].partition(",")[2])))
+    assert picture.size == (240, 240)
+    assert picture.getpixel((225, 225)) == (255, 0, 0)
+    assert 'class="samples figures"' in sweep.report()
+
+
+def test_the_best_trials_energy_and_value_are_shown_where_they_were_drawn(made):
+    sweep = made(experiment=compose_experiment(["experiment=moons", *TINY[1:]]).experiment)
+    records = [sweep.complete(score) for score in (3.0, 2.0)]
+    assert 'id="maps"' not in sweep.report()
+    for record in records:
+        for what in ("energy", "values"):
+            Image.new("RGB", (50, 20)).save(record.run.samples / f"{what}.png")
+    page = sweep.report()
+    assert f'alt="Energy of trial {records[1].number}, the best' in page
+    assert f'alt="Energy of trial {records[0].number}' not in page
 
 
 def test_three_hundred_trials_are_all_listed_in_a_small_file(made):

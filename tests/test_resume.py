@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -222,9 +223,7 @@ def test_other_data_than_it_was_begun_with_is_refused(undisturbed, tmp_path, mon
     out = tmp_path / "run"
     cut_back(undisturbed, out)
     experiment = tiny()
-    pixels = experiment.images.pixels.clone()
-    other = type(experiment.images)("digits", pixels, experiment.images.labels, "0123456789ab")
-    experiment.__dict__["images"] = other
+    experiment.__dict__["data"] = replace(experiment.data, signature="0123456789ab")
     with pytest.raises(UserError, match="other data"):
         train(experiment, out=out)
 

@@ -20,9 +20,9 @@ from optuna.storages.journal import JournalFileBackend
 from dxmi import checkpoint
 from dxmi.config import build
 from dxmi.errors import UserError
-from dxmi.evaluate import NUM_SAMPLES_KEY, REPORT, Sampling, Scorer
+from dxmi.evaluate import NUM_SAMPLES_KEY, REPORT, Sampling
 from dxmi.experiment import Experiment, ExperimentConfig
-from dxmi.schedules import shorten
+from dxmi.scorers import build_scorer
 from dxmi.train import Summary
 from tune.plans import Plan, metrics_of, plan_from, require_name
 from tune.study import (
@@ -300,14 +300,16 @@ def test_early_stopping_of_a_score_that_is_to_be_large_is_refused():
         make_plan(objectives=(ObjectiveConfig(direction="maximize"),), stopping=ASHA)
 
 
-def test_the_metrics_that_an_objective_may_name_are_those_that_are_scored(tmp_path):
-    config = build(ExperimentConfig, {"evaluate": {"num_samples": 32, "batch_size": 32, "projections": 4}})
+@pytest.mark.parametrize("data", ["digits", "moons"])
+def test_the_metrics_that_an_objective_may_name_are_those_that_are_scored(tmp_path, data):
+    evaluate = {"num_samples": 32, "batch_size": 32, "projections": 4}
+    config = build(ExperimentConfig, {"data": {"name": data, "num_points": 100}, "evaluate": evaluate})
     experiment = Experiment(config)
-    policy = experiment.build_policy(experiment.build_denoiser(), shorten(config.schedule))
-    scorer = Scorer(experiment.images, config.evaluate, tmp_path, experiment.device)
-    reported = set(scorer.full(Sampling(policy, REPORT)).values) - {NUM_SAMPLES_KEY}
+    dxmi = experiment.build_dxmi(experiment.build_denoiser())
+    scorer = build_scorer(experiment.data, config.evaluate, tmp_path, experiment.device)
+    reported = set(scorer.full(Sampling(dxmi.policy, REPORT), dxmi.value.energy).values) - {NUM_SAMPLES_KEY}
     assert reported == {metric for metric in metrics_of(config) if metric.startswith("eval/")}
-    assert scorer.metric == make_plan().metric
+    assert scorer.metric == replace(make_plan(), experiment=config).metric
 
 
 # ----------------------------------------------------------------------------

@@ -112,6 +112,9 @@ class AblationConfig:
     resolution: int | None = None
     """fractional: 3 (main effects clear of each other) or 4 (of interactions of two as well); null for 4."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    also: tuple[str, ...] | None = None
+    """Further scores, by their keys, whose means are shown beside the objective, and by which no verdict goes; null for
+    none."""
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
     generations: int = 1
     """Independent draws of the evaluation's noise for each trained run."""

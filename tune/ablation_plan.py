@@ -12,9 +12,10 @@ from optuna.trial import TrialState as OptunaState
 
 from dxmi.config import build, to_tree
 from dxmi.experiment import ExperimentConfig
+from dxmi.scorers import score_keys
 from tune.ablation_config import AblationConfig, parse_ablation
 from tune.designs import BASELINE, Arm
-from tune.plans import FORMAT, Plan, plan_from
+from tune.plans import FORMAT, Plan, plan_from, require_metric
 from tune.proposals import Proposal
 from tune.seed_plan import SeedPlan, next_seeds
 from tune.space import Axis, Value, tree_with
@@ -39,6 +40,11 @@ class AblationPlan(Plan):
     ablation: AblationConfig
     arms: tuple[Arm, ...]
     tuned: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for index, metric in enumerate(self.ablation.also or ()):
+            require_metric(f"ablation.also[{index}]", metric, score_keys(self.experiment.data))
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
@@ -125,7 +131,7 @@ class AblationPlan(Plan):
     def identity(self) -> dict[str, Any]:
         """Everything that decides the trials, their results and the verdicts."""
         experiment, ablation = to_tree(self.experiment), to_tree(self.ablation)
-        for free in ("budget", "max_failures", "max_concurrent"):
+        for free in ("also", "budget", "max_failures", "max_concurrent"):
             del ablation[free]
         del experiment["resources"]
         return {"experiment": experiment, "ablation": ablation, "arms": self._arms()}

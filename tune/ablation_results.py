@@ -97,6 +97,25 @@ class Results:
         return {name: summarize(name, scores, self._bootstrap) for name, scores in self.scores.items()}
 
     @cached_property
+    def others(self) -> dict[str, dict[str, Summary]]:
+        """Level and spread of each arm in each score that is shown beside the objective: by metric, then by arm."""
+        return {metric: self._other(metric) for metric in self.plan.ablation.also or ()}
+
+    def _other(self, metric: str) -> dict[str, Summary]:
+        scores = {
+            arm.name: np.array([self._best_score(arm.name, seed, metric) for seed in self.seeds])
+            for arm in self.plan.arms
+        }
+        return {name: summarize(name, values, self._bootstrap) for name, values in scores.items()}
+
+    def _best_score(self, arm: str, seed: int, metric: str) -> float:
+        """Of the best checkpoint; NaN where there is none, as of the energy where none was trained."""
+        record = self.records.get((arm, seed))
+        if record is None or record.state is not TrialState.COMPLETE:
+            return math.nan
+        return float(summary_of(record).get("scores", {}).get("best", {}).get(metric, math.nan))
+
+    @cached_property
     def variances(self) -> dict[str, Variances]:
         """Of each arm with at least two seeds and two draws of the evaluation's noise, where its spread comes from."""
         found = {}
@@ -152,8 +171,9 @@ def arms_frame(results: Results) -> pd.DataFrame:
 
     Returns:
         Columns arm, changes, seeds, missing, mean, mean_low, mean_high, iqm, std, difference, difference_low,
-        difference_high, p, p_holm, improvement (the chance of beating the baseline), verdict, seeds_needed, and the
-        standard deviations std_training and std_generation where the evaluation's noise was drawn more than once.
+        difference_high, p, p_holm, improvement (the chance of beating the baseline), verdict, seeds_needed, the
+        standard deviations std_training and std_generation where the evaluation's noise was drawn more than once, and
+        of each further score X: X, X_low, X_high.
     """
     compared = {comparison.arm: comparison for comparison in results.comparisons}
     return pd.DataFrame([_row(results, arm.name, arm.changes, compared.get(arm.name)) for arm in results.plan.arms])
@@ -186,7 +206,16 @@ def _row(results: Results, arm: str, changes: Mapping[str, Any], comparison: Com
         "std_training": math.nan if variances is None else math.sqrt(variances.training),
         "std_generation": math.nan if variances is None else math.sqrt(variances.generation),
     }
-    return {**row, **compared, **spreads}
+    return {**row, **compared, **spreads, **_other_columns(results, arm)}
+
+
+def _other_columns(results: Results, arm: str) -> dict[str, float]:
+    """Mean and interval of each further score."""
+    columns: dict[str, float] = {}
+    for metric, summaries in results.others.items():
+        mean, name = summaries[arm].mean, metric.removeprefix("eval/")
+        columns |= {name: mean.estimate, f"{name}_low": mean.low, f"{name}_high": mean.high}
+    return columns
 
 
 def changes_text(changes: Mapping[str, Any]) -> str:
@@ -198,7 +227,8 @@ def arms_table(results: Results) -> Table:
     """The terminal's table: one row an arm, with its verdict."""
     objective = results.plan.sweep.objectives[0]
     table = Table(
-        "arm", "seeds", f"{metric_label(results.plan, objective)}, mean", "minus baseline", "p (Holm)", "verdict",
+        "arm", "seeds", f"{metric_label(results.plan, objective)}, mean", *other_labels(results),
+        "minus baseline", "p (Holm)", "verdict",
         caption=f"{better(objective)}; intervals of {100.0 * (1.0 - results.plan.ablation.level):g} %.",
         caption_justify="left",
     )  # fmt: skip
@@ -210,8 +240,18 @@ def arms_table(results: Results) -> Table:
             style = _STYLES[comparison.verdict]
             verdict = f"[{style}]{_verdict(comparison)}[/]" if style else _verdict(comparison)
             cells = [str(comparison.difference), p_text(comparison.p_holm).removeprefix("p = "), verdict]
-        table.add_row(arm.name, str(summary.seeds), str(summary.mean) if summary.seeds > 1 else _alone(summary), *cells)
+        table.add_row(arm.name, str(summary.seeds), mean_text(summary), *other_cells(results, arm.name), *cells)
     return table
+
+
+def other_labels(results: Results) -> list[str]:
+    """Headings of the further scores."""
+    return [metric.removeprefix("eval/") for metric in results.others]
+
+
+def other_cells(results: Results, arm: str) -> list[str]:
+    """An arm's further scores as text."""
+    return [mean_text(summaries[arm]) for summaries in results.others.values()]
 
 
 def _verdict(comparison: Comparison) -> str:
@@ -221,8 +261,10 @@ def _verdict(comparison: Comparison) -> str:
     return f"{comparison.verdict}, {needed:.0f} would do"
 
 
-def _alone(summary: Summary) -> str:
-    """Without an interval, which one seed does not have."""
+def mean_text(summary: Summary) -> str:
+    """A mean with its interval, which one seed does not have; nothing where there is no score."""
+    if summary.seeds > 1:
+        return str(summary.mean)
     return "" if math.isnan(summary.mean.estimate) else number(summary.mean.estimate)
 
 
@@ -230,16 +272,18 @@ def latex(results: Results) -> str:
     """The table for a paper, in the form of the booktabs package."""
     objective = results.plan.sweep.objectives[0]
     compared = {comparison.arm: comparison for comparison in results.comparisons}
+    others = other_labels(results)
+    labels = [_escaped(label) for label in (metric_label(results.plan, objective), *others)]
     lines = [
         f"% {_escaped(results.plan.name)}: {_escaped(' '.join(results.plan.ablation.hypothesis.split()))}",
-        r"\begin{tabular}{lrllll}",
+        rf"\begin{{tabular}}{{lrl{'l' * len(others)}lll}}",
         r"\toprule",
-        rf"arm & seeds & {_escaped(metric_label(results.plan, objective))} & difference & $p$ (Holm) & verdict \\",
+        rf"arm & seeds & {' & '.join(labels)} & difference & $p$ (Holm) & verdict \\",
         r"\midrule",
     ]
     for arm in results.plan.arms:
         summary, comparison = results.summaries[arm.name], compared.get(arm.name)
-        cells = [_escaped(arm.name), str(summary.seeds), str(summary.mean) if summary.seeds > 1 else _alone(summary)]
+        cells = [_escaped(arm.name), str(summary.seeds), mean_text(summary), *other_cells(results, arm.name)]
         if comparison is None:
             cells += ["", "", ""]
         else:

@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import yaml
 from rich.table import Table
+from torch import Tensor
 
 from dxmi import __version__
 from dxmi.checkpoint import steps_in
 from dxmi.config import build, to_tree
+from dxmi.data import DataConfig
 from dxmi.errors import DivergedError, UserError, WorkersLostError
 from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.files import write_atomic, write_json
-from dxmi.pictures import save_grid, save_steps_grid
+from dxmi.galleries import build_gallery
 from dxmi.run_directory import RunDirectory, read_yaml
 from dxmi.train import Summary, train
 from dxmi.trained import CHECKPOINTS, Trained, load_trained
@@ -106,11 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with an interrupted run")
     source.add_argument("--config", type=Path, metavar="FILE", help="a whole config, like a study's best.yaml")
 
-    sub = command("sample", _sample, "draw images from a run's policy", "")
+    sub = command("sample", _sample, "draw samples from a run's policy", "")
     _run_arguments(sub)
-    sub.add_argument("--num", type=_positive, default=64, help="how many images (default 64)")
+    sub.add_argument("--num", type=_positive, default=64, help="how many (default 64)")
     sub.add_argument("--steps-grid", action="store_true", help="every step of each sample, noise first")
-    sub.add_argument("--out", type=Path, default=Path("samples.png"), help="a .png grid or an .npz of uint8 NHWC")
+    sub.add_argument(
+        "--out", type=Path, default=Path("samples.png"), help="a .png, or an .npz of uint8 NHWC or of points"
+    )
 
     sub = command("evaluate", _evaluate, "score a run's policy", "")
     _run_arguments(sub)
@@ -268,7 +272,7 @@ def _kept(config: ExperimentConfig, out: Path) -> tuple[str | None, Callable[[],
 
 def _on_workers(experiment: Experiment, out: Path, reporter: ProgressReporter, address: str | None) -> Summary | None:
     """`train` on several processes of a Ray of its own, or on the cluster's."""
-    _ = experiment.images  # what is wrong with the data is said before anything starts
+    _ = experiment.data  # what is wrong with the data is said before anything starts
     parallel = importlib.import_module("tune.data_parallel")  # Ray takes seconds
     with parallel.ray_for(experiment.config), gentle_stop(reporter.ask_to_stop):  # Ray's start takes SIGTERM for itself
         try:
@@ -340,15 +344,26 @@ def _sample(args: argparse.Namespace) -> int:
     _require_folder(args.out)
     trained = _trained(args)
     states = trained.states(args.num, args.seed, args.guidance)
-    pixels = states if args.steps_grid else states[-1]
     if args.out.suffix == ".png":
-        (save_steps_grid if args.steps_grid else save_grid)(args.out, pixels)
+        gallery = build_gallery(trained.experiment.config.data.name)
+        if args.steps_grid:
+            gallery.draw_steps(args.out, states)
+        else:
+            gallery.draw_samples(args.out, states[-1])
     else:
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, images=pixels.movedim(-3, -1).cpu().numpy())
-        write_atomic(args.out, buffer.getvalue())
+        _save_arrays(args.out, states if args.steps_grid else states[-1], trained.experiment.config.data)
     Terminal().out(f"{args.num} samples of iteration {trained.step}: {args.out}", highlight=False)
     return OK
+
+
+def _save_arrays(path: Path, samples: Tensor, data: DataConfig) -> None:
+    """Images as uint8 [..., H, W, C], points as float32 [..., 2]."""
+    buffer = io.BytesIO()
+    if data.is_planar:
+        np.savez_compressed(buffer, points=samples.cpu().numpy())
+    else:
+        np.savez_compressed(buffer, images=samples.movedim(-3, -1).cpu().numpy())
+    write_atomic(path, buffer.getvalue())
 
 
 def _require_folder(out: Path) -> None:
@@ -364,7 +379,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     table = Table("score", "value", title=f"iteration {trained.step}")
     for key, value in scores.values.items():
         table.add_row(key, f"{value:,.4f}" if value % 1 else f"{value:,.0f}")
-    table.add_row("seconds for 1,000 images", f"{scores.seconds_per_1000:.3f}")
+    table.add_row("seconds for 1,000 samples", f"{scores.seconds_per_1000:.3f}")
     Terminal().print(table)
     if args.out:
         write_json(args.out, scores.values)

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from dxmi.errors import UserError
+from dxmi.pictures import score_text
 from tune.console import last_line
 from tune.devices import Slots
 from tune.study import (
@@ -217,7 +218,7 @@ class Conductor:
         self.study.score(number, step, score)
         trial.score = score
         trial.best = score if trial.best is None else min(trial.best, score)
-        self._say(trial, f"iteration {step}/{trial.total}, {self._label} {score:.2f}", minor=True)
+        self._say(trial, f"iteration {step}/{trial.total}, {self._label} {score_text(score)}", minor=True)
         if self.study.falls_behind(number, step):
             self._order(trial, Order.PRUNE)
 
@@ -287,7 +288,11 @@ class Conductor:
         self._leave(trial)
         self.states.append(outcome.state)
         self._bytes += self.study.tidy(trial.record.number)
-        score = f", {self._label} {outcome.score:.2f} at iteration {outcome.step}" if outcome.score is not None else ""
+        score = (
+            f", {self._label} {score_text(outcome.score)} at iteration {outcome.step}"
+            if outcome.score is not None
+            else ""
+        )
         reason = f": {outcome.reason}" if outcome.reason else ""
         text = f"{outcome.state.value}{reason}{score} ({outcome.seconds:.0f} s)"
         self._say(trial, text, bad=outcome.state.is_failure)

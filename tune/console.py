@@ -19,6 +19,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from dxmi.evaluate import NUM_SAMPLES_KEY
+from dxmi.pictures import score_text
 from dxmi.run_directory import RunDirectory
 from dxmi.train import Phase, Summary
 from dxmi.train import Progress as Event
@@ -143,31 +145,40 @@ class ProgressReporter:
 
 def _score_note(metrics: Mapping[str, float]) -> str:
     """The evaluation score among `metrics` in words, if there is one."""
-    scores = (
-        f"{key.removeprefix('eval/')} {value:.2f}" for key, value in metrics.items() if key.startswith("eval/fid")
-    )
-    return next(scores, "")
+    scores = (key for key in metrics if key.startswith("eval/") and key != NUM_SAMPLES_KEY)
+    first = next(scores, None)  # the one that runs are compared by
+    return "" if first is None else f"{first.removeprefix('eval/')} {score_text(metrics[first])}"
+
+
+_BESIDE = ("eval/energy_auc",)
+"""Scores that a table shows beside the one that runs are compared by."""
 
 
 def result_table(summary: Summary) -> Table:
-    """The samplers of a finished run side by side: network evaluations, score, seconds for 1,000 images."""
+    """The samplers of a finished run side by side: network evaluations, score, seconds for 1,000 samples."""
     steps, metric = summary.num_steps, summary.metric.removeprefix("eval/")
+    others = [key for key in _BESIDE if key in summary.scores["best"]]
     rows = [
         ("1000 steps (DDPM)", 1000, "ddpm_1000"),
         (f"{steps} steps (DDIM)", steps, f"ddim_{steps}"),
         (f"{steps} steps, before", steps, "shortened"),
         (f"{steps} steps, after (iteration {summary.best['step']})", steps, "best"),
+        ("the data itself", "", "data"),
     ]
     table = Table(
-        caption=f"Network evaluations an image; {metric} of {summary.num_samples:,} samples each, lower is better; "
-        "seconds for 1,000 images."
+        caption=f"Network evaluations a sample; {metric} of {summary.num_samples:,} samples each, lower is better; "
+        "seconds for 1,000 samples."
     )
-    for heading in ("sampler", "evaluations", metric, "seconds for 1,000"):
+    headings = [key.removeprefix("eval/") for key in others]
+    for heading in ("sampler", "evaluations", metric, *headings, "seconds for 1,000"):
         table.add_column(heading, justify="left" if heading == "sampler" else "right")
     for label, evaluations, name in rows:
-        score = f"{summary.scores[name][summary.metric]:.2f}"
+        if name not in summary.scores:
+            continue
+        scores = summary.scores[name]
+        shown = [score_text(scores[key]) if key in scores else "" for key in (summary.metric, *others)]
         seconds = f"{summary.seconds_per_1000_images[name]:.3f}"
-        table.add_row(label, str(evaluations), score, seconds, style="bold" if name == "best" else None)
+        table.add_row(label, str(evaluations), *shown, seconds, style="bold" if name == "best" else None)
     return table
 
 

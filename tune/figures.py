@@ -112,7 +112,12 @@ def _reference(scored: Sequence[tuple[str, float]]) -> Reference:
 def reference_labels(summary: Mapping[str, Value]) -> dict[str, str]:
     """The keys of a summary's references, in words."""
     steps = summary.get("num_steps")
-    words = {"ddpm_1000": "1000 steps", f"ddim_{steps}": f"{steps} steps, DDIM", "shortened": f"{steps} steps, before"}
+    words = {
+        "ddpm_1000": "1000 steps",
+        f"ddim_{steps}": f"{steps} steps, DDIM",
+        "shortened": f"{steps} steps, before",
+        "data": "the data itself",
+    }
     return {key: label for key, label in words.items() if key in summary.get("reference", {})}
 
 

@@ -21,6 +21,7 @@ from dxmi.checkpoint import path_of
 from dxmi.config import to_tree
 from dxmi.errors import UserError
 from dxmi.files import write_atomic
+from dxmi.pictures import score_text
 from tune.plans import Plan
 from tune.space import flat, show
 from tune.study import Study, TrialRecord, TrialState, ranked
@@ -82,7 +83,7 @@ def number(value: float, metric: str = "score") -> str:
     """A measured number for people: a count as it is, else two decimals, or three digits if it is small."""
     if metric == "num_steps":
         return f"{value:g}"
-    return f"{value:,.2f}" if abs(value) >= 1.0 else f"{value:.3g}"
+    return score_text(value)
 
 
 def settings(plan: Plan, record: TrialRecord) -> list[str]:

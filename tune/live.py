@@ -8,6 +8,7 @@ from rich.live import Live as LiveDisplay
 from rich.table import Table
 from rich.text import Text
 
+from dxmi.pictures import score_text
 from tune.conductor import Conductor, Live, Note
 from tune.console import complain
 from tune.leaderboard import short_names
@@ -85,8 +86,8 @@ def _table(conductor: Conductor) -> Table:
             ", ".join(show(value) for value in trial.record.values.values()),
             trial.order.value if trial.order else trial.phase,
             f"{trial.step}/{trial.phase_total}" if trial.phase_total else "",
-            "" if trial.score is None else f"{trial.score:.2f}",
-            "" if trial.best is None else f"{trial.best:.2f}",
+            "" if trial.score is None else score_text(trial.score),
+            "" if trial.best is None else score_text(trial.best),
             f"{rate:,.1f}/s" if rate else "",
             duration((trial.phase_total - trial.step) / rate) if rate else "",
         )

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial
 from dxmi.config import build, signature, to_tree
 from dxmi.errors import UserError
 from dxmi.experiment import ExperimentConfig
+from dxmi.scorers import score_keys
 from tune.proposals import Proposal, num_planned, propose
 from tune.space import Axis, Value, parse_space, tree_with
 from tune.sweep_config import SweepConfig, TrackingConfig
@@ -89,7 +90,7 @@ class Plan:
     @property
     def metric(self) -> str:
         """The key of the experiment's own score, like eval/fid_digits."""
-        return f"eval/fid_{self.experiment.data.name}"
+        return score_keys(self.experiment.data)[0]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -155,19 +156,23 @@ _OWN_METRICS = ("score", "num_steps", "seconds")
 
 def metrics_of(experiment: ExperimentConfig) -> list[str]:
     """Every metric that an objective may name."""
-    data = experiment.data.name
-    scores = [f"eval/{kind}_{data}" for kind in ("fid", "kid", "precision", "recall")]
-    return [*_OWN_METRICS, *scores, "eval/sliced_wasserstein"]
+    return [*_OWN_METRICS, *score_keys(experiment.data)]
+
+
+def require_metric(where: str, metric: str, known: Sequence[str]) -> None:
+    """Check what a plan calls a metric, at `where`.
+
+    Raises:
+        UserError: it is none of those that are known.
+    """
+    if metric not in known:
+        raise UserError(f"{where} is {metric!r}, which no trial reports: it must be one of {', '.join(known)}.")
 
 
 def _check_objectives(sweep: SweepConfig, experiment: ExperimentConfig) -> None:
     known = metrics_of(experiment)
     for index, objective in enumerate(sweep.objectives):
-        if objective.metric not in known:
-            raise UserError(
-                f"sweep.objectives[{index}].metric is {objective.metric!r}, which no trial reports: "
-                f"it must be one of {', '.join(known)}."
-            )
+        require_metric(f"sweep.objectives[{index}].metric", objective.metric, known)
     first = sweep.objectives[0]
     follows_curve = first.metric in ("score", known[len(_OWN_METRICS)]) and first.direction == "minimize"
     if sweep.stopping.rule != "none" and not follows_curve:

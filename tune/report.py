@@ -5,12 +5,13 @@ all made from the records and the run folders, so that it can be written again a
 """
 
 import base64
+import functools
 import hashlib
 import io
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +31,7 @@ from dxmi.files import write_atomic
 from dxmi.provenance import git_revision
 from tune.ablation_figures import ablation_figures
 from tune.ablation_plan import AblationPlan
-from tune.ablation_results import Results, changes_text, results_of
+from tune.ablation_results import Results, changes_text, mean_text, other_labels, results_of
 from tune.designs import Arm, two_level_design
 from tune.figures import Reference, importance_obstacle, references, study_figures, unit
 from tune.leaderboard import (
@@ -47,6 +48,7 @@ from tune.leaderboard import (
 )
 from tune.live import duration
 from tune.plans import Plan
+from tune.report_maps import arm_maps, trial_maps
 from tune.space import Axis, show, value_at
 from tune.statistics import Comparison, Verdict, p_text
 from tune.study import Study, TrialRecord, TrialState, pareto_front, ranked, timestamp
@@ -55,6 +57,8 @@ _TEMPLATES = Path(__file__).resolve().parent / "_templates"
 _MATRIX_TRIALS, _MATRIX_STEPS = 8, 6
 _SAMPLES_A_SIDE = (4, 3, 2, 1)
 """Of each grid, so many samples a side are shown: the first number with which the report stays small."""
+_FIGURE_PIXELS = 60
+"""A side of a figure is so many times that number."""
 _MAX_SAMPLE_BYTES = 3_000_000
 _SCROLLING_ROWS = 40
 """A longer table scrolls in its own frame."""
@@ -101,6 +105,7 @@ def _html(study: Study, records: Sequence[TrialRecord], written: str) -> str:
         space=_space(study.plan, records) if compared is None else [],
         front=_front(study.plan, records),
         matrix=sample_matrix(study.plan, records) if compared is None else arm_matrix(compared),
+        maps=trial_maps(study.plan, records) if compared is None else arm_maps(compared),
         failures=_failures(study, records),
         commands=_commands(study, records),
         shared=_shared_config(study.plan),
@@ -143,6 +148,7 @@ def _references_sentences(plan: Plan, best: TrialRecord) -> list[str]:
         "ddpm_1000": "the 1000-step model it came from has {}",
         f"ddim_{steps}": f"DDIM with {steps} steps {{}}",
         "shortened": f"the same {steps} steps before fine-tuning {{}}",
+        "data": "fresh data itself {}",
     }
     parts = [sentence.format(number(scores[key])) for key, sentence in words.items() if key in scores]
     is_score = plan.sweep.objectives[0].metric in ("score", plan.metric)
@@ -456,6 +462,7 @@ def _arms(results: Results) -> HtmlTable:
         ("changes of the baseline", "settings", ""),
         ("seeds", "with a score", "number"),
         (label, "mean over the seeds, with its interval", "number"),
+        *((name, "mean over the seeds, with its interval", "number") for name in other_labels(results)),
         ("minus baseline", "mean difference at the same seed, with its interval", "number"),
         ("p", "sign-flip test over the seeds, Holm's correction over the arms", "number"),
         ("beats it", "chance that a run of the arm beats a run of the baseline", "number"),
@@ -473,6 +480,7 @@ def _arm_row(results: Results, arm: Arm, comparison: Comparison | None) -> list[
         Cell(changes_text(arm.changes), "", "wrap"),
         _count_cell(summary.seeds),
         _number_cell(summary.mean.estimate, mean, "number"),
+        *(_number_cell(s[arm.name].mean.estimate, mean_text(s[arm.name]), "number") for s in results.others.values()),
     ]
     if comparison is None:
         return [*cells, *(Cell("", "") for _ in range(4))]
@@ -622,10 +630,17 @@ class MatrixRow:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Sample grids, all from the same noise: one row a trial, one column an iteration."""
+    """Pictures of samples, all from the same noise: one row a trial, one column an iteration.
+
+    Attributes:
+        steps: iterations.
+        rows: of pictures.
+        are_figures: whether they are figures and no grids of images, whose pixels are worth seeing.
+    """
 
     steps: list[int]
     rows: list[MatrixRow]
+    are_figures: bool
 
 
 def sample_matrix(plan: Plan, records: Sequence[TrialRecord]) -> Matrix | None:
@@ -636,35 +651,35 @@ def sample_matrix(plan: Plan, records: Sequence[TrialRecord]) -> Matrix | None:
     steps = _thinned(sorted(set.intersection(*(_sampled(record) for record in chosen))), _MATRIX_STEPS)
     if not steps:
         return None
-    columns = max(1, round(plan.experiment.evaluate.grid**0.5))
     places = {record.number: place for place, record in enumerate(ranked(plan, records), start=1)}
     for side in _SAMPLES_A_SIDE:
-        pictures = [[_picture(record, step, columns, side) for step in steps] for record in chosen]
+        part = functools.partial(_part, plan, side)
+        pictures = [[_picture(record, step, part) for step in steps] for record in chosen]
         if sum(len(picture) for row in pictures for picture in row) <= _MAX_SAMPLE_BYTES:
             break
     rows = [
         MatrixRow(f"trial {record.number}", _matrix_note(record, places[record.number]), row)
         for record, row in zip(chosen, pictures, strict=True)
     ]
-    return Matrix(steps, rows)
+    return Matrix(steps, rows, are_figures=plan.experiment.data.is_planar)
 
 
 def arm_matrix(results: Results) -> Matrix | None:
     """The best checkpoints' grids: one row an arm, one column a seed; None if there are none."""
-    columns = max(1, round(results.plan.experiment.evaluate.grid**0.5))
+    part = functools.partial(_part, results.plan, 2)
     seeds = results.seeds[:_MATRIX_STEPS]
     rows = []
     for arm in results.plan.arms:
         records = [results.records.get((arm.name, seed)) for seed in seeds]
         pictures = [
-            "" if record is None or record.outcome.step is None else _picture(record, record.outcome.step, columns, 2)
+            "" if record is None or record.outcome.step is None else _picture(record, record.outcome.step, part)
             for record in records
         ]
         if any(pictures):
             summary = results.summaries[arm.name]
             note = "" if math.isnan(summary.mean.estimate) else number(summary.mean.estimate)
             rows.append(MatrixRow(arm.name, note, pictures))
-    return Matrix([*seeds], rows) if rows else None
+    return Matrix([*seeds], rows, results.plan.experiment.data.is_planar) if rows else None
 
 
 def _shown(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
@@ -693,14 +708,21 @@ def _matrix_note(record: TrialRecord, place: int) -> str:
     return f"#{place}, {number(_score(record))} at {record.outcome.step}"
 
 
-def _picture(record: TrialRecord, step: int, columns: int, side: int) -> str:
-    """The upper left corner of a grid, `side` samples wide and high, as a data URI."""
+def _part(plan: Plan, side: int, picture: Image.Image) -> Image.Image:
+    """The upper left corner of a grid of images, `side` samples wide and high; all of a figure, made small."""
+    if plan.experiment.data.is_planar:
+        return picture.convert("RGB").resize((_FIGURE_PIXELS * side, _FIGURE_PIXELS * side), Image.Resampling.LANCZOS)
+    columns, gap = max(1, round(plan.experiment.evaluate.grid**0.5)), 2  # see dxmi.pictures.grid
+    extent = gap + min(side, columns) * ((picture.width - gap) // columns)
+    return picture.crop((0, 0, extent, min(extent, picture.height)))
+
+
+def _picture(record: TrialRecord, step: int, part: Callable[[Image.Image], Image.Image]) -> str:
+    """A part of what was drawn at a step, as a data URI."""
     buffer = io.BytesIO()
     try:
-        with Image.open(record.run.samples / f"step_{step:06d}.png") as grid:
-            gap = 2  # see dxmi.pictures.grid
-            extent = gap + min(side, columns) * ((grid.width - gap) // columns)
-            grid.crop((0, 0, extent, min(extent, grid.height))).save(buffer, format="png", optimize=True)
+        with Image.open(record.run.samples / f"step_{step:06d}.png") as picture:
+            part(picture).save(buffer, format="png", optimize=True)
     except (OSError, SyntaxError, ValueError):
         return ""
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

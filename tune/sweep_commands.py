@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from rich.table import Table
 
 from dxmi.errors import UserError
+from dxmi.pictures import score_text
 from tune import storage
 from tune.ablation import Ablation, TuningInterruptedError
 from tune.ablation_plan import AblationPlan
@@ -250,7 +251,7 @@ def _row(folder: StudyFolder) -> tuple[str, ...]:
     ended = len(records) - counts[TrialState.RUNNING]
     words = ", ".join(f"{counts[state]} {state.value}" for state in TrialState if counts[state])
     complete = [r.outcome.score for r in records if r.state is TrialState.COMPLETE and r.outcome.score is not None]
-    best = f"{min(complete):.2f}" if complete else ""
+    best = score_text(min(complete)) if complete else ""
     return _state(folder, ended, plan.num_trials), f"{ended}/{plan.num_trials} ({words})", best, seconds
 
 

@@ -20,8 +20,8 @@ class ObjectiveConfig:
     """What a trial is judged by."""
 
     metric: str = "score"
-    """score: the experiment's own (eval/fid_X of the best checkpoint, on fresh noise); any other eval/... key;
-    num_steps: network evaluations an image; seconds: of fine-tuning."""
+    """score: the experiment's own (eval/fid_X, in the plane eval/sliced_wasserstein; of the best checkpoint, on fresh
+    noise); any other eval/... key; num_steps: network evaluations a sample; seconds: of fine-tuning."""
     direction: str = "minimize"
     """minimize or maximize."""
 

@@ -1,5 +1,22 @@
-"""Data sets: uint8 on disk, [-1, 1] inside. A new one is a loader function and a line in `LOADERS`."""
+"""Data sets: images are uint8 on disk and [-1, 1] inside, points in the plane are drawn. A new image set is a loader
+function and a line in `LOADERS`, a new distribution a class and a line in `DISTRIBUTIONS`.
+"""
 
-from dxmi.data.images import LOADERS, BatchStream, DataConfig, Images, data_root, load
+from dxmi.data.dataset import BatchStream, Dataset
+from dxmi.data.images import LOADERS, Images, data_root
+from dxmi.data.loading import DataConfig, load
+from dxmi.data.planar import DISTRIBUTIONS, SQUARE, Distribution, Points
 
-__all__ = ["LOADERS", "BatchStream", "DataConfig", "Images", "data_root", "load"]
+__all__ = [
+    "DISTRIBUTIONS",
+    "LOADERS",
+    "SQUARE",
+    "BatchStream",
+    "DataConfig",
+    "Dataset",
+    "Distribution",
+    "Images",
+    "Points",
+    "data_root",
+    "load",
+]

@@ -1,6 +1,5 @@
-"""Image data sets in memory, and the order in which a run reads them."""
+"""Image data sets in memory."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,33 +9,17 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from dxmi.data.dataset import Dataset, content_signature
 from dxmi.data.idx import read_idx
 from dxmi.errors import UserError
 from dxmi.files import user_path
-from dxmi.tensors import from_uint8
 
 MNIST8_IMAGES = 20_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which real samples."""
-
-    name: str = "digits"
-    """digits, mnist, mnist8 or fashion_mnist."""
-    label: int | None = None
-    """Keep only this class; null for all."""
-
-    def __post_init__(self) -> None:
-        if self.name not in LOADERS:
-            raise ValueError(f"name is {self.name!r}: it must be one of {', '.join(LOADERS)}")
-        if self.label is not None and not 0 <= self.label <= 9:
-            raise ValueError(f"label is {self.label}: it must be in 0..9, or null for all classes")
-
-
 @dataclass(frozen=True)
-class Images:
-    """A data set.
+class Images(Dataset):
+    """Images with their classes.
 
     Attributes:
         name: as in `DataConfig`.
@@ -51,12 +34,9 @@ class Images:
     signature: str
 
     @property
-    def event(self) -> tuple[int, ...]:
-        """Shape of one sample, (C, H, W)."""
-        return tuple(self.pixels.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.pixels)
+    def stored(self) -> Tensor:
+        """The pixels."""
+        return self.pixels
 
 
 def data_root() -> Path:
@@ -64,17 +44,16 @@ def data_root() -> Path:
     return user_path(os.environ.get("DXMI_DATA") or "~/.cache/dxmi", "DXMI_DATA")
 
 
-def load(config: DataConfig) -> Images:
-    """The data set that `config` names.
+def load_images(name: str, label: int | None) -> Images:
+    """The training images of the data set `name`, those of class `label` alone unless it is None.
 
     Raises:
         UserError: a file is missing or damaged; the sentence says which, where it was looked for and how to get it.
     """
-    pixels, labels = LOADERS[config.name](train=True)
-    if config.label is not None:
-        pixels, labels = pixels[labels == config.label], labels[labels == config.label]
-    signature = hashlib.sha256(str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).hexdigest()[:12]
-    return Images(config.name, pixels, labels, signature)
+    pixels, labels = LOADERS[name](train=True)
+    if label is not None:
+        pixels, labels = pixels[labels == label], labels[labels == label]
+    return Images(name, pixels, labels, content_signature(pixels))
 
 
 # ----------------------------------------------------------------------------
@@ -136,36 +115,3 @@ LOADERS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "mnist8": mnist8,
     "fashion_mnist": fashion_mnist,
 }
-
-
-class BatchStream:
-    """Shuffled epochs without end; every batch is full. Its whole state is three tensors.
-
-    Args:
-        pixels: uint8, [N, C, H, W], on the device where the batches are wanted.
-        batch_size: B; may be larger than N.
-        generator: shuffles, on the host.
-    """
-
-    def __init__(self, pixels: Tensor, batch_size: int, generator: torch.Generator) -> None:
-        self.pixels = pixels
-        self.batch_size = batch_size
-        self.generator = generator
-        self.order = torch.empty(0, dtype=torch.int64)
-
-    def next(self) -> Tensor:
-        """The next batch in [-1, 1], [B, C, H, W]."""
-        while len(self.order) < self.batch_size:
-            epoch = torch.randperm(len(self.pixels), generator=self.generator)
-            self.order = torch.cat((self.order, epoch))
-        drawn, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-        return from_uint8(self.pixels[drawn.to(self.pixels.device, non_blocking=True)])
-
-    def state(self) -> dict[str, Tensor]:
-        """What `load_state` needs to go on from here."""
-        return {"order": self.order.clone(), "generator": self.generator.get_state()}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from where `state` was taken."""
-        self.order = state["order"].clone()
-        self.generator.set_state(state["generator"])

@@ -1,0 +1,232 @@
+"""Distributions in the plane with exact densities: the 2D study's data (arXiv 2407.00626, section 5.1), and its like.
+
+Each lies within the square [-4, 4]^2, but for the tails of its noise. The densities of the two that spread normal noise
+around a curve are line integrals, computed by Gauss-Legendre quadrature with nodes no further apart than 0.6 standard
+deviations of the noise, which leaves an error below 1e-6 of the largest density.
+
+Axis letters: N points, 2 the plane, M nodes of a curve or centres of a mixture.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dxmi.data.dataset import Dataset, content_signature
+from dxmi.seeds import generator
+
+SQUARE = 4.0
+"""Half the side of the square that the distributions fill, and on which densities are compared."""
+_NODES = 512
+"""Of each curve's quadrature."""
+_ROWS = 4096
+"""Points whose distances to all nodes are in memory at a time."""
+
+
+class Distribution(ABC):
+    """A distribution in the plane."""
+
+    @abstractmethod
+    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+        """Independent points, float32 on the host: [num, 2]."""
+
+    @abstractmethod
+    def log_density(self, points: Tensor) -> Tensor:
+        """Log density at `points` [N, 2] in nats, float64; minus infinity where there are none: [N]."""
+
+
+def _mixture_log_density(points: Tensor, centres: Tensor, log_weights: Tensor, std: float) -> Tensor:
+    """Log of sum_m w_m N(x; centre_m, std^2 I), float64: [N].
+
+    Args:
+        points: [N, 2].
+        centres: [M, 2].
+        log_weights: [M].
+        std: of every component.
+    """
+    log_normalizer = math.log(2.0 * math.pi * std**2)
+
+    def of(rows: Tensor) -> Tensor:
+        squares = torch.cdist(rows, centres, compute_mode="donot_use_mm_for_euclid_dist").square()
+        return torch.logsumexp(log_weights - squares / (2.0 * std**2), dim=1) - log_normalizer
+
+    return torch.cat([of(rows) for rows in torch.split(points.double(), _ROWS)])
+
+
+def _uniform(num: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(num, generator=generator, dtype=torch.float64)
+
+
+def _noise(num: int, generator: torch.Generator) -> Tensor:
+    return torch.randn((num, 2), generator=generator, dtype=torch.float64)
+
+
+class Gaussians8(Distribution):
+    """Eight normal clusters of equal weight on a circle: radius 4 and standard deviation 0.5, both divided by 1.414."""
+
+    std = 0.5 / 1.414
+
+    def __init__(self) -> None:
+        angle = torch.arange(8, dtype=torch.float64) * (math.pi / 4.0)
+        self.centres = torch.stack((angle.cos(), angle.sin()), dim=1) * (4.0 / 1.414)
+
+    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+        """A cluster, and normal noise around its centre."""
+        cluster = torch.randint(8, (num,), generator=generator)
+        return (self.centres[cluster] + self.std * _noise(num, generator)).float()
+
+    def log_density(self, points: Tensor) -> Tensor:
+        """Of the mixture."""
+        return _mixture_log_density(
+            points, self.centres, torch.full((8,), -math.log(8.0), dtype=torch.float64), self.std
+        )
+
+
+@cache
+def _quadrature() -> tuple[Tensor, Tensor]:
+    """Gauss-Legendre nodes in [0, 1] and their weights, which add up to 1: [M] each."""
+    nodes, weights = (torch.from_numpy(table) for table in np.polynomial.legendre.leggauss(_NODES))
+    return (nodes + 1.0) / 2.0, weights / 2.0
+
+
+class _Curve(Distribution):
+    """Normal noise around curves that are run through with a known density of the parameter."""
+
+    std: float
+
+    @abstractmethod
+    def branches(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The points of the two curves at u [N] in [0, 1]; each curve has half of the mass: [N, 2] each."""
+
+    @abstractmethod
+    def quantile(self, share: Tensor) -> Tensor:
+        """The u up to which that share of a curve's mass lies."""
+
+    @abstractmethod
+    def speed(self, u: Tensor) -> Tensor:
+        """Mass by unit of u: the derivative of the inverse of `quantile`."""
+
+    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+        """A curve, a place on it, and normal noise around that."""
+        first, second = self.branches(self.quantile(_uniform(num, generator)))
+        is_first = torch.randint(2, (num, 1), generator=generator) == 0
+        return (torch.where(is_first, first, second) + self.std * _noise(num, generator)).float()
+
+    def log_density(self, points: Tensor) -> Tensor:
+        """The integral of the noise's density along both curves."""
+        u, weights = _quadrature()
+        centres = torch.cat(self.branches(u))
+        log_weights = (weights * self.speed(u) / 2.0).log().repeat(2)
+        return _mixture_log_density(points, centres, log_weights, self.std)
+
+
+class TwoSpirals(_Curve):
+    """Two arms, each the other's reflection in the origin, of one and a half turns: radius theta / 3 at the angle theta
+    from 0 to 3 pi, with theta^2 uniform and normal noise of 0.1.
+    """
+
+    std = 0.1
+
+    def branches(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The arms at theta = 3 pi u."""
+        theta = 3.0 * math.pi * u
+        arm = torch.stack((theta.cos(), theta.sin()), dim=1) * (theta / 3.0)[:, None]
+        return arm, -arm
+
+    def quantile(self, share: Tensor) -> Tensor:
+        """The square root."""
+        return share.sqrt()
+
+    def speed(self, u: Tensor) -> Tensor:
+        """The derivative of the square."""
+        return 2.0 * u
+
+
+class Moons(_Curve):
+    """Two interleaved half circles of radius 2 with normal noise of 0.2: the first around (-1, -0.5) and upper, the
+    second around (1, 0.5) and lower.
+    """
+
+    std = 0.2
+
+    def branches(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The half circles at the angle pi u."""
+        upper = 2.0 * torch.stack(((math.pi * u).cos(), (math.pi * u).sin()), dim=1)
+        offset = torch.tensor([1.0, 0.5], dtype=torch.float64)
+        return upper - offset, offset - upper
+
+    def quantile(self, share: Tensor) -> Tensor:
+        """The angle is uniform."""
+        return share
+
+    def speed(self, u: Tensor) -> Tensor:
+        """The angle is uniform."""
+        return torch.ones_like(u)
+
+
+class Checkerboard(Distribution):
+    """Uniform on the eight dark fields of a board of four by four fields of side 2."""
+
+    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+        """A field, and a place in it."""
+        row = torch.randint(4, (num,), generator=generator)
+        column = 2 * torch.randint(2, (num,), generator=generator) + row % 2
+        place = torch.rand((num, 2), generator=generator, dtype=torch.float64)
+        return (2.0 * (torch.stack((column, row), dim=1) + place) - SQUARE).float()
+
+    def log_density(self, points: Tensor) -> Tensor:
+        """-log 32 on a dark field, of which each has area 4."""
+        field = ((points.double() + SQUARE) / 2.0).floor()
+        is_dark = ((field >= 0.0) & (field < 4.0)).all(dim=1) & (field.sum(dim=1) % 2.0 == 0.0)
+        return torch.full((len(points),), -math.log(32.0), dtype=torch.float64).where(is_dark, -math.inf)
+
+
+DISTRIBUTIONS: dict[str, Distribution] = {
+    "gaussians8": Gaussians8(),
+    "two_spirals": TwoSpirals(),
+    "checkerboard": Checkerboard(),
+    "moons": Moons(),
+}
+
+
+@dataclass(frozen=True)
+class Points(Dataset):
+    """Points drawn once and for all from a distribution in the plane: the same whatever a run's seed.
+
+    Attributes:
+        name: as in `DataConfig`.
+        points: for training, float32, [N, 2].
+        signature: hash of the points, 12 hex digits.
+    """
+
+    name: str
+    points: Tensor
+    signature: str
+
+    @property
+    def stored(self) -> Tensor:
+        """The points."""
+        return self.points
+
+    @property
+    def distribution(self) -> Distribution:
+        """What they were drawn from."""
+        return DISTRIBUTIONS[self.name]
+
+    def held_out(self, num: int, stream: str = "test") -> Tensor:
+        """Points that training never sees, the same at every call with the same `stream`: [num, 2]."""
+        return _drawn(self.name, num, stream)
+
+
+def load_points(name: str, num: int) -> Points:
+    """The training points of the distribution `name`."""
+    points = _drawn(name, num, "train")
+    return Points(name, points, content_signature(points))
+
+
+def _drawn(name: str, num: int, stream: str) -> Tensor:
+    return DISTRIBUTIONS[name].sample(num, generator(0, f"data/{name}/{stream}"))

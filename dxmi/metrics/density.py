@@ -1,0 +1,75 @@
+"""How good an energy is as a model of a density: what it tells apart, and how far it is from the density itself.
+
+Axis letters: N, M points, G cells of a grid.
+"""
+
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+_STEEPEST = 1e6
+"""Largest beta times the energy's range over the grid: beyond it all mass is in one cell."""
+
+
+def roc_auc(positive: Tensor, negative: Tensor) -> float:
+    """P(positive > negative) + P(equal) / 2 over all pairs of scores: the area under the ROC curve, exact.
+
+    Args:
+        positive: scores that should be high, [N].
+        negative: scores that should be low, [M].
+    """
+    negative = negative.sort().values
+    below = torch.searchsorted(negative, positive)
+    not_above = torch.searchsorted(negative, positive, right=True)
+    return int((below + not_above).sum()) / (2 * len(positive) * len(negative))
+
+
+def square_grid(half_side: float, cells: int) -> Tensor:
+    """The centres of `cells` x `cells` equal fields of the square [-half_side, half_side]^2: float32, [cells^2, 2].
+
+    The first coordinate changes slowest.
+    """
+    axis = ((torch.arange(cells, dtype=torch.float64) + 0.5) * (2.0 / cells) - 1.0) * half_side
+    return torch.cartesian_prod(axis, axis).float()
+
+
+class Calibrated(NamedTuple):
+    """An energy with the temperature at which it fits a density best.
+
+    Attributes:
+        kl: KL(p | q_beta) in nats, q_beta proportional to exp(-beta E) on the grid.
+        beta: inverse temperature in nats per unit of energy, 0 or more; 0 makes q_beta uniform.
+    """
+
+    kl: float
+    beta: float
+
+
+def calibrated_kl(energy: Tensor, log_density: Tensor) -> Calibrated:
+    """Least over beta >= 0 of KL(p | q_beta), both normalised over the cells of a grid.
+
+    d KL / d beta = E_p[E] - E_{q_beta}[E], which grows with beta, so that the minimum is its one root (or 0).
+
+    Args:
+        energy: E in each cell, [G].
+        log_density: log p in each cell up to a constant, minus infinity where p is 0, [G].
+    """
+    energy = energy.double() - energy.double().min()
+    p = log_density.double().softmax(0)
+    target, steepest = float(p @ energy), _STEEPEST / max(float(energy.max()), 1.0 / _STEEPEST)
+
+    def surplus(beta: float) -> float:
+        return target - float((-beta * energy).softmax(0) @ energy)
+
+    beta = 0.0 if surplus(0.0) >= 0.0 else steepest
+    if surplus(0.0) < 0.0 < surplus(steepest):
+        beta = float(brentq(surplus, 0.0, steepest, xtol=1e-12, rtol=1e-12))
+    cross_entropy = beta * target + float(torch.logsumexp(-beta * energy, 0))
+    return Calibrated(cross_entropy - _entropy(p), beta)
+
+
+def _entropy(p: Tensor) -> float:
+    """-sum p log p with 0 log 0 = 0."""
+    return -float(torch.special.xlogy(p, p).sum())

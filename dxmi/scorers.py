@@ -1,0 +1,279 @@
+"""Scoring a policy's samples, and the energy beside them: distances to the data.
+
+Score keys of images (`X` is the data set whose classifier gives the features, never plain `fid`):
+
+    eval/fid_X               Frechet distance of features, lower is better
+    eval/kid_X               kernel distance of features, lower is better
+    eval/precision_X         share of samples that lie among the data
+    eval/recall_X            share of the data that lies among the samples
+    eval/sliced_wasserstein  on pixels in [-1, 1], order 2
+
+of points in the plane:
+
+    eval/sliced_wasserstein  to as many points of the data, order 2
+    eval/energy_auc          of -E telling the data from uniform noise on [-4, 4]^2: the area under the ROC curve
+    eval/energy_kl           KL(p | exp(-beta E) / Z) on a grid over that square, p the exact density, beta the best
+    eval/energy_beta         that beta, an inverse temperature
+
+and of both:
+
+    eval/num_samples         how many samples the scores beside it were computed from
+
+Why beta is fitted. With a fixed reference variance and cost_coef = entropy_coef = tau, the objective of the policy is
+E[E(x_T)] + (tau / D) KL(policy's path | x_T followed by the reference's noise), D the dimensions of a sample, since tau
+weighs means over dimensions. Where that bound is tight it is least for x_T of the density exp(-D E / tau) / Z. So an
+energy whose policy has learned the data has beta = D / tau, and a beta that differs says by how much it has not. With
+tau = 0 there is no such temperature, though E may well tell data from noise; fitted, runs of all tau can be compared.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dxmi.cache import cached
+from dxmi.data import SQUARE, DataConfig, Dataset, Images, Points
+from dxmi.energy import Energy
+from dxmi.errors import UserError
+from dxmi.evaluate import MIN_SAMPLES, NUM_SAMPLES_KEY, EvaluateConfig, Sampling, generate
+from dxmi.metrics.classifier import CLASSIFIERS
+from dxmi.metrics.density import calibrated_kl, roc_auc, square_grid
+from dxmi.metrics.fidelity import classifier_features, frechet_distance, kernel_distance, precision_recall
+from dxmi.metrics.sliced_wasserstein import sliced_wasserstein
+from dxmi.seeds import generator
+from dxmi.tensors import decode
+from dxmi.workers import ALONE, Workers
+
+_CELLS = 160
+"""Of the grid over the square, a side: 0.05 wide, half of the narrowest distribution's standard deviation."""
+_FLOOR_SETS = 8
+"""Sets of data whose mean score is the floor."""
+
+Score = Callable[[Tensor], dict[str, float]]
+"""From samples as a data set stores them to scores by key."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one policy.
+
+    Attributes:
+        values: by key, `eval/num_samples` among them.
+        seconds_per_1000: wall time of generating 1,000 samples.
+    """
+
+    values: dict[str, float]
+    seconds_per_1000: float
+
+
+class Scorer(ABC):
+    """Scores samples against one data set.
+
+    Args:
+        config: what is scored.
+        workers: generate samples together; the first scores them.
+
+    Attributes:
+        metric: key of the score by which checkpoints and trials are compared, lower is better.
+        identity: of everything but the config that a score of samples depends on.
+    """
+
+    metric: str
+    identity: str
+
+    def __init__(self, config: EvaluateConfig, workers: Workers) -> None:
+        self.config = config
+        self.workers = workers
+
+    @abstractmethod
+    def quick(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
+        """What the curve shows, `metric` among it."""
+
+    @abstractmethod
+    def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
+        """Every score that the module's docstring lists; those of the energy if there is one."""
+
+    @abstractmethod
+    def of_data(self) -> Scores | None:
+        """The score that the data itself has, where more of it can be drawn."""
+
+    def _scores(self, sampling: Sampling, score: Score) -> Scores:
+        """All workers sample; the first computes the scores of the samples, and tells them."""
+        start = time.perf_counter()
+        samples = generate(replace(sampling, workers=self.workers), self.config.num_samples, self.config)
+        if samples.is_cuda:
+            torch.cuda.synchronize()
+        seconds = (time.perf_counter() - start) * 1000.0 / self.config.num_samples
+        return Scores(*self.workers.on_first(lambda: [self._with_count(score(samples)), seconds]))
+
+    def _with_count(self, values: dict[str, float]) -> dict[str, float]:
+        return values | {NUM_SAMPLES_KEY: float(self.config.num_samples)}
+
+    def _sliced_wasserstein(self, samples: Tensor, data: Tensor) -> float:
+        """Of two sets as they are stored."""
+        directions = generator(self.config.seed, "projections")
+        projections = self.config.projections
+        return sliced_wasserstein(decode(samples.cpu()), decode(data), projections=projections, generator=directions)
+
+
+class ImageScorer(Scorer):
+    """Scores images, whose features are computed once and cached by signature.
+
+    Args:
+        images: the data.
+        config: what is scored.
+        cache: folder of cached features.
+        device: where samples are generated and features computed.
+        workers: generate samples together; the first scores them.
+
+    Raises:
+        UserError: there are too few images to score against.
+    """
+
+    def __init__(
+        self, images: Images, config: EvaluateConfig, cache: Path, device: torch.device, workers: Workers = ALONE
+    ) -> None:
+        super().__init__(config, workers)
+        if len(images) < MIN_SAMPLES:
+            raise UserError(f"The data set {images.name} holds {len(images)} images: scoring needs {MIN_SAMPLES}.")
+        self.images = images
+        self.device = device
+        self.name = images.name
+        self.metric = f"eval/fid_{self.name}"
+        self.identity = f"{images.signature}-{self.name}-{CLASSIFIERS[self.name].sha256[:12]}"
+        path = cache / "features" / f"{self.identity}.cached"
+        self.reference = cached(path, self._reference_features)["features"] if workers.is_first else torch.empty(0)
+
+    def _reference_features(self) -> dict[str, Tensor]:
+        return {"features": classifier_features(self.name, self.images.pixels.to(self.device))}
+
+    def quick(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
+        """The Frechet distance alone: what the curve shows."""
+
+        def score(samples: Tensor) -> dict[str, float]:
+            return {self.metric: frechet_distance(classifier_features(self.name, samples), self.reference)}
+
+        return self._scores(sampling, score)
+
+    def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
+        """Every score of images."""
+        return self._scores(sampling, self._distances)
+
+    def of_data(self) -> Scores | None:
+        """All images there are have been scored against: nothing is left to score."""
+        return None
+
+    def _distances(self, samples: Tensor) -> dict[str, float]:
+        config, features = self.config, classifier_features(self.name, samples)
+        precision, recall = precision_recall(features, self._neighbours())
+        return {
+            self.metric: frechet_distance(features, self.reference),
+            f"eval/kid_{self.name}": kernel_distance(
+                features,
+                self.reference,
+                subsets=config.kid_subsets,
+                subset_size=config.kid_subset_size,
+                seed=config.seed,
+            ),
+            f"eval/precision_{self.name}": precision,
+            f"eval/recall_{self.name}": recall,
+            "eval/sliced_wasserstein": self._sliced_wasserstein(samples, self.images.pixels),
+        }
+
+    def _neighbours(self) -> Tensor:
+        """As many reference features as there are samples: comparing all pairs of a large data set takes minutes."""
+        if len(self.reference) <= self.config.num_samples:
+            return self.reference
+        order = torch.randperm(len(self.reference), generator=generator(self.config.seed, "neighbours"))
+        return self.reference[order[: self.config.num_samples]]
+
+
+class PlanarScorer(Scorer):
+    """Scores points in the plane, and the energy against the exact density.
+
+    Args:
+        points: the data, of which as many points are held out as there are samples.
+        config: what is scored.
+        workers: generate samples together; the first scores them.
+    """
+
+    metric = "eval/sliced_wasserstein"
+
+    def __init__(self, points: Points, config: EvaluateConfig, workers: Workers = ALONE) -> None:
+        super().__init__(config, workers)
+        self.points = points
+        self.identity = f"{points.signature}-{points.name}"
+        self.reference = points.held_out(config.num_samples)
+        self.cells = square_grid(SQUARE, _CELLS)
+
+    @cached_property
+    def log_density(self) -> Tensor:
+        """Of the data in each cell of a grid, [G]."""
+        return self.points.distribution.log_density(self.cells)
+
+    def quick(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
+        """Every score: they are quick."""
+        return self.full(sampling, energy)
+
+    def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
+        """Every score of points."""
+
+        def score(samples: Tensor) -> dict[str, float]:
+            distance = {self.metric: self._sliced_wasserstein(samples, self.reference)}
+            return distance if energy is None else distance | self._energy_scores(energy, samples.device)
+
+        return self._scores(sampling, score)
+
+    def of_data(self) -> Scores | None:
+        """The floor, which is the mean over sets of fresh points, and the area under the curve of the exact density."""
+        start = time.perf_counter()
+        sets = [self.points.held_out(self.config.num_samples, f"floor/{index}") for index in range(_FLOOR_SETS)]
+        seconds = (time.perf_counter() - start) * 1000.0 / (self.config.num_samples * _FLOOR_SETS)
+        floor = sum(self._sliced_wasserstein(points, self.reference) for points in sets) / _FLOOR_SETS
+        exact = self.points.distribution.log_density
+        values = {self.metric: floor, "eval/energy_auc": roc_auc(exact(self.reference), exact(self._uniform()))}
+        return Scores(self._with_count(values), seconds)
+
+    @torch.no_grad()
+    def _energy_scores(self, energy: Energy, device: torch.device) -> dict[str, float]:
+        def score(points: Tensor) -> Tensor:
+            return energy(points.to(device)).cpu()  # type: ignore[no-any-return]
+
+        calibrated = calibrated_kl(score(self.cells), self.log_density)
+        return {
+            "eval/energy_auc": roc_auc(-score(self.reference), -score(self._uniform())),
+            "eval/energy_kl": calibrated.kl,
+            "eval/energy_beta": calibrated.beta,
+        }
+
+    def _uniform(self) -> Tensor:
+        """Noise on the square, as much as there are samples: [num_samples, 2]."""
+        noise = torch.rand((self.config.num_samples, 2), generator=generator(self.config.seed, "uniform"))
+        return (2.0 * noise - 1.0) * SQUARE
+
+
+def build_scorer(
+    data: Dataset, config: EvaluateConfig, cache: Path, device: torch.device, workers: Workers = ALONE
+) -> Scorer:
+    """The scorer of the kind of samples that a data set holds.
+
+    Raises:
+        UserError: there are too few of them.
+    """
+    if isinstance(data, Points):
+        return PlanarScorer(data, config, workers)
+    assert isinstance(data, Images)
+    return ImageScorer(data, config, cache, device, workers)
+
+
+def score_keys(data: DataConfig) -> list[str]:
+    """The keys of every score that a finished run has, the one by which it is compared first."""
+    if data.is_planar:
+        return [PlanarScorer.metric, *(f"eval/energy_{what}" for what in ("auc", "kl", "beta"))]
+    kinds = (f"eval/{kind}_{data.name}" for kind in ("fid", "kid", "precision", "recall"))
+    return [*kinds, "eval/sliced_wasserstein"]
