@@ -17,7 +17,7 @@ from dxmi.data import BatchStream, DataConfig, Dataset, load
 from dxmi.energy import Energy
 from dxmi.errors import UserError
 from dxmi.evaluate import EvaluateConfig
-from dxmi.networks import Denoiser, MlpConfig, NetworkConfig, build_critic, build_denoiser, build_timed_critic
+from dxmi.networks import Denoiser, MlpConfig, NetworkConfig, build_critic, build_denoiser, build_timed_critic, kinds
 from dxmi.sampler import Policy
 from dxmi.schedules import ScheduleConfig, StepSchedule, shorten
 from dxmi.seeds import generator
@@ -41,6 +41,12 @@ class NetworksConfig:
     """The energy's, and the value's too when it is shared."""
     value: NetworkConfig = field(default_factory=MlpConfig)
     """A separate value's; unused when the value is shared."""
+
+    def __post_init__(self) -> None:
+        for role in ("denoiser", "energy", "value"):
+            kind = getattr(self, role).kind
+            if kind not in kinds(role):
+                raise ValueError(f"{role}.kind is {kind!r}: it must be one of {', '.join(kinds(role))}")
 
 
 @dataclass(frozen=True, kw_only=True)

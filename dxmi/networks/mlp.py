@@ -103,8 +103,8 @@ class MlpDenoiser(Denoiser):
         embedding: Tensor = self.steps(steps)
         return embedding
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The noise in `x` [B, *event]."""
+    def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """The noise in `x` [B, *event]; an MLP drops nothing."""
         noise: Tensor = self.body(x, embedding)
         return noise.view_as(x)
 
@@ -116,7 +116,7 @@ class MlpCritic(Critic):
         super().__init__()
         self.body = _Body(config, math.prod(event), 1, generator)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """[B, *event] to [B]."""
         score: Tensor = self.body(x)
         return score.squeeze(1)
@@ -135,7 +135,7 @@ class MlpTimedCritic(TimedCritic):
         embedding: Tensor = self.steps(steps)
         return embedding
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, labels: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """[B, *event] and [1 or B, H] to [B]."""
         score: Tensor = self.body(x, embedding)
         return score.squeeze(1)
