@@ -1,6 +1,6 @@
 """The wide residual network (Zagoruyko & Komodakis, arXiv 1605.07146) as an energy: the larger critic for LSUN.
 
-Depth 6n + 4: a convolution, three groups of n pre-activation blocks with 16k, 32k and 64k channels, of which the second
+Depth 6n + 4 (three of the convolutions are in skips): a convolution, three groups of n pre-activation blocks with 16k, 32k and 64k channels, of which the second
 and the third halve the resolution, a norm, leaky ReLU, the mean over the pixels, and a linear map to one number.
 
 Axis letters: B batch, C channels, H height, W width, E embedding.
@@ -34,7 +34,7 @@ class WideResNetConfig(NetworkConfig):
 
     kind: str = "wide_resnet"
     depth: int = 16
-    """Layers with weights: 6 n + 4 for n blocks a group."""
+    """Convolutions: 6 n + 4 for n blocks a group."""
     width: int = 10
     """k: multiplies the 16, 32 and 64 channels of the groups."""
     groups: int = 4
