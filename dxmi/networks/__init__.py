@@ -10,6 +10,7 @@ is a pure function of weights and arguments: whatever it needs at random is hand
 """
 
 from dxmi.networks.base import Critic, Denoiser, NetworkConfig, TimedCritic
+from dxmi.networks.diffusers_unet import DiffusersConfig
 from dxmi.networks.igebm import IgebmConfig
 from dxmi.networks.mlp import MlpConfig
 from dxmi.networks.registry import NETWORK_CONFIGS, build_critic, build_denoiser, build_timed_critic, kinds
@@ -20,6 +21,7 @@ __all__ = [
     "NETWORK_CONFIGS",
     "Critic",
     "Denoiser",
+    "DiffusersConfig",
     "EdmUnetConfig",
     "IgebmConfig",
     "MlpConfig",

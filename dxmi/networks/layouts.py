@@ -23,12 +23,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dxmi.errors import UserError
+from dxmi.networks.diffusers_unet import DiffusersDenoiser
 from dxmi.networks.igebm import IgebmCritic
 from dxmi.networks.layers import Attention, SpectralConv
 from dxmi.networks.unet import ResidualBlock, Stage, Unet
 
 State = Mapping[str, Tensor]
 
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _SIGMAS = ("log_betas", "std")
 _PREFIXES = ("module.", "model.", "net.")
 
@@ -211,7 +213,8 @@ def _in_diffusers(place: Place, network: Unet) -> str:
         return f"mid_block.{part}.{place.stage}"
     number = place.level if place.way == "down" else len(network.down) - 1 - place.level
     if place.part == "resample":
-        return f"{place.way}_blocks.{number}.{place.way}samplers.0.conv"
+        end = "" if network.style.resample_in_blocks else ".conv"
+        return f"{place.way}_blocks.{number}.{place.way}samplers.0{end}"
     return f"{place.way}_blocks.{number}.{part}.{place.stage}"
 
 
@@ -351,6 +354,8 @@ def _layout_of(network: nn.Module, state: State) -> tuple[str, list[Row], tuple[
     """The name, rows and ignored endings of the layout in which `state` is."""
     if isinstance(network, IgebmCritic):
         return "igebm", _igebm_rows(network), (".parametrizations.weight.0._v",)
+    if isinstance(network, DiffusersDenoiser):
+        return "diffusers", [Row(f"model.{name}", (name,)) for name in network.model.state_dict()], ()
     if isinstance(network, Unet):
         for mark, (name, layout_of) in _UNETS.items():
             if mark in state:
@@ -387,7 +392,7 @@ def load_public(network: nn.Module, state: State) -> Loaded:
     """Put the weights of a public checkpoint into `network`.
 
     Args:
-        network: a U-Net, a generator or an IGEBM energy, changed in place.
+        network: a U-Net or an IGEBM energy, changed in place.
         state: names and tensors, as `read_public` returns them.
 
     Raises:
@@ -434,10 +439,13 @@ def read_public(path: Path) -> dict[str, Tensor]:
     """The tensors of a public checkpoint by name, without the prefixes that wrappers put before them.
 
     No code of the file is executed: it is safetensors, or one of PyTorch's that holds nothing but tensors and numbers.
+    A folder is one of diffusers'.
 
     Raises:
         UserError: the file is not there or is not of that kind.
     """
+    if path.is_dir():
+        path = path / DIFFUSERS_WEIGHTS
     if not path.is_file():
         raise UserError(f"Checkpoint {path} does not exist.")
     try:

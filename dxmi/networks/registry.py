@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 
 from dxmi.networks.base import Critic, Denoiser, NetworkConfig, TimedCritic
+from dxmi.networks.diffusers_unet import DiffusersConfig, DiffusersDenoiser
 from dxmi.networks.igebm import IgebmConfig, IgebmCritic, IgebmTimedCritic
 from dxmi.networks.mlp import MlpConfig, MlpCritic, MlpDenoiser, MlpTimedCritic
 from dxmi.networks.unet import EdmUnetConfig, Unet, UnetConfig
@@ -19,6 +20,7 @@ _DENOISERS: dict[type[NetworkConfig], Builder[Denoiser]] = {
     MlpConfig: MlpDenoiser,
     UnetConfig: Unet,
     EdmUnetConfig: Unet,
+    DiffusersConfig: DiffusersDenoiser,
 }
 _CRITICS: dict[type[NetworkConfig], Builder[Critic]] = {
     MlpConfig: MlpCritic,

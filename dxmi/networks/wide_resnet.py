@@ -1,7 +1,8 @@
 """The wide residual network (Zagoruyko & Komodakis, arXiv 1605.07146) as an energy: the larger critic for LSUN.
 
-Depth 6n + 4 (three of the convolutions are in skips): a convolution, three groups of n pre-activation blocks with 16k, 32k and 64k channels, of which the second
-and the third halve the resolution, a norm, leaky ReLU, the mean over the pixels, and a linear map to one number.
+6n + 4 convolutions, three of them in skips: one, then three groups of n pre-activation blocks with 16k, 32k and 64k
+channels, of which the second and the third halve the resolution; then a norm, leaky ReLU, the mean over the pixels, and
+a linear map to one number.
 
 Axis letters: B batch, C channels, H height, W width, E embedding.
 """
