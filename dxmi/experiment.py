@@ -19,7 +19,7 @@ from dxmi.errors import UserError
 from dxmi.evaluate import EvaluateConfig
 from dxmi.networks import Denoiser, MlpConfig, NetworkConfig, build_critic, build_denoiser, build_timed_critic, kinds
 from dxmi.sampler import Policy
-from dxmi.schedules import ScheduleConfig, StepSchedule, shorten
+from dxmi.schedules import ScheduleConfig, StepSchedule, noising, shorten
 from dxmi.seeds import generator
 from dxmi.state import TrainingState
 from dxmi.value import SeparateValue, SharedValue, Value
@@ -240,13 +240,17 @@ class Experiment:
 
     def _pretraining_tree(self) -> dict[str, Any]:
         config = self.config
-        tree = {
+        tree: dict[str, Any] = {
             "seed": config.seed,
             "data": self.data.signature,
             "network": to_tree(config.network.denoiser),
             "pretrain": to_tree(config.pretrain),
         }
-        return tree if config.train.precision == "float32" else {**tree, "precision": config.train.precision}
+        if config.train.precision != "float32":
+            tree["precision"] = config.train.precision
+        if config.schedule.family != "ddpm":
+            tree["family"] = config.schedule.family
+        return tree
 
     # ------------------------------------------------------------------------
     # Building. Every random stream has a name; see dxmi.seeds.
@@ -262,7 +266,8 @@ class Experiment:
     def build_pretraining(self) -> tuple[DDPM, TrainingState]:
         """Pretraining at its start."""
         config = self.config
-        ddpm = DDPM(config.pretrain, self.build_denoiser(), self.workers, config.resources.accumulate).to(self.device)
+        network, accumulate = self.build_denoiser(), config.resources.accumulate
+        ddpm = DDPM(config.pretrain, network, self.workers, accumulate, noising(config.schedule)).to(self.device)
         noise = generator(config.seed, "pretrain/noise", self.device)
         stream = self._stream(config.pretrain.batch_size, "pretrain/data")
         return ddpm, TrainingState(ddpm, ddpm.optimizers, {"noise": noise}, stream)

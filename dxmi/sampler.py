@@ -19,7 +19,7 @@ Guide = Callable[[Tensor, int], Tensor]
 
 
 class Policy(nn.Module):
-    """pi(x_{t+1} | x_t) = N(signal_scale_t x_t + noise_scale_t eps(x_t, k_t), sigma_t^2 I).
+    """pi(x_{t+1} | x_t) = N(signal_scale_t x_t + noise_scale_t eps(input_scale_t x_t, k_t), sigma_t^2 I).
 
     It owns what it learns: the denoiser and the free log sigmas. The last sigma is the schedule's, for ever.
 
@@ -32,6 +32,7 @@ class Policy(nn.Module):
     diffusion_step: Tensor
     signal_scale: Tensor
     noise_scale: Tensor
+    input_scale: Tensor
     final_log_sigma: Tensor
 
     def __init__(self, network: Denoiser, schedule: StepSchedule, event: tuple[int, ...]) -> None:
@@ -42,6 +43,10 @@ class Policy(nn.Module):
         for name in ("diffusion_step", "signal_scale", "noise_scale"):
             table = torch.from_numpy(getattr(schedule, name)).float()
             self.register_buffer(name, table, persistent=False)
+        self.start_sigma = schedule.start_sigma
+        self.scales_input = schedule.input_scale is not None
+        input_scale = torch.from_numpy(schedule.input_scale).float() if schedule.input_scale is not None else None
+        self.register_buffer("input_scale", input_scale, persistent=False)
         log_sigma = torch.from_numpy(schedule.sigma).log().float()
         self.free_log_sigma = nn.Parameter(log_sigma[:-1].clone())
         self.register_buffer("final_log_sigma", log_sigma[-1:].clone(), persistent=False)
@@ -69,7 +74,8 @@ class Policy(nn.Module):
         row = slice(t, t + 1) if isinstance(t, int) else t
         embeddings = self.embeddings() if embeddings is None else embeddings
         log_sigma = self.log_sigma if log_sigma is None else log_sigma
-        noise = self.network(x, embeddings[row]).float()  # under autocast it comes in bfloat16
+        seen = x * per_sample(self.input_scale[row], x) if self.scales_input else x
+        noise = self.network(seen, embeddings[row]).float()  # under autocast it comes in bfloat16
         signal_scale, noise_scale = per_sample(self.signal_scale[row], x), per_sample(self.noise_scale[row], x)
         mean = (signal_scale * x).addcmul(noise_scale, noise)
         return Gaussian(mean, log_sigma[row].exp().expand(len(x)))
@@ -87,6 +93,10 @@ class Policy(nn.Module):
         shape = (self.num_steps + 1, batch_size, *self.event)
         return torch.randn(shape, generator=generator, device=self.diffusion_step.device)
 
+    def _start(self, noise: Tensor) -> Tensor:
+        """x_0 from standard normal noise [B, *event]."""
+        return noise if self.start_sigma == 1.0 else noise * self.start_sigma
+
     @torch.no_grad()
     def rollout(self, noise: Tensor) -> Trajectory:
         """Run the policy from noise[0], with noise[t + 1] in step t, without gradient.
@@ -95,7 +105,7 @@ class Policy(nn.Module):
             noise: as `self.noise` makes it, [T+1, B, *event].
         """
         embeddings, log_sigma = self.embeddings(), self.log_sigma
-        states, means = [noise[0]], []
+        states, means = [self._start(noise[0])], []
         for t in range(self.num_steps):
             step = self.transition(states[-1], t, embeddings, log_sigma)
             means.append(step.mean)
@@ -116,7 +126,7 @@ class Policy(nn.Module):
             guidance: strength, 0 for none. V is a cost, so a positive strength descends it.
         """
         embeddings, log_sigma = self.embeddings(), self.log_sigma
-        x = torch.randn((num, *self.event), generator=generator, device=self.diffusion_step.device)
+        x = self._start(torch.randn((num, *self.event), generator=generator, device=self.diffusion_step.device))
         yield x
         noise = torch.empty_like(x)
         for t in range(self.num_steps):

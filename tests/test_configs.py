@@ -20,6 +20,19 @@ OPTIONS = [(group, name) for group, names in groups().items() for name in names]
 
 NARROW = {
     "unet": ["network.denoiser.channels=32", "network.energy.channels=8", "network.value.channels=8"],
+    "edm_unet": [
+        "network.denoiser.channels=32",
+        "network.denoiser.head_channels=32",
+        "network.energy.channels=8",
+        "network.value.channels=8",
+    ],
+    "edm_unet_256": [
+        "network.denoiser.channels=32",
+        "network.denoiser.head_channels=32",
+        "network.denoiser.multipliers=[1,1,2]",
+        "network.energy.width=1",
+        "network.value.width=1",
+    ],
 }
 """Large networks, built with fewer channels."""
 

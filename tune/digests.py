@@ -16,6 +16,7 @@ from dxmi.algorithms.ddpm import DDPM
 from dxmi.config import build, to_tree
 from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
 from dxmi.networks import Denoiser
+from dxmi.schedules import noising
 from dxmi.seeds import generator
 from tune.space import flat, tree_with
 
@@ -119,7 +120,7 @@ def _pretrained(experiment: Experiment) -> Denoiser:
     """What a few iterations of pretraining make of the denoiser."""
     config = experiment.config
     denoiser, noise = experiment.build_denoiser(), generator(config.seed, "effects/pretrain")
-    ddpm = DDPM(config.pretrain, denoiser)
+    ddpm = DDPM(config.pretrain, denoiser, noising=noising(config.schedule))
     for iteration in _iterations(config.pretrain.iterations):
         ddpm.update(_data(_MIN_BATCH, iteration), iteration, noise)
     denoiser.load_state_dict(ddpm.average.state_dict())

@@ -1,8 +1,11 @@
 """DDPM pretraining (Ho et al., arXiv 2006.11239): regress the noise at a random diffusion step; evaluate the average.
 
+Models of another family than DDPM's see other noise levels and regress another mixture of noise and image, as
+`dxmi.schedules.Noising` says.
+
 Logged metrics:
 
-    pretrain/loss        mean_dims (eps_theta(x_k, k) - eps)^2, batch mean
+    pretrain/loss        mean_dims (eps_theta(x_k, k) - eps)^2, batch mean; eps, or what else it regresses
     pretrain/grad_norm   before clipping
 """
 
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from dxmi.losses import denoising_loss
 from dxmi.networks import Denoiser
 from dxmi.optimizers import Descent, MovingAverage, Optimizer, OptimizerConfig, Part
-from dxmi.schedules import NUM_DIFFUSION_STEPS, forward_levels
+from dxmi.schedules import Noising, ddpm_noising
 from dxmi.tensors import chunks, per_sample
 from dxmi.workers import ALONE, Share, Workers
 
@@ -50,15 +53,26 @@ class DDPM(nn.Module):
         network: the denoiser, trained in place.
         workers: share each batch.
         accumulate: pieces in which each takes its share, one after the other.
+        noising: what the network sees and regresses; by default DDPM's.
 
     Attributes:
         average: the moving average of the network.
     """
 
+    step: Tensor
     signal: Tensor
     noise: Tensor
+    data_part: Tensor
+    noise_part: Tensor
 
-    def __init__(self, config: DDPMConfig, network: Denoiser, workers: Workers = ALONE, accumulate: int = 1) -> None:
+    def __init__(
+        self,
+        config: DDPMConfig,
+        network: Denoiser,
+        workers: Workers = ALONE,
+        accumulate: int = 1,
+        noising: Noising | None = None,
+    ) -> None:
         super().__init__()
         self.workers = workers
         self.accumulate = accumulate
@@ -67,9 +81,10 @@ class DDPM(nn.Module):
         self.moving_average = MovingAverage.between(network, self.average, config.ema)
         rate = config.optimizer.lr
         self.optimizer = Optimizer(config.optimizer, [(network.parameters(), rate)], config.iterations, workers)
-        level = torch.from_numpy(forward_levels())
-        self.register_buffer("signal", level.sqrt().float(), persistent=False)
-        self.register_buffer("noise", (1.0 - level).sqrt().float(), persistent=False)
+        noising = noising or ddpm_noising()
+        self.regresses_noise = noising.regresses_noise
+        for name in ("step", "signal", "noise", "data_part", "noise_part"):
+            self.register_buffer(name, torch.from_numpy(getattr(noising, name)).float(), persistent=False)
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
@@ -89,24 +104,32 @@ class DDPM(nn.Module):
         """
         self.optimizer.schedule(iteration)
         share = self.workers.share(len(data))
-        step, noise = (share.of(drawn) for drawn in self.draw(data, generator))
-        data = share.of(data)
+        rows = [share.of(tensor) for tensor in (data, *self.draw(data, generator))]
         pieces = chunks(share.count, self.accumulate)
-        descent = self.optimizer.descend(self.part(data[p], step[p], noise[p], share=share) for p in pieces)
+        descent = self.optimizer.descend(self.part(*(tensor[p] for tensor in rows), share=share) for p in pieces)
         self.moving_average.update(iteration)
         return loss_metrics(descent)
 
-    @staticmethod
-    def draw(data: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The diffusion step [B] of each sample, and its noise [B, *event]."""
-        step = torch.randint(NUM_DIFFUSION_STEPS, (len(data),), generator=generator, device=data.device)
-        return step, torch.randn(data.shape, generator=generator, device=data.device)
+    def draw(self, data: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The diffusion step [B] of each sample, and its noise [B, *event]; if anything is dropped, its seed [B]."""
+        rows, num, device = len(self.step), len(data), data.device
+        step = torch.randint(rows, (num,), generator=generator, device=device)
+        noise = torch.randn(data.shape, generator=generator, device=device)
+        if self.network.dropout == 0.0:
+            return step, noise
+        return step, noise, torch.randint(2**62, (num,), generator=generator, device=device)
 
-    def part(self, data: Tensor, step: Tensor, noise: Tensor, *, share: Share) -> Part:
-        """Of the mean denoising loss, from samples [b, *event] at these diffusion steps [b] with this noise."""
+    def part(self, data: Tensor, step: Tensor, noise: Tensor, seed: Tensor | None = None, *, share: Share) -> Part:
+        """Of the mean denoising loss, from samples [b, *event] and what `draw` gave for them."""
         noised = (per_sample(self.signal[step], data) * data).addcmul(per_sample(self.noise[step], data), noise)
-        predicted = self.network(noised, self.network.embed(step)).float()
-        return Part(share.mean(denoising_loss(predicted, noise)))
+        predicted = self.network(noised, self.network.embed(self.step[step]), seed).float()
+        return Part(share.mean(denoising_loss(predicted, self._target(data, step, noise))))
+
+    def _target(self, data: Tensor, step: Tensor, noise: Tensor) -> Tensor:
+        """What the network regresses, [b, *event]."""
+        if self.regresses_noise:
+            return noise
+        return (per_sample(self.data_part[step], data) * data).addcmul(per_sample(self.noise_part[step], data), noise)
 
 
 def loss_metrics(descent: Descent) -> dict[str, Tensor]:

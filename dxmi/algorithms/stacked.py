@@ -159,8 +159,8 @@ class StackedDDPM:
         self._optimizer.schedule(iteration)
         share = ALONE.share(data.shape[1])
         drawn = [self._first.draw(own, generator) for own, generator in zip(data, generators, strict=True)]
-        step, noise = (torch.stack(column) for column in zip(*drawn, strict=True))
-        part = self._stack.call(self._network, "part", data, step, noise, share=share)
+        columns = [torch.stack(column) for column in zip(*drawn, strict=True)]
+        part = self._stack.call(self._network, "part", data, *columns, share=share)
         descent = self._optimizer.descend([part])
         self._average.update(iteration)
         return loss_metrics(descent)

@@ -94,7 +94,7 @@ def _unit_table(classes: int, outputs: int) -> nn.Embedding:
 
 def _leaky(x: Tensor) -> Tensor:
     """Leaky ReLU of a map that nobody else holds: in place where no gradient will ask for what went in."""
-    return F.leaky_relu(x, _SLOPE, inplace=not x.requires_grad)
+    return F.leaky_relu(x, _SLOPE, inplace=not torch.is_grad_enabled())
 
 
 class _Body(nn.Module):

@@ -76,7 +76,7 @@ def label_table(classes: int, outputs: int, generator: torch.Generator) -> nn.Em
 
 def silu(x: Tensor) -> Tensor:
     """SiLU, in place where no gradient will ask for what went in."""
-    return F.silu(x, inplace=not x.requires_grad)
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
