@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dxmi.algorithms.ddpm import DDPM, DDPMConfig
 from dxmi.algorithms.dxmi import DxMI, DxMIConfig, per_step_numbers
@@ -47,6 +48,12 @@ class NetworksConfig:
             kind = getattr(self, role).kind
             if kind not in kinds(role):
                 raise ValueError(f"{role}.kind is {kind!r}: it must be one of {', '.join(kinds(role))}")
+        for role in ("energy", "value"):
+            classes = getattr(self, role).classes
+            if classes not in (0, self.denoiser.classes):
+                raise ValueError(
+                    f"{role}.classes is {classes}: it must be 0, or as many as the denoiser's {self.denoiser.classes}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +319,25 @@ class Experiment:
         return dxmi, TrainingState(dxmi, dxmi.optimizers, generators, stream)
 
     def _stream(self, batch_size: int, name: str) -> BatchStream:
-        return BatchStream(self.data.stored.to(self.device), batch_size, generator(self.config.seed, name))
+        labels = self._labels().to(self.device) if self.config.network.denoiser.classes else None
+        return BatchStream(self.data.stored.to(self.device), batch_size, generator(self.config.seed, name), labels)
+
+    def _labels(self) -> Tensor:
+        """The class of each sample.
+
+        Raises:
+            UserError: they have none, or there are more than the denoiser knows.
+        """
+        data, classes = self.data, self.config.network.denoiser.classes
+        if not isinstance(data, Images):
+            raise UserError(f"network.denoiser.classes is {classes}, but {data.name} has no classes: make it 0.")
+        largest = int(data.labels.max())
+        if largest >= classes:
+            raise UserError(
+                f"network.denoiser.classes is {classes}, but {data.name} has labels up to {largest}: "
+                f"make it {largest + 1}."
+            )
+        return data.labels
 
 
 def _device(name: str) -> torch.device:

@@ -292,3 +292,111 @@ def edm(
             joined, outputs = torch.cat((h, hs.pop()), dim=1), channels * multipliers[level]
             h = block(f"dec.{at(level)}_block{i}", joined, outputs, attends=h.shape[2] in attention)
     return p.conv("out_conv", silu(p.norm("out_norm", h, groups, 1e-5)), colours)
+
+
+# ----------------------------------------------------------------------------
+# NVlabs/denoising-diffusion-gan's names: NCSN++ with a latent.
+
+
+def _upfirdn(x: Tensor, kernel: list[float], up: int, down: int, before: int, after: int) -> Tensor:
+    """Zeros between pixels, zeros around, the 2-D filter, every `down`-th pixel: written out for each axis."""
+    filters = torch.tensor(kernel, dtype=x.dtype)
+    for axis in (2, 3):
+        x = x.movedim(axis, -1)
+        spread = torch.zeros(*x.shape[:-1], x.shape[-1] * up, dtype=x.dtype)
+        spread[..., ::up] = x
+        padded = F.pad(spread, (before, after))
+        length = padded.shape[-1] - len(kernel) + 1
+        x = sum(filters[i] * padded[..., i : i + length] for i in range(len(kernel)))[..., ::down]
+        x = x.movedim(-1, axis)
+    return x
+
+
+def ddgan(
+    p: Public,
+    x: Tensor,
+    steps: Tensor,
+    z: Tensor,
+    *,
+    channels: int,
+    multipliers: tuple[int, ...],
+    blocks: int,
+    attention: tuple[int, ...],
+    latent: int,
+    latent_embedding: int,
+    latent_layers: int,
+) -> Tensor:
+    """The image in `x` [B, C, H, H] at `steps` [B] with the latent `z` [B, Z]."""
+    colours, half_dim, root = x.shape[1], channels // 2, math.sqrt(2.0)
+    taps = [1 / 8, 3 / 8, 3 / 8, 1 / 8]
+    number = -1
+
+    def module() -> str:
+        nonlocal number
+        number += 1
+        return f"all_modules.{number}"
+
+    zemb = z.double() / (z.double().square().mean(1, keepdim=True) + 1e-8).sqrt()
+    for i in range(latent_layers + 1):
+        zemb = silu(p.linear(f"z_transform.{2 * i + 1}", zemb, latent_embedding))
+    frequency = torch.tensor([10_000.0 ** (-i / (half_dim - 1)) for i in range(half_dim)], dtype=torch.float64)
+    angle = steps.double()[:, None] * frequency
+    temb = p.linear(module(), torch.cat((angle.sin(), angle.cos()), dim=1), 4 * channels)
+    temb = p.linear(module(), silu(temb), 4 * channels)
+
+    def adaptive(name: str, h: Tensor) -> Tensor:
+        style = p.linear(f"{name}.style", zemb, 2 * h.shape[1])[:, :, None, None]
+        normed = F.group_norm(h, min(h.shape[1] // 4, 32), eps=1e-6)
+        return style[:, : h.shape[1]] * normed + style[:, h.shape[1] :]
+
+    def block(h: Tensor, outputs: int, way: str = "") -> Tensor:
+        name, x = module(), h
+        h = silu(adaptive(f"{name}.GroupNorm_0", h))
+        if way == "down":
+            h, x = (_upfirdn(a, taps, 1, 2, 1, 1) for a in (h, x))
+        if way == "up":
+            h, x = (_upfirdn(a, [2 * tap for tap in taps], 2, 1, 2, 1) for a in (h, x))
+        h = p.conv(f"{name}.Conv_0", h, outputs) + p.linear(f"{name}.Dense_0", silu(temb), outputs)[:, :, None, None]
+        h = p.conv(f"{name}.Conv_1", silu(adaptive(f"{name}.GroupNorm_1", h)), outputs)
+        if x.shape[1] != outputs or way:
+            x = p.conv(f"{name}.Conv_2", x, outputs, size=1)
+        return (x + h) / root
+
+    def attn(h: Tensor) -> Tensor:
+        name, c = module(), h.shape[1]
+        n = p.norm(f"{name}.GroupNorm_0", h, min(c // 4, 32), 1e-6).flatten(2)
+
+        def nin(i: int, a: Tensor) -> Tensor:
+            return (
+                torch.einsum("io,bin->bon", p.get(f"{name}.NIN_{i}.W", c, c), a)
+                + p.get(f"{name}.NIN_{i}.b", c)[:, None]
+            )
+
+        q, k, v = (nin(i, n)[:, None] for i in range(3))
+        return (h + nin(3, attend(q, k, v)[:, 0]).reshape(h.shape)) / root
+
+    h = p.conv(module(), x, channels)
+    hs, image, last = [h], x, len(multipliers) - 1
+    for level, multiplier in enumerate(multipliers):
+        for _ in range(blocks):
+            h = block(h, channels * multiplier)
+            if h.shape[2] in attention:
+                h = attn(h)
+            hs.append(h)
+        if level < last:
+            h = block(h, h.shape[1], "down")
+            name, smooth = f"{module()}.Conv2d_0", _upfirdn(image, taps, 1, 1, 2, 2)
+            weight = p.get(f"{name}.weight", h.shape[1], image.shape[1], 3, 3)
+            image = F.conv2d(smooth, weight, stride=2) + p.get(f"{name}.bias", h.shape[1])[:, None, None]
+            h = image = (image + h) / root
+            hs.append(h)
+    h = block(attn(block(h, h.shape[1])), h.shape[1])
+    for level in range(last, -1, -1):
+        for _ in range(blocks + 1):
+            h = block(torch.cat((h, hs.pop()), dim=1), channels * multipliers[level])
+        if h.shape[2] in attention:
+            h = attn(h)
+        if level:
+            h = block(h, h.shape[1], "up")
+    h = silu(p.norm(module(), h, min(h.shape[1] // 4, 32), 1e-6))
+    return torch.tanh(p.conv(module(), h, colours))

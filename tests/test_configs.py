@@ -23,6 +23,8 @@ NARROW = {
     "edm_unet": [
         "network.denoiser.channels=32",
         "network.denoiser.head_channels=32",
+        "network.denoiser.multipliers=[1,2]",
+        "network.denoiser.blocks=1",
         "network.energy.channels=8",
         "network.value.channels=8",
     ],
@@ -30,9 +32,11 @@ NARROW = {
         "network.denoiser.channels=32",
         "network.denoiser.head_channels=32",
         "network.denoiser.multipliers=[1,1,2]",
+        "network.denoiser.blocks=1",
         "network.energy.width=1",
         "network.value.width=1",
     ],
+    "ddgan": ["network.denoiser.channels=16", "network.energy.channels=8", "network.value.channels=8"],
 }
 """Large networks, built with fewer channels."""
 
@@ -56,9 +60,11 @@ def test_every_yaml_composes_builds_and_steps(group, name):
     small = ["train.batch_size=4", "pretrain.batch_size=4", *(NARROW.get(name, []) if group == "network" else [])]
     experiment = with_fake_images(compose_experiment([f"{group}={name}", *small]).experiment)
     ddpm, pretraining = experiment.build_pretraining()
-    ddpm.update(pretraining.stream.next(), 0, pretraining.generators["noise"])
+    stream, noise = pretraining.stream, pretraining.generators["noise"]
+    ddpm.update(stream.next(), 0, noise, labels=stream.labels)
     dxmi, state = experiment.build_finetuning(ddpm.network)
-    metrics = dxmi.update(state.stream.next(), 0, state.generators["noise"], state.generators["states"])
+    stream, generators = state.stream, state.generators.values()
+    metrics = dxmi.update(stream.next(), 0, *generators, labels=stream.labels)
     assert all(torch.isfinite(value) for value in metrics.values())
 
 

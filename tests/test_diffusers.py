@@ -91,11 +91,9 @@ def test_a_conditional_unet_computes_the_same_in_diffusers(tmp_path):
     torch.testing.assert_close(ours(network, LABELS), theirs(tmp_path, LABELS), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "config", [TINY, DiffusersConfig(**{**vars(TINY), "num_class_embeds": 5})], ids=["", "classes"]
-)
+@pytest.mark.parametrize("config", [TINY, DiffusersConfig(**{**vars(TINY), "classes": 5})], ids=["", "classes"])
 def test_a_model_of_diffusers_computes_here_what_it_does_there(config, tmp_path):
-    network, labels = make(config), LABELS if config.num_class_embeds else None
+    network, labels = make(config), LABELS if config.classes else None
     write_folder(network, EVENT, tmp_path)
     assert torch.equal(ours(network, labels), theirs(tmp_path, labels))
     assert config_of_folder(tmp_path) == config

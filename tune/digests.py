@@ -116,13 +116,17 @@ def _data(num: int, iteration: int) -> Tensor:
     return 2.0 * torch.rand((num, *_EVENT), generator=generator(iteration, "effects/data")) - 1.0
 
 
+def _labels(num: int, denoiser: Denoiser) -> Tensor | None:
+    return torch.arange(num) % denoiser.classes if denoiser.classes else None
+
+
 def _pretrained(experiment: Experiment) -> Denoiser:
     """What a few iterations of pretraining make of the denoiser."""
     config = experiment.config
     denoiser, noise = experiment.build_denoiser(), generator(config.seed, "effects/pretrain")
     ddpm = DDPM(config.pretrain, denoiser, noising=noising(config.schedule))
     for iteration in _iterations(config.pretrain.iterations):
-        ddpm.update(_data(_MIN_BATCH, iteration), iteration, noise)
+        ddpm.update(_data(_MIN_BATCH, iteration), iteration, noise, labels=_labels(_MIN_BATCH, denoiser))
     denoiser.load_state_dict(ddpm.average.state_dict())
     return denoiser
 
@@ -133,7 +137,7 @@ def _finetuned(experiment: Experiment, denoiser: Denoiser) -> list[Tensor]:
     noise, states = generator(config.seed, "effects/noise"), generator(config.seed, "effects/states")
     num = max(_MIN_BATCH, _STATES_PER_STEP * config.schedule.num_steps)
     for iteration in _iterations(config.train.iterations):
-        dxmi.update(_data(num, iteration), iteration, noise, states)
+        dxmi.update(_data(num, iteration), iteration, noise, states, labels=_labels(num, denoiser))
     judged: list[nn.Module] = [dxmi.evaluated, dxmi.policy, dxmi.value]
     schedule = [dxmi.policy.diffusion_step, dxmi.policy.signal_scale, dxmi.policy.noise_scale, dxmi.policy.log_sigma]
     return [*schedule, *(parameter.detach() for module in judged for parameter in module.parameters())]

@@ -11,12 +11,13 @@ Logged metrics:
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dxmi.losses import denoising_loss
-from dxmi.networks import Denoiser
+from dxmi.networks import NOTHING, Denoiser, Given, conditioned
 from dxmi.optimizers import Descent, MovingAverage, Optimizer, OptimizerConfig, Part
 from dxmi.schedules import Noising, ddpm_noising
 from dxmi.tensors import chunks, per_sample
@@ -91,38 +92,62 @@ class DDPM(nn.Module):
         """Every optimiser, by the name of what it trains."""
         return {"network": self.optimizer}
 
-    def update(self, data: Tensor, iteration: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def update(
+        self, data: Tensor, iteration: int, generator: torch.Generator, *, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """One optimiser step.
 
         Args:
             data: real samples in [-1, 1], the whole batch, [B, *event].
             iteration: from 0; sets the learning rate.
             generator: of diffusion steps and noise, on the data's device.
+            labels: the class of each sample, [B], where the network knows classes.
 
         Returns:
             The metrics that the module's docstring lists, as scalars still on the device.
         """
         self.optimizer.schedule(iteration)
         share = self.workers.share(len(data))
-        rows = [share.of(tensor) for tensor in (data, *self.draw(data, generator))]
-        pieces = chunks(share.count, self.accumulate)
-        descent = self.optimizer.descend(self.part(*(tensor[p] for tensor in rows), share=share) for p in pieces)
+        step, noise, seed = (_own(share, drawn) for drawn in self.draw(data, generator))
+        given, data = Given(_own(share, labels), _own(share, self._latent(share.num, generator))), share.of(data)
+
+        def part(rows: slice) -> Part:
+            own_seed = None if seed is None else seed[rows]
+            return self.part(data[rows], step[rows], noise[rows], own_seed, given.rows(rows), share=share)
+
+        descent = self.optimizer.descend(part(rows) for rows in chunks(share.count, self.accumulate))
         self.moving_average.update(iteration)
         return loss_metrics(descent)
 
-    def draw(self, data: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """The diffusion step [B] of each sample, and its noise [B, *event]; if anything is dropped, its seed [B]."""
-        rows, num, device = len(self.step), len(data), data.device
-        step = torch.randint(rows, (num,), generator=generator, device=device)
+    def draw(self, data: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The diffusion step [B] of each sample, its noise [B, *event], and a seed [B] if anything is dropped."""
+        num, device = len(data), data.device
+        step = torch.randint(len(self.step), (num,), generator=generator, device=device)
         noise = torch.randn(data.shape, generator=generator, device=device)
         if self.network.dropout == 0.0:
-            return step, noise
+            return step, noise, None
         return step, noise, torch.randint(2**62, (num,), generator=generator, device=device)
 
-    def part(self, data: Tensor, step: Tensor, noise: Tensor, seed: Tensor | None = None, *, share: Share) -> Part:
+    def _latent(self, num: int, generator: torch.Generator) -> Tensor | None:
+        """Latents [num, Z], if the network takes any."""
+        if self.network.latent == 0:
+            return None
+        return torch.randn((num, self.network.latent), generator=generator, device=self.step.device)
+
+    def part(
+        self,
+        data: Tensor,
+        step: Tensor,
+        noise: Tensor,
+        seed: Tensor | None = None,
+        given: Given = NOTHING,
+        *,
+        share: Share,
+    ) -> Part:
         """Of the mean denoising loss, from samples [b, *event] and what `draw` gave for them."""
         noised = (per_sample(self.signal[step], data) * data).addcmul(per_sample(self.noise[step], data), noise)
-        predicted = self.network(noised, self.network.embed(self.step[step]), seed).float()
+        embedding = conditioned(self.network, self.network.embed(self.step[step]), given)
+        predicted = self.network(noised, embedding, seed).float()
         return Part(share.mean(denoising_loss(predicted, self._target(data, step, noise))))
 
     def _target(self, data: Tensor, step: Tensor, noise: Tensor) -> Tensor:
@@ -130,6 +155,11 @@ class DDPM(nn.Module):
         if self.regresses_noise:
             return noise
         return (per_sample(self.data_part[step], data) * data).addcmul(per_sample(self.noise_part[step], data), noise)
+
+
+def _own(share: Share, tensor: Tensor | None) -> Any:
+    """A worker's rows of what there may be."""
+    return None if tensor is None else share.of(tensor)
 
 
 def loss_metrics(descent: Descent) -> dict[str, Tensor]:

@@ -9,22 +9,26 @@ Two interfaces, so that everything above knows no architecture:
 is a pure function of weights and arguments: whatever it needs at random is handed to it.
 """
 
-from dxmi.networks.base import Critic, Denoiser, NetworkConfig, TimedCritic
+from dxmi.networks.base import NOTHING, Critic, Denoiser, Given, NetworkConfig, TimedCritic, conditioned
 from dxmi.networks.diffusers_unet import DiffusersConfig
 from dxmi.networks.igebm import IgebmConfig
 from dxmi.networks.mlp import MlpConfig
+from dxmi.networks.ncsnpp import NcsnppGanConfig
 from dxmi.networks.registry import NETWORK_CONFIGS, build_critic, build_denoiser, build_timed_critic, kinds
 from dxmi.networks.unet import EdmUnetConfig, UnetConfig
 from dxmi.networks.wide_resnet import WideResNetConfig
 
 __all__ = [
     "NETWORK_CONFIGS",
+    "NOTHING",
     "Critic",
     "Denoiser",
     "DiffusersConfig",
     "EdmUnetConfig",
+    "Given",
     "IgebmConfig",
     "MlpConfig",
+    "NcsnppGanConfig",
     "NetworkConfig",
     "TimedCritic",
     "UnetConfig",
@@ -32,5 +36,6 @@ __all__ = [
     "build_critic",
     "build_denoiser",
     "build_timed_critic",
+    "conditioned",
     "kinds",
 ]

@@ -36,6 +36,7 @@ def config_of_folder(folder: Path) -> DiffusersConfig:
         if tree.get(key, value) != value:
             raise UserError(f"{folder / _CONFIG} has {key}={tree[key]!r}: a denoiser needs {value!r}.")
     known = {field.name for field in fields(DiffusersConfig)} - {"kind"}
+    tree["classes"] = tree.pop("num_class_embeds", None) or 0
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in tree.items() if key in known}
     try:
         return DiffusersConfig(**{**_DEFAULTS, **values})

@@ -47,10 +47,9 @@ class DiffusersConfig(NetworkConfig):
     """1 reaches the frequency 1 / 10,000."""
     flip_sin_to_cos: bool = False
     """Cosines before sines."""
-    num_class_embeds: int | None = None
-    """Classes that it is conditioned on; null for none."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         lengths = {len(self.block_out_channels), len(self.down_block_types), len(self.up_block_types)}
         if len(lengths) > 1:
             raise ValueError("block_out_channels, down_block_types and up_block_types must have as many entries each")
@@ -73,8 +72,9 @@ class DiffusersDenoiser(Denoiser):
     def __init__(self, config: DiffusersConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
         super().__init__()
         colours, size = image_event(event, "UNet2DModel", least=1)
-        self.classes = config.num_class_embeds or 0
-        arguments = {key: value for key, value in asdict(config).items() if key != "kind"}
+        self.classes = config.classes
+        arguments = {key: value for key, value in asdict(config).items() if key not in ("kind", "classes")}
+        arguments["num_class_embeds"] = config.classes or None
         model = diffusers().UNet2DModel
         try:
             with torch.device("meta"):

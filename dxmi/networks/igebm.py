@@ -24,7 +24,7 @@ from dxmi.networks.layers import (
     spectral_convs,
 )
 
-_MAX_CHANNELS, _MAX_CLASSES = 4096, 100_000
+_MAX_CHANNELS = 4096
 _SLOPE = 0.2
 
 
@@ -39,18 +39,15 @@ class IgebmConfig(NetworkConfig):
     """Divide the weights of each convolution by their largest singular value."""
     output_scale: bool = True
     """Learn a scale and a shift of the output."""
-    classes: int = 0
-    """Classes that it is conditioned on; 0 for none."""
     embedding: int = 128
     """Width of the sinusoidal step embedding of a value; an energy, which knows no time, ignores it."""
     channels_last: bool = False
     """Keep C last in memory, which is faster on GPUs with tensor cores."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.channels <= _MAX_CHANNELS:
             raise ValueError(f"channels is {self.channels}: it must be in 1..{_MAX_CHANNELS}")
-        if not 0 <= self.classes <= _MAX_CLASSES:
-            raise ValueError(f"classes is {self.classes}: it must be in 0..{_MAX_CLASSES}")
         if not 2 <= self.embedding <= _MAX_CHANNELS or self.embedding % 2:
             raise ValueError(f"embedding is {self.embedding}: it must be even and in 2..{_MAX_CHANNELS}")
 

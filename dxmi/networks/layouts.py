@@ -10,6 +10,7 @@
 A layout is a table of rows. A row says which of their tensors make one of ours, so it can be read in both directions.
 """
 
+import itertools
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from dxmi.errors import UserError
 from dxmi.networks.diffusers_unet import DiffusersDenoiser
 from dxmi.networks.igebm import IgebmCritic
 from dxmi.networks.layers import Attention, SpectralConv
+from dxmi.networks.ncsnpp import NcsnppGan
 from dxmi.networks.unet import ResidualBlock, Stage, Unet
 
 State = Mapping[str, Tensor]
@@ -306,6 +308,68 @@ _EDM = UnetLayout(
 
 
 # ----------------------------------------------------------------------------
+# The generators of denoising-diffusion GANs: one list of modules, in the order in which they are used.
+
+
+def _ddgan_rows(network: NcsnppGan) -> list[Row]:
+    rows: list[Row] = []
+    numbers = itertools.count()
+
+    def add(ours: str, theirs: str | None = None) -> None:
+        rows.extend(_pairs(ours, theirs or f"all_modules.{next(numbers)}"))
+
+    def add_block(ours: str) -> None:
+        theirs = f"all_modules.{next(numbers)}"
+        for mine, name in _DDGAN_BLOCK.items():
+            if not isinstance(network.get_submodule(f"{ours}.{mine}"), nn.Identity):
+                add(f"{ours}.{mine}", f"{theirs}.{name}")
+
+    def add_attention(ours: str) -> None:
+        theirs = f"all_modules.{next(numbers)}"
+        add(f"{ours}.norm", f"{theirs}.GroupNorm_0")
+        for mine, name in (("weight", "W"), ("bias", "b")):
+            stacked = tuple(f"{theirs}.NIN_{number}.{name}" for number in range(3))
+            rows.append(Row(f"{ours}.qkv.{mine}", stacked, transposed=True))
+            rows.append(Row(f"{ours}.out.{mine}", (f"{theirs}.NIN_3.{name}",), transposed=True))
+
+    for ours in ("embed_in", "embed_out", "conv_in"):
+        add(ours)
+    for number, level in enumerate(network.down):
+        for index in range(len(level.blocks)):
+            add_block(f"down.{number}.blocks.{index}")
+            if level.attention:
+                add_attention(f"down.{number}.attention.{index}")
+        if level.resample is not None:
+            add_block(f"down.{number}.resample")
+            add(f"down.{number}.pyramid.conv", f"all_modules.{next(numbers)}.Conv2d_0")
+    add_block("middle_in")
+    add_attention("middle_attention")
+    add_block("middle_out")
+    for number, level in enumerate(network.up):
+        for index in range(len(level.blocks)):
+            add_block(f"up.{number}.blocks.{index}")
+        if level.attention:
+            add_attention(f"up.{number}.attention.0")
+        if level.resample is not None:
+            add_block(f"up.{number}.resample")
+    for ours in ("norm_out", "conv_out"):
+        add(ours)
+    for number in range(len(network.latent_layers)):  # between them, activations without weights
+        add(f"latent_layers.{number}", f"z_transform.{2 * number + 1}")
+    return rows
+
+
+_DDGAN_BLOCK = {
+    "norm_in.style": "GroupNorm_0.style",
+    "conv_in": "Conv_0",
+    "step": "Dense_0",
+    "norm_out.style": "GroupNorm_1.style",
+    "conv_out": "Conv_1",
+    "skip": "Conv_2",
+}
+
+
+# ----------------------------------------------------------------------------
 # The energies of the DxMI release.
 
 
@@ -354,6 +418,8 @@ def _layout_of(network: nn.Module, state: State) -> tuple[str, list[Row], tuple[
     """The name, rows and ignored endings of the layout in which `state` is."""
     if isinstance(network, IgebmCritic):
         return "igebm", _igebm_rows(network), (".parametrizations.weight.0._v",)
+    if isinstance(network, NcsnppGan):
+        return "ddgan", _ddgan_rows(network), ()
     if isinstance(network, DiffusersDenoiser):
         return "diffusers", [Row(f"model.{name}", (name,)) for name in network.model.state_dict()], ()
     if isinstance(network, Unet):
@@ -392,7 +458,7 @@ def load_public(network: nn.Module, state: State) -> Loaded:
     """Put the weights of a public checkpoint into `network`.
 
     Args:
-        network: a U-Net or an IGEBM energy, changed in place.
+        network: a U-Net, a generator or an IGEBM energy, changed in place.
         state: names and tensors, as `read_public` returns them.
 
     Raises:

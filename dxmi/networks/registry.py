@@ -9,6 +9,7 @@ from dxmi.networks.base import Critic, Denoiser, NetworkConfig, TimedCritic
 from dxmi.networks.diffusers_unet import DiffusersConfig, DiffusersDenoiser
 from dxmi.networks.igebm import IgebmConfig, IgebmCritic, IgebmTimedCritic
 from dxmi.networks.mlp import MlpConfig, MlpCritic, MlpDenoiser, MlpTimedCritic
+from dxmi.networks.ncsnpp import NcsnppGan, NcsnppGanConfig
 from dxmi.networks.unet import EdmUnetConfig, Unet, UnetConfig
 from dxmi.networks.wide_resnet import WideResNetConfig, WideResNetCritic, WideResNetTimedCritic
 
@@ -20,6 +21,7 @@ _DENOISERS: dict[type[NetworkConfig], Builder[Denoiser]] = {
     MlpConfig: MlpDenoiser,
     UnetConfig: Unet,
     EdmUnetConfig: Unet,
+    NcsnppGanConfig: NcsnppGan,
     DiffusersConfig: DiffusersDenoiser,
 }
 _CRITICS: dict[type[NetworkConfig], Builder[Critic]] = {

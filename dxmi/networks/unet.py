@@ -34,7 +34,7 @@ from dxmi.networks.layers import (
     zero,
 )
 
-_MAX_CHANNELS, _MAX_BLOCKS, _MAX_LEVELS, _MAX_CLASSES = 4096, 64, 12, 100_000
+_MAX_CHANNELS, _MAX_BLOCKS, _MAX_LEVELS = 4096, 64, 12
 
 
 # ----------------------------------------------------------------------------
@@ -60,14 +60,13 @@ class UnetConfig(NetworkConfig):
     """Of each GroupNorm."""
     dropout: float = 0.1
     """Share of activations that pretraining drops in each residual block; fine-tuning and sampling drop none."""
-    classes: int = 0
-    """Classes that it is conditioned on; 0 for none."""
     channels_last: bool = False
     """Keep C last in memory, which is faster on GPUs with tensor cores."""
     recompute: bool = False
     """Recompute each block's activations for the gradient instead of keeping them: less memory, a third more time."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= len(self.multipliers) <= _MAX_LEVELS or min(self.multipliers) < 1:
             raise ValueError(f"multipliers is {list(self.multipliers)}: it must be 1 to {_MAX_LEVELS} positive numbers")
         if not 1 <= self.channels * max(self.multipliers) <= _MAX_CHANNELS or self.channels % 2:
@@ -84,8 +83,6 @@ class UnetConfig(NetworkConfig):
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}: it must be in [0, 1)")
-        if not 0 <= self.classes <= _MAX_CLASSES:
-            raise ValueError(f"classes is {self.classes}: it must be in 0..{_MAX_CLASSES}")
 
 
 @dataclass(frozen=True, kw_only=True)
