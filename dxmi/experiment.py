@@ -14,11 +14,13 @@ from dxmi.algorithms.ddpm import DDPM, DDPMConfig
 from dxmi.algorithms.dxmi import DxMI, DxMIConfig, per_step_numbers
 from dxmi.checkpoint import Checkpoint
 from dxmi.config import signature, to_tree
-from dxmi.data import BatchStream, DataConfig, Dataset, load
+from dxmi.data import BatchStream, DataConfig, Dataset, Images, load
 from dxmi.energy import Energy
 from dxmi.errors import UserError
 from dxmi.evaluate import EvaluateConfig
+from dxmi.files import user_path
 from dxmi.networks import Denoiser, MlpConfig, NetworkConfig, build_critic, build_denoiser, build_timed_critic, kinds
+from dxmi.networks.layouts import digest, load_public, public_log_sigma, read_public
 from dxmi.sampler import Policy
 from dxmi.schedules import ScheduleConfig, StepSchedule, noising, shorten
 from dxmi.seeds import generator
@@ -257,6 +259,8 @@ class Experiment:
             tree["precision"] = config.train.precision
         if config.schedule.family != "ddpm":
             tree["family"] = config.schedule.family
+        if config.pretrain.weights is not None:
+            tree["pretrain"] = {**tree["pretrain"], "weights": digest(self.public_weights)}
         return tree
 
     # ------------------------------------------------------------------------
@@ -270,10 +274,21 @@ class Experiment:
         config = self.config.network.denoiser
         return build_denoiser(config, self.event, self._weights("denoiser")).to(self.device)
 
+    @cached_property
+    def public_weights(self) -> dict[str, Tensor]:
+        """The tensors of `pretrain.weights`, by their public names.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        return read_public(user_path(self.config.pretrain.weights or "", "pretrain.weights"))
+
     def build_pretraining(self) -> tuple[DDPM, TrainingState]:
         """Pretraining at its start."""
         config = self.config
         network, accumulate = self.build_denoiser(), config.resources.accumulate
+        if config.pretrain.weights is not None:
+            load_public(network, self.public_weights)
         ddpm = DDPM(config.pretrain, network, self.workers, accumulate, noising(config.schedule)).to(self.device)
         noise = generator(config.seed, "pretrain/noise", self.device)
         stream = self._stream(config.pretrain.batch_size, "pretrain/data")
@@ -311,6 +326,8 @@ class Experiment:
     def build_finetuning(self, denoiser: Denoiser) -> tuple[DxMI, TrainingState]:
         """Fine-tuning at its start: the algorithm, and all that changes while it runs."""
         config, dxmi = self.config, self.build_dxmi(denoiser)
+        if config.pretrain.weights is not None:
+            dxmi.start_from(public_log_sigma(self.public_weights))
         generators = {
             "noise": generator(config.seed, "finetune/noise", self.device),
             "states": generator(config.seed, "finetune/states"),

@@ -71,7 +71,7 @@ def test_igebm_equals_a_second_implementation(event, classes, scale):
     labels = LABELS if classes else None
     expected = igebm(public, x.double(), labels, 8, classes, scale=scale)
     network = critic(IgebmConfig(channels=8, classes=classes, output_scale=scale), event)
-    assert load_public(network, bare(public)).layout == "igebm"
+    assert load_public(network, bare(public)) == "igebm"
     with torch.no_grad():
         torch.testing.assert_close(network(x, labels).double(), expected, rtol=1e-5, atol=1e-5)
 

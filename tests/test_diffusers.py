@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from dxmi.errors import UserError
+from dxmi.experiment import Experiment
+from dxmi.export import export_diffusers
 from dxmi.imports import declare_torchvision_operators
 from dxmi.networks import (
     DiffusersConfig,
@@ -19,6 +21,8 @@ from dxmi.networks import (
 )
 from dxmi.networks.diffusers_folder import config_of_folder, write_folder
 from dxmi.networks.layouts import load_public, read_public, to_public
+from dxmi.trained import Trained
+from tune.configs import compose_experiment
 
 declare_torchvision_operators()
 diffusers = pytest.importorskip("diffusers", reason="the optional package diffusers is not installed")
@@ -81,7 +85,7 @@ def test_a_unet_computes_the_same_in_diffusers(config, tmp_path):
     scale = getattr(config, "step_scale", 1.0)
     torch.testing.assert_close(ours(network), theirs(tmp_path, step_scale=scale), rtol=1e-4, atol=1e-5)
     again = make(config, seed=1)
-    assert load_public(again, read_public(tmp_path)).layout == "diffusers"
+    assert load_public(again, read_public(tmp_path)) == "diffusers"
     assert torch.equal(ours(again), ours(network))
 
 
@@ -98,7 +102,7 @@ def test_a_model_of_diffusers_computes_here_what_it_does_there(config, tmp_path)
     assert torch.equal(ours(network, labels), theirs(tmp_path, labels))
     assert config_of_folder(tmp_path) == config
     again = make(config, seed=1)
-    assert load_public(again, read_public(tmp_path)).layout == "diffusers"
+    assert load_public(again, read_public(tmp_path)) == "diffusers"
     assert torch.equal(ours(again, labels), ours(network, labels))
 
 
@@ -150,3 +154,57 @@ def test_a_network_that_diffusers_has_not_is_refused(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused():
     with pytest.raises(UserError, match="the config describes another network"):
         load_public(make(TINY), to_public(make(UnetConfig(**SHAPE)), "diffusers"))
+
+
+# ----------------------------------------------------------------------------
+# Exports of runs.
+
+
+def trained_run(*settings: str) -> Trained:
+    """A run of which nothing was trained, with weights that are not zero."""
+    config = compose_experiment(["experiment=digits", *settings]).experiment
+    experiment = Experiment(config, event=(1, 8, 8))
+    dxmi = experiment.build_dxmi(experiment.build_denoiser())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in dxmi.evaluated.network.parameters():
+            if not parameter.any():
+                parameter.normal_(0.0, 0.1, generator=generator)
+        dxmi.evaluated.free_log_sigma.add_(0.1)
+    return Trained(experiment, dxmi, 7, [])
+
+
+NARROW = ["network.denoiser.channels=16", "network.energy.channels=4", "network.value.channels=4"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["network=unet_small", *NARROW],
+        ["network=edm_unet_small", *NARROW[:1], "network.denoiser.head_channels=8", "schedule=karras"],
+        ["network=edm_unet_small", *NARROW[:1], "network.denoiser.head_channels=8", "network.denoiser.step_scale=0.5"],
+        ["network=diffusers", "network.denoiser.block_out_channels=[8,16,16]", *NARROW[1:]],
+    ],
+    ids=str,
+)
+def test_an_exported_policy_draws_the_same_samples_in_diffusers(settings, tmp_path):
+    """By the rule that sampler.json states, from the same noise."""
+    run = trained_run(*settings)
+    export_diffusers(run, tmp_path / "out")
+    model = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", use_safetensors=True).eval()
+    steps = json.loads((tmp_path / "out" / "sampler.json").read_text())
+    policy = run.dxmi.evaluated
+    noise = policy.noise(3, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        sample = steps["start_sigma"] * noise[0]
+        for t in range(steps["num_steps"]):
+            output = model(steps["input_scale"][t] * sample, steps["timestep"][t]).sample
+            sample = steps["signal_scale"][t] * sample + steps["output_scale"][t] * output
+            sample = sample + steps["sigma"][t] * noise[t + 1]
+    torch.testing.assert_close(sample, policy.rollout(noise).sample, rtol=1e-4, atol=1e-4)
+
+
+def test_an_export_overwrites_nothing(tmp_path):
+    (tmp_path / "there").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        export_diffusers(trained_run("network=unet_small", *NARROW), tmp_path)

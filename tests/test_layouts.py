@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dxmi.errors import UserError
 from dxmi.networks import EdmUnetConfig, MlpConfig, UnetConfig, build_denoiser
-from dxmi.networks.layouts import load_public, read_public, to_public
+from dxmi.networks.layouts import digest, load_public, public_log_sigma, read_public, to_public
 from dxmi.networks.unet import Unet
 
 SHAPE = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "groups": 8}
@@ -48,7 +48,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def test_a_ddpm_checkpoint_survives_the_way_into_a_network_and_back():
     state, network = ddpm_state(), unet()
-    assert load_public(network, state) == ("ddpm", None)
+    assert load_public(network, state) == "ddpm"
     assert equal(to_public(network, "ddpm"), state)
 
 
@@ -56,7 +56,7 @@ def test_a_ddpm_checkpoint_survives_the_way_into_a_network_and_back():
 def test_an_adm_checkpoint_survives_the_way_into_a_network_and_back(classes):
     state = adm_state(classes)
     network = unet(EdmUnetConfig(**SHAPE, head_channels=8, classes=classes))
-    assert load_public(network, state).layout == "adm"
+    assert load_public(network, state) == "adm"
     assert equal(to_public(network, "adm"), state)
 
 
@@ -72,11 +72,22 @@ def test_half_precision_weights_become_single_precision():
 def test_the_sigmas_of_the_dxmi_release_are_read_beside_the_weights():
     """It plants log sigma on the network as `log_betas`, and the schedule's sigmas, whose last counts, as `std`."""
     log_betas, std = torch.tensor([-0.2, -1.0, -2.0]), torch.tensor([0.8, 0.4, 0.001])
-    loaded = load_public(unet(), {**ddpm_state(), "log_betas": log_betas, "std": std})
-    torch.testing.assert_close(loaded.log_sigma, torch.tensor([-0.2, -1.0, np.log(0.001)], dtype=torch.float32))
+    release = {**ddpm_state(), "log_betas": log_betas, "std": std}
+    assert load_public(unet(), release) == "ddpm"
+    torch.testing.assert_close(
+        public_log_sigma(release), torch.tensor([-0.2, -1.0, np.log(0.001)], dtype=torch.float32)
+    )
     assert log_betas[-1] == -2.0
-    alone = load_public(unet(), {**ddpm_state(), "log_betas": log_betas})
-    assert torch.equal(alone.log_sigma, log_betas)
+    assert torch.equal(public_log_sigma({"log_betas": log_betas}), log_betas)
+    assert public_log_sigma(ddpm_state()) is None
+
+
+def test_a_digest_is_of_names_shapes_and_numbers():
+    state = {"a": torch.arange(6.0), "b": torch.zeros(2)}
+    same = {"b": torch.zeros(2), "a": torch.arange(6.0)}
+    others = [{**state, "a": torch.arange(6.0).view(2, 3)}, {**state, "b": torch.zeros(2).half()}, {"a": state["a"]}]
+    assert digest(state) == digest(same)
+    assert len({digest(other) for other in [state, *others]}) == 4
 
 
 # ----------------------------------------------------------------------------

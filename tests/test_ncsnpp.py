@@ -42,7 +42,7 @@ def test_the_generator_equals_a_second_implementation(attention, event):
     expected = ddgan(public, x.double(), steps, z, **shape)
     network = make(NcsnppGanConfig(**shape), event)
     state = {f"module.{name}": tensor for name, tensor in public.floats().items()}
-    assert load_public(network, {name.removeprefix("module."): t for name, t in state.items()}).layout == "ddgan"
+    assert load_public(network, {name.removeprefix("module."): t for name, t in state.items()}) == "ddgan"
     with torch.no_grad():
         image = network(x, network.embed(steps) + network.embed_latent(z))
     torch.testing.assert_close(image.double(), expected, rtol=1e-4, atol=1e-5)

@@ -34,6 +34,8 @@ class DDPMConfig:
     """Images in each."""
     ema: float = 0.999
     """Decay of the moving average of the weights, which is the pretrained model."""
+    weights: str | None = None
+    """A public checkpoint to start from, with `iterations=0` to go no further: a file, or a folder of diffusers."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
     """Of the denoiser."""
 

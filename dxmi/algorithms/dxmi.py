@@ -35,6 +35,7 @@ from dxmi.costs import (
     squared_step,
     step_costs,
 )
+from dxmi.errors import UserError
 from dxmi.losses import control_cost, energy_loss, policy_loss, td_target, value_loss
 from dxmi.networks import NOTHING, Given
 from dxmi.optimizers import (
@@ -210,6 +211,23 @@ class DxMI(nn.Module):
             self.moving_averages.append(MovingAverage.between(self.policy, self.average, config.policy_ema))
         if self.target is not None and config.target_ema is not None:
             self.moving_averages.append(MovingAverage.between(self.value, self.target, config.target_ema))
+
+    def start_from(self, log_sigma: Tensor | None) -> None:
+        """Give the policy the sigmas of one that was fine-tuned before, log sigma_t [T], before the first iteration.
+
+        Raises:
+            UserError: it had another number of steps.
+        """
+        if log_sigma is None:
+            return
+        num_steps = self.policy.num_steps
+        if len(log_sigma) != num_steps:
+            raise UserError(
+                f"pretrain.weights is a policy of {len(log_sigma)} steps, but schedule.num_steps is {num_steps}."
+            )
+        for policy in (self.policy, *([] if self.average is None else [self.average])):
+            with torch.no_grad():
+                policy.free_log_sigma.copy_(log_sigma[:-1])
 
     @property
     def evaluated(self) -> Policy:

@@ -10,6 +10,7 @@
 A layout is a table of rows. A row says which of their tensors make one of ours, so it can be read in both directions.
 """
 
+import hashlib
 import itertools
 import pickle
 from collections.abc import Callable, Iterator, Mapping
@@ -402,18 +403,6 @@ def _igebm_rows(network: IgebmCritic) -> list[Row]:
 # Reading and writing.
 
 
-class Loaded(NamedTuple):
-    """What a public checkpoint held beside a network's weights.
-
-    Attributes:
-        layout: its name in the module's docstring.
-        log_sigma: of each policy step, [T], if it was a fine-tuned policy of the DxMI release.
-    """
-
-    layout: str
-    log_sigma: Tensor | None
-
-
 def _layout_of(network: nn.Module, state: State) -> tuple[str, list[Row], tuple[str, ...]]:
     """The name, rows and ignored endings of the layout in which `state` is."""
     if isinstance(network, IgebmCritic):
@@ -454,23 +443,25 @@ _UNETS: dict[str, tuple[str, UnetLayout | Callable[[Unet, State], UnetLayout]]] 
 """By a name that each layout has and no other."""
 
 
-def load_public(network: nn.Module, state: State) -> Loaded:
-    """Put the weights of a public checkpoint into `network`.
+def load_public(network: nn.Module, state: State) -> str:
+    """Put the weights of a public checkpoint into `network`; the sigmas that it may hold are left out.
 
     Args:
         network: a U-Net, a generator or an IGEBM energy, changed in place.
         state: names and tensors, as `read_public` returns them.
 
+    Returns:
+        The name of its layout, as in the module's docstring.
+
     Raises:
         UserError: the layout is unknown, or the checkpoint is of another network than the config describes.
     """
-    sigmas = {name: state[name] for name in _SIGMAS if name in state}
-    state = {name: tensor for name, tensor in state.items() if name not in sigmas}
+    state = {name: tensor for name, tensor in state.items() if name not in _SIGMAS}
     name, rows, ignored = _layout_of(network, state)
     _require_same_names(rows, {key for key in state if not key.endswith(ignored)})
     ours = network.state_dict()
     network.load_state_dict({row.ours: row.read(state, ours[row.ours]) for row in rows})
-    return Loaded(name, _log_sigma(sigmas))
+    return name
 
 
 def _require_same_names(rows: list[Row], names: set[str]) -> None:
@@ -484,14 +475,27 @@ def _require_same_names(rows: list[Row], names: set[str]) -> None:
             )
 
 
-def _log_sigma(sigmas: State) -> Tensor | None:
-    """Log sigma_t of each step, [T]: the release's log_betas, the last of which its `std` overrules."""
-    if "log_betas" not in sigmas:
+def public_log_sigma(state: State) -> Tensor | None:
+    """Log sigma_t of each step of a fine-tuned policy of the DxMI release, [T]; None of other checkpoints.
+
+    They are its `log_betas`, the last of which its `std` overrules.
+    """
+    if "log_betas" not in state:
         return None
-    log_sigma = sigmas["log_betas"].detach().float().clone()
-    if "std" in sigmas:
-        log_sigma[-1] = sigmas["std"][-1].float().log()
+    log_sigma = state["log_betas"].detach().float().clone()
+    if "std" in state:
+        log_sigma[-1] = state["std"][-1].float().log()
     return log_sigma
+
+
+def digest(state: State) -> str:
+    """The sha256 of a checkpoint's names and tensors."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def to_public(network: Unet, layout: str) -> dict[str, Tensor]:
