@@ -14,7 +14,8 @@ FORMATS = ("diffusers",)
 SAMPLER = "sampler.json"
 _RULE = (
     "x starts as start_sigma * z; then, for t = 0 .. num_steps - 1, x = signal_scale[t] * x + output_scale[t] * "
-    "model(input_scale[t] * x, timestep[t]) + sigma[t] * z, with a new standard normal z each time; pixels in [-1, 1]"
+    "model(input_scale[t] * x, torch.tensor(timestep[t])).sample + sigma[t] * z, with a new standard normal z each "
+    "time. Pixels are in [-1, 1]. A timestep may be fractional, and diffusers rounds one that is no tensor."
 )
 
 

@@ -198,7 +198,7 @@ def test_an_exported_policy_draws_the_same_samples_in_diffusers(settings, tmp_pa
     with torch.no_grad():
         sample = steps["start_sigma"] * noise[0]
         for t in range(steps["num_steps"]):
-            output = model(steps["input_scale"][t] * sample, steps["timestep"][t]).sample
+            output = model(steps["input_scale"][t] * sample, torch.tensor(steps["timestep"][t])).sample
             sample = steps["signal_scale"][t] * sample + steps["output_scale"][t] * output
             sample = sample + steps["sigma"][t] * noise[t + 1]
     torch.testing.assert_close(sample, policy.rollout(noise).sample, rtol=1e-4, atol=1e-4)
