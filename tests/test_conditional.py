@@ -37,7 +37,7 @@ def experiment(*settings: str) -> Experiment:
     networks = [] if any(setting.startswith("network=") for setting in settings) else MLP
     made = Experiment(compose_experiment([*changed(SMALL, *settings), *networks]).experiment)
     pixels = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    made.__dict__["images"] = Images("digits", pixels, pixels[:, 0, 0, 0].long() % 10, "random")
+    made.__dict__["data"] = Images("digits", pixels, pixels[:, 0, 0, 0].long() % 10, "random")
     return made
 
 
