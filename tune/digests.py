@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dxmi.algorithms.ddpm import DDPM
 from dxmi.config import build, to_tree
 from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
-from dxmi.networks import Denoiser
+from dxmi.networks import Denoiser, MlpConfig
 from dxmi.schedules import noising
 from dxmi.seeds import generator
 from tune.space import flat, tree_with
@@ -71,7 +71,10 @@ def _sizes(trees: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, float]]:
 
 
 def _digest(config: ExperimentConfig, small: Mapping[str, Any]) -> Digest:
-    if config.schedule.num_steps > _MAX_STEPS:
+    networks = (config.network.denoiser, config.network.energy, config.network.value)
+    if config.schedule.num_steps > _MAX_STEPS or not all(isinstance(network, MlpConfig) for network in networks):
+        return None  # it would not be quick
+    if config.pretrain.weights is not None:
         return None
     tree = tree_with(config, small) | {"resources": to_tree(ResourcesConfig(device="cpu"))}
     experiment = Experiment(build(ExperimentConfig, tree), event=_EVENT)

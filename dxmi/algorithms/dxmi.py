@@ -327,7 +327,9 @@ class DxMI(nn.Module):
         """Rows that are taken at a time."""
         return chunks(num, self.accumulate)
 
-    def _update_energy(self, share: Share, data: Tensor, sample: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    def _update_energy(
+        self, share: Share, data: Tensor, sample: Tensor, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Step 3: one optimiser step."""
         parts = (
             self.energy_part(self._paired(data[p], sample[p]), _rows(labels, p), share=share)
@@ -354,7 +356,7 @@ class DxMI(nn.Module):
         squared: Tensor | None,
         generator: torch.Generator,
         *,
-        labels: Tensor | None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Step 4 at one t: one optimiser step towards the TD target; returns the mean squared error."""
         x, x_next, stored = trajectory.x[t], trajectory.x[t + 1], None if squared is None else squared[t]
@@ -375,7 +377,7 @@ class DxMI(nn.Module):
         trajectory: Trajectory,
         drawn: Tensor,
         generator: torch.Generator,
-        labels: Tensor | None,
+        labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Step 5: one optimiser step."""
         noise = self._noise(len(drawn), trajectory.sample, generator)
@@ -459,7 +461,7 @@ class DxMI(nn.Module):
         x_next = step.sample(noise)
         return x_next, self._squared(x, x_next, step) if self.value_mask[t] != 0.0 else None
 
-    def _target(self, x_next: Tensor, t: int, squared: Tensor | None, labels: Tensor | None) -> Tensor:
+    def _target(self, x_next: Tensor, t: int, squared: Tensor | None, labels: Tensor | None = None) -> Tensor:
         """What V(x_t, t) regresses on, [B]."""
         config, control = self.config, None
         if squared is not None and self.value_mask[t] != 0.0:
