@@ -103,7 +103,7 @@ ALIVE: list[tuple[Settings, str, Any]] = [
     ({}, "schedule.shape", "linear"),
     ({}, "schedule.kappa", 0.9),
     ({}, "schedule.final_sigma", 2e-3),
-    *(({"schedule.method": "karras"}, f"schedule.{name}", value) for name, value in KARRAS),
+    *(({"schedule.method": "karras", "schedule.num_steps": 3}, f"schedule.{name}", value) for name, value in KARRAS),
     ({}, "network.denoiser.classes", 3),
     ({"network.denoiser.classes": 3}, "network.energy.classes", 3),
     ({"network.denoiser.classes": 3, **SEPARATE}, "network.value.classes", 3),
