@@ -16,7 +16,7 @@ class Energy(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor) -> Tensor:
-        """E(x), [B]."""
-        energy: Tensor = self.network(x)
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """E(x), [B]; of the class of each, [B], if the network knows classes."""
+        energy: Tensor = self.network(x, labels) if self.network.classes else self.network(x)
         return energy.float()  # under autocast it comes in bfloat16

@@ -8,18 +8,21 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dxmi.algorithms.ddpm import DDPM, DDPMConfig
 from dxmi.algorithms.dxmi import DxMI, DxMIConfig, per_step_numbers
 from dxmi.checkpoint import Checkpoint
 from dxmi.config import signature, to_tree
-from dxmi.data import BatchStream, DataConfig, Dataset, load
+from dxmi.data import BatchStream, DataConfig, Dataset, Images, load
 from dxmi.energy import Energy
 from dxmi.errors import UserError
 from dxmi.evaluate import EvaluateConfig
-from dxmi.networks import Denoiser, MlpConfig, NetworkConfig, build_critic, build_denoiser, build_timed_critic
+from dxmi.files import user_path
+from dxmi.networks import Denoiser, MlpConfig, NetworkConfig, build_critic, build_denoiser, build_timed_critic, kinds
+from dxmi.networks.layouts import digest, load_public, public_log_sigma, read_public
 from dxmi.sampler import Policy
-from dxmi.schedules import ScheduleConfig, StepSchedule, shorten
+from dxmi.schedules import ScheduleConfig, StepSchedule, noising, shorten
 from dxmi.seeds import generator
 from dxmi.state import TrainingState
 from dxmi.value import SeparateValue, SharedValue, Value
@@ -41,6 +44,18 @@ class NetworksConfig:
     """The energy's, and the value's too when it is shared."""
     value: NetworkConfig = field(default_factory=MlpConfig)
     """A separate value's; unused when the value is shared."""
+
+    def __post_init__(self) -> None:
+        for role in ("denoiser", "energy", "value"):
+            kind = getattr(self, role).kind
+            if kind not in kinds(role):
+                raise ValueError(f"{role}.kind is {kind!r}: it must be one of {', '.join(kinds(role))}")
+        for role in ("energy", "value"):
+            classes = getattr(self, role).classes
+            if classes not in (0, self.denoiser.classes):
+                raise ValueError(
+                    f"{role}.classes is {classes}: it must be 0, or as many as the denoiser's {self.denoiser.classes}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,13 +249,19 @@ class Experiment:
 
     def _pretraining_tree(self) -> dict[str, Any]:
         config = self.config
-        tree = {
+        tree: dict[str, Any] = {
             "seed": config.seed,
             "data": self.data.signature,
             "network": to_tree(config.network.denoiser),
             "pretrain": to_tree(config.pretrain),
         }
-        return tree if config.train.precision == "float32" else {**tree, "precision": config.train.precision}
+        if config.train.precision != "float32":
+            tree["precision"] = config.train.precision
+        if config.schedule.family != "ddpm":
+            tree["family"] = config.schedule.family
+        if config.pretrain.weights is not None:
+            tree["pretrain"] = {**tree["pretrain"], "weights": digest(self.public_weights)}
+        return tree
 
     # ------------------------------------------------------------------------
     # Building. Every random stream has a name; see dxmi.seeds.
@@ -253,10 +274,22 @@ class Experiment:
         config = self.config.network.denoiser
         return build_denoiser(config, self.event, self._weights("denoiser")).to(self.device)
 
+    @cached_property
+    def public_weights(self) -> dict[str, Tensor]:
+        """The tensors of `pretrain.weights`, by their public names.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        return read_public(user_path(self.config.pretrain.weights or "", "pretrain.weights"))
+
     def build_pretraining(self) -> tuple[DDPM, TrainingState]:
         """Pretraining at its start."""
         config = self.config
-        ddpm = DDPM(config.pretrain, self.build_denoiser(), self.workers, config.resources.accumulate).to(self.device)
+        network, accumulate = self.build_denoiser(), config.resources.accumulate
+        if config.pretrain.weights is not None:
+            load_public(network, self.public_weights)
+        ddpm = DDPM(config.pretrain, network, self.workers, accumulate, noising(config.schedule)).to(self.device)
         noise = generator(config.seed, "pretrain/noise", self.device)
         stream = self._stream(config.pretrain.batch_size, "pretrain/data")
         return ddpm, TrainingState(ddpm, ddpm.optimizers, {"noise": noise}, stream)
@@ -293,6 +326,8 @@ class Experiment:
     def build_finetuning(self, denoiser: Denoiser) -> tuple[DxMI, TrainingState]:
         """Fine-tuning at its start: the algorithm, and all that changes while it runs."""
         config, dxmi = self.config, self.build_dxmi(denoiser)
+        if config.pretrain.weights is not None:
+            dxmi.start_from(public_log_sigma(self.public_weights))
         generators = {
             "noise": generator(config.seed, "finetune/noise", self.device),
             "states": generator(config.seed, "finetune/states"),
@@ -301,7 +336,25 @@ class Experiment:
         return dxmi, TrainingState(dxmi, dxmi.optimizers, generators, stream)
 
     def _stream(self, batch_size: int, name: str) -> BatchStream:
-        return BatchStream(self.data.stored.to(self.device), batch_size, generator(self.config.seed, name))
+        labels = self._labels().to(self.device) if self.config.network.denoiser.classes else None
+        return BatchStream(self.data.stored.to(self.device), batch_size, generator(self.config.seed, name), labels)
+
+    def _labels(self) -> Tensor:
+        """The class of each sample.
+
+        Raises:
+            UserError: they have none, or there are more than the denoiser knows.
+        """
+        data, classes = self.data, self.config.network.denoiser.classes
+        if not isinstance(data, Images):
+            raise UserError(f"network.denoiser.classes is {classes}, but {data.name} has no classes: make it 0.")
+        largest = int(data.labels.max())
+        if largest >= classes:
+            raise UserError(
+                f"network.denoiser.classes is {classes}, but {data.name} has labels up to {largest}: "
+                f"make it {largest + 1}."
+            )
+        return data.labels
 
 
 def _device(name: str) -> torch.device:

@@ -9,19 +9,21 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from dxmi.networks import Denoiser
+from dxmi.networks import NOTHING, Denoiser, Given, conditioned
 from dxmi.schedules import StepSchedule
 from dxmi.tensors import per_sample
 from dxmi.trajectory import Gaussian, Trajectory
 
-Guide = Callable[[Tensor, int], Tensor]
-"""Given x_t [B, *event] and t, the gradient [B, *event] that sampling should descend."""
+Guide = Callable[[Tensor, int, Tensor | None], Tensor]
+"""Given x_t [B, *event], t, and labels [B] if there are any, the gradient [B, *event] that sampling should descend."""
 
 
 class Policy(nn.Module):
-    """pi(x_{t+1} | x_t) = N(signal_scale_t x_t + noise_scale_t eps(x_t, k_t), sigma_t^2 I).
+    """pi(x_{t+1} | x_t) = N(signal_scale_t x_t + noise_scale_t eps(input_scale_t x_t, k_t), sigma_t^2 I).
 
-    It owns what it learns: the denoiser and the free log sigmas. The last sigma is the schedule's, for ever.
+    It owns what it learns: the denoiser and the free log sigmas. The last sigma is the schedule's, for ever. Where the
+    network knows classes, pi is given a label; where it takes a latent, one is drawn in each step, and pi is the normal
+    that this latent chooses.
 
     Args:
         network: predicts the noise.
@@ -32,6 +34,7 @@ class Policy(nn.Module):
     diffusion_step: Tensor
     signal_scale: Tensor
     noise_scale: Tensor
+    input_scale: Tensor
     final_log_sigma: Tensor
 
     def __init__(self, network: Denoiser, schedule: StepSchedule, event: tuple[int, ...]) -> None:
@@ -42,6 +45,10 @@ class Policy(nn.Module):
         for name in ("diffusion_step", "signal_scale", "noise_scale"):
             table = torch.from_numpy(getattr(schedule, name)).float()
             self.register_buffer(name, table, persistent=False)
+        self.start_sigma = schedule.start_sigma
+        self.scales_input = schedule.input_scale is not None
+        input_scale = torch.from_numpy(schedule.input_scale).float() if schedule.input_scale is not None else None
+        self.register_buffer("input_scale", input_scale, persistent=False)
         log_sigma = torch.from_numpy(schedule.sigma).log().float()
         self.free_log_sigma = nn.Parameter(log_sigma[:-1].clone())
         self.register_buffer("final_log_sigma", log_sigma[-1:].clone(), persistent=False)
@@ -56,7 +63,12 @@ class Policy(nn.Module):
         return self.network.embed(self.diffusion_step)
 
     def transition(
-        self, x: Tensor, t: int | Tensor, embeddings: Tensor | None = None, log_sigma: Tensor | None = None
+        self,
+        x: Tensor,
+        t: int | Tensor,
+        embeddings: Tensor | None = None,
+        log_sigma: Tensor | None = None,
+        given: Given = NOTHING,
     ) -> Gaussian:
         """The Gaussian over x_{t+1}.
 
@@ -65,39 +77,60 @@ class Policy(nn.Module):
             t: the step, one for the batch or one a sample [B] (int64).
             embeddings: `self.embeddings()` if the caller has it at hand.
             log_sigma: `self.log_sigma` if the caller has it at hand.
+            given: the label of each state where the network knows classes, its latent where it takes one.
         """
         row = slice(t, t + 1) if isinstance(t, int) else t
         embeddings = self.embeddings() if embeddings is None else embeddings
         log_sigma = self.log_sigma if log_sigma is None else log_sigma
-        noise = self.network(x, embeddings[row]).float()  # under autocast it comes in bfloat16
+        seen = x * per_sample(self.input_scale[row], x) if self.scales_input else x
+        embedding = conditioned(self.network, embeddings[row], given)
+        noise = self.network(seen, embedding).float()  # under autocast it comes in bfloat16
         signal_scale, noise_scale = per_sample(self.signal_scale[row], x), per_sample(self.noise_scale[row], x)
         mean = (signal_scale * x).addcmul(noise_scale, noise)
         return Gaussian(mean, log_sigma[row].exp().expand(len(x)))
 
-    def step(self, x: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+    def step(self, x: Tensor, t: int | Tensor, noise: Tensor, given: Given = NOTHING) -> Tensor:
         """x_{t+1} [B, *event], reparameterised by `noise` [B, *event]."""
-        return self.transition(x, t).sample(noise)
+        return self.transition(x, t, given=given).sample(noise)
 
-    def log_prob(self, x_next: Tensor, x: Tensor, t: int | Tensor) -> Tensor:
-        """Log pi(x_{t+1} | x_t) in nats, summed over the event: [B]."""
-        return self.transition(x, t).log_prob(x_next)
+    def log_prob(self, x_next: Tensor, x: Tensor, t: int | Tensor, given: Given = NOTHING) -> Tensor:
+        """Log pi(x_{t+1} | x_t) in nats, summed over the event; given the latent if there is one: [B]."""
+        return self.transition(x, t, given=given).log_prob(x_next)
 
     def noise(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Standard normal noise for a rollout: the start and T steps, [T+1, B, *event]."""
         shape = (self.num_steps + 1, batch_size, *self.event)
         return torch.randn(shape, generator=generator, device=self.diffusion_step.device)
 
+    def latent(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
+        """Standard normal latents for one step, [B, Z]; None if the network takes none."""
+        if self.network.latent == 0:
+            return None
+        return torch.randn((batch_size, self.network.latent), generator=generator, device=self.diffusion_step.device)
+
+    def latents(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
+        """Those for a rollout, [T, B, Z]."""
+        latents = self.latent(self.num_steps * batch_size, generator)
+        return None if latents is None else latents.view(self.num_steps, batch_size, -1)
+
+    def _start(self, noise: Tensor) -> Tensor:
+        """x_0 from standard normal noise [B, *event]."""
+        return noise if self.start_sigma == 1.0 else noise * self.start_sigma
+
     @torch.no_grad()
-    def rollout(self, noise: Tensor) -> Trajectory:
+    def rollout(self, noise: Tensor, labels: Tensor | None = None, latents: Tensor | None = None) -> Trajectory:
         """Run the policy from noise[0], with noise[t + 1] in step t, without gradient.
 
         Args:
             noise: as `self.noise` makes it, [T+1, B, *event].
+            labels: [B], where the network knows classes.
+            latents: as `self.latents` makes them, [T, B, Z].
         """
         embeddings, log_sigma = self.embeddings(), self.log_sigma
-        states, means = [noise[0]], []
+        states, means = [self._start(noise[0])], []
         for t in range(self.num_steps):
-            step = self.transition(states[-1], t, embeddings, log_sigma)
+            given = Given(labels, None if latents is None else latents[t])
+            step = self.transition(states[-1], t, embeddings, log_sigma, given)
             means.append(step.mean)
             states.append(step.sample(noise[t + 1]))
         sigma = log_sigma.exp()[:, None].expand(-1, noise.shape[1])
@@ -105,7 +138,12 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def walk(
-        self, num: int, generator: torch.Generator, guide: Guide | None = None, guidance: float = 0.0
+        self,
+        num: int,
+        generator: torch.Generator,
+        guide: Guide | None = None,
+        guidance: float = 0.0,
+        labels: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """The states x_0 .. x_T of `num` rollouts one after the other, each [num, *event]; none is kept here.
 
@@ -114,18 +152,29 @@ class Policy(nn.Module):
             generator: draws the start and then each step's noise.
             guide: gradient of a value V(x, t); after each step x_{t+1} -= guidance * sigma_t * guide(x_{t+1}, t + 1).
             guidance: strength, 0 for none. V is a cost, so a positive strength descends it.
+            labels: [num], where the network knows classes; by default they are drawn, each class as likely.
         """
+        if labels is None and self.network.classes:
+            device = self.diffusion_step.device
+            labels = torch.randint(self.network.classes, (num,), generator=generator, device=device)
         embeddings, log_sigma = self.embeddings(), self.log_sigma
-        x = torch.randn((num, *self.event), generator=generator, device=self.diffusion_step.device)
+        x = self._start(torch.randn((num, *self.event), generator=generator, device=self.diffusion_step.device))
         yield x
         noise = torch.empty_like(x)
         for t in range(self.num_steps):
-            step = self.transition(x, t, embeddings, log_sigma)
+            step = self.transition(x, t, embeddings, log_sigma, Given(labels, self.latent(num, generator)))
             x = step.sample(noise.normal_(generator=generator))
             if guide is not None and guidance != 0.0:
-                x = x.addcmul(per_sample(step.sigma, x), guide(x, t + 1), value=-guidance)
+                x = x.addcmul(per_sample(step.sigma, x), guide(x, t + 1, labels), value=-guidance)
             yield x
 
-    def sample(self, num: int, generator: torch.Generator, guide: Guide | None = None, guidance: float = 0.0) -> Tensor:
+    def sample(
+        self,
+        num: int,
+        generator: torch.Generator,
+        guide: Guide | None = None,
+        guidance: float = 0.0,
+        labels: Tensor | None = None,
+    ) -> Tensor:
         """The last state of `walk`: [num, *event]."""
-        return deque(self.walk(num, generator, guide, guidance), maxlen=1).pop()
+        return deque(self.walk(num, generator, guide, guidance, labels), maxlen=1).pop()

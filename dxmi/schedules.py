@@ -1,27 +1,44 @@
-"""Noise schedules: the 1000-step forward process, and its shortening to T policy steps (FastDPM, arXiv 2106.00132).
+"""Noise schedules: how pretraining noises data, and the tables of the T policy steps that the model is cut to.
 
-Everything here is computed once, in float64: in float32 the continuous diffusion step is wrong.
+Three families of models, told apart by `ScheduleConfig.method`:
+
+    var, step   DDPM's 1000 steps (arXiv 2006.11239), cut by FastDPM (2106.00132); the network predicts the noise
+    karras      EDM's noise levels (2206.00364) with ancestral steps; the network is preconditioned as theirs
+    ddgan       the T steps of a denoising-diffusion GAN (2112.07804); the network predicts the image
+
+Whatever it predicts, the mean of a policy step is linear in the state and in the network's output, so that one table of
+coefficients serves all three. Everything here is computed once, in float64: in float32 the continuous diffusion step is
+wrong.
 
 Letters: K = 1000 diffusion steps, k a (possibly fractional) diffusion step, T policy steps, t = 0 is noise.
 gbar_s is the signal level after s of the T noising steps, so gbar_0 = 1 and gbar_T is the noisiest.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import bisect
-from scipy.special import gammaln
+from scipy.special import gammaln, ndtri
 
 Array = NDArray[np.float64]
 
 NUM_DIFFUSION_STEPS = 1000
 BETA_FIRST, BETA_LAST = 1e-4, 0.02
 _ROOT_TOLERANCE = 1e-12
+_ANCESTRAL_STEPS = 250
+"""Of the reference sampler of an EDM model."""
 
-METHODS = ("var", "step")
+SHORTENINGS = ("var", "step")
+METHODS = (*SHORTENINGS, "karras", "ddgan")
 SHAPES = ("linear", "quadratic")
+
+SIGMA_DATA = 0.5
+"""EDM's standard deviation of the data."""
+_LOG_SIGMA_MEAN, _LOG_SIGMA_STD = -1.2, 1.2
+_GAN_BETA_MIN, _GAN_BETA_MAX, _GAN_FIRST_TIME = 0.1, 20.0, 1e-3
 
 
 # ----------------------------------------------------------------------------
@@ -67,13 +84,21 @@ class ScheduleConfig:
     num_steps: int = 5
     """T, the number of policy steps."""
     method: str = "var"
-    """var: T new noise levels; step: a subset of the 1000 steps."""
+    """var: T new noise levels; step: a subset of the 1000 steps; karras: EDM's levels; ddgan: a diffusion GAN's."""
     shape: str = "quadratic"
     """linear or quadratic spacing of the noise levels (var) or of the chosen steps (step)."""
     kappa: float = 1.0
-    """Stochasticity of the initial sigmas: 1 is the DDPM posterior, 0 is DDIM."""
+    """Stochasticity of the initial sigmas: 1 is the DDPM posterior or the ancestral step, 0 is DDIM or Euler."""
     final_sigma: float = 1e-3
     """Standard deviation of the last step, which is never learned."""
+    rho: float = 7.0
+    """karras: levels are evenly spaced in sigma^(1 / rho)."""
+    sigma_min: float = 0.002
+    """karras: the lowest level."""
+    sigma_max: float = 80.0
+    """karras: the level of the start."""
+    noisy_end: bool = False
+    """karras: the last step leads to `sigma_min`, the last of T + 1 levels, and not from it, the last of T, to 0."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_steps <= NUM_DIFFUSION_STEPS:
@@ -86,21 +111,34 @@ class ScheduleConfig:
             raise ValueError(f"kappa is {self.kappa}: it must be in [0, 1]")
         if not 0.0 <= self.final_sigma < 1.0:
             raise ValueError(f"final_sigma is {self.final_sigma}: it must be in [0, 1)")
+        if not 1.0 <= self.rho <= 100.0:
+            raise ValueError(f"rho is {self.rho}: it must be in [1, 100]")
+        if not 0.0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min is {self.sigma_min}: it must be greater than 0 and less than sigma_max")
+        if not self.sigma_max < math.inf:
+            raise ValueError(f"sigma_max is {self.sigma_max}: it must be finite")
+
+    @property
+    def family(self) -> str:
+        """Which models it cuts: those of one family are pretrained alike."""
+        return {"karras": "edm", "ddgan": f"ddgan-{self.num_steps}"}.get(self.method, "ddpm")
 
 
 @dataclass(frozen=True)
 class StepSchedule:
     """The tables of a T-step sampler, in generation order (index t = 0 acts on noise); float64.
 
-    x_{t+1} = signal_scale_t x_t + noise_scale_t eps(x_t, diffusion_step_t) + sigma_t z
+    x_{t+1} = signal_scale_t x_t + noise_scale_t eps(input_scale_t x_t, diffusion_step_t) + sigma_t z
 
     Attributes:
-        level: signal level before each step and after the last, [T+1]; level[T] = 1.
-        diffusion_step: what the network is told, in 0..999, may be fractional, [T].
+        level: signal level before each step and after the last, [T+1], level[T] = 1; karras: noise level.
+        diffusion_step: what the network is told, may be fractional, [T].
         signal_scale: [T].
-        noise_scale: [T].
+        noise_scale: of the network's output, which for karras and ddgan is not the noise, [T].
         sigma: initial standard deviation of each step, [T]; the last is `final_sigma`.
         eta: variance that the matching forward step adds, the first reference variance of the running cost, [T].
+        input_scale: of the network's input, [T]; None for 1.
+        start_sigma: standard deviation of x_0.
     """
 
     level: Array
@@ -109,11 +147,18 @@ class StepSchedule:
     noise_scale: Array
     sigma: Array
     eta: Array
+    input_scale: Array | None = None
+    start_sigma: float = 1.0
 
     @property
     def num_steps(self) -> int:
         """T."""
         return len(self.sigma)
+
+    def tree(self) -> dict[str, Any]:
+        """Every table as a plain list, for a signature; those that are as DDPM's are left out."""
+        tables = {name: table.tolist() for name, table in asdict(self).items() if isinstance(table, np.ndarray)}
+        return tables if self.start_sigma == 1.0 else {**tables, "start_sigma": self.start_sigma}
 
 
 def shorten(config: ScheduleConfig) -> StepSchedule:
@@ -122,6 +167,10 @@ def shorten(config: ScheduleConfig) -> StepSchedule:
     Raises:
         ValueError: the subset of steps that was asked for has repeated members.
     """
+    if config.method == "karras":
+        return _karras(config)
+    if config.method == "ddgan":
+        return _ddgan(config)
     if config.method == "step":
         steps = chosen_steps(config.num_steps, config.shape)
         levels, diffusion_steps = forward_levels()[steps], steps.astype(np.float64)
@@ -193,6 +242,128 @@ def chosen_steps(num_steps: int, shape: str) -> NDArray[np.int64]:
 
 
 # ----------------------------------------------------------------------------
+# EDM (Karras et al., arXiv 2206.00364): x = data + sigma eps, and a network F inside
+#
+#     D(x) = c_skip x + c_out F(c_in x, 250 log sigma),
+#     c_skip = d^2 / (sigma^2 + d^2),  c_out = sigma d / sqrt(sigma^2 + d^2),  c_in = 1 / sqrt(sigma^2 + d^2),  d = 0.5.
+
+
+def karras_levels(num: int, config: ScheduleConfig) -> Array:
+    """Noise levels from sigma_max down to sigma_min, evenly spaced in sigma^(1 / rho) (equation 5), [num]."""
+    ramp = np.linspace(config.sigma_max ** (1.0 / config.rho), config.sigma_min ** (1.0 / config.rho), num)
+    levels: Array = ramp**config.rho if num > 1 else np.array([config.sigma_max])
+    return levels
+
+
+def _karras(config: ScheduleConfig) -> StepSchedule:
+    """Euler steps down to sigma_down = sqrt(s'^2 - sigma_up^2), where sigma_up = kappa s' sqrt(1 - s'^2 / s^2) is the
+    policy's noise: of its direction (x - D(x)) / s the part in x goes into signal_scale, that in F into noise_scale.
+    """
+    end = np.zeros(0) if config.noisy_end else np.zeros(1)
+    level = np.append(karras_levels(config.num_steps + config.noisy_end, config), end)
+    s, s_next = level[:-1], level[1:]
+    sigma = config.kappa * s_next * np.sqrt(1.0 - s_next**2 / s**2)
+    way = np.sqrt(s_next**2 - sigma**2) - s
+    total = s**2 + SIGMA_DATA**2
+    sigma[-1] = config.final_sigma
+    return StepSchedule(
+        level,
+        diffusion_step=250.0 * np.log(s),
+        signal_scale=1.0 + way * s / total,
+        noise_scale=-way * SIGMA_DATA / np.sqrt(total),
+        sigma=sigma,
+        eta=s**2 - s_next**2,
+        input_scale=1.0 / np.sqrt(total),
+        start_sigma=float(s[0]),
+    )
+
+
+# ----------------------------------------------------------------------------
+# Denoising-diffusion GAN (Xiao et al., arXiv 2112.07804): T large steps; the network predicts the image.
+
+
+def gan_levels(num_steps: int) -> Array:
+    """gbar_1..gbar_T: those of the variance-preserving SDE with beta from 0.1 to 20 at T + 1 even times, relative to
+    the first of them, [T].
+    """
+    time = _GAN_FIRST_TIME + np.linspace(0.0, 1.0, num_steps + 1) * (1.0 - _GAN_FIRST_TIME)
+    log_level = -0.5 * time**2 * (_GAN_BETA_MAX - _GAN_BETA_MIN) - time * _GAN_BETA_MIN
+    levels: Array = np.exp(log_level[1:] - log_level[0])
+    return levels
+
+
+def _ddgan(config: ScheduleConfig) -> StepSchedule:
+    """The posterior of x_{t+1} given x_t and the image (DDPM, equation 7; of variance kappa^2 times that)."""
+    level = np.append(gan_levels(config.num_steps)[::-1], 1.0)
+    g, g_next = level[:-1], level[1:]
+    sigma = config.kappa * np.sqrt((1.0 - g_next) / (1.0 - g) * (1.0 - g / g_next))
+    signal_scale = np.sqrt((1.0 - g_next - sigma**2) / (1.0 - g))
+    image_scale = np.sqrt(g_next) - np.sqrt(g) * signal_scale
+    sigma[-1] = config.final_sigma
+    steps = np.arange(config.num_steps - 1.0, -1.0, -1.0)
+    return StepSchedule(level, steps, signal_scale, image_scale, sigma, 1.0 - g / g_next)
+
+
+# ----------------------------------------------------------------------------
+# Pretraining: the network sees signal x + noise eps, is told the step, and regresses data_part x + noise_part eps.
+
+
+@dataclass(frozen=True)
+class Noising:
+    """How a family of models is pretrained: rows that are drawn evenly; float64.
+
+    Attributes:
+        step: what the network is told, [K].
+        signal: [K].
+        noise: [K].
+        data_part: of what it regresses, [K].
+        noise_part: of what it regresses, [K].
+    """
+
+    step: Array
+    signal: Array
+    noise: Array
+    data_part: Array
+    noise_part: Array
+
+    @property
+    def regresses_noise(self) -> bool:
+        """Whether the network predicts the noise itself."""
+        return not self.data_part.any() and bool((self.noise_part == 1.0).all())
+
+
+def noising(config: ScheduleConfig) -> Noising:
+    """How the models are pretrained that a schedule cuts."""
+    if config.method == "karras":
+        return _edm_noising()
+    if config.method == "ddgan":
+        levels = gan_levels(config.num_steps)
+        return replace(_noised(levels), data_part=np.ones_like(levels), noise_part=np.zeros_like(levels))
+    return ddpm_noising()
+
+
+def ddpm_noising() -> Noising:
+    """DDPM's: the noise of each of the K steps."""
+    return _noised(forward_levels())
+
+
+def _noised(level: Array) -> Noising:
+    """Variance-preserving noise of these signal levels, which is what the network regresses."""
+    step = np.arange(len(level), dtype=np.float64)
+    return Noising(step, np.sqrt(level), np.sqrt(1.0 - level), np.zeros_like(level), np.ones_like(level))
+
+
+def _edm_noising() -> Noising:
+    """The logarithm of sigma is normal with mean -1.2 and deviation 1.2: the rows are K of its quantiles. F regresses
+    (data - c_skip x) / c_out, which with EDM's weights is its loss (equation 8).
+    """
+    quantile = ndtri((np.arange(NUM_DIFFUSION_STEPS) + 0.5) / NUM_DIFFUSION_STEPS)
+    sigma = np.exp(_LOG_SIGMA_MEAN + _LOG_SIGMA_STD * quantile)
+    root = np.sqrt(sigma**2 + SIGMA_DATA**2)
+    return Noising(250.0 * np.log(sigma), 1.0 / root, sigma / root, sigma / (SIGMA_DATA * root), -SIGMA_DATA / root)
+
+
+# ----------------------------------------------------------------------------
 # Reference samplers: the same step, other tables.
 
 
@@ -206,3 +377,21 @@ def ancestral_schedule() -> StepSchedule:
 def ddim_schedule(num_steps: int) -> StepSchedule:
     """DDIM (arXiv 2010.02502) with `num_steps` evenly spaced steps: deterministic given its starting noise."""
     return shorten(ScheduleConfig(num_steps=num_steps, method="step", shape="linear", kappa=0.0, final_sigma=0.0))
+
+
+def reference_schedules(config: ScheduleConfig) -> dict[str, StepSchedule]:
+    """The samplers that a policy of `config` is compared with, by name: its model's own, a deterministic one with as
+    many steps, and the policy before it was fine-tuned.
+    """
+    num_steps, shortened = config.num_steps, shorten(config)
+    if config.method == "ddgan":
+        return {"shortened": shortened}
+    if config.method == "karras":
+        many = replace(config, num_steps=_ANCESTRAL_STEPS, rho=7.0, kappa=1.0, final_sigma=0.0, noisy_end=False)
+        euler = replace(config, kappa=0.0, final_sigma=0.0)
+        return {
+            f"ancestral_{_ANCESTRAL_STEPS}": shorten(many),
+            f"euler_{num_steps}": shorten(euler),
+            "shortened": shortened,
+        }
+    return {"ddpm_1000": ancestral_schedule(), f"ddim_{num_steps}": ddim_schedule(num_steps), "shortened": shortened}

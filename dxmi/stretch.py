@@ -45,10 +45,11 @@ class Stretch:
 
     def train_alone(self, until: int) -> None:
         """Do the iterations before `until`."""
-        generators = self.state.generators.values()
+        generators, stream = self.state.generators.values(), self.state.stream
         for iteration in range(self.iteration, until):
             with self.precision():
-                metrics = self.algorithm.update(self.state.stream.next(), iteration, *generators)
+                batch = stream.next()
+                metrics = self.algorithm.update(batch, iteration, *generators, labels=stream.labels)
             self.iteration = iteration + 1
             self.after(self.iteration, metrics)
 

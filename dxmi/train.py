@@ -33,7 +33,7 @@ from dxmi.networks import Denoiser
 from dxmi.pictures import curves_figure, save_figure
 from dxmi.provenance import device_name, git_revision, versions
 from dxmi.run_directory import Row, RunDirectory
-from dxmi.schedules import StepSchedule, ancestral_schedule, ddim_schedule, shorten
+from dxmi.schedules import StepSchedule, reference_schedules
 from dxmi.scorers import Scorer, Scores, build_scorer
 from dxmi.state import ALGORITHM, TrainingState
 from dxmi.stretch import Story, Stretch, tell, tell_together
@@ -347,12 +347,7 @@ class _Run:
     # References, once for all runs that share the pretrained model and the evaluation.
 
     def _references(self, denoiser: Denoiser) -> dict[str, Scores]:
-        num_steps = self.config.schedule.num_steps
-        samplers = {
-            "ddpm_1000": ancestral_schedule(),
-            f"ddim_{num_steps}": ddim_schedule(num_steps),
-            "shortened": shorten(self.config.schedule),
-        }
+        samplers = reference_schedules(self.config.schedule)
         num_samples = self.config.evaluate.num_samples
         evaluations = {name: num_samples * schedule.num_steps for name, schedule in samplers.items()}
         total, done, scores = sum(evaluations.values()), 0, {}
@@ -369,7 +364,7 @@ class _Run:
         identity = {
             "version": SCORING_VERSION,
             "pretraining": self.experiment.pretraining_signature,
-            "schedule": {key: value.tolist() for key, value in asdict(schedule).items()},
+            "schedule": schedule.tree(),
             "evaluate": {
                 key: value for key, value in to_tree(self.config.evaluate).items() if key not in _NOT_OF_SCORES
             },

@@ -19,11 +19,11 @@ class Value(nn.Module, ABC):
     energy: Energy
 
     @abstractmethod
-    def forward(self, x: Tensor, t: int) -> Tensor:
-        """V(x, t) of `x` [B, *event] at one step for the batch: [B]."""
+    def forward(self, x: Tensor, t: int, labels: Tensor | None = None) -> Tensor:
+        """V(x, t) of `x` [B, *event] at one step for the batch, with labels [B] where there are classes: [B]."""
 
     @abstractmethod
-    def at_steps(self, x: Tensor, t: Tensor, num_final: int, num_open: int = 0) -> Tensor:
+    def at_steps(self, x: Tensor, t: Tensor, num_final: int, num_open: int = 0, labels: Tensor | None = None) -> Tensor:
         """V(x_i, t_i), [B].
 
         Args:
@@ -31,13 +31,14 @@ class Value(nn.Module, ABC):
             t: the step of each sample in ascending order, [B].
             num_final: how many of them, at the end, are at T; the caller knows it without asking the device.
             num_open: how many before those may be at T: of one member of a stack so, of another not.
+            labels: the class of each, [B], where there are classes.
         """
 
-    def gradient(self, x: Tensor, t: int) -> Tensor:
+    def gradient(self, x: Tensor, t: int, labels: Tensor | None = None) -> Tensor:
         """dV(x, t)/dx for each sample: [B, *event]."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self(x, t).sum(), x)
+            (gradient,) = torch.autograd.grad(self(x, t, labels).sum(), x)
         return gradient
 
 
@@ -48,13 +49,13 @@ class SharedValue(Value):
         super().__init__()
         self.energy = energy
 
-    def forward(self, x: Tensor, t: int) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, t: int, labels: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """E(x), whatever the step."""
-        return self.energy(x)  # type: ignore[no-any-return]
+        return self.energy(x, labels)  # type: ignore[no-any-return]
 
-    def at_steps(self, x: Tensor, t: Tensor, num_final: int, num_open: int = 0) -> Tensor:  # noqa: ARG002
+    def at_steps(self, x: Tensor, t: Tensor, num_final: int, num_open: int = 0, labels: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """E(x), whatever the steps."""
-        return self.energy(x)  # type: ignore[no-any-return]
+        return self.energy(x, labels)  # type: ignore[no-any-return]
 
 
 class SeparateValue(Value):
@@ -75,25 +76,29 @@ class SeparateValue(Value):
 
     steps: Tensor
 
-    def forward(self, x: Tensor, t: int) -> Tensor:
+    def forward(self, x: Tensor, t: int, labels: Tensor | None = None) -> Tensor:
         """The network before T, the energy at T."""
         if t == self.num_steps:
-            return self.energy(x)  # type: ignore[no-any-return]
-        value: Tensor = self.network(x, self.network.embed(self.steps[t : t + 1]))
-        return value.float()
+            return self.energy(x, labels)  # type: ignore[no-any-return]
+        return self._early(x, self.network.embed(self.steps[t : t + 1]), labels)
 
-    def at_steps(self, x: Tensor, t: Tensor, num_final: int, num_open: int = 0) -> Tensor:
+    def at_steps(self, x: Tensor, t: Tensor, num_final: int, num_open: int = 0, labels: Tensor | None = None) -> Tensor:
         """Each network sees only the samples that are, or may be, its own."""
         end = len(x) - num_final
         start = end - num_open
         if end == 0:
-            return self.energy(x)  # type: ignore[no-any-return]
+            return self.energy(x, labels)  # type: ignore[no-any-return]
         steps = t[:end].clamp(max=self.num_steps - 1) if num_open else t[:end]
-        early = self.network(x[:end], self.network.embed(self.steps)[steps]).float()
+        early = self._early(x[:end], self.network.embed(self.steps)[steps], None if labels is None else labels[:end])
         if start == len(x):
-            return early  # type: ignore[no-any-return]
-        late = self.energy(x[start:])
+            return early
+        late = self.energy(x[start:], None if labels is None else labels[start:])
         if num_open == 0:
             return torch.cat((early, late))
         between = torch.where(t[start:end] == self.num_steps, late[:num_open], early[start:])
         return torch.cat((early[:start], between, late[num_open:]))
+
+    def _early(self, x: Tensor, embedding: Tensor, labels: Tensor | None) -> Tensor:
+        """The network's value before T, [B]; it is told the labels if it knows classes."""
+        value: Tensor = self.network(x, embedding, labels) if self.network.classes else self.network(x, embedding)
+        return value.float()

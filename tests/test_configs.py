@@ -11,11 +11,34 @@ from dxmi.config import build, differences, to_tree
 from dxmi.data import Images
 from dxmi.errors import UserError
 from dxmi.experiment import Experiment, ExperimentConfig
+from dxmi.imports import declare_torchvision_operators
 from dxmi.networks import NETWORK_CONFIGS
 from tune.configs import compose_experiment, config_folder, groups
 
 EXPERIMENTS = groups()["experiment"]
 OPTIONS = [(group, name) for group, names in groups().items() for name in names]
+
+NARROW = {
+    "unet": ["network.denoiser.channels=32", "network.energy.channels=8", "network.value.channels=8"],
+    "edm_unet": [
+        "network.denoiser.channels=32",
+        "network.denoiser.head_channels=32",
+        "network.denoiser.multipliers=[1,2]",
+        "network.denoiser.blocks=1",
+        "network.energy.channels=8",
+        "network.value.channels=8",
+    ],
+    "edm_unet_256": [
+        "network.denoiser.channels=32",
+        "network.denoiser.head_channels=32",
+        "network.denoiser.multipliers=[1,1,2]",
+        "network.denoiser.blocks=1",
+        "network.energy.width=1",
+        "network.value.width=1",
+    ],
+    "ddgan": ["network.denoiser.channels=16", "network.energy.channels=8", "network.value.channels=8"],
+}
+"""Large networks, built with fewer channels."""
 
 
 def with_fake_images(config: ExperimentConfig) -> Experiment:
@@ -31,11 +54,17 @@ def with_fake_images(config: ExperimentConfig) -> Experiment:
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS)
 def test_every_yaml_composes_builds_and_steps(group, name):
-    experiment = with_fake_images(compose_experiment([f"{group}={name}", "train.batch_size=4"]).experiment)
+    if name == "diffusers":
+        declare_torchvision_operators()
+        pytest.importorskip("diffusers", reason="the optional package diffusers is not installed")
+    small = ["train.batch_size=4", "pretrain.batch_size=4", *(NARROW.get(name, []) if group == "network" else [])]
+    experiment = with_fake_images(compose_experiment([f"{group}={name}", *small]).experiment)
     ddpm, pretraining = experiment.build_pretraining()
-    ddpm.update(pretraining.stream.next(), 0, pretraining.generators["noise"])
+    stream, noise = pretraining.stream, pretraining.generators["noise"]
+    ddpm.update(stream.next(), 0, noise, labels=stream.labels)
     dxmi, state = experiment.build_finetuning(ddpm.network)
-    metrics = dxmi.update(state.stream.next(), 0, state.generators["noise"], state.generators["states"])
+    stream, generators = state.stream, state.generators.values()
+    metrics = dxmi.update(stream.next(), 0, *generators, labels=stream.labels)
     assert all(torch.isfinite(value) for value in metrics.values())
 
 

@@ -54,9 +54,9 @@ def test_every_diffusion_step_is_trained_with_its_own_level():
 
         def embed(self, steps: Tensor) -> Tensor:
             self.seen += steps.tolist()
-            return torch.from_numpy(LEVELS)[steps][:, None]
+            return torch.from_numpy(LEVELS)[steps.long()][:, None]
 
-        def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None = None) -> Tensor:
             noise = (x.double() - embedding.sqrt() * self.data) / (1.0 - embedding).sqrt()
             return (noise + self.idle).float()
 

@@ -14,6 +14,7 @@ from tune.digests import digests
 from tune.space import FIXED, configured, flat
 
 Settings = dict[str, Any]
+KARRAS = (("rho", 5.0), ("sigma_min", 0.01), ("sigma_max", 70.0), ("noisy_end", True))
 SIZES = (("hidden", 7), ("layers", 4), ("first_gain", 2.0))
 SMALL = {"kind": "mlp", "hidden": 6, "layers": 3, "embedding": 4}
 BASE = build(
@@ -102,6 +103,10 @@ ALIVE: list[tuple[Settings, str, Any]] = [
     ({}, "schedule.shape", "linear"),
     ({}, "schedule.kappa", 0.9),
     ({}, "schedule.final_sigma", 2e-3),
+    *(({"schedule.method": "karras", "schedule.num_steps": 3}, f"schedule.{name}", value) for name, value in KARRAS),
+    ({}, "network.denoiser.classes", 3),
+    ({"network.denoiser.classes": 3}, "network.energy.classes", 3),
+    ({"network.denoiser.classes": 3, **SEPARATE}, "network.value.classes", 3),
     ({}, "train.iterations", 1001),
     ({}, "train.iterations", 0),
     ({}, "train.batch_size", 5),
@@ -161,7 +166,8 @@ def told() -> dict[str, str | None]:
 def test_every_setting_that_may_vary_is_tried():
     """A new setting fails here until a case above has it."""
     free = {path for path in flat(to_tree(BASE)) if path.partition(".")[0] not in (*FIXED, "seed", "data")}
-    free -= {f"network.{network}.kind" for network in ("denoiser", "energy", "value")}  # there is one kind
+    free -= {f"network.{network}.kind" for network in ("denoiser", "energy", "value")}  # only MLPs are tried
+    free -= {"pretrain.weights"}  # nothing is claimed of a run that starts from a file
     dead = {"train.log_every", "network.energy.embedding"}
     assert {path for _, path, _ in ALIVE} == free - dead
 

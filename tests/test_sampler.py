@@ -219,7 +219,7 @@ def test_guidance_descends_the_value_by_strength_times_sigma_times_gradient(make
     """For V(x, t) = (t + 1) |x|^2 / 2 a guided step is x - s sigma_t (t + 2) x at x = the unguided x_{t+1}."""
     policy, strength, seen = make_policy(4, EVENT), 0.1, []
 
-    def guide(x: Tensor, t: int) -> Tensor:
+    def guide(x: Tensor, t: int, labels: Tensor | None) -> Tensor:
         seen.append(t)
         return (t + 1.0) * x
 
@@ -237,7 +237,7 @@ def test_guidance_descends_the_value_by_strength_times_sigma_times_gradient(make
 def test_guidance_lowers_the_value_of_the_samples(make_policy):
     policy = make_policy(4, EVENT, final_sigma=0.5)
     free, guided = (
-        policy.sample(50, torch.Generator().manual_seed(3), lambda x, t: x, strength).square().mean()
+        policy.sample(50, torch.Generator().manual_seed(3), lambda x, t, labels: x, strength).square().mean()
         for strength in (0.0, 0.5)
     )
     assert guided < free
@@ -246,7 +246,7 @@ def test_guidance_lowers_the_value_of_the_samples(make_policy):
 def test_guidance_of_strength_zero_changes_nothing(make_policy):
     policy = make_policy(4, EVENT)
     plain = policy.sample(5, torch.Generator().manual_seed(3))
-    assert torch.equal(plain, policy.sample(5, torch.Generator().manual_seed(3), lambda x, t: x, 0.0))
+    assert torch.equal(plain, policy.sample(5, torch.Generator().manual_seed(3), lambda x, t, labels: x, 0.0))
 
 
 # ----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The commands: `dxmi train | sample | evaluate | config`, and those of `tune.sweep_commands`."""
+"""The commands: `dxmi train | sample | evaluate | export | config`, and those of `tune.sweep_commands`."""
 
 import argparse
 import importlib
@@ -18,6 +18,7 @@ from dxmi.config import build, to_tree
 from dxmi.data import DataConfig
 from dxmi.errors import DivergedError, UserError, WorkersLostError
 from dxmi.experiment import Experiment, ExperimentConfig
+from dxmi.export import FORMATS, export_diffusers
 from dxmi.files import write_atomic, write_json
 from dxmi.galleries import build_gallery
 from dxmi.run_directory import RunDirectory, read_yaml
@@ -37,6 +38,7 @@ Cut a diffusion model to a few steps and fine-tune those with DxMI (arXiv 2407.0
   dxmi train --resume runs/low-entropy             go on after an interruption
   dxmi sample runs/low-entropy --num 64 --out grid.png
   dxmi evaluate runs/low-entropy
+  dxmi export runs/my-unet --format diffusers --out my-unet
   dxmi config experiment=digits                    every setting and its value
 
   dxmi sweep experiment=digits sweep=demo          eight trials, a leaderboard and a report (minutes on a laptop)
@@ -120,6 +122,15 @@ def _parser() -> argparse.ArgumentParser:
     _run_arguments(sub)
     sub.add_argument("--num-samples", type=_positive, help="samples to score (default: as the run did)")
     sub.add_argument("--out", type=Path, help="write the scores to this .json too")
+
+    sub = command("export", _export, "write a run's policy for use elsewhere", "")
+    sub.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run")
+    sub.add_argument(
+        "--format", choices=FORMATS, default="diffusers", help="diffusers: a UNet2DModel and its few steps"
+    )
+    sub.add_argument("--checkpoint", choices=CHECKPOINTS, default="best", help="which policy (default best)")
+    sub.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: as the run)")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
 
     sub = command("config", _config, "print what would run", overrides)
     sub.add_argument("overrides", nargs="*", metavar="key=value")
@@ -383,6 +394,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     Terminal().print(table)
     if args.out:
         write_json(args.out, scores.values)
+    return OK
+
+
+def _export(args: argparse.Namespace) -> int:
+    _require_folder(args.out)
+    trained = _trained(args)
+    export_diffusers(trained, args.out)
+    Terminal().out(f"The policy of iteration {trained.step}: {args.out}", highlight=False)
     return OK
 
 

@@ -154,17 +154,24 @@ _BESIDE = ("eval/energy_auc",)
 """Scores that a table shows beside the one that runs are compared by."""
 
 
+_SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "ancestral": "ancestral", "euler": "Euler"}
+
+
+def _reference_row(name: str, steps: int) -> tuple[str, int, str]:
+    """Label and network evaluations of a reference, from its name: `ddim_5`, or `shortened`."""
+    sampler, _, evaluations = name.rpartition("_")
+    if sampler not in _SAMPLERS:
+        return f"{steps} steps, before", steps, name
+    return f"{evaluations} steps ({_SAMPLERS[sampler]})", int(evaluations), name
+
+
 def result_table(summary: Summary) -> Table:
     """The samplers of a finished run side by side: network evaluations, score, seconds for 1,000 samples."""
     steps, metric = summary.num_steps, summary.metric.removeprefix("eval/")
     others = [key for key in _BESIDE if key in summary.scores["best"]]
-    rows = [
-        ("1000 steps (DDPM)", 1000, "ddpm_1000"),
-        (f"{steps} steps (DDIM)", steps, f"ddim_{steps}"),
-        (f"{steps} steps, before", steps, "shortened"),
-        (f"{steps} steps, after (iteration {summary.best['step']})", steps, "best"),
-        ("the data itself", "", "data"),
-    ]
+    references = [_reference_row(name, steps) for name in summary.reference if name != "data"]
+    after = f"{steps} steps, after (iteration {summary.best['step']})"
+    rows = [*references, (after, steps, "best"), ("the data itself", "", "data")]
     table = Table(
         caption=f"Network evaluations a sample; {metric} of {summary.num_samples:,} samples each, lower is better; "
         "seconds for 1,000 samples."

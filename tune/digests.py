@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dxmi.algorithms.ddpm import DDPM
 from dxmi.config import build, to_tree
 from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
-from dxmi.networks import Denoiser
+from dxmi.networks import Denoiser, MlpConfig
+from dxmi.schedules import noising
 from dxmi.seeds import generator
 from tune.space import flat, tree_with
 
@@ -70,7 +71,10 @@ def _sizes(trees: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, float]]:
 
 
 def _digest(config: ExperimentConfig, small: Mapping[str, Any]) -> Digest:
-    if config.schedule.num_steps > _MAX_STEPS:
+    networks = (config.network.denoiser, config.network.energy, config.network.value)
+    if config.schedule.num_steps > _MAX_STEPS or not all(isinstance(network, MlpConfig) for network in networks):
+        return None  # it would not be quick
+    if config.pretrain.weights is not None:
         return None
     tree = tree_with(config, small) | {"resources": to_tree(ResourcesConfig(device="cpu"))}
     experiment = Experiment(build(ExperimentConfig, tree), event=_EVENT)
@@ -115,13 +119,17 @@ def _data(num: int, iteration: int) -> Tensor:
     return 2.0 * torch.rand((num, *_EVENT), generator=generator(iteration, "effects/data")) - 1.0
 
 
+def _labels(num: int, denoiser: Denoiser) -> Tensor | None:
+    return torch.arange(num) % denoiser.classes if denoiser.classes else None
+
+
 def _pretrained(experiment: Experiment) -> Denoiser:
     """What a few iterations of pretraining make of the denoiser."""
     config = experiment.config
     denoiser, noise = experiment.build_denoiser(), generator(config.seed, "effects/pretrain")
-    ddpm = DDPM(config.pretrain, denoiser)
+    ddpm = DDPM(config.pretrain, denoiser, noising=noising(config.schedule))
     for iteration in _iterations(config.pretrain.iterations):
-        ddpm.update(_data(_MIN_BATCH, iteration), iteration, noise)
+        ddpm.update(_data(_MIN_BATCH, iteration), iteration, noise, labels=_labels(_MIN_BATCH, denoiser))
     denoiser.load_state_dict(ddpm.average.state_dict())
     return denoiser
 
@@ -132,7 +140,7 @@ def _finetuned(experiment: Experiment, denoiser: Denoiser) -> list[Tensor]:
     noise, states = generator(config.seed, "effects/noise"), generator(config.seed, "effects/states")
     num = max(_MIN_BATCH, _STATES_PER_STEP * config.schedule.num_steps)
     for iteration in _iterations(config.train.iterations):
-        dxmi.update(_data(num, iteration), iteration, noise, states)
+        dxmi.update(_data(num, iteration), iteration, noise, states, labels=_labels(num, denoiser))
     judged: list[nn.Module] = [dxmi.evaluated, dxmi.policy, dxmi.value]
     schedule = [dxmi.policy.diffusion_step, dxmi.policy.signal_scale, dxmi.policy.noise_scale, dxmi.policy.log_sigma]
     return [*schedule, *(parameter.detach() for module in judged for parameter in module.parameters())]

@@ -78,14 +78,16 @@ def _measured(experiment: Experiment, slots: Slots, trials: int) -> Estimate:
     ddpm, pretraining = experiment.build_pretraining()
     dxmi, state = experiment.build_finetuning(experiment.build_denoiser())
     noise, states = state.generators["noise"], state.generators["states"]
-    iteration = _seconds(lambda: dxmi.update(state.stream.next(), 0, noise, states))
+    stream = state.stream
+    iteration = _seconds(lambda: dxmi.update(stream.next(), 0, noise, states, labels=stream.labels))
     batch = _seconds(lambda: generate(Sampling(dxmi.policy, SELECTION), config.evaluate.batch_size, config.evaluate))
     sampling = batch * config.evaluate.num_samples / config.evaluate.batch_size
     shared = 0.0
     cached = cache_root() / "pretrained" / f"{experiment.pretraining_signature}.cached"
     if not cached.exists():
         data, generator = pretraining.stream.next(), pretraining.generators["noise"]
-        shared += config.pretrain.iterations * _seconds(lambda: ddpm.update(data, 0, generator))
+        labels = pretraining.stream.labels
+        shared += config.pretrain.iterations * _seconds(lambda: ddpm.update(data, 0, generator, labels=labels))
         shared += sampling * (NUM_DIFFUSION_STEPS / config.schedule.num_steps + 2.0)
     evaluations = train.iterations / config.evaluate.every + 3
     seconds = train.iterations * iteration + evaluations * sampling * _SCORING

@@ -114,7 +114,9 @@ def reference_labels(summary: Mapping[str, Value]) -> dict[str, str]:
     steps = summary.get("num_steps")
     words = {
         "ddpm_1000": "1000 steps",
+        "ancestral_250": "250 steps",
         f"ddim_{steps}": f"{steps} steps, DDIM",
+        f"euler_{steps}": f"{steps} steps, Euler",
         "shortened": f"{steps} steps, before",
         "data": "the data itself",
     }

@@ -146,7 +146,9 @@ def _references_sentences(plan: Plan, best: TrialRecord) -> list[str]:
     steps, scores = summary["num_steps"], summary["reference"]
     words = {
         "ddpm_1000": "the 1000-step model it came from has {}",
+        "ancestral_250": "the model it came from has {} with 250 steps",
         f"ddim_{steps}": f"DDIM with {steps} steps {{}}",
+        f"euler_{steps}": f"Euler with {steps} steps {{}}",
         "shortened": f"the same {steps} steps before fine-tuning {{}}",
         "data": "fresh data itself {}",
     }

@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 
 from dxmi.config import build, to_tree
 from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
+from dxmi.networks import NcsnppGanConfig
 from dxmi.stretch import Stretch, train_together
 from tune.devices import Slots
 from tune.plans import Plan
@@ -33,8 +34,9 @@ def seeds_together(plan: Plan, slots: Slots) -> int:
     """
     resources = plan.experiment.resources
     most = min(plan.seeds_at_once, math.ceil(plan.num_trials / slots.concurrent), _most(resources, slots))
-    if most == 1 or resources.stack_seeds is not None or not _can_be_stacked(resources):
-        return most if _can_be_stacked(resources) else 1
+    possible = _can_be_stacked(plan.experiment)
+    if most == 1 or resources.stack_seeds is not None or not possible:
+        return most if possible else 1
     measure = ray.remote(num_cpus=slots.threads, num_gpus=slots.gpu_share)(_seconds_by_number)
     tree = to_tree(replace(plan.experiment, resources=replace(resources, threads=slots.threads)))
     try:
@@ -48,8 +50,11 @@ def _most(resources: ResourcesConfig, slots: Slots) -> int:
     return resources.stack_seeds or (_MOST_ON_GPU if slots.gpu_share else _MOST_ON_CPU)
 
 
-def _can_be_stacked(resources: ResourcesConfig) -> bool:
-    return resources.num_workers == 1 and resources.accumulate == 1
+def _can_be_stacked(config: ExperimentConfig) -> bool:
+    """One process in one piece, and networks that need neither labels nor latents."""
+    denoiser = config.network.denoiser
+    plain = denoiser.classes == 0 and not isinstance(denoiser, NcsnppGanConfig)
+    return plain and config.resources.num_workers == 1 and config.resources.accumulate == 1
 
 
 def _numbers(most: int) -> list[int]:

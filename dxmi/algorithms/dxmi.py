@@ -35,7 +35,9 @@ from dxmi.costs import (
     squared_step,
     step_costs,
 )
+from dxmi.errors import UserError
 from dxmi.losses import control_cost, energy_loss, policy_loss, td_target, value_loss
+from dxmi.networks import NOTHING, Given
 from dxmi.optimizers import (
     Descent,
     MovingAverage,
@@ -210,6 +212,23 @@ class DxMI(nn.Module):
         if self.target is not None and config.target_ema is not None:
             self.moving_averages.append(MovingAverage.between(self.value, self.target, config.target_ema))
 
+    def start_from(self, log_sigma: Tensor | None) -> None:
+        """Give the policy the sigmas of one that was fine-tuned before, log sigma_t [T], before the first iteration.
+
+        Raises:
+            UserError: it had another number of steps.
+        """
+        if log_sigma is None:
+            return
+        num_steps = self.policy.num_steps
+        if len(log_sigma) != num_steps:
+            raise UserError(
+                f"pretrain.weights is a policy of {len(log_sigma)} steps, but schedule.num_steps is {num_steps}."
+            )
+        for policy in (self.policy, *([] if self.average is None else [self.average])):
+            with torch.no_grad():
+                policy.free_log_sigma.copy_(log_sigma[:-1])
+
     @property
     def evaluated(self) -> Policy:
         """The policy that evaluation samples from: the moving average, or the policy itself without one."""
@@ -239,7 +258,13 @@ class DxMI(nn.Module):
     # One iteration.
 
     def update(
-        self, data: Tensor, iteration: int, generator: torch.Generator, state_generator: torch.Generator
+        self,
+        data: Tensor,
+        iteration: int,
+        generator: torch.Generator,
+        state_generator: torch.Generator,
+        *,
+        labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One DxMI iteration on a batch of data, of which this worker takes its share.
 
@@ -248,6 +273,7 @@ class DxMI(nn.Module):
             iteration: from 0; sets the learning rates.
             generator: noise of the policy, on the policy's device.
             state_generator: which stored states the policy update draws, on the host.
+            labels: the class of each real sample and of the one that is made beside it, [B], where there are classes.
 
         Returns:
             The metrics that the module's docstring lists, as scalars still on the device.
@@ -258,7 +284,10 @@ class DxMI(nn.Module):
         share = self.workers.share(len(data))
 
         # 1. Roll out.
-        trajectory = self.policy.rollout(share.of(self.policy.noise(share.num, generator), dim=1))
+        noise, latents = self.policy.noise(share.num, generator), self.policy.latents(share.num, generator)
+        labels = None if labels is None else share.of(labels)
+        latents = None if latents is None else share.of(latents, dim=1)
+        trajectory = self.policy.rollout(share.of(noise, dim=1), labels, latents)
 
         # 2. Adapt the reference variance.
         squared = self._squared_steps(trajectory)
@@ -267,18 +296,20 @@ class DxMI(nn.Module):
 
         # 3. Energy: low on data, high on samples.
         for _ in range(self.config.energy_updates):
-            metrics = self._update_energy(share, share.of(data), trajectory.sample)
+            metrics = self._update_energy(share, share.of(data), trajectory.sample, labels)
 
         # 4. Value: backwards in time, one temporal difference each.
         for _ in range(self.config.value_updates):
-            errors = [self._update_value(share, trajectory, t, squared, generator) for t in self._backwards()]
+            errors = [
+                self._update_value(share, trajectory, t, squared, generator, labels=labels) for t in self._backwards()
+            ]
         metrics["value/td_error"] = torch.stack(errors).mean().sqrt()
 
         # 5. Policy: one fresh reparameterised step from stored states.
         for _ in range(self.config.policy_updates):
             every = self.config.all_states
             for drawn in draw_states(self.policy.num_steps, share.num, state_generator, every=every):
-                metrics |= self._update_policy(share, trajectory, drawn, generator)
+                metrics |= self._update_policy(share, trajectory, drawn, generator, labels)
         metrics["policy/entropy"] = self.policy.log_sigma.detach().mean()
 
         for moving_average in self.moving_averages:
@@ -296,9 +327,14 @@ class DxMI(nn.Module):
         """Rows that are taken at a time."""
         return chunks(num, self.accumulate)
 
-    def _update_energy(self, share: Share, data: Tensor, sample: Tensor) -> dict[str, Tensor]:
+    def _update_energy(
+        self, share: Share, data: Tensor, sample: Tensor, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Step 3: one optimiser step."""
-        parts = (self.energy_part(self._paired(data[p], sample[p]), share=share) for p in self._pieces(share.count))
+        parts = (
+            self.energy_part(self._paired(data[p], sample[p]), _rows(labels, p), share=share)
+            for p in self._pieces(share.count)
+        )
         return energy_metrics(self.energy_optimizer.descend(parts))
 
     def _paired(self, data: Tensor, sample: Tensor) -> Tensor:
@@ -313,33 +349,53 @@ class DxMI(nn.Module):
         return torch.randn((num, *like.shape[1:]), generator=generator, device=like.device)
 
     def _update_value(
-        self, share: Share, trajectory: Trajectory, t: int, squared: Tensor | None, generator: torch.Generator
+        self,
+        share: Share,
+        trajectory: Trajectory,
+        t: int,
+        squared: Tensor | None,
+        generator: torch.Generator,
+        *,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Step 4 at one t: one optimiser step towards the TD target; returns the mean squared error."""
         x, x_next, stored = trajectory.x[t], trajectory.x[t + 1], None if squared is None else squared[t]
-        noise = share.of(self._noise(share.num, x, generator)) if self.config.resample_next else None
+        noise, given = None, Given(labels)
+        if self.config.resample_next:
+            noise = share.of(self._noise(share.num, x, generator))
+            latent = self.policy.latent(share.num, generator)
+            given = Given(labels, None if latent is None else share.of(latent))
         parts = (
-            self.value_part(x[p], x_next[p], _rows(stored, p), _rows(noise, p), t=t, share=share)
+            self.value_part(x[p], x_next[p], _rows(stored, p), _rows(noise, p), given.rows(p), t=t, share=share)
             for p in self._pieces(share.count)
         )
         return self.value_optimizer.descend(parts).loss
 
     def _update_policy(
-        self, share: Share, trajectory: Trajectory, drawn: Tensor, generator: torch.Generator
+        self,
+        share: Share,
+        trajectory: Trajectory,
+        drawn: Tensor,
+        generator: torch.Generator,
+        labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Step 5: one optimiser step."""
         noise = self._noise(len(drawn), trajectory.sample, generator)
+        latent = self.policy.latent(len(drawn), generator)
         t_host, row = drawn // share.num, drawn % share.num - share.start
         if share.count < share.num:  # the states that are this worker's own; their number differs from draw to draw
             own = ((row >= 0) & (row < share.count)).nonzero()[:, 0]
-            t_host, row, noise = t_host[own], row[own], noise[own.to(noise.device, non_blocking=True)]
+            on_device = own.to(noise.device, non_blocking=True)
+            t_host, row, noise = t_host[own], row[own], noise[on_device]
+            latent = None if latent is None else latent[on_device]
         state = t_host * share.count + row
+        given = Given(None if labels is None else labels[row.to(noise.device, non_blocking=True)], latent)
 
         def part(rows: slice) -> Part:
             num_final = self.num_at_the_end(t_host[rows])
             t = t_host[rows].to(noise.device, non_blocking=True)
             x = trajectory.states[state[rows].to(noise.device, non_blocking=True)]
-            return self.policy_part(x, t, noise[rows], num_final=num_final, share=share)
+            return self.policy_part(x, t, noise[rows], given.rows(rows), num_final=num_final, share=share)
 
         return policy_metrics(self.policy_optimizer.descend(part(rows) for rows in self._pieces(len(state))))
 
@@ -370,48 +426,67 @@ class DxMI(nn.Module):
         """What the running cost is made of, [B]."""
         return squared_noise(step, x_next) if self.config.running_cost == "noise" else squared_step(x, x_next)
 
-    def energy_part(self, pair: Tensor, *, share: Share) -> Part:
-        """Of mean E(x_data) - mean E(x_T) + l2 (mean E(x_data)^2 + mean E(x_T)^2), from `_paired` [2b, *event]."""
-        energy_data, energy_sample = self.value.energy(pair).chunk(2)
+    def energy_part(self, pair: Tensor, labels: Tensor | None = None, *, share: Share) -> Part:
+        """Of mean E(x_data) - mean E(x_T) + l2 (mean E(x_data)^2 + mean E(x_T)^2), from `_paired` [2b, *event], where
+        a sample was made with the label of the data beside it [b].
+        """
+        both = None if labels is None else torch.cat((labels, labels))
+        energy_data, energy_sample = self.value.energy(pair, both).chunk(2)
         loss = energy_loss(energy_data, energy_sample, self.config.energy_l2)
         return Part(share.mean(loss), (share.mean(energy_data.detach()), share.mean(energy_sample.detach())))
 
     def value_part(
-        self, x: Tensor, x_next: Tensor, squared: Tensor | None, noise: Tensor | None, *, t: int, share: Share
+        self,
+        x: Tensor,
+        x_next: Tensor,
+        squared: Tensor | None,
+        noise: Tensor | None,
+        given: Given = NOTHING,
+        *,
+        t: int,
+        share: Share,
     ) -> Part:
         """Of mean (V(x_t, t) - target)^2, from stored states x_t and x_{t+1} [b, *event] with what their running cost
-        is made of [b]; if there is noise [b, *event], x_{t+1} is drawn afresh with it.
+        is made of [b]; if there is noise [b, *event], x_{t+1} is drawn afresh with it and the latent given.
         """
         with torch.no_grad():
             if noise is not None:
-                x_next, squared = self._resampled(x, t, noise)
-            target = self._target(x_next, t, squared)
-        return Part(share.mean(value_loss(self.value(x, t), target)))
+                x_next, squared = self._resampled(x, t, noise, given)
+            target = self._target(x_next, t, squared, given.labels)
+        return Part(share.mean(value_loss(self.value(x, t, given.labels), target)))
 
-    def _resampled(self, x: Tensor, t: int, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _resampled(self, x: Tensor, t: int, noise: Tensor, given: Given) -> tuple[Tensor, Tensor | None]:
         """Fresh next states of `x` at step t, and what their running cost is made of if it is used."""
-        step = self.policy.transition(x, t)
+        step = self.policy.transition(x, t, given=given)
         x_next = step.sample(noise)
         return x_next, self._squared(x, x_next, step) if self.value_mask[t] != 0.0 else None
 
-    def _target(self, x_next: Tensor, t: int, squared: Tensor | None) -> Tensor:
+    def _target(self, x_next: Tensor, t: int, squared: Tensor | None, labels: Tensor | None = None) -> Tensor:
         """What V(x_t, t) regresses on, [B]."""
         config, control = self.config, None
         if squared is not None and self.value_mask[t] != 0.0:
             cost = running_cost(squared, self.reference_var()[t : t + 1])
             log_sigma = self.policy.log_sigma[t]
             control = self.value_mask[t] * control_cost(cost, log_sigma, config.cost_coef, config.entropy_coef)
-        return td_target((self.target or self.value)(x_next, t + 1), self.step_cost[t], control)
+        return td_target((self.target or self.value)(x_next, t + 1, labels), self.step_cost[t], control)
 
     def policy_part(
-        self, x: Tensor, t: Tensor, noise: Tensor, *, num_final: int, num_open: int = 0, share: Share
+        self,
+        x: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        given: Given = NOTHING,
+        *,
+        num_final: int,
+        num_open: int = 0,
+        share: Share,
     ) -> Part:
         """Of mean V(x_{t+1}, t+1) + m_p (control cost), through one fresh step from `x` [b, *event] at `t` [b], which
         ascends; `num_final` and `num_open` as for `Value.at_steps`.
         """
         config, policy = self.config, self.policy
         log_sigma = policy.log_sigma
-        step = policy.transition(x, t, log_sigma=log_sigma)
+        step = policy.transition(x, t, log_sigma=log_sigma, given=given)
         x_next = step.sample(noise)
         logged: tuple[Tensor, ...] = ()
         control = None
@@ -419,7 +494,7 @@ class DxMI(nn.Module):
             cost = running_cost(self._squared(x, x_next, step), self.reference_var()[t])
             control = self.policy_mask[t] * control_cost(cost, log_sigma[t], config.cost_coef, config.entropy_coef)
             logged = (share.mean(cost.detach()),)
-        value = self.value.at_steps(x_next, t + 1, num_final, num_open)
+        value = self.value.at_steps(x_next, t + 1, num_final, num_open, given.labels)
         return Part(share.mean(policy_loss(value, control)), logged)
 
 

@@ -159,8 +159,14 @@ class StackedDDPM:
         self._optimizer.schedule(iteration)
         share = ALONE.share(data.shape[1])
         drawn = [self._first.draw(own, generator) for own, generator in zip(data, generators, strict=True)]
-        step, noise = (torch.stack(column) for column in zip(*drawn, strict=True))
-        part = self._stack.call(self._network, "part", data, step, noise, share=share)
+        columns = [_stacked(column) for column in zip(*drawn, strict=True)]
+        part = self._stack.call(self._network, "part", data, *columns, share=share)
         descent = self._optimizer.descend([part])
         self._average.update(iteration)
         return loss_metrics(descent)
+
+
+def _stacked(members: Sequence[Tensor | None]) -> Tensor | None:
+    """Each member's tensor, [K, ...], if they have one."""
+    tensors = [tensor for tensor in members if tensor is not None]
+    return torch.stack(tensors) if tensors else None

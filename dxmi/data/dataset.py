@@ -46,13 +46,21 @@ class BatchStream:
         stored: samples as a data set keeps them, [N, *event], on the device where the batches are wanted.
         batch_size: B; may be larger than N.
         generator: shuffles, on the host.
+        labels: the class of each sample, [N], on that device, if they are wanted.
+
+    Attributes:
+        labels: those of the batch that `next` has just given, [B], if they are wanted.
     """
 
-    def __init__(self, stored: Tensor, batch_size: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, stored: Tensor, batch_size: int, generator: torch.Generator, labels: Tensor | None = None
+    ) -> None:
         self.stored = stored
         self.batch_size = batch_size
         self.generator = generator
         self.order = torch.empty(0, dtype=torch.int64)
+        self.labels: Tensor | None = None
+        self._all_labels = labels
 
     def next(self) -> Tensor:
         """The next batch as floats, pixels in [-1, 1]: [B, *event]."""
@@ -60,7 +68,10 @@ class BatchStream:
             epoch = torch.randperm(len(self.stored), generator=self.generator)
             self.order = torch.cat((self.order, epoch))
         drawn, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-        return decode(self.stored[drawn.to(self.stored.device, non_blocking=True)])
+        rows = drawn.to(self.stored.device, non_blocking=True)
+        if self._all_labels is not None:
+            self.labels = self._all_labels[rows]
+        return decode(self.stored[rows])
 
     def state(self) -> dict[str, Tensor]:
         """What `load_state` needs to go on from here."""

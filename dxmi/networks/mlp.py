@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dxmi.networks.base import Critic, Denoiser, NetworkConfig, SinusoidalEmbedding, TimedCritic
+from dxmi.networks.layers import label_table, require_labels
 
 _MAX_WIDTH, _MAX_LAYERS, _MAX_GAIN = 16_384, 256, 1e3
 
@@ -31,6 +32,7 @@ class MlpConfig(NetworkConfig):
     features of a density; at 3 it learns the eight Gaussians within a few hundred iterations."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.hidden <= _MAX_WIDTH:
             raise ValueError(f"hidden is {self.hidden}: it must be in 1..{_MAX_WIDTH}")
         if not 2 <= self.layers <= _MAX_LAYERS:
@@ -95,16 +97,25 @@ class MlpDenoiser(Denoiser):
 
     def __init__(self, config: MlpConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
         super().__init__()
+        self.classes = config.classes
         self.body = _Body(config, math.prod(event), math.prod(event), generator)
         self.steps = _StepEmbedding(config, generator)
+        self.labels = label_table(config.classes, config.hidden, generator) if config.classes else None
 
     def embed(self, steps: Tensor) -> Tensor:
         """[N] to [N, H]."""
         embedding: Tensor = self.steps(steps)
         return embedding
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The noise in `x` [B, *event]."""
+    def embed_labels(self, labels: Tensor) -> Tensor:
+        """[B] to [B, H]."""
+        if self.labels is None:
+            return super().embed_labels(labels)
+        embedding: Tensor = self.labels(labels)
+        return embedding
+
+    def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """The noise in `x` [B, *event]; an MLP drops nothing."""
         noise: Tensor = self.body(x, embedding)
         return noise.view_as(x)
 
@@ -114,11 +125,14 @@ class MlpCritic(Critic):
 
     def __init__(self, config: MlpConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
         super().__init__()
+        self.classes = config.classes
         self.body = _Body(config, math.prod(event), 1, generator)
+        self.labels = label_table(config.classes, config.hidden, generator) if config.classes else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """[B, *event] to [B]."""
-        score: Tensor = self.body(x)
+        labels = require_labels(labels, self.classes)
+        score: Tensor = self.body(x, None if self.labels is None else self.labels(labels))
         return score.squeeze(1)
 
 
@@ -127,15 +141,20 @@ class MlpTimedCritic(TimedCritic):
 
     def __init__(self, config: MlpConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
         super().__init__()
+        self.classes = config.classes
         self.body = _Body(config, math.prod(event), 1, generator)
         self.steps = _StepEmbedding(config, generator)
+        self.labels = label_table(config.classes, config.hidden, generator) if config.classes else None
 
     def embed(self, steps: Tensor) -> Tensor:
         """[N] to [N, H]."""
         embedding: Tensor = self.steps(steps)
         return embedding
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, labels: Tensor | None = None) -> Tensor:
         """[B, *event] and [1 or B, H] to [B]."""
+        labels = require_labels(labels, self.classes)
+        if self.labels is not None:
+            embedding = embedding + self.labels(labels)
         score: Tensor = self.body(x, embedding)
         return score.squeeze(1)

@@ -1,0 +1,43 @@
+"""Packages that need help to be imported, and one that need not be there."""
+
+import contextlib
+import importlib
+from functools import cache
+from typing import Any
+
+import torch
+
+from dxmi.errors import UserError
+
+
+@cache
+def declare_torchvision_operators() -> torch.library.Library | None:
+    """Make torchvision importable beside a CPU-only torch; to be called before what imports it.
+
+    torchvision's compiled operators are linked against CUDA and do not load beside a CPU torch; torchvision then fails
+    at import because two of them have no schema. Declaring the schemas is enough for everything written in Python. A
+    CUDA build of torch needs and gets no help.
+
+    Returns:
+        The declarations, which live as long as a reference to them: the cache holds one.
+    """
+    if torch.version.cuda is not None:
+        return None
+    library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+    for name in ("nms", "qnms"):
+        with contextlib.suppress(RuntimeError):  # the operator is there after all
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
+    return library
+
+
+def diffusers() -> Any:
+    """The package diffusers.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    declare_torchvision_operators()
+    try:
+        return importlib.import_module("diffusers")
+    except ModuleNotFoundError as error:
+        raise UserError("kind=diffusers needs the package of that name: pip install 'dxmi[diffusers]'.") from error

@@ -1,0 +1,120 @@
+"""diffusers' UNet2DModel as a denoiser."""
+
+from dataclasses import asdict, dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dxmi.errors import UserError
+from dxmi.imports import diffusers
+from dxmi.networks.base import Denoiser, NetworkConfig
+from dxmi.networks.layers import fan_in_uniform, image_event
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusersConfig(NetworkConfig):
+    """UNet2DModel under its own argument names; the defaults are those of google/ddpm-cifar10-32."""
+
+    kind: str = "diffusers"
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 256)
+    """C of each level, highest resolution first."""
+    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
+    """Of each level on the way down."""
+    up_block_types: tuple[str, ...] = ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    """Of each level on the way up."""
+    layers_per_block: int = 2
+    """Residual blocks a level on the way down."""
+    downsample_padding: int = 0
+    """0 pads at the right and at the bottom alone."""
+    downsample_type: str = "conv"
+    """conv or resnet."""
+    upsample_type: str = "conv"
+    """conv or resnet."""
+    act_fn: str = "silu"
+    """Activation function."""
+    attention_head_dim: int | None = None
+    """Channels of an attention head; null for a single head."""
+    norm_num_groups: int = 32
+    """Of each GroupNorm."""
+    attn_norm_num_groups: int | None = None
+    """Of the GroupNorm before the attention in the middle; null for diffusers' own choice."""
+    norm_eps: float = 1e-6
+    """Of each GroupNorm."""
+    resnet_time_scale_shift: str = "default"
+    """default or scale_shift."""
+    freq_shift: int = 1
+    """1 reaches the frequency 1 / 10,000."""
+    flip_sin_to_cos: bool = False
+    """Cosines before sines."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lengths = {len(self.block_out_channels), len(self.down_block_types), len(self.up_block_types)}
+        if len(lengths) > 1:
+            raise ValueError("block_out_channels, down_block_types and up_block_types must have as many entries each")
+        if min(self.block_out_channels) < 1:
+            raise ValueError(f"block_out_channels is {list(self.block_out_channels)}: they must be positive")
+
+
+class DiffusersDenoiser(Denoiser):
+    """A UNet2DModel. The embedding is the step itself, with the label beside it: the model embeds both on its own.
+
+    Args:
+        config: its settings.
+        event: (C, H, W) of one sample, H = W.
+        generator: of the weights.
+
+    Raises:
+        UserError: diffusers is not installed, or refuses the config.
+    """
+
+    def __init__(self, config: DiffusersConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
+        super().__init__()
+        colours, size = image_event(event, "UNet2DModel", least=1)
+        self.classes = config.classes
+        arguments = {key: value for key, value in asdict(config).items() if key not in ("kind", "classes")}
+        arguments["num_class_embeds"] = config.classes or None
+        model = diffusers().UNet2DModel
+        try:
+            with torch.device("meta"):
+                network = model(sample_size=size, in_channels=colours, out_channels=colours, **arguments)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise UserError(f"diffusers refuses this UNet2DModel: {error}") from error
+        self.model: nn.Module = _initialised(network, generator)
+
+    def embed(self, steps: Tensor) -> Tensor:
+        """[N] to [N, 2]: the step, and room for a label."""
+        step = steps.float()
+        return torch.stack((step, torch.zeros_like(step)), dim=1)
+
+    def embed_labels(self, labels: Tensor) -> Tensor:
+        """[B] to [B, 2]."""
+        if not self.classes:
+            return super().embed_labels(labels)
+        label = labels.float()
+        return torch.stack((torch.zeros_like(label), label), dim=1)
+
+    def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """The noise in `x` [B, C, H, W]; nothing is dropped."""
+        labels = embedding[:, 1].long() if self.classes else None
+        (noise,) = self.model(x, embedding[:, 0], class_labels=labels, return_dict=False)
+        return cast("Tensor", noise)
+
+
+def _initialised(network: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A network that was made on the meta device, on the CPU with PyTorch's initialisation, drawn from `generator`."""
+    network.to_empty(device="cpu")
+    for layer in network.modules():
+        if isinstance(layer, nn.GroupNorm):
+            layer.reset_parameters()
+        elif isinstance(layer, nn.Embedding):
+            nn.init.normal_(layer.weight, generator=generator)
+        elif isinstance(layer, (nn.Linear, nn.Conv2d)):
+            bound = fan_in_uniform(layer.weight[0].numel(), 0)[0]
+            with torch.no_grad():
+                for parameter in layer.parameters(recurse=False):
+                    parameter.uniform_(-bound, bound, generator=generator)
+        elif any(True for _ in layer.parameters(recurse=False)):
+            raise UserError(f"A UNet2DModel with a {type(layer).__name__} cannot be initialised from a seed.")
+    return network

@@ -1,0 +1,159 @@
+"""The residual energy of IGEBM (Du & Mordatch, arXiv 1903.08689) as DxMI uses it: a critic of images.
+
+conv, then six residual blocks without normalisation (1st, 3rd and 5th halve the resolution), ReLU, sum over the pixels,
+a linear map to one number, and one more scale and shift of that number, which is learned.
+
+Axis letters: B batch, C channels, H height, W width, E embedding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dxmi.networks.base import Critic, NetworkConfig, TimedCritic
+from dxmi.networks.layers import (
+    StepMlp,
+    as_map,
+    conv,
+    fan_in_uniform,
+    image_event,
+    linear,
+    require_labels,
+    spectral_convs,
+)
+
+_MAX_CHANNELS = 4096
+_SLOPE = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class IgebmConfig(NetworkConfig):
+    """The energy of the published image experiments."""
+
+    kind: str = "igebm"
+    channels: int = 128
+    """C of the first two blocks; the others have twice as many."""
+    spectral_norm: bool = False
+    """Divide the weights of each convolution by their largest singular value."""
+    output_scale: bool = True
+    """Learn a scale and a shift of the output."""
+    embedding: int = 128
+    """Width of the sinusoidal step embedding of a value; an energy, which knows no time, ignores it."""
+    channels_last: bool = False
+    """Keep C last in memory, which is faster on GPUs with tensor cores."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.channels <= _MAX_CHANNELS:
+            raise ValueError(f"channels is {self.channels}: it must be in 1..{_MAX_CHANNELS}")
+        if not 2 <= self.embedding <= _MAX_CHANNELS or self.embedding % 2:
+            raise ValueError(f"embedding is {self.embedding}: it must be even and in 2..{_MAX_CHANNELS}")
+
+
+class _Block(nn.Module):
+    """lrelu(half(skip(x) + conv(lrelu(conv(x))))), each convolution followed by its class's scale and shift."""
+
+    def __init__(
+        self, inputs: int, outputs: int, config: IgebmConfig, generator: torch.Generator, *, down: bool, timed: bool
+    ) -> None:
+        super().__init__()
+        self.down = down
+        bias = config.classes == 0
+        self.conv_in = conv(inputs, outputs, 3, generator, fan_in_uniform, bias=bias)
+        self.conv_out = conv(outputs, outputs, 3, generator, fan_in_uniform, bias=bias)
+        straight = inputs == outputs and not down
+        self.skip = nn.Identity() if straight else conv(inputs, outputs, 1, generator, fan_in_uniform, bias=False)
+        self.labels = _unit_table(config.classes, outputs) if config.classes else None
+        self.steps = linear(config.embedding, outputs, generator) if timed else None
+
+    def forward(self, x: Tensor, labels: Tensor | None, embedding: Tensor | None) -> Tensor:
+        """[B, inputs, H, W] to [B, outputs, H', W'], at the steps embedded in [1 or B, E]."""
+        h: Tensor = self.conv_in(x)
+        if self.steps is not None and embedding is not None:
+            h = h + as_map(self.steps(embedding))
+        if self.labels is None:
+            h = self.conv_out(_leaky(h))
+        else:
+            scale_in, scale_out, shift_in, shift_out = as_map(self.labels(labels)).chunk(4, dim=1)
+            h = self.conv_out(_leaky(torch.addcmul(shift_in, scale_in, h)))
+            h = torch.addcmul(shift_out, scale_out, h)
+        h = self.skip(x) + h
+        return _leaky(F.avg_pool2d(h, 2) if self.down else h)
+
+
+def _unit_table(classes: int, outputs: int) -> nn.Embedding:
+    """For each class two scales of 1 and two shifts of 0 for each channel: [classes, 4 C]."""
+    ones, zeros = torch.ones(classes, 2 * outputs), torch.zeros(classes, 2 * outputs)
+    return nn.Embedding(classes, 4 * outputs, _weight=torch.cat((ones, zeros), dim=1))
+
+
+def _leaky(x: Tensor) -> Tensor:
+    """Leaky ReLU of a map that nobody else holds: in place where no gradient will ask for what went in."""
+    return F.leaky_relu(x, _SLOPE, inplace=not torch.is_grad_enabled())
+
+
+class _Body(nn.Module):
+    """All but the interfaces."""
+
+    def __init__(self, config: IgebmConfig, event: tuple[int, ...], generator: torch.Generator, *, timed: bool) -> None:
+        super().__init__()
+        colours, _ = image_event(event, "The IGEBM energy", least=8)
+        width = config.channels
+        self.channels_last = config.channels_last
+        self.conv_in = conv(colours, width, 3, generator, fan_in_uniform)
+        widths = [(width, width), (width, width), (width, 2 * width), *[(2 * width, 2 * width)] * 3]
+        self.blocks = nn.ModuleList(
+            _Block(a, b, config, generator, down=index % 2 == 0, timed=timed) for index, (a, b) in enumerate(widths)
+        )
+        self.linear = linear(2 * width, 1, generator, fan_in_uniform)
+        self.output_scale = linear(1, 1, generator, fan_in_uniform) if config.output_scale else nn.Identity()
+        self.steps = StepMlp(config.embedding, generator) if timed else None
+        if config.spectral_norm:
+            spectral_convs(self, generator)
+        if config.channels_last:
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor, labels: Tensor | None, embedding: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] to [B]."""
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        h = _leaky(self.conv_in(x))
+        for block in self.blocks:
+            h = block(h, labels, embedding)
+        score: Tensor = self.output_scale(self.linear(F.relu(h).sum(dim=(2, 3))))
+        return score.squeeze(1)
+
+
+class IgebmCritic(Critic):
+    """A time-independent score."""
+
+    def __init__(self, config: IgebmConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
+        super().__init__()
+        self.classes = config.classes
+        self.body = _Body(config, event, generator, timed=False)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] to [B]."""
+        score: Tensor = self.body(x, require_labels(labels, self.classes))
+        return score
+
+
+class IgebmTimedCritic(TimedCritic):
+    """A time-conditioned score: the embedded step shifts each block's first convolution."""
+
+    def __init__(self, config: IgebmConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
+        super().__init__()
+        self.classes = config.classes
+        self.body = _Body(config, event, generator, timed=True)
+
+    def embed(self, steps: Tensor) -> Tensor:
+        """[N] to [N, E]."""
+        embedding: Tensor = self.body.steps(steps)  # type: ignore[misc]
+        return embedding
+
+    def forward(self, x: Tensor, embedding: Tensor, labels: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] and [1 or B, E] to [B]."""
+        score: Tensor = self.body(x, require_labels(labels, self.classes), embedding)
+        return score

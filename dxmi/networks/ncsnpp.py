@@ -1,0 +1,292 @@
+"""NCSN++ (Song et al., arXiv 2011.13456) as the generator of a denoising-diffusion GAN (Xiao et al., arXiv 2112.07804).
+
+A U-Net that predicts the image from a noisy one and a latent z: z goes through an MLP and then scales and shifts every
+norm; the step is added as ever. Resolutions change with the filter [1, 3, 3, 1], the noisy image itself is seen again
+at each resolution on the way down, and every sum of two branches is divided by the square root of two.
+
+Axis letters: B batch, C channels, H height, W width, E embedding (of the step, then of the latent), Z latent.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dxmi.errors import UserError
+from dxmi.networks.base import Denoiser, NetworkConfig, SinusoidalEmbedding
+from dxmi.networks.layers import Attention, as_map, conv, image_event, linear, silu, zero
+
+_MAX_CHANNELS, _MAX_BLOCKS, _MAX_LEVELS, _MAX_LATENT, _MAX_LAYERS = 4096, 64, 12, 65_536, 64
+_EPS = 1e-6
+_ROOT_HALF = math.sqrt(0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NcsnppGanConfig(NetworkConfig):
+    """The generator of a denoising-diffusion GAN; the defaults are those for CIFAR-10."""
+
+    kind: str = "ncsnpp_gan"
+    channels: int = 128
+    """C at the highest resolution, and the width of the sinusoidal step embedding."""
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    """C of each level, highest resolution first, as multiples of `channels`; each level has half the one before."""
+    blocks: int = 2
+    """Residual blocks a level on the way down; one more on the way up."""
+    attention: tuple[int, ...] | None = (16,)
+    """Heights of the levels with attention; null for none. The middle always has it."""
+    latent: int = 100
+    """Z: numbers in a latent."""
+    latent_embedding: int = 256
+    """Width of the embedded latent."""
+    latent_layers: int = 4
+    """Layers after the first one of the latent's MLP."""
+    channels_last: bool = False
+    """Keep C last in memory, which is faster on GPUs with tensor cores."""
+    recompute: bool = False
+    """Recompute each block's activations for the gradient instead of keeping them: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.multipliers) <= _MAX_LEVELS or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers is {list(self.multipliers)}: it must be 1 to {_MAX_LEVELS} positive numbers")
+        if not 4 <= self.channels <= _MAX_CHANNELS or self.channels % 4:
+            raise ValueError(f"channels is {self.channels}: it must be a multiple of 4, at most {_MAX_CHANNELS}")
+        if not 1 <= self.blocks <= _MAX_BLOCKS:
+            raise ValueError(f"blocks is {self.blocks}: it must be in 1..{_MAX_BLOCKS}")
+        super().__post_init__()
+        if self.classes:
+            raise ValueError(f"classes is {self.classes}: this generator knows none, so make it 0")
+        for name in ("latent", "latent_embedding"):
+            if not 1 <= getattr(self, name) <= _MAX_LATENT:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be in 1..{_MAX_LATENT}")
+        if not 0 <= self.latent_layers <= _MAX_LAYERS:
+            raise ValueError(f"latent_layers is {self.latent_layers}: it must be in 0..{_MAX_LAYERS}")
+
+
+# ----------------------------------------------------------------------------
+# Resolutions, changed with the separable filter [1, 3, 3, 1] / 8; pixels beyond the edge are zero.
+
+
+def _filter(x: Tensor, gain: float) -> Tensor:
+    """The filter for each channel of `x`, [C, 1, 4, 4]."""
+    tap = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) * (gain / 8.0)
+    return torch.outer(tap, tap).expand(x.shape[1], 1, 4, 4)
+
+
+def fir_half(x: Tensor) -> Tensor:
+    """Filtered, then every second pixel: [B, C, H, W] to [B, C, H / 2, W / 2]."""
+    return F.conv2d(x, _filter(x, 1.0), stride=2, padding=1, groups=x.shape[1])
+
+
+def fir_double(x: Tensor) -> Tensor:
+    """Zeros between the pixels, then filtered: [B, C, H, W] to [B, C, 2 H, 2 W]."""
+    return F.conv_transpose2d(x, _filter(x, 2.0), stride=2, padding=1, groups=x.shape[1])
+
+
+class _Pyramid(nn.Module):
+    """The noisy image at the next lower resolution: the filter, then a 3x3 convolution of stride 2."""
+
+    def __init__(self, inputs: int, outputs: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.conv = conv(inputs, outputs, 3, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] to [B, outputs, H / 2, W / 2]."""
+        smooth = F.conv2d(x, _filter(x, 1.0), padding=2, groups=x.shape[1])  # [B, inputs, H + 1, W + 1]
+        return F.conv2d(smooth, self.conv.weight, self.conv.bias, stride=2)
+
+
+# ----------------------------------------------------------------------------
+# Blocks. Each takes the map [B, C, H, W], the step after its SiLU [1 or B, 4 C], and the embedded latent [B, E'].
+
+
+def _groups(channels: int) -> int:
+    return min(channels // 4, 32)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(_groups(channels), channels, eps=_EPS)
+
+
+class _AdaptiveNorm(nn.Module):
+    """GroupNorm whose scale and shift come from the latent; they start near 1 and 0."""
+
+    def __init__(self, channels: int, latent: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.style = linear(latent, 2 * channels, generator)
+        with torch.no_grad():
+            self.style.bias[:channels] = 1.0
+        self.groups = _groups(channels)
+
+    def forward(self, x: Tensor, latent: Tensor) -> Tensor:
+        """[B, C, H, W] to the same."""
+        scale, shift = as_map(self.style(latent)).chunk(2, dim=1)
+        return torch.addcmul(shift, scale, F.group_norm(x, self.groups, eps=_EPS))
+
+
+class _Block(nn.Module):
+    """(skip(x) + conv(silu(norm(conv(resampled silu(norm(x))) + step)))) / sqrt 2, both norms adaptive."""
+
+    def __init__(
+        self, inputs: int, outputs: int, config: NcsnppGanConfig, generator: torch.Generator, resample: str = ""
+    ) -> None:
+        super().__init__()
+        self.resample = {"": None, "down": fir_half, "up": fir_double}[resample]
+        self.norm_in = _AdaptiveNorm(inputs, config.latent_embedding, generator)
+        self.conv_in = conv(inputs, outputs, 3, generator)
+        self.step = linear(4 * config.channels, outputs, generator)
+        self.norm_out = _AdaptiveNorm(outputs, config.latent_embedding, generator)
+        self.conv_out = conv(outputs, outputs, 3, generator, zero)
+        straight = inputs == outputs and not resample
+        self.skip = nn.Identity() if straight else conv(inputs, outputs, 1, generator)
+
+    def forward(self, x: Tensor, step: Tensor, latent: Tensor) -> Tensor:
+        """[B, inputs, H, W] to [B, outputs, H', W']."""
+        h = silu(self.norm_in(x, latent))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.conv_in(h) + as_map(self.step(step))
+        h = self.conv_out(silu(self.norm_out(h, latent)))
+        skip: Tensor = self.skip(x)
+        whole: Tensor = (skip + h) * _ROOT_HALF
+        return whole
+
+
+class _Level(nn.Module):
+    """The blocks of one resolution with their attention, and what leads to the next one.
+
+    On the way down there is attention after each block, on the way up after the last one alone.
+    """
+
+    def __init__(
+        self, blocks: list[_Block], attention: list[nn.Module], resample: _Block | None, pyramid: _Pyramid | None
+    ) -> None:
+        super().__init__()
+        self.blocks = cast("Sequence[_Block]", nn.ModuleList(blocks))
+        self.attention = cast("Sequence[nn.Module]", nn.ModuleList(attention))
+        self.resample = resample
+        self.pyramid = pyramid
+
+
+# ----------------------------------------------------------------------------
+# The network.
+
+
+class NcsnppGan(Denoiser):
+    """A generator: the image from a noisy one, in (-1, 1).
+
+    Args:
+        config: its settings.
+        event: (C, H, W) of one sample, H = W.
+        generator: of the weights.
+
+    Raises:
+        UserError: images of this size cannot be halved as often as the config asks.
+    """
+
+    def __init__(self, config: NcsnppGanConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
+        super().__init__()
+        colours, self.size = image_event(event, "NCSN++", least=1)
+        halvings = len(config.multipliers) - 1
+        if self.size % 2**halvings:
+            raise UserError(f"NCSN++ halves its input {halvings} times, which {self.size} pixels cannot be.")
+        self.config = config
+        self.latent = config.latent
+        channels, hidden, width = config.channels, 4 * config.channels, config.latent_embedding
+        self.sinusoids = SinusoidalEmbedding(channels, endpoint=True)
+        self.embed_in = linear(channels, hidden, generator)
+        self.embed_out = linear(hidden, hidden, generator)
+        inputs = [config.latent, *[width] * config.latent_layers]
+        self.latent_layers = nn.ModuleList(linear(size, width, generator) for size in inputs)
+
+        self.conv_in = conv(colours, channels, 3, generator)
+        self._add_levels(colours, generator)
+        self.norm_out = _norm(channels * config.multipliers[0])
+        self.conv_out = conv(channels * config.multipliers[0], colours, 3, generator, zero)
+        if config.channels_last:
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _add_levels(self, colours: int, generator: torch.Generator) -> None:
+        """Every level, down and up."""
+        config = self.config
+        block = partial(_Block, config=config, generator=generator)
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        last, width, pyramid, seen, down = len(widths) - 1, config.channels, colours, [config.channels], []
+
+        def attention(level: int, width: int, number: int) -> list[nn.Module]:
+            attends = self.size >> level in (config.attention or ())
+            return [self._attention(width, generator) for _ in range(number)] if attends else []
+
+        for level, target in enumerate(widths):
+            blocks = [block(width if i == 0 else target, target) for i in range(config.blocks)]
+            width = target
+            seen += [width] * (config.blocks + (level < last))
+            lower = (block(width, width, resample="down"), _Pyramid(pyramid, width, generator)) if level < last else ()
+            pyramid = width
+            down.append(_Level(blocks, attention(level, width, config.blocks), *(lower or (None, None))))
+        self.down = cast("Sequence[_Level]", nn.ModuleList(down))
+
+        self.middle_in, self.middle_out = block(width, width), block(width, width)
+        self.middle_attention = self._attention(width, generator)
+
+        up = []
+        for level in range(last, -1, -1):
+            blocks = []
+            for _ in range(config.blocks + 1):
+                blocks.append(block(width + seen.pop(), widths[level]))
+                width = widths[level]
+            higher = block(width, width, resample="up") if level else None
+            up.append(_Level(blocks, attention(level, width, 1), higher, None))
+        self.up = cast("Sequence[_Level]", nn.ModuleList(up))
+
+    @staticmethod
+    def _attention(channels: int, generator: torch.Generator) -> Attention:
+        return Attention(channels, 1, _norm(channels), generator, scale=_ROOT_HALF)
+
+    def embed(self, steps: Tensor) -> Tensor:
+        """[N] to [N, E], with room for a latent."""
+        step = self.embed_out(silu(self.embed_in(self.sinusoids(steps))))
+        return F.pad(step, (0, self.config.latent_embedding))
+
+    def embed_latent(self, latent: Tensor) -> Tensor:
+        """[B, Z] to [B, E]: what is added to the embedding of a step."""
+        h = latent * (latent.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+        for layer in self.latent_layers:
+            h = silu(layer(h))
+        return F.pad(h, (4 * self.config.channels, 0))
+
+    def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """The image in `x` [B, C, H, W]; nothing is dropped."""
+        if self.config.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        hidden = 4 * self.config.channels
+        step, latent = embedding[:, :hidden], embedding[:, hidden:]
+        run = partial(self._run, F.silu(step), latent)
+        h: Tensor = self.conv_in(x)
+        seen, image = [h], x
+        for level in self.down:
+            for number, block in enumerate(level.blocks):
+                h = run(block, h)
+                h = level.attention[number](h) if level.attention else h
+                seen.append(h)
+            if level.resample is not None and level.pyramid is not None:
+                h = image = (level.pyramid(image) + run(level.resample, h)) * _ROOT_HALF
+                seen.append(h)
+        h = run(self.middle_out, self.middle_attention(run(self.middle_in, h)))
+        for level in self.up:
+            for block in level.blocks:
+                h = run(block, torch.cat((h, seen.pop()), dim=1))
+            h = level.attention[0](h) if level.attention else h
+            h = run(level.resample, h) if level.resample is not None else h
+        return torch.tanh(self.conv_out(silu(self.norm_out(h))))
+
+    def _run(self, step: Tensor, latent: Tensor, block: nn.Module, h: Tensor) -> Tensor:
+        """A block; its activations are kept for the gradient, or not."""
+        if self.config.recompute and torch.is_grad_enabled():
+            return checkpoint(block, h, step, latent, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+        return block(h, step, latent)  # type: ignore[no-any-return]

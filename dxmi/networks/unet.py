@@ -1,0 +1,402 @@
+"""U-Nets: DDPM's for 32x32 (arXiv 2006.11239) and the ADM one that EDM uses (arXiv 2105.05233, 2206.00364).
+
+They are one network with other blocks. Both go down through levels of halved resolution, remember what they saw on the
+way, and concatenate it on the way up:
+
+    DDPM:  the embedding is added;      strided convolutions between levels;        one head;  GroupNorm eps 1e-6
+    ADM:   it scales and shifts a norm; residual blocks that resample, or the same; heads of 64 channels;  eps 1e-5
+
+Axis letters: B batch, C channels, H height, W width, E embedding.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dxmi.errors import UserError
+from dxmi.networks.base import Denoiser, NetworkConfig, SinusoidalEmbedding
+from dxmi.networks.layers import (
+    Attention,
+    Dropout,
+    as_map,
+    conv,
+    image_event,
+    label_table,
+    linear,
+    norm_silu,
+    silu,
+    zero,
+)
+
+_MAX_CHANNELS, _MAX_BLOCKS, _MAX_LEVELS = 4096, 64, 12
+
+
+# ----------------------------------------------------------------------------
+# Configs.
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnetConfig(NetworkConfig):
+    """DDPM's U-Net; the defaults are those for CIFAR-10."""
+
+    kind: str = "unet"
+    channels: int = 128
+    """C at the highest resolution, and the width of the sinusoidal step embedding."""
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    """C of each level, highest resolution first, as multiples of `channels`; each level has half the one before."""
+    blocks: int = 2
+    """Residual blocks a level on the way down; one more on the way up."""
+    attention: tuple[int, ...] | None = (16,)
+    """Heights of the levels with attention after each block; null for none. The middle always has it."""
+    head_channels: int | None = None
+    """Channels of an attention head; null for a single head."""
+    groups: int = 32
+    """Of each GroupNorm."""
+    dropout: float = 0.1
+    """Share of activations that pretraining drops in each residual block; fine-tuning and sampling drop none."""
+    channels_last: bool = False
+    """Keep C last in memory, which is faster on GPUs with tensor cores."""
+    recompute: bool = False
+    """Recompute each block's activations for the gradient instead of keeping them: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= len(self.multipliers) <= _MAX_LEVELS or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers is {list(self.multipliers)}: it must be 1 to {_MAX_LEVELS} positive numbers")
+        if not 1 <= self.channels * max(self.multipliers) <= _MAX_CHANNELS or self.channels % 2:
+            raise ValueError(
+                f"channels is {self.channels}: it must be even, and at most {_MAX_CHANNELS} over the largest multiplier"
+            )
+        if not 1 <= self.blocks <= _MAX_BLOCKS:
+            raise ValueError(f"blocks is {self.blocks}: it must be in 1..{_MAX_BLOCKS}")
+        if self.groups < 1 or self.channels % self.groups:
+            raise ValueError(f"groups is {self.groups}: it must divide channels, which is {self.channels}")
+        if self.head_channels is not None and (self.head_channels < 1 or self.channels % self.head_channels):
+            raise ValueError(
+                f"head_channels is {self.head_channels}: it must divide channels, which is {self.channels}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}: it must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdmUnetConfig(UnetConfig):
+    """The ADM U-Net; the defaults are those of EDM for ImageNet-64."""
+
+    kind: str = "edm_unet"
+    channels: int = 192
+    multipliers: tuple[int, ...] = (1, 2, 3, 4)
+    blocks: int = 3
+    attention: tuple[int, ...] | None = (32, 16, 8)
+    head_channels: int | None = 64
+    dropout: float = 0.0
+    scale_shift: bool = True
+    """The embedding scales and shifts each block's second norm, instead of being added before it."""
+    resample_in_blocks: bool = True
+    """Residual blocks change the resolution, instead of strided convolutions."""
+    step_scale: float = 1.0
+    """What diffusion steps are multiplied by before they are embedded. The Karras schedule tells a network 250 log
+    sigma, as OpenAI's were told; NVIDIA's were told a thousandth of that.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.step_scale <= 1e6:
+            raise ValueError(f"step_scale is {self.step_scale}: it must be in (0, 1e6]")
+
+
+class Style(NamedTuple):
+    """What differs between the two kinds.
+
+    Attributes:
+        adm: whether it is the ADM kind: cosines before sines, convolutions of stride 2 padded on all sides.
+        eps: of each GroupNorm.
+        scale_shift: see `EdmUnetConfig`.
+        resample_in_blocks: see `EdmUnetConfig`.
+        step_scale: see `EdmUnetConfig`.
+    """
+
+    adm: bool = False
+    eps: float = 1e-6
+    scale_shift: bool = False
+    resample_in_blocks: bool = False
+    step_scale: float = 1.0
+
+
+def style_of(config: UnetConfig) -> Style:
+    """The style of a config's kind."""
+    if isinstance(config, EdmUnetConfig):
+        return Style(True, 1e-5, config.scale_shift, config.resample_in_blocks, config.step_scale)
+    return Style()
+
+
+Resample = Callable[[Tensor], Tensor]
+
+# ----------------------------------------------------------------------------
+# Blocks. Each takes the map [B, C, H, W], the embedding after its SiLU [1 or B, E], and the seed [B] or None.
+
+
+def half(x: Tensor) -> Tensor:
+    """Means of 2x2 pixels: [B, C, H, W] to [B, C, H / 2, W / 2]."""
+    return F.avg_pool2d(x, 2)
+
+
+def double(x: Tensor) -> Tensor:
+    """Each pixel as 2x2: [B, C, H, W] to [B, C, 2 H, 2 W]."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class ResidualBlock(nn.Module):
+    """skip(x) + conv(dropout(silu(norm(conv(silu(norm(x))) with the embedding)))).
+
+    Args:
+        inputs: C of the input.
+        outputs: C of the output.
+        unet: what the blocks of one network share.
+        resample: `half`, `double` or None: what happens to the map between the first norm and the first convolution.
+    """
+
+    def __init__(self, inputs: int, outputs: int, unet: "Parts", resample: Resample | None = None) -> None:
+        super().__init__()
+        generator, scale_shift = unet.generator, unet.style.scale_shift
+        self.scale_shift = scale_shift
+        self.resample = resample
+        self.norm_in = unet.norm(inputs)
+        self.conv_in = conv(inputs, outputs, 3, generator)
+        self.embedding = linear(4 * unet.config.channels, outputs * (2 if scale_shift else 1), generator)
+        self.norm_out = unet.norm(outputs)
+        self.dropout = Dropout(unet.config.dropout, unet.next_number())
+        self.conv_out = conv(outputs, outputs, 3, generator, zero)
+        self.skip = conv(inputs, outputs, 1, generator) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None) -> Tensor:
+        """[B, inputs, H, W] to [B, outputs, H', W']."""
+        h: Tensor = norm_silu(self.norm_in, x)
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self._embedded(self.conv_in(h), as_map(self.embedding(embedding)))
+        h = self.conv_out(self.dropout(h, seed))
+        skip: Tensor = self.skip(x)
+        return skip + h
+
+    def _embedded(self, h: Tensor, embedding: Tensor) -> Tensor:
+        if not self.scale_shift:
+            return norm_silu(self.norm_out, h + embedding)
+        scale, shift = embedding.chunk(2, dim=1)
+        return silu(torch.addcmul(shift, self.norm_out(h), 1.0 + scale))
+
+
+class Stage(nn.Module):
+    """A residual block, with attention after it on some levels."""
+
+    def __init__(self, inputs: int, outputs: int, unet: "Parts", *, attention: bool) -> None:
+        super().__init__()
+        self.block = ResidualBlock(inputs, outputs, unet)
+        self.attention = unet.attention(outputs) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None) -> Tensor:
+        """[B, inputs, H, W] to [B, outputs, H, W]."""
+        h: Tensor = self.attention(self.block(x, embedding, seed))
+        return h
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2; DDPM's is padded at the right and at the bottom alone, as TensorFlow did."""
+
+    def __init__(self, channels: int, unet: "Parts") -> None:
+        super().__init__()
+        self.conv = conv(channels, channels, 3, unet.generator)
+        self.pads = (1, 1, 1, 1) if unet.style.adm else (0, 1, 0, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None) -> Tensor:  # noqa: ARG002
+        """[B, C, H, W] to [B, C, H / 2, W / 2]."""
+        return F.conv2d(F.pad(x, self.pads), self.conv.weight, self.conv.bias, stride=2)
+
+
+class Upsample(nn.Module):
+    """Each pixel as 2x2, then a 3x3 convolution."""
+
+    def __init__(self, channels: int, unet: "Parts") -> None:
+        super().__init__()
+        self.conv = conv(channels, channels, 3, unet.generator)
+
+    def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None) -> Tensor:  # noqa: ARG002
+        """[B, C, H, W] to [B, C, 2 H, 2 W]."""
+        h: Tensor = self.conv(double(x))
+        return h
+
+
+class Level(nn.Module):
+    """The stages of one resolution, and what leads to the next one; the last level of a direction leads nowhere."""
+
+    def __init__(self, stages: list[Stage], resample: nn.Module | None) -> None:
+        super().__init__()
+        self.stages = cast("Sequence[Stage]", nn.ModuleList(stages))
+        self.resample = resample
+
+
+class Parts:
+    """What the blocks of one network share while they are made.
+
+    Args:
+        config: of the network.
+        generator: of its weights.
+    """
+
+    def __init__(self, config: UnetConfig, generator: torch.Generator) -> None:
+        self.config = config
+        self.style = style_of(config)
+        self.generator = generator
+        self._numbers = 0
+
+    def next_number(self) -> int:
+        """0, 1, 2 ...: of the dropout layers."""
+        self._numbers += 1
+        return self._numbers - 1
+
+    def norm(self, channels: int) -> nn.GroupNorm:
+        """A GroupNorm."""
+        return nn.GroupNorm(self.config.groups, channels, eps=self.style.eps)
+
+    def attention(self, channels: int) -> Attention:
+        """Attention with heads of the config's size."""
+        heads = channels // (self.config.head_channels or channels)
+        return Attention(channels, heads, self.norm(channels), self.generator)
+
+    def down(self, channels: int) -> nn.Module:
+        """From one level to the next lower resolution."""
+        blocks = self.style.resample_in_blocks
+        return ResidualBlock(channels, channels, self, half) if blocks else Downsample(channels, self)
+
+    def up(self, channels: int) -> nn.Module:
+        """From one level to the next higher resolution."""
+        blocks = self.style.resample_in_blocks
+        return ResidualBlock(channels, channels, self, double) if blocks else Upsample(channels, self)
+
+
+# ----------------------------------------------------------------------------
+# The network.
+
+
+class Unet(Denoiser):
+    """A U-Net, output like the input.
+
+    Args:
+        config: its settings.
+        event: (C, H, W) of one sample, H = W.
+        generator: of the weights.
+
+    Raises:
+        UserError: images of this size cannot be halved as often as the config asks.
+    """
+
+    def __init__(self, config: UnetConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
+        super().__init__()
+        colours, self.size = _checked(config, event)
+        self.config = config
+        self.dropout, self.classes = config.dropout, config.classes
+        parts = Parts(config, generator)
+        channels, hidden, adm = config.channels, 4 * config.channels, parts.style.adm
+        self.style = parts.style
+        self.sinusoids = SinusoidalEmbedding(channels, endpoint=not adm, cosine_first=adm)
+        self.embed_in = linear(channels, hidden, generator)
+        self.embed_out = linear(hidden, hidden, generator)
+        self.labels = label_table(config.classes, hidden, generator) if config.classes else None
+
+        width = channels * config.multipliers[0]
+        self.conv_in = conv(colours, width, 3, generator)
+        self._add_levels(parts, width)
+        self.norm_out = parts.norm(width)
+        self.conv_out = conv(width, colours, 3, generator, zero)
+        if config.channels_last:
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _add_levels(self, parts: Parts, width: int) -> None:
+        """Every level, down and up, from `width` channels."""
+        config = self.config
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        last = len(widths) - 1
+        attends = [self.size >> level in (config.attention or ()) for level in range(len(widths))]
+
+        seen, down = [width], []
+        for level, target in enumerate(widths):
+            stages = []
+            for _ in range(config.blocks):
+                stages.append(Stage(width, target, parts, attention=attends[level]))
+                width = target
+                seen.append(width)
+            down.append(Level(stages, parts.down(width) if level < last else None))
+            seen += [width] if level < last else []
+        self.down = cast("Sequence[Level]", nn.ModuleList(down))
+
+        self.middle_in = Stage(width, width, parts, attention=True)
+        self.middle_out = Stage(width, width, parts, attention=False)
+
+        up = []
+        for level in range(last, -1, -1):
+            stages = []
+            for _ in range(config.blocks + 1):
+                stages.append(Stage(width + seen.pop(), widths[level], parts, attention=attends[level]))
+                width = widths[level]
+            up.append(Level(stages, parts.up(width) if level else None))
+        self.up = cast("Sequence[Level]", nn.ModuleList(up))
+
+    def embed(self, steps: Tensor) -> Tensor:
+        """[N] to [N, E]."""
+        h = silu(self.embed_in(self.sinusoids(steps * self.style.step_scale)))
+        embedding: Tensor = self.embed_out(h)
+        return embedding
+
+    def embed_labels(self, labels: Tensor) -> Tensor:
+        """[B] to [B, E]."""
+        if self.labels is None:
+            return super().embed_labels(labels)
+        embedding: Tensor = self.labels(labels)
+        return embedding
+
+    def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None = None) -> Tensor:
+        """The noise in `x` [B, C, H, W], or what else its schedule reads it as."""
+        if self.config.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        run = partial(self._run, F.silu(embedding), seed)
+        h: Tensor = self.conv_in(x)
+        seen = [h]
+        for level in self.down:
+            for stage in level.stages:
+                h = run(stage, h)
+                seen.append(h)
+            if level.resample is not None:
+                h = run(level.resample, h)
+                seen.append(h)
+        h = run(self.middle_out, run(self.middle_in, h))
+        for level in self.up:
+            for stage in level.stages:
+                h = run(stage, torch.cat((h, seen.pop()), dim=1))
+            if level.resample is not None:
+                h = run(level.resample, h)
+        noise: Tensor = self.conv_out(norm_silu(self.norm_out, h))
+        return noise
+
+    def _run(self, embedding: Tensor, seed: Tensor | None, block: nn.Module, h: Tensor) -> Tensor:
+        """A block; its activations are kept for the gradient, or not."""
+        if self.config.recompute and torch.is_grad_enabled():  # nothing random is drawn inside
+            return checkpoint(block, h, embedding, seed, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+        return block(h, embedding, seed)  # type: ignore[no-any-return]
+
+
+def _checked(config: UnetConfig, event: tuple[int, ...]) -> tuple[int, int]:
+    """C and H of an event whose size the config can halve."""
+    colours, size = image_event(event, "A U-Net", least=1)
+    halvings = len(config.multipliers) - 1
+    if size % 2**halvings:
+        raise UserError(
+            f"A U-Net with {halvings + 1} multipliers halves its input {halvings} times, which {size} pixels cannot "
+            "be: use fewer multipliers."
+        )
+    return colours, size
