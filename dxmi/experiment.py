@@ -19,7 +19,17 @@ from dxmi.energy import Energy
 from dxmi.errors import UserError
 from dxmi.evaluate import EvaluateConfig
 from dxmi.files import user_path
-from dxmi.networks import Denoiser, MlpConfig, NetworkConfig, build_critic, build_denoiser, build_timed_critic, kinds
+from dxmi.networks import (
+    Critic,
+    Denoiser,
+    MlpConfig,
+    NetworkConfig,
+    TimedCritic,
+    build_critic,
+    build_denoiser,
+    build_timed_critic,
+    kinds,
+)
 from dxmi.networks.layouts import digest, load_public, public_log_sigma, read_public
 from dxmi.sampler import Policy
 from dxmi.schedules import ScheduleConfig, StepSchedule, noising, shorten
@@ -29,6 +39,7 @@ from dxmi.value import SeparateValue, SharedValue, Value
 from dxmi.workers import ALONE, Workers
 
 _MAX_THREADS = _MAX_WORKERS = _MAX_STACK = 1024
+_OF_ONE = {"compile": "compiled", "cuda_graphs": "recorded"}
 PRECISIONS = ("float32", "bfloat16")
 PRETRAINING_VERSION = 1
 """Raised whenever a change of the code changes what pretraining computes, so that old results are not read."""
@@ -95,6 +106,10 @@ class ResourcesConfig:
     """Processes that share each batch of a run."""
     accumulate: int = 1
     """Pieces in which a worker takes its share of an update, one after the other, to save memory."""
+    compile: bool = False
+    """Compile the networks by torch.compile: some minutes at the start of a process."""
+    cuda_graphs: bool = False
+    """On a GPU, record the rollout once and replay it, so that the host does not launch each of its kernels."""
     stack_seeds: int | None = None
     """In an ablation, seeds of an arm that are trained in one program; null for what a measurement finds fastest."""
     worker_timeout: float = 1800.0
@@ -135,6 +150,14 @@ class ResourcesConfig:
                     f"stack_seeds is {stack} and {name} is {getattr(self, name)}: stacked seeds are trained by one "
                     f"process in one piece, so make one of the two 1"
                 )
+        for name in ("compile", "cuda_graphs"):
+            if getattr(self, name):
+                raise ValueError(f"stack_seeds is {stack} and {name} is true: stacked seeds are not {_OF_ONE[name]}")
+
+    @property
+    def can_stack_seeds(self) -> bool:
+        """Whether nothing that is asked for stands against training several seeds in one program."""
+        return self.num_workers == self.accumulate == 1 and not (self.compile or self.cuda_graphs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,6 +313,7 @@ class Experiment:
         if config.pretrain.weights is not None:
             load_public(network, self.public_weights)
         ddpm = DDPM(config.pretrain, network, self.workers, accumulate, noising(config.schedule)).to(self.device)
+        self._compile(ddpm)
         noise = generator(config.seed, "pretrain/noise", self.device)
         stream = self._stream(config.pretrain.batch_size, "pretrain/data")
         return ddpm, TrainingState(ddpm, ddpm.optimizers, {"noise": noise}, stream)
@@ -321,11 +345,13 @@ class Experiment:
             config.train.iterations,
             workers=self.workers,
             accumulate=config.resources.accumulate,
+            graphed=self._graphed(),
         ).to(self.device)
 
     def build_finetuning(self, denoiser: Denoiser) -> tuple[DxMI, TrainingState]:
         """Fine-tuning at its start: the algorithm, and all that changes while it runs."""
         config, dxmi = self.config, self.build_dxmi(denoiser)
+        self._compile(dxmi)
         if config.pretrain.weights is not None:
             dxmi.start_from(public_log_sigma(self.public_weights))
         generators = {
@@ -334,6 +360,19 @@ class Experiment:
         }
         stream = self._stream(config.train.batch_size, "finetune/data")
         return dxmi, TrainingState(dxmi, dxmi.optimizers, generators, stream)
+
+    def _graphed(self) -> bool:
+        graphed = self.config.resources.cuda_graphs
+        if graphed and self.device.type != "cuda":
+            raise UserError("resources.cuda_graphs is true, but the run is on the CPU: leave it out.")
+        return graphed
+
+    def _compile(self, algorithm: DDPM | DxMI) -> None:
+        """Compile every network of an algorithm, if that is asked for; what else it computes is little."""
+        if self.config.resources.compile:
+            for module in algorithm.modules():
+                if isinstance(module, Denoiser | Critic | TimedCritic):
+                    module.compile(dynamic=False)
 
     def _stream(self, batch_size: int, name: str) -> BatchStream:
         labels = self._labels().to(self.device) if self.config.network.denoiser.classes else None

@@ -34,9 +34,10 @@ def seeds_together(plan: Plan, slots: Slots) -> int:
     """
     resources = plan.experiment.resources
     most = min(plan.seeds_at_once, math.ceil(plan.num_trials / slots.concurrent), _most(resources, slots))
-    possible = _can_be_stacked(plan.experiment)
-    if most == 1 or resources.stack_seeds is not None or not possible:
-        return most if possible else 1
+    if not _can_be_stacked(plan.experiment):
+        return 1
+    if most == 1 or resources.stack_seeds is not None:
+        return most
     measure = ray.remote(num_cpus=slots.threads, num_gpus=slots.gpu_share)(_seconds_by_number)
     tree = to_tree(replace(plan.experiment, resources=replace(resources, threads=slots.threads)))
     try:
@@ -54,7 +55,7 @@ def _can_be_stacked(config: ExperimentConfig) -> bool:
     """One process in one piece, and networks that need neither labels nor latents."""
     denoiser = config.network.denoiser
     plain = denoiser.classes == 0 and not isinstance(denoiser, NcsnppGanConfig)
-    return plain and config.resources.num_workers == 1 and config.resources.accumulate == 1
+    return plain and config.resources.can_stack_seeds
 
 
 def _numbers(most: int) -> list[int]:

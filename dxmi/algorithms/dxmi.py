@@ -35,6 +35,7 @@ from dxmi.costs import (
     squared_step,
     step_costs,
 )
+from dxmi.graphs import GraphedRollout
 from dxmi.errors import UserError
 from dxmi.losses import control_cost, energy_loss, policy_loss, td_target, value_loss
 from dxmi.networks import NOTHING, Given
@@ -155,6 +156,7 @@ class DxMI(nn.Module):
         total: iterations planned, the end of a learning-rate decay.
         workers: share each batch.
         accumulate: pieces in which each takes its share of an update, one after the other.
+        graphed: record the rollout as a CUDA graph.
 
     Raises:
         ValueError: a per-step setting has neither one nor T entries.
@@ -173,6 +175,7 @@ class DxMI(nn.Module):
         *,
         workers: Workers = ALONE,
         accumulate: int = 1,
+        graphed: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -181,6 +184,7 @@ class DxMI(nn.Module):
         self.workers = workers
         self.accumulate = accumulate
         self._pair: Tensor | None = None
+        self._rollout = GraphedRollout(policy) if graphed else policy.rollout
         self._set_tables(eta.float())
         self._set_averages()
         self._set_optimizers(total)
@@ -287,7 +291,7 @@ class DxMI(nn.Module):
         noise, latents = self.policy.noise(share.num, generator), self.policy.latents(share.num, generator)
         labels = None if labels is None else share.of(labels)
         latents = None if latents is None else share.of(latents, dim=1)
-        trajectory = self.policy.rollout(share.of(noise, dim=1), labels, latents)
+        trajectory = self._rollout(share.of(noise, dim=1), labels, latents)
 
         # 2. Adapt the reference variance.
         squared = self._squared_steps(trajectory)

@@ -1,0 +1,83 @@
+"""What makes a run faster and changes no result but by rounding: compiled networks, and a recorded rollout."""
+
+import pytest
+import torch
+
+from dxmi.config import build
+from dxmi.errors import UserError
+from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
+from dxmi.graphs import GraphedRollout
+from dxmi.networks import Critic, Denoiser
+
+NETWORK = {"kind": "mlp", "hidden": 32, "layers": 3, "embedding": 16}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def experiment(device: str = "cpu", **resources) -> Experiment:
+    tree = {
+        "network": {"denoiser": NETWORK, "energy": NETWORK, "value": NETWORK},
+        "train": {"iterations": 60, "batch_size": 24},
+        "resources": {"device": device, **resources},
+    }
+    return Experiment(build(ExperimentConfig, tree))
+
+
+def after_iterations(made: Experiment, number: int) -> dict[str, torch.Tensor]:
+    dxmi, state = made.build_finetuning(made.build_denoiser())
+    for i in range(number):
+        dxmi.update(state.stream.next(), i, *state.generators.values())
+    return dict(dxmi.state_dict())
+
+
+def require_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0.0, atol=1e-5)
+
+
+def test_compiling_is_asked_of_every_network(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: compiled.append((type(self), given)))
+    experiment(compile=True).build_finetuning(experiment().build_denoiser())
+    assert sum(issubclass(kind, Denoiser) for kind, _ in compiled) == 2  # and its moving average
+    assert sum(issubclass(kind, Critic) for kind, _ in compiled) == 1
+    assert len(compiled) == 3
+    compiled.clear()
+    experiment().build_finetuning(experiment().build_denoiser())
+    assert not compiled
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_run():
+    require_close(after_iterations(experiment(compile=True), 20), after_iterations(experiment(), 20))
+
+
+def test_recording_a_rollout_is_refused_on_the_cpu():
+    made = experiment(cuda_graphs=True)
+    with pytest.raises(UserError, match="cuda_graphs is true, but the run is on the CPU"):
+        made.build_dxmi(made.build_denoiser())
+
+
+@pytest.mark.parametrize("name", ["compile", "cuda_graphs"])
+def test_stacked_seeds_are_neither_compiled_nor_recorded(name):
+    with pytest.raises(ValueError, match=f"stack_seeds is 4 and {name} is true"):
+        ResourcesConfig(stack_seeds=4, **{name: True})
+    assert not ResourcesConfig(**{name: True}).can_stack_seeds
+
+
+@needs_gpu
+def test_a_recorded_rollout_is_the_rollout_with_the_present_weights():
+    made = experiment("cuda")
+    dxmi, state = made.build_finetuning(made.build_denoiser())
+    recorded = GraphedRollout(dxmi.policy)
+    for i in range(3):
+        noise = dxmi.policy.noise(24, state.generators["noise"])
+        expected, replayed = dxmi.policy.rollout(noise), recorded(noise)
+        for name in ("x", "mean", "sigma"):
+            torch.testing.assert_close(getattr(replayed, name), getattr(expected, name))
+        dxmi.update(state.stream.next(), i, *state.generators.values())
+
+
+@needs_gpu
+def test_a_run_with_recorded_rollouts_is_the_same_run():
+    require_close(after_iterations(experiment("cuda", cuda_graphs=True), 20), after_iterations(experiment("cuda"), 20))
