@@ -35,8 +35,8 @@ from dxmi.costs import (
     squared_step,
     step_costs,
 )
-from dxmi.graphs import GraphedRollout
 from dxmi.errors import UserError
+from dxmi.graphs import GraphedRollout
 from dxmi.losses import control_cost, energy_loss, policy_loss, td_target, value_loss
 from dxmi.networks import NOTHING, Given
 from dxmi.optimizers import (
