@@ -285,7 +285,14 @@ class Experiment:
         return dxmi, TrainingState(dxmi, dxmi.optimizers, generators, stream)
 
     def _stream(self, batch_size: int, name: str) -> BatchStream:
-        return BatchStream(self.data.stored.to(self.device), batch_size, generator(self.config.seed, name))
+        return BatchStream(
+            self.data.stored,
+            batch_size,
+            generator(self.config.seed, name),
+            classes=self.data.classes,
+            device=self.device,
+            workers=self.workers,
+        )
 
 
 def _device(name: str) -> torch.device:
