@@ -7,8 +7,9 @@ half written is never at the final name.
 
 import hashlib
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from dxmi.errors import UserError
 from dxmi.files import user_path, write_atomic
-from dxmi.workers import Workers
+from dxmi.workers import ALONE, Workers
 
 _DIGEST_BYTES = 32
 _POLL_SECONDS = 5.0
@@ -45,34 +46,59 @@ def lock_for(path: Path) -> FileLock:
     return FileLock(path.parent / f".{path.name}.lock")
 
 
-def cached(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors in `path`, computed and written first if they are not there or damaged."""
-    found = _read(path)
-    if found is not None:
-        return found
-    with lock_for(path):
-        found = _read(path)  # another process may have been first
-        if found is None:
-            found = compute()
-            _write(path, found)
-    return found
+@dataclass
+class Entry:
+    """A result in the cache, or the right to compute it.
 
-
-def cached_together(path: Path, compute: Callable[[], dict[str, Tensor]], workers: Workers) -> dict[str, Tensor]:
-    """`cached` for a group: the first worker reads and writes the file, and all compute together what is not there.
-
-    While another process computes it, the others are told so every few seconds, so that none takes the first for hung.
+    Attributes:
+        path: its file.
+        workers: of this process's group.
+        tensors: the result; None if it is to be computed by whoever holds this entry.
     """
-    if workers.size == 1:
-        return cached(path, compute)
-    tensors: dict[str, Tensor] = {}
+
+    path: Path
+    workers: Workers
+    tensors: dict[str, Tensor] | None
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Keep what all workers of the group have computed; from here on `tensors` is the first one's."""
+        self.workers.on_first(lambda: _write(self.path, tensors))
+        self.tensors = self.workers.agree(tensors)
+
+
+@contextmanager
+def entry(path: Path, workers: Workers = ALONE) -> Iterator[Entry]:
+    """The entry of `path`; while it lasts nobody else computes it.
+
+    Workers of a group hold it together, and its first one reads and writes the file. While another process computes
+    it, the others are told so every few seconds, so that none takes the first for hung.
+    """
     with ExitStack() as held:
+        if workers.size == 1:
+            yield Entry(path, workers, _found_or_mine(path, held))
+            return
+        tensors: dict[str, Tensor] = {}
         while (claim := workers.on_first(lambda: _claim(path, held, tensors))) == "busy":
             pass
-        if claim == "mine":
-            tensors = compute()
-            workers.on_first(lambda: _write(path, tensors))
-    return workers.agree(tensors)
+        yield Entry(path, workers, None if claim == "mine" else workers.agree(tensors))
+
+
+def cached(path: Path, compute: Callable[[], dict[str, Tensor]], workers: Workers = ALONE) -> dict[str, Tensor]:
+    """The tensors in `path`, computed and written first if they are not there or damaged."""
+    with entry(path, workers) as held:
+        if held.tensors is None:
+            held.write(compute())
+        assert held.tensors is not None
+        return held.tensors
+
+
+def _found_or_mine(path: Path, held: ExitStack) -> dict[str, Tensor] | None:
+    """The result; without one, None and the lock."""
+    found = _read(path)
+    if found is None:
+        held.enter_context(lock_for(path))
+        found = _read(path)  # another process may have been first
+    return found
 
 
 def _claim(path: Path, held: ExitStack, tensors: dict[str, Tensor]) -> str:

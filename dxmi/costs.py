@@ -41,12 +41,17 @@ def step_costs(kind: str, scale: float, num_steps: int) -> Tensor:
     return torch.full((num_steps,), scale if kind == "linear" else 0.0)
 
 
+def adapt_(variance: Tensor, mean_squared: Tensor, decay: float) -> None:
+    """s_t^2 <- decay s_t^2 + (1 - decay) mean (x_{t+1} - x_t)^2, in place; [T], or of several members [K, T]."""
+    variance.lerp_(mean_squared, 1.0 - decay)
+
+
 class ReferenceVariance(nn.Module):
     """s_t^2, the variance of the reference process in the running cost, [T]; adaptive (AVR) if `decay` < 1.
 
     Args:
         initial: its value before the first update, [T].
-        decay: s_t^2 <- decay s_t^2 + (1 - decay) mean (x_{t+1} - x_t)^2; 1 keeps the initial value.
+        decay: of `adapt_`; 1 keeps the initial value.
     """
 
     variance: Tensor
@@ -63,7 +68,7 @@ class ReferenceVariance(nn.Module):
 
     def update(self, mean_squared: Tensor) -> None:
         """One AVR update from the mean of `squared_step` over a batch of trajectories, [T]."""
-        self.variance.lerp_(mean_squared, 1.0 - self.decay)
+        adapt_(self.variance, mean_squared, self.decay)
 
     def forward(self) -> Tensor:
         """s_t^2, [T]."""

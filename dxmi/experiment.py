@@ -25,7 +25,7 @@ from dxmi.state import TrainingState
 from dxmi.value import SeparateValue, SharedValue, Value
 from dxmi.workers import ALONE, Workers
 
-_MAX_THREADS = _MAX_WORKERS = 1024
+_MAX_THREADS = _MAX_WORKERS = _MAX_STACK = 1024
 PRECISIONS = ("float32", "bfloat16")
 PRETRAINING_VERSION = 1
 """Raised whenever a change of the code changes what pretraining computes, so that old results are not read."""
@@ -80,6 +80,8 @@ class ResourcesConfig:
     """Processes that share each batch of a run."""
     accumulate: int = 1
     """Pieces in which a worker takes its share of an update, one after the other, to save memory."""
+    stack_seeds: int | None = None
+    """In an ablation, seeds of an arm that are trained in one program; null for what a measurement finds fastest."""
     worker_timeout: float = 1800.0
     """Seconds after which a worker that does not answer the others counts as hung, and the group starts again."""
     max_restarts: int = 3
@@ -100,10 +102,24 @@ class ResourcesConfig:
             raise ValueError(f"gpus is {self.gpus}, but each of several workers takes one whole GPU: make it 1")
         if self.accumulate < 1:
             raise ValueError(f"accumulate is {self.accumulate}: it must be at least 1")
+        self._check_stack()
         if not 1.0 <= self.worker_timeout < math.inf:
             raise ValueError(f"worker_timeout is {self.worker_timeout}: it must be at least 1 second")
         if self.max_restarts < 0:
             raise ValueError(f"max_restarts is {self.max_restarts}: it must be 0 or greater")
+
+    def _check_stack(self) -> None:
+        stack = self.stack_seeds
+        if stack is None or stack == 1:
+            return
+        if not 1 <= stack <= _MAX_STACK:
+            raise ValueError(f"stack_seeds is {stack}: it must be in 1..{_MAX_STACK}, or null")
+        for name in ("num_workers", "accumulate"):
+            if getattr(self, name) > 1:
+                raise ValueError(
+                    f"stack_seeds is {stack} and {name} is {getattr(self, name)}: stacked seeds are trained by one "
+                    f"process in one piece, so make one of the two 1"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ asked for, and nothing has to be zeroed or frozen.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -150,17 +150,22 @@ class Optimizer:
         grads, (loss, *logged) = self._summed(parts)
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = grad
-        norm = None
-        if self.config.max_grad_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = None if self.config.max_grad_norm is None else self._clip(self.config.max_grad_norm)
         self.torch.step()
         return Descent(loss, tuple(logged), norm)
+
+    def _gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, self.parameters)
+
+    def _clip(self, max_norm: float) -> Tensor:
+        """Scale the gradients so that all together have at most this norm; returns the norm before."""
+        return nn.utils.clip_grad_norm_(self.parameters, max_norm)
 
     def _summed(self, parts: Iterable[Part]) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients, and loss with logged numbers, over all parts and workers: one bucket, one all-reduce."""
         total: list[Tensor] = []
         for part in parts:
-            grads = torch.autograd.grad(part.loss, self.parameters)
+            grads = self._gradients(part.loss)
             numbers = [*grads, part.loss.detach(), *part.logged]
             total = [a + b for a, b in zip(total, numbers, strict=True)] if total else numbers
         total = self.workers.sum(total)
@@ -190,17 +195,22 @@ class MovingAverage:
     start.
 
     Args:
-        source: what is averaged.
-        target: holds the average; overwritten with `source` now.
+        sources: what is averaged.
+        targets: hold the average.
         decay: of the average.
     """
 
-    def __init__(self, source: nn.Module, target: nn.Module, decay: float) -> None:
+    def __init__(self, sources: list[Tensor], targets: list[Tensor], decay: float) -> None:
         self.decay = decay
-        self.sources: list[Tensor] = list(source.parameters())
-        self.targets: list[Tensor] = list(target.parameters())
+        self.sources = sources
+        self.targets = targets
+
+    @classmethod
+    def between(cls, source: nn.Module, target: nn.Module, decay: float) -> Self:
+        """The average of `source`, which begins now, in `target`."""
         target.load_state_dict(source.state_dict())
         target.requires_grad_(False)
+        return cls(list(source.parameters()), list(target.parameters()), decay)
 
     @torch.no_grad()
     def update(self, iteration: int) -> None:

@@ -95,13 +95,13 @@ class Policy(nn.Module):
             noise: as `self.noise` makes it, [T+1, B, *event].
         """
         embeddings, log_sigma = self.embeddings(), self.log_sigma
-        x, mean = torch.empty_like(noise), torch.empty_like(noise[1:])
-        x[0] = noise[0]
+        states, means = [noise[0]], []
         for t in range(self.num_steps):
-            step = self.transition(x[t], t, embeddings, log_sigma)
-            mean[t] = step.mean
-            step.sample(noise[t + 1], out=x[t + 1])
-        return Trajectory(x, mean, log_sigma.exp()[:, None].expand(-1, noise.shape[1]))
+            step = self.transition(states[-1], t, embeddings, log_sigma)
+            means.append(step.mean)
+            states.append(step.sample(noise[t + 1]))
+        sigma = log_sigma.exp()[:, None].expand(-1, noise.shape[1])
+        return Trajectory(torch.stack(states), torch.stack(means), sigma)
 
     @torch.no_grad()
     def walk(

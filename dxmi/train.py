@@ -7,7 +7,7 @@ been touched. For that, every row, evaluation and checkpoint falls on an iterati
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from dxmi import checkpoint
+from dxmi.algorithms.ddpm import DDPM
 from dxmi.algorithms.dxmi import DxMI
-from dxmi.cache import cache_root, cached_together
+from dxmi.cache import cache_root, cached, entry
 from dxmi.checkpoint import Checkpoint, DamagedCheckpointError
 from dxmi.config import build, differences, signature, to_tree
 from dxmi.energy import Energy
@@ -35,6 +36,7 @@ from dxmi.run_directory import Row, RunDirectory
 from dxmi.schedules import StepSchedule, ancestral_schedule, ddim_schedule, shorten
 from dxmi.scorers import Scorer, Scores, build_scorer
 from dxmi.state import ALGORITHM, TrainingState
+from dxmi.stretch import Story, Stretch, tell, tell_together
 from dxmi.workers import Workers
 
 _NOT_OF_SCORES = ("every", "grid", "generations", "result")
@@ -71,6 +73,8 @@ class Progress:
     note: str = ""
 
 
+AfterIteration = Callable[[int, Mapping[str, Tensor]], None]
+"""Called with the number of iterations done and the metrics of the last."""
 Reporter = Callable[[Progress], bool | None]
 """Called as a run goes on; if it returns True the run writes a checkpoint and returns."""
 Saved = Callable[[int], None]
@@ -87,7 +91,8 @@ class Summary:
 
     `reference`, `best` and `last` hold the score `metric`, all from `num_samples` samples of noise that took no part in
     choosing the best checkpoint; `scores` holds every score of each, `generations` those of the best on each draw of
-    that noise, `seconds_per_1000_images` the time to draw samples.
+    that noise, `seconds_per_1000_images` the time to draw samples, `members` how many seeds were trained in the same
+    program at most: `seconds` are wall seconds, the same ones for all of them.
     """
 
     name: str
@@ -108,6 +113,7 @@ class Summary:
     git_revision: str | None
     versions: dict[str, str]
     generations: list[dict[str, float]] = field(default_factory=list)
+    members: int = 1
 
 
 def train(
@@ -134,6 +140,57 @@ def train(
         UserError: `out` holds another run, was begun with other data, or cannot be written.
         DivergedError: a metric is not finite.
     """
+    return tell(_story(Member(experiment, out, report, saved), resume_from))
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of several runs that differ in their seeds alone.
+
+    Attributes:
+        experiment: what to run, alone with its batches and in one piece.
+        out: as for `train`.
+        report: as for `train`.
+        saved: as for `train`.
+    """
+
+    experiment: Experiment
+    out: Path
+    report: Reporter | None = None
+    saved: Saved | None = None
+
+
+Outcome = Summary | Exception | None
+"""What `train` returns, or what it would raise."""
+
+
+def train_stacked(members: Sequence[Member], ended: Callable[[int, Outcome], None] | None = None) -> list[Outcome]:
+    """Run several seeds of one experiment as one program; each is the run that it would be alone, but for rounding.
+
+    Args:
+        members: differ in their seeds, folders and reporters alone.
+        ended: hears of each, by its number in `members`, as soon as it has ended; the others go on.
+    """
+
+    def told(number: int) -> Story[Outcome]:
+        outcome: Outcome
+        try:
+            outcome = yield from _story(members[number])
+        except Exception as error:  # noqa: BLE001  (this member's own)
+            outcome = error
+        if ended is not None:
+            ended(number, outcome)
+        return outcome
+
+    # By seed: programs that take the locks of two pretrainings in different orders would wait for each other.
+    by_seed = sorted(range(len(members)), key=lambda number: members[number].experiment.config.seed)
+    outcomes = tell_together([told(number) for number in by_seed])
+    return [outcomes[by_seed.index(number)] for number in range(len(members))]
+
+
+def _story(member: Member, resume_from: Path | None = None) -> Story[Summary | None]:
+    """A run from pretraining to its summary; None if it was asked to stop."""
+    experiment, out = member.experiment, member.out
     workers, config = experiment.workers, experiment.config
     run = RunDirectory(out)
     held = ExitStack()
@@ -153,7 +210,8 @@ def train(
     with held:
         workers.on_first(begin)
         try:
-            return _Run(experiment, run, scorer, report or (lambda _: None), saved or (lambda _: None)).whole()
+            whole = _Run(experiment, run, scorer, member.report or (lambda _: None), member.saved or (lambda _: None))
+            return (yield from whole.whole())
         except _Stopped:
             return None
 
@@ -189,23 +247,24 @@ class _Run:
         self.best: dict[str, Any] | None = None
         self.generations: list[dict[str, float]] = []
         self.stopping = False
+        self.members = 1
 
     # ------------------------------------------------------------------------
     # The story.
 
-    def whole(self) -> Summary:
+    def whole(self) -> Story[Summary]:
         """All phases, in order."""
         finished = self.workers.on_first(self.run.read_summary)
         if finished is not None:
             return _read_summary(self.run, finished)
         self.clock.enter(Phase.PRETRAIN)
-        denoiser = self._pretrained()
+        denoiser = yield from self._pretrained()
         self.clock.enter(Phase.REFERENCES)
         references = self._references(denoiser)
         self.clock.enter(Phase.FINETUNE)
         dxmi, state = self.experiment.build_finetuning(denoiser)
         start = self._resume(dxmi, state)
-        self._finetune(dxmi, state, start)
+        yield self._finetuning(dxmi, state, start)
         self.clock.enter(Phase.REPORT)
         final = self._final_scores(dxmi)
         self.clock.lap()
@@ -236,38 +295,53 @@ class _Run:
     # ------------------------------------------------------------------------
     # Pretraining, once for all runs that share its signature.
 
-    def _pretrained(self) -> Denoiser:
+    def _pretrained(self) -> Story[Denoiser]:
         path = cache_root() / "pretrained" / f"{self.experiment.pretraining_signature}.cached"
         denoiser = self.experiment.build_denoiser()
         partial = path.with_suffix(".partial")
-        denoiser.load_state_dict(cached_together(path, lambda: self._pretrain(partial), self.workers))
+        with entry(path, self.workers) as held:
+            if held.tensors is None:
+                ddpm, stretch = self._pretraining(partial)
+                yield stretch
+                held.write(dict(ddpm.average.state_dict()))
+            assert held.tensors is not None
+            denoiser.load_state_dict(held.tensors)
         if self.workers.is_first:
             rmtree(partial, ignore_errors=True)
         total = self.config.pretrain.iterations
         self._tell_or_stop(Phase.PRETRAIN, total, total)
         return denoiser
 
-    def _pretrain(self, partial: Path) -> dict[str, Tensor]:
+    def _pretraining(self, partial: Path) -> tuple[DDPM, Stretch]:
+        """Pretraining from its newest checkpoint on, which it leaves in `partial`."""
         ddpm, state = self.experiment.build_pretraining()
-        total, log_every = self.config.pretrain.iterations, self.config.train.log_every
+        total, log_every, window = self.config.pretrain.iterations, self.config.train.log_every, _Window()
         found, _ = _newest(partial, self.workers)
-        start = 0
         if found is not None:
             state.restore(found)
-            start = found.step
-        noise = state.generators["noise"]
-        window = _Window()
-        for iteration in range(start, total):
-            with self.experiment.precision():
-                window.add(ddpm.update(state.stream.next(), iteration, noise))
-            step = iteration + 1
+
+        def after(step: int, metrics: Mapping[str, Tensor]) -> None:
+            window.add(metrics)
             if step % log_every == 0 or step == total:
                 self._tell(Phase.PRETRAIN, step, total, window.mean(step))
             if (step % _PARTIAL_EVERY == 0 or self.stopping) and step < total:
                 self.workers.on_first(functools.partial(_keep_only, partial, step, state))
             if self.stopping and step < total:
                 raise _Stopped
-        return dict(ddpm.average.state_dict())
+
+        return ddpm, self._stretch(ddpm, state, 0 if found is None else found.step, total, after)
+
+    def _stretch(
+        self, algorithm: DDPM | DxMI, state: TrainingState, start: int, total: int, after: AfterIteration
+    ) -> Stretch:
+        """What the story is to yield now; until somebody trains it, its clock stands still."""
+        self.clock.pause()
+        return Stretch(algorithm, state, start, total, self.experiment.precision, after, self._trained_with)
+
+    def _trained_with(self, members: int) -> None:
+        """The run is trained in one program with others, `members` in all."""
+        self.clock.go_on()
+        self.members = max(self.members, members)
 
     # ------------------------------------------------------------------------
     # References, once for all runs that share the pretrained model and the evaluation.
@@ -313,7 +387,7 @@ class _Run:
             numbers = {**_finite(scores.values, 0), "seconds_per_1000": scores.seconds_per_1000}
             return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
 
-        numbers = {key: float(value) for key, value in sorted(cached_together(path, compute, self.workers).items())}
+        numbers = {key: float(value) for key, value in sorted(cached(path, compute, self.workers).items())}
         seconds = numbers.pop("seconds_per_1000")
         return Scores(numbers, seconds)
 
@@ -371,26 +445,25 @@ class _Run:
             return None if score is None else {"step": resumed.step, "value": score}
         return best
 
-    def _finetune(self, dxmi: DxMI, state: TrainingState, start: int) -> None:
+    def _finetuning(self, dxmi: DxMI, state: TrainingState, start: int) -> Stretch:
         """DxMI iterations; rows, evaluations and checkpoints fall where the config says."""
-        train, total = self.config.train, self.config.train.iterations
-        noise, states = state.generators["noise"], state.generators["states"]
-        window = _Window()
-        for iteration in range(start, total):
-            with self.experiment.precision():
-                window.add(dxmi.update(state.stream.next(), iteration, noise, states))
-            step = iteration + 1
+        train, total, window = self.config.train, self.config.train.iterations, _Window()
+
+        def after(step: int, metrics: Mapping[str, Tensor]) -> None:
+            window.add(metrics)
             evaluate = step % self.config.evaluate.every == 0 or step == total
             if not evaluate and step % train.log_every != 0:
-                continue
-            metrics = window.mean(step)
-            self.workers.on_first(functools.partial(self.run.append, [{"step": step, **metrics}]))
-            self._tell(Phase.FINETUNE, step, total, metrics)
+                return
+            means = window.mean(step)
+            self.workers.on_first(functools.partial(self.run.append, [{"step": step, **means}]))
+            self._tell(Phase.FINETUNE, step, total, means)
             score = self._evaluate(dxmi, step) if evaluate else None
             if evaluate or self.stopping:
                 self._save(state, step, score)
             if self.stopping and step < total:
                 raise _Stopped
+
+        return self._stretch(dxmi, state, start, total, after)
 
     def _evaluate(self, dxmi: DxMI, step: int) -> float:
         """The policy's score on the fixed selection noise; also draws its grid and remembers the best."""
@@ -480,6 +553,7 @@ class _Run:
             last=outcome("last", config.train.iterations),
             scores={name: scored.values for name, scored in scores.items()},
             generations=self.generations,
+            members=self.members,
             seconds_per_1000_images={name: scored.seconds_per_1000 for name, scored in scores.items()},
             iterations=config.train.iterations,
             num_steps=config.schedule.num_steps,
@@ -542,12 +616,24 @@ class _Stopwatch:
     def __init__(self) -> None:
         self.seconds = {phase.value: 0.0 for phase in Phase}
         self._phase: Phase | None = None
+        self._waiting: Phase | None = None
         self._since = time.perf_counter()
 
     def enter(self, phase: Phase) -> None:
         """Begin a phase; the one before ends."""
         self.lap()
         self._phase = phase
+
+    def pause(self) -> None:
+        """Count no more until `go_on`."""
+        self.lap()
+        self._waiting, self._phase = self._phase, None
+
+    def go_on(self) -> None:
+        """Count for the phase that was paused, if one was."""
+        if self._waiting is not None:
+            self.enter(self._waiting)
+            self._waiting = None
 
     def lap(self) -> None:
         """Add what has passed to the present phase."""
@@ -566,9 +652,9 @@ class _Window:
     """Metrics since the last row, still on the device; their mean is taken when a row is due."""
 
     def __init__(self) -> None:
-        self.metrics: list[dict[str, Tensor]] = []
+        self.metrics: list[Mapping[str, Tensor]] = []
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
         self.metrics.append(metrics)
 
     def mean(self, step: int) -> dict[str, float]:

@@ -25,9 +25,9 @@ class Gaussian(NamedTuple):
     mean: Tensor
     sigma: Tensor
 
-    def sample(self, noise: Tensor, out: Tensor | None = None) -> Tensor:
-        """Mean + sigma * noise, reparameterised: gradients reach both unless it is written to `out`; [B, *event]."""
-        return torch.addcmul(self.mean, per_sample(self.sigma, noise), noise, out=out)
+    def sample(self, noise: Tensor) -> Tensor:
+        """Mean + sigma * noise, reparameterised: gradients reach both; [B, *event]."""
+        return torch.addcmul(self.mean, per_sample(self.sigma, noise), noise)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density of `x` [B, *event] in nats, summed over the event: [B]."""

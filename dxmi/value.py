@@ -23,13 +23,14 @@ class Value(nn.Module, ABC):
         """V(x, t) of `x` [B, *event] at one step for the batch: [B]."""
 
     @abstractmethod
-    def at_steps(self, x: Tensor, t: Tensor, num_final: int) -> Tensor:
+    def at_steps(self, x: Tensor, t: Tensor, num_final: int, num_open: int = 0) -> Tensor:
         """V(x_i, t_i), [B].
 
         Args:
             x: [B, *event].
             t: the step of each sample in ascending order, [B].
             num_final: how many of them, at the end, are at T; the caller knows it without asking the device.
+            num_open: how many before those may be at T: of one member of a stack so, of another not.
         """
 
     def gradient(self, x: Tensor, t: int) -> Tensor:
@@ -51,7 +52,7 @@ class SharedValue(Value):
         """E(x), whatever the step."""
         return self.energy(x)  # type: ignore[no-any-return]
 
-    def at_steps(self, x: Tensor, t: Tensor, num_final: int) -> Tensor:  # noqa: ARG002
+    def at_steps(self, x: Tensor, t: Tensor, num_final: int, num_open: int = 0) -> Tensor:  # noqa: ARG002
         """E(x), whatever the steps."""
         return self.energy(x)  # type: ignore[no-any-return]
 
@@ -81,10 +82,18 @@ class SeparateValue(Value):
         value: Tensor = self.network(x, self.network.embed(self.steps[t : t + 1]))
         return value.float()
 
-    def at_steps(self, x: Tensor, t: Tensor, num_final: int) -> Tensor:
-        """Each network sees only the samples that are its own."""
-        split = len(x) - num_final
-        if split == 0:
+    def at_steps(self, x: Tensor, t: Tensor, num_final: int, num_open: int = 0) -> Tensor:
+        """Each network sees only the samples that are, or may be, its own."""
+        end = len(x) - num_final
+        start = end - num_open
+        if end == 0:
             return self.energy(x)  # type: ignore[no-any-return]
-        early = self.network(x[:split], self.network.embed(self.steps)[t[:split]]).float()
-        return early if num_final == 0 else torch.cat((early, self.energy(x[split:])))
+        steps = t[:end].clamp(max=self.num_steps - 1) if num_open else t[:end]
+        early = self.network(x[:end], self.network.embed(self.steps)[steps]).float()
+        if start == len(x):
+            return early  # type: ignore[no-any-return]
+        late = self.energy(x[start:])
+        if num_open == 0:
+            return torch.cat((early, late))
+        between = torch.where(t[start:end] == self.num_steps, late[:num_open], early[start:])
+        return torch.cat((early[:start], between, late[num_open:]))

@@ -15,8 +15,31 @@ from dxmi.value import SeparateValue, SharedValue
 
 NETWORK = MlpConfig(hidden=16, layers=3, embedding=8)
 
+_LONGEST_FIRST = [
+    f"test_{name}"
+    for name in (
+        "sweep",
+        "storage",
+        "data_parallel",
+        "workers",
+        "readme",
+        "resume",
+        "tracking",
+        "cli",
+        "stacks",
+        "stacking",
+    )
+]
+"""Files in the order in which two processes take them, so that neither is left with a long one at the end."""
+
 MakePolicy = Callable[..., Policy]
 MakeDxMI = Callable[..., DxMI]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    rank = {name: number for number, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dxmi.algorithms.ddpm import DDPMConfig
-from dxmi.algorithms.dxmi import DxMI, DxMIConfig
+from dxmi.algorithms.dxmi import DxMI, DxMIConfig, draw_states
 from dxmi.costs import ReferenceVariance, running_cost, squared_noise, squared_step, step_costs
 from dxmi.energy import Energy
 from dxmi.errors import UserError
@@ -427,19 +427,16 @@ def test_policy_entropy_is_the_mean_log_sigma(make_dxmi):
     assert float(metrics["policy/entropy"]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_all_states_are_drawn_exactly_once(make_dxmi):
-    dxmi = make_dxmi(DxMIConfig(all_states=True))
-    trajectory = dxmi.policy.rollout(normal(T + 1, B, *EVENT))
-    draws = list(dxmi._draw_states(whole(trajectory.sample), torch.Generator().manual_seed(0)))
+def test_all_states_are_drawn_exactly_once():
+    draws = draw_states(T, B, torch.Generator().manual_seed(0), every=True)
     assert [len(drawn) for drawn in draws] == [B] * T
     assert torch.cat(draws).sort().values.tolist() == list(range(T * B))
     assert not torch.equal(torch.cat(draws), torch.arange(T * B))
 
 
-def test_one_draw_is_a_batch_of_distinct_states_from_all_steps(make_dxmi):
-    dxmi = make_dxmi(DxMIConfig())
-    trajectory, generator = dxmi.policy.rollout(normal(T + 1, B, *EVENT)), torch.Generator().manual_seed(0)
-    draws = [next(dxmi._draw_states(whole(trajectory.sample), generator)) for _ in range(50)]
+def test_one_draw_is_a_batch_of_distinct_states_from_all_steps():
+    generator = torch.Generator().manual_seed(0)
+    draws = [draw_states(T, B, generator, every=False)[0] for _ in range(50)]
     assert all(len(set(drawn.tolist())) == B for drawn in draws)
     assert all(torch.equal(drawn, drawn.sort().values) for drawn in draws)
     assert set(torch.cat(draws).tolist()) == set(range(T * B))
@@ -494,7 +491,7 @@ def test_the_average_is_what_is_evaluated_and_without_one_the_policy(make_dxmi):
 
 def test_moving_average_starts_as_its_source():
     source, target = nn.Linear(2, 2), nn.Linear(2, 2)
-    MovingAverage(source, target, 0.9)
+    MovingAverage.between(source, target, 0.9)
     assert same(source, target)
     assert not any(p.requires_grad for p in target.parameters())
 

@@ -147,6 +147,24 @@ def test_a_ray_of_our_own_never_starts_without_its_token(monkeypatch):
         raise AssertionError
 
 
+def test_a_machine_that_is_too_busy_for_ray_is_said(monkeypatch):
+    """What Ray 2.60 raises then is a plain Exception; other faults keep their traceback."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def fails(said):
+        def init(**_):
+            raise Exception(said)  # noqa: TRY002
+
+        return init
+
+    monkeypatch.setattr("ray.init", fails("The current node timed out during startup. This could happen because"))
+    with pytest.raises(UserError, match="busy with other work"), ray_session(1, 0):
+        raise AssertionError
+    monkeypatch.setattr("ray.init", fails("something else"))
+    with pytest.raises(Exception, match="something else"), ray_session(1, 0):
+        raise AssertionError
+
+
 def test_only_named_variables_go_along_and_no_secret(monkeypatch):
     monkeypatch.delenv("DXMI_DATA", raising=False)
     monkeypatch.setenv("DXMI_CACHE", "/shared/cache")

@@ -94,7 +94,7 @@ def test_a_network_of_another_kind_is_changed_as_a_whole(monkeypatch):
     monkeypatch.setitem(NETWORK_CONFIGS, "other", OtherConfig)
     given = {"network": {"denoiser": {"kind": "other", "layers": 4}}, TAU: 0}
     (_, arm) = arms_of(variants={"x": given})
-    whole = {"kind": "other", "hidden": 512, "layers": 4, "embedding": 100}
+    whole = {"kind": "other", "hidden": 512, "layers": 4, "embedding": 100, "first_gain": 1.0}
     assert arm.changes == {TAU: 0.0, "network.denoiser": whole}
     assert to_tree(arm.config(EXPERIMENT))["network"]["denoiser"] == whole
 
@@ -187,6 +187,18 @@ def test_a_fraction_takes_two_levels_and_at_most_ten_factors():
     assert "a has 3 levels: a fraction takes two" in refusal(design="fractional", factors={"a": three})
     many = {f"f{i}": ON_OFF for i in range(11)}
     assert "ablation.factors has 11 entries: a fraction takes at most 10." in refusal(design="fractional", factors=many)
+
+
+@pytest.mark.parametrize(("num", "resolution"), [(2, 3), (2, 4), (3, 4)])
+def test_a_fraction_that_would_be_the_whole_is_refused(num, resolution):
+    """The smallest fractions are 2^(3-1) of resolution III and 2^(4-1) of resolution IV."""
+    given = {"design": "fractional", "resolution": resolution, "factors": dict.fromkeys("abcd"[:num], ON_OFF)}
+    assert f"{num} entries, of which no part has resolution {resolution}: use design=factorial" in refusal(**given)
+
+
+def test_names_that_differ_in_case_alone_are_refused():
+    sentence = refusal(variants={"fast": {TAU: 1.5}, "Fast": {TAU: 2.5}})
+    assert "called fast and Fast, which differ in case alone: rename one." in sentence
 
 
 def test_too_many_arms_are_refused_before_any_is_built():

@@ -14,6 +14,7 @@ from tune.digests import digests
 from tune.space import FIXED, configured, flat
 
 Settings = dict[str, Any]
+SIZES = (("hidden", 7), ("layers", 4), ("first_gain", 2.0))
 SMALL = {"kind": "mlp", "hidden": 6, "layers": 3, "embedding": 4}
 BASE = build(
     ExperimentConfig,
@@ -105,9 +106,9 @@ ALIVE: list[tuple[Settings, str, Any]] = [
     ({}, "train.iterations", 0),
     ({}, "train.batch_size", 5),
     ({}, "train.precision", "bfloat16"),
-    *(({}, f"network.denoiser.{name}", value) for name, value in (("hidden", 7), ("layers", 4), ("embedding", 6))),
-    *(({}, f"network.energy.{name}", value) for name, value in (("hidden", 7), ("layers", 4))),
-    *((SEPARATE, f"network.value.{name}", value) for name, value in (("hidden", 7), ("layers", 4), ("embedding", 6))),
+    *(({}, f"network.denoiser.{name}", value) for name, value in (*SIZES, ("embedding", 6))),
+    *(({}, f"network.energy.{name}", value) for name, value in SIZES),
+    *((SEPARATE, f"network.value.{name}", value) for name, value in (*SIZES, ("embedding", 6))),
 ]
 
 # No effect by what the setting is documented to be, or by its formula.

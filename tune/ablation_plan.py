@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -86,8 +86,17 @@ class AblationPlan(Plan):
     def propose(self, history: Sequence[FrozenTrial]) -> Proposal | None:
         """The next arm and seed, seed by seed; None if none can be begun now."""
         found = _by_cell(history)
-        cell = next((cell for cell in self._wanted(found) if cell not in found), None)
-        return None if cell is None else Proposal({ARM: cell[0], SEED: cell[1]})
+        return _proposal(cell for cell in self._wanted(found) if cell not in found)
+
+    @property
+    def seeds_at_once(self) -> int:
+        """The seeds that an arm gets in any case."""
+        return self.ablation.seeds.first
+
+    def propose_beside(self, history: Sequence[FrozenTrial], values: Mapping[str, Value]) -> Proposal | None:
+        """The next seed of the same arm."""
+        found = _by_cell(history)
+        return _proposal(cell for cell in self._wanted(found) if cell[0] == values[ARM] and cell not in found)
 
     def is_done(self, history: Sequence[FrozenTrial]) -> bool:
         """Whether every trial that is needed has been begun, and none that runs can call for more."""
@@ -199,6 +208,11 @@ def any_plan_from(tree: Mapping[str, Any]) -> Plan:
 
 # ----------------------------------------------------------------------------
 # Trials by arm and seed
+
+
+def _proposal(open_cells: Iterator[Cell]) -> Proposal | None:
+    cell = next(open_cells, None)
+    return None if cell is None else Proposal({ARM: cell[0], SEED: cell[1]})
 
 
 def _by_cell(history: Sequence[FrozenTrial]) -> dict[Cell, FrozenTrial]:

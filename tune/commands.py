@@ -23,7 +23,7 @@ from dxmi.galleries import build_gallery
 from dxmi.run_directory import RunDirectory, read_yaml
 from dxmi.train import Summary, train
 from dxmi.trained import CHECKPOINTS, Trained, load_trained
-from tune.configs import ablations, compose_experiment, groups, out_folder, overridden, sweeps
+from tune.configs import ablations, compose_experiment, groups, out_folder, overridden, require_no_stack, sweeps
 from tune.console import ProgressReporter, Terminal, complain, discard_output, show_result
 from tune.signals import gentle_stop
 
@@ -239,6 +239,7 @@ def _train(args: argparse.Namespace) -> int:
     finished = run.read_summary()
     if finished is None and steps_in(run.checkpoints):
         console.out(f"Going on with the run in {out}.", highlight=False)
+    require_no_stack(config, "dxmi train")
     experiment = Experiment(config)
     with ProgressReporter(console) as reporter, gentle_stop(reporter.ask_to_stop):
         if config.resources.num_workers > 1:

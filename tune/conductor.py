@@ -53,6 +53,8 @@ class Live:
         order: why it was told to stop, if it was.
         told: when it was told.
         attempts: times it was started in this session.
+        together: trials that were begun in the same program, this one included.
+        program: the number of the first of them.
     """
 
     record: TrialRecord
@@ -68,6 +70,8 @@ class Live:
     order: Order | None = None
     told: float = 0.0
     attempts: int = 0
+    together: int = 1
+    program: int = -1
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class Conductor:
         live: the trials that run now.
         ending: why no more trials are begun, if so.
         interrupted: whether the session ends before the study does.
+        stack: how many seeds are trained in one program.
     """
 
     study: Study
@@ -110,6 +115,7 @@ class Conductor:
     live: dict[int, Live] = field(default_factory=dict)
     ending: str = ""
     interrupted: bool = False
+    stack: int = 1
 
     def __post_init__(self) -> None:
         self.plan = self.study.plan
@@ -135,16 +141,45 @@ class Conductor:
 
     def next(self) -> TrialRecord | None:
         """The trial to start now, or None if there is none or no room."""
-        if self.ending or len(self.live) >= self.slots.concurrent:
+        if self.ending or len({trial.program for trial in self.live.values()}) >= self.slots.concurrent:
             return None
         record = self._waiting.pop(0) if self._waiting else self.study.add()
         if record is None:
             if self.study.is_done:
                 self.ending = "every planned trial has ended"
             return None
-        total = self._iterations(record)
-        self.live[record.number] = Live(record, total, self.clock())
+        self._begin(record, record.number)
         return record
+
+    def stack_seeds(self, number: int) -> None:
+        """Train that many seeds of an arm in one program from here on."""
+        self.stack = number
+        if number > 1:
+            self.note(Note(f"{number} seeds of an arm are trained together, as one program"))
+
+    def next_together(self) -> list[TrialRecord]:
+        """The trials to start now in one program: one, and others that differ from it in their seeds alone."""
+        first = self.next()
+        if first is None:
+            return []
+        together = [first]
+        while len(together) < self.stack and (record := self._next_beside(first)) is not None:
+            self._begin(record, first.number)
+            together.append(record)
+        for record in together:
+            self.live[record.number].together = len(together)
+        return together
+
+    def _next_beside(self, first: TrialRecord) -> TrialRecord | None:
+        """A trial that waits or is new, and differs from `first` in its seed alone."""
+        for record in self._waiting:
+            if self.study.differ_in_seed_alone(record, first):
+                self._waiting.remove(record)
+                return record
+        return self.study.add_beside(first)
+
+    def _begin(self, record: TrialRecord, program: int) -> None:
+        self.live[record.number] = Live(record, self._iterations(record), self.clock(), program=program)
 
     def _iterations(self, record: TrialRecord) -> int:
         try:
@@ -241,8 +276,12 @@ class Conductor:
         curve = self.study.curves().get(number, {})
         self._finish(trial, unfinished(curve, TrialState.FAILED, reason, self._seconds(trial)))
 
-    def _seconds(self, trial: Live) -> float:
+    def _wall(self, trial: Live) -> float:
         return self.clock() - trial.since
+
+    def _seconds(self, trial: Live) -> float:
+        """What a trial has cost in this session: of a program, its part."""
+        return self._wall(trial) / trial.together
 
     def _finish(self, trial: Live, outcome: Outcome) -> None:
         self.study.finish(trial.record.number, outcome)
@@ -276,7 +315,7 @@ class Conductor:
             self.write_progress()
         for trial in self.live.values():
             limit = self.budget.trial_minutes
-            if limit is not None and self._seconds(trial) > limit * 60.0:
+            if limit is not None and self._wall(trial) > limit * 60.0:
                 self._order(trial, Order.TRIAL_TIME)
         used_up = self._used_up()
         if used_up and not self._stopping:

@@ -487,3 +487,17 @@ def _hydra(root: str, tree: dict[str, Any], overrides: Sequence[str], node: str 
         raise UserError("The config cannot be composed: its groups are nested too deeply.") from error
     assert isinstance(composed, dict)
     return {str(key): value for key, value in composed.items()}
+
+
+def require_no_stack(config: ExperimentConfig, what: str) -> None:
+    """Refuse stacked seeds where there is one.
+
+    Raises:
+        UserError: they are asked for.
+    """
+    stack = config.resources.stack_seeds
+    if stack is not None and stack > 1:
+        raise UserError(
+            f"resources.stack_seeds is {stack}, but {what} trains each seed alone: leave it out, or use dxmi ablate, "
+            "which trains an arm's seeds together."
+        )

@@ -158,6 +158,14 @@ def _check_factors(config: AblationConfig) -> None:
             raise UserError(f"{where} has {len(levels)} levels: a fraction takes two; use design=factorial.")
         for level in levels:
             _require_name(f"{where}.{level}", level)
+    if (
+        config.design == "fractional"
+        and smallest_fraction(list(config.factors), config.resolution or 4).resolution is None
+    ):
+        raise UserError(
+            f"ablation.factors has {len(config.factors)} entries, of which no part has resolution "
+            f"{config.resolution or 4}: use design=factorial, which runs every combination, or name more factors."
+        )
 
 
 def _levels(factor: str, levels: Table, experiment: ExperimentConfig) -> Iterator[_Change]:
@@ -298,13 +306,14 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _require_distinct(found: Sequence[Arm], experiment: ExperimentConfig) -> None:
-    """No name and no config twice; every combination of changes builds."""
-    names: set[str] = set()
+    """No name twice, whatever the case of its letters, and no config; every combination of changes builds."""
+    names: dict[str, str] = {}
     owners: dict[str, str] = {}
     for arm in found:
-        if arm.name in names:
-            raise UserError(f"Two arms of the ablation are called {arm.name}: rename one.")
-        names.add(arm.name)
+        if (other := names.get(arm.name.casefold())) is not None:
+            called = arm.name if arm.name == other else f"{other} and {arm.name}, which differ in case alone"
+            raise UserError(f"Two arms of the ablation are called {called}: rename one.")
+        names[arm.name.casefold()] = arm.name
         try:
             signature = arm.config(experiment).signature
         except UserError as error:

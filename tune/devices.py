@@ -39,7 +39,7 @@ class Slots:
     def __str__(self) -> str:
         each = f"{self.threads} of {self.cpus} CPU threads"
         if self.gpu_share:
-            each += f" and {self.gpu_share:g} of {self.gpus} GPUs"
+            each += f" and {self.gpu_share:g} of {self.gpus} GPUs" if self.gpus else f" and {self.gpu_share:g} GPUs"
         if self.workers > 1:
             return f"{self.concurrent} at once, each with {self.workers} workers, each of them with {each}"
         return f"{self.concurrent} at once, each with {each}"

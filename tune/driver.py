@@ -25,14 +25,17 @@ from tune.devices import Slots
 from tune.mirror import Mirror
 from tune.ray_session import actor_here, ray_session
 from tune.signals import gentle_stop
+from tune.stacks import seeds_together
 from tune.study import Study, TrialRecord
-from tune.trial import END, SCORE, STEP, Mailbox, Trainer, run_trial
+from tune.trial import END, SCORE, STEP, Mailbox, Trainer, run_trials
 
 _GRACE = 20.0
 """Seconds that an interrupted trial has to save; its last checkpoint is whole in any case."""
 _COLLECT_EVERY = 0.5
 _WAITING_BYTES = 200_000_000
 """Of memory, which every node has, for a process that must hold something but no device."""
+_TRIALS = "trials"
+"""The key of what `run_trials` wants to know."""
 _NEVER = "1000000000"
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -78,6 +81,9 @@ def drive(
         # Twice, since Ray's start takes SIGTERM for itself.
         with control.listening(), ray_session(slots.cpus, slots.gpus), control.listening():
             control.checkpoint()
+            if trainer is train:
+                conductor.stack_seeds(seeds_together(conductor.plan, conductor.slots))
+                control.checkpoint()
             mailbox = actor_here(Mailbox)
             hands = _Hands(conductor, mirror, mailbox, look, control)
             trainable = _trainable(conductor.slots, mailbox, trainer)
@@ -133,8 +139,8 @@ class _Control:
 
 
 def _trainable(slots: Slots, mailbox: Any, trainer: Trainer) -> Any:
-    """`run_trial` with what every trial shares."""
-    function = ray_tune.with_parameters(run_trial, mailbox=mailbox, trainer=trainer)
+    """`run_trials` with what every trial shares."""
+    function = ray_tune.with_parameters(run_trials, mailbox=mailbox, trainer=trainer)
     if slots.workers > 1:  # its workers hold the devices; this process only waits for them
         return ray_tune.with_resources(function, {"cpu": 0, "memory": _WAITING_BYTES})
     return ray_tune.with_resources(function, {"cpu": slots.threads, "gpu": slots.gpu_share})
@@ -174,10 +180,10 @@ class _Search(_Unsaved, Searcher):
     def suggest(self, trial_id: str) -> Any:  # noqa: ARG002
         """A trial's arguments; None while there is no room; FINISHED when there are no more."""
         with self._control.watched():
-            record = self._conductor.next()
-            if record is not None:
-                arguments = _arguments(self._conductor, self._mirror, record)
-                return {"number": record.number, "trial": json.dumps(arguments)}
+            together = self._conductor.next_together()
+            if together:
+                arguments = [_arguments(self._conductor, self._mirror, record) for record in together]
+                return {_TRIALS: json.dumps(arguments)}
             return Searcher.FINISHED if self._conductor.ending else None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -191,7 +197,7 @@ class _Search(_Unsaved, Searcher):
 
 
 def _arguments(conductor: Conductor, mirror: Mirror, record: TrialRecord) -> dict[str, Any]:
-    """What `run_trial` wants to know."""
+    """What `run_trials` wants to know of one."""
     study, slots = conductor.study, conductor.slots
 
     def place(number: int) -> str:
@@ -208,10 +214,15 @@ def _arguments(conductor: Conductor, mirror: Mirror, record: TrialRecord) -> dic
 
 
 def trial_tree(study: Study, record: TrialRecord, slots: Slots) -> dict[str, Any]:
-    """A trial's whole config as a tree, with the threads that it really gets."""
+    """A trial's whole config as a tree, with the threads that it really gets, to be run alone as well."""
     tree = study.plan.tree_of(record.values)
-    tree["resources"]["threads"] = slots.threads
+    tree["resources"] |= {"threads": slots.threads, "stack_seeds": None}
     return tree
+
+
+def _numbers(trial: Trial) -> list[int]:
+    """The trials of the study that one of Tune's runs."""
+    return [arguments["number"] for arguments in json.loads(trial.config[_TRIALS])]
 
 
 def _traceback(trial: Trial) -> str:
@@ -235,20 +246,22 @@ class _Hands(_Unsaved, ray_tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:  # noqa: ARG002
         """A trial's actor took it up."""
         with self._control.watched():
-            if trial.config["number"] in self._conductor.live:
-                self._conductor.started(trial.config["number"])
+            for number in _numbers(trial):
+                if number in self._conductor.live:
+                    self._conductor.started(number)
 
     def on_trial_result(
         self,
         iteration: int,  # noqa: ARG002
         trials: list[Trial],  # noqa: ARG002
-        trial: Trial,
+        trial: Trial,  # noqa: ARG002
         result: dict[str, Any],
         **_: Any,
     ) -> None:
         """A trial reported. It waits until this returns, so orders to it are passed on before."""
         with self._control.watched():
-            number, message = trial.config["number"], json.loads(result["message"])
+            message = json.loads(result["message"])
+            number = message["number"]
             if number not in self._conductor.live:  # it crashed after its end was decided
                 return
             self._mirror.fetch(number, ended=message["kind"] == END)
@@ -269,21 +282,25 @@ class _Hands(_Unsaved, ray_tune.Callback):
         self._crashed(trial, again=False)
 
     def _crashed(self, trial: Trial, *, again: bool) -> None:
+        error = _traceback(trial)
         with self._control.watched():
-            number = trial.config["number"]
-            error = _traceback(trial)
-            self._mirror.fetch(number, ended=not again)
-            self._conductor.study.folder.write_error(number, error)
-            if self._conductor.slots.workers > 1:
-                from tune.data_parallel import release_lost_group  # noqa: PLC0415  (Ray Train takes seconds)
-
-                run = self._conductor.study.folder.run(number).path
-                release_lost_group(self._mirror.address(number) or str(run.resolve()))
-            if number in self._conductor.live:  # it had not reported its end
-                self._conductor.crashed(number, error, again=again)
-            if not again:
-                self._mirror.send(number)
+            for number in _numbers(trial):
+                if len(_numbers(trial)) == 1 or number in self._conductor.live:  # of several, some may have ended
+                    self._crashed_one(number, error, again=again)
             self._look(self._conductor)
+
+    def _crashed_one(self, number: int, error: str, *, again: bool) -> None:
+        self._mirror.fetch(number, ended=not again)
+        self._conductor.study.folder.write_error(number, error)
+        if self._conductor.slots.workers > 1:
+            from tune.data_parallel import release_lost_group  # noqa: PLC0415  (Ray Train takes seconds)
+
+            run = self._conductor.study.folder.run(number).path
+            release_lost_group(self._mirror.address(number) or str(run.resolve()))
+        if number in self._conductor.live:  # it had not reported its end
+            self._conductor.crashed(number, error, again=again)
+        if not again:
+            self._mirror.send(number)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:  # noqa: ARG002
         """Several times a second."""

@@ -62,6 +62,15 @@ class Plan:
         axes = sorted(self.axes, key=lambda axis: axis.path)  # their order in the file is not in the signature
         return propose(self.sweep, axes, self.experiment, history)
 
+    @property
+    def seeds_at_once(self) -> int:
+        """How many trials may be begun at a time that differ in their seeds alone."""
+        return 1
+
+    def propose_beside(self, history: Sequence[FrozenTrial], values: Mapping[str, Value]) -> Proposal | None:  # noqa: ARG002
+        """A further trial that differs from one with these values in its seed alone; None if there is none now."""
+        return None
+
     def is_done(self, history: Sequence[FrozenTrial]) -> bool:
         """Whether every trial has been begun, and none that runs can call for more."""
         return len(history) >= self.num_trials

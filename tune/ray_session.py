@@ -90,6 +90,27 @@ def _require_token() -> None:
         )
 
 
+def _start(cpus: int, gpus: int) -> None:
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_OBJECT_STORE_BYTES,
+        )
+    except Exception as error:  # Ray's own, of no class of its own
+        if "timed out during startup" not in str(error):
+            raise
+        _shut_down()
+        raise UserError(
+            "Ray did not start in time: this machine is busy with other work. Nothing is lost; try again when it has "
+            "a core to spare."
+        ) from error
+
+
 @contextmanager
 def ray_session(cpus: int, gpus: int) -> Iterator[None]:
     """The cluster, or a Ray of our own with these devices, while it lasts.
@@ -104,15 +125,7 @@ def ray_session(cpus: int, gpus: int) -> Iterator[None]:
             raise UserError("Ray runs in this process already: end it with ray.shutdown() first.")
         _require_token()
         _quiet()
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            num_gpus=gpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=_OBJECT_STORE_BYTES,
-        )
+        _start(cpus, gpus)
     try:
         yield
     finally:

@@ -36,9 +36,9 @@ from dxmi.errors import UserError
 from dxmi.experiment import ExperimentConfig
 from dxmi.files import write_atomic, write_json
 from dxmi.run_directory import RunDirectory, read_yaml
-from tune.ablation_plan import any_plan_from
+from tune.ablation_plan import SEED, any_plan_from
 from tune.plans import FORMAT, Plan
-from tune.proposals import template
+from tune.proposals import Proposal, template
 from tune.space import Value
 from tune.stopping import falls_behind
 
@@ -383,7 +383,19 @@ class Study:
     def add(self) -> TrialRecord | None:
         """Propose one more trial and record it as running; None if there is none, or none until another has ended."""
         history = self._trials()
-        proposal = self.plan.propose(history)
+        return self._add(history, self.plan.propose(history))
+
+    @staticmethod
+    def differ_in_seed_alone(one: TrialRecord, other: TrialRecord) -> bool:
+        """Whether two trials are the same but for their seeds."""
+        return {**one.values, SEED: None} == {**other.values, SEED: None}
+
+    def add_beside(self, record: TrialRecord) -> TrialRecord | None:
+        """One more trial that differs from this one in its seed alone, recorded as running; None if there is none."""
+        history = self._trials()
+        return self._add(history, self.plan.propose_beside(history, record.values))
+
+    def _add(self, history: Sequence[FrozenTrial], proposal: Proposal | None) -> TrialRecord | None:
         if proposal is None:
             return None
         about = self._about(proposal.values)

@@ -26,7 +26,7 @@ from tune.ablation_plan import AblationPlan, any_plan_from
 from tune.ablation_results import results_of, write_tables
 from tune.cluster import require_fit
 from tune.conductor import Conductor
-from tune.configs import ComposedSweep, compose_sweep, overridden
+from tune.configs import ComposedSweep, compose_sweep, overridden, require_no_stack
 from tune.console import Terminal, complain
 from tune.devices import Slots, find_slots
 from tune.driver import StoppedAtOnceError, drive
@@ -83,6 +83,7 @@ class Sweep:
     def __init__(self, *overrides: str, name: str | None = None, studies: str | Path = STUDIES) -> None:
         named = [*overrides, *([f"name={name}"] if name is not None else [])]
         self.plan = _plan(compose_sweep(named))
+        require_no_stack(self.plan.experiment, "a sweep")
         self.folder = StudyFolder(Path(studies) / self.plan.name)
 
     @classmethod
@@ -100,7 +101,10 @@ class Sweep:
             UserError: there is no such study, or something else is to be changed.
         """
         require_name(name)
-        return cls.of(_overridden(StudyFolder(Path(studies) / name).read_plan(), overrides), studies)
+        plan = _overridden(StudyFolder(Path(studies) / name).read_plan(), overrides)
+        if not isinstance(plan, AblationPlan):
+            require_no_stack(plan.experiment, "a sweep")
+        return cls.of(plan, studies)
 
     # ------------------------------------------------------------------------
     # Before

@@ -1,4 +1,6 @@
-"""One trial, in a Ray worker: compose, build, train, report. It decides nothing: a stop is asked for from outside.
+"""A trial, or several seeds of one arm, in a Ray worker: compose, build, train, report.
+
+It decides nothing: a stop is asked for from outside.
 
 What a trial reports to the driver is either a score or how it ended; how far it is goes to the mailbox, which answers
 whether it should stop. Ray Tune goes on with a report only when the driver has dealt with it, so the answer that a
@@ -10,7 +12,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from numbers import Real
 from pathlib import Path
@@ -20,7 +23,7 @@ from typing import Any, Protocol
 from dxmi.config import build
 from dxmi.errors import DivergedError, UserError, WorkersLostError
 from dxmi.experiment import Experiment, ExperimentConfig
-from dxmi.train import Progress, Reporter, Saved, Summary, train
+from dxmi.train import Member, Progress, Reporter, Saved, Summary, train, train_stacked
 from tune.storage import Remote, kept, node_folder
 
 SCORE, END = "score", "end"
@@ -124,11 +127,15 @@ class _Reporter:
             self._mailbox.note.remote(self._number, event.note)
         elif any(key.startswith(_EVALUATION) for key in event.metrics):
             metrics = checked(event.metrics, event.step, self._metric)
-            self._send({"kind": SCORE, "step": event.step, "metrics": metrics})
+            self._send({"kind": SCORE, "number": self._number, "step": event.step, "metrics": metrics})
             self.stop = self._ray.get(self._beat(event)) or self.stop
         else:
             self._beat_sometimes(event)
         return self.stop
+
+    def end(self, result: dict[str, Any]) -> None:
+        """Say how the trial ended."""
+        self._send({"kind": END, "number": self._number, **result})
 
     def _beat(self, event: Progress) -> Any:
         self._sent = time.monotonic()
@@ -143,41 +150,69 @@ class _Reporter:
             self._pending = self._beat(event)
 
 
-def run_trial(config: Mapping[str, Any], *, mailbox: Any, trainer: Trainer = train) -> None:
-    """The function that Ray Tune runs.
+def run_trials(config: Mapping[str, Any], *, mailbox: Any, trainer: Trainer = train) -> None:
+    """The function that Ray Tune runs: one trial, or several of one arm that are trained as one program.
 
     Everything goes through it as JSON text: Tune would flatten, copy and keep each value of a tree.
 
     Args:
-        config: `number`, and `trial`: tree (of the experiment's config), out (run folder), address (where the run is
-            kept, or None if there), metric, same_as (another run's folder or address, or None).
+        config: `trials`, a list of: number, tree (of the experiment's config), out (run folder), address (where the run
+            is kept, or None if there), metric, same_as (another run's folder or address, or None).
         mailbox: an actor of `Mailbox`.
-        trainer: trains, unless the trial has several workers.
+        trainer: trains a trial that is alone in its process.
     """
     from ray import tune as ray_tune  # noqa: PLC0415
 
     def send(message: dict[str, Any]) -> None:
         ray_tune.report({STEP: message.get("step", 0), "message": json.dumps(message)})
 
-    number, trial = int(config["number"]), json.loads(config["trial"])
-    if trial["same_as"] is not None:
-        _copy_run(trial["same_as"], Path(trial["out"]), trial["address"])
-    reporter = _Reporter(number, trial["metric"], mailbox, send)
-    send({"kind": END, **_result(trial, trainer, reporter)})
+    trials = json.loads(config["trials"])
+    for trial in trials:
+        if trial["same_as"] is not None:
+            _copy_run(trial["same_as"], Path(trial["out"]), trial["address"])
+    reporters = [_Reporter(trial["number"], trial["metric"], mailbox, send) for trial in trials]
+    if len(trials) > 1:
+        _run_stacked(trials, reporters)
+    else:
+        reporters[0].end(_result(trials[0], lambda: _summary(trials[0], trainer, reporters[0])))
 
 
-def _result(trial: Mapping[str, Any], trainer: Trainer, reporter: Reporter) -> dict[str, Any]:
+def _run_stacked(trials: Sequence[Mapping[str, Any]], reporters: Sequence[_Reporter]) -> None:
+    """Train all as one program, and report each when it ends; what a second try could mend is raised at last."""
+    crashes: list[Exception] = []
+
+    def ended(number: int, outcome: Summary | Exception | None) -> None:
+        try:
+            reporters[number].end(_result(trials[number], lambda: _raised_or(outcome)))
+        except Exception as error:  # noqa: BLE001  (Tune hears of it, after the others' ends)
+            crashes.append(error)
+
+    with ExitStack() as held:
+        members = [_member(trial, reporter, held) for trial, reporter in zip(trials, reporters, strict=True)]
+        train_stacked(members, ended)
+    if crashes:
+        raise crashes[0]
+
+
+def _member(trial: Mapping[str, Any], reporter: _Reporter, held: ExitStack) -> Member:
+    here, keep = held.enter_context(kept(trial["address"], Path(trial["out"])))
+    return Member(Experiment(build(ExperimentConfig, trial["tree"])), here, reporter, _kept_by(keep))
+
+
+def _kept_by(keep: Callable[[], None]) -> Saved:
+    return lambda _: keep()
+
+
+def _raised_or(outcome: Summary | Exception | None) -> Summary | None:
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _result(trial: Mapping[str, Any], train_it: Callable[[], Summary | None]) -> dict[str, Any]:
     """How the training ended. Only what a second try could mend is raised."""
-    out, address = Path(trial["out"]), trial["address"]
     try:
-        config = build(ExperimentConfig, trial["tree"])
-        if config.resources.num_workers > 1:
-            from tune.data_parallel import train_on_workers  # noqa: PLC0415  (Ray Train takes seconds)
-
-            summary = train_on_workers(config, out=out, report=reporter, address=address)
-        else:
-            with kept(address, out) as (here, keep):
-                summary = trainer(Experiment(config), out=here, report=reporter, saved=lambda _: keep())
+        summary = train_it()
     except (DivergedError, BadReportError) as error:
         return {"state": "diverged", "reason": str(error)}
     except UserError as error:
@@ -186,9 +221,21 @@ def _result(trial: Mapping[str, Any], trainer: Trainer, reporter: Reporter) -> d
         raise RuntimeError(f"{error.details}\n{error}") from None  # what is kept is the text of it
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return {"disk_full": True, "reason": f"{error.strerror}: {error.filename or out}"}
+            return {"disk_full": True, "reason": f"{error.strerror}: {error.filename or trial['out']}"}
         raise
     return {"summary": None if summary is None else asdict(summary)}
+
+
+def _summary(trial: Mapping[str, Any], trainer: Trainer, reporter: _Reporter) -> Summary | None:
+    """What came out of one trial that is alone in its process."""
+    out, address = Path(trial["out"]), trial["address"]
+    config = build(ExperimentConfig, trial["tree"])
+    if config.resources.num_workers > 1:
+        from tune.data_parallel import train_on_workers  # noqa: PLC0415  (Ray Train takes seconds)
+
+        return train_on_workers(config, out=out, report=reporter, address=address)
+    with kept(address, out) as (here, keep):
+        return trainer(Experiment(config), out=here, report=reporter, saved=_kept_by(keep))
 
 
 def _copy_run(source: str, out: Path, address: str | None) -> None:

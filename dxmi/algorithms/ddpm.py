@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dxmi.losses import denoising_loss
 from dxmi.networks import Denoiser
-from dxmi.optimizers import MovingAverage, Optimizer, OptimizerConfig, Part
+from dxmi.optimizers import Descent, MovingAverage, Optimizer, OptimizerConfig, Part
 from dxmi.schedules import NUM_DIFFUSION_STEPS, forward_levels
 from dxmi.tensors import chunks, per_sample
 from dxmi.workers import ALONE, Share, Workers
@@ -64,7 +64,7 @@ class DDPM(nn.Module):
         self.accumulate = accumulate
         self.network = network
         self.average = copy.deepcopy(network)
-        self.moving_average = MovingAverage(network, self.average, config.ema)
+        self.moving_average = MovingAverage.between(network, self.average, config.ema)
         rate = config.optimizer.lr
         self.optimizer = Optimizer(config.optimizer, [(network.parameters(), rate)], config.iterations, workers)
         level = torch.from_numpy(forward_levels())
@@ -89,16 +89,27 @@ class DDPM(nn.Module):
         """
         self.optimizer.schedule(iteration)
         share = self.workers.share(len(data))
-        step = share.of(torch.randint(NUM_DIFFUSION_STEPS, (len(data),), generator=generator, device=data.device))
-        noise = share.of(torch.randn(data.shape, generator=generator, device=data.device))
+        step, noise = (share.of(drawn) for drawn in self.draw(data, generator))
         data = share.of(data)
         pieces = chunks(share.count, self.accumulate)
-        descent = self.optimizer.descend(self._part(data[p], step[p], noise[p], share) for p in pieces)
+        descent = self.optimizer.descend(self.part(data[p], step[p], noise[p], share=share) for p in pieces)
         self.moving_average.update(iteration)
-        metrics = {"pretrain/loss": descent.loss}
-        return metrics if descent.norm is None else metrics | {"pretrain/grad_norm": descent.norm}
+        return loss_metrics(descent)
 
-    def _part(self, data: Tensor, step: Tensor, noise: Tensor, share: Share) -> Part:
+    @staticmethod
+    def draw(data: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The diffusion step [B] of each sample, and its noise [B, *event]."""
+        step = torch.randint(NUM_DIFFUSION_STEPS, (len(data),), generator=generator, device=data.device)
+        return step, torch.randn(data.shape, generator=generator, device=data.device)
+
+    def part(self, data: Tensor, step: Tensor, noise: Tensor, *, share: Share) -> Part:
+        """Of the mean denoising loss, from samples [b, *event] at these diffusion steps [b] with this noise."""
         noised = (per_sample(self.signal[step], data) * data).addcmul(per_sample(self.noise[step], data), noise)
         predicted = self.network(noised, self.network.embed(step)).float()
         return Part(share.mean(denoising_loss(predicted, noise)))
+
+
+def loss_metrics(descent: Descent) -> dict[str, Tensor]:
+    """What is logged of a step of pretraining."""
+    metrics = {"pretrain/loss": descent.loss}
+    return metrics if descent.norm is None else metrics | {"pretrain/grad_norm": descent.norm}

@@ -21,7 +21,6 @@ Logged metrics (means over the batch, of the last update of the iteration):
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -207,9 +206,9 @@ class DxMI(nn.Module):
         self.target = copy.deepcopy(self.value) if config.target_ema is not None else None
         self.moving_averages = []
         if self.average is not None and config.policy_ema is not None:
-            self.moving_averages.append(MovingAverage(self.policy, self.average, config.policy_ema))
+            self.moving_averages.append(MovingAverage.between(self.policy, self.average, config.policy_ema))
         if self.target is not None and config.target_ema is not None:
-            self.moving_averages.append(MovingAverage(self.value, self.target, config.target_ema))
+            self.moving_averages.append(MovingAverage.between(self.value, self.target, config.target_ema))
 
     @property
     def evaluated(self) -> Policy:
@@ -277,7 +276,8 @@ class DxMI(nn.Module):
 
         # 5. Policy: one fresh reparameterised step from stored states.
         for _ in range(self.config.policy_updates):
-            for drawn in self._draw_states(share, state_generator):
+            every = self.config.all_states
+            for drawn in draw_states(self.policy.num_steps, share.num, state_generator, every=every):
                 metrics |= self._update_policy(share, trajectory, drawn, generator)
         metrics["policy/entropy"] = self.policy.log_sigma.detach().mean()
 
@@ -290,32 +290,16 @@ class DxMI(nn.Module):
 
     def _squared_steps(self, trajectory: Trajectory) -> Tensor | None:
         """What the running cost is made of, for every stored step, [T, B]; None where nothing asks for it."""
-        stored_costs_used = any(self.value_mask) and not self.config.resample_next
-        if not (self.reference_var.adaptive or stored_costs_used):
-            return None
-        steps = Gaussian(trajectory.mean.flatten(0, 1), trajectory.sigma.flatten())
-        squared = self._squared(trajectory.states, trajectory.x[1:].flatten(0, 1), steps)
-        return squared.view(trajectory.num_steps, trajectory.batch_size)
-
-    def _squared(self, x: Tensor, x_next: Tensor, step: Gaussian) -> Tensor:
-        """What the running cost is made of, [B]."""
-        return squared_noise(step, x_next) if self.config.running_cost == "noise" else squared_step(x, x_next)
+        return self.squared_steps(trajectory.x, trajectory.mean, trajectory.sigma) if self.wants_squared_steps else None
 
     def _pieces(self, num: int) -> list[slice]:
         """Rows that are taken at a time."""
         return chunks(num, self.accumulate)
 
     def _update_energy(self, share: Share, data: Tensor, sample: Tensor) -> dict[str, Tensor]:
-        """Step 3: one optimiser step on mean E(x_data) - mean E(x_T) + l2 (mean E(x_data)^2 + mean E(x_T)^2)."""
-
-        def part(rows: slice) -> Part:
-            energy_data, energy_sample = self.value.energy(self._paired(data[rows], sample[rows])).chunk(2)
-            loss = energy_loss(energy_data, energy_sample, self.config.energy_l2)
-            return Part(share.mean(loss), (share.mean(energy_data.detach()), share.mean(energy_sample.detach())))
-
-        descent = self.energy_optimizer.descend(part(rows) for rows in self._pieces(share.count))
-        data_mean, sample_mean = descent.logged
-        return {"energy/data_mean": data_mean, "energy/sample_mean": sample_mean, "energy/loss": descent.loss}
+        """Step 3: one optimiser step."""
+        parts = (self.energy_part(self._paired(data[p], sample[p]), share=share) for p in self._pieces(share.count))
+        return energy_metrics(self.energy_optimizer.descend(parts))
 
     def _paired(self, data: Tensor, sample: Tensor) -> Tensor:
         """Data and samples one after the other, [2B, *event], in memory that is allocated once."""
@@ -334,16 +318,75 @@ class DxMI(nn.Module):
         """Step 4 at one t: one optimiser step towards the TD target; returns the mean squared error."""
         x, x_next, stored = trajectory.x[t], trajectory.x[t + 1], None if squared is None else squared[t]
         noise = share.of(self._noise(share.num, x, generator)) if self.config.resample_next else None
+        parts = (
+            self.value_part(x[p], x_next[p], _rows(stored, p), _rows(noise, p), t=t, share=share)
+            for p in self._pieces(share.count)
+        )
+        return self.value_optimizer.descend(parts).loss
+
+    def _update_policy(
+        self, share: Share, trajectory: Trajectory, drawn: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Step 5: one optimiser step."""
+        noise = self._noise(len(drawn), trajectory.sample, generator)
+        t_host, row = drawn // share.num, drawn % share.num - share.start
+        if share.count < share.num:  # the states that are this worker's own; their number differs from draw to draw
+            own = ((row >= 0) & (row < share.count)).nonzero()[:, 0]
+            t_host, row, noise = t_host[own], row[own], noise[own.to(noise.device, non_blocking=True)]
+        state = t_host * share.count + row
 
         def part(rows: slice) -> Part:
-            next_rows, stored_rows = x_next[rows], None if stored is None else stored[rows]
-            with torch.no_grad():
-                if noise is not None:
-                    next_rows, stored_rows = self._resampled(x[rows], t, noise[rows])
-                target = self._target(next_rows, t, stored_rows)
-            return Part(share.mean(value_loss(self.value(x[rows], t), target)))
+            num_final = self.num_at_the_end(t_host[rows])
+            t = t_host[rows].to(noise.device, non_blocking=True)
+            x = trajectory.states[state[rows].to(noise.device, non_blocking=True)]
+            return self.policy_part(x, t, noise[rows], num_final=num_final, share=share)
 
-        return self.value_optimizer.descend(part(rows) for rows in self._pieces(share.count)).loss
+        return policy_metrics(self.policy_optimizer.descend(part(rows) for rows in self._pieces(len(state))))
+
+    def num_at_the_end(self, t_host: Tensor) -> int:
+        """How many of these steps, on the host, lead to T: nothing is waited for."""
+        return int((t_host == self.policy.num_steps - 1).sum())
+
+    # ------------------------------------------------------------------------
+    # The parts of an iteration: functions of tensors and of this module's own, which a stack calls with its members'.
+
+    @property
+    def wants_squared_steps(self) -> bool:
+        """Whether anything asks for what the running cost of the stored steps is made of."""
+        stored_costs_used = any(self.value_mask) and not self.config.resample_next
+        return self.reference_var.adaptive or stored_costs_used
+
+    def rolled_out(self, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States, means and sigmas of a trajectory, as `Policy.rollout` makes it."""
+        trajectory = self.policy.rollout(noise)
+        return trajectory.x, trajectory.mean, trajectory.sigma
+
+    def squared_steps(self, x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
+        """What the running cost of a trajectory's steps is made of, [T, B]."""
+        steps = Gaussian(mean.flatten(0, 1), sigma.flatten())
+        return self._squared(x[:-1].flatten(0, 1), x[1:].flatten(0, 1), steps).view(mean.shape[:2])
+
+    def _squared(self, x: Tensor, x_next: Tensor, step: Gaussian) -> Tensor:
+        """What the running cost is made of, [B]."""
+        return squared_noise(step, x_next) if self.config.running_cost == "noise" else squared_step(x, x_next)
+
+    def energy_part(self, pair: Tensor, *, share: Share) -> Part:
+        """Of mean E(x_data) - mean E(x_T) + l2 (mean E(x_data)^2 + mean E(x_T)^2), from `_paired` [2b, *event]."""
+        energy_data, energy_sample = self.value.energy(pair).chunk(2)
+        loss = energy_loss(energy_data, energy_sample, self.config.energy_l2)
+        return Part(share.mean(loss), (share.mean(energy_data.detach()), share.mean(energy_sample.detach())))
+
+    def value_part(
+        self, x: Tensor, x_next: Tensor, squared: Tensor | None, noise: Tensor | None, *, t: int, share: Share
+    ) -> Part:
+        """Of mean (V(x_t, t) - target)^2, from stored states x_t and x_{t+1} [b, *event] with what their running cost
+        is made of [b]; if there is noise [b, *event], x_{t+1} is drawn afresh with it.
+        """
+        with torch.no_grad():
+            if noise is not None:
+                x_next, squared = self._resampled(x, t, noise)
+            target = self._target(x_next, t, squared)
+        return Part(share.mean(value_loss(self.value(x, t), target)))
 
     def _resampled(self, x: Tensor, t: int, noise: Tensor) -> tuple[Tensor, Tensor | None]:
         """Fresh next states of `x` at step t, and what their running cost is made of if it is used."""
@@ -360,38 +403,13 @@ class DxMI(nn.Module):
             control = self.value_mask[t] * control_cost(cost, log_sigma, config.cost_coef, config.entropy_coef)
         return td_target((self.target or self.value)(x_next, t + 1), self.step_cost[t], control)
 
-    def _draw_states(self, share: Share, generator: torch.Generator) -> Iterator[Tensor]:
-        """Indices into the T x B states of all workers, time-major: B of them, or all in T minibatches; each in
-        ascending order, so that the samples of one step lie together.
+    def policy_part(
+        self, x: Tensor, t: Tensor, noise: Tensor, *, num_final: int, num_open: int = 0, share: Share
+    ) -> Part:
+        """Of mean V(x_{t+1}, t+1) + m_p (control cost), through one fresh step from `x` [b, *event] at `t` [b], which
+        ascends; `num_final` and `num_open` as for `Value.at_steps`.
         """
-        shuffled = torch.randperm(self.policy.num_steps * share.num, generator=generator)
-        draws = torch.split(shuffled, share.num) if self.config.all_states else (shuffled[: share.num],)
-        yield from (drawn.sort().values for drawn in draws)
-
-    def _update_policy(
-        self, share: Share, trajectory: Trajectory, drawn: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """Step 5: one optimiser step on V(x_{t+1}, t+1) + m_p (control cost), through one fresh step only."""
-        noise = self._noise(len(drawn), trajectory.sample, generator)
-        t_host, row = drawn // share.num, drawn % share.num - share.start
-        if share.count < share.num:  # the states that are this worker's own; their number differs from draw to draw
-            own = ((row >= 0) & (row < share.count)).nonzero()[:, 0]
-            t_host, row, noise = t_host[own], row[own], noise[own.to(noise.device, non_blocking=True)]
-        state = t_host * share.count + row
-
-        pieces = self._pieces(len(state))
-        descent = self.policy_optimizer.descend(
-            self._policy_part(share, trajectory, t_host[rows], state[rows], noise[rows]) for rows in pieces
-        )
-        return self._policy_metrics(descent)
-
-    def _policy_part(self, share: Share, trajectory: Trajectory, t_host: Tensor, state: Tensor, noise: Tensor) -> Part:
-        """The policy's loss of stored states, [b] indices into `trajectory.states`, at their steps `t_host` [b]."""
         config, policy = self.config, self.policy
-        num_final = int((t_host == policy.num_steps - 1).sum())  # of a tensor on the host: nothing is waited for
-        t = t_host.to(noise.device, non_blocking=True)
-        x = trajectory.states[state.to(noise.device, non_blocking=True)]
-
         log_sigma = policy.log_sigma
         step = policy.transition(x, t, log_sigma=log_sigma)
         x_next = step.sample(noise)
@@ -401,13 +419,34 @@ class DxMI(nn.Module):
             cost = running_cost(self._squared(x, x_next, step), self.reference_var()[t])
             control = self.policy_mask[t] * control_cost(cost, log_sigma[t], config.cost_coef, config.entropy_coef)
             logged = (share.mean(cost.detach()),)
-        return Part(share.mean(policy_loss(self.value.at_steps(x_next, t + 1, num_final), control)), logged)
+        value = self.value.at_steps(x_next, t + 1, num_final, num_open)
+        return Part(share.mean(policy_loss(value, control)), logged)
 
-    @staticmethod
-    def _policy_metrics(descent: Descent) -> dict[str, Tensor]:
-        metrics = {"policy/loss": descent.loss}
-        if descent.logged:
-            metrics["policy/cost"] = descent.logged[0]
-        if descent.norm is not None:
-            metrics["policy/grad_norm"] = descent.norm
-        return metrics
+
+def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
+def draw_states(num_steps: int, num: int, generator: torch.Generator, *, every: bool) -> list[Tensor]:
+    """Indices into the T x B states of `num` trajectories, time-major: B of them, or every one in T minibatches; each
+    in ascending order, so that the samples of one step lie together.
+    """
+    shuffled = torch.randperm(num_steps * num, generator=generator)
+    draws = torch.split(shuffled, num) if every else (shuffled[:num],)
+    return [drawn.sort().values for drawn in draws]
+
+
+def energy_metrics(descent: Descent) -> dict[str, Tensor]:
+    """What is logged of the energy's step."""
+    data_mean, sample_mean = descent.logged
+    return {"energy/data_mean": data_mean, "energy/sample_mean": sample_mean, "energy/loss": descent.loss}
+
+
+def policy_metrics(descent: Descent) -> dict[str, Tensor]:
+    """What is logged of the policy's step."""
+    metrics = {"policy/loss": descent.loss}
+    if descent.logged:
+        metrics["policy/cost"] = descent.logged[0]
+    if descent.norm is not None:
+        metrics["policy/grad_norm"] = descent.norm
+    return metrics

@@ -73,7 +73,7 @@ class _Body(nn.Module):
         if embedding is not None:
             h += embedding
         for layer in others:  # in place where no gradient will ask for what went in: the rollout's fastest memory
-            h = layer(nn.functional.silu(h, inplace=not h.requires_grad))
+            h = layer(nn.functional.silu(h, inplace=not torch.is_grad_enabled()))
         return h
 
 

@@ -1,0 +1,218 @@
+"""Several seeds of an arm in one program: who is trained together, what it costs, and what becomes of each."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dxmi.checkpoint import load, path_of
+from dxmi.config import build
+from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
+from dxmi.train import train
+from support import SLOWER, TINY, changed, processes_with, wait_until
+from tune.ablation_config import parse_ablation
+from tune.ablation_plan import AblationPlan, ablation_plan
+from tune.cli import main
+from tune.conductor import Conductor
+from tune.configs import compose_experiment
+from tune.designs import arms
+from tune.devices import Slots
+from tune.stacks import fastest, seeds_together
+from tune.study import Study, StudyFolder, TrialState
+from tune.sweep_config import TrackingConfig
+
+VARIANTS = {"no_entropy": {"algorithm.entropy_coef": 0}, "fast": {"algorithm.policy.lr": 3.0e-4}}
+TWO_SLOTS = Slots(cpus=2, gpus=0, threads=1, gpu_share=0.0, concurrent=2)
+
+
+def plan(seeds: int, *overrides: str) -> AblationPlan:
+    ablation = parse_ablation({"hypothesis": "Something matters.", "variants": VARIANTS, "seeds": seeds})
+    experiment = compose_experiment(changed(TINY, *overrides)).experiment
+    return ablation_plan("study", experiment, ablation, arms(ablation, experiment), tracking=TrackingConfig())
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def conductor(folder: Path, clock: Clock, seeds: int = 3, stack: int = 2) -> Conductor:
+    folder = StudyFolder(folder / "study")
+    folder.path.mkdir(exist_ok=True)
+    made = Conductor(Study.drive(folder, plan(seeds)), TWO_SLOTS, clock)
+    made.stack_seeds(stack)
+    return made
+
+
+def cells(records) -> list[tuple[str, int]]:
+    return [(record.values["arm"], record.values["seed"]) for record in records]
+
+
+def test_a_program_has_seeds_of_one_arm_and_fills_one_slot(tmp_path):
+    session = conductor(tmp_path, Clock())
+    assert cells(session.next_together()) == [("baseline", 0), ("baseline", 1)]
+    assert cells(session.next_together()) == [("no_entropy", 0), ("no_entropy", 1)]
+    assert session.next_together() == []
+    assert sorted(session.live) == [0, 1, 2, 3]
+    session.ended(0, {"state": "diverged", "reason": "made up"})
+    assert session.next_together() == []  # its program goes on with the other seed
+    session.ended(1, {"state": "diverged", "reason": "made up"})
+    assert cells(session.next_together()) == [("fast", 0), ("fast", 1)]
+
+
+def test_the_last_program_takes_what_is_left(tmp_path):
+    session, begun = conductor(tmp_path, Clock()), []
+    while together := session.next_together():
+        begun.append(cells(together))
+        for record in together:
+            session.ended(record.number, {"state": "diverged", "reason": "made up"})
+    assert [len(together) for together in begun] == [2, 2, 2, 1, 1, 1]
+    assert sorted(cell for together in begun for cell in together) == [
+        (arm, seed) for arm in sorted(("baseline", *VARIANTS)) for seed in range(3)
+    ]
+
+
+def test_interrupted_trials_are_stacked_again_with_their_own_arm(tmp_path):
+    first = conductor(tmp_path, Clock())
+    first.next_together()
+    first.next_together()
+    again = conductor(tmp_path, Clock(), stack=8)
+    assert cells(again.next_together()) == [("baseline", 0), ("baseline", 1), ("baseline", 2)]
+    assert cells(again.next_together()) == [("no_entropy", 0), ("no_entropy", 1), ("no_entropy", 2)]
+
+
+def test_a_programs_time_is_divided_among_its_trials_and_its_limit_is_not(tmp_path):
+    clock = Clock()
+    session = conductor(tmp_path, clock)
+    session.next_together()
+    clock.now = 60.0
+    assert session.device_seconds == pytest.approx(60.0)
+    session.ended(0, {"state": "diverged", "reason": "made up"})
+    assert session.study.record(0).outcome.seconds == pytest.approx(30.0)
+    clock.now = 100.0
+    session.ended(1, {"state": "diverged", "reason": "made up"})
+    assert session.study.record(1).outcome.seconds == pytest.approx(50.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ({1: 1.0, 8: 1.2}, 8),
+        ({1: 1.0, 4: 1.0, 8: 2.1}, 4),
+        ({1: 1.0, 8: 7.9}, 1),  # a gain of one percent
+        ({1: 1.0, 8: math.inf}, 1),
+        ({1: 1.0}, 1),
+    ],
+)
+def test_the_number_with_the_least_time_a_seed_is_taken(seconds, expected):
+    assert fastest(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("seeds", "overrides", "expected"),
+    [
+        (8, ["resources.stack_seeds=4"], 4),
+        (3, ["resources.stack_seeds=8"], 3),
+        (4, ["resources.stack_seeds=1"], 1),
+        (4, ["resources.accumulate=2"], 1),
+        (4, ["resources.num_workers=2"], 1),
+    ],
+)
+def test_what_is_asked_for_is_taken_as_far_as_there_are_seeds(seeds, overrides, expected):
+    assert seeds_together(plan(seeds, *overrides), TWO_SLOTS) == expected
+
+
+@pytest.mark.parametrize(
+    ("tree", "sentence"),
+    [
+        ({"stack_seeds": 0}, "stack_seeds is 0: it must be in 1..1024, or null"),
+        ({"stack_seeds": 8, "num_workers": 2}, "stack_seeds is 8 and num_workers is 2"),
+        ({"stack_seeds": 8, "accumulate": 2}, "stack_seeds is 8 and accumulate is 2"),
+    ],
+)
+def test_stacks_that_cannot_be_are_refused(tree, sentence):
+    with pytest.raises(ValueError, match=sentence.replace(".", r"\.")):
+        ResourcesConfig(**tree)
+
+
+@pytest.mark.parametrize("command", [["train"], ["sweep", "sweep=demo"]])
+def test_there_is_nothing_to_stack_outside_ablations(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, *TINY, "resources.stack_seeds=8"]) == 2
+    assert "trains each seed alone: leave it out, or use dxmi ablate" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------
+# On Ray
+
+
+def ablate(folder: Path, *overrides: str, settings: list[str] = TINY) -> list[str]:
+    """The command line of an ablation of one variant."""
+    path = folder / "ablation.yaml"
+    tree = {"hypothesis": "Something.", "variants": {"no_entropy": VARIANTS["no_entropy"]}, "seeds": 3}
+    path.write_text(yaml.safe_dump(tree))
+    return ["ablate", *changed(settings, *overrides), f"ablation={path}", "name=real", "--studies", str(folder)]
+
+
+def require_the_solo_runs(folder: StudyFolder, out: Path) -> None:
+    """Every complete trial is the run that its config describes alone."""
+    for record in Study.read(folder).records():
+        if record.state is not TrialState.COMPLETE:
+            continue
+        config = build(ExperimentConfig, record.run.read_config())
+        alone = train(Experiment(config), out=out / str(record.number))
+        assert record.outcome.score == pytest.approx(alone.best["value"], rel=1e-3)
+        ours, theirs = (load(path_of(run / "checkpoints", 40)) for run in (record.run.path, out / str(record.number)))
+        for name, tensor in theirs.groups["algorithm"].items():
+            assert (ours.groups["algorithm"][name] - tensor).abs().max() < 1e-5, name
+
+
+def test_a_stacked_ablation_leaves_the_solo_runs_and_one_bad_seed_fails_alone(tmp_path, capsys):
+    occupied = tmp_path / "real" / "trials" / "0001"
+    occupied.mkdir(parents=True)
+    (occupied / "config.yaml").write_text("name: other\n")
+    assert main(ablate(tmp_path, "resources.stack_seeds=3")) == 0
+    assert "3 seeds of an arm are trained together" in capsys.readouterr().out
+    folder = StudyFolder(tmp_path / "real")
+    records = Study.read(folder).records()
+    assert [record.state for record in records].count(TrialState.COMPLETE) == 5
+    assert "holds a run with another config" in records[1].outcome.reason
+    members = [json.loads(path.read_text())["members"] for path in folder.trials.glob("*/summary.json")]
+    assert sorted(members) == [2, 2, 3, 3, 3]
+    require_the_solo_runs(folder, tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_program_goes_on_with_all_its_seeds(tmp_path):
+    command = ablate(tmp_path, "resources.stack_seeds=3", settings=SLOWER)
+    environment = os.environ | {"STACK_TEST": str(tmp_path)}
+    program = subprocess.Popen([sys.executable, "-m", "tune.cli", *command], env=environment)
+    folder = StudyFolder(tmp_path / "real")
+    wait_until(lambda: len(list(folder.trials.glob("000[0-2]/checkpoints/step_00000010"))) == 3, 300)
+    workers = processes_with(str(tmp_path), "ray::Implicit")
+    assert workers
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    assert program.wait(300) == 0
+    records = Study.read(folder).records()
+    assert [record.state for record in records] == [TrialState.COMPLETE] * 6
+
+
+@pytest.mark.slow
+def test_the_measurement_is_made_in_a_trials_place(tmp_path):
+    """Without being asked for, a number between 1 and that of the seeds is chosen, and the study ends."""
+    assert main(ablate(tmp_path)) == 0
+    records = Study.read(StudyFolder(tmp_path / "real")).records()
+    assert [record.state for record in records] == [TrialState.COMPLETE] * 6
