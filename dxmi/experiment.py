@@ -261,9 +261,9 @@ class Experiment:
         stream = self._stream(config.pretrain.batch_size, "pretrain/data")
         return ddpm, TrainingState(ddpm, ddpm.optimizers, {"noise": noise}, stream)
 
-    def build_policy(self, denoiser: Denoiser, schedule: StepSchedule) -> Policy:
+    def build_policy(self, denoiser: Denoiser, schedule: StepSchedule, kind: type[Policy] = Policy) -> Policy:
         """A sampler of `schedule` around a denoiser."""
-        return Policy(denoiser, schedule, self.event).to(self.device)
+        return kind(denoiser, schedule, self.event).to(self.device)
 
     def build_value(self) -> Value:
         """An untrained value with its energy."""

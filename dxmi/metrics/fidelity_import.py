@@ -25,7 +25,9 @@ def _declare_missing_operators() -> torch.library.Library | None:
 _LIBRARY = _declare_missing_operators()  # the declarations live as long as this reference
 
 torch_fidelity: Any = importlib.import_module("torch_fidelity")
+feature_extractor_inceptionv3: Any = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
 metric_fid: Any = importlib.import_module("torch_fidelity.metric_fid")
+metric_isc: Any = importlib.import_module("torch_fidelity.metric_isc")
 metric_kid: Any = importlib.import_module("torch_fidelity.metric_kid")
 metric_prc: Any = importlib.import_module("torch_fidelity.metric_prc")
 utils: Any = importlib.import_module("torch_fidelity.utils")
