@@ -305,7 +305,7 @@ class Experiment:
             self.data.stored,
             batch_size,
             generator(self.config.seed, name),
-            classes=self.data.classes,
+            self.data.classes,
             device=self.device,
             workers=self.workers,
         )

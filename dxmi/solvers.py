@@ -1,13 +1,15 @@
-"""Deterministic samplers of a pretrained model, to compare few-step policies with. DDIM is in `dxmi.schedules`."""
+"""Deterministic samplers of a pretrained model, to compare few-step policies with."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dxmi.networks import Denoiser
-from dxmi.sampler import Guide, Policy
-from dxmi.schedules import StepSchedule
+from dxmi.sampler import Policy
+from dxmi.schedules import StepSchedule, ddim_schedule, solver_schedule
+from dxmi.trajectory import Gaussian
 
 
 class DpmSolver(Policy):
@@ -18,7 +20,8 @@ class DpmSolver(Policy):
 
         x_{t+1} = (s_{t+1} / s_t) x_t + a_{t+1} (1 - e^{-h_t}) (D_t + (h_t / (2 h_{t-1})) (D_t - D_{t-1}))
 
-    The first step is DDIM's, which is the same without the second difference; so is the last, where h is infinite.
+    Without the second difference this is DDIM's step, of which it makes the whole first one, and the last, where h is
+    infinite; D_t is found from it. The prediction before is remembered, so that one object does one walk at a time.
 
     Args:
         network: predicts the noise.
@@ -29,32 +32,27 @@ class DpmSolver(Policy):
     def __init__(self, network: Denoiser, schedule: StepSchedule, event: tuple[int, ...]) -> None:
         super().__init__(network, schedule, event)
         level = torch.from_numpy(schedule.level)
-        self._signal, self._noise = level.sqrt(), (1.0 - level).clamp_min(0.0).sqrt()
-        self._log_ratio = (self._signal / self._noise).log()
+        signal, noise = level.sqrt(), (1.0 - level).clamp_min(0.0).sqrt()
+        ratio = noise[1:] / noise[:-1]
+        h = (signal / noise).log().diff()
+        self._ratio: list[float] = ratio.tolist()
+        self._gain: list[float] = (signal[1:] - signal[:-1] * ratio).tolist()  # a_{t+1} (1 - e^{-h_t})
+        self._weight: list[float] = [0.0, *(h[1:] / (2.0 * h[:-1])).tolist()]
+        self._before: Tensor | None = None
 
-    @torch.no_grad()
-    def walk(
-        self, num: int, generator: torch.Generator, guide: Guide | None = None, guidance: float = 0.0
-    ) -> Iterator[Tensor]:
-        """The states x_0 .. x_T of `num` samples; a guide has no part in it, since no step has a sigma."""
-        assert guide is None or guidance == 0.0
-        embeddings = self.embeddings()
-        x = torch.randn((num, *self.event), generator=generator, device=self.diffusion_step.device)
-        yield x
-        before: Tensor | None = None
-        for t in range(self.num_steps):
-            noise = self.network(x, embeddings[t : t + 1]).float()
-            data = (x - float(self._noise[t]) * noise) / float(self._signal[t])
-            x = self._next(x, t, data, before)
-            before = data
-            yield x
+    def transition(self, x: Tensor, t: int | Tensor, *args: Any, **kwargs: Any) -> Gaussian:
+        """DDIM's step and the second difference: all samples are at the same step t, and come from step t - 1."""
+        assert isinstance(t, int)
+        step = super().transition(x, t, *args, **kwargs)
+        data = (step.mean - self._ratio[t] * x) / self._gain[t]
+        before, self._before = self._before, data
+        if t in (0, self.num_steps - 1):
+            return step
+        assert before is not None
+        return Gaussian(step.mean + self._gain[t] * self._weight[t] * (data - before), step.sigma)
 
-    def _next(self, x: Tensor, t: int, data: Tensor, before: Tensor | None) -> Tensor:
-        """x_{t+1} from the predictions of the data at t and at t - 1."""
-        ratio = float(self._noise[t + 1] / self._noise[t])
-        gain = float(self._signal[t + 1]) - float(self._signal[t]) * ratio  # a_{t+1} (1 - e^{-h_t})
-        if before is not None and t + 1 < self.num_steps:
-            weight = float(self._log_ratio[t + 1] - self._log_ratio[t])
-            weight /= 2.0 * float(self._log_ratio[t] - self._log_ratio[t - 1])
-            data = data + weight * (data - before)
-        return ratio * x + gain * data
+
+def further_references(steps: Sequence[int]) -> dict[str, tuple[type[Policy], StepSchedule]]:
+    """DDIM and DPM-Solver++(2M) with each number of steps, by name: the class and what it is built with."""
+    ddim = {f"ddim_{number}": (Policy, ddim_schedule(number)) for number in steps}
+    return {**ddim, **{f"dpm_solver_{number}": (DpmSolver, solver_schedule(number)) for number in steps}}

@@ -34,9 +34,9 @@ from dxmi.pictures import curves_figure, save_figure
 from dxmi.provenance import device_name, git_revision, versions
 from dxmi.run_directory import Row, RunDirectory
 from dxmi.sampler import Policy
-from dxmi.schedules import StepSchedule, ancestral_schedule, ddim_schedule, shorten, solver_schedule
+from dxmi.schedules import StepSchedule, ancestral_schedule, ddim_schedule, shorten
 from dxmi.scorers import Scorer, Scores, build_scorer
-from dxmi.solvers import DpmSolver
+from dxmi.solvers import further_references
 from dxmi.state import ALGORITHM, TrainingState
 from dxmi.stretch import Story, Stretch, tell, tell_together
 from dxmi.workers import Workers
@@ -357,9 +357,7 @@ class _Run:
             f"ddim_{num_steps}": (Policy, ddim_schedule(num_steps)),
             "shortened": (Policy, shorten(self.config.schedule)),
         }
-        for steps in self.config.evaluate.reference_steps or ():
-            samplers |= {f"ddim_{steps}": (Policy, ddim_schedule(steps))}
-            samplers |= {f"dpm_solver_{steps}": (DpmSolver, solver_schedule(steps))}
+        samplers = further_references(self.config.evaluate.reference_steps or ()) | samplers
         num_samples = self.config.evaluate.num_samples
         evaluations = {name: num_samples * schedule.num_steps for name, (_, schedule) in samplers.items()}
         total, done, scores = sum(evaluations.values()), 0, {}
@@ -580,7 +578,9 @@ class _Run:
         rows = self.run.rows()
         best = (summary.best["step"], summary.best["value"])
         curve = curve_of(rows, summary.metric)
-        figure = curves_figure(summary.metric, curve, summary.reference, best, logged_curves(rows))
+        hidden = further_references(self.config.evaluate.reference_steps or ()).keys() - {f"ddim_{summary.num_steps}"}
+        lines = {name: value for name, value in summary.reference.items() if name not in hidden}
+        figure = curves_figure(summary.metric, curve, lines, best, logged_curves(rows))
         save_figure(self.run.curves, figure)
         states = generate_states(Sampling(dxmi.evaluated, SELECTION), self.gallery.num_ways, self.config.evaluate)
         self.gallery.draw_steps(self.run.samples / "steps.png", states)

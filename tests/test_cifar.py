@@ -76,7 +76,7 @@ def test_binary_batches_keep_order_planes_and_labels(root):
     assert images.pixels.shape == (5 * ROWS, 3, 32, 32)
     assert images.num_classes == 10
     pixels, labels = fake_batch(1)
-    assert images.classes[ROWS : 2 * ROWS].tolist() == labels
+    assert images.labels[ROWS : 2 * ROWS].tolist() == labels
     red, green, blue = pixels[0, :1024], pixels[0, 1024:2048], pixels[0, 2048:]
     expected = np.stack([plane.reshape(32, 32) for plane in (red, green, blue)])
     assert np.array_equal(images.pixels[ROWS].numpy(), expected)
@@ -181,7 +181,7 @@ def test_the_real_images_are_the_official_ones():
     if not folder.is_dir():
         pytest.skip("CIFAR-10 is not on this machine")
     images = load(DataConfig(name="cifar10"))
-    assert images.classes.bincount().tolist() == [5000] * 10
+    assert images.labels.bincount().tolist() == [5000] * 10
     rows = torch.cat([images.labels.to(torch.uint8)[:, None], images.pixels.flatten(1)], dim=1)
     md5 = hashlib.md5(rows[:10_000].numpy().tobytes()).hexdigest()
     assert md5 == "5dd7e06a14cb22eb9f671a540d1b7c25"  # of data_batch_1.bin, as its authors publish it

@@ -208,11 +208,11 @@ def test_a_config_names_a_folder_relative_to_the_data_root(imagenet, tmp_path, m
     config = DataConfig(name="image_folder", folder="imagenet", size=8, class_folders=True)
     images = load(config)
     assert images.event == (3, 8, 8)
-    assert images.classes.tolist() == [0, 0, 0, 1, 1, 1]
+    assert images.labels.tolist() == [0, 0, 0, 1, 1, 1]
     one = load(DataConfig(name="image_folder", folder="imagenet", size=8, class_folders=True, label=1))
     assert torch.equal(one.pixels, images.pixels[3:])
     plain = load(DataConfig(name="image_folder", folder=str(imagenet), size=8))
-    assert (plain.classes, len(plain)) == (None, 6)
+    assert (plain.num_classes, len(plain)) == (0, 6)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Batches with their classes, and batches of samples that stay where they are."""
+"""Batches with their labels, and batches of samples that stay where they are."""
 
 import threading
 
@@ -11,7 +11,7 @@ from dxmi.tensors import from_uint8
 from dxmi.workers import Share, Workers
 
 PIXELS = torch.arange(10, dtype=torch.uint8).view(-1, 1, 1, 1)
-CLASSES = torch.arange(10) * 7
+LABELS = torch.arange(10) * 7
 
 
 class Member(Workers):
@@ -40,30 +40,29 @@ def too_large(monkeypatch) -> None:
     monkeypatch.setattr(dataset, "RESIDENT_BYTES", 0)
 
 
-def test_classes_come_with_their_samples():
-    for batch in (stream(classes=CLASSES).next_labelled() for _ in range(3)):
-        assert torch.equal(batch.x, from_uint8((batch.classes // 7).to(torch.uint8)).view(-1, 1, 1, 1))
+def test_labels_come_with_their_samples():
+    labelled = stream(labels=LABELS)
+    for _ in range(3):
+        x = labelled.next()
+        assert torch.equal(x, from_uint8((labelled.labels // 7).to(torch.uint8)).view(-1, 1, 1, 1))
 
 
-def test_samples_are_the_same_with_and_without_classes():
-    plain, labelled = stream(), stream(classes=CLASSES)
-    assert plain.next_labelled().classes is None
-    labelled.next_labelled()
+def test_samples_are_the_same_with_and_without_labels():
+    plain, labelled = stream(), stream(labels=LABELS)
     for _ in range(5):
         assert torch.equal(plain.next(), labelled.next())
-        assert torch.equal(plain.next(), labelled.next_labelled().x)
+    assert plain.labels is None
 
 
 @pytest.mark.usefixtures("too_large")
 def test_samples_that_stay_where_they_are_come_in_the_same_order(monkeypatch):
-    fetching = stream(classes=CLASSES)
+    fetching = stream(labels=LABELS)
     assert not fetching.resident
     monkeypatch.setattr(dataset, "RESIDENT_BYTES", 2**20)
-    resident = stream(classes=CLASSES)
+    resident = stream(labels=LABELS)
     for _ in range(12):
-        ours, theirs = fetching.next_labelled(), resident.next_labelled()
-        assert torch.equal(ours.x, theirs.x)
-        assert torch.equal(ours.classes, theirs.classes)
+        assert torch.equal(fetching.next(), resident.next())
+        assert torch.equal(fetching.labels, resident.labels)
 
 
 @pytest.mark.usefixtures("too_large")

@@ -154,13 +154,27 @@ _BESIDE = ("eval/energy_auc",)
 """Scores that a table shows beside the one that runs are compared by."""
 
 
+_KINDS = {"ddim": "DDIM", "dpm_solver": "DPM-Solver++"}
+"""Deterministic references, by the beginning of their names."""
+
+
+def _deterministic(summary: Summary) -> list[tuple[str, int, str]]:
+    """Rows of the deterministic references: label, network evaluations, name; fewest evaluations first."""
+    rows = []
+    for name in summary.scores:
+        kind, _, steps = name.rpartition("_")
+        if kind in _KINDS:
+            rows.append((f"{steps} steps ({_KINDS[kind]})", int(steps), name))
+    return sorted(rows, key=lambda row: (row[1], row[2]))
+
+
 def result_table(summary: Summary) -> Table:
     """The samplers of a finished run side by side: network evaluations, score, seconds for 1,000 samples."""
     steps, metric = summary.num_steps, summary.metric.removeprefix("eval/")
     others = [key for key in _BESIDE if key in summary.scores["best"]]
     rows = [
         ("1000 steps (DDPM)", 1000, "ddpm_1000"),
-        (f"{steps} steps (DDIM)", steps, f"ddim_{steps}"),
+        *_deterministic(summary),
         (f"{steps} steps, before", steps, "shortened"),
         (f"{steps} steps, after (iteration {summary.best['step']})", steps, "best"),
         ("the data itself", "", "data"),

@@ -4,7 +4,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ class Dataset(ABC):
 
     @property
     def classes(self) -> Tensor | None:
-        """The class of each sample, int64 on the host [N]; None if they have none."""
+        """The class of each sample, int64 on the host [N]; None if there are no classes."""
         return None
 
     @property
@@ -60,18 +59,6 @@ def content_signature(stored: Tensor) -> str:
     return digest.hexdigest()[:12]
 
 
-class Batch(NamedTuple):
-    """Real samples.
-
-    Attributes:
-        x: floats, pixels in [-1, 1], [B, *event].
-        classes: the class of each, int64 [B]; None if they have none.
-    """
-
-    x: Tensor
-    classes: Tensor | None
-
-
 class BatchStream:
     """Shuffled epochs without end; every batch is full. Its whole state is three tensors.
 
@@ -82,9 +69,12 @@ class BatchStream:
         stored: samples as a data set keeps them, [N, *event].
         batch_size: B; may be larger than N.
         generator: shuffles, on the host.
-        classes: of each sample [N], if they have any.
+        labels: the class of each sample, [N], if they are wanted.
         device: where the batches are wanted; by default where `stored` is.
         workers: share each batch.
+
+    Attributes:
+        labels: those of the batch that `next` has just given, [B], if they are wanted.
     """
 
     def __init__(
@@ -92,15 +82,16 @@ class BatchStream:
         stored: Tensor,
         batch_size: int,
         generator: torch.Generator,
+        labels: Tensor | None = None,
         *,
-        classes: Tensor | None = None,
         device: torch.device | None = None,
         workers: Workers = ALONE,
     ) -> None:
         self.device = device or stored.device
         self.resident = stored.nbytes <= RESIDENT_BYTES
         self.stored = stored.to(self.device) if self.resident else stored
-        self.classes = classes
+        self.labels: Tensor | None = None
+        self._all_labels = labels
         self.batch_size = batch_size
         self.generator = generator
         self.share = workers.share(batch_size)
@@ -109,16 +100,13 @@ class BatchStream:
 
     def next(self) -> Tensor:
         """The next batch as floats, pixels in [-1, 1]: [B, *event]."""
-        return self.next_labelled().x
-
-    def next_labelled(self) -> Batch:
-        """The next batch with its classes; takes as much from the stream as `next`."""
         while len(self.order) < self.batch_size:
             epoch = torch.randperm(len(self.stored), generator=self.generator)
             self.order = torch.cat((self.order, epoch))
         drawn, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-        classes = None if self.classes is None else self.classes[drawn].to(self.device, non_blocking=True)
-        return Batch(decode(self._samples(drawn)), classes)
+        if self._all_labels is not None:
+            self.labels = self._all_labels[drawn.to(self._all_labels.device)].to(self.device, non_blocking=True)
+        return decode(self._samples(drawn))
 
     def _samples(self, drawn: Tensor) -> Tensor:
         """Rows of `stored`, on the device."""
