@@ -62,7 +62,7 @@ class Beside(Generic[Out]):
     def _apply(self, item: Tensor, made: torch.cuda.Event | None) -> Out:
         if self._stream is None or made is None:
             return self._work(item)
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
             self._stream.wait_event(made)
             item.record_stream(self._stream)  # its memory is not given away before this stream is through with it
             return self._work(item)

@@ -24,6 +24,7 @@ from dxmi.train import Phase, train
 from dxmi.workers import Workers
 from support import TINY, changed
 from tune.configs import compose_experiment
+from tune.console import result_table
 from tune.plans import metrics_of
 
 CPU = torch.device("cpu")
@@ -263,6 +264,9 @@ def test_a_run_is_scored_and_compared_with_deterministic_references(network, tmp
     assert steps == sorted(steps)
     assert max(steps) == next(p.total for p in told if p.phase is Phase.REFERENCES) == 64 * (1000 + 5 + 5 + 2 * (2 + 3))
     assert train(experiment, out=tmp_path / "run") == summary
+    labels = list(result_table(summary).columns[0].cells)
+    deterministic = ["2 steps (DDIM)", "2 steps (DPM-Solver++)", "3 steps (DDIM)", "3 steps (DPM-Solver++)"]
+    assert labels[:6] == ["1000 steps (DDPM)", *deterministic, "5 steps (DDIM)"]
 
 
 def test_a_summary_of_before_there_was_a_field_is_read(network, tmp_path):

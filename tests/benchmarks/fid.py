@@ -1,9 +1,10 @@
-"""Sampling and InceptionV3 at once: `python tests/benchmarks/fid.py [--num 10000] [--batch 500] [--rounds 1] [overrides]`.
+"""Sampling and InceptionV3 at once: `python tests/benchmarks/fid.py [options] [overrides]`.
 
 Prints the seconds of drawing CIFAR-size samples from an untrained policy, of computing their features, of both as an
 evaluation does them, and the ratio of the last to the slower of the first two. Goal, on a GPU: at most 1.2. On a CPU
 both use the same cores, so that they are done in turn, unless `--threaded` says otherwise.
 
+`--num 10000`, `--batch 500` and `--rounds 1` are the samples, those of a batch, and how often all is timed.
 `--stand-in A B` puts sleeps of A and B milliseconds a batch in the place of both: what the overlapping itself costs.
 Without weights (see `dxmi.metrics.inception.find_weights`), random ones are as slow as real ones: `--random`.
 """
@@ -81,9 +82,10 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     arguments, overrides = parsed()
-    network = "unet" if "unet" in groups()["network"] else "mlp"
+    network = "unet" if "unet" in groups()["network"] and not arguments.stand_in else "mlp"
     chosen = [] if any(o.startswith("network=") for o in overrides) else [f"network={network}"]
-    experiment = Experiment(compose_experiment(["schedule.num_steps=10", *chosen, *overrides]).experiment, event=EVENT)
+    settings = compose_experiment(["schedule.num_steps=10", *chosen, *overrides]).experiment
+    experiment = Experiment(settings, event=(1, 1, 1) if arguments.stand_in else EVENT)
     experiment.use_threads()
     device, kind = experiment.device, Policy
     if arguments.stand_in:
@@ -114,7 +116,7 @@ def main() -> None:
         for start in range(0, arguments.num, arguments.batch):
             features(batch[: arguments.num - start])
 
-    batch = torch.zeros(arguments.batch, *EVENT, dtype=torch.uint8, device=device)
+    batch = torch.zeros(arguments.batch, *experiment.event, dtype=torch.uint8, device=device)
     sampled(features, arguments.batch)  # compiles, allocates, chooses algorithms
     runs = (lambda: sampled(nothing), looked_at, lambda: sampled(features))
     alone, own, both = seconds(runs, arguments.rounds)
