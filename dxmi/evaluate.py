@@ -1,12 +1,17 @@
 """What an evaluation looks at: samples of a policy from fixed noise."""
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dxmi.overlap import Beside
 from dxmi.sampler import Guide, Policy
+from dxmi.schedules import NUM_DIFFUSION_STEPS
 from dxmi.seeds import generator
 from dxmi.tensors import encode
 from dxmi.workers import ALONE, Workers
@@ -16,6 +21,7 @@ SELECTION, REPORT = "selection", "report"
 SCORING_VERSION = 1
 """Raised whenever a change of the code changes a score, so that cached references are scored again."""
 RESULTS = ("best", "last")
+CLASSIFIER, INCEPTION = FEATURES = ("classifier", "inception")
 _MIN_SUBSET, _SEEDS = 2, 2**32
 MIN_SAMPLES = 4
 """Precision and recall look at a sample's third neighbour."""
@@ -47,6 +53,11 @@ class EvaluateConfig:
     result: str = "best"
     """The checkpoint that counts as the best: best, which has the best score of the samples on noise of its own; or
     last, where that score is not all that matters, as in the plane, where the energy has to be right too."""
+    features: str | None = None
+    """Of images: classifier, the small one that ships for some data sets; or inception, InceptionV3's. null for the
+    former where there is one, else the latter."""
+    reference_steps: tuple[int, ...] | None = None
+    """Numbers of steps of further references: DDIM and DPM-Solver++(2M) on the pretrained model with each; or null."""
 
     def __post_init__(self) -> None:
         for name in ("every", "batch_size", "kid_subsets", "kid_subset_size", "projections", "grid", "generations"):
@@ -54,6 +65,10 @@ class EvaluateConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.result not in RESULTS:
             raise ValueError(f"result is {self.result!r}: it must be one of {', '.join(RESULTS)}")
+        if self.features is not None and self.features not in FEATURES:
+            raise ValueError(f"features is {self.features!r}: it must be one of {', '.join(FEATURES)}, or null")
+        if not all(1 <= steps <= NUM_DIFFUSION_STEPS for steps in self.reference_steps or ()):
+            raise ValueError(f"reference_steps is {self.reference_steps}: each must be in 1..{NUM_DIFFUSION_STEPS}")
         if self.kid_subset_size < _MIN_SUBSET:
             raise ValueError(f"kid_subset_size is {self.kid_subset_size}: it must be at least {_MIN_SUBSET}")
         if not 0 <= self.seed < _SEEDS:
@@ -102,6 +117,66 @@ def generate(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
         if sampling.on_batch is not None:
             sampling.on_batch(min((first + workers.size) * config.batch_size, num))
     return torch.cat(blocks)[:num]
+
+
+class Measured(NamedTuple):
+    """What came of samples that were looked at as they were drawn.
+
+    Attributes:
+        features: one row a sample, in order, on the host, [num, F].
+        seconds_per_1000: wall time of generating 1,000 samples: the fastest batch's, since others share the device.
+    """
+
+    features: Tensor
+    seconds_per_1000: float
+
+
+def measure(
+    sampling: Sampling,
+    num: int,
+    config: EvaluateConfig,
+    work: Callable[[Tensor], Tensor],
+    *,
+    threaded: bool | None = None,
+) -> Measured:
+    """The features of the samples that `generate` gives, computed by each worker of its own batches as they come.
+
+    Args:
+        sampling: how samples are drawn.
+        num: how many.
+        config: their noise and batches.
+        work: samples as a data set stores them, on the device, to rows of features [N, F] on the host.
+        threaded: as for `Beside`.
+    """
+    policy, workers = sampling.policy, sampling.workers
+    device = policy.diffusion_step.device
+    batches, fastest = list(_batches(sampling, num, config)), math.inf
+    with Beside(work, device, threaded=threaded) as beside:
+        for first in range(0, len(batches), workers.size):
+            if first + workers.rank < len(batches):
+                start, noise = batches[first + workers.rank]
+                began = time.perf_counter()
+                x = encode(policy.sample(config.batch_size, noise, sampling.guide, sampling.guidance))
+                if device.type == "cuda":
+                    torch.cuda.current_stream(device).synchronize()
+                fastest = min(fastest, time.perf_counter() - began)
+                beside.put(x[: num - start])
+            if sampling.on_batch is not None:
+                sampling.on_batch(min((first + workers.size) * config.batch_size, num))
+        features = _in_order(beside.results(), len(batches), config.batch_size, workers)
+    return Measured(features[:num], fastest * 1000.0 / (config.batch_size * workers.size))
+
+
+def _in_order(own: list[Tensor], num_batches: int, batch_size: int, workers: Workers) -> Tensor:
+    """The rows of all workers, who have taken batches of `batch_size` in turn; the last one may be shorter."""
+    width = workers.on_first(lambda: own[0].shape[1])
+    blocks: list[Tensor] = []
+    for turn in range(math.ceil(num_batches / workers.size)):
+        block = torch.zeros(batch_size, width)
+        if turn < len(own):
+            block[: len(own[turn])] = own[turn]
+        blocks += workers.gather(block)
+    return torch.cat(blocks)
 
 
 def generate_states(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:

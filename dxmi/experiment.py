@@ -182,6 +182,11 @@ class ExperimentConfig:
             raise ValueError(f"name is {self.name!r}: it must be 1 to 100 letters, digits, dots, dashes or underscores")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}: it must be in 0..2^63 - 1")
+        if self.evaluate.reference_steps and self.schedule.method in ("karras", "ddgan"):
+            raise ValueError(
+                f"evaluate.reference_steps are of DDIM and DPM-Solver++ on DDPM's levels, and schedule.method is "
+                f"{self.schedule.method!r}: make them null"
+            )
         for name in ("kappa", "final_sigma"):  # the log density and the entropy of a step need a sigma
             if getattr(self.schedule, name) == 0.0:
                 raise ValueError(f"schedule.{name} is 0: a policy needs noise in every step, so make it greater than 0")
@@ -318,9 +323,9 @@ class Experiment:
         stream = self._stream(config.pretrain.batch_size, "pretrain/data")
         return ddpm, TrainingState(ddpm, ddpm.optimizers, {"noise": noise}, stream)
 
-    def build_policy(self, denoiser: Denoiser, schedule: StepSchedule) -> Policy:
+    def build_policy(self, denoiser: Denoiser, schedule: StepSchedule, kind: type[Policy] = Policy) -> Policy:
         """A sampler of `schedule` around a denoiser."""
-        return Policy(denoiser, schedule, self.event).to(self.device)
+        return kind(denoiser, schedule, self.event).to(self.device)
 
     def build_value(self) -> Value:
         """An untrained value with its energy."""
@@ -375,8 +380,14 @@ class Experiment:
                     module.compile(dynamic=False)
 
     def _stream(self, batch_size: int, name: str) -> BatchStream:
-        labels = self._labels().to(self.device) if self.config.network.denoiser.classes else None
-        return BatchStream(self.data.stored.to(self.device), batch_size, generator(self.config.seed, name), labels)
+        return BatchStream(
+            self.data.stored,
+            batch_size,
+            generator(self.config.seed, name),
+            self._labels() if self.config.network.denoiser.classes else None,
+            device=self.device,
+            workers=self.workers,
+        )
 
     def _labels(self) -> Tensor:
         """The class of each sample.

@@ -395,3 +395,14 @@ def reference_schedules(config: ScheduleConfig) -> dict[str, StepSchedule]:
             "shortened": shortened,
         }
     return {"ddpm_1000": ancestral_schedule(), f"ddim_{num_steps}": ddim_schedule(num_steps), "shortened": shortened}
+
+
+def solver_schedule(num_steps: int) -> StepSchedule:
+    """DDIM's tables on the steps of DPM-Solver++: evenly spaced, the last one from k = 999 / T straight to the data.
+
+    DDIM's own steps end with k = 0, at a thirtieth of the noise of the one before with 20 steps: too far for a second
+    difference.
+    """
+    last = NUM_DIFFUSION_STEPS - 1
+    steps = np.rint(np.linspace(0.0, last, num_steps + 1)[1:]).astype(np.int64)
+    return _tables(forward_levels()[steps], steps.astype(np.float64), kappa=0.0, final_sigma=0.0)

@@ -8,6 +8,15 @@ Score keys of images (`X` is the data set whose classifier gives the features, n
     eval/recall_X            share of the data that lies among the samples
     eval/sliced_wasserstein  on pixels in [-1, 1], order 2
 
+of images by InceptionV3 (`N` is the number of samples: 5k, 10k, 50k, or all its digits):
+
+    eval/fid_N               Frechet distance, which falls as N grows: compare equal N alone
+    eval/fid_infinity        the same, extrapolated to infinitely many samples
+    eval/kid                 kernel distance, whose expectation does not depend on N
+    eval/precision_N         share of samples that lie among the data, of 10,000 of each at most
+    eval/recall_N            share of the data that lies among the samples, likewise
+    eval/inception_score_N   higher is better; only if the weights hold InceptionV3's classes
+
 of points in the plane:
 
     eval/sliced_wasserstein  to as many points of the data, order 2
@@ -28,22 +37,40 @@ tau = 0 there is no such temperature, though E may well tell data from noise; fi
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dxmi.cache import cached
 from dxmi.data import SQUARE, DataConfig, Dataset, Images, Points
 from dxmi.energy import Energy
 from dxmi.errors import UserError
-from dxmi.evaluate import MIN_SAMPLES, NUM_SAMPLES_KEY, EvaluateConfig, Sampling, generate
+from dxmi.evaluate import (
+    CLASSIFIER,
+    INCEPTION,
+    MIN_SAMPLES,
+    NUM_SAMPLES_KEY,
+    EvaluateConfig,
+    Sampling,
+    generate,
+    measure,
+)
 from dxmi.metrics.classifier import CLASSIFIERS
 from dxmi.metrics.density import calibrated_kl, roc_auc, square_grid
-from dxmi.metrics.fidelity import classifier_features, frechet_distance, kernel_distance, precision_recall
+from dxmi.metrics.fidelity import (
+    classifier_features,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from dxmi.metrics.gaussians import Gaussian, Moments
+from dxmi.metrics.inception import NETWORK, NUM_FEATURES, Inception, file_digest, find_weights, load_inception
 from dxmi.metrics.sliced_wasserstein import sliced_wasserstein
 from dxmi.seeds import generator
 from dxmi.tensors import decode
@@ -53,6 +80,10 @@ _CELLS = 160
 """Of the grid over the square, a side: 0.05 wide, half of the narrowest distribution's standard deviation."""
 _FLOOR_SETS = 8
 """Sets of data whose mean score is the floor."""
+_KEPT = 10_000
+"""Features of the data that are kept one by one, for the kernel distance, precision and recall."""
+_REFERENCE_BATCH = 500
+"""Images of the data whose features a worker computes at once."""
 
 Score = Callable[[Tensor], dict[str, float]]
 """From samples as a data set stores them to scores by key."""
@@ -81,10 +112,12 @@ class Scorer(ABC):
     Attributes:
         metric: key of the score by which checkpoints and trials are compared, lower is better.
         identity: of everything but the config that a score of samples depends on.
+        about: the same in words: the network that gives the features, its file's hash, and the data's.
     """
 
     metric: str
     identity: str
+    about: dict[str, str]
 
     def __init__(self, config: EvaluateConfig, workers: Workers) -> None:
         self.config = config
@@ -146,6 +179,8 @@ class ImageScorer(Scorer):
         self.name = images.name
         self.metric = f"eval/fid_{self.name}"
         self.identity = f"{images.signature}-{self.name}-{CLASSIFIERS[self.name].sha256[:12]}"
+        weights = CLASSIFIERS[self.name].sha256
+        self.about = {"features": f"dxmi-{self.name}", "weights": weights, "reference": images.signature}
         path = cache / "features" / f"{self.identity}.cached"
         self.reference = cached(path, self._reference_features)["features"] if workers.is_first else torch.empty(0)
 
@@ -187,10 +222,155 @@ class ImageScorer(Scorer):
 
     def _neighbours(self) -> Tensor:
         """As many reference features as there are samples: comparing all pairs of a large data set takes minutes."""
-        if len(self.reference) <= self.config.num_samples:
-            return self.reference
-        order = torch.randperm(len(self.reference), generator=generator(self.config.seed, "neighbours"))
-        return self.reference[order[: self.config.num_samples]]
+        return _some_rows(self.reference, self.config.num_samples, generator(self.config.seed, "neighbours"))
+
+
+def _some_rows(x: Tensor, num: int, generator: torch.Generator) -> Tensor:
+    """`num` random rows, or all if there are no more."""
+    return x if len(x) <= num else x[torch.randperm(len(x), generator=generator)[:num]]
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What is kept of the features of the data.
+
+    Attributes:
+        gaussian: fitted to all of them.
+        features: some, float32 on the host, [M, 2048].
+    """
+
+    gaussian: Gaussian
+    features: Tensor
+
+    def distance(self, features: Tensor) -> float:
+        """FID of features [N, 2048]."""
+        return self.gaussian.distance(features.to(self.gaussian.mean.device))
+
+
+class InceptionScorer(Scorer):
+    """Scores images by InceptionV3, one batch's features computed while the next one is drawn.
+
+    Args:
+        images: the data.
+        config: what is scored.
+        cache: folder of cached features.
+        device: where samples are generated and features computed.
+        workers: generate samples and compute features together; the first computes scores from them.
+
+    Raises:
+        UserError: there are too few images to score against, or the network's weights cannot be had.
+    """
+
+    def __init__(
+        self, images: Images, config: EvaluateConfig, cache: Path, device: torch.device, workers: Workers = ALONE
+    ) -> None:
+        super().__init__(config, workers)
+        if len(images) < MIN_SAMPLES:
+            raise UserError(f"The data set {images.name} holds {len(images)} images: scoring needs {MIN_SAMPLES}.")
+        if images.event[0] not in (1, 3):
+            raise UserError(f"The data set {images.name} has {images.event[0]} channels: InceptionV3 sees 1 or 3.")
+        self.images = images
+        self.device = device
+        workers.on_first(lambda: str(find_weights()))  # if it has to be fetched, once
+        self.weights = find_weights()
+        sha256 = workers.on_first(lambda: file_digest(self.weights))
+        self.size = count_name(config.num_samples)
+        self.metric = f"eval/fid_{self.size}"
+        self.identity = f"{images.signature}-{NETWORK}-{sha256[:12]}"
+        self.about = {"features": NETWORK, "weights": sha256, "reference": images.signature}
+        self.path = cache / "features" / f"{self.identity}.cached"
+        self._reference: _Reference | None = None
+
+    def network(self) -> Inception:
+        """InceptionV3 on the device, which all scorers of this process share."""
+        return load_inception(self.weights, self.device)
+
+    def reference(self) -> _Reference:
+        """Of the data, computed once by all workers together and cached by signature."""
+        if self._reference is None:
+            tensors = cached(self.path, self._reference_tensors, self.workers)
+            gaussian = Gaussian(tensors["mean"].to(self.device), tensors["root"].to(self.device))
+            self._reference = _Reference(gaussian, tensors["features"])
+        return self._reference
+
+    def _reference_tensors(self) -> dict[str, Tensor]:
+        num, moments, kept = len(self.images), None, []
+        chosen = torch.zeros(num, dtype=torch.bool)
+        chosen[torch.randperm(num, generator=generator(0, "reference"))[:_KEPT]] = True
+        for rows, features in self._data_features():
+            new = Moments.of(features.to(self.device))
+            moments = new if moments is None else moments.merged(new)
+            kept.append(features[chosen[rows]])
+        assert moments is not None
+        features = torch.cat(kept)
+        gaussian = Gaussian.fitted(moments) if num > len(features) else Gaussian.of(features.to(self.device))
+        return {"mean": gaussian.mean, "root": gaussian.root, "features": features}
+
+    def _data_features(self) -> Iterator[tuple[slice, Tensor]]:
+        """Features of consecutive images, of which each worker computes a block at a time."""
+        num, together, network = len(self.images), _REFERENCE_BATCH * self.workers.size, self.network()
+        disable = None if self.workers.is_first else True
+        with tqdm(total=num, unit="images", desc="features of the data", leave=False, disable=disable) as bar:
+            for start in range(0, num, together):
+                first = start + _REFERENCE_BATCH * self.workers.rank
+                own = self.images.pixels[first : min(first + _REFERENCE_BATCH, num)]
+                block = torch.zeros(_REFERENCE_BATCH, NUM_FEATURES)
+                if len(own):
+                    block[: len(own)] = network(own).pool.cpu()
+                count = min(together, num - start)
+                yield slice(start, start + count), torch.cat(self.workers.gather(block))[:count]
+                bar.update(count)
+
+    def quick(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
+        """The Frechet distance alone: what the curve shows."""
+        return self._measured(sampling, lambda reference, pool, _: {self.metric: reference.distance(pool)})
+
+    def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
+        """Every score of images."""
+        return self._measured(sampling, self._distances)
+
+    def of_data(self) -> Scores | None:
+        """All images there are have been scored against: nothing is left to score."""
+        return None
+
+    def _measured(self, sampling: Sampling, score: Callable[[_Reference, Tensor, Tensor], dict[str, float]]) -> Scores:
+        """All workers sample and compute features; the first computes scores from them, and tells them."""
+        reference, network = self.reference(), self.network()
+
+        def features(pixels: Tensor) -> Tensor:
+            return torch.cat(network(pixels), dim=1).cpu()
+
+        measured = measure(replace(sampling, workers=self.workers), self.config.num_samples, self.config, features)
+        pool, logits = measured.features[:, :NUM_FEATURES], measured.features[:, NUM_FEATURES:]
+        values = self.workers.on_first(lambda: self._with_count(score(reference, pool, logits)))
+        return Scores(values, measured.seconds_per_1000)
+
+    def _distances(self, reference: _Reference, pool: Tensor, logits: Tensor) -> dict[str, float]:
+        """Of features [N, 2048] and logits [N, 1008]."""
+        config, kept = self.config, reference.features
+        some = _some_rows(pool, _KEPT, generator(config.seed, "neighbours/samples"))
+        neighbours = _some_rows(kept, len(some), generator(config.seed, "neighbours"))
+        precision, recall = precision_recall(some, neighbours)
+        subsets, size = config.kid_subsets, config.kid_subset_size
+        values = {
+            self.metric: reference.distance(pool),
+            "eval/fid_infinity": reference.gaussian.distance_at_infinity(
+                pool.to(self.device), generator(config.seed, "extrapolation")
+            ),
+            "eval/kid": kernel_distance(
+                pool.double(), kept.double(), subsets=subsets, subset_size=size, seed=config.seed
+            ),
+            f"eval/precision_{self.size}": precision,
+            f"eval/recall_{self.size}": recall,
+        }
+        if logits.shape[1]:
+            values[f"eval/inception_score_{self.size}"] = inception_score(logits, config.seed)
+        return values
+
+
+def count_name(num: int) -> str:
+    """A number of samples as it stands in a key: 5k, 10k, 50k; 1234."""
+    return f"{num // 1000}k" if num % 1000 == 0 else str(num)
 
 
 class PlanarScorer(Scorer):
@@ -208,6 +388,7 @@ class PlanarScorer(Scorer):
         super().__init__(config, workers)
         self.points = points
         self.identity = f"{points.signature}-{points.name}"
+        self.about = {"reference": points.signature}
         self.reference = points.held_out(config.num_samples)
         self.cells = square_grid(SQUARE, _CELLS)
 
@@ -263,17 +444,36 @@ def build_scorer(
     """The scorer of the kind of samples that a data set holds.
 
     Raises:
-        UserError: there are too few of them.
+        UserError: there are too few of them, or nothing gives features of them.
     """
     if isinstance(data, Points):
         return PlanarScorer(data, config, workers)
     assert isinstance(data, Images)
-    return ImageScorer(data, config, cache, device, workers)
+    scorer = InceptionScorer if features_of(data.name, config) == INCEPTION else ImageScorer
+    return scorer(data, config, cache, device, workers)
 
 
-def score_keys(data: DataConfig) -> list[str]:
+def features_of(name: str, config: EvaluateConfig) -> str:
+    """What gives the features of the images of data set `name`.
+
+    Raises:
+        UserError: a classifier is asked for that does not exist.
+    """
+    features = config.features or (CLASSIFIER if name in CLASSIFIERS else INCEPTION)
+    if features == CLASSIFIER and name not in CLASSIFIERS:
+        known = ", ".join(CLASSIFIERS)
+        raise UserError(
+            f"evaluate.features is classifier, but there is none for {name}, only for {known}: make it null."
+        )
+    return features
+
+
+def score_keys(data: DataConfig, config: EvaluateConfig) -> list[str]:
     """The keys of every score that a finished run has, the one by which it is compared first."""
     if data.is_planar:
         return [PlanarScorer.metric, *(f"eval/energy_{what}" for what in ("auc", "kl", "beta"))]
+    if features_of(data.name, config) == INCEPTION:
+        size = count_name(config.num_samples)
+        return [f"eval/fid_{size}", "eval/fid_infinity", "eval/kid", f"eval/precision_{size}", f"eval/recall_{size}"]
     kinds = (f"eval/{kind}_{data.name}" for kind in ("fid", "kid", "precision", "recall"))
     return [*kinds, "eval/sliced_wasserstein"]

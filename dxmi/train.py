@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from shutil import copytree, rmtree
@@ -33,14 +33,16 @@ from dxmi.networks import Denoiser
 from dxmi.pictures import curves_figure, save_figure
 from dxmi.provenance import device_name, git_revision, versions
 from dxmi.run_directory import Row, RunDirectory
+from dxmi.sampler import Policy
 from dxmi.schedules import StepSchedule, reference_schedules
 from dxmi.scorers import Scorer, Scores, build_scorer
+from dxmi.solvers import further_references
 from dxmi.state import ALGORITHM, TrainingState
 from dxmi.stretch import Story, Stretch, tell, tell_together
 from dxmi.workers import Workers
 
-_NOT_OF_SCORES = ("every", "grid", "generations", "result")
-"""What of an evaluation's config changes no score of given weights."""
+_NOT_OF_SCORES = ("every", "grid", "generations", "result", "features", "reference_steps")
+"""What of an evaluation's config changes no score of given weights, or is told by the scorer's identity."""
 _PARTIAL_EVERY = 2_000
 """Iterations between checkpoints of pretraining."""
 
@@ -92,7 +94,8 @@ class Summary:
     `reference`, `best` and `last` hold the score `metric`, all from `num_samples` samples of noise that took no part in
     choosing the best checkpoint; `scores` holds every score of each, `generations` those of the best on each draw of
     that noise, `seconds_per_1000_images` the time to draw samples, `members` how many seeds were trained in the same
-    program at most: `seconds` are wall seconds, the same ones for all of them.
+    program at most: `seconds` are wall seconds, the same ones for all of them. `scored_with` names the
+    network that gave the features of the scores, and holds its hash and that of the data.
     """
 
     name: str
@@ -114,6 +117,7 @@ class Summary:
     versions: dict[str, str]
     generations: list[dict[str, float]] = field(default_factory=list)
     members: int = 1
+    scored_with: dict[str, str] = field(default_factory=dict)
 
 
 def train(
@@ -347,19 +351,23 @@ class _Run:
     # References, once for all runs that share the pretrained model and the evaluation.
 
     def _references(self, denoiser: Denoiser) -> dict[str, Scores]:
-        samplers = reference_schedules(self.config.schedule)
+        schedules = reference_schedules(self.config.schedule)
+        samplers: dict[str, tuple[type[Policy], StepSchedule]] = {name: (Policy, s) for name, s in schedules.items()}
+        samplers = further_references(self.config.evaluate.reference_steps or ()) | samplers
         num_samples = self.config.evaluate.num_samples
-        evaluations = {name: num_samples * schedule.num_steps for name, schedule in samplers.items()}
+        evaluations = {name: num_samples * schedule.num_steps for name, (_, schedule) in samplers.items()}
         total, done, scores = sum(evaluations.values()), 0, {}
         self._tell_or_stop(Phase.REFERENCES, done, total)
-        for name, schedule in samplers.items():
-            scores[name] = self._reference(schedule, denoiser, done, total)
+        for name, (kind, schedule) in samplers.items():
+            scores[name] = self._reference(kind, schedule, denoiser, done, total)
             done += evaluations[name]
             self._tell_or_stop(Phase.REFERENCES, done, total)
         floor = self.scorer.of_data()
         return scores if floor is None else {**scores, "data": floor}
 
-    def _reference(self, schedule: StepSchedule, denoiser: Denoiser, done: int, total: int) -> Scores:
+    def _reference(
+        self, kind: type[Policy], schedule: StepSchedule, denoiser: Denoiser, done: int, total: int
+    ) -> Scores:
         """One sampler's scores; `done` of `total` network evaluations came before it."""
         identity = {
             "version": SCORING_VERSION,
@@ -370,6 +378,7 @@ class _Run:
             },
             "features": self.scorer.identity,
             "device": self.experiment.device.type,
+            **({} if kind is Policy else {"sampler": kind.__name__}),
         }
         path = cache_root() / "references" / f"{signature(identity)}.cached"
 
@@ -377,7 +386,7 @@ class _Run:
             self._tell_or_stop(Phase.REFERENCES, done + samples * schedule.num_steps, total)
 
         def compute() -> dict[str, Tensor]:
-            policy = self.experiment.build_policy(denoiser, schedule)
+            policy = self.experiment.build_policy(denoiser, schedule, kind)
             scores = self.scorer.full(Sampling(policy, REPORT, on_batch=on_batch))
             numbers = {**_finite(scores.values, 0), "seconds_per_1000": scores.seconds_per_1000}
             return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
@@ -549,6 +558,7 @@ class _Run:
             scores={name: scored.values for name, scored in scores.items()},
             generations=self.generations,
             members=self.members,
+            scored_with=self.scorer.about,
             seconds_per_1000_images={name: scored.seconds_per_1000 for name, scored in scores.items()},
             iterations=config.train.iterations,
             num_steps=config.schedule.num_steps,
@@ -564,7 +574,9 @@ class _Run:
         rows = self.run.rows()
         best = (summary.best["step"], summary.best["value"])
         curve = curve_of(rows, summary.metric)
-        figure = curves_figure(summary.metric, curve, summary.reference, best, logged_curves(rows))
+        hidden = further_references(self.config.evaluate.reference_steps or ()).keys() - {f"ddim_{summary.num_steps}"}
+        lines = {name: value for name, value in summary.reference.items() if name not in hidden}
+        figure = curves_figure(summary.metric, curve, lines, best, logged_curves(rows))
         save_figure(self.run.curves, figure)
         states = generate_states(Sampling(dxmi.evaluated, SELECTION), self.gallery.num_ways, self.config.evaluate)
         self.gallery.draw_steps(self.run.samples / "steps.png", states)
@@ -596,9 +608,9 @@ def _keep_only(folder: Path, step: int, state: TrainingState) -> None:
 
 def _read_summary(run: RunDirectory, tree: dict[str, Any]) -> Summary:
     names = [f.name for f in fields(Summary)]
-    if not set(names) <= tree.keys():
+    if not {f.name for f in fields(Summary) if f.default is MISSING and f.default_factory is MISSING} <= tree.keys():
         raise UserError(f"{run.summary} is damaged: delete it and train again; the run is then only finished anew.")
-    return Summary(**{name: tree[name] for name in names})
+    return Summary(**{name: tree[name] for name in names if name in tree})
 
 
 class _Stopwatch:

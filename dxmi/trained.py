@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from dxmi import checkpoint
 from dxmi.algorithms.dxmi import DxMI
@@ -44,7 +45,12 @@ class Trained:
         config = self._config(seed, num_samples)
         scorer = build_scorer(self.experiment.data, config, cache_root(), self.experiment.device)
         energy = self.dxmi.value.energy if self.experiment.config.train.iterations else None
-        return scorer.full(self._sampling(REPORT, guidance), energy)
+        with tqdm(total=config.num_samples, unit="samples", desc="sampling", leave=False, disable=None) as bar:
+
+            def on_batch(samples: int) -> None:
+                bar.update(samples - bar.n)
+
+            return scorer.full(replace(self._sampling(REPORT, guidance), on_batch=on_batch), energy)
 
     def _config(self, seed: int | None, num_samples: int | None = None) -> EvaluateConfig:
         """The run's evaluation with what is not None put in its place."""

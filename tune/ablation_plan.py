@@ -44,7 +44,8 @@ class AblationPlan(Plan):
     def __post_init__(self) -> None:
         super().__post_init__()
         for index, metric in enumerate(self.ablation.also or ()):
-            require_metric(f"ablation.also[{index}]", metric, score_keys(self.experiment.data))
+            keys = score_keys(self.experiment.data, self.experiment.evaluate)
+            require_metric(f"ablation.also[{index}]", metric, keys)
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:

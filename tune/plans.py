@@ -90,7 +90,7 @@ class Plan:
     @property
     def metric(self) -> str:
         """The key of the experiment's own score, like eval/fid_digits."""
-        return score_keys(self.experiment.data)[0]
+        return score_keys(self.experiment.data, self.experiment.evaluate)[0]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -156,7 +156,7 @@ _OWN_METRICS = ("score", "num_steps", "seconds")
 
 def metrics_of(experiment: ExperimentConfig) -> list[str]:
     """Every metric that an objective may name."""
-    return [*_OWN_METRICS, *score_keys(experiment.data)]
+    return [*_OWN_METRICS, *score_keys(experiment.data, experiment.evaluate)]
 
 
 def require_metric(where: str, metric: str, known: Sequence[str]) -> None:

@@ -2,15 +2,21 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from dxmi.tensors import decode
+from dxmi.workers import ALONE, Workers
+
+RESIDENT_BYTES = 2 * 2**30
+"""Samples that take no more than this lie on the device; of others, only batches go there."""
 
 
 class Dataset(ABC):
-    """Real samples in memory.
+    """Real samples, in memory or in a memory map.
 
     Attributes:
         name: as in `DataConfig`.
@@ -19,11 +25,18 @@ class Dataset(ABC):
 
     name: str
     signature: str
+    num_classes: int = 0
+    """Classes that samples may be of; 0 if they have none."""
 
     @property
     @abstractmethod
     def stored(self) -> Tensor:
         """The samples as they are kept, uint8 pixels or float32 coordinates: [N, *event]."""
+
+    @property
+    def classes(self) -> Tensor | None:
+        """The class of each sample, int64 on the host [N]; None if there are no classes."""
+        return None
 
     @property
     def event(self) -> tuple[int, ...]:
@@ -34,33 +47,56 @@ class Dataset(ABC):
         return len(self.stored)
 
 
+def shape_hash(shape: tuple[int, ...]) -> "hashlib._Hash":
+    """The beginning of a signature; the bytes of the samples follow."""
+    return hashlib.sha256(str(tuple(shape)).encode())
+
+
 def content_signature(stored: Tensor) -> str:
     """12 hex digits of the hash of stored samples and their shape."""
-    return hashlib.sha256(str(tuple(stored.shape)).encode() + stored.numpy().tobytes()).hexdigest()[:12]
+    digest = shape_hash(tuple(stored.shape))
+    digest.update(stored.numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 class BatchStream:
     """Shuffled epochs without end; every batch is full. Its whole state is three tensors.
 
+    Many samples stay where they are, and only batches go to the device, the next one fetched by a second thread
+    meanwhile. Of those a worker reads its own rows; the others, which it has no use for, are zeros.
+
     Args:
-        stored: samples as a data set keeps them, [N, *event], on the device where the batches are wanted.
+        stored: samples as a data set keeps them, [N, *event].
         batch_size: B; may be larger than N.
         generator: shuffles, on the host.
-        labels: the class of each sample, [N], on that device, if they are wanted.
+        labels: the class of each sample, [N], if they are wanted.
+        device: where the batches are wanted; by default where `stored` is.
+        workers: share each batch.
 
     Attributes:
         labels: those of the batch that `next` has just given, [B], if they are wanted.
     """
 
     def __init__(
-        self, stored: Tensor, batch_size: int, generator: torch.Generator, labels: Tensor | None = None
+        self,
+        stored: Tensor,
+        batch_size: int,
+        generator: torch.Generator,
+        labels: Tensor | None = None,
+        *,
+        device: torch.device | None = None,
+        workers: Workers = ALONE,
     ) -> None:
-        self.stored = stored
-        self.batch_size = batch_size
-        self.generator = generator
-        self.order = torch.empty(0, dtype=torch.int64)
+        self.device = device or stored.device
+        self.resident = stored.nbytes <= RESIDENT_BYTES
+        self.stored = stored.to(self.device) if self.resident else stored
         self.labels: Tensor | None = None
         self._all_labels = labels
+        self.batch_size = batch_size
+        self.generator = generator
+        self.share = workers.share(batch_size)
+        self.order = torch.empty(0, dtype=torch.int64)
+        self._ahead = _Ahead(self._gathered)
 
     def next(self) -> Tensor:
         """The next batch as floats, pixels in [-1, 1]: [B, *event]."""
@@ -68,10 +104,28 @@ class BatchStream:
             epoch = torch.randperm(len(self.stored), generator=self.generator)
             self.order = torch.cat((self.order, epoch))
         drawn, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-        rows = drawn.to(self.stored.device, non_blocking=True)
         if self._all_labels is not None:
-            self.labels = self._all_labels[rows]
-        return decode(self.stored[rows])
+            self.labels = self._all_labels[drawn.to(self._all_labels.device)].to(self.device, non_blocking=True)
+        return decode(self._samples(drawn))
+
+    def _samples(self, drawn: Tensor) -> Tensor:
+        """Rows of `stored`, on the device."""
+        if self.resident:
+            return self.stored[drawn.to(self.device, non_blocking=True)]
+        rows = self._ahead.take(self.share.of(drawn))
+        if len(self.order) >= self.batch_size:  # else the epoch that comes next is not drawn yet
+            self._ahead.begin(self.share.of(self.order[: self.batch_size]))
+        rows = rows.to(self.device, non_blocking=True)
+        if len(rows) == len(drawn):
+            return rows
+        whole = rows.new_zeros((len(drawn), *rows.shape[1:]))
+        self.share.of(whole).copy_(rows)
+        return whole
+
+    def _gathered(self, drawn: Tensor) -> Tensor:
+        """Rows of `stored`, on the host, where a GPU can fetch them by itself."""
+        rows = self.stored[drawn]
+        return rows.pin_memory() if self.device.type == "cuda" else rows
 
     def state(self) -> dict[str, Tensor]:
         """What `load_state` needs to go on from here."""
@@ -81,3 +135,27 @@ class BatchStream:
         """Go on from where `state` was taken."""
         self.order = state["order"].clone()
         self.generator.set_state(state["generator"])
+
+
+class _Ahead:
+    """Rows fetched before they are asked for. A guess that proves wrong costs time alone.
+
+    Args:
+        fetch: reads rows.
+    """
+
+    def __init__(self, fetch: Callable[[Tensor], Tensor]) -> None:
+        self._fetch = fetch
+        self._pool = ThreadPoolExecutor(1, "batches")
+        self._guess: tuple[Tensor, Future[Tensor]] | None = None
+
+    def begin(self, drawn: Tensor) -> None:
+        """Fetch these rows, which will probably be asked for next."""
+        self._guess = drawn, self._pool.submit(self._fetch, drawn)
+
+    def take(self, drawn: Tensor) -> Tensor:
+        """These rows, fetched already or now."""
+        guess, self._guess = self._guess, None
+        if guess is not None and torch.equal(guess[0], drawn):
+            return guess[1].result()
+        return self._fetch(drawn)

@@ -1,20 +1,28 @@
-"""Image data sets in memory."""
+"""Image data sets: small ones in memory, folders of images in a memory map."""
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from dxmi.cache import cache_root
+from dxmi.data import cifar
 from dxmi.data.dataset import Dataset, content_signature
+from dxmi.data.folders import open_folder
 from dxmi.data.idx import read_idx
 from dxmi.errors import UserError
 from dxmi.files import user_path
 
 MNIST8_IMAGES = 20_000
+FOLDER = "image_folder"
+"""The name of every data set that is a folder of images."""
+_NUM_CLASSES = 10
+"""Of every data set that has a loader of its own."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +32,26 @@ class Images(Dataset):
     Attributes:
         name: as in `DataConfig`.
         pixels: uint8, [N, C, H, W].
-        labels: class of each, int64, [N].
+        labels: class of each, int64, [N]; all 0 if there are no classes.
         signature: hash of the pixels, 12 hex digits.
+        num_classes: how many classes there are; 0 for none.
     """
 
     name: str
     pixels: Tensor
     labels: Tensor
     signature: str
+    num_classes: int = 0
 
     @property
     def stored(self) -> Tensor:
         """The pixels."""
         return self.pixels
+
+    @property
+    def classes(self) -> Tensor | None:
+        """The labels, if there are classes."""
+        return self.labels if self.num_classes else None
 
 
 def data_root() -> Path:
@@ -51,9 +66,39 @@ def load_images(name: str, label: int | None) -> Images:
         UserError: a file is missing or damaged; the sentence says which, where it was looked for and how to get it.
     """
     pixels, labels = LOADERS[name](train=True)
-    if label is not None:
-        pixels, labels = pixels[labels == label], labels[labels == label]
-    return Images(name, pixels, labels, content_signature(pixels))
+    images = Images(name, pixels, labels, content_signature(pixels), _NUM_CLASSES)
+    return images if label is None else only_class(images, label)
+
+
+def load_folder(folder: str, size: int, label: int | None, *, class_folders: bool) -> Images:
+    """The images of a folder as squares; see `dxmi.data.folders`.
+
+    Args:
+        folder: a path; if it is relative, inside `data_root()`.
+        size: side of a square.
+        label: keep this class alone, unless it is None.
+        class_folders: each folder in it is a class.
+
+    Raises:
+        UserError: it is missing or holds what is no image; the sentence says which.
+    """
+    where = data_root() / user_path(folder, "data.folder")
+    mapped = open_folder(where, size, class_folders=class_folders, cache=cache_root() / "images")
+    images = Images(FOLDER, mapped.pixels, mapped.labels, mapped.signature, mapped.num_classes)
+    return images if label is None else only_class(images, label)
+
+
+def only_class(images: Images, label: int) -> Images:
+    """The images of one class, in memory.
+
+    Raises:
+        UserError: there are none.
+    """
+    chosen = (images.labels == label).nonzero()[:, 0]
+    if len(chosen) == 0:
+        raise UserError(f"data.label is {label}, but {images.name} has no image of that class.")
+    pixels = images.pixels[chosen]
+    return Images(images.name, pixels, images.labels[chosen], content_signature(pixels), images.num_classes)
 
 
 # ----------------------------------------------------------------------------
@@ -109,9 +154,27 @@ def mnist8(*, train: bool) -> tuple[Tensor, Tensor]:
     return small.round().clamp(0, 255).to(torch.uint8), labels
 
 
+def cifar10(*, train: bool) -> tuple[Tensor, Tensor]:
+    """CIFAR-10, 32x32 in colour: 50,000 or 10,000 images, from the binary batches or else from Python's."""
+    names = [f"data_batch_{number}" for number in range(1, 6)] if train else ["test_batch"]
+    binary, python = data_root() / cifar.BINARY, data_root() / cifar.PYTHON
+    if binary.is_dir():
+        batches = [cifar.read_binary_batch(binary / f"{name}.bin") for name in names]
+    elif python.is_dir():
+        batches = [cifar.read_python_batch(python / name) for name in names]
+    else:
+        raise UserError(
+            f"CIFAR-10 is missing: {cifar.BINARY} and {cifar.PYTHON} were looked for in {data_root()}. Unpack "
+            "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz there; set DXMI_DATA if you keep it elsewhere."
+        )
+    pixels, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return torch.from_numpy(pixels), torch.from_numpy(labels)
+
+
 LOADERS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "digits": digits,
     "mnist": mnist,
     "mnist8": mnist8,
     "fashion_mnist": fashion_mnist,
+    "cifar10": cifar10,
 }

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 from dxmi.data.dataset import Dataset
-from dxmi.data.images import LOADERS, load_images
+from dxmi.data.images import FOLDER, LOADERS, load_folder, load_images
 from dxmi.data.planar import DISTRIBUTIONS, load_points
 
 _MAX_POINTS = 10_000_000
+_MAX_SIZE = 1024
+NAMES = (*LOADERS, FOLDER, *DISTRIBUTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,21 +16,44 @@ class DataConfig:
     """Which real samples."""
 
     name: str = "digits"
-    """digits, mnist, mnist8 or fashion_mnist; in the plane: gaussians8, two_spirals, checkerboard or moons."""
+    """digits, mnist, mnist8, fashion_mnist, cifar10 or image_folder; in the plane: gaussians8, two_spirals,
+    checkerboard or moons."""
     label: int | None = None
     """Keep only this class of images; null for all."""
     num_points: int = 50_000
     """Training points of a distribution in the plane; image sets have a size of their own."""
+    folder: str | None = None
+    """Of image_folder: a path, relative to $DXMI_DATA unless it begins with / or ~."""
+    size: int | None = None
+    """Of image_folder: side in pixels to which its images are cropped and resized."""
+    class_folders: bool = False
+    """Of image_folder: each folder in it is a class, as in ImageNet; else all images below it are of one kind."""
 
     def __post_init__(self) -> None:
-        if self.name not in (*LOADERS, *DISTRIBUTIONS):
-            raise ValueError(f"name is {self.name!r}: it must be one of {', '.join((*LOADERS, *DISTRIBUTIONS))}")
-        if self.label is not None and not 0 <= self.label <= 9:
-            raise ValueError(f"label is {self.label}: it must be in 0..9, or null for all classes")
-        if self.label is not None and self.is_planar:
-            raise ValueError(f"label is {self.label}, but {self.name} has no classes: make it null")
+        if self.name not in NAMES:
+            raise ValueError(f"name is {self.name!r}: it must be one of {', '.join(NAMES)}")
+        self._check_label()
+        self._check_folder()
         if not 1 <= self.num_points <= _MAX_POINTS:
             raise ValueError(f"num_points is {self.num_points}: it must be in 1..{_MAX_POINTS}")
+
+    def _check_label(self) -> None:
+        if self.label is None:
+            return
+        if self.is_planar or (self.name == FOLDER and not self.class_folders):
+            raise ValueError(f"label is {self.label}, but {self.name} has no classes: make it null")
+        if self.label < 0 or (self.label > 9 and self.name != FOLDER):
+            raise ValueError(f"label is {self.label}: it must be in 0..9, or null for all classes")
+
+    def _check_folder(self) -> None:
+        for name in ("folder", "size"):
+            value, belongs = getattr(self, name), self.name == FOLDER
+            if belongs != (value is not None):
+                raise ValueError(f"{name} is {value!r}: {FOLDER} needs one, and no other data set has any")
+        if self.class_folders and self.name != FOLDER:
+            raise ValueError(f"class_folders is true, but {self.name} is no {FOLDER}: make it false")
+        if self.size is not None and not 1 <= self.size <= _MAX_SIZE:
+            raise ValueError(f"size is {self.size}: it must be in 1..{_MAX_SIZE}")
 
     @property
     def is_planar(self) -> bool:
@@ -42,4 +67,8 @@ def load(config: DataConfig) -> Dataset:
     Raises:
         UserError: a file is missing or damaged; the sentence says which, where it was looked for and how to get it.
     """
-    return load_points(config.name, config.num_points) if config.is_planar else load_images(config.name, config.label)
+    if config.is_planar:
+        return load_points(config.name, config.num_points)
+    if config.folder is not None and config.size is not None:
+        return load_folder(config.folder, config.size, config.label, class_folders=config.class_folders)
+    return load_images(config.name, config.label)

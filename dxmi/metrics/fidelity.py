@@ -1,4 +1,4 @@
-"""FID, KID, precision and recall by torch-fidelity, on the features of the shipped classifiers.
+"""FID, KID, precision, recall and Inception Score by torch-fidelity, and features of the shipped classifiers.
 
 Each classifier is registered with torch-fidelity as the feature extractor `dxmi-NAME`, so that torch-fidelity's own
 `calculate_metrics` gives the same numbers. Its reference cache is not used: it is read by running pickled code.
@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dxmi.metrics.classifier import CLASSIFIERS, load_classifier
-from dxmi.metrics.fidelity_import import metric_fid, metric_kid, metric_prc, torch_fidelity, utils
+from dxmi.metrics.fidelity_import import metric_fid, metric_isc, metric_kid, metric_prc, torch_fidelity, utils
 
 LAYER = "features"
 _BATCH = 1000
+_SPLITS = 10
 
 
 class ClassifierExtractor(torch_fidelity.FeatureExtractorBase):  # type: ignore[misc]
@@ -96,3 +97,14 @@ def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float
     with torch.no_grad():
         scores = metric_prc.prc_features_to_metric(generated, reference, verbose=False, save_cpu_ram=True)
     return float(scores["precision"]), float(scores["recall"])
+
+
+def inception_score(logits: Tensor, seed: int) -> float:
+    """Exponential of the mean KL(p(y | x) | p(y)), a mean over ten parts of the samples (arXiv 1606.03498).
+
+    Args:
+        logits: of the classes, [N, C].
+        seed: shuffles.
+    """
+    scores = metric_isc.isc_features_to_metric(logits, min(_SPLITS, len(logits)), True, seed)
+    return float(scores["inception_score_mean"])

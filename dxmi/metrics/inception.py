@@ -1,0 +1,145 @@
+"""InceptionV3 as FID has always used it (the TensorFlow graph of 2015-12-05), through torch-fidelity.
+
+torch-fidelity reads weights by running what the pickle asks for. Here a file is read without that, and torch-fidelity
+is given a copy that was written from the tensors found in it.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dxmi.data import data_root
+from dxmi.errors import UserError
+from dxmi.files import user_path
+from dxmi.metrics.fidelity_import import feature_extractor_inceptionv3
+
+NETWORK = "inception-v3-compat"
+"""torch-fidelity's name of it."""
+VARIABLE = "DXMI_INCEPTION"
+POOL, LOGITS = "2048", "logits_unbiased"
+NUM_FEATURES = 2048
+_PIECE = {"cuda": 250, "cpu": 25}
+"""Images at a time, which are 299 x 299 inside."""
+
+
+class Features(NamedTuple):
+    """What the network makes of images.
+
+    Attributes:
+        pool: of its last pooling layer, float32, [N, 2048].
+        logits: of its classes, without bias, float32, [N, 1008]; [N, 0] if its weights hold no classes.
+    """
+
+    pool: Tensor
+    logits: Tensor
+
+
+def hub_path() -> Path:
+    """Where torch hub, and torch-fidelity with it, keeps the weights."""
+    name = str(feature_extractor_inceptionv3.URL_INCEPTION_V3).rsplit("/", 1)[-1]
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def find_weights() -> Path:
+    """The file of weights: $DXMI_INCEPTION, or below the data, or in torch hub's cache, else fetched into the latter.
+
+    Raises:
+        UserError: $DXMI_INCEPTION names no file, or there is none and it cannot be fetched.
+    """
+    named = os.environ.get(VARIABLE)
+    if named:
+        path = user_path(named, VARIABLE)
+        if not path.is_file():
+            raise UserError(f"{VARIABLE} is {named}: there is no such file.")
+        return path
+    below = data_root() / "weights" / "inception-2015-12-05.pth"
+    return next((path for path in (below, hub_path()) if path.is_file()), None) or _fetch(below)
+
+
+def _fetch(below: Path) -> Path:
+    path, url = hub_path(), feature_extractor_inceptionv3.URL_INCEPTION_V3
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), path.stem.rsplit("-", 1)[-1], progress=False)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"InceptionV3's weights are neither in {below} nor in {path}, and {url} cannot be fetched ({error}). Fetch "
+            f"it elsewhere and put it in one of the two, or name it by {VARIABLE}."
+        ) from error
+    return path
+
+
+@dataclass(frozen=True)
+class Inception:
+    """The network on a device.
+
+    Attributes:
+        device: where it computes.
+    """
+
+    device: torch.device
+    _extractor: Any
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Features:
+        """Features of uint8 images [N, C, H, W], C 1 or 3, on this device."""
+        outputs = [self._extractor(piece.expand(-1, 3, -1, -1)) for piece in self._pieces(pixels.to(self.device))]
+        pool, *logits = (torch.cat(columns) for columns in zip(*outputs, strict=True))
+        return Features(pool, logits[0] if logits else pool.new_empty(len(pool), 0))
+
+    def _pieces(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(pixels, _PIECE.get(self.device.type, _PIECE["cpu"]))
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+@lru_cache(maxsize=1)
+def load_inception(path: Path, device: torch.device) -> Inception:
+    """The network with the weights in `path`; without its classes if these are zeros, as some files have them.
+
+    Raises:
+        UserError: they are not InceptionV3's, or ask for code to be run.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{path} holds no weights that can be read without running code ({reason[0]}).") from error
+    try:
+        copy = _rewritten(state)
+        layers = [POOL, LOGITS] if state["fc.weight"].any() else [POOL]
+        extractor = feature_extractor_inceptionv3.FeatureExtractorInceptionV3(
+            NETWORK, layers, feature_extractor_weights_path=copy
+        )
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise UserError(f"{path} does not hold InceptionV3's weights in torch-fidelity's layout: {error}.") from error
+    return Inception(device, extractor.to(device, memory_format=torch.channels_last))
+
+
+def _rewritten(state: object) -> io.BytesIO:
+    """Tensors as a file of our own, which torch-fidelity may read as it likes."""
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise TypeError("it is no dictionary of tensors")
+    buffer = io.BytesIO()
+    torch.save({str(key): value.clone() for key, value in state.items()}, buffer)
+    buffer.seek(0)
+    return buffer

@@ -1,0 +1,131 @@
+"""Sampling and InceptionV3 at once: `python tests/benchmarks/fid.py [options] [overrides]`.
+
+Prints the seconds of drawing CIFAR-size samples from an untrained policy, of computing their features, of both as an
+evaluation does them, and the ratio of the last to the slower of the first two. Goal, on a GPU: at most 1.2. On a CPU
+both use the same cores, so that they are done in turn, unless `--threaded` says otherwise.
+
+`--num 10000`, `--batch 500` and `--rounds 1` are the samples, those of a batch, and how often all is timed.
+`--stand-in A B` puts sleeps of A and B milliseconds a batch in the place of both: what the overlapping itself costs.
+Without weights (see `dxmi.metrics.inception.find_weights`), random ones are as slow as real ones: `--random`.
+"""
+
+import argparse
+import io
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dxmi.evaluate import REPORT, EvaluateConfig, Sampling, measure
+from dxmi.experiment import Experiment
+from dxmi.metrics.fidelity_import import feature_extractor_inceptionv3
+from dxmi.metrics.inception import NETWORK, NUM_FEATURES, POOL, Inception, find_weights, load_inception
+from dxmi.sampler import Policy
+from dxmi.schedules import shorten
+from tune.configs import compose_experiment, groups
+
+EVENT = (3, 32, 32)
+
+
+class Sleeping(Policy):
+    """A policy in whose place somebody sleeps."""
+
+    seconds = 0.0
+
+    def sample(self, num: int, *_: Any) -> Tensor:
+        time.sleep(self.seconds)
+        return torch.zeros(num, *self.event)
+
+
+class _Untrained(feature_extractor_inceptionv3.FeatureExtractorInceptionV3):
+    def load_state_dict(self, *_: Any, **__: Any) -> None:
+        """Stay as you are."""
+
+
+def random_network(device: torch.device) -> Inception:
+    """InceptionV3 with its initial weights."""
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    extractor = _Untrained(NETWORK, [POOL], feature_extractor_weights_path=nothing)
+    return Inception(device, extractor.to(device, memory_format=torch.channels_last))
+
+
+def seconds(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """Wall seconds of each, the least of several rounds, in which all take turns: a busy neighbour falls on all."""
+    return [min(column) for column in zip(*([_seconds(run) for run in runs] for _ in range(rounds)), strict=True)]
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """To the end of whatever a GPU does."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def parsed() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num", type=int, default=10_000)
+    parser.add_argument("--batch", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--random", action="store_true")
+    parser.add_argument("--threaded", action="store_true", default=None)
+    parser.add_argument("--stand-in", type=float, nargs=2, metavar=("A", "B"))
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    arguments, overrides = parsed()
+    network = "unet" if "unet" in groups()["network"] and not arguments.stand_in else "mlp"
+    chosen = [] if any(o.startswith("network=") for o in overrides) else [f"network={network}"]
+    settings = compose_experiment(["schedule.num_steps=10", *chosen, *overrides]).experiment
+    experiment = Experiment(settings, event=(1, 1, 1) if arguments.stand_in else EVENT)
+    experiment.use_threads()
+    device, kind = experiment.device, Policy
+    if arguments.stand_in:
+        Sleeping.seconds, between = (milliseconds / 1000.0 for milliseconds in arguments.stand_in)
+        kind = Sleeping
+    policy = experiment.build_policy(experiment.build_denoiser(), shorten(experiment.config.schedule), kind).eval()
+    sampling = Sampling(policy, REPORT)
+    config = EvaluateConfig(num_samples=arguments.num, batch_size=arguments.batch)
+
+    def nothing(pixels: Tensor) -> Tensor:
+        return torch.zeros(len(pixels), 1)
+
+    if arguments.stand_in:
+
+        def features(pixels: Tensor) -> Tensor:
+            time.sleep(between)
+            return torch.zeros(len(pixels), NUM_FEATURES)
+    else:
+        inception = random_network(device) if arguments.random else load_inception(find_weights(), device)
+
+        def features(pixels: Tensor) -> Tensor:
+            return inception(pixels).pool.cpu()
+
+    def sampled(work: Callable[[Tensor], Tensor], num: int = arguments.num) -> None:
+        measure(sampling, num, config, work, threaded=arguments.threaded)
+
+    def looked_at() -> None:
+        for start in range(0, arguments.num, arguments.batch):
+            features(batch[: arguments.num - start])
+
+    batch = torch.zeros(arguments.batch, *experiment.event, dtype=torch.uint8, device=device)
+    sampled(features, arguments.batch)  # compiles, allocates, chooses algorithms
+    runs = (lambda: sampled(nothing), looked_at, lambda: sampled(features))
+    alone, own, both = seconds(runs, arguments.rounds)
+    print(f"{arguments.num:,} samples in batches of {arguments.batch}, T = {policy.num_steps}, {device}")
+    print(f"sampling alone      {alone:8.2f} s")
+    print(f"features alone      {own:8.2f} s")
+    print(f"both as evaluated   {both:8.2f} s")
+    print(f"ratio to the slower {both / max(alone, own):8.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Folders of images: classes, the crop, the memory map and who makes it."""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dxmi.data import BatchStream, DataConfig, load
+from dxmi.data.dataset import content_signature
+from dxmi.data.folders import central_square, list_images, open_folder, read_square
+from dxmi.errors import UserError
+from dxmi.seeds import generator
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def imagenet(tmp_path) -> Path:
+    """Two classes of three images each, in ImageNet's layout."""
+    for number in range(6):
+        wnid = "n01440764" if number % 2 else "n01443537"
+        save(tmp_path / "imagenet" / wnid / f"{wnid}_{number}.png", noise(16, 16, number))
+    (tmp_path / "imagenet" / "n01440764" / "notes.txt").write_text("no image")
+    return tmp_path / "imagenet"
+
+
+# ----------------------------------------------------------------------------
+# Listing.
+
+
+def test_class_folders_are_numbered_in_the_order_of_their_names(imagenet):
+    listing = list_images(imagenet, class_folders=True)
+    assert listing.classes == ("n01440764", "n01443537")
+    assert listing.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert listing.files[0] == "n01440764/n01440764_1.png"
+    assert len(listing.files) == 6
+
+
+def test_without_classes_all_images_below_are_of_one_kind(imagenet):
+    listing = list_images(imagenet, class_folders=False)
+    assert (listing.classes, listing.labels.tolist()) == ((), [0] * 6)
+    assert list(listing.files) == sorted(listing.files)
+
+
+def test_the_fingerprint_knows_names_sizes_and_times(imagenet):
+    def now(size: int = 8) -> str:
+        return list_images(imagenet, class_folders=True).fingerprint(size)
+
+    one = imagenet / "n01440764" / "n01440764_1.png"
+    prints = [now(), now(size=16)]
+    os.utime(one, (1.0, 1.0))
+    prints.append(now())
+    one.rename(one.with_name("other.png"))
+    prints.append(now())
+    assert len(set(prints)) == 4
+    assert now() == prints[-1]
+
+
+def test_an_empty_or_missing_folder_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="is missing"):
+        list_images(tmp_path / "nowhere", class_folders=False)
+    with pytest.raises(UserError, match="holds no images"):
+        list_images(tmp_path, class_folders=True)
+
+
+# ----------------------------------------------------------------------------
+# Crop and resize.
+
+
+def halved(pixels: np.ndarray) -> np.ndarray:
+    """Means of two columns, then of two rows, halves rounded up each time, as Pillow filters."""
+    wide = pixels.astype(int)
+    narrow = (wide[:, ::2] + wide[:, 1::2] + 1) // 2
+    return ((narrow[::2] + narrow[1::2] + 1) // 2).astype(np.uint8)
+
+
+def test_powers_of_two_are_means_of_neighbours(tmp_path):
+    save(tmp_path / "a.png", noise(32, 32))
+    expected = halved(halved(noise(32, 32)))
+    assert np.array_equal(read_square(tmp_path / "a.png", 8), expected.transpose(2, 0, 1))
+
+
+def test_the_last_resize_is_bicubic_with_antialiasing(tmp_path):
+    """PyTorch's filter, a second implementation, agrees to one grey level; its a is -0.5 with antialiasing, too."""
+    save(tmp_path / "a.png", noise(20, 20))
+    found = read_square(tmp_path / "a.png", 12).astype(int)
+    pixels = torch.from_numpy(noise(20, 20)).permute(2, 0, 1)[None].float()
+    second = torch.nn.functional.interpolate(pixels, size=(12, 12), mode="bicubic", antialias=True)
+    assert np.abs(found - second[0].round().clamp(0, 255).numpy().astype(int)).max() <= 1
+
+
+def test_the_square_is_the_central_one():
+    """Columns that number themselves: 8 of 20 columns are the 6th to the 13th; the rows likewise."""
+    columns = np.broadcast_to(np.arange(20, dtype=np.uint8)[None, :, None], (8, 20, 3)).copy()
+    assert np.asarray(central_square(Image.fromarray(columns), 8))[0, :, 0].tolist() == list(range(6, 14))
+    rows = columns.transpose(1, 0, 2).copy()
+    assert np.asarray(central_square(Image.fromarray(rows), 8))[:, 0, 0].tolist() == list(range(6, 14))
+
+
+def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
+    grey = Image.fromarray(noise(8, 8)[:, :, 0])
+    grey.save(tmp_path / "grey.png")
+    grey.convert("P").save(tmp_path / "palette.png")
+    Image.fromarray(np.dstack([noise(8, 8), np.full((8, 8), 7, np.uint8)])).save(tmp_path / "clear.png")
+    for name in ("grey", "palette", "clear"):
+        assert read_square(tmp_path / f"{name}.png", 8).shape == (3, 8, 8)
+    assert np.array_equal(read_square(tmp_path / "clear.png", 8), noise(8, 8).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xff\xd8\xff not a JPEG"])
+def test_a_broken_image_is_named(tmp_path, raw):
+    (tmp_path / "a.jpeg").write_bytes(raw)
+    with pytest.raises(UserError, match=r"a\.jpeg cannot be read"):
+        open_folder(tmp_path, 8, class_folders=False, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.u8"))
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+# ----------------------------------------------------------------------------
+# The map.
+
+
+def test_the_map_holds_every_image_in_order_with_its_label(imagenet, tmp_path):
+    mapped = open_folder(imagenet, 16, class_folders=True, cache=tmp_path / "cache")
+    listing = list_images(imagenet, class_folders=True)
+    squares = torch.stack([torch.from_numpy(read_square(imagenet / name, 16).copy()) for name in listing.files])
+    assert torch.equal(mapped.pixels, squares)
+    assert torch.equal(mapped.labels, listing.labels)
+    assert (mapped.num_classes, mapped.signature) == (2, content_signature(squares))
+    manifest = json.loads(next((tmp_path / "cache").glob("*.json")).read_text())
+    assert manifest["classes"] == ["n01440764", "n01443537"]
+
+
+def test_the_map_is_made_once_and_again_when_a_file_changes(imagenet, tmp_path):
+    def opened():
+        return open_folder(imagenet, 8, class_folders=True, cache=tmp_path / "cache")
+
+    first = opened()
+    (path,) = (tmp_path / "cache").glob("*.u8")
+    made = path.stat().st_mtime_ns
+    assert torch.equal(opened().pixels, first.pixels)
+    assert path.stat().st_mtime_ns == made
+    save(imagenet / "n01440764" / "n01440764_1.png", noise(16, 16, 99))
+    assert opened().signature != first.signature
+
+
+@pytest.mark.parametrize("damage", ["truncate", "no manifest", "half a manifest"])
+def test_a_map_that_is_not_whole_is_made_again(imagenet, tmp_path, damage):
+    first = open_folder(imagenet, 8, class_folders=True, cache=tmp_path / "cache").pixels.clone()
+    (path,) = (tmp_path / "cache").glob("*.u8")
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "no manifest":
+        path.with_suffix(".json").unlink()
+    else:
+        path.with_suffix(".json").write_text('{"shape": [6, 3')
+    assert torch.equal(open_folder(imagenet, 8, class_folders=True, cache=tmp_path / "cache").pixels, first)
+
+
+def test_writing_to_the_tensor_leaves_the_file_as_it_is(imagenet, tmp_path):
+    mapped = open_folder(imagenet, 8, class_folders=True, cache=tmp_path / "cache")
+    before = mapped.pixels.clone()
+    mapped.pixels.zero_()
+    assert torch.equal(open_folder(imagenet, 8, class_folders=True, cache=tmp_path / "cache").pixels, before)
+
+
+def _open_and_tell(folder: Path, cache: Path, queue) -> None:
+    queue.put(open_folder(folder, 8, class_folders=True, cache=cache).signature)
+
+
+def test_two_processes_that_ask_at_once_get_one_map(imagenet, tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    askers = [context.Process(target=_open_and_tell, args=(imagenet, tmp_path / "cache", queue)) for _ in range(3)]
+    for asker in askers:
+        asker.start()
+    signatures = {queue.get() for _ in askers}
+    for asker in askers:
+        asker.join()
+    assert len(signatures) == 1
+    assert len(list((tmp_path / "cache").glob("*.u8"))) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_named(imagenet, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        open_folder(imagenet, 8, class_folders=True, cache=tmp_path / "file" / "cache")
+
+
+# ----------------------------------------------------------------------------
+# As a data set.
+
+
+def test_a_config_names_a_folder_relative_to_the_data_root(imagenet, tmp_path, monkeypatch):
+    monkeypatch.setenv("DXMI_DATA", str(tmp_path))
+    config = DataConfig(name="image_folder", folder="imagenet", size=8, class_folders=True)
+    images = load(config)
+    assert images.event == (3, 8, 8)
+    assert images.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    one = load(DataConfig(name="image_folder", folder="imagenet", size=8, class_folders=True, label=1))
+    assert torch.equal(one.pixels, images.pixels[3:])
+    plain = load(DataConfig(name="image_folder", folder=str(imagenet), size=8))
+    assert (plain.num_classes, len(plain)) == (0, 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"name": "image_folder"}, "folder is None: image_folder needs one"),
+        ({"name": "image_folder", "folder": "x"}, "size is None: image_folder needs one"),
+        ({"name": "image_folder", "folder": "x", "size": 0}, "size is 0"),
+        ({"name": "image_folder", "folder": "x", "size": 8, "label": 1}, "has no classes"),
+        ({"name": "digits", "size": 8}, "size is 8: image_folder needs one, and no other"),
+        ({"name": "digits", "class_folders": True}, "class_folders is true"),
+        ({"name": "cifar10", "label": 10}, "label is 10: it must be in 0..9"),
+    ],
+)
+def test_settings_that_do_not_belong_together_are_refused(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        DataConfig(**settings)
+
+
+def test_a_class_that_is_not_there_is_named(imagenet):
+    with pytest.raises(UserError, match=r"data\.label is 7"):
+        load(DataConfig(name="image_folder", folder=str(imagenet), size=8, class_folders=True, label=7))
+
+
+def test_a_stream_reads_the_map(imagenet, tmp_path):
+    mapped = open_folder(imagenet, 8, class_folders=True, cache=tmp_path / "cache")
+    in_memory = mapped.pixels.clone()
+    streams = [BatchStream(pixels, 4, generator(0, "order")) for pixels in (mapped.pixels, in_memory)]
+    for _ in range(4):
+        assert torch.equal(streams[0].next(), streams[1].next())
