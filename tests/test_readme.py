@@ -54,6 +54,8 @@ def test_a_dxmi_command_of_the_readme_works(newcomer, command):
     assert program == "dxmi"
     if arguments[0] in ("train", "sweep", "ablate") and not {"--resume", "--config"} & set(arguments):
         arguments += TINY
+    if arguments[0] == "ablate" and "--dry-run" not in arguments:  # dozens of runs: tests/test_stacks.py runs some
+        arguments += ["--dry-run"]
     if arguments[0] == "sweep" and "--resume" not in arguments:
         arguments += ["sweep.budget.trials=2"]
     assert main(arguments) == 0
