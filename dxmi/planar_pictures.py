@@ -74,7 +74,7 @@ def steps_figure(states: Tensor, density: Tensor) -> Figure:
     for axes, x in zip(points, states[times], strict=True):
         axes.scatter(*_columns(x), c=angle, cmap=_ANGLES, vmin=-math.pi, vmax=math.pi, s=2.0, linewidths=0)
     _shade(ways, density)
-    paths = states[:, :_PATHS].transpose(0, 1).numpy()
+    paths = states[times, :_PATHS].transpose(0, 1).numpy()
     ways.add_collection(LineCollection(list(paths), colors="0.35", linewidths=0.5, alpha=0.6))
     _dots(ways, states[-1, :_PATHS], color="C0", size=6.0)
     for axes in panels.panels:

@@ -112,6 +112,8 @@ def test_the_2d_study_has_the_arms_of_the_papers_table():
     assert set(rows) == ddpm | dxmi
     assert len(rows) == len(ddpm | dxmi)
     assert cost == tau
+    methods = values("paper_2d", "schedule.method")
+    assert [method == "var" for method in methods] == [not iterations for iterations in pretrained]
 
 
 def test_a_separate_value_is_the_only_thing_that_its_arm_changes():

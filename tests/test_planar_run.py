@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 from PIL import Image
 
 from dxmi import checkpoint
@@ -234,6 +235,8 @@ def test_the_panels_of_many_steps_are_of_those_steps():
     assert [panel.get_title() for panel in axes][:3] == ["$x_{0}$", "$x_{10}$", "$x_{20}$"]
     drawn = axes[3].collections[0].get_offsets()
     assert np.asarray(drawn).tolist() == pytest.approx(np.full((3, 2), 0.3))
+    (ways,) = [lines for lines in axes[11].collections if isinstance(lines, LineCollection)]
+    assert [len(way) for way in ways.get_segments()] == [11, 11, 11]
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)

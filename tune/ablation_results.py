@@ -214,7 +214,8 @@ def _other_columns(results: Results, arm: str) -> dict[str, float]:
     columns: dict[str, float] = {}
     for metric, summaries in results.others.items():
         mean, name = summaries[arm].mean, metric.removeprefix("eval/")
-        columns |= {name: mean.estimate, f"{name}_low": mean.low, f"{name}_high": mean.high}
+        ends = (mean.low, mean.high) if summaries[arm].seeds else (math.nan, math.nan)
+        columns |= {name: mean.estimate, f"{name}_low": ends[0], f"{name}_high": ends[1]}
     return columns
 
 
