@@ -169,9 +169,11 @@ def measure(
 
 def _in_order(own: list[Tensor], num_batches: int, batch_size: int, workers: Workers) -> Tensor:
     """The rows of all workers, who have taken batches of `batch_size` in turn; the last one may be shorter."""
+    if workers.size == 1:
+        return torch.cat(own)
     width = workers.on_first(lambda: own[0].shape[1])
     blocks: list[Tensor] = []
-    for turn in range(math.ceil(num_batches / workers.size)):
+    for turn in range(math.ceil(num_batches / workers.size)):  # gathered blocks have to be of one shape
         block = torch.zeros(batch_size, width)
         if turn < len(own):
             block[: len(own[turn])] = own[turn]
