@@ -182,11 +182,6 @@ class ExperimentConfig:
             raise ValueError(f"name is {self.name!r}: it must be 1 to 100 letters, digits, dots, dashes or underscores")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}: it must be in 0..2^63 - 1")
-        if self.evaluate.reference_steps and self.schedule.method in ("karras", "ddgan"):
-            raise ValueError(
-                f"evaluate.reference_steps are of DDIM and DPM-Solver++ on DDPM's levels, and schedule.method is "
-                f"{self.schedule.method!r}: make them null"
-            )
         for name in ("kappa", "final_sigma"):  # the log density and the entropy of a step need a sigma
             if getattr(self.schedule, name) == 0.0:
                 raise ValueError(f"schedule.{name} is 0: a policy needs noise in every step, so make it greater than 0")

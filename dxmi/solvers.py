@@ -1,6 +1,7 @@
 """Deterministic samplers of a pretrained model, to compare few-step policies with."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from dxmi.networks import Denoiser
 from dxmi.sampler import Policy
-from dxmi.schedules import StepSchedule, ddim_schedule, solver_schedule
+from dxmi.schedules import ScheduleConfig, StepSchedule, ddim_schedule, shorten, solver_schedule
 from dxmi.trajectory import Gaussian
 
 
@@ -52,7 +53,18 @@ class DpmSolver(Policy):
         return Gaussian(step.mean + self._gain[t] * self._weight[t] * (data - before), step.sigma)
 
 
-def further_references(steps: Sequence[int]) -> dict[str, tuple[type[Policy], StepSchedule]]:
-    """DDIM and DPM-Solver++(2M) with each number of steps, by name: the class and what it is built with."""
+def further_references(config: ScheduleConfig, steps: Sequence[int]) -> dict[str, tuple[type[Policy], StepSchedule]]:
+    """Deterministic samplers of the model that `config` cuts, with each number of steps, by name.
+
+    DDIM and DPM-Solver++(2M); of EDM's noise levels, Euler's method, which is DDIM there; of a diffusion GAN, none.
+
+    Returns:
+        For each the class and what it is built with.
+    """
+    if config.method == "ddgan":
+        return {}
+    if config.method == "karras":
+        cut = {number: replace(config, num_steps=number, kappa=0.0, final_sigma=0.0) for number in steps}
+        return {f"euler_{number}": (Policy, shorten(euler)) for number, euler in cut.items()}
     ddim = {f"ddim_{number}": (Policy, ddim_schedule(number)) for number in steps}
     return {**ddim, **{f"dpm_solver_{number}": (DpmSolver, solver_schedule(number)) for number in steps}}

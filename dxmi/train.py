@@ -351,9 +351,8 @@ class _Run:
     # References, once for all runs that share the pretrained model and the evaluation.
 
     def _references(self, denoiser: Denoiser) -> dict[str, Scores]:
-        schedules = reference_schedules(self.config.schedule)
-        samplers: dict[str, tuple[type[Policy], StepSchedule]] = {name: (Policy, s) for name, s in schedules.items()}
-        samplers = further_references(self.config.evaluate.reference_steps or ()) | samplers
+        own = {name: (Policy, schedule) for name, schedule in reference_schedules(self.config.schedule).items()}
+        samplers = further_references(self.config.schedule, self.config.evaluate.reference_steps or ()) | own
         num_samples = self.config.evaluate.num_samples
         evaluations = {name: num_samples * schedule.num_steps for name, (_, schedule) in samplers.items()}
         total, done, scores = sum(evaluations.values()), 0, {}
@@ -574,8 +573,8 @@ class _Run:
         rows = self.run.rows()
         best = (summary.best["step"], summary.best["value"])
         curve = curve_of(rows, summary.metric)
-        hidden = further_references(self.config.evaluate.reference_steps or ()).keys() - {f"ddim_{summary.num_steps}"}
-        lines = {name: value for name, value in summary.reference.items() if name not in hidden}
+        shown = {*reference_schedules(self.config.schedule), "data"}
+        lines = {name: value for name, value in summary.reference.items() if name in shown}
         figure = curves_figure(summary.metric, curve, lines, best, logged_curves(rows))
         save_figure(self.run.curves, figure)
         states = generate_states(Sampling(dxmi.evaluated, SELECTION), self.gallery.num_ways, self.config.evaluate)

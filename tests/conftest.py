@@ -30,7 +30,7 @@ _LONGEST_FIRST = [
         "stacking",
     )
 ]
-"""Files in the order in which two processes take them, so that neither is left with a long one at the end."""
+"""Files in the order in which the processes take them, so that none is left with a long one at the end."""
 
 MakePolicy = Callable[..., Policy]
 MakeDxMI = Callable[..., DxMI]

@@ -11,7 +11,7 @@ import tune.designs
 from dxmi.config import build, differences, to_tree
 from dxmi.errors import UserError
 from dxmi.experiment import ExperimentConfig
-from dxmi.networks import NETWORK_CONFIGS, MlpConfig
+from dxmi.networks import UnetConfig
 from tune.ablation_config import parse_ablation
 from tune.designs import MAX_ARMS, Arm, arms, tuning_axes, two_level_design
 
@@ -87,14 +87,10 @@ def test_what_the_baseline_has_already_is_no_change_of_a_bundle():
     assert arm.changes == {TAU: 0.0}
 
 
-def test_a_network_of_another_kind_is_changed_as_a_whole(monkeypatch):
-    class OtherConfig(MlpConfig):
-        kind: str = "other"
-
-    monkeypatch.setitem(NETWORK_CONFIGS, "other", OtherConfig)
-    given = {"network": {"denoiser": {"kind": "other", "layers": 4}}, TAU: 0}
+def test_a_network_of_another_kind_is_changed_as_a_whole():
+    given = {"network": {"denoiser": {"kind": "unet", "channels": 32, "multipliers": [1, 2]}}, TAU: 0}
     (_, arm) = arms_of(variants={"x": given})
-    whole = {"kind": "other", "hidden": 512, "layers": 4, "embedding": 100, "first_gain": 1.0}
+    whole = to_tree(UnetConfig(channels=32, multipliers=(1, 2)))
     assert arm.changes == {TAU: 0.0, "network.denoiser": whole}
     assert to_tree(arm.config(EXPERIMENT))["network"]["denoiser"] == whole
 
@@ -237,7 +233,7 @@ def test_too_many_arms_are_refused_before_any_is_built():
         ({TAU: [1]}, "it must be a number"),
         ({"schedule.num_steps": 2.5}, "it must be a whole number"),
         ({"algorithm.policy_mask": [1, 0]}, "one for each of the 3 steps"),
-        ({"network.denoiser": {"kind": "unet"}}, "network.denoiser.kind is 'unet': it must be one of"),
+        ({"network.denoiser": {"kind": "cnn"}}, "network.denoiser.kind is 'cnn': it must be one of"),
         ({TAU: 0, "algorithm": {"entropy_coef": 0}}, f"ablation.variants.x names {TAU} twice: keep one."),
         ({"resources.threads": 1}, "ablation.variants.x.resources.threads cannot vary: it changes no result."),
         ({"evaluate": {"every": 3}}, "cannot vary: trials that are measured differently cannot be compared."),

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dxmi.networks import Denoiser
 from dxmi.sampler import Policy
-from dxmi.schedules import NUM_DIFFUSION_STEPS, forward_levels, solver_schedule
-from dxmi.solvers import DpmSolver
+from dxmi.schedules import NUM_DIFFUSION_STEPS, ScheduleConfig, forward_levels, solver_schedule
+from dxmi.solvers import DpmSolver, further_references
 
 STD = 0.5
 
@@ -85,3 +85,14 @@ def test_samples_depend_on_the_starting_noise_alone(num_steps):
     assert torch.equal(one, two)
     assert one.shape == (3, 1, 2, 2)
     assert len(list(policy.walk(3, torch.Generator()))) == num_steps + 1
+
+
+def test_further_references_are_of_the_models_kind():
+    assert list(further_references(ScheduleConfig(), (5, 10))) == ["ddim_5", "ddim_10", "dpm_solver_5", "dpm_solver_10"]
+    karras = further_references(ScheduleConfig(method="karras"), (5, 10))
+    assert {name: (kind, schedule.num_steps) for name, (kind, schedule) in karras.items()} == {
+        "euler_5": (Policy, 5),
+        "euler_10": (Policy, 10),
+    }
+    assert all(schedule.sigma.max() == 0.0 for _, schedule in karras.values())
+    assert further_references(ScheduleConfig(method="ddgan", num_steps=4), (5,)) == {}

@@ -154,35 +154,28 @@ _BESIDE = ("eval/energy_auc",)
 """Scores that a table shows beside the one that runs are compared by."""
 
 
-_SAMPLERS = {
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "dpm_solver": "DPM-Solver++",
-    "ancestral": "ancestral",
-    "euler": "Euler",
-}
-"""Samplers of the pretrained model, by the beginning of their references' names."""
+_SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "dpm_solver": "DPM-Solver++", "ancestral": "ancestral", "euler": "Euler"}
+
+_OWN = ("ddpm_", "ancestral_")
+"""How the names of a model's own sampler begin, which stands first."""
 
 
-def _reference_rows(summary: Summary) -> list[tuple[str, int, str]]:
-    """Label, network evaluations and name of each reference: the longest, the others from few steps to many, and the
-    policy before it was fine-tuned.
-    """
-    rows = []
-    for name in summary.reference:
-        sampler, _, steps = name.rpartition("_")
-        if sampler in _SAMPLERS:
-            rows.append((f"{steps} steps ({_SAMPLERS[sampler]})", int(steps), name))
-    rows.sort(key=lambda row: (row[1], row[2]))
-    return [*rows[-1:], *rows[:-1], (f"{summary.num_steps} steps, before", summary.num_steps, "shortened")]
+def _reference_row(name: str, steps: int) -> tuple[str, int, str]:
+    """Label and network evaluations of a reference, from its name: `ddim_5`, or `shortened`."""
+    sampler, _, evaluations = name.rpartition("_")
+    if sampler not in _SAMPLERS:
+        return f"{steps} steps, before", steps, name
+    return f"{evaluations} steps ({_SAMPLERS[sampler]})", int(evaluations), name
 
 
 def result_table(summary: Summary) -> Table:
     """The samplers of a finished run side by side: network evaluations, score, seconds for 1,000 samples."""
     steps, metric = summary.num_steps, summary.metric.removeprefix("eval/")
     others = [key for key in _BESIDE if key in summary.scores["best"]]
+    references = [_reference_row(name, steps) for name in summary.reference if name != "data"]
+    references.sort(key=lambda row: (row[2] == "shortened", not row[2].startswith(_OWN), row[1], row[2]))
     after = f"{steps} steps, after (iteration {summary.best['step']})"
-    rows = [*_reference_rows(summary), (after, steps, "best"), ("the data itself", "", "data")]
+    rows = [*references, (after, steps, "best"), ("the data itself", "", "data")]
     table = Table(
         caption=f"Network evaluations a sample; {metric} of {summary.num_samples:,} samples each, lower is better; "
         "seconds for 1,000 samples."
