@@ -118,6 +118,7 @@ def lose_workers(folder: Path, name: str, chance: random.Random, losses: int) ->
     return run
 
 
+@pytest.mark.slow
 def test_a_run_that_loses_a_worker_ends_like_one_that_does_not(folder, undisturbed):
     assert result(lose_workers(folder, "killed", random.Random(1), 1)) == result(undisturbed)
 
