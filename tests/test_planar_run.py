@@ -171,7 +171,8 @@ def test_evaluate_repeats_the_numbers_of_a_planar_run(run, tmp_path, capsys):
     assert "eval/energy_auc" in capsys.readouterr().out
 
 
-def test_train_ends_with_the_floor_and_the_area_under_the_curve_in_the_table(run, capsys):
+def test_train_ends_with_the_floor_and_the_area_under_the_curve_in_the_table(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # in a narrow terminal words are wrapped
     assert main(["train", "--resume", str(run)]) == 0
     printed = capsys.readouterr().out
     for words in ("the data itself", "energy_auc", "sliced_wasserstein of 64 samples each"):
