@@ -56,6 +56,9 @@ class EvaluateConfig:
     features: str | None = None
     """Of images: classifier, the small one that ships for some data sets; or inception, InceptionV3's. null for the
     former where there is one, else the latter."""
+    full_reference: bool = True
+    """Score the pretrained model with all of its steps too, to which end hundreds of evaluations of the network are
+    needed for each sample."""
     reference_steps: tuple[int, ...] | None = None
     """Numbers of steps of further references: DDIM and DPM-Solver++(2M) on the pretrained model with each; or null."""
 

@@ -14,7 +14,7 @@ from dxmi.algorithms.ddpm import DDPM, DDPMConfig
 from dxmi.algorithms.dxmi import DxMI, DxMIConfig, per_step_numbers
 from dxmi.checkpoint import Checkpoint
 from dxmi.config import signature, to_tree
-from dxmi.data import BatchStream, DataConfig, Dataset, Images, load
+from dxmi.data import BatchStream, DataConfig, Dataset, Images, data_root, load
 from dxmi.energy import Energy
 from dxmi.errors import UserError
 from dxmi.evaluate import EvaluateConfig
@@ -278,6 +278,8 @@ class Experiment:
             "network": to_tree(config.network.denoiser),
             "pretrain": to_tree(config.pretrain),
         }
+        if config.data.flip:
+            tree["flip"] = True
         if config.train.precision != "float32":
             tree["precision"] = config.train.precision
         if config.schedule.family != "ddpm":
@@ -302,9 +304,17 @@ class Experiment:
         """The tensors of `pretrain.weights`, by their public names.
 
         Raises:
-            UserError: they cannot be read.
+            UserError: they are neither here nor in the folder of the data, or cannot be read.
         """
-        return read_public(user_path(self.config.pretrain.weights or "", "pretrain.weights"))
+        given = user_path(self.config.pretrain.weights or "", "pretrain.weights")
+        places = dict.fromkeys((given, data_root() / given))
+        found = next((place for place in places if place.exists()), None)
+        if found is None:
+            raise UserError(
+                f"pretrain.weights is {given}, but there is no {' and no '.join(str(place) for place in places)}. "
+                "Fetch the checkpoint, or start without one: pretrain.weights=null pretrain.iterations=100000."
+            )
+        return read_public(found)
 
     def build_pretraining(self) -> tuple[DDPM, TrainingState]:
         """Pretraining at its start."""
@@ -380,6 +390,7 @@ class Experiment:
             batch_size,
             generator(self.config.seed, name),
             self._labels() if self.config.network.denoiser.classes else None,
+            flip=self.config.data.flip,
             device=self.device,
             workers=self.workers,
         )

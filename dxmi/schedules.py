@@ -379,9 +379,11 @@ def ddim_schedule(num_steps: int) -> StepSchedule:
     return shorten(ScheduleConfig(num_steps=num_steps, method="step", shape="linear", kappa=0.0, final_sigma=0.0))
 
 
-def reference_schedules(config: ScheduleConfig) -> dict[str, StepSchedule]:
-    """The samplers that a policy of `config` is compared with, by name: its model's own, a deterministic one with as
-    many steps, and the policy before it was fine-tuned.
+def reference_schedules(config: ScheduleConfig, *, full: bool = True) -> dict[str, StepSchedule]:
+    """The samplers that a policy of `config` is compared with, by name.
+
+    Its model's own with all steps (if `full`), a deterministic one with as many as the policy, and the policy before
+    it was fine-tuned.
     """
     num_steps, shortened = config.num_steps, shorten(config)
     if config.method == "ddgan":
@@ -389,12 +391,10 @@ def reference_schedules(config: ScheduleConfig) -> dict[str, StepSchedule]:
     if config.method == "karras":
         many = replace(config, num_steps=_ANCESTRAL_STEPS, rho=7.0, kappa=1.0, final_sigma=0.0, noisy_end=False)
         euler = replace(config, kappa=0.0, final_sigma=0.0)
-        return {
-            f"ancestral_{_ANCESTRAL_STEPS}": shorten(many),
-            f"euler_{num_steps}": shorten(euler),
-            "shortened": shortened,
-        }
-    return {"ddpm_1000": ancestral_schedule(), f"ddim_{num_steps}": ddim_schedule(num_steps), "shortened": shortened}
+        all_steps = {f"ancestral_{_ANCESTRAL_STEPS}": shorten(many)} if full else {}
+        return {**all_steps, f"euler_{num_steps}": shorten(euler), "shortened": shortened}
+    all_steps = {"ddpm_1000": ancestral_schedule()} if full else {}
+    return {**all_steps, f"ddim_{num_steps}": ddim_schedule(num_steps), "shortened": shortened}
 
 
 def solver_schedule(num_steps: int) -> StepSchedule:

@@ -41,7 +41,7 @@ from dxmi.state import ALGORITHM, TrainingState
 from dxmi.stretch import Story, Stretch, tell, tell_together
 from dxmi.workers import Workers
 
-_NOT_OF_SCORES = ("every", "grid", "generations", "result", "features", "reference_steps")
+_NOT_OF_SCORES = ("every", "grid", "generations", "result", "features", "full_reference", "reference_steps")
 """What of an evaluation's config changes no score of given weights, or is told by the scorer's identity."""
 _PARTIAL_EVERY = 2_000
 """Iterations between checkpoints of pretraining."""
@@ -351,7 +351,8 @@ class _Run:
     # References, once for all runs that share the pretrained model and the evaluation.
 
     def _references(self, denoiser: Denoiser) -> dict[str, Scores]:
-        own = {name: (Policy, schedule) for name, schedule in reference_schedules(self.config.schedule).items()}
+        schedules = reference_schedules(self.config.schedule, full=self.config.evaluate.full_reference)
+        own = {name: (Policy, schedule) for name, schedule in schedules.items()}
         samplers = further_references(self.config.schedule, self.config.evaluate.reference_steps or ()) | own
         num_samples = self.config.evaluate.num_samples
         evaluations = {name: num_samples * schedule.num_steps for name, (_, schedule) in samplers.items()}

@@ -46,6 +46,30 @@ SLOWER = [
 """A run of ten seconds, in which something can happen; its networks are the experiment's own."""
 
 
+NARROW = {
+    "unet": ["network.denoiser.channels=32", "network.energy.channels=8", "network.value.channels=8"],
+    "edm_unet": [
+        *("network.denoiser.channels=32", "network.denoiser.head_channels=32", "network.denoiser.multipliers=[1,2]"),
+        *("network.denoiser.blocks=1", "network.energy.channels=8", "network.value.channels=8"),
+    ],
+    "edm_unet_256": [
+        *("network.denoiser.channels=32", "network.denoiser.head_channels=32", "network.denoiser.multipliers=[1,1,2]"),
+        *("network.denoiser.blocks=1", "network.energy.width=1", "network.value.width=1"),
+    ],
+    "ddgan": ["network.denoiser.channels=16", "network.energy.channels=8", "network.value.channels=8"],
+}
+"""What makes large networks small, by the file that describes them."""
+
+NETWORK_OF = {
+    "cifar10_t10": "unet",
+    "cifar10_t4": "ddgan",
+    "imagenet64_t10": "edm_unet",
+    "imagenet64_t4": "edm_unet",
+    "lsun_t4": "edm_unet_256",
+}
+"""The large networks of the published experiments."""
+
+
 def wait_until(condition: Callable[[], object], seconds: float = 120.0) -> None:
     """Wait until something holds, or fail."""
     deadline = time.monotonic() + seconds

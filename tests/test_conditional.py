@@ -188,6 +188,18 @@ def test_a_run_starts_from_a_public_checkpoint(tmp_path: Path):
         other.build_finetuning(ddpm.network)
 
 
+def test_a_checkpoint_is_looked_for_beside_the_data(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("DXMI_DATA", str(tmp_path))
+    (tmp_path / "weights").mkdir()
+    named = "pretrain.weights=weights/ddpm.pt"
+    with pytest.raises(
+        UserError, match=r"pretrain\.weights is weights/ddpm\.pt, but there is no weights/ddpm\.pt and no"
+    ):
+        experiment(*UNET, named).build_pretraining()
+    torch.save(to_public(experiment(*UNET).build_denoiser(), "ddpm"), tmp_path / "weights" / "ddpm.pt")
+    experiment(*UNET, named).build_pretraining()
+
+
 def test_what_a_checkpoint_holds_decides_what_is_pretrained(tmp_path: Path):
     """Not where it lies: the pretraining's signature has its content."""
     signatures = []

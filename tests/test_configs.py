@@ -13,32 +13,17 @@ from dxmi.errors import UserError
 from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.imports import declare_torchvision_operators
 from dxmi.networks import NETWORK_CONFIGS
+from support import NARROW, NETWORK_OF
 from tune.configs import compose_experiment, config_folder, groups
 
 EXPERIMENTS = groups()["experiment"]
-OPTIONS = [(group, name) for group, names in groups().items() for name in names]
-
-NARROW = {
-    "unet": ["network.denoiser.channels=32", "network.energy.channels=8", "network.value.channels=8"],
-    "edm_unet": [
-        "network.denoiser.channels=32",
-        "network.denoiser.head_channels=32",
-        "network.denoiser.multipliers=[1,2]",
-        "network.denoiser.blocks=1",
-        "network.energy.channels=8",
-        "network.value.channels=8",
-    ],
-    "edm_unet_256": [
-        "network.denoiser.channels=32",
-        "network.denoiser.head_channels=32",
-        "network.denoiser.multipliers=[1,1,2]",
-        "network.denoiser.blocks=1",
-        "network.energy.width=1",
-        "network.value.width=1",
-    ],
-    "ddgan": ["network.denoiser.channels=16", "network.energy.channels=8", "network.value.channels=8"],
+EVENTS = {
+    **dict.fromkeys(("mnist", "fashion_mnist"), (1, 28, 28)),
+    "cifar10": (3, 32, 32),
+    "image_folder": (3, 64, 64),
 }
-"""Large networks, built with fewer channels."""
+"""Shapes of images that are not 8x8."""
+OPTIONS = [(group, name) for group, names in groups().items() for name in names]
 
 
 def with_fake_images(config: ExperimentConfig) -> Experiment:
@@ -46,8 +31,8 @@ def with_fake_images(config: ExperimentConfig) -> Experiment:
     experiment = Experiment(config)
     if config.data.is_planar:
         return experiment
-    side = 28 if config.data.name in ("mnist", "fashion_mnist") else 8
-    pixels = torch.randint(0, 256, (64, 1, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    event = EVENTS.get(config.data.name, (1, 8, 8))
+    pixels = torch.randint(0, 256, (64, *event), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     experiment.__dict__["data"] = Images(config.data.name, pixels, torch.zeros(64, dtype=torch.int64), "random")
     return experiment
 
@@ -57,8 +42,9 @@ def test_every_yaml_composes_builds_and_steps(group, name):
     if name == "diffusers":
         declare_torchvision_operators()
         pytest.importorskip("diffusers", reason="the optional package diffusers is not installed")
-    small = ["train.batch_size=4", "pretrain.batch_size=4", *(NARROW.get(name, []) if group == "network" else [])]
-    experiment = with_fake_images(compose_experiment([f"{group}={name}", *small]).experiment)
+    small = ["train.batch_size=4", "pretrain.batch_size=4", "pretrain.weights=null"]
+    narrow = NARROW.get(NETWORK_OF.get(name, name), []) if group in ("network", "experiment") else []
+    experiment = with_fake_images(compose_experiment([f"{group}={name}", *small, *narrow]).experiment)
     ddpm, pretraining = experiment.build_pretraining()
     stream, noise = pretraining.stream, pretraining.generators["noise"]
     ddpm.update(stream.next(), 0, noise, labels=stream.labels)

@@ -248,6 +248,8 @@ def test_each_family_has_its_references():
     assert list(reference_schedules(ScheduleConfig())) == ["ddpm_1000", "ddim_5", "shortened"]
     assert list(reference_schedules(KARRAS)) == ["ancestral_250", "euler_10", "shortened"]
     assert list(reference_schedules(GAN)) == ["shortened"]
+    assert list(reference_schedules(ScheduleConfig(), full=False)) == ["ddim_5", "shortened"]
+    assert list(reference_schedules(KARRAS, full=False)) == ["euler_10", "shortened"]
     euler = reference_schedules(KARRAS)["euler_10"]
     assert not euler.sigma.any()
 

@@ -87,7 +87,7 @@ PYTHON = re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL)
 @pytest.mark.parametrize(
     ("block", "word", "left"),
     [
-        (PYTHON[0], "sweep.budget.trials=2", "studies/notebook/report.html"),
+        pytest.param(*(PYTHON[0], "sweep.budget.trials=2", "studies/notebook/report.html"), marks=pytest.mark.slow),
         (PYTHON[1], "seed=1", "runs/from-python/summary.json"),
     ],
 )

@@ -250,6 +250,7 @@ def test_a_studys_runs_reach_its_driver_and_its_copy(studied):
     assert all((ours / name).read_bytes() == (theirs / name).read_bytes() for name in files)
 
 
+@pytest.mark.slow
 def test_another_machine_goes_on_with_the_copy(studied, tmp_path):
     folder, first = studied
     arguments = changed(settings(folder), "sweep.budget.trials=3")

@@ -47,6 +47,23 @@ def test_labels_come_with_their_samples():
         assert torch.equal(x, from_uint8((labelled.labels // 7).to(torch.uint8)).view(-1, 1, 1, 1))
 
 
+def test_half_of_the_images_are_mirrored():
+    pixels = torch.arange(10 * 6, dtype=torch.uint8).view(10, 1, 2, 3)
+    plain = from_uint8(pixels)
+    mirrored = BatchStream(pixels, 10, generator(0, "order"), torch.arange(10), flip=True)
+    flips = []
+    for _ in range(200):
+        x = mirrored.next()
+        flips.append((x == plain[mirrored.labels].flip(-1)).flatten(1).all(dim=1))
+        assert torch.equal(torch.where(flips[-1][:, None, None, None], x.flip(-1), x), plain[mirrored.labels])
+    assert abs(torch.cat(flips).float().mean() - 0.5) < 4 * 0.5 / 2000**0.5
+    saved = mirrored.state()
+    expected = mirrored.next()
+    again = BatchStream(pixels, 10, generator(1, "order"), torch.arange(10), flip=True)
+    again.load_state(saved)
+    assert torch.equal(again.next(), expected)
+
+
 def test_samples_are_the_same_with_and_without_labels():
     plain, labelled = stream(), stream(labels=LABELS)
     for _ in range(5):

@@ -113,6 +113,7 @@ def test_a_finished_study_is_not_run_again(finished, studies):
     assert len(runs_of(finished)[1]) == 3
 
 
+@pytest.mark.slow
 def test_a_larger_budget_adds_trials_to_a_finished_study(finished, studies):
     result = Sweep.resume("first", "sweep.budget.trials=4", studies=studies).run(console=QUIET)
     assert [record.state for record in result.records] == [TrialState.COMPLETE] * 4

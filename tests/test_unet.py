@@ -89,6 +89,19 @@ def test_an_untrained_network_predicts_no_noise():
     assert not network(random(2, *EVENT), network.embed(torch.tensor([3.0]))).any()
 
 
+def test_patches_are_channels():
+    config = UnetConfig(**SMALL)
+    patched, plain = make(dataclasses.replace(config, patch=2), (3, 16, 16)), make(config, (12, 8, 8))
+    plain.load_state_dict(patched.state_dict())
+    x, embedding = random(2, 3, 16, 16), plain.embed(torch.tensor([7.0]))
+    squares = x.reshape(2, 3, 8, 2, 8, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 12, 8, 8)
+    expected = plain(squares, embedding).reshape(2, 3, 2, 2, 8, 8).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 16, 16)
+    torch.testing.assert_close(patched(x, embedding), expected)
+    assert make(dataclasses.replace(config, patch=2, attention=None), (1, 28, 28)).size == 14
+    with pytest.raises(UserError, match="patch is 3, which does not divide 28 pixels"):
+        make(dataclasses.replace(config, patch=3), (1, 28, 28))
+
+
 def test_one_embedding_serves_a_batch():
     network, x = make(UnetConfig(**SMALL)).double(), random(3, *EVENT).double()
     one = network.embed(torch.tensor([7.0]))
@@ -234,6 +247,7 @@ def test_labels_for_a_network_without_classes_are_refused():
         {"groups": 7},
         {"head_channels": 5},
         {"dropout": 1.0},
+        {"patch": 0},
         {"classes": -1},
     ],
     ids=str,

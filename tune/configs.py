@@ -40,7 +40,9 @@ _SHOWN = 60
 """Characters of a bad override that are repeated to the user."""
 _DEFAULTS = "dxmi_defaults"
 _SWEEP, _ABLATION, _TRACKING, _TREE_ROOT = "sweep", "ablation", "tracking", "dxmi_tree"
-_EXPERIMENT, _BASELINE = "experiment", "baseline"
+_BASELINE = "baseline"
+_OF_ALL = ("experiment", "debug")
+"""Groups whose options change settings of any other."""
 
 
 @dataclass(frozen=True)
@@ -327,7 +329,7 @@ def _with_options(where: str, settings: Any) -> Any:
     """Settings in which the name of a config group's option has become what that option holds."""
     if not isinstance(settings, dict):
         return settings
-    options = {group: names for group, names in groups().items() if group != _EXPERIMENT}
+    options = {group: names for group, names in groups().items() if group not in _OF_ALL}
     found = dict(settings)
     for group in options.keys() & settings.keys():
         if isinstance(settings[group], str):

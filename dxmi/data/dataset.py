@@ -15,6 +15,9 @@ RESIDENT_BYTES = 2 * 2**30
 """Samples that take no more than this lie on the device; of others, only batches go there."""
 
 
+_HALF = 0.5
+
+
 class Dataset(ABC):
     """Real samples, in memory or in a memory map.
 
@@ -70,6 +73,7 @@ class BatchStream:
         batch_size: B; may be larger than N.
         generator: shuffles, on the host.
         labels: the class of each sample, [N], if they are wanted.
+        flip: mirror each image, left to right, with probability 1/2.
         device: where the batches are wanted; by default where `stored` is.
         workers: share each batch.
 
@@ -84,9 +88,11 @@ class BatchStream:
         generator: torch.Generator,
         labels: Tensor | None = None,
         *,
+        flip: bool = False,
         device: torch.device | None = None,
         workers: Workers = ALONE,
     ) -> None:
+        self.flip = flip
         self.device = device or stored.device
         self.resident = stored.nbytes <= RESIDENT_BYTES
         self.stored = stored.to(self.device) if self.resident else stored
@@ -106,7 +112,13 @@ class BatchStream:
         drawn, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
         if self._all_labels is not None:
             self.labels = self._all_labels[drawn.to(self._all_labels.device)].to(self.device, non_blocking=True)
-        return decode(self._samples(drawn))
+        samples = decode(self._samples(drawn))
+        return self._mirrored(samples) if self.flip else samples
+
+    def _mirrored(self, images: Tensor) -> Tensor:
+        """Each of the images [B, C, H, W], or its mirror image."""
+        chosen = torch.rand(len(images), generator=self.generator) < _HALF
+        return torch.where(chosen.to(self.device, non_blocking=True)[:, None, None, None], images.flip(-1), images)
 
     def _samples(self, drawn: Tensor) -> Tensor:
         """Rows of `stored`, on the device."""

@@ -28,12 +28,16 @@ class DataConfig:
     """Of image_folder: side in pixels to which its images are cropped and resized."""
     class_folders: bool = False
     """Of image_folder: each folder in it is a class, as in ImageNet; else all images below it are of one kind."""
+    flip: bool = False
+    """Mirror half of the images of a training batch, left to right; scores go by the images as they are."""
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ValueError(f"name is {self.name!r}: it must be one of {', '.join(NAMES)}")
         self._check_label()
         self._check_folder()
+        if self.flip and self.is_planar:
+            raise ValueError(f"flip is true, but {self.name} has no images: make it false")
         if not 1 <= self.num_points <= _MAX_POINTS:
             raise ValueError(f"num_points is {self.num_points}: it must be in 1..{_MAX_POINTS}")
 

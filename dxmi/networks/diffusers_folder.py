@@ -73,6 +73,8 @@ def write_folder(network: Denoiser, event: tuple[int, ...], folder: Path) -> Non
     """
     if isinstance(network, DiffusersDenoiser):
         tree, weights = dict(cast("Any", network.model).config), network.model.state_dict()
+    elif isinstance(network, Unet) and network.config.patch > 1:
+        raise UserError(f"The U-Net takes patches of {network.config.patch} pixels: diffusers has no model for it.")
     elif isinstance(network, Unet):
         tree, weights = _tree_of_unet(network, event[0]), to_public(network, "diffusers")
     else:

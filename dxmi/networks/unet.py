@@ -34,7 +34,7 @@ from dxmi.networks.layers import (
     zero,
 )
 
-_MAX_CHANNELS, _MAX_BLOCKS, _MAX_LEVELS = 4096, 64, 12
+_MAX_CHANNELS, _MAX_BLOCKS, _MAX_LEVELS, _MAX_PATCH = 4096, 64, 12, 64
 
 
 # ----------------------------------------------------------------------------
@@ -53,7 +53,7 @@ class UnetConfig(NetworkConfig):
     blocks: int = 2
     """Residual blocks a level on the way down; one more on the way up."""
     attention: tuple[int, ...] | None = (16,)
-    """Heights of the levels with attention after each block; null for none. The middle always has it."""
+    """Heights, in patches, of the levels with attention after each block; null for none. The middle always has it."""
     head_channels: int | None = None
     """Channels of an attention head; null for a single head."""
     groups: int = 32
@@ -62,6 +62,8 @@ class UnetConfig(NetworkConfig):
     """Share of activations that pretraining drops in each residual block; fine-tuning and sampling drop none."""
     channels_last: bool = False
     """Keep C last in memory, which is faster on GPUs with tensor cores."""
+    patch: int = 1
+    """Side of the squares of pixels that are taken together as channels: 2 quarters the work and the memory."""
     recompute: bool = False
     """Recompute each block's activations for the gradient instead of keeping them: less memory, a third more time."""
 
@@ -81,6 +83,8 @@ class UnetConfig(NetworkConfig):
             raise ValueError(
                 f"head_channels is {self.head_channels}: it must divide channels, which is {self.channels}"
             )
+        if not 1 <= self.patch <= _MAX_PATCH:
+            raise ValueError(f"patch is {self.patch}: it must be in 1..{_MAX_PATCH}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}: it must be in [0, 1)")
 
@@ -310,10 +314,10 @@ class Unet(Denoiser):
         self.labels = label_table(config.classes, hidden, generator) if config.classes else None
 
         width = channels * config.multipliers[0]
-        self.conv_in = conv(colours, width, 3, generator)
+        self.conv_in = conv(colours * config.patch**2, width, 3, generator)
         self._add_levels(parts, width)
         self.norm_out = parts.norm(width)
-        self.conv_out = conv(width, colours, 3, generator, zero)
+        self.conv_out = conv(width, colours * config.patch**2, 3, generator, zero)
         if config.channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -362,6 +366,9 @@ class Unet(Denoiser):
 
     def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None = None) -> Tensor:
         """The noise in `x` [B, C, H, W], or what else its schedule reads it as."""
+        patch = self.config.patch
+        if patch > 1:
+            x = F.pixel_unshuffle(x, patch)
         if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         run = partial(self._run, F.silu(embedding), seed)
@@ -380,8 +387,8 @@ class Unet(Denoiser):
                 h = run(stage, torch.cat((h, seen.pop()), dim=1))
             if level.resample is not None:
                 h = run(level.resample, h)
-        noise: Tensor = self.conv_out(norm_silu(self.norm_out, h))
-        return noise
+        h = self.conv_out(norm_silu(self.norm_out, h))
+        return F.pixel_shuffle(h, patch) if patch > 1 else h
 
     def _run(self, embedding: Tensor, seed: Tensor | None, block: nn.Module, h: Tensor) -> Tensor:
         """A block; its activations are kept for the gradient, or not."""
@@ -391,12 +398,15 @@ class Unet(Denoiser):
 
 
 def _checked(config: UnetConfig, event: tuple[int, ...]) -> tuple[int, int]:
-    """C and H of an event whose size the config can halve."""
-    colours, size = image_event(event, "A U-Net", least=1)
+    """C of an event, and its H in patches, which the config can halve."""
+    colours, pixels = image_event(event, "A U-Net", least=1)
     halvings = len(config.multipliers) - 1
+    if pixels % config.patch:
+        raise UserError(f"network.denoiser.patch is {config.patch}, which does not divide {pixels} pixels: make it 1.")
+    size = pixels // config.patch
     if size % 2**halvings:
         raise UserError(
-            f"A U-Net with {halvings + 1} multipliers halves its input {halvings} times, which {size} pixels cannot "
-            "be: use fewer multipliers."
+            f"A U-Net with {halvings + 1} multipliers halves its input {halvings} times, which {size} "
+            f"{'pixels' if config.patch == 1 else 'patches'} cannot be: use fewer multipliers."
         )
     return colours, size

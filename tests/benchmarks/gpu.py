@@ -18,15 +18,7 @@ from dxmi.experiment import Experiment
 from tune.configs import compose_experiment
 
 WARM_UP, ROUNDS = 3, 10
-PUBLISHED = [
-    "network=unet",
-    "schedule.num_steps=10",
-    "algorithm.policy.lr=1e-7",
-    "algorithm.policy.sigma_lr=1e-5",
-    "algorithm.critic.lr=1e-5",
-    "train.batch_size=128",
-    "resources.device=cuda",
-]
+PUBLISHED = ["experiment=cifar10_t10", "pretrain.weights=null", "resources.device=cuda"]
 EVENT = (3, 32, 32)
 OPTIONS = {
     "bfloat16": ["train.precision=bfloat16"],
@@ -90,7 +82,7 @@ def share_of_peak(rate: float) -> str:
 
 def main(overrides: list[str]) -> None:
     """Print one line an option."""
-    given = list({word.partition("=")[0]: word for word in ("experiment=digits", *PUBLISHED, *overrides)}.values())
+    given = list({word.partition("=")[0]: word for word in (*PUBLISHED, *overrides)}.values())
     plain = iterate(given)
     count, first = operations(plain), seconds(plain)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
