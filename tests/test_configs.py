@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.imports import declare_torchvision_operators
 from dxmi.networks import NETWORK_CONFIGS
 from support import NARROW, NETWORK_OF
+from tune import configs
 from tune.configs import compose_experiment, config_folder, groups
 
 EXPERIMENTS = groups()["experiment"]
@@ -182,6 +184,14 @@ def test_an_override_given_twice_is_refused():
 def test_a_reference_variance_that_would_do_nothing_is_refused():
     with pytest.raises(UserError, match="no effect with running_cost=noise"):
         compose_experiment(["algorithm.running_cost=noise", "algorithm.reference_var=[1.0]"])
+
+
+def test_a_config_file_that_is_no_yaml_is_a_sentence(tmp_path, monkeypatch):
+    copytree(config_folder(), tmp_path / "configs")
+    (tmp_path / "configs" / "data" / "digits.yaml").write_text("name: digits\nname: mnist\n")
+    monkeypatch.setattr(configs, "config_folder", lambda: tmp_path / "configs")
+    with pytest.raises(UserError, match=r"cannot be composed: .* duplicate key name"):
+        compose_experiment([])
 
 
 def test_config_folder_is_the_one_of_this_checkout():

@@ -483,7 +483,7 @@ def _hydra(root: str, tree: dict[str, Any], overrides: Sequence[str], node: str 
         with initialize_config_dir(str(config_folder()), version_base=None):
             config = compose(root, overrides=list(overrides))
         composed = OmegaConf.to_container(config, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError("The config cannot be composed: " + " ".join(str(error).split())) from error
     except RecursionError as error:
         raise UserError("The config cannot be composed: its groups are nested too deeply.") from error
