@@ -73,7 +73,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         return _value(next(arg for arg in args if arg is not type(None)), value, path)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or not value:
-            raise UserError(f"{path} is {value!r}: it must be a list, like [1, 0].")
+            raise UserError(f"{path} is {value!r}: it must be a list with something in it, like [2, 1].")
         return tuple(_value(args[0], item, f"{path}[{index}]") for index, item in enumerate(value))
     if is_dataclass(hint):
         return build(typing.cast("type[Any]", hint), value, path)

@@ -72,6 +72,8 @@ class EvaluateConfig:
             raise ValueError(f"features is {self.features!r}: it must be one of {', '.join(FEATURES)}, or null")
         if not all(1 <= steps <= NUM_DIFFUSION_STEPS for steps in self.reference_steps or ()):
             raise ValueError(f"reference_steps is {self.reference_steps}: each must be in 1..{NUM_DIFFUSION_STEPS}")
+        if len(set(self.reference_steps or ())) < len(self.reference_steps or ()):
+            raise ValueError(f"reference_steps is {self.reference_steps}: it names a number twice")
         if self.kid_subset_size < _MIN_SUBSET:
             raise ValueError(f"kid_subset_size is {self.kid_subset_size}: it must be at least {_MIN_SUBSET}")
         if not 0 <= self.seed < _SEEDS:

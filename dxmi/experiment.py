@@ -316,12 +316,18 @@ class Experiment:
             )
         return read_public(found)
 
+    def _load_public(self, network: Denoiser) -> None:
+        try:
+            load_public(network, self.public_weights)
+        except UserError as error:
+            raise UserError(f"pretrain.weights is {self.config.pretrain.weights}. {error}") from error
+
     def build_pretraining(self) -> tuple[DDPM, TrainingState]:
         """Pretraining at its start."""
         config = self.config
         network, accumulate = self.build_denoiser(), config.resources.accumulate
         if config.pretrain.weights is not None:
-            load_public(network, self.public_weights)
+            self._load_public(network)
         ddpm = DDPM(config.pretrain, network, self.workers, accumulate, noising(config.schedule)).to(self.device)
         self._compile(ddpm)
         noise = generator(config.seed, "pretrain/noise", self.device)

@@ -154,6 +154,8 @@ def test_published_reproduction_is_as_design_lists_it():
         ("name=''", "letters, digits, dots"),
         ("evaluate.seed=-1", "evaluate.seed is -1"),
         ("evaluate.kid_subset_size=1", "must be at least 2"),
+        ("evaluate.reference_steps=[5,5]", "names a number twice"),
+        ("evaluate.reference_steps=[]", "must be a list with something in it"),
         ("resources.device='cuda:²'", "must be auto, cpu, cuda"),
         ("resources.threads=3000000000", "resources.threads is 3000000000"),
         ("network.denoiser.kind=[a]", "must be one of mlp"),
@@ -192,6 +194,11 @@ def test_a_config_file_that_is_no_yaml_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(configs, "config_folder", lambda: tmp_path / "configs")
     with pytest.raises(UserError, match=r"cannot be composed: .* duplicate key name"):
         compose_experiment([])
+
+
+def test_points_are_not_mirrored():
+    with pytest.raises(UserError, match=r"data\.flip is true, but moons has no images"):
+        compose_experiment(["data=moons", "+data.flip=true"])
 
 
 def test_config_folder_is_the_one_of_this_checkout():

@@ -72,6 +72,11 @@ def test_an_empty_or_missing_folder_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(UserError, match="is missing"):
         list_images(tmp_path / "nowhere", class_folders=False)
     with pytest.raises(UserError, match="holds no images"):
+        list_images(tmp_path, class_folders=False)
+    with pytest.raises(UserError, match=r"holds no folders of classes: .* data\.class_folders=false"):
+        list_images(tmp_path, class_folders=True)
+    (tmp_path / "cats").mkdir()
+    with pytest.raises(UserError, match="holds no images in folders of classes"):
         list_images(tmp_path, class_folders=True)
 
 

@@ -98,7 +98,9 @@ def test_patches_are_channels():
     expected = plain(squares, embedding).reshape(2, 3, 2, 2, 8, 8).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 16, 16)
     torch.testing.assert_close(patched(x, embedding), expected)
     assert make(dataclasses.replace(config, patch=2, attention=None), (1, 28, 28)).size == 14
-    with pytest.raises(UserError, match="patch is 3, which does not divide 28 pixels"):
+    with pytest.raises(
+        UserError, match=r"patch is 3, which does not divide 28 pixels: make it one of 1, 2, 4, 7, 14\."
+    ):
         make(dataclasses.replace(config, patch=3), (1, 28, 28))
 
 

@@ -401,7 +401,7 @@ def _export(args: argparse.Namespace) -> int:
     _require_folder(args.out)
     trained = _trained(args)
     export_diffusers(trained, args.out)
-    Terminal().out(f"The policy of iteration {trained.step}: {args.out}", highlight=False)
+    Terminal().out(f"The policy that counts as the best, of iteration {trained.step}: {args.out}", highlight=False)
     return OK
 
 

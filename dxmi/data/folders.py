@@ -91,6 +91,8 @@ def list_images(folder: Path, *, class_folders: bool) -> Listing:
     if not folder.is_dir():
         raise UserError(f"The folder of images {folder} is missing: put it there, or set DXMI_DATA or data.folder.")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if class_folders else []
+    if class_folders and not classes:
+        raise UserError(f"{folder} holds no folders of classes: put each class into one, or data.class_folders=false.")
     files, labels = [], []
     for label, name in enumerate(classes or [""]):
         found = sorted(_below(folder, folder / name))

@@ -13,6 +13,7 @@ A layout is a table of rows. A row says which of their tensors make one of ours,
 import hashlib
 import itertools
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -417,8 +418,8 @@ def _layout_of(network: nn.Module, state: State) -> tuple[str, list[Row], tuple[
                 layout = layout_of(network, state) if callable(layout_of) else layout_of
                 return name, layout.rows(network), layout.ignored
     raise UserError(
-        f"The checkpoint is in no layout that {type(network).__name__} can be read from: its first names are "
-        f"{', '.join(list(state)[:3])}."
+        f"The checkpoint is in no layout that {type(network).__name__} can be read from (README, Networks, has them): "
+        f"its first names are {', '.join(list(state)[:3])}."
     )
 
 
@@ -516,6 +517,10 @@ def read_public(path: Path) -> dict[str, Tensor]:
     """
     if path.is_dir():
         path = path / DIFFUSERS_WEIGHTS
+        if not path.is_file():
+            raise UserError(
+                f"Checkpoint {path} does not exist: a folder of weights is one of diffusers; else name a file."
+            )
     if not path.is_file():
         raise UserError(f"Checkpoint {path} does not exist.")
     try:
@@ -533,7 +538,8 @@ def _unpickled(path: Path) -> object:
     make_number: Any = np.float64(0.0).__reduce__()[0]
     safe = [make_number, (make_number, "numpy.core.multiarray.scalar"), np.dtype]
     safe += [type(np.dtype(kind)) for kind in (np.float32, np.float64)]
-    with torch.serialization.safe_globals(safe):
+    with torch.serialization.safe_globals(safe), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it has to say of odd files, the error says better
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -545,7 +551,7 @@ def _tensors(content: object, path: Path) -> dict[str, Tensor]:
     items = content.items() if isinstance(content, Mapping) else ()
     tensors = {key: value for key, value in items if isinstance(value, Tensor)}
     if not tensors:
-        raise UserError(f"Checkpoint {path} holds no state_dict.")
+        raise UserError(f"Checkpoint {path} holds no state_dict: save a network's, as torch.save or safetensors do.")
     return tensors
 
 

@@ -402,11 +402,15 @@ def _checked(config: UnetConfig, event: tuple[int, ...]) -> tuple[int, int]:
     colours, pixels = image_event(event, "A U-Net", least=1)
     halvings = len(config.multipliers) - 1
     if pixels % config.patch:
-        raise UserError(f"network.denoiser.patch is {config.patch}, which does not divide {pixels} pixels: make it 1.")
+        raise UserError(
+            f"network.denoiser.patch is {config.patch}, which does not divide {pixels} pixels: make it one of "
+            f"{', '.join(str(side) for side in range(1, pixels // 2 + 1) if pixels % side == 0)}."
+        )
     size = pixels // config.patch
     if size % 2**halvings:
         raise UserError(
             f"A U-Net with {halvings + 1} multipliers halves its input {halvings} times, which {size} "
-            f"{'pixels' if config.patch == 1 else 'patches'} cannot be: use fewer multipliers."
+            f"{'pixels' if config.patch == 1 else 'patches'} cannot be: use fewer multipliers"
+            f"{'' if config.patch == 1 else ', or a smaller patch'}."
         )
     return colours, size
