@@ -198,7 +198,7 @@ def test_a_config_file_that_is_no_yaml_is_a_sentence(tmp_path, monkeypatch):
 
 def test_points_are_not_mirrored():
     with pytest.raises(UserError, match=r"data\.flip is true, but moons has no images"):
-        compose_experiment(["data=moons", "+data.flip=true"])
+        compose_experiment(["data=moons", "data.flip=true"])
 
 
 def test_config_folder_is_the_one_of_this_checkout():
