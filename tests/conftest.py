@@ -43,10 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reads or writes the user's cached results."""
+def _surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's cached results, and Ray's workers get as much of the processors as others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "DXMI_CACHE", str(tmp_path_factory.mktemp("cache")))
+        # Ray's workers are nicer than others by 15, and would wait for the tests of the other processes to end.
+        patch.setitem(os.environ, "RAY_worker_niceness", "0")
         yield
 
 

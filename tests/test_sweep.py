@@ -286,6 +286,7 @@ def test_the_sweep_goes_on_and_optuna_and_mlflow_have_them_as_failed(mixed):
     assert [statuses[f"mixed/{n:04d}"] for n in range(8)] == ["FINISHED", *["FAILED"] * 6, "FINISHED"]
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_every_trial_fails_says_so(studies):
     sweep = over_seeds(studies, "hopeless", [1, 2], "tracking.uri=none")
     assert sweep.run(console=QUIET, trainer=misbehaving()).all_failed
@@ -330,6 +331,7 @@ def assert_like(folder: StudyFolder, undisturbed: StudyFolder) -> None:
     assert summaries(folder) == summaries(undisturbed)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_says_how_to_go_on_and_leaves_nothing_behind(studies, undisturbed):
     process = start(studies, "name=stopped", *SERIAL)
     folder = StudyFolder(studies / "stopped")
@@ -351,7 +353,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_leaves_nothing_behind(studies, undis
 def test_two_drivers_of_one_study_the_second_is_refused(studies, undisturbed):
     with undisturbed.lock():
         process = start(studies, "--resume", "undisturbed")
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=200)
     assert process.returncode == 2
     assert "Another process is driving the study undisturbed" in said
 

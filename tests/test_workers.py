@@ -238,6 +238,7 @@ def test_bfloat16_trains_close_to_float32_and_keeps_float32_weights(made):
 # A whole run
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ends_like_a_run_of_one_and_may_go_on_with_three(tmp_path, monkeypatch):
     monkeypatch.setenv("DXMI_CACHE", str(tmp_path / "cache"))
     alone, two, both = tmp_path / "alone", tmp_path / "two", tmp_path / "both"
