@@ -56,6 +56,8 @@ class EvaluateConfig:
     features: str | None = None
     """Of images: classifier, the small one that ships for some data sets; or inception, InceptionV3's. null for the
     former where there is one, else the latter."""
+    reference_images: int | None = None
+    """Of images: how many of the data, drawn once, samples are compared with; null for all of them."""
     full_reference: bool = True
     """Score the pretrained model with all of its steps too, to which end hundreds of evaluations of the network are
     needed for each sample."""
@@ -78,8 +80,10 @@ class EvaluateConfig:
             raise ValueError(f"kid_subset_size is {self.kid_subset_size}: it must be at least {_MIN_SUBSET}")
         if not 0 <= self.seed < _SEEDS:
             raise ValueError(f"seed is {self.seed}: it must be in 0..2^32 - 1")
-        if self.num_samples < MIN_SAMPLES:
-            raise ValueError(f"num_samples is {self.num_samples}: it must be at least {MIN_SAMPLES}")
+        for name in ("num_samples", "reference_images"):
+            number = getattr(self, name)
+            if number is not None and number < MIN_SAMPLES:
+                raise ValueError(f"{name} is {number}: it must be at least {MIN_SAMPLES}")
 
 
 @dataclass(frozen=True)

@@ -449,8 +449,19 @@ def build_scorer(
     if isinstance(data, Points):
         return PlanarScorer(data, config, workers)
     assert isinstance(data, Images)
+    if config.reference_images is not None:
+        data = _some_images(data, config.reference_images)
     scorer = InceptionScorer if features_of(data.name, config) == INCEPTION else ImageScorer
     return scorer(data, config, cache, device, workers)
+
+
+def _some_images(images: Images, num: int) -> Images:
+    """`num` random images in their order, always the same ones, or all if there are no more."""
+    if len(images) <= num:
+        return images
+    rows = torch.randperm(len(images), generator=generator(0, "reference images"))[:num].sort().values
+    signature = f"{images.signature}-{num}"
+    return replace(images, pixels=images.pixels[rows], labels=images.labels[rows], signature=signature)
 
 
 def features_of(name: str, config: EvaluateConfig) -> str:

@@ -41,7 +41,10 @@ from dxmi.state import ALGORITHM, TrainingState
 from dxmi.stretch import Story, Stretch, tell, tell_together
 from dxmi.workers import Workers
 
-_NOT_OF_SCORES = ("every", "grid", "generations", "result", "features", "full_reference", "reference_steps")
+_NOT_OF_SCORES = (
+    *("every", "grid", "generations", "result", "features"),
+    *("reference_images", "full_reference", "reference_steps"),
+)
 """What of an evaluation's config changes no score of given weights, or is told by the scorer's identity."""
 _PARTIAL_EVERY = 2_000
 """Iterations between checkpoints of pretraining."""

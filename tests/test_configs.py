@@ -155,6 +155,7 @@ def test_published_reproduction_is_as_design_lists_it():
         ("evaluate.seed=-1", "evaluate.seed is -1"),
         ("evaluate.kid_subset_size=1", "must be at least 2"),
         ("evaluate.reference_steps=[5,5]", "names a number twice"),
+        ("evaluate.reference_images=3", "evaluate.reference_images is 3: it must be at least 4"),
         ("evaluate.reference_steps=[]", "must be a list with something in it"),
         ("resources.device='cuda:²'", "must be auto, cpu, cuda"),
         ("resources.threads=3000000000", "resources.threads is 3000000000"),

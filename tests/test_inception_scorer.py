@@ -224,6 +224,22 @@ def test_the_data_set_chooses_unless_the_config_does(network, tmp_path):
         build_scorer(cifar, EvaluateConfig(num_samples=20, features="classifier"), tmp_path, CPU)
 
 
+def test_some_of_the_images_are_drawn_once(network, tmp_path):
+    whole = images()
+    some = EvaluateConfig(num_samples=20, reference_images=15, features="inception")
+    scorers_of = [build_scorer(whole, some, tmp_path, CPU) for _ in range(2)]
+    first, second = (scorer.images for scorer in scorers_of)
+    assert len(first) == 15
+    assert torch.equal(first.pixels, second.pixels)
+    assert {row.numpy().tobytes() for row in first.pixels} <= {row.numpy().tobytes() for row in whole.pixels}
+    assert scorers_of[0].about["reference"] == f"{whole.signature}-15"
+    assert network.seen == 0  # until somebody asks
+    assert scorers_of[0].reference() is not None
+    assert network.seen == 15
+    more = EvaluateConfig(num_samples=20, reference_images=41, features="inception")
+    assert build_scorer(whole, more, tmp_path, CPU).images is whole
+
+
 def test_what_cannot_be_scored_is_refused(network, tmp_path):
     with pytest.raises(UserError, match="holds 3 images"):
         InceptionScorer(images(3), CONFIG, tmp_path, CPU)
