@@ -14,7 +14,6 @@ from dxmi.workers import ALONE, Workers
 RESIDENT_BYTES = 2 * 2**30
 """Samples that take no more than this lie on the device; of others, only batches go there."""
 
-
 _HALF = 0.5
 
 
