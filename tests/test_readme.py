@@ -52,7 +52,7 @@ def test_a_dxmi_command_of_the_readme_works(newcomer, command):
     """In the README's order: later commands use the folders of earlier ones."""
     program, *arguments = shlex.split(command)
     assert program == "dxmi"
-    if arguments[0] in ("train", "sweep", "ablate") and not {"--resume", "--config", "debug=smoke"} & set(arguments):
+    if arguments[0] in ("train", "sweep", "ablate") and not {"--resume", "--config"} & set(arguments):
         arguments += TINY
     if arguments[0] == "ablate" and "--dry-run" not in arguments:  # dozens of runs: tests/test_stacks.py runs some
         arguments += ["--dry-run"]
