@@ -390,11 +390,17 @@ def reference_schedules(config: ScheduleConfig, *, full: bool = True) -> dict[st
         return {"shortened": shortened}
     if config.method == "karras":
         many = replace(config, num_steps=_ANCESTRAL_STEPS, rho=7.0, kappa=1.0, final_sigma=0.0, noisy_end=False)
-        euler = replace(config, kappa=0.0, final_sigma=0.0)
-        all_steps = {f"ancestral_{_ANCESTRAL_STEPS}": shorten(many)} if full else {}
-        return {**all_steps, f"euler_{num_steps}": shorten(euler), "shortened": shortened}
-    all_steps = {"ddpm_1000": ancestral_schedule()} if full else {}
-    return {**all_steps, f"ddim_{num_steps}": ddim_schedule(num_steps), "shortened": shortened}
+        own = {f"ancestral_{_ANCESTRAL_STEPS}": shorten(many)} if full else {}
+    else:
+        own = {"ddpm_1000": ancestral_schedule()} if full else {}
+    return dict([*own.items(), deterministic_schedule(config, num_steps), ("shortened", shortened)])
+
+
+def deterministic_schedule(config: ScheduleConfig, num_steps: int) -> tuple[str, StepSchedule]:
+    """Name and tables of Euler's method on EDM's noise levels, or of DDIM, the same on the steps of a DDPM."""
+    if config.method == "karras":
+        return f"euler_{num_steps}", shorten(replace(config, num_steps=num_steps, kappa=0.0, final_sigma=0.0))
+    return f"ddim_{num_steps}", ddim_schedule(num_steps)
 
 
 def solver_schedule(num_steps: int) -> StepSchedule:

@@ -154,7 +154,32 @@ class Scorer(ABC):
         return sliced_wasserstein(decode(samples.cpu()), decode(data), projections=projections, generator=directions)
 
 
-class ImageScorer(Scorer):
+class _FeatureScorer(Scorer):
+    """Scores images by features of them and of all the data.
+
+    Args:
+        images: the data.
+        config: what is scored.
+        device: where samples are generated and features computed.
+        workers: generate samples together; the first scores them.
+
+    Raises:
+        UserError: there are too few images to score against.
+    """
+
+    def __init__(self, images: Images, config: EvaluateConfig, device: torch.device, workers: Workers) -> None:
+        super().__init__(config, workers)
+        if len(images) < MIN_SAMPLES:
+            raise UserError(f"The data set {images.name} holds {len(images)} images: scoring needs {MIN_SAMPLES}.")
+        self.images = images
+        self.device = device
+
+    def of_data(self) -> Scores | None:
+        """All images there are have been scored against: nothing is left to score."""
+        return None
+
+
+class ImageScorer(_FeatureScorer):
     """Scores images, whose features are computed once and cached by signature.
 
     Args:
@@ -171,11 +196,7 @@ class ImageScorer(Scorer):
     def __init__(
         self, images: Images, config: EvaluateConfig, cache: Path, device: torch.device, workers: Workers = ALONE
     ) -> None:
-        super().__init__(config, workers)
-        if len(images) < MIN_SAMPLES:
-            raise UserError(f"The data set {images.name} holds {len(images)} images: scoring needs {MIN_SAMPLES}.")
-        self.images = images
-        self.device = device
+        super().__init__(images, config, device, workers)
         self.name = images.name
         self.metric = f"eval/fid_{self.name}"
         self.identity = f"{images.signature}-{self.name}-{CLASSIFIERS[self.name].sha256[:12]}"
@@ -198,10 +219,6 @@ class ImageScorer(Scorer):
     def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
         """Every score of images."""
         return self._scores(sampling, self._distances)
-
-    def of_data(self) -> Scores | None:
-        """All images there are have been scored against: nothing is left to score."""
-        return None
 
     def _distances(self, samples: Tensor) -> dict[str, float]:
         config, features = self.config, classifier_features(self.name, samples)
@@ -247,7 +264,7 @@ class _Reference:
         return self.gaussian.distance(features.to(self.gaussian.mean.device))
 
 
-class InceptionScorer(Scorer):
+class InceptionScorer(_FeatureScorer):
     """Scores images by InceptionV3, one batch's features computed while the next one is drawn.
 
     Args:
@@ -264,13 +281,9 @@ class InceptionScorer(Scorer):
     def __init__(
         self, images: Images, config: EvaluateConfig, cache: Path, device: torch.device, workers: Workers = ALONE
     ) -> None:
-        super().__init__(config, workers)
-        if len(images) < MIN_SAMPLES:
-            raise UserError(f"The data set {images.name} holds {len(images)} images: scoring needs {MIN_SAMPLES}.")
+        super().__init__(images, config, device, workers)
         if images.event[0] not in (1, 3):
             raise UserError(f"The data set {images.name} has {images.event[0]} channels: InceptionV3 sees 1 or 3.")
-        self.images = images
-        self.device = device
         workers.on_first(lambda: str(find_weights()))  # if it has to be fetched, once
         self.weights = find_weights()
         sha256 = workers.on_first(lambda: file_digest(self.weights))
@@ -328,10 +341,6 @@ class InceptionScorer(Scorer):
     def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
         """Every score of images."""
         return self._measured(sampling, self._distances)
-
-    def of_data(self) -> Scores | None:
-        """All images there are have been scored against: nothing is left to score."""
-        return None
 
     def _measured(self, sampling: Sampling, score: Callable[[_Reference, Tensor, Tensor], dict[str, float]]) -> Scores:
         """All workers sample and compute features; the first computes scores from them, and tells them."""

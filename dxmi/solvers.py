@@ -1,7 +1,6 @@
 """Deterministic samplers of a pretrained model, to compare few-step policies with."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from dxmi.networks import Denoiser
 from dxmi.sampler import Policy
-from dxmi.schedules import ScheduleConfig, StepSchedule, ddim_schedule, shorten, solver_schedule
+from dxmi.schedules import SHORTENINGS, ScheduleConfig, StepSchedule, deterministic_schedule, solver_schedule
 from dxmi.trajectory import Gaussian
 
 
@@ -63,8 +62,10 @@ def further_references(config: ScheduleConfig, steps: Sequence[int]) -> dict[str
     """
     if config.method == "ddgan":
         return {}
-    if config.method == "karras":
-        cut = {number: replace(config, num_steps=number, kappa=0.0, final_sigma=0.0) for number in steps}
-        return {f"euler_{number}": (Policy, shorten(euler)) for number, euler in cut.items()}
-    ddim = {f"ddim_{number}": (Policy, ddim_schedule(number)) for number in steps}
-    return {**ddim, **{f"dpm_solver_{number}": (DpmSolver, solver_schedule(number)) for number in steps}}
+    first_order = dict(deterministic_schedule(config, number) for number in steps)
+    references: dict[str, tuple[type[Policy], StepSchedule]] = {
+        name: (Policy, schedule) for name, schedule in first_order.items()
+    }
+    if config.method in SHORTENINGS:
+        references |= {f"dpm_solver_{number}": (DpmSolver, solver_schedule(number)) for number in steps}
+    return references

@@ -1,10 +1,13 @@
 """What several test files need: the smallest settings that train, waiting, ports, and the processes of a test."""
 
 import socket
+import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 
 def changed(settings: list[str], *overrides: str) -> list[str]:
@@ -68,6 +71,11 @@ NETWORK_OF = {
     "lsun_t4": "edm_unet_256",
 }
 """The large networks of the published experiments."""
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    """Bytes in the layout of MNIST's files."""
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 120.0) -> None:

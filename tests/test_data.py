@@ -1,7 +1,6 @@
 """Data: real digits, IDX files as they lie on disk, the order in which they are read."""
 
 import gzip
-import struct
 
 import numpy as np
 import pytest
@@ -13,12 +12,9 @@ from dxmi.data.idx import read_idx
 from dxmi.errors import UserError
 from dxmi.seeds import generator
 from dxmi.tensors import from_uint8
+from support import idx_bytes
 
 NUM_IMAGES = 30
-
-
-def idx_bytes(array: np.ndarray) -> bytes:
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
 @pytest.fixture

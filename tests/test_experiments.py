@@ -13,7 +13,7 @@ from dxmi.errors import UserError
 from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.metrics.inception import Features
 from dxmi.train import Summary, train
-from support import NARROW, NETWORK_OF
+from support import NARROW, NETWORK_OF, idx_bytes
 from tune.configs import compose_experiment
 
 PUBLISHED = list(NETWORK_OF)
@@ -31,12 +31,6 @@ class Projections:
         return Features(means[:, :4], means[:, :3])
 
 
-def write_idx(path: Path, array: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kind = bytes([0, 0, 8, array.ndim])
-    path.write_bytes(kind + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes())
-
-
 @pytest.fixture
 def files(tmp_path, monkeypatch) -> Path:
     """A few random images in the layout of each data set, and a network for their scores."""
@@ -44,10 +38,11 @@ def files(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("DXMI_CACHE", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)
     for folder in ("MNIST/raw", "FashionMNIST/raw"):
+        (tmp_path / folder).mkdir(parents=True)
         for part in ("train", "t10k"):
             images, labels = rng.integers(0, 256, (40, 28, 28), np.uint8), rng.integers(0, 10, 40).astype(np.uint8)
-            write_idx(tmp_path / folder / f"{part}-images-idx3-ubyte", images)
-            write_idx(tmp_path / folder / f"{part}-labels-idx1-ubyte", labels)
+            (tmp_path / folder / f"{part}-images-idx3-ubyte").write_bytes(idx_bytes(images))
+            (tmp_path / folder / f"{part}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
     (tmp_path / "cifar-10-batches-bin").mkdir()
     for name in (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"):
         rows = rng.integers(0, 256, (8, 3073), np.uint8)

@@ -3,7 +3,6 @@
 import ast
 import re
 import shlex
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import yaml
 
 from dxmi.metrics.classifier import CLASSIFIERS
+from support import idx_bytes
 from tune.cli import main
 from tune.configs import sweeps
 
@@ -38,9 +38,9 @@ def newcomer(tmp_path_factory):
     raw.mkdir(parents=True)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (200, 28, 28), dtype=np.uint8)
-    (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">BBBB3I", 0, 0, 8, 3, *images.shape) + images.tobytes())
+    (raw / "train-images-idx3-ubyte").write_bytes(idx_bytes(images))
     labels = (np.arange(200) % 10).astype(np.uint8)
-    (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">BBBBI", 0, 0, 8, 1, 200) + labels.tobytes())
+    (raw / "train-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setenv("DXMI_DATA", str(home / "data"))

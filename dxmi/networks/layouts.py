@@ -515,14 +515,11 @@ def read_public(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is not there or is not of that kind.
     """
+    why = ""
     if path.is_dir():
-        path = path / DIFFUSERS_WEIGHTS
-        if not path.is_file():
-            raise UserError(
-                f"Checkpoint {path} does not exist: a folder of weights is one of diffusers; else name a file."
-            )
+        path, why = path / DIFFUSERS_WEIGHTS, ": a folder of weights is one of diffusers; else name a file"
     if not path.is_file():
-        raise UserError(f"Checkpoint {path} does not exist.")
+        raise UserError(f"Checkpoint {path} does not exist{why}.")
     try:
         content: object = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
     except (pickle.UnpicklingError, RuntimeError, SafetensorError, ValueError, EOFError, KeyError) as error:

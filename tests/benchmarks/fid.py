@@ -24,7 +24,7 @@ from dxmi.metrics.fidelity_import import feature_extractor_inceptionv3
 from dxmi.metrics.inception import NETWORK, NUM_FEATURES, POOL, Inception, find_weights, load_inception
 from dxmi.sampler import Policy
 from dxmi.schedules import shorten
-from tune.configs import compose_experiment, groups
+from tune.configs import compose_experiment
 
 EVENT = (3, 32, 32)
 
@@ -82,7 +82,7 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     arguments, overrides = parsed()
-    network = "unet" if "unet" in groups()["network"] and not arguments.stand_in else "mlp"
+    network = "mlp" if arguments.stand_in else "unet"
     chosen = [] if any(o.startswith("network=") for o in overrides) else [f"network={network}"]
     settings = compose_experiment(["schedule.num_steps=10", *chosen, *overrides]).experiment
     experiment = Experiment(settings, event=(1, 1, 1) if arguments.stand_in else EVENT)
