@@ -14,7 +14,7 @@ from dxmi.algorithms.ddpm import DDPM, DDPMConfig
 from dxmi.algorithms.dxmi import DxMI, DxMIConfig, per_step_numbers
 from dxmi.checkpoint import Checkpoint
 from dxmi.config import signature, to_tree
-from dxmi.data import BatchStream, DataConfig, Dataset, Images, data_root, load
+from dxmi.data import BatchStream, DataConfig, Dataset, data_root, load
 from dxmi.energy import Energy
 from dxmi.errors import UserError
 from dxmi.evaluate import EvaluateConfig
@@ -408,15 +408,16 @@ class Experiment:
             UserError: they have none, or there are more than the denoiser knows.
         """
         data, classes = self.data, self.config.network.denoiser.classes
-        if not isinstance(data, Images):
+        labels = data.classes
+        if labels is None:
             raise UserError(f"network.denoiser.classes is {classes}, but {data.name} has no classes: make it 0.")
-        largest = int(data.labels.max())
+        largest = int(labels.max())
         if largest >= classes:
             raise UserError(
                 f"network.denoiser.classes is {classes}, but {data.name} has labels up to {largest}: "
                 f"make it {largest + 1}."
             )
-        return data.labels
+        return labels
 
 
 def _device(name: str) -> torch.device:

@@ -1,5 +1,6 @@
 """Labels and latents, from the data to the policy, the energy and the value; and weights from public checkpoints."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def experiment(*settings: str) -> Experiment:
     networks = [] if any(setting.startswith("network=") for setting in settings) else MLP
     made = Experiment(compose_experiment([*changed(SMALL, *settings), *networks]).experiment)
     pixels = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    made.__dict__["data"] = Images("digits", pixels, pixels[:, 0, 0, 0].long() % 10, "random")
+    made.__dict__["data"] = Images("digits", pixels, pixels[:, 0, 0, 0].long() % 10, "random", num_classes=10)
     return made
 
 
@@ -124,6 +125,10 @@ def test_classes_that_do_not_fit_are_refused():
         experiment(CLASSES[1])
     with pytest.raises(UserError, match=r"network\.denoiser\.classes is 9, but digits has labels up to 9: make it 10"):
         experiment("network.denoiser.classes=9").build_pretraining()
+    plain = experiment(*CLASSES)
+    plain.__dict__["data"] = replace(plain.data, num_classes=0)  # as a folder of images of one kind is
+    with pytest.raises(UserError, match=r"network\.denoiser\.classes is 10, but digits has no classes: make it 0"):
+        plain.build_pretraining()
     made = experiment(*CLASSES)
     dxmi, state = made.build_finetuning(made.build_denoiser())
     with pytest.raises(UserError, match="it must be given labels and no latent"):

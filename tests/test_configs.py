@@ -35,7 +35,9 @@ def with_fake_images(config: ExperimentConfig) -> Experiment:
         return experiment
     event = EVENTS.get(config.data.name, (1, 8, 8))
     pixels = torch.randint(0, 256, (64, *event), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    experiment.__dict__["data"] = Images(config.data.name, pixels, torch.zeros(64, dtype=torch.int64), "random")
+    experiment.__dict__["data"] = Images(
+        config.data.name, pixels, torch.zeros(64, dtype=torch.int64), "random", num_classes=10
+    )
     return experiment
 
 
