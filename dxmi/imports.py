@@ -1,8 +1,10 @@
-"""Packages that need help to be imported, and one that need not be there."""
+"""Packages that need help to be imported, take seconds to import, or need not be there."""
 
 import contextlib
 import importlib
+import importlib.util
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,27 @@ def declare_torchvision_operators() -> torch.library.Library | None:
         with contextlib.suppress(RuntimeError):  # the operator is there after all
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
     return library
+
+
+def package_folder(name: str) -> Path:
+    """Where an installed package lies, without importing it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise UserError(f"The package {name} is not installed: install dxmi again.")
+    return Path(spec.origin).parent
+
+
+def torch_fidelity(module: str) -> Any:
+    """A module of torch-fidelity, `feature_extractor_inceptionv3` for instance.
+
+    It is imported where it is needed, not at the top of a module, since it brings torchvision and torch's compiler.
+    """
+    declare_torchvision_operators()
+    return importlib.import_module(f"torch_fidelity.{module}")
 
 
 def diffusers() -> Any:

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
 
 
 def changed(settings: list[str], *overrides: str) -> list[str]:
@@ -101,3 +103,16 @@ def processes_with(mark: str, kind: str = "") -> list[int]:
             if kind.encode() in (entry / "cmdline").read_bytes() and mark.encode() in (entry / "environ").read_bytes():
                 found.append(int(entry.name))
     return sorted(found)
+
+
+class Pixels(Dataset[Tensor]):
+    """uint8 images [N, C, H, W], one tensor an item, as torch-fidelity reads them."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.pixels[index]

@@ -4,6 +4,7 @@ import gzip
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 from PIL import Image
 
@@ -29,6 +30,12 @@ def mnist_folder(tmp_path, monkeypatch):
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx_bytes((np.arange(NUM_IMAGES) % 10).astype(np.uint8)))
     monkeypatch.setenv("DXMI_DATA", str(tmp_path))
     return raw
+
+
+def test_digits_are_those_that_scikit_learn_loads():
+    images, theirs = load(DataConfig(name="digits")), sklearn.datasets.load_digits()
+    assert torch.equal(images.labels, torch.from_numpy(theirs.target).long())
+    assert torch.equal(images.pixels[:, 0].double(), (torch.from_numpy(theirs.images) * 255.0 / 16.0).round())
 
 
 def test_digits_are_the_1797_real_ones():

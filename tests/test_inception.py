@@ -16,16 +16,18 @@ from scipy.stats import entropy
 from torch import Tensor
 
 from dxmi.errors import UserError
+from dxmi.imports import torch_fidelity
 from dxmi.metrics import inception
-from dxmi.metrics.fidelity import Pixels, inception_score, kernel_distance, precision_recall
-from dxmi.metrics.fidelity_import import feature_extractor_inceptionv3, torch_fidelity
+from dxmi.metrics.fidelity import inception_score, kernel_distance, precision_recall
 from dxmi.metrics.gaussians import Gaussian
 from dxmi.metrics.inception import file_digest, find_weights, hub_path, load_inception
+from support import Pixels
 
+INCEPTION = torch_fidelity("feature_extractor_inceptionv3")
 CPU = torch.device("cpu")
 
 
-class Untrained(feature_extractor_inceptionv3.FeatureExtractorInceptionV3):
+class Untrained(INCEPTION.FeatureExtractorInceptionV3):
     """Keeps its initial weights whatever it is given."""
 
     def load_state_dict(self, state_dict, *args, **kwargs):
@@ -72,7 +74,7 @@ FAKE, REAL = pixels(5, seed=1), pixels(6, seed=2) // 2
 
 def front_door(weights: Path, **metrics: bool) -> dict[str, float]:
     """torch-fidelity's own scores of the same images."""
-    return torch_fidelity.calculate_metrics(
+    return torch_fidelity("metrics").calculate_metrics(
         input1=Pixels(FAKE),
         input2=Pixels(REAL),
         feature_extractor="inception-v3-compat",
@@ -183,7 +185,7 @@ def test_they_are_fetched_once_under_the_name_and_hash_that_torch_fidelity_uses(
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     assert find_weights() == find_weights() == hub_path()
-    assert asked == [(feature_extractor_inceptionv3.URL_INCEPTION_V3, "6726825d")]
+    assert asked == [(INCEPTION.URL_INCEPTION_V3, "6726825d")]
 
 
 def test_without_weights_a_sentence_says_where_they_may_be_put(places):

@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,12 +17,13 @@ from torch import Tensor
 from dxmi.data import data_root
 from dxmi.errors import UserError
 from dxmi.evaluate import EvaluateConfig
+from dxmi.imports import torch_fidelity
 from dxmi.metrics import classifier
 from dxmi.metrics.classifier import CLASSIFIERS, load_classifier
-from dxmi.metrics.fidelity import Pixels, classifier_features, frechet_distance, kernel_distance, precision_recall
-from dxmi.metrics.fidelity_import import torch_fidelity
+from dxmi.metrics.fidelity import classifier_features, frechet_distance, kernel_distance, precision_recall
 from dxmi.metrics.sliced_wasserstein import sliced_wasserstein, wasserstein_1d
 from dxmi.metrics.train_classifier import accuracy, split
+from support import Pixels
 
 WEIGHTS = files("dxmi.metrics") / "weights"
 
@@ -167,11 +170,31 @@ def test_too_few_samples_to_have_a_third_neighbour_are_refused():
 # torch-fidelity's own front door.
 
 
+def register_digits() -> None:
+    """Register the digits' classifier with torch-fidelity as the feature extractor `dxmi-digits`."""
+
+    class Extractor(torch_fidelity("feature_extractor_base").FeatureExtractorBase):
+        get_provided_features_list = staticmethod(lambda: ("features",))
+        get_default_feature_layer_for_metric = staticmethod(lambda metric: "features")
+        can_be_compiled = staticmethod(lambda: False)
+        get_dummy_input_for_compile = staticmethod(lambda: None)
+
+        def __init__(self, name, features_list, **_):
+            super().__init__(name, features_list)
+            self.classifier = load_classifier("digits")
+
+        def forward(self, pixels):
+            return (self.classifier.features(pixels),)
+
+    torch_fidelity("registry").register_feature_extractor("dxmi-digits", Extractor)
+
+
 def test_torch_fidelity_gives_the_same_scores_on_our_features():
+    register_digits()
     real = split("digits")[0]
     noise = torch.randint(-120, 121, real.shape, generator=torch.Generator().manual_seed(0))
     fake = (real.int() + noise).clamp(0, 255).to(torch.uint8)[:600]
-    theirs = torch_fidelity.calculate_metrics(
+    theirs = torch_fidelity("metrics").calculate_metrics(
         input1=Pixels(fake),
         input2=Pixels(real),
         feature_extractor="dxmi-digits",
@@ -314,3 +337,12 @@ def test_altered_weights_are_refused(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(classifier, "files", lambda _package: tmp_path)
     with pytest.raises(UserError, match=r"digits classifier .* altered"):
         load_classifier("digits")
+
+
+def test_a_run_is_imported_without_torchvision_and_torchs_compiler():
+    """They take seconds, in each of the processes of a sweep; InceptionV3 brings them when it is loaded."""
+    heavy = "{'torchvision', 'torch_fidelity', 'torch._dynamo', 'sklearn', 'scipy.stats'} & set(sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", f"import dxmi.train, sys; print({heavy})"], capture_output=True, check=True
+    )
+    assert found.stdout.decode() == "set()\n"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from dxmi.cache import cache_root
@@ -17,10 +16,13 @@ from dxmi.data.folders import open_folder
 from dxmi.data.idx import read_idx
 from dxmi.errors import UserError
 from dxmi.files import user_path
+from dxmi.imports import package_folder
 
 MNIST8_IMAGES = 20_000
 FOLDER = "image_folder"
 """The name of every data set that is a folder of images."""
+_DIGITS = "datasets/data/digits.csv.gz"
+"""In scikit-learn, whose own `load_digits` takes seconds to import."""
 _NUM_CLASSES = 10
 """Of every data set that has a loader of its own."""
 
@@ -110,9 +112,9 @@ def digits(*, train: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001  (the loade
 
     They come without a split: training and test set are the same.
     """
-    bunch = load_digits()
-    pixels = (torch.from_numpy(bunch.images) * (255.0 / 16.0)).round().to(torch.uint8)
-    return pixels[:, None], torch.from_numpy(bunch.target).long()
+    rows = torch.from_numpy(np.loadtxt(package_folder("sklearn") / _DIGITS, delimiter=","))  # 64 pixels, then the class
+    pixels = (rows[:, :64].view(-1, 1, 8, 8) * (255.0 / 16.0)).round().to(torch.uint8)
+    return pixels, rows[:, 64].long()
 
 
 def _mnist_like(folder: str, source: str, *, train: bool) -> tuple[Tensor, Tensor]:

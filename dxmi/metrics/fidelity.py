@@ -1,83 +1,34 @@
-"""FID, KID, precision, recall and Inception Score by torch-fidelity, and features of the shipped classifiers.
+"""FID, KID, precision, recall and Inception Score from features, and features of the shipped classifiers.
 
-Each classifier is registered with torch-fidelity as the feature extractor `dxmi-NAME`, so that torch-fidelity's own
-`calculate_metrics` gives the same numbers. Its reference cache is not used: it is read by running pickled code.
+The values are those of torch-fidelity, which the tests compare them with, but importing that package takes seconds
+(it brings torchvision and torch's compiler), in every process of a sweep. Only InceptionV3 needs it.
 """
 
-from typing import Any, cast
-
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from dxmi.metrics.classifier import CLASSIFIERS, load_classifier
-from dxmi.metrics.fidelity_import import metric_fid, metric_isc, metric_kid, metric_prc, torch_fidelity, utils
+from dxmi.metrics.classifier import load_classifier
+from dxmi.metrics.gaussians import Gaussian
+from dxmi.tensors import chunks
 
-LAYER = "features"
 _BATCH = 1000
 _SPLITS = 10
+_NEIGHBOR = 3
+_ROWS = 10_000
+"""Rows whose distances to all others are in memory at a time."""
 
 
-class ClassifierExtractor(torch_fidelity.FeatureExtractorBase):  # type: ignore[misc]
-    """A shipped classifier as torch-fidelity wants it: uint8 [N, 1, H, W] to a tuple of features [N, 64]."""
-
-    def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
-        super().__init__(name, features_list)
-        self.classifier = load_classifier(name.removeprefix("dxmi-"))
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        """There is one layer."""
-        return (LAYER,)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(_metric: str) -> str:
-        """And every metric uses it."""
-        return LAYER
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        """Not worth it at this size."""
-        return False
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> None:
-        """Never asked for."""
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Features of a batch."""
-        return (self.classifier.features(pixels),)
-
-
-for _name in CLASSIFIERS:
-    torch_fidelity.register_feature_extractor(f"dxmi-{_name}", ClassifierExtractor)
-
-
-class Pixels(Dataset[Tensor]):
-    """uint8 images [N, C, H, W], one tensor an item, as torch-fidelity reads them."""
-
-    def __init__(self, pixels: Tensor) -> None:
-        self.pixels = pixels
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.pixels[index]
-
-
+@torch.no_grad()
 def classifier_features(name: str, pixels: Tensor) -> Tensor:
     """Features of uint8 `pixels` [N, 1, H, W] by the classifier `name`, float64 on the host, [N, 64]."""
-    cuda = pixels.is_cuda
-    extractor = utils.create_feature_extractor(f"dxmi-{name}", [LAYER], cuda=cuda, verbose=False)
-    features = utils.get_featuresdict_from_dataset(Pixels(pixels), extractor, _BATCH, cuda, True, False)
-    return cast(Tensor, features[LAYER]).double()
+    classifier = load_classifier(name).to(pixels.device)
+    return torch.cat([classifier.features(batch).cpu() for batch in torch.split(pixels, _BATCH)]).double()
 
 
 def frechet_distance(generated: Tensor, reference: Tensor) -> float:
     """|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)) of features [N, D] and [M, D] (FID, arXiv 1706.08500)."""
-    statistics = metric_fid.fid_features_to_statistics(generated), metric_fid.fid_features_to_statistics(reference)
-    return float(metric_fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"])
+    return Gaussian.of(reference).distance(generated)
 
 
 def kernel_distance(generated: Tensor, reference: Tensor, *, subsets: int, subset_size: int, seed: int) -> float:
@@ -86,17 +37,40 @@ def kernel_distance(generated: Tensor, reference: Tensor, *, subsets: int, subse
     Subsets are as large as the smaller set where that has fewer than `subset_size` rows.
     """
     size = min(subset_size, len(generated), len(reference))
-    scores = metric_kid.kid_features_to_metric(
-        generated, reference, kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False
-    )
-    return float(scores["kernel_inception_distance_mean"])
+    random = np.random.RandomState(seed)
+
+    def subset(features: Tensor) -> Tensor:
+        return features[torch.from_numpy(random.choice(len(features), size, replace=False))]
+
+    return float(np.mean([_squared_mmd(subset(generated), subset(reference)) for _ in range(subsets)]))
+
+
+def _squared_mmd(x: Tensor, y: Tensor) -> float:
+    """The unbiased estimate of two sets of equal size, [N, D] each."""
+    num = len(x)
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1.0).pow(3)
+
+    def without_diagonal(k: Tensor) -> Tensor:
+        return (k.sum() - k.trace()) / (num * (num - 1))
+
+    return float(without_diagonal(kernel(x, x)) + without_diagonal(kernel(y, y)) - 2.0 * kernel(x, y).mean())
 
 
 def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Fractions of each set within the other's 3-nearest-neighbour balls (arXiv 1904.06991)."""
-    with torch.no_grad():
-        scores = metric_prc.prc_features_to_metric(generated, reference, verbose=False, save_cpu_ram=True)
-    return float(scores["precision"]), float(scores["recall"])
+    """Fractions of each set within the other's 3-nearest-neighbor balls (arXiv 1904.06991)."""
+    return _covered(generated, reference), _covered(reference, generated)
+
+
+def _covered(points: Tensor, centers: Tensor) -> float:
+    """Fraction of `points` [N, D] that lie within the ball of at least one of `centers` [M, D]."""
+    # A center is its own nearest neighbor, so that the third of the others is the fourth.
+    radius = torch.cat(
+        [torch.cdist(rows, centers).kthvalue(_NEIGHBOR + 1).values for rows in torch.split(centers, _ROWS)]
+    )
+    inside = [(torch.cdist(rows, centers) <= radius).any(dim=1) for rows in torch.split(points, _ROWS)]
+    return float(torch.cat(inside).float().mean())
 
 
 def inception_score(logits: Tensor, seed: int) -> float:
@@ -106,5 +80,13 @@ def inception_score(logits: Tensor, seed: int) -> float:
         logits: of the classes, [N, C].
         seed: shuffles.
     """
-    scores = metric_isc.isc_features_to_metric(logits, min(_SPLITS, len(logits)), True, seed)
-    return float(scores["inception_score_mean"])
+    order = np.random.RandomState(seed).permutation(len(logits))
+    log_p = logits[torch.from_numpy(order)].double().log_softmax(dim=1)
+    parts = [log_p[rows] for rows in chunks(len(log_p), min(_SPLITS, len(log_p)))]
+    return float(torch.stack([_exponential_divergence(part) for part in parts]).mean())
+
+
+def _exponential_divergence(log_p: Tensor) -> Tensor:
+    """Exp of the mean KL of rows of log probabilities [N, C] to their mean distribution."""
+    p = log_p.exp()
+    return (p * (log_p - p.mean(dim=0).log())).sum(dim=1).mean().exp()

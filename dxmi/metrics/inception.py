@@ -20,10 +20,11 @@ from torch import Tensor
 from dxmi.data import data_root
 from dxmi.errors import UserError
 from dxmi.files import user_path
-from dxmi.metrics.fidelity_import import feature_extractor_inceptionv3
+from dxmi.imports import torch_fidelity
 
 NETWORK = "inception-v3-compat"
 """torch-fidelity's name of it."""
+_MODULE = "feature_extractor_inceptionv3"
 VARIABLE = "DXMI_INCEPTION"
 POOL, LOGITS = "2048", "logits_unbiased"
 NUM_FEATURES = 2048
@@ -45,8 +46,12 @@ class Features(NamedTuple):
 
 def hub_path() -> Path:
     """Where torch hub, and torch-fidelity with it, keeps the weights."""
-    name = str(feature_extractor_inceptionv3.URL_INCEPTION_V3).rsplit("/", 1)[-1]
+    name = _url().rsplit("/", 1)[-1]
     return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def _url() -> str:
+    return str(torch_fidelity(_MODULE).URL_INCEPTION_V3)
 
 
 def find_weights() -> Path:
@@ -66,7 +71,7 @@ def find_weights() -> Path:
 
 
 def _fetch(below: Path) -> Path:
-    path, url = hub_path(), feature_extractor_inceptionv3.URL_INCEPTION_V3
+    path, url = hub_path(), _url()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), path.stem.rsplit("-", 1)[-1], progress=False)
@@ -127,9 +132,8 @@ def load_inception(path: Path, device: torch.device) -> Inception:
     try:
         copy = _rewritten(state)
         layers = [POOL, LOGITS] if state["fc.weight"].any() else [POOL]
-        extractor = feature_extractor_inceptionv3.FeatureExtractorInceptionV3(
-            NETWORK, layers, feature_extractor_weights_path=copy
-        )
+        network = torch_fidelity(_MODULE).FeatureExtractorInceptionV3
+        extractor = network(NETWORK, layers, feature_extractor_weights_path=copy)
     except (RuntimeError, TypeError, KeyError) as error:
         raise UserError(f"{path} does not hold InceptionV3's weights in torch-fidelity's layout: {error}.") from error
     return Inception(device, extractor.to(device, memory_format=torch.channels_last))

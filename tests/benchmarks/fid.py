@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dxmi.evaluate import REPORT, EvaluateConfig, Sampling, measure
 from dxmi.experiment import Experiment
-from dxmi.metrics.fidelity_import import feature_extractor_inceptionv3
+from dxmi.imports import torch_fidelity
 from dxmi.metrics.inception import NETWORK, NUM_FEATURES, POOL, Inception, find_weights, load_inception
 from dxmi.sampler import Policy
 from dxmi.schedules import shorten
@@ -39,7 +39,7 @@ class Sleeping(Policy):
         return torch.zeros(num, *self.event)
 
 
-class _Untrained(feature_extractor_inceptionv3.FeatureExtractorInceptionV3):
+class _Untrained(torch_fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3):
     def load_state_dict(self, *_: Any, **__: Any) -> None:
         """Stay as you are."""
 
