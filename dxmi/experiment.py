@@ -41,7 +41,7 @@ from dxmi.workers import ALONE, Workers
 _MAX_THREADS = _MAX_WORKERS = _MAX_STACK = 1024
 _OF_ONE = {"compile": "compiled", "cuda_graphs": "recorded"}
 PRECISIONS = ("float32", "bfloat16")
-PRETRAINING_VERSION = 1
+PRETRAINING_VERSION = 2
 """Raised whenever a change of the code changes what pretraining computes, so that old results are not read."""
 
 

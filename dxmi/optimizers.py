@@ -191,29 +191,29 @@ class Optimizer:
 class MovingAverage:
     """An exponential moving average of a module's parameters, kept in a second module of the same shape.
 
-    The decay of update i (from 0) is min(decay, (1 + i) / (10 + i)), so that the first updates are not stuck at the
-    start.
-
     Args:
         sources: what is averaged.
         targets: hold the average.
         decay: of the average.
+        warm_up: let the decay of update i (from 0) be min(decay, (1 + i) / (10 + i)), so that an average which is
+            evaluated early is not stuck at the start. A target network, whose lag is the point of it, has none.
     """
 
-    def __init__(self, sources: list[Tensor], targets: list[Tensor], decay: float) -> None:
+    def __init__(self, sources: list[Tensor], targets: list[Tensor], decay: float, *, warm_up: bool = True) -> None:
         self.decay = decay
+        self.warm_up = warm_up
         self.sources = sources
         self.targets = targets
 
     @classmethod
-    def between(cls, source: nn.Module, target: nn.Module, decay: float) -> Self:
+    def between(cls, source: nn.Module, target: nn.Module, decay: float, *, warm_up: bool = True) -> Self:
         """The average of `source`, which begins now, in `target`."""
         target.load_state_dict(source.state_dict())
         target.requires_grad_(False)
-        return cls(list(source.parameters()), list(target.parameters()), decay)
+        return cls(list(source.parameters()), list(target.parameters()), decay, warm_up=warm_up)
 
     @torch.no_grad()
     def update(self, iteration: int) -> None:
         """Move the average towards the source."""
-        decay = min(self.decay, (1.0 + iteration) / (10.0 + iteration))
+        decay = min(self.decay, (1.0 + iteration) / (10.0 + iteration)) if self.warm_up else self.decay
         torch._foreach_lerp_(self.targets, self.sources, 1.0 - decay)

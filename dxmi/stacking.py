@@ -84,9 +84,8 @@ class Stack:
     def average(self, members: Sequence[MovingAverage]) -> MovingAverage:
         """The members' moving averages as one."""
         first = members[0]
-        return MovingAverage(
-            [self.table(s) for s in first.sources], [self.table(t) for t in first.targets], first.decay
-        )
+        sources, targets = ([self.table(tensor) for tensor in side] for side in (first.sources, first.targets))
+        return MovingAverage(sources, targets, first.decay, warm_up=first.warm_up)
 
 
 class StackedOptimizer(Optimizer):
