@@ -1,7 +1,6 @@
 """From a config tree to built objects."""
 
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +18,7 @@ from dxmi.energy import Energy
 from dxmi.errors import UserError
 from dxmi.evaluate import EvaluateConfig
 from dxmi.files import user_path
+from dxmi.machine import available_cpus
 from dxmi.networks import (
     Critic,
     Denoiser,
@@ -252,8 +252,7 @@ class Experiment:
 
     def use_threads(self) -> int:
         """Set PyTorch's CPU threads as `resources.threads` says; returns how many."""
-        available = len(os.sched_getaffinity(0))
-        threads = self.config.resources.threads or available
+        threads = self.config.resources.threads or available_cpus()
         torch.set_num_threads(threads)
         return threads
 

@@ -12,6 +12,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from dxmi.errors import UserError
+from dxmi.tensors import laid_out_as
 from dxmi.workers import ALONE, Workers
 
 KINDS = ("adam", "adamw", "radam")
@@ -149,7 +151,7 @@ class Optimizer:
         """
         grads, (loss, *logged) = self._summed(parts)
         for parameter, grad in zip(self.parameters, grads, strict=True):
-            parameter.grad = grad
+            parameter.grad = laid_out_as(grad, parameter)  # torch's fused optimisers read the memory of both as it lies
         norm = None if self.config.max_grad_norm is None else self._clip(self.config.max_grad_norm)
         self.torch.step()
         return Descent(loss, tuple(logged), norm)
@@ -180,11 +182,21 @@ class Optimizer:
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`; moments are laid out as their parameters, as torch makes them.
+
+        Raises:
+            UserError: the tensors are those of other parameters.
+        """
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value.clone()
+            own = self.parameters[int(index)] if int(index) < len(self.parameters) else None
+            if own is None or (value.dim() and value.shape != own.shape):
+                raise UserError(
+                    f"The optimizer's state {key} in the checkpoint fits no parameter: it was written by another "
+                    "version of dxmi. Choose another out, or delete the run's folder."
+                )
+            state.setdefault(int(index), {})[name] = (laid_out_as(value, own) if value.dim() else value).clone()
         self.torch.load_state_dict({"state": state, "param_groups": self.torch.state_dict()["param_groups"]})
 
 
