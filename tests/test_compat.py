@@ -1,4 +1,4 @@
-"""Private parts of Ray, Optuna and MLflow, and what a system may lack: without them a sentence, or a good substitute."""
+"""Private parts of Ray, Optuna and MLflow, and what a system may lack: a sentence or a substitute."""
 
 import ast
 import os
@@ -68,6 +68,8 @@ def _private_parts(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             parts = [part for alias in node.names for part in alias.name.split(".")]
         elif isinstance(node, ast.Attribute) and node.attr in ("_storage", "_trial_id"):
+            if isinstance(node.value, ast.Name) and node.value.id == "self":
+                continue
             parts = [node.attr]
         else:
             continue
