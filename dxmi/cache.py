@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from dxmi.errors import UserError
 from dxmi.files import user_path, write_atomic
+from dxmi.tensors import pack, unpack
 from dxmi.workers import ALONE, Workers
 
 _DIGEST_BYTES = 32
@@ -61,9 +60,13 @@ class Entry:
     tensors: dict[str, Tensor] | None
 
     def write(self, tensors: dict[str, Tensor]) -> None:
-        """Keep what all workers of the group have computed; from here on `tensors` is the first one's."""
-        self.workers.on_first(lambda: _write(self.path, tensors))
-        self.tensors = self.workers.agree(tensors)
+        """Keep what all workers of the group have computed.
+
+        From here on `tensors` is the first one's, and to the bit and the stride what a later process will read.
+        """
+        kept: dict[str, Tensor] = {}
+        self.workers.on_first(lambda: kept.update(_write(self.path, tensors)))
+        self.tensors = self.workers.agree(kept)
 
 
 @contextmanager
@@ -114,10 +117,11 @@ def _claim(path: Path, held: ExitStack, tensors: dict[str, Tensor]) -> str:
     return "mine" if found is None else "found"
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """The sha256 of what follows, then safetensors."""
-    data = save_safetensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Write the sha256 of what follows, then safetensors; returns what `_read` will."""
+    data = pack(tensors)
     write_atomic(path, hashlib.sha256(data).digest() + data)
+    return unpack(data)
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
@@ -126,4 +130,4 @@ def _read(path: Path) -> dict[str, Tensor] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     digest, data = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-    return load_safetensors(data) if hashlib.sha256(data).digest() == digest else None
+    return unpack(data) if hashlib.sha256(data).digest() == digest else None

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from dxmi.errors import UserError
 from dxmi.files import sync_folder, write_synced
+from dxmi.tensors import pack, unpack
 
 _NAME = re.compile(r"step_(\d{8})")
 
@@ -75,12 +74,7 @@ def save(folder: Path, step: int, groups: Groups, meta: Mapping[str, Any]) -> Pa
 
 
 def _write_files(folder: Path, step: int, groups: Groups, meta: Mapping[str, Any]) -> None:
-    files = {
-        f"{name}.safetensors": save_safetensors(
-            {key: value.detach().cpu().contiguous() for key, value in group.items()}
-        )
-        for name, group in groups.items()
-    }
+    files = {f"{name}.safetensors": pack(group) for name, group in groups.items()}
     files["meta.json"] = json.dumps({"step": step, **meta}, indent=2).encode()
     manifest = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files["manifest.json"] = json.dumps(manifest, indent=2).encode()
@@ -114,7 +108,7 @@ def _meta(path: Path, data: bytes) -> dict[str, Any]:
 
 def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
     try:
-        return load_safetensors(data)
+        return unpack(data)
     except SafetensorError as error:
         raise DamagedCheckpointError(f"Checkpoint {path.parent}: {path.name} is not safetensors ({error}).") from error
 

@@ -18,7 +18,7 @@ from dxmi.workers import ALONE, Workers
 
 SELECTION, REPORT = "selection", "report"
 """Noise streams: the best checkpoint is chosen on one and scored on the other."""
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 """Raised whenever a change of the code changes a score, so that cached references are scored again."""
 RESULTS = ("best", "last")
 CLASSIFIER, INCEPTION = FEATURES = ("classifier", "inception")

@@ -1,7 +1,6 @@
 """From a config tree to built objects."""
 
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +18,7 @@ from dxmi.energy import Energy
 from dxmi.errors import UserError
 from dxmi.evaluate import EvaluateConfig
 from dxmi.files import user_path
+from dxmi.machine import available_cpus
 from dxmi.networks import (
     Critic,
     Denoiser,
@@ -41,7 +41,7 @@ from dxmi.workers import ALONE, Workers
 _MAX_THREADS = _MAX_WORKERS = _MAX_STACK = 1024
 _OF_ONE = {"compile": "compiled", "cuda_graphs": "recorded"}
 PRECISIONS = ("float32", "bfloat16")
-PRETRAINING_VERSION = 1
+PRETRAINING_VERSION = 2
 """Raised whenever a change of the code changes what pretraining computes, so that old results are not read."""
 
 
@@ -252,8 +252,7 @@ class Experiment:
 
     def use_threads(self) -> int:
         """Set PyTorch's CPU threads as `resources.threads` says; returns how many."""
-        available = len(os.sched_getaffinity(0))
-        threads = self.config.resources.threads or available
+        threads = self.config.resources.threads or available_cpus()
         torch.set_num_threads(threads)
         return threads
 

@@ -12,6 +12,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from dxmi.errors import UserError
+from dxmi.tensors import laid_out_as
 from dxmi.workers import ALONE, Workers
 
 KINDS = ("adam", "adamw", "radam")
@@ -149,7 +151,7 @@ class Optimizer:
         """
         grads, (loss, *logged) = self._summed(parts)
         for parameter, grad in zip(self.parameters, grads, strict=True):
-            parameter.grad = grad
+            parameter.grad = laid_out_as(grad, parameter)  # torch's fused optimisers read the memory of both as it lies
         norm = None if self.config.max_grad_norm is None else self._clip(self.config.max_grad_norm)
         self.torch.step()
         return Descent(loss, tuple(logged), norm)
@@ -180,40 +182,50 @@ class Optimizer:
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`; moments are laid out as their parameters, as torch makes them.
+
+        Raises:
+            UserError: the tensors are those of other parameters.
+        """
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value.clone()
+            own = self.parameters[int(index)] if int(index) < len(self.parameters) else None
+            if own is None or (value.dim() and value.shape != own.shape):
+                raise UserError(
+                    f"The optimizer's state {key} in the checkpoint fits no parameter: it was written by another "
+                    "version of dxmi. Choose another out, or delete the run's folder."
+                )
+            state.setdefault(int(index), {})[name] = (laid_out_as(value, own) if value.dim() else value).clone()
         self.torch.load_state_dict({"state": state, "param_groups": self.torch.state_dict()["param_groups"]})
 
 
 class MovingAverage:
     """An exponential moving average of a module's parameters, kept in a second module of the same shape.
 
-    The decay of update i (from 0) is min(decay, (1 + i) / (10 + i)), so that the first updates are not stuck at the
-    start.
-
     Args:
         sources: what is averaged.
         targets: hold the average.
         decay: of the average.
+        warm_up: let the decay of update i (from 0) be min(decay, (1 + i) / (10 + i)), so that an average which is
+            evaluated early is not stuck at the start. A target network, whose lag is the point of it, has none.
     """
 
-    def __init__(self, sources: list[Tensor], targets: list[Tensor], decay: float) -> None:
+    def __init__(self, sources: list[Tensor], targets: list[Tensor], decay: float, *, warm_up: bool = True) -> None:
         self.decay = decay
+        self.warm_up = warm_up
         self.sources = sources
         self.targets = targets
 
     @classmethod
-    def between(cls, source: nn.Module, target: nn.Module, decay: float) -> Self:
+    def between(cls, source: nn.Module, target: nn.Module, decay: float, *, warm_up: bool = True) -> Self:
         """The average of `source`, which begins now, in `target`."""
         target.load_state_dict(source.state_dict())
         target.requires_grad_(False)
-        return cls(list(source.parameters()), list(target.parameters()), decay)
+        return cls(list(source.parameters()), list(target.parameters()), decay, warm_up=warm_up)
 
     @torch.no_grad()
     def update(self, iteration: int) -> None:
         """Move the average towards the source."""
-        decay = min(self.decay, (1.0 + iteration) / (10.0 + iteration))
+        decay = min(self.decay, (1.0 + iteration) / (10.0 + iteration)) if self.warm_up else self.decay
         torch._foreach_lerp_(self.targets, self.sources, 1.0 - decay)

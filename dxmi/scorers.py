@@ -55,6 +55,7 @@ from dxmi.evaluate import (
     INCEPTION,
     MIN_SAMPLES,
     NUM_SAMPLES_KEY,
+    SCORING_VERSION,
     EvaluateConfig,
     Sampling,
     generate,
@@ -291,7 +292,7 @@ class InceptionScorer(_FeatureScorer):
         self.metric = f"eval/fid_{self.size}"
         self.identity = f"{images.signature}-{NETWORK}-{sha256[:12]}"
         self.about = {"features": NETWORK, "weights": sha256, "reference": images.signature}
-        self.path = cache / "features" / f"{self.identity}.cached"
+        self.path = cache / "features" / f"{self.identity}-v{SCORING_VERSION}.cached"
         self._reference: _Reference | None = None
 
     def network(self) -> Inception:

@@ -43,7 +43,7 @@ class Stack:
         self._modules = modules
         members = [module.state_dict(keep_vars=True) for module in modules]
         for name, first in members[0].items():
-            table = torch.stack([member[name].detach() for member in members])
+            table = torch.stack([member[name].detach() for member in members]).contiguous()
             for row, member in zip(table, members, strict=True):
                 member[name].data = row
             self.tables[name] = table.requires_grad_(first.requires_grad)
@@ -84,9 +84,8 @@ class Stack:
     def average(self, members: Sequence[MovingAverage]) -> MovingAverage:
         """The members' moving averages as one."""
         first = members[0]
-        return MovingAverage(
-            [self.table(s) for s in first.sources], [self.table(t) for t in first.targets], first.decay
-        )
+        sources, targets = ([self.table(tensor) for tensor in side] for side in (first.sources, first.targets))
+        return MovingAverage(sources, targets, first.decay, warm_up=first.warm_up)
 
 
 class StackedOptimizer(Optimizer):
@@ -134,11 +133,8 @@ class StackedOptimizer(Optimizer):
         return descent
 
     def _gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
-        """Of each member's loss, as no other's depends on its parameters.
-
-        Those of stacked matrix products come transposed, and torch's fused optimisers read memory as it lies.
-        """
-        return tuple(grad.contiguous() for grad in torch.autograd.grad(loss.sum(), self.parameters))
+        """Of each member's loss, as no other's depends on its parameters."""
+        return torch.autograd.grad(loss.sum(), self.parameters)
 
     def _clip(self, max_norm: float) -> Tensor:
         """As torch's `clip_grad_norm_`, with a norm for each member: [K]."""

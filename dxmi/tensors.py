@@ -1,11 +1,14 @@
-"""Shape helpers, and the two places where pixels change type.
+"""Shapes and layouts, tensors as bytes, and the two places where pixels change type.
 
 Axis letters: B batch, C channels, H height, W width; *event is everything after the batch axis.
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 _IMAGE_RANK = 4
@@ -15,6 +18,27 @@ _IMAGE_RANK = 4
 def per_sample(scalar: Tensor, like: Tensor) -> Tensor:
     """`scalar` [B] or [1], reshaped to [B, 1, ...] so that it multiplies `like` [B, *event]."""
     return scalar.view(-1, *[1] * (like.dim() - 1))
+
+
+def pack(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as safetensors, whatever their layout and device."""
+    return save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def unpack(content: bytes) -> dict[str, Tensor]:
+    """The inverse of `pack`: row-major, on the host, in the order of their names.
+
+    A product with a transposed matrix takes another path through BLAS than one with the same matrix stored row by row,
+    and may differ in its last bits. Where a result may be computed or read, both ways therefore have to end here.
+    """
+    return dict(sorted(load_safetensors(content).items()))
+
+
+def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
+    """A copy of `x` with the strides and on the device of `like`, or `x` itself if it has them."""
+    if x.stride() == like.stride() and x.device == like.device:
+        return x
+    return torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
 def event_sum(x: Tensor) -> Tensor:

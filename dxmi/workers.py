@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from dxmi.errors import UserError
+from dxmi.tensors import pack, unpack
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,10 @@ class Workers(ABC):
         """The first worker's bytes."""
 
     def agree(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The first worker's tensors, on the host."""
+        """The first worker's tensors, on the host; a single worker's as they are."""
         if self.size == 1:
             return dict(tensors)
-        content = save_safetensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-        return load_safetensors(self._agree(content if self.is_first else b""))
+        return unpack(self._agree(pack(tensors) if self.is_first else b""))
 
     def on_first(self, action: Callable[[], Any]) -> Any:
         """What `action` gives on the first worker, which alone calls it: plain values that JSON can hold.

@@ -226,6 +226,25 @@ def test_energy_metrics_are_the_means_on_data_and_on_samples(make_dxmi, kind):
         assert float(metrics[key]) == pytest.approx(float(value), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_l2_a_separate_energy_keeps_its_offset(make_dxmi, kind):
+    """A constant cancels in the loss; any optimiser that scales gradients would move it by their rounding noise."""
+    settings = OptimizerConfig(kind=kind, lr=0.01)
+    dxmi = make_dxmi(DxMIConfig(value="separate", energy_l2=0.0, energy=settings))
+    before = parameters(dxmi.value.energy)
+    updates(dxmi, batch_size=7)
+    assert before.keys() - changed(before, dxmi.value.energy) == {"network.body.layers.2.bias"}
+
+
+@pytest.mark.parametrize(("kind", "energy_l2"), [("shared", 0.0), ("separate", 0.01), ("shared", 1.0)])
+def test_an_offset_on_which_a_loss_depends_is_learned(make_dxmi, kind, energy_l2):
+    """The regulariser depends on it, and so does the value's loss, which trains a shared energy."""
+    dxmi = make_dxmi(DxMIConfig(value=kind, energy_l2=energy_l2, step_cost="linear"))
+    before = parameters(dxmi.value.energy)
+    updates(dxmi)
+    assert changed(before, dxmi.value.energy) == before.keys()
+
+
 def test_energy_falls_on_data_and_rises_on_samples(make_dxmi):
     dxmi = make_dxmi(DxMIConfig(value="separate", energy_l2=0.0, energy=OptimizerConfig(lr=1e-3)))
     data, sample = normal(B, *EVENT) + 2.0, normal(B, *EVENT, seed=1)
@@ -461,14 +480,16 @@ def test_number_of_policy_updates(make_dxmi, monkeypatch, changes, expected):
 
 
 @pytest.mark.parametrize(("iteration", "decay"), [(0, 0.1), (8, 0.5), (9, 10 / 19), (50, 0.8)])
-def test_target_and_policy_averages_by_hand(make_dxmi, iteration, decay):
-    """The decay of update i is min(0.8, (1 + i) / (10 + i)): 1/10, 9/18, 10/19, then 0.8."""
-    dxmi = make_dxmi(DxMIConfig(target_ema=0.8, policy_ema=0.8))
+@pytest.mark.parametrize("kind", VALUES)
+def test_target_and_policy_averages_by_hand(make_dxmi, kind, iteration, decay):
+    """The target's decay is 0.8 throughout; that of the policy's average is min(0.8, (1 + i) / (10 + i))."""
+    dxmi = make_dxmi(DxMIConfig(value=kind, target_ema=0.8, policy_ema=0.8))
     old_value, old_policy = parameters(dxmi.target), parameters(dxmi.average)
     updates(dxmi, 1, first=iteration)
-    for old, average, source in ((old_value, dxmi.target, dxmi.value), (old_policy, dxmi.average, dxmi.policy)):
+    averages = ((0.8, old_value, dxmi.target, dxmi.value), (decay, old_policy, dxmi.average, dxmi.policy))
+    for weight, old, average, source in averages:
         for (name, held), new in zip(average.named_parameters(), source.parameters(), strict=True):
-            torch.testing.assert_close(held, decay * old[name] + (1.0 - decay) * new, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(held, weight * old[name] + (1.0 - weight) * new, rtol=1e-5, atol=1e-7)
     assert changed(old_value, dxmi.target)
 
 
@@ -487,6 +508,20 @@ def test_the_average_is_what_is_evaluated_and_without_one_the_policy(make_dxmi):
     with_average, without = make_dxmi(DxMIConfig(policy_ema=0.9)), make_dxmi(DxMIConfig(policy_ema=None))
     assert with_average.evaluated is with_average.average
     assert without.evaluated is without.policy
+
+
+def test_a_target_lags_by_its_own_decay_from_the_first_update_on():
+    """After n updates towards a constant, decay^n of the start is left."""
+    source, target = nn.Linear(1, 1), nn.Linear(1, 1)
+    average = MovingAverage.between(source, target, 0.995, warm_up=False)
+    with torch.no_grad():
+        for start, end in zip(target.parameters(), source.parameters(), strict=True):
+            start.fill_(1.0)
+            end.fill_(0.0)
+    for i in range(100):
+        average.update(i)
+    for held in target.parameters():
+        assert held.item() == pytest.approx(0.995**100, rel=1e-4)
 
 
 def test_moving_average_starts_as_its_source():

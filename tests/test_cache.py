@@ -9,6 +9,7 @@ import torch
 
 from dxmi.cache import cached
 from dxmi.errors import UserError
+from dxmi.metrics.gaussians import Gaussian
 
 WORKER = """
 import sys, time, torch
@@ -49,6 +50,41 @@ def test_a_second_call_does_not_compute(tmp_path):
     cached(path, lambda: {"x": torch.ones(2)})
     again = cached(path, lambda: pytest.fail("computed twice"))
     assert torch.equal(again["x"], torch.ones(2))
+
+
+def test_what_was_computed_is_what_will_be_read(tmp_path):
+    """To the bit and the stride: BLAS takes another path for a matrix that lies column by column."""
+
+    def compute() -> dict[str, torch.Tensor]:
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+        return {
+            "transposed": x.T,
+            "factor": torch.linalg.cholesky(x.T.cov().double()),
+            "slice": x[:, 1::2],
+            "expanded": x[:1].expand(5, 4),
+            "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+            "learned": torch.nn.Parameter(x.clone()),
+            "row": x[:, :1].T,
+            "half": x.bfloat16().T,
+        }
+
+    path = tmp_path / "result"
+    computed, read = cached(path, compute), cached(path, lambda: pytest.fail("computed twice"))
+    assert list(computed) == list(read)
+    for name, x in computed.items():
+        y = read[name]
+        assert (x.shape, x.stride(), x.dtype, x.requires_grad) == (y.shape, y.stride(), y.dtype, y.requires_grad)
+        assert torch.equal(x, y)
+
+
+def test_a_distance_to_a_cached_reference_is_that_to_the_fitted_one(tmp_path):
+    """Equal bits, whether the covariance has full rank, has none, or there are fewer samples than features."""
+    x = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+    for number, features in enumerate((x, x * (torch.arange(12) > 3), x[:7])):
+        fitted = Gaussian.of(features)
+        read = cached(tmp_path / str(number), lambda fitted=fitted: {"mean": fitted.mean, "root": fitted.root})
+        assert read["root"].stride() == fitted.root.stride()
+        assert Gaussian(read["mean"], read["root"]).distance(x + 1.0) == fitted.distance(x + 1.0)
 
 
 def test_a_flipped_bit_is_noticed(tmp_path):

@@ -10,7 +10,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
 from dxmi.errors import UserError
-from dxmi.networks import IgebmConfig, NetworkConfig, WideResNetConfig, build_critic, build_timed_critic
+from dxmi.networks import IgebmConfig, MlpConfig, NetworkConfig, WideResNetConfig, build_critic, build_timed_critic
 from dxmi.networks.layers import spectral
 from dxmi.networks.layouts import load_public
 
@@ -29,6 +29,28 @@ def critic(config: NetworkConfig, event: tuple[int, ...] = EVENT, seed: int = 0)
 
 def timed(config: NetworkConfig) -> nn.Module:
     return build_timed_critic(config, EVENT, torch.Generator().manual_seed(0))
+
+
+OFFSETS = [
+    (MlpConfig(hidden=8, layers=2), {"body.layers.1.bias"}),
+    (MlpConfig(hidden=8, layers=3, classes=5), {"body.layers.2.bias"}),
+    (IgebmConfig(channels=8, output_scale=False), {"body.linear.bias"}),
+    (IgebmConfig(channels=8, output_scale=True), {"body.linear.bias", "body.output_scale.bias"}),
+    (IgebmConfig(channels=8, output_scale=True, classes=5), {"body.linear.bias", "body.output_scale.bias"}),
+    (WideResNetConfig(depth=10, width=1, groups=4), {"body.linear.bias"}),
+]
+
+
+@pytest.mark.parametrize(("config", "names"), OFFSETS)
+def test_offsets_are_the_parameters_that_cancel_in_a_difference_of_scores(config, names):
+    """Exactly those whose gradient of mean score(x) - mean score(y) is 0, but for rounding."""
+    network = critic(config).double()
+    given = (LABELS,) if config.classes else ()
+    x, y = random(3, *EVENT).double(), random(3, *EVENT, seed=2).double()
+    named = dict(network.named_parameters())
+    gradients = torch.autograd.grad(network(x, *given).mean() - network(y, *given).mean(), [*named.values()])
+    idle = {name for name, grad in zip(named, gradients, strict=True) if grad.abs().max() < 1e-12}
+    assert idle == names == {name for name, p in named.items() if any(p is offset for offset in network.offsets)}
 
 
 # ----------------------------------------------------------------------------

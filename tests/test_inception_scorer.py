@@ -175,7 +175,10 @@ def test_of_much_data_moments_count_all_and_some_features_are_kept(network, make
     )
     kept = scorer.reference().features
     assert len(kept) == 15
-    assert {tuple(row) for row in kept.tolist()} <= {tuple(row) for row in real.tolist()}
+    # Each is that of one image and of no other; batches of another size may round differently.
+    gaps = (kept[:, None] - real).abs().amax(dim=2)
+    assert gaps.amin(dim=1).max() < 1e-5 < 1e-2 < gaps.sort(dim=1).values[:, 1].min()
+    assert len(set(gaps.argmin(dim=1).tolist())) == 15
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -22,11 +22,15 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray._raylet import PlacementGroupID
-from ray.train.torch import TorchConfig, get_device
-from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
-from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from dxmi.checkpoint import steps_in
@@ -123,7 +127,7 @@ def release_lost_group(place: str) -> None:
     state = _state(place)
     note = state.read(_NOTE)
     try:
-        group = PlacementGroup(PlacementGroupID(bytes.fromhex((note or b"").decode())))
+        group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex((note or b"").decode())))
     except ValueError:
         return
     remove_placement_group(group)
@@ -142,7 +146,7 @@ def _trainer(config: ExperimentConfig, loop_config: dict[str, Any], state: Remot
     file_system, path = state.for_ray
     on_gpu = resources.device == "cuda" or (resources.device == "auto" and _cluster_has_gpus())
     return TorchTrainer(
-        _work,
+        _work,  # type: ignore[arg-type]
         train_loop_config={"tree": json.dumps(to_tree(config)), **loop_config},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=int(resources.worker_timeout)),
         scaling_config=ScalingConfig(
@@ -155,7 +159,7 @@ def _trainer(config: ExperimentConfig, loop_config: dict[str, Any], state: Remot
             storage_path=path,
             storage_filesystem=file_system,
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            failure_config=FailureConfig(
+            failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=resources.max_restarts, controller_failure_limit=_CONTROLLER_FAILURES
             ),
         ),

@@ -1,6 +1,5 @@
 """What this machine or the cluster has, and how many trials it holds at once."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import torch
 
 from dxmi.errors import UserError
 from dxmi.experiment import ResourcesConfig
+from dxmi.machine import available_cpus
 from tune.ray_session import cluster_nodes, on_cluster
 
 
@@ -57,7 +57,7 @@ def find_slots(resources: ResourcesConfig, max_concurrent: int | None) -> Slots:
     """
     if on_cluster():
         return share_cluster(resources, max_concurrent, cluster_nodes())
-    return share(resources, max_concurrent, len(os.sched_getaffinity(0)), torch.cuda.device_count())
+    return share(resources, max_concurrent, available_cpus(), torch.cuda.device_count())
 
 
 def share(resources: ResourcesConfig, max_concurrent: int | None, cpus: int, gpus: int) -> Slots:

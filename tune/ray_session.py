@@ -3,16 +3,15 @@
 import gc
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray._private import ray_logging
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dxmi.errors import UserError
+from tune.compat import quiet_worker_deaths
 
 _OBJECT_STORE_BYTES = 100_000_000
 _ENVIRONMENT = {
@@ -77,7 +76,7 @@ def _quiet() -> None:
     os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
     for name in ("ray", "ray.tune", "ray.train"):  # what matters of it, the caller says
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    ray_logging.stdout_deduplicator.skip_re = re.compile("worker died or was killed|lost objects")
+    quiet_worker_deaths("worker died or was killed|lost objects")
 
 
 def _require_token() -> None:

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from dxmi.errors import UserError
 from dxmi.files import sync_folder
+from tune.compat import mlflow_tables
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -178,15 +179,12 @@ def _exists(root: Path) -> bool:
 
 def _build(root: Path) -> None:
     """MLflow makes its tables in dozens of steps, any of which a kill may be the last: so it does it elsewhere."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: PLC0415
-
     for stale in root.glob(".mlflow.*.part"):
         shutil.rmtree(stale, ignore_errors=True)
     part = Path(mkdtemp(prefix=".mlflow.", suffix=".part", dir=root))
     try:
         database = part / "mlflow.db"
-        store = SqlAlchemyStore(f"sqlite:///{database}", _artifacts(root).as_uri())  # type: ignore[no-untyped-call]
-        store.engine.dispose()
+        mlflow_tables(f"sqlite:///{database}", _artifacts(root).as_uri())
         with closing(sqlite3.connect(database)) as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             connection.execute("PRAGMA journal_mode=DELETE")  # so that one file is all there is

@@ -37,6 +37,7 @@ from dxmi.experiment import ExperimentConfig
 from dxmi.files import write_atomic, write_json
 from dxmi.run_directory import RunDirectory, read_yaml
 from tune.ablation_plan import SEED, any_plan_from
+from tune.compat import set_intermediate_value, set_user_attribute
 from tune.plans import FORMAT, Plan
 from tune.proposals import Proposal, template
 from tune.space import Value
@@ -419,11 +420,7 @@ class Study:
     def score(self, number: int, step: int, score: float) -> None:
         """Record a score on a trial's curve."""
         self.curves().setdefault(number, {})[step] = score
-        self._storage.set_trial_intermediate_value(self._trials()[number]._trial_id, step, score)
-
-    @property
-    def _storage(self) -> Any:
-        return self._optuna._storage
+        set_intermediate_value(self._optuna, self._trials()[number], step, score)
 
     def falls_behind(self, number: int, step: int) -> bool:
         """Whether a trial that has just been scored should stop early; at its last iteration none does."""
@@ -441,7 +438,7 @@ class Study:
         if trial.state.is_finished():
             return
         about = {**trial.user_attrs[_RECORDED], "outcome": asdict(outcome)}
-        self._storage.set_trial_user_attr(trial._trial_id, _RECORDED, about)
+        set_user_attribute(self._optuna, trial, _RECORDED, about)
         values = list(outcome.objectives) if outcome.state is TrialState.COMPLETE else None
         self._optuna.tell(number, values, state=_TO_OPTUNA[outcome.state])
 

@@ -23,6 +23,7 @@ from ray.exceptions import AuthenticationError
 
 from dxmi.errors import UserError
 from tune.cluster import is_loopback
+from tune.compat import use_ray_token
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 LEFT_OUT = (
@@ -258,12 +259,9 @@ def _short(error: Exception) -> str:
 
 
 def _client(address: str) -> Any:
-    from ray._private.authentication.authentication_token_setup import (  # noqa: PLC0415
-        maybe_enable_token_auth_if_token_available,
-    )
-    from ray.dashboard.modules.job.sdk import JobSubmissionClient  # noqa: PLC0415
+    from ray.job_submission import JobSubmissionClient  # noqa: PLC0415
 
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    use_ray_token()
     client = JobSubmissionClient(address)
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "ray"]:
         logging.getLogger(name).setLevel(logging.ERROR)  # what it packs, it says at length

@@ -21,6 +21,7 @@ Logged metrics (means over the batch, of the last update of the iteration):
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +36,7 @@ from dxmi.costs import (
     squared_step,
     step_costs,
 )
+from dxmi.energy import Energy
 from dxmi.errors import UserError
 from dxmi.graphs import GraphedRollout
 from dxmi.losses import control_cost, energy_loss, policy_loss, td_target, value_loss
@@ -97,7 +99,8 @@ class DxMIConfig:
     resample_next: bool = False
     """Take a fresh next state for the TD target instead of the stored one."""
     target_ema: float | None = None
-    """Decay of the Polyak-averaged value used in the TD target; null for none (the published Polyak .005 is .995)."""
+    """Decay of the Polyak-averaged value used in the TD target, from the first iteration on; null for none. The
+    published Polyak .005 is .995."""
     policy_ema: float | None = 0.999
     """Decay of the policy's moving average, which is what is evaluated; null to evaluate the policy itself."""
     policy: PolicyOptimizerConfig = field(default_factory=PolicyOptimizerConfig)
@@ -214,7 +217,9 @@ class DxMI(nn.Module):
         if self.average is not None and config.policy_ema is not None:
             self.moving_averages.append(MovingAverage.between(self.policy, self.average, config.policy_ema))
         if self.target is not None and config.target_ema is not None:
-            self.moving_averages.append(MovingAverage.between(self.value, self.target, config.target_ema))
+            self.moving_averages.append(
+                MovingAverage.between(self.value, self.target, config.target_ema, warm_up=False)
+            )
 
     def start_from(self, log_sigma: Tensor | None) -> None:
         """Give the policy the sigmas of one that was fine-tuned before, log sigma_t [T], before the first iteration.
@@ -241,16 +246,26 @@ class DxMI(nn.Module):
     def _set_optimizers(self, total: int) -> None:
         config, policy, value = self.config, self.policy, self.value
 
-        def critics(settings: OptimizerConfig, module: nn.Module) -> Optimizer:
-            return Optimizer(settings, [(module.parameters(), settings.lr)], total, self.workers)
+        def critics(settings: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
+            return Optimizer(settings, [(parameters, settings.lr)], total, self.workers)
 
         groups = [(policy.network.parameters(), config.policy.lr), ([policy.free_log_sigma], config.policy.sigma_lr)]
         self.policy_optimizer = Optimizer(config.policy, groups, total, self.workers)
         if isinstance(value, SeparateValue):
-            self.value_optimizer = critics(config.critic, value.network)
-            self.energy_optimizer = critics(config.energy, value.energy)
+            self.value_optimizer = critics(config.critic, value.network.parameters())
+            self.energy_optimizer = critics(config.energy, self._learned_of(value.energy))
         else:
-            self.value_optimizer = self.energy_optimizer = critics(config.critic, value)
+            self.value_optimizer = self.energy_optimizer = critics(config.critic, value.parameters())
+
+    def _learned_of(self, energy: Energy) -> list[nn.Parameter]:
+        """Parameters of a separate energy on which its loss depends.
+
+        Without the squared-energy regulariser the loss is a difference of mean energies, in which a constant cancels.
+        The gradient of the energy's offset is then rounding noise, which Adam would scale to steps of the full learning
+        rate. A shared energy keeps its offset: the value's loss trains it.
+        """
+        idle = {id(offset) for offset in energy.network.offsets} if self.config.energy_l2 == 0.0 else set()
+        return [parameter for parameter in energy.parameters() if id(parameter) not in idle]
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from dxmi.data.dataset import shape_hash
 from dxmi.errors import UserError
 from dxmi.files import sync_folder, write_json
+from dxmi.machine import available_cpus
 
 SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp", ".ppm"})
 _VERSION = 1
@@ -178,7 +179,7 @@ def _make(listing: Listing, size: int, path: Path) -> dict[str, Any]:
 def _write_pixels(listing: Listing, size: int, file: BinaryIO) -> str:
     """All images, in order; returns the signature of their pixels."""
     digest = shape_hash((len(listing.files), 3, size, size))
-    threads = min(len(os.sched_getaffinity(0)), 32)  # decoding and resizing let go of the interpreter's lock
+    threads = min(available_cpus(), 32)  # decoding and resizing let go of the interpreter's lock
     bar = tqdm(total=len(listing.files), unit="images", desc=f"reading {listing.folder.name}", disable=None)
     with ThreadPoolExecutor(threads) as pool, bar:
         for start in range(0, len(listing.files), _CHUNK):

@@ -75,7 +75,7 @@ class Gaussian:
         if len(features) > features.shape[1]:
             return cls.fitted(Moments.of(features))
         mean = features.double().mean(0)
-        return cls(mean, (features.double() - mean).T / (len(features) - 1) ** 0.5)
+        return cls(mean, (features.double() - mean).T.contiguous() / (len(features) - 1) ** 0.5)
 
     @classmethod
     def fitted(cls, moments: Moments) -> "Gaussian":
@@ -84,7 +84,7 @@ class Gaussian:
         if failed:  # fewer samples than features, or features that never differ
             values, vectors = torch.linalg.eigh(moments.covariance)
             root = vectors * values.clamp_min(0.0).sqrt()
-        return cls(moments.mean, root)
+        return cls(moments.mean, root.contiguous())  # LAPACK's are column-major, those read from a file are not
 
     def distance(self, features: Tensor) -> float:
         """FID of features [N, D], at least two of them, on the reference's device."""

@@ -94,6 +94,11 @@ class Critic(nn.Module, ABC):
 
     classes: int = 0
 
+    @property
+    def offsets(self) -> tuple[nn.Parameter, ...]:
+        """Parameters that do no more than add one constant to all scores."""
+        return ()
+
     @abstractmethod
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """The score of `x` [B, *event]: [B]. A network with classes needs the label of each, int64 [B]."""

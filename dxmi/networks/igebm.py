@@ -134,6 +134,12 @@ class IgebmCritic(Critic):
         self.classes = config.classes
         self.body = _Body(config, event, generator, timed=False)
 
+    @property
+    def offsets(self) -> tuple[nn.Parameter, ...]:
+        """The biases of the last layer, and of the scale behind it if there is one."""
+        last = (self.body.linear, self.body.output_scale)
+        return tuple(layer.bias for layer in last if isinstance(layer, nn.Linear))
+
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """[B, C, H, W] to [B]."""
         score: Tensor = self.body(x, require_labels(labels, self.classes))

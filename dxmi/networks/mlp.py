@@ -129,6 +129,11 @@ class MlpCritic(Critic):
         self.body = _Body(config, math.prod(event), 1, generator)
         self.labels = label_table(config.classes, config.hidden, generator) if config.classes else None
 
+    @property
+    def offsets(self) -> tuple[nn.Parameter, ...]:
+        """The bias of the last layer."""
+        return (self.body.layers[-1].bias,)  # type: ignore[return-value]
+
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """[B, *event] to [B]."""
         labels = require_labels(labels, self.classes)

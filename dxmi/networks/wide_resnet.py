@@ -147,6 +147,11 @@ class WideResNetCritic(Critic):
         self.classes = config.classes
         self.body = _Body(config, event, generator, timed=False)
 
+    @property
+    def offsets(self) -> tuple[nn.Parameter, ...]:
+        """The bias of the last layer."""
+        return (self.body.linear.bias,)
+
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """[B, C, H, W] to [B]."""
         score: Tensor = self.body(x, require_labels(labels, self.classes))
