@@ -196,6 +196,8 @@ def result_table(summary: Summary) -> Table:
 def show_result(console: Console, run: RunDirectory, summary: Summary) -> None:
     """The table, and where the pictures are."""
     console.print(result_table(summary))
+    if summary.labels:
+        console.out(f"labels: {summary.labels}", highlight=False)
     for label, path in (
         ("curve", run.curves),
         ("samples, step by step", run.samples / "steps.png"),

@@ -13,16 +13,37 @@ from dxmi.errors import UserError
 _UINT8 = 0x08
 
 
+def idx_content(path: Path) -> bytes:
+    """What an IDX file holds, unpacked if it is gzipped.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}. Fetch it again.") from error
+
+
 def read_idx(path: Path) -> NDArray[np.uint8]:
     """The array in an IDX file of bytes, plain or gzipped.
 
     Raises:
         UserError: the file is not one, or is cut short.
     """
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}. Fetch it again.") from error
+    return parsed_idx(path, idx_content(path))
+
+
+def parsed_idx(path: Path, raw: bytes) -> NDArray[np.uint8]:
+    """The array in the content of an IDX file.
+
+    Args:
+        path: where it was read.
+        raw: see `idx_content`.
+
+    Raises:
+        UserError: it is not one of bytes, or is cut short.
+    """
     if len(raw) < 4 or raw[:2] != b"\x00\x00" or raw[2] != _UINT8:
         raise UserError(f"{path} is not an IDX file of bytes. Fetch it again.")
     rank = raw[3]
