@@ -107,7 +107,7 @@ def load_folder(folder: str, size: int, label: int | None, *, class_folders: boo
         labels=mapped.labels,
         signature=mapped.signature,
         num_classes=mapped.num_classes,
-        class_names=mapped.classes,
+        class_names=tuple(printable(name) for name in mapped.classes),
         source=printable(where),
         notes=mapped.notes,
     )
