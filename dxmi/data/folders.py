@@ -147,7 +147,7 @@ def list_images(folder: Path, *, class_folders: bool) -> Listing:
         raise UserError(f"{folder} holds no images{where} ({kinds}).{search.explanation()}")
     labels = torch.tensor([label for label, names in enumerate(found) for _ in names])
     empty = [f"{printable(classes[label])} ({label})" for label, names in enumerate(found) if not names]
-    notes = [*search.left_out.sentences(), *([_empty_classes(empty)] if empty else [])]
+    notes = [*search.tally.sentences(), *([_empty_classes(empty)] if empty else [])]
     return Listing(folder, tuple(files), labels, tuple(classes), tuple(notes))
 
 
@@ -179,16 +179,16 @@ class _Search:
         root: the folder.
 
     Attributes:
-        left_out: what was found and not taken.
+        tally: what was found and not taken, and the links that were followed.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.left_out = Tally()
+        self.tally = Tally()
 
     def explanation(self) -> str:
         """What was left out, to be added to a sentence."""
-        sentences = self.left_out.sentences()
+        sentences = self.tally.sentences()
         return f" {'; '.join(sentences)}.".replace(" left", " Left", 1) if sentences else ""
 
     def classes(self) -> list[str]:
@@ -214,8 +214,10 @@ class _Search:
                 real = os.path.realpath(entry.path)
                 if real in above:
                     self._leave("a link back to a folder above it", entry.path)
-                else:
-                    yield from self._below(Path(entry.path), above | {real})
+                    continue
+                if entry.is_symlink():
+                    self.tally.add("links to folders, followed", os.path.relpath(entry.path, self.root))
+                yield from self._below(Path(entry.path), above | {real})
             elif not _is_image(entry):
                 self._leave(_OTHER, entry.path)
             elif not os.access(entry.path, os.R_OK):
@@ -242,7 +244,7 @@ class _Search:
         return kept
 
     def _leave(self, why: str, path: str) -> None:
-        self.left_out.add(f"left out, {why}", os.path.relpath(path, self.root))
+        self.tally.add(f"left out, {why}", os.path.relpath(path, self.root))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
