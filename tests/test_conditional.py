@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dxmi.data import DataConfig, Images, load
+from dxmi.algorithms.dxmi import DxMIConfig
+from dxmi.data import LOADERS, DataConfig, Images, load
 from dxmi.errors import UserError
 from dxmi.evaluate import EvaluateConfig, Sampling
 from dxmi.experiment import Experiment, NetworksConfig
@@ -20,6 +21,7 @@ from dxmi.schedules import shorten
 from dxmi.scorers import ImageScorer
 from dxmi.tensors import decode
 from dxmi.train import labels_text
+from dxmi.trained import Trained
 from dxmi.trajectory import Gaussian
 from support import TINY, changed
 from tune.cli import main
@@ -215,22 +217,42 @@ def test_the_summary_says_how_often_each_class_was_drawn(counts, text):
     assert said.removeprefix("drawn with the frequencies of the data: ") == text
 
 
-def test_a_run_states_its_labels_and_is_sampled_with_them(tmp_path, capsys, monkeypatch):
-    """From end to end, with one of the digits' classes."""
-    out, few = tmp_path / "run", ["network.denoiser.classes=10", "data.label=3", "evaluate.full_reference=false"]
-    settings = changed(TINY, *few, "pretrain.iterations=2", "train.iterations=2")
+def test_a_run_states_its_labels_and_keeps_to_them(tmp_path, capsys, monkeypatch):
+    """From end to end on the digits, of which one in ten is now called 0 and the others 3."""
+    pixels, _ = LOADERS["digits"](train=True)
+    labels = torch.where(torch.arange(len(pixels)) % 10 == 0, 0, 3)
+    monkeypatch.setitem(LOADERS, "digits", lambda **_: (pixels, labels))
+    out, settings = tmp_path / "run", ["network.denoiser.classes=10", "evaluate.full_reference=false"]
+    settings = changed(TINY, *settings, "pretrain.iterations=2", "train.iterations=2")
     assert main(["train", *settings, f"out={out}"]) == 0
-    assert "labels: drawn with the frequencies of the data: 1 of 10" in capsys.readouterr().out
-    assert json.loads((out / "summary.json").read_text())["labels"].endswith("1 of 10 classes, each as often")
-    monkeypatch.setattr("dxmi.experiment.load", lambda config: pytest.fail("the data are not needed"))
-    paths = [tmp_path / f"{name}.npz" for name in ("drawn", "asked")]
-    assert main(["sample", str(out), "--num", "4", "--out", str(paths[0])]) == 0
-    assert main(["sample", str(out), "--num", "4", "--out", str(paths[1]), "--label", "3"]) == 0
-    drawn, asked = (np.load(path)["images"] for path in paths)
-    assert np.array_equal(drawn, asked)
-    for label in ("4", "10", "-1"):
-        assert main(["sample", str(out), "--out", str(paths[0]), f"--label={label}"]) == 2
-        assert f"asked for is {label}, of which the run's data has no sample: it has 3." in capsys.readouterr().err
+    said = "drawn with the frequencies of the data: 2 of 10 classes, 10.017% to 89.983% each"
+    assert f"labels: {said}" in capsys.readouterr().out
+    assert json.loads((out / "summary.json").read_text())["labels"] == said
+    path = tmp_path / "samples.npz"
+    with monkeypatch.context() as away:
+        away.setattr("dxmi.experiment.load", lambda config: pytest.fail("the data are not needed"))
+        found = []
+        for options in ([], ["--label", "3"], ["--label", "0"]):
+            assert main(["sample", str(out), "--num", "9", "--out", str(path), *options]) == 0
+            found.append(np.load(path)["images"].tobytes())
+        assert len(set(found)) == 3
+        for label in ("4", "10", "-1"):
+            assert main(["sample", str(out), "--out", str(path), f"--label={label}"]) == 2
+            assert f"is {label}, of which the run's data has no sample: it has 0, 3." in capsys.readouterr().err
+    assert main(["evaluate", str(out)]) == 0
+    _ = capsys.readouterr()
+    monkeypatch.setitem(LOADERS, "digits", lambda **_: (pixels, labels.roll(1)))  # the same pixels
+    assert main(["evaluate", str(out)]) == 2
+    assert "trained on other data" in capsys.readouterr().err
+    (out / "summary.json").unlink()
+    assert main(["train", "--resume", str(out)]) == 2
+    assert "begun with other data" in capsys.readouterr().err
+
+
+def test_a_label_is_refused_where_the_network_knows_none(make_dxmi):
+    trained = Trained(experiment(), make_dxmi(DxMIConfig()), 0, [])
+    with pytest.raises(UserError, match="asked for is 3, but the network of this run knows no classes"):
+        trained.states(1, None, 0.0, 3)
 
 
 def test_an_unconditional_energy_judges_conditional_samples():

@@ -82,7 +82,7 @@ class Listing:
             if about.st_size == 0:
                 empty.append(name)
         if empty:
-            others = f", and so do {len(empty) - 1:,} others" * (len(empty) > 1)
+            others = f"; {len(empty) - 1:,} more like it" * (len(empty) > 1)
             first = printable(self.folder / empty[0])
             raise UserError(
                 f"The image {first} cannot be read (it holds nothing{others}): fetch it again or delete it."
