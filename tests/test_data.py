@@ -81,6 +81,9 @@ def test_a_missing_file_is_named_with_where_it_was_looked_for_and_how_to_get_it(
         (lambda raw: raw[:6], "cut short"),
         (lambda raw: b"PK" + raw[2:], "not an IDX file"),
         (lambda raw: b"\0\0\x0d" + raw[3:], "not an IDX file of bytes"),
+        (lambda raw: b"\0\0\x08\x04" + b"\0\1\0\0" * 4, "of 4 dimensions"),
+        (lambda raw: b"\0\0\x08\x03" + b"\x80\0\0\0" * 3, "holds 0 bytes where its header announces 9903520"),
+        (lambda raw: b"\0\0\x08\0", "of 0 dimensions"),
     ],
 )
 def test_a_damaged_file_is_named(mnist_folder, damage, sentence):
@@ -89,6 +92,16 @@ def test_a_damaged_file_is_named(mnist_folder, damage, sentence):
     with pytest.raises(UserError, match=sentence) as refused:
         load(DataConfig(name="mnist", accept_unknown_files=True))
     assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("shape", [(0, 28, 28), (NUM_IMAGES, 0, 28), (NUM_IMAGES, 784), (NUM_IMAGES + 1, 28, 28)])
+def test_files_that_hold_no_labelled_images_are_named(mnist_folder, shape):
+    path = mnist_folder / "train-images-idx3-ubyte"
+    path.write_bytes(idx_bytes(np.zeros(shape, np.uint8)))
+    if shape[0] == 0:
+        (mnist_folder / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(0, np.uint8)))
+    with pytest.raises(UserError, match=f"{mnist_folder} do not match"):
+        load(DataConfig(name="mnist", accept_unknown_files=True))
 
 
 def test_default_folder_is_in_the_home_cache(monkeypatch):

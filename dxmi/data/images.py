@@ -156,8 +156,10 @@ def _mnist_like(folder: str, published: str, *, train: bool, accept_unknown: boo
 
     part = "train" if train else "t10k"
     pixels, labels = read(f"{part}-images-idx3-ubyte"), read(f"{part}-labels-idx1-ubyte")
-    if pixels.ndim != 3 or labels.shape != pixels.shape[:1]:
-        raise UserError(f"The images and labels in {data_root() / folder / 'raw'} do not match. Fetch them again.")
+    if pixels.ndim != 3 or labels.shape != pixels.shape[:1] or pixels.size == 0:
+        raise UserError(
+            f"The images and labels in {data_root() / folder / 'raw'} do not match, or hold nothing. Fetch them again."
+        )
     return torch.from_numpy(pixels.copy())[:, None], torch.from_numpy(labels.copy()).long()
 
 
