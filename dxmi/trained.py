@@ -114,8 +114,9 @@ def load_trained(run: RunDirectory, config: ExperimentConfig, which: str) -> Tra
     if found is None:
         raise UserError(" ".join([*complaints, f"{run.path} has no checkpoint that can be used."]))
     require_signature(found, config)
-    # A run that did not record its classes is sampled with those of its data, which are read for that.
-    event = tuple(found.meta["event"]) if "class_counts" in found.meta else None
+    # A run that did not record how many samples there are of each class needs its data for that.
+    recorded = "class_counts" in found.meta or config.network.denoiser.classes == 0
+    event = tuple(found.meta["event"]) if recorded else None
     experiment = Experiment(config, event=event, class_counts=found.meta.get("class_counts"))
     experiment.use_threads()
     dxmi = experiment.build_dxmi(experiment.build_denoiser())
