@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -162,7 +163,7 @@ class ResourcesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
-    """The whole of a run. Everything but `resources` enters its signature."""
+    """The whole of a run. Everything but `resources` and `data.accept_unknown_files` enters its signature."""
 
     name: str = "digits"
     """Of the experiment, for people."""
@@ -198,8 +199,17 @@ class ExperimentConfig:
     @property
     def signature(self) -> str:
         """12 hex digits that two configs share exactly if they describe the same run."""
+        return signature(self.identity)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything of a config that decides its run, as a tree.
+
+        All but `resources`, and but for the permission to take unknown files: those are in the signature of the data.
+        """
         tree = to_tree(self)
-        return signature({key: value for key, value in tree.items() if key != "resources"})
+        del tree["resources"], tree["data"]["accept_unknown_files"]
+        return tree
 
 
 def require_signature(saved: Checkpoint, config: ExperimentConfig) -> None:
@@ -223,18 +233,24 @@ class Experiment:
         config: the whole of a run.
         event: shape of one sample, if it is known without reading the data.
         workers: share the work of the run.
+        class_counts: samples of each class that the denoiser knows, if they are known without reading the data.
 
     Raises:
         UserError: the device is not there.
     """
 
     def __init__(
-        self, config: ExperimentConfig, event: tuple[int, ...] | None = None, workers: Workers = ALONE
+        self,
+        config: ExperimentConfig,
+        event: tuple[int, ...] | None = None,
+        workers: Workers = ALONE,
+        class_counts: Sequence[int] | None = None,
     ) -> None:
         self.config = config
         self.workers = workers
         self.device = _device(config.resources.device)
         self._event = event
+        self._class_counts = class_counts
 
     @cached_property
     def data(self) -> Dataset:
@@ -249,6 +265,22 @@ class Experiment:
     def event(self) -> tuple[int, ...]:
         """Shape of one sample, (C, H, W) of an image or (2,) of a point."""
         return self._event or self.data.event
+
+    @property
+    def class_counts(self) -> Tensor | None:
+        """Samples of each class that the denoiser knows, which is how often its samples are of each, int64 [C].
+
+        None if it knows none, or the data are not to be read.
+
+        Raises:
+            UserError: the data have no classes, or more than the denoiser knows.
+        """
+        classes = self.config.network.denoiser.classes
+        if classes == 0:
+            return None
+        if self._class_counts is not None:
+            return torch.tensor(self._class_counts)
+        return None if self._event is not None else torch.bincount(self._labels(), minlength=classes)
 
     def use_threads(self) -> int:
         """Set PyTorch's CPU threads as `resources.threads` says; returns how many."""
@@ -335,7 +367,9 @@ class Experiment:
 
     def build_policy(self, denoiser: Denoiser, schedule: StepSchedule, kind: type[Policy] = Policy) -> Policy:
         """A sampler of `schedule` around a denoiser."""
-        return kind(denoiser, schedule, self.event).to(self.device)
+        policy = kind(denoiser, schedule, self.event)
+        policy.draw_classes(self.class_counts)
+        return policy.to(self.device)
 
     def build_value(self) -> Value:
         """An untrained value with its energy."""

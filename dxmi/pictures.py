@@ -1,6 +1,7 @@
 """Pictures of a run: grids of images, and curves."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ _MIN_SIDE = 32
 """Small images are enlarged until a side has at least this many pixels."""
 _GAP = 2
 _PAPER = 255
+_TILE, _LINE, _LABEL = 0.9, 0.2, 16
+"""Of an image with its label: inches of the image and of the line below, and the most letters in that."""
 
 
 def grid(pixels: Tensor, columns: int) -> Tensor:
@@ -42,6 +45,23 @@ def save_png(path: Path, picture: Tensor) -> None:
 def save_grid(path: Path, pixels: Tensor) -> None:
     """A nearly square grid of uint8 [N, C, H, W]."""
     save_png(path, grid(pixels, columns=max(1, round(len(pixels) ** 0.5))))
+
+
+def save_labelled_grid(path: Path, pixels: Tensor, labels: Sequence[str]) -> None:
+    """A nearly square grid of uint8 [N, C, H, W], below each image its label."""
+    columns = max(1, math.ceil(len(pixels) ** 0.5))
+    rows = math.ceil(len(pixels) / columns)
+    figure = Figure(figsize=(_TILE * columns, (_TILE + _LINE) * rows))
+    for index, (image, label) in enumerate(zip(pixels.cpu(), labels, strict=True)):
+        left, top = index % columns / columns, 1.0 - index // columns / rows
+        width, height = 0.94 / columns, 0.94 * _TILE / ((_TILE + _LINE) * rows)
+        axes = figure.add_axes((left + 0.03 / columns, top - height, width, height))
+        shown = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
+        axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_axis_off()
+        short = label if len(label) <= _LABEL else label[: _LABEL - 1] + "\N{HORIZONTAL ELLIPSIS}"
+        axes.text(0.5, -0.04, short, transform=axes.transAxes, ha="center", va="top", fontsize=7, parse_math=False)
+    save_figure(path, figure)
 
 
 def save_steps_grid(path: Path, states: Tensor) -> None:

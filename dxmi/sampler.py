@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from dxmi.errors import UserError
 from dxmi.networks import NOTHING, Denoiser, Given, conditioned
 from dxmi.schedules import StepSchedule
 from dxmi.tensors import per_sample
@@ -22,8 +23,8 @@ class Policy(nn.Module):
     """pi(x_{t+1} | x_t) = N(signal_scale_t x_t + noise_scale_t eps(input_scale_t x_t, k_t), sigma_t^2 I).
 
     It owns what it learns: the denoiser and the free log sigmas. The last sigma is the schedule's, for ever. Where the
-    network knows classes, pi is given a label; where it takes a latent, one is drawn in each step, and pi is the normal
-    that this latent chooses.
+    network knows classes, pi is given a label, by default one drawn with the frequencies of the data; where it takes a
+    latent, one is drawn in each step, and pi is the normal that this latent chooses.
 
     Args:
         network: predicts the noise.
@@ -36,6 +37,7 @@ class Policy(nn.Module):
     noise_scale: Tensor
     input_scale: Tensor
     final_log_sigma: Tensor
+    class_counts: Tensor | None
 
     def __init__(self, network: Denoiser, schedule: StepSchedule, event: tuple[int, ...]) -> None:
         super().__init__()
@@ -52,6 +54,7 @@ class Policy(nn.Module):
         log_sigma = torch.from_numpy(schedule.sigma).log().float()
         self.free_log_sigma = nn.Parameter(log_sigma[:-1].clone())
         self.register_buffer("final_log_sigma", log_sigma[-1:].clone(), persistent=False)
+        self.register_buffer("class_counts", None, persistent=False)
 
     @property
     def log_sigma(self) -> Tensor:
@@ -113,6 +116,27 @@ class Policy(nn.Module):
         latents = self.latent(self.num_steps * batch_size, generator)
         return None if latents is None else latents.view(self.num_steps, batch_size, -1)
 
+    def draw_classes(self, counts: Tensor | None) -> None:
+        """From now on let samples be of each class as often as `counts` [C] says, int64; None for no draws at all."""
+        self.class_counts = None if counts is None else counts.to(self.diffusion_step.device)
+
+    def labels(self, num: int, generator: torch.Generator) -> Tensor | None:
+        """Classes for `num` samples, [num], drawn with the frequencies of the data; None if the network knows none.
+
+        Raises:
+            UserError: the frequencies are unknown.
+        """
+        if self.network.classes == 0:
+            return None
+        if self.class_counts is None:
+            raise UserError(
+                f"The network knows {self.network.classes} classes, but how often samples are of each is unknown: "
+                "give a label for each sample."
+            )
+        bounds = self.class_counts.cumsum(0)
+        drawn = torch.randint(int(bounds[-1]), (num,), generator=generator, device=bounds.device)
+        return torch.searchsorted(bounds, drawn, right=True)
+
     def _start(self, noise: Tensor) -> Tensor:
         """x_0 from standard normal noise [B, *event]."""
         return noise if self.start_sigma == 1.0 else noise * self.start_sigma
@@ -152,11 +176,9 @@ class Policy(nn.Module):
             generator: draws the start and then each step's noise.
             guide: gradient of a value V(x, t); after each step x_{t+1} -= guidance * sigma_t * guide(x_{t+1}, t + 1).
             guidance: strength, 0 for none. V is a cost, so a positive strength descends it.
-            labels: [num], where the network knows classes; by default they are drawn, each class as likely.
+            labels: [num], where the network knows classes; by default those of `self.labels`.
         """
-        if labels is None and self.network.classes:
-            device = self.diffusion_step.device
-            labels = torch.randint(self.network.classes, (num,), generator=generator, device=device)
+        labels = self.labels(num, generator) if labels is None else labels
         embeddings, log_sigma = self.embeddings(), self.log_sigma
         x = self._start(torch.randn((num, *self.event), generator=generator, device=self.diffusion_step.device))
         yield x

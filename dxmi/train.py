@@ -69,6 +69,7 @@ class Progress:
         total: steps of that phase.
         metrics: logged or evaluated just now; empty in between.
         note: a sentence for the user, about a damaged checkpoint say.
+        of_data: whether the note is about the data, which all runs of a study share.
     """
 
     phase: Phase
@@ -76,6 +77,7 @@ class Progress:
     total: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    of_data: bool = False
 
 
 AfterIteration = Callable[[int, Mapping[str, Tensor]], None]
@@ -98,7 +100,8 @@ class Summary:
     choosing the best checkpoint; `scores` holds every score of each, `generations` those of the best on each draw of
     that noise, `seconds_per_1000_images` the time to draw samples, `members` how many seeds were trained in the same
     program at most: `seconds` are wall seconds, the same ones for all of them. `scored_with` names the
-    network that gave the features of the scores, and holds its hash and that of the data.
+    network that gave the features of the scores, and holds its hash and that of the data. `labels` says of which
+    classes the samples were, if the network knows any, and `data_notes` what was left out of the data or changed.
     """
 
     name: str
@@ -121,6 +124,8 @@ class Summary:
     generations: list[dict[str, float]] = field(default_factory=list)
     members: int = 1
     scored_with: dict[str, str] = field(default_factory=dict)
+    labels: str = ""
+    data_notes: list[str] = field(default_factory=list)
 
 
 def train(
@@ -226,8 +231,8 @@ def _story(member: Member, resume_from: Path | None = None) -> Story[Summary | N
 def _refuse_other_run(run: RunDirectory, experiment: Experiment) -> None:
     if not run.config.exists():
         return
-    old, new = to_tree(build(ExperimentConfig, run.read_config())), to_tree(experiment.config)
-    changed = [line for line in differences(old, new) if not line.startswith("resources.")]
+    old = build(ExperimentConfig, run.read_config())
+    changed = differences(old.identity, experiment.config.identity)
     if changed:
         raise UserError(
             f"{run.path} holds a run with another config ({'; '.join(changed[:5])}). Choose another out, "
@@ -264,6 +269,7 @@ class _Run:
         finished = self.workers.on_first(self.run.read_summary)
         if finished is not None:
             return _read_summary(self.run, finished)
+        self._note(self.experiment.data.notes, of_data=True)
         self.clock.enter(Phase.PRETRAIN)
         denoiser = yield from self._pretrained()
         self.clock.enter(Phase.REFERENCES)
@@ -289,9 +295,9 @@ class _Run:
         if self.workers.on_first(lambda: bool(self.report(progress))):
             self.stopping = True
 
-    def _note(self, sentences: list[str]) -> None:
+    def _note(self, sentences: Sequence[str], *, of_data: bool = False) -> None:
         for sentence in sentences if self.workers.is_first else ():
-            self.report(Progress(Phase.FINETUNE, 0, self.config.train.iterations, note=sentence))
+            self.report(Progress(Phase.FINETUNE, 0, self.config.train.iterations, note=sentence, of_data=of_data))
 
     def _tell_or_stop(self, phase: Phase, step: int, total: int) -> None:
         """Report where stopping loses nothing that a checkpoint could hold."""
@@ -493,6 +499,10 @@ class _Run:
         self.workers.on_first(lambda: self._write_checkpoint(state, step, score))
         self.saved(step)
 
+    def _class_counts(self) -> list[int] | None:
+        counts = self.experiment.class_counts
+        return None if counts is None else [int(count) for count in counts]
+
     def _write_checkpoint(self, state: TrainingState, step: int, score: float | None) -> None:
         self.clock.lap()
         folder = self.run.checkpoints
@@ -505,6 +515,7 @@ class _Run:
             "seconds": self.clock.seconds,
             "event": list(data.event),
             "data": data.signature,
+            "class_counts": self._class_counts(),
             "git_revision": git_revision(),
         }
         checkpoint.save(folder, step, state.groups(), meta)
@@ -562,6 +573,8 @@ class _Run:
             generations=self.generations,
             members=self.members,
             scored_with=self.scorer.about,
+            labels=labels_text(self.experiment.class_counts),
+            data_notes=list(self.experiment.data.notes),
             seconds_per_1000_images={name: scored.seconds_per_1000 for name, scored in scores.items()},
             iterations=config.train.iterations,
             num_steps=config.schedule.num_steps,
@@ -585,6 +598,21 @@ class _Run:
         self.gallery.draw_steps(self.run.samples / "steps.png", states)
         if self.config.train.iterations:
             self.gallery.draw_value(self.run.samples, dxmi.value, self.config.schedule.num_steps)
+
+
+def labels_text(counts: Tensor | None) -> str:
+    """Of which classes samples are drawn; nothing if there are none.
+
+    Args:
+        counts: samples of each class in the data, [C].
+    """
+    if counts is None:
+        return ""
+    shares = counts[counts > 0].double() / counts.sum()
+    text = f"drawn with the frequencies of the data: {len(shares):,} of {len(counts):,} classes"
+    if shares.max() == shares.min():
+        return f"{text}, each as often"
+    return f"{text}, {shares.min():.3%} to {shares.max():.3%} each"
 
 
 def _newest(folder: Path, workers: Workers) -> tuple[Checkpoint | None, list[str]]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,6 +19,8 @@ from dxmi.scorers import Scores, build_scorer
 from dxmi.state import ALGORITHM
 
 CHECKPOINTS = ("best", "last")
+_SHOWN = 20
+"""Classes that a sentence names."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +32,35 @@ class Trained:
         dxmi: networks as they were saved.
         step: the iteration after which they were.
         complaints: a sentence about each damaged checkpoint that was passed over.
+        data: signature of the data that they were trained on; empty if that is unknown.
     """
 
     experiment: Experiment
     dxmi: DxMI
     step: int
     complaints: list[str]
+    data: str = ""
 
-    def states(self, num: int, seed: int | None, guidance: float) -> Tensor:
-        """Samples with the way to them, as a data set stores them: [T+1, num, *event], noise first."""
+    def states(self, num: int, seed: int | None, guidance: float, label: int | None = None) -> Tensor:
+        """Samples with the way to them, as a data set stores them: [T+1, num, *event], noise first.
+
+        Args:
+            num: how many.
+            seed: of the noise; None for the run's evaluation seed.
+            guidance: strength of the value's guidance.
+            label: the class of all; None for classes as often as in the data.
+
+        Raises:
+            UserError: the policy was never trained on that class.
+        """
+        if label is not None:
+            self._draw_only(label)
         return generate_states(self._sampling("sample", guidance), num, self._config(seed))
 
     def scores(self, num_samples: int | None, seed: int | None, guidance: float) -> Scores:
         """Every score, on the noise of the run's own report unless `seed` says otherwise."""
         config = self._config(seed, num_samples)
+        self._require_own_data()
         scorer = build_scorer(self.experiment.data, config, cache_root(), self.experiment.device)
         energy = self.dxmi.value.energy if self.experiment.config.train.iterations else None
         with tqdm(total=config.num_samples, unit="samples", desc="sampling", leave=False, disable=None) as bar:
@@ -51,6 +69,27 @@ class Trained:
                 bar.update(samples - bar.n)
 
             return scorer.full(replace(self._sampling(REPORT, guidance), on_batch=on_batch), energy)
+
+    def _require_own_data(self) -> None:
+        """Scores against other data than those of the run would say something else than its summary."""
+        now = self.experiment.data.signature
+        if self.data not in ("", now):
+            raise UserError(
+                f"This run was trained on other data (signature {self.data}) than are there now ({now}): restore the "
+                "data files."
+            )
+
+    def _draw_only(self, label: int) -> None:
+        counts = self.experiment.class_counts
+        if counts is None:
+            raise UserError(
+                f"The label asked for is {label}, but the network of this run knows no classes: leave it out."
+            )
+        if not 0 <= label < len(counts) or counts[label] == 0:
+            trained = counts.nonzero()[:, 0].tolist()
+            shown = ", ".join(str(number) for number in trained[:_SHOWN]) + ", ..." * (len(trained) > _SHOWN)
+            raise UserError(f"The label asked for is {label}, of which the run's data has no sample: it has {shown}.")
+        self.dxmi.evaluated.draw_classes(counts.where(torch.arange(len(counts)) == label, 0))
 
     def _config(self, seed: int | None, num_samples: int | None = None) -> EvaluateConfig:
         """The run's evaluation with what is not None put in its place."""
@@ -75,12 +114,15 @@ def load_trained(run: RunDirectory, config: ExperimentConfig, which: str) -> Tra
     if found is None:
         raise UserError(" ".join([*complaints, f"{run.path} has no checkpoint that can be used."]))
     require_signature(found, config)
-    experiment = Experiment(config, event=tuple(found.meta["event"]))
+    # A run that did not record how many samples there are of each class needs its data for that.
+    recorded = "class_counts" in found.meta or config.network.denoiser.classes == 0
+    event = tuple(found.meta["event"]) if recorded else None
+    experiment = Experiment(config, event=event, class_counts=found.meta.get("class_counts"))
     experiment.use_threads()
     dxmi = experiment.build_dxmi(experiment.build_denoiser())
     dxmi.load_state_dict(found.groups[ALGORITHM])
     dxmi.requires_grad_(False)
-    return Trained(experiment, dxmi, found.step, complaints)
+    return Trained(experiment, dxmi, found.step, complaints, found.meta["data"])
 
 
 def _find(run: RunDirectory, which: str) -> tuple[Checkpoint | None, list[str]]:

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 import support
+from dxmi.data import DataConfig, load, some_of
 from tune.cli import main
 
 TINY = support.changed(support.TINY, "train.iterations=20", "evaluate.grid=64")
@@ -87,6 +88,75 @@ def test_config_prints_yaml_that_holds_every_setting(capsys):
     assert set(tree) >= {"seed", "data", "network", "pretrain", "schedule", "algorithm", "train", "evaluate"}
 
 
+# ----------------------------------------------------------------------------
+# data
+
+
+def test_data_prints_what_it_found(capsys):
+    assert main(["data", "experiment=digits"]) == 0
+    printed = capsys.readouterr().out
+    digits = load(DataConfig(name="digits"))
+    pixels = digits.pixels.double()
+    for words in (
+        *("data:       digits", "images:     1,797", "8 x 8 pixels, 1 channel"),
+        f"0 to 255, 17 values, mean {pixels.mean():.1f}, standard deviation {pixels.std(correction=0):.1f}",
+        f"{(pixels == 0).double().mean():.1%} are 0",
+        f"identity:   {digits.signature} ",
+        "given to no network",
+    ):
+        assert words in printed
+    counts = re.findall(r"^│ (\d) +│ \1 +│ (\d+) +│ ([\d.]+)% +│$", printed, flags=re.MULTILINE)
+    assert [int(count) for _, count, _ in counts] == digits.labels.bincount().tolist()
+    assert sum(float(share) for *_, share in counts) == pytest.approx(100.0, abs=0.05)
+
+
+def test_data_says_what_becomes_of_the_labels(capsys):
+    assert main(["data", "experiment=digits", "network.denoiser.classes=10", "data.label=3"]) == 0
+    assert "1 of 10 classes, each as often" in capsys.readouterr().out
+    assert main(["data", "experiment=digits", "network.denoiser.classes=9"]) == 0
+    assert "network.denoiser.classes is 9, but digits has labels up to 9" in capsys.readouterr().out
+    assert main(["data", "experiment=gaussians8", "data.num_points=500"]) == 0
+    printed = capsys.readouterr().out
+    assert "labels" not in printed
+    points = load(DataConfig(name="gaussians8", num_points=500)).points
+    for name, column in zip("xy", points.unbind(1), strict=True):
+        assert f"{name}:          {column.min():.2f} to {column.max():.2f}, mean {column.mean():.3f}" in printed
+
+
+@pytest.mark.parametrize("classes", ["true", "false"])
+def test_data_shows_a_folder_with_what_was_left_out(tmp_path, capsys, classes):
+    for name in ("[red]cats", "voegel"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGBA", (9, 9), (10, 20, 30, 0)).save(tmp_path / "images" / name / "a.png")
+    (tmp_path / "images" / "voegel" / "notes.txt").write_text("")
+    settings = ["data=imagenet64", f"data.folder={tmp_path / 'images'}", "data.size=8", f"data.class_folders={classes}"]
+    grid = tmp_path / "grid.png"
+    assert main(["data", *settings, "network=mlp_small", "--grid", str(grid)]) == 0
+    printed = capsys.readouterr().out
+    for words in ("images:     2", "3 channels", "red:        255 to 255, 1 values", "composited on white: 2 (first: "):
+        assert words in printed
+    assert "no image by its name: 1 (first: voegel/notes.txt)" in printed
+    assert ("[red]cats" in printed.replace("first: [red]cats", "")) == (classes == "true")
+    assert Image.open(grid).size[0] > 100
+
+
+def test_data_draws_images_and_points(tmp_path, capsys):
+    for experiment in ("digits", "moons"):
+        path = tmp_path / f"{experiment}.png"
+        assert main(["data", f"experiment={experiment}", "--grid", str(path)]) == 0
+        assert str(path) in capsys.readouterr().out
+        assert len(Image.open(path).convert("RGB").getcolors(100_000)) > 16
+
+
+def test_a_picture_shows_labels_with_the_frequencies_of_the_data():
+    digits = load(DataConfig(name="digits"))
+    pixels, labels = some_of(digits, 64)
+    assert (len(pixels), labels.tolist()) == (64, sorted(labels.tolist()))
+    whole = {image.numpy().tobytes(): int(label) for image, label in zip(digits.pixels, digits.labels, strict=True)}
+    assert [whole[image.numpy().tobytes()] for image in pixels] == labels.tolist()
+    assert len(some_of(load(DataConfig(name="moons", num_points=20)), 64)[0]) == 20
+
+
 def test_sample_draws_a_grid(run, tmp_path):
     path = tmp_path / "grid.png"
     assert main(["sample", str(run), "--num", "9", "--out", str(path)]) == 0
@@ -143,6 +213,9 @@ REFUSED = [
     (["sample", "nowhere"], "nowhere is not a run folder"),
     (["sample", "nowhere", "--out", "grid.gif"], "must end in .png or .npz"),
     (["sample", "nowhere", "--out", "no/such/grid.png"], "does not exist"),
+    (["data", "data=mnist"], "train-images-idx3-ubyte is missing"),
+    (["data", "experiment=digits", "--grid", "grid.jpg"], "must end in .png"),
+    (["data", "experiment=digits", "--grid", "no/such/grid.png"], "--grid is no/such/grid.png: the folder"),
     (["evaluate", "nowhere"], "nowhere is not a run folder"),
     (["evaluate", "nowhere", "--out", "no/such/scores.json"], "does not exist"),
 ]
@@ -300,7 +373,7 @@ def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch, capsys):
     assert "No space left on device" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["evaluate"], ["config"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["evaluate"], ["data"], ["config"]])
 def test_help_shows_examples_and_choices(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit) as ended:
@@ -310,6 +383,7 @@ def test_help_shows_examples_and_choices(command, monkeypatch, capsys):
     assert "usage: dxmi" in printed
     if not command:
         assert "dxmi train experiment=digits" in printed
-    if command == ["train"]:
+        assert "dxmi data experiment=digits --grid" in printed
+    if command in (["train"], ["data"]):
         assert "experiment=" in printed
         assert "mnist8" in printed

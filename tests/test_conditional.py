@@ -1,18 +1,30 @@
 """Labels and latents, from the data to the policy, the energy and the value; and weights from public checkpoints."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from dxmi.data import Images
+from dxmi.algorithms.dxmi import DxMIConfig
+from dxmi.data import LOADERS, DataConfig, Images, load
 from dxmi.errors import UserError
+from dxmi.evaluate import EvaluateConfig, Sampling
 from dxmi.experiment import Experiment, NetworksConfig
-from dxmi.networks import Given, IgebmConfig, UnetConfig
+from dxmi.networks import NOTHING, Given, IgebmConfig, UnetConfig
 from dxmi.networks.layouts import to_public
-from support import changed
+from dxmi.sampler import Policy
+from dxmi.schedules import shorten
+from dxmi.scorers import ImageScorer
+from dxmi.tensors import decode
+from dxmi.train import labels_text
+from dxmi.trained import Trained
+from dxmi.trajectory import Gaussian
+from support import TINY, changed
+from tune.cli import main
 from tune.configs import compose_experiment
 
 SMALL = [
@@ -95,21 +107,152 @@ def test_a_sample_is_made_with_its_label():
     torch.testing.assert_close(policy.step(noise[0], 0, noise[1], given), policy.rollout(noise, a).x[1])
 
 
-def test_labels_are_drawn_evenly_where_none_are_asked_for():
-    policy = experiment(*CLASSES).build_finetuning(experiment(*CLASSES).build_denoiser())[0].policy
+def drawn_labels(policy: Policy, num: int) -> Tensor:
     seen = []
 
     def guide(x: Tensor, t: int, labels: Tensor | None) -> Tensor:
         seen.append(labels)
         return torch.zeros_like(x)
 
-    policy.sample(2000, torch.Generator().manual_seed(0), guide, 1.0)
-    counts = torch.bincount(seen[0], minlength=10)
-    assert counts.sum() == 2000
-    assert (counts - 200).abs().max() < 4.5 * (2000 * 0.1 * 0.9) ** 0.5
+    policy.sample(num, torch.Generator().manual_seed(0), guide, 1.0)
+    assert all(torch.equal(labels, seen[0]) for labels in seen)
+    return seen[0]
+
+
+def with_labels(made: Experiment, labels: Tensor, num_classes: int = 10) -> Experiment:
+    made.__dict__["data"] = replace(made.data, labels=labels, num_classes=num_classes)
+    return made
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [[4] * 10, [36, 4] + [0] * 8, [0, 0, 0, 40] + [0] * 6, [1, 2, 3, 4, 5, 6, 7, 8, 4, 0]],
+    ids=["even", "nine to one", "one class", "each another"],
+)
+def test_labels_are_drawn_with_the_frequencies_of_the_data_where_none_are_asked_for(counts):
+    made = with_labels(experiment(*CLASSES), torch.repeat_interleave(torch.arange(10), torch.tensor(counts)))
+    dxmi = made.build_finetuning(made.build_denoiser())[0]
+    share = torch.tensor(counts) / 40
+    for policy in (dxmi.policy, dxmi.evaluated):
+        found = torch.bincount(drawn_labels(policy, 2000), minlength=10)
+        assert found[share == 0].sum() == 0
+        assert ((found - 2000 * share).abs() <= 4.5 * (2000 * share * (1 - share)).sqrt()).all()
+    assert torch.equal(drawn_labels(dxmi.policy, 50), drawn_labels(dxmi.policy, 50))
+
+
+def test_labels_may_be_asked_for():
+    policy = experiment(*CLASSES).build_finetuning(experiment(*CLASSES).build_denoiser())[0].policy
     asked = torch.zeros(5, dtype=torch.int64)
     x = policy.sample(5, torch.Generator().manual_seed(0), labels=asked)
     assert torch.equal(x, policy.sample(5, torch.Generator().manual_seed(0), labels=asked))
+
+
+def test_a_policy_that_knows_no_frequencies_guesses_none():
+    policy = experiment(*CLASSES).build_dxmi(experiment(*CLASSES).build_denoiser()).policy
+    policy.draw_classes(None)
+    with pytest.raises(UserError, match="knows 10 classes"):
+        policy.sample(5, torch.Generator().manual_seed(0))
+
+
+def test_a_label_of_the_data_alone_is_drawn_by_a_network_of_ten_classes():
+    """`data.label=3 network.denoiser.classes=10`: nine of the ten were never trained."""
+    made = Experiment(compose_experiment([*SMALL, *MLP, *CLASSES, "data.label=3"]).experiment)
+    policy = made.build_policy(made.build_denoiser(), shorten(made.config.schedule))
+    assert drawn_labels(policy, 100).unique().tolist() == [3]
+    assert labels_text(made.class_counts) == "drawn with the frequencies of the data: 1 of 10 classes, each as often"
+
+
+class Perfect(Policy):
+    """Whose samples are images of the data of the class that is asked for."""
+
+    def of(self, images: Images) -> "Perfect":
+        self.images = images
+        return self
+
+    def transition(self, x, t, embeddings=None, log_sigma=None, given=NOTHING):
+        place = torch.rand(len(x), generator=torch.Generator().manual_seed(1))
+        rows = [(self.images.labels == label).nonzero()[:, 0] for label in range(2)]
+        chosen = [rows[label][int(at * len(rows[label]))] for label, at in zip(given.labels, place, strict=True)]
+        return Gaussian(decode(self.images.pixels[torch.stack(chosen)]), torch.zeros(len(x)))
+
+
+def test_perfect_samples_of_nine_to_one_data_score_next_to_nothing(tmp_path):
+    """The features' Frechet distance is 0 for the data's own frequencies, and large for even ones."""
+    digits = load(DataConfig(name="digits"))
+    rows = torch.cat([(digits.labels == 0).nonzero()[:162, 0], (digits.labels == 1).nonzero()[:18, 0]])
+    images = Images("digits", digits.pixels[rows], digits.labels[rows], "nine-to-one", 2)
+    made = experiment(*CLASSES)
+    perfect = Perfect(made.build_denoiser(), shorten(made.config.schedule), (1, 8, 8)).of(images)
+    scorer = ImageScorer(images, EvaluateConfig(num_samples=2000), tmp_path, torch.device("cpu"))
+
+    def score(counts: list[int]) -> float:
+        perfect.draw_classes(torch.tensor(counts))
+        return scorer.quick(Sampling(perfect, "report")).values[scorer.metric]
+
+    own, even = score([162, 18]), score([1, 1])
+    assert own < 1.0
+    assert even > 20.0 * own
+
+
+def test_scores_do_not_depend_on_who_reads_the_classes(tmp_path):
+    """A run that is sampled where its data are not draws the classes that its checkpoint tells of."""
+    made = with_labels(experiment(*CLASSES), torch.tensor([0] * 36 + [5] * 4))
+    config, counts = made.config, made.class_counts.tolist()
+    elsewhere = Experiment(config, event=(1, 8, 8), class_counts=counts)
+    one, two = (e.build_policy(e.build_denoiser(), shorten(config.schedule)) for e in (made, elsewhere))
+    assert torch.equal(drawn_labels(one, 100), drawn_labels(two, 100))
+
+
+@pytest.mark.parametrize(
+    ("counts", "text"),
+    [
+        (None, ""),
+        ([9, 1], "2 of 2 classes, 10.000% to 90.000% each"),
+        ([5, 5], "2 of 2 classes, each as often"),
+        ([0, 3, 1], "2 of 3 classes, 25.000% to 75.000% each"),
+    ],
+)
+def test_the_summary_says_how_often_each_class_was_drawn(counts, text):
+    said = labels_text(None if counts is None else torch.tensor(counts))
+    assert said.removeprefix("drawn with the frequencies of the data: ") == text
+
+
+def test_a_run_states_its_labels_and_keeps_to_them(tmp_path, capsys, monkeypatch):
+    """From end to end on the digits, of which one in ten is now called 0 and the others 3."""
+    pixels, _ = LOADERS["digits"](train=True)
+    labels = torch.where(torch.arange(len(pixels)) % 10 == 0, 0, 3)
+    monkeypatch.setitem(LOADERS, "digits", lambda **_: (pixels, labels))
+    out, settings = tmp_path / "run", ["network.denoiser.classes=10", "evaluate.full_reference=false"]
+    settings = changed(TINY, *settings, "pretrain.iterations=2", "train.iterations=2")
+    assert main(["train", *settings, f"out={out}"]) == 0
+    said = "drawn with the frequencies of the data: 2 of 10 classes, 10.017% to 89.983% each"
+    assert f"labels: {said}" in capsys.readouterr().out
+    assert json.loads((out / "summary.json").read_text())["labels"] == said
+    path = tmp_path / "samples.npz"
+    with monkeypatch.context() as away:
+        away.setattr("dxmi.experiment.load", lambda config: pytest.fail("the data are not needed"))
+        found = []
+        for options in ([], ["--label", "3"], ["--label", "0"]):
+            assert main(["sample", str(out), "--num", "9", "--out", str(path), *options]) == 0
+            found.append(np.load(path)["images"].tobytes())
+        assert len(set(found)) == 3
+        for label in ("4", "10", "-1"):
+            assert main(["sample", str(out), "--out", str(path), f"--label={label}"]) == 2
+            assert f"is {label}, of which the run's data has no sample: it has 0, 3." in capsys.readouterr().err
+    assert main(["evaluate", str(out)]) == 0
+    _ = capsys.readouterr()
+    monkeypatch.setitem(LOADERS, "digits", lambda **_: (pixels, labels.roll(1)))  # the same pixels
+    assert main(["evaluate", str(out)]) == 2
+    assert "trained on other data" in capsys.readouterr().err
+    (out / "summary.json").unlink()
+    assert main(["train", "--resume", str(out)]) == 2
+    assert "begun with other data" in capsys.readouterr().err
+
+
+def test_a_label_is_refused_where_the_network_knows_none(make_dxmi):
+    trained = Trained(experiment(), make_dxmi(DxMIConfig()), 0, [])
+    with pytest.raises(UserError, match="asked for is 3, but the network of this run knows no classes"):
+        trained.states(1, None, 0.0, 3)
 
 
 def test_an_unconditional_energy_judges_conditional_samples():

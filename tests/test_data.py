@@ -55,17 +55,17 @@ def test_a_label_keeps_that_class_only_and_changes_the_signature():
 
 
 def test_idx_files_are_read_plain_or_gzipped(mnist_folder):
-    plain = load(DataConfig(name="mnist"))
+    plain = load(DataConfig(name="mnist", accept_unknown_files=True))
     assert plain.event == (1, 28, 28)
     path = mnist_folder / "train-images-idx3-ubyte"
     path.with_suffix(".gz").write_bytes(gzip.compress(path.read_bytes()))
     path.unlink()
-    assert torch.equal(load(DataConfig(name="mnist")).pixels, plain.pixels)
+    assert torch.equal(load(DataConfig(name="mnist", accept_unknown_files=True)).pixels, plain.pixels)
 
 
 def test_mnist8_is_antialiased_bilinear(mnist_folder):
     """Pillow's bilinear filter, a second implementation, agrees to one grey level."""
-    small = load(DataConfig(name="mnist8")).pixels[:, 0].numpy().astype(int)
+    small = load(DataConfig(name="mnist8", accept_unknown_files=True)).pixels[:, 0].numpy().astype(int)
     large = read_idx(mnist_folder / "train-images-idx3-ubyte")
     pillow = [np.asarray(Image.fromarray(i).resize((8, 8), Image.Resampling.BILINEAR), dtype=int) for i in large]
     assert np.abs(small - np.stack(pillow)).max() <= 1
@@ -88,14 +88,27 @@ def test_a_missing_file_is_named_with_where_it_was_looked_for_and_how_to_get_it(
         (lambda raw: raw[:6], "cut short"),
         (lambda raw: b"PK" + raw[2:], "not an IDX file"),
         (lambda raw: b"\0\0\x0d" + raw[3:], "not an IDX file of bytes"),
+        (lambda raw: b"\0\0\x08\x04" + b"\0\1\0\0" * 4, "of 4 dimensions"),
+        (lambda raw: b"\0\0\x08\x03" + b"\x80\0\0\0" * 3, "holds 0 bytes where its header announces 9903520"),
+        (lambda raw: b"\0\0\x08\0", "of 0 dimensions"),
     ],
 )
 def test_a_damaged_file_is_named(mnist_folder, damage, sentence):
     path = mnist_folder / "train-images-idx3-ubyte"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=sentence) as refused:
-        load(DataConfig(name="mnist"))
+        load(DataConfig(name="mnist", accept_unknown_files=True))
     assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("shape", [(0, 28, 28), (NUM_IMAGES, 0, 28), (NUM_IMAGES, 784), (NUM_IMAGES + 1, 28, 28)])
+def test_files_that_hold_no_labelled_images_are_named(mnist_folder, shape):
+    path = mnist_folder / "train-images-idx3-ubyte"
+    path.write_bytes(idx_bytes(np.zeros(shape, np.uint8)))
+    if shape[0] == 0:
+        (mnist_folder / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(0, np.uint8)))
+    with pytest.raises(UserError, match=f"{mnist_folder} do not match"):
+        load(DataConfig(name="mnist", accept_unknown_files=True))
 
 
 def test_default_folder_is_in_the_home_cache(monkeypatch):

@@ -4,17 +4,22 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dxmi.data import BatchStream, DataConfig, load
-from dxmi.data.dataset import content_signature
+from dxmi.data import LOADERS, BatchStream, DataConfig, load
+from dxmi.data.dataset import content_signature, labelled_signature
 from dxmi.data.folders import central_square, list_images, open_folder, read_square
 from dxmi.errors import UserError
+from dxmi.experiment import Experiment
 from dxmi.seeds import generator
+from dxmi.train import _Run
+from dxmi.workers import ALONE
+from tune.configs import compose_experiment
 
 
 def save(path: Path, pixels: np.ndarray) -> None:
@@ -121,7 +126,8 @@ def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
     Image.fromarray(np.dstack([noise(8, 8), np.full((8, 8), 7, np.uint8)])).save(tmp_path / "clear.png")
     for name in ("grey", "palette", "clear"):
         assert read_square(tmp_path / f"{name}.png", 8).shape == (3, 8, 8)
-    assert np.array_equal(read_square(tmp_path / "clear.png", 8), noise(8, 8).transpose(2, 0, 1))
+    on_white = 255.0 + (noise(8, 8).astype(float) - 255.0) * 7.0 / 255.0
+    assert np.abs(read_square(tmp_path / "clear.png", 8) - on_white.transpose(2, 0, 1)).max() < 1.0
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xff\xd8\xff not a JPEG"])
@@ -143,7 +149,8 @@ def test_the_map_holds_every_image_in_order_with_its_label(imagenet, tmp_path):
     squares = torch.stack([torch.from_numpy(read_square(imagenet / name, 16).copy()) for name in listing.files])
     assert torch.equal(mapped.pixels, squares)
     assert torch.equal(mapped.labels, listing.labels)
-    assert (mapped.num_classes, mapped.signature) == (2, content_signature(squares))
+    assert (mapped.num_classes, mapped.classes) == (2, listing.classes)
+    assert mapped.signature == labelled_signature(content_signature(squares), listing.labels, listing.classes)
     manifest = json.loads(next((tmp_path / "cache").glob("*.json")).read_text())
     assert manifest["classes"] == ["n01440764", "n01443537"]
 
@@ -248,3 +255,194 @@ def test_a_stream_reads_the_map(imagenet, tmp_path):
     streams = [BatchStream(pixels, 4, generator(0, "order")) for pixels in (mapped.pixels, in_memory)]
     for _ in range(4):
         assert torch.equal(streams[0].next(), streams[1].next())
+
+
+# ----------------------------------------------------------------------------
+# Identity: everything that enters a loss or a score.
+
+
+@pytest.fixture
+def pets(tmp_path) -> Path:
+    """Six cats and six dogs."""
+    for number in range(12):
+        save(tmp_path / "pets" / ("cats" if number < 6 else "dogs") / f"{number:02d}.png", noise(8, 8, number))
+    return tmp_path / "pets"
+
+
+def signature_of(folder: Path, **changes: object) -> str:
+    settings = {"name": "image_folder", "folder": str(folder), "size": 8, "class_folders": True, **changes}
+    return load(DataConfig(**settings)).signature
+
+
+def test_the_same_files_in_other_classes_are_other_data(pets):
+    """Moved from class to class, renamed as a class, or in another order: their pixels are the same."""
+    found = [signature_of(pets)]
+    for number in (4, 5):  # in the order of the paths the pixels stay as they are
+        (pets / "cats" / f"{number:02d}.png").rename(pets / "dogs" / f"{number:02d}.png")
+    found.append(signature_of(pets))
+    pixels = load(DataConfig(name="image_folder", folder=str(pets), size=8, class_folders=True)).pixels
+    assert pixels.shape[0] == 12
+    (pets / "dogs").rename(pets / "elks")
+    found.append(signature_of(pets))
+    (pets / "ants").mkdir()  # shifts the numbers of all others
+    found.append(signature_of(pets))
+    plain = signature_of(pets, class_folders=False)
+    assert len({*found, plain}) == 5
+    assert signature_of(pets) == found[-1]
+
+
+def test_two_files_that_change_places_are_other_data(pets):
+    """Of one size and one time of writing, as an archive's are."""
+    one, two = pets / "cats" / "00.bmp", pets / "dogs" / "11.bmp"
+    for path in (one, two):
+        save(path, noise(8, 8, len(path.parent.name) + int(path.stem)))
+        os.utime(path, (1.0, 1.0))
+    before = signature_of(pets)
+    one.rename(pets / "third")
+    two.rename(one)
+    (pets / "third").rename(two)
+    assert one.stat().st_size == two.stat().st_size
+    assert signature_of(pets) != before
+
+
+def test_the_same_pixels_with_other_labels_share_no_pretraining(pets):
+    """The cached result of the one would otherwise serve the other."""
+    settings = ["data=imagenet64", f"data.folder={pets}", "data.size=8", "network=mlp_small", "resources.device=cpu"]
+    known = [*settings, "network.denoiser.classes=2"]
+    found = [Experiment(compose_experiment(known).experiment).pretraining_signature]
+    found.append(Experiment(compose_experiment([*known, "data.flip=true"]).experiment).pretraining_signature)
+    (pets / "cats" / "05.png").rename(pets / "dogs" / "05.png")
+    found.append(Experiment(compose_experiment(known).experiment).pretraining_signature)
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist"])
+def test_labels_of_shipped_and_downloaded_data_are_in_their_identity_too(name, monkeypatch):
+    pixels, labels = torch.arange(160, dtype=torch.uint8).view(10, 1, 4, 4), torch.arange(10)
+    found = []
+    for given in (labels, labels.flip(0), labels.roll(1)):
+        monkeypatch.setitem(LOADERS, name, lambda *, given=given, **_: (pixels, given))
+        found.append(load(DataConfig(name=name)).signature)
+    assert len(set(found)) == 3
+
+
+# ----------------------------------------------------------------------------
+# What is left out, and said.
+
+LITTER = [
+    *(".ipynb_checkpoints/a.png", "__MACOSX/a.png", "lost+found/", "@eaDir/a.png", ".Trash-1000/a.png"),
+    *("cats/.hidden/a.png", "cats/._00.png", "cats/Thumbs.db", "System Volume Information/a.png", ".DS_Store"),
+]
+
+
+def test_hidden_and_system_folders_are_no_classes_and_their_files_no_images(pets):
+    for name in LITTER:
+        path = pets / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if name.endswith(".png"):
+            save(path, noise(8, 8))
+        elif not name.endswith("/"):
+            path.write_bytes(b"x")
+    listing = list_images(pets, class_folders=True)
+    assert listing.classes == ("cats", "dogs")
+    assert listing.labels.tolist() == [0] * 6 + [1] * 6
+    assert listing.notes == ("left out, hidden or of the system: 10 (first: .DS_Store)",)
+    assert len(list_images(pets, class_folders=False).files) == 12
+
+
+def test_a_folder_of_litter_alone_is_refused_with_what_was_left_out(tmp_path):
+    save(tmp_path / ".ipynb_checkpoints" / "a.png", noise(8, 8))
+    with pytest.raises(UserError, match=r"no folders of classes.*hidden or of the system: 1 .*ipynb_checkpoints"):
+        list_images(tmp_path, class_folders=True)
+    (tmp_path / "a.xyz").write_text("")
+    with pytest.raises(UserError, match=r"holds no images .*no image by its name: 1 \(first: a\.xyz\)"):
+        list_images(tmp_path, class_folders=False)
+
+
+def test_empty_classes_are_named_with_their_numbers(pets):
+    for name in ("birds", "elks"):
+        (pets / name).mkdir()
+    listing = list_images(pets, class_folders=True)
+    assert listing.classes == ("birds", "cats", "dogs", "elks")
+    assert listing.notes == ("classes without images, which keep their numbers: 2 (birds (0), elks (3))",)
+    images = load(DataConfig(name="image_folder", folder=str(pets), size=8, class_folders=True))
+    assert images.class_counts.tolist() == [0, 6, 6, 0]
+
+
+def test_every_file_is_an_image_or_counted_with_its_reason(pets):
+    (pets / "cats" / "notes.txt").write_text("no image")
+    (pets / "cats" / "raw.xcf").write_text("no image that we read")
+    os.mkfifo(pets / "cats" / "pipe.png")  # whoever opened it would wait for ever
+    (pets / "cats" / "gone.png").symlink_to("nowhere.png")
+    (pets / "cats" / "up").symlink_to("..")
+    (pets / "dogs" / "more").symlink_to(pets / "cats" / "kittens")
+    (pets / "cats" / "kittens").mkdir()
+    save(pets / "cats" / "kittens" / "k.png", noise(8, 8))
+    save(pets / "top.png", noise(8, 8))
+    (pets / "readme.md").write_text("")
+    listing = list_images(pets, class_folders=True)
+    assert listing.notes == (
+        "left out, a link back to a folder above it: 1 (first: cats/up)",
+        "left out, a link to nothing: 1 (first: cats/gone.png)",
+        "left out, an image in no folder of a class: 1 (first: top.png)",
+        "left out, no image by its name: 4 (first: readme.md)",
+        "links to folders, followed: 1 (first: dogs/more)",
+    )
+    assert {"cats/kittens/k.png", "dogs/more/k.png"} < set(listing.files)
+    assert len(listing.files) == 14
+
+
+def test_what_may_not_be_read_is_counted(pets, monkeypatch):
+    """As another user's; root may read everything, so that the answers of the system are played."""
+    scandir, access = os.scandir, os.access
+
+    def refusing(path):
+        if str(path).endswith("dogs"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("03.png") and access(path, mode))
+    listing = list_images(pets, class_folders=True)
+    assert listing.labels.tolist() == [0] * 5
+    assert listing.notes == (
+        "left out, a file that may not be read: 1 (first: cats/03.png)",
+        "left out, a folder that may not be read: 1 (first: dogs)",
+        "classes without images, which keep their numbers: 1 (dogs (1))",
+    )
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tif", "tiff", "pgm", "GIF", "jfif"])
+def test_images_of_other_common_kinds_are_read(tmp_path, suffix):
+    Image.fromarray(noise(8, 8)[:, :, 0]).save(tmp_path / f"a.{suffix}", format=None if suffix != "jfif" else "jpeg")
+    assert list_images(tmp_path, class_folders=False).files == (f"a.{suffix}",)
+    assert read_square(tmp_path / f"a.{suffix}", 8).shape == (3, 8, 8)
+
+
+def test_files_that_hold_nothing_are_named_before_anything_is_read(pets, tmp_path):
+    for name in ("02", "04"):
+        (pets / "cats" / f"{name}.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"02\.png cannot be read \(it holds nothing; 1 more like it\)"):
+        open_folder(pets, 8, class_folders=True, cache=tmp_path / "cache")
+
+
+def test_names_that_no_terminal_can_show_are_shown_otherwise(tmp_path):
+    folder = os.fsencode(tmp_path / "odd")
+    os.mkdir(folder)
+    Image.fromarray(noise(8, 8)).save(os.fsdecode(folder) + "/a.png")
+    with open(folder + b"/\xff\n.txt", "w"):
+        pass
+    (note,) = list_images(tmp_path / "odd", class_folders=False).notes
+    assert note == "left out, no image by its name: 1 (first: \N{REPLACEMENT CHARACTER}?.txt)"
+
+
+def test_a_run_says_what_was_left_out_once_and_keeps_it_in_its_summary(pets, tmp_path, monkeypatch):
+    (pets / "cats" / "notes.txt").write_text("no image")
+    said = []
+    settings = [f"data.folder={pets}", "data.size=8", "network=mlp_small", "network.denoiser.classes=0"]
+    config = compose_experiment(["data=imagenet64", *settings, "resources.device=cpu"]).experiment
+    run = SimpleNamespace(workers=ALONE, config=config, report=said.append, experiment=Experiment(config))
+    _Run._note(run, run.experiment.data.notes, of_data=True)
+    (event,) = said
+    assert event.of_data
+    assert event.note == "left out, no image by its name: 1 (first: cats/notes.txt)"

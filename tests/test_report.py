@@ -28,7 +28,7 @@ from support import TINY
 from tune import report
 from tune.configs import compose_experiment
 from tune.figures import Reference, importance_obstacle, importances, references, study_figures
-from tune.leaderboard import leaderboard, leaderboard_table, short_names, write_best, write_leaderboard
+from tune.leaderboard import changed_data, leaderboard, leaderboard_table, short_names, write_best, write_leaderboard
 from tune.plans import Plan
 from tune.report import course_sentences, result_sentences, sample_matrix, write_report
 from tune.study import Outcome, Study, StudyFolder, TrialRecord, TrialState, completed, fallen_behind, unfinished
@@ -748,3 +748,28 @@ def test_sentences_name_the_budget_and_why_the_session_ended(made):
         "Its last session ended: the budget of 30 minutes is used up.",
     ]
     assert result_sentences(sweep.study.plan, sweep.records)[0].startswith("Trial 0 is the best")
+
+
+def _score_with(record: TrialRecord, signature: str) -> None:
+    summary = record.run.read_summary()
+    record.run.write_summary({**summary, "scored_with": {"reference": signature}})
+
+
+def test_data_that_changed_while_a_study_went_on_are_told_of(tmp_path):
+    study = Fabricated(tmp_path)
+    for number, signature in enumerate(("aaa", "aaa", "bbb")):
+        _score_with(study.complete(5.0 + number), signature)
+        expected = "" if number < 2 else "(aaa from trial 0 on, bbb from trial 2 on)"
+        said = changed_data(study.study.plan, study.records)
+        assert expected in said
+        assert bool(said) == bool(expected)
+    assert "The data changed while this study went on" in study.report()
+
+
+def test_trials_that_ask_for_other_data_may_have_them(tmp_path):
+    space = {"data.label": {"choice": [1, 2]}, **RATES}
+    study = Fabricated(tmp_path, space)
+    for _ in range(6):
+        record = study.complete(5.0)
+        _score_with(record, str(record.values["data.label"]))
+    assert changed_data(study.study.plan, study.records) == ""

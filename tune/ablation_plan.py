@@ -131,11 +131,10 @@ class AblationPlan(Plan):
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the trials, their results and the verdicts."""
-        experiment, ablation = to_tree(self.experiment), to_tree(self.ablation)
+        ablation = to_tree(self.ablation)
         for free in ("also", "budget", "max_failures", "max_concurrent"):
             del ablation[free]
-        del experiment["resources"]
-        return {"experiment": experiment, "ablation": ablation, "arms": self._arms()}
+        return {"experiment": self.experiment.identity, "ablation": ablation, "arms": self._arms()}
 
     def tree(self) -> dict[str, Any]:
         """What study.yaml holds."""

@@ -1,10 +1,11 @@
-"""The commands: `dxmi train | sample | evaluate | export | config`, and those of `tune.sweep_commands`."""
+"""The commands: `dxmi train | sample | evaluate | export | data | config`, and those of `tune.sweep_commands`."""
 
 import argparse
 import importlib
 import io
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +16,23 @@ from torch import Tensor
 from dxmi import __version__
 from dxmi.checkpoint import steps_in
 from dxmi.config import build, to_tree
-from dxmi.data import DataConfig
+from dxmi.data import DataConfig, Dataset, Images, describe, some_of
 from dxmi.errors import DivergedError, UserError, WorkersLostError
-from dxmi.experiment import Experiment, ExperimentConfig
+from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
 from dxmi.export import FORMATS, export_diffusers
 from dxmi.files import write_atomic, write_json
 from dxmi.galleries import build_gallery
+from dxmi.pictures import save_labelled_grid
 from dxmi.run_directory import RunDirectory, read_yaml
-from dxmi.train import Summary, train
+from dxmi.train import Summary, labels_text, train
 from dxmi.trained import CHECKPOINTS, Trained, load_trained
 from tune.configs import ablations, compose_experiment, groups, out_folder, overridden, require_no_stack, sweeps
-from tune.console import ProgressReporter, Terminal, complain, discard_output, show_result
+from tune.console import ProgressReporter, Terminal, complain, discard_output, show_data, show_result
 from tune.signals import gentle_stop
 
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
+_SHOWN = 64
+"""Images in a picture of the data."""
 
 _INTRO = """\
 Cut a diffusion model to a few steps and fine-tune those with DxMI (arXiv 2407.00626).
@@ -40,6 +44,7 @@ Cut a diffusion model to a few steps and fine-tune those with DxMI (arXiv 2407.0
   dxmi evaluate runs/low-entropy
   dxmi export runs/my-unet --format diffusers --out my-unet
   dxmi config experiment=digits                    every setting and its value
+  dxmi data experiment=digits --grid digits.png    what the data hold, and how they look
 
   dxmi sweep experiment=digits sweep=demo          eight trials, a leaderboard and a report (minutes on a laptop)
   dxmi sweep experiment=digits sweep=learning_rates name=lr-1 --dry-run
@@ -113,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("sample", _sample, "draw samples from a run's policy", "")
     _run_arguments(sub)
     sub.add_argument("--num", type=_positive, default=64, help="how many (default 64)")
+    sub.add_argument("--label", type=int, metavar="N", help="of this class alone (default: as often as in the data)")
     sub.add_argument("--steps-grid", action="store_true", help="every step of each sample, noise first")
     sub.add_argument(
         "--out", type=Path, default=Path("samples.png"), help="a .png, or an .npz of uint8 NHWC or of points"
@@ -131,6 +137,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--checkpoint", choices=CHECKPOINTS, default="best", help="which policy (default best)")
     sub.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: as the run)")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+
+    sub = command("data", _data, "read the data of an experiment and print what was found", overrides)
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as for train")
+    sub.add_argument(
+        "--grid", type=Path, metavar="FILE.png", help=f"draw {_SHOWN} samples with their labels, or points"
+    )
 
     sub = command("config", _config, "print what would run", overrides)
     sub.add_argument("overrides", nargs="*", metavar="key=value")
@@ -335,7 +347,7 @@ def _resumed(args: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
 
 
 # ----------------------------------------------------------------------------
-# sample, evaluate, config
+# sample, evaluate, data, config
 
 
 def _trained(args: argparse.Namespace) -> Trained:
@@ -354,7 +366,7 @@ def _sample(args: argparse.Namespace) -> int:
         raise UserError(f"--out is {args.out}: it must end in .png or .npz.")
     _require_folder(args.out)
     trained = _trained(args)
-    states = trained.states(args.num, args.seed, args.guidance)
+    states = trained.states(args.num, args.seed, args.guidance, args.label)
     if args.out.suffix == ".png":
         gallery = build_gallery(trained.experiment.config.data.name)
         if args.steps_grid:
@@ -377,9 +389,9 @@ def _save_arrays(path: Path, samples: Tensor, data: DataConfig) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def _require_folder(out: Path) -> None:
+def _require_folder(out: Path, option: str = "--out") -> None:
     if not out.resolve().parent.is_dir():
-        raise UserError(f"--out is {out}: the folder {out.resolve().parent} does not exist.")
+        raise UserError(f"{option} is {out}: the folder {out.resolve().parent} does not exist.")
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -403,6 +415,42 @@ def _export(args: argparse.Namespace) -> int:
     export_diffusers(trained, args.out)
     Terminal().out(f"The policy that counts as the best, of iteration {trained.step}: {args.out}", highlight=False)
     return OK
+
+
+def _data(args: argparse.Namespace) -> int:
+    config = compose_experiment(args.overrides).experiment
+    if args.grid is not None:
+        if args.grid.suffix != ".png":
+            raise UserError(f"--grid is {args.grid}: it must end in .png.")
+        _require_folder(args.grid, "--grid")
+    experiment = Experiment(replace(config, resources=ResourcesConfig(device="cpu")))
+    show_data(Terminal(), describe(experiment.data), _labels_of(experiment))
+    if args.grid is not None:
+        _draw_data(args.grid, experiment.data)
+        Terminal().out(f"picture:    {args.grid}", highlight=False)
+    return OK
+
+
+def _labels_of(experiment: Experiment) -> str:
+    """What becomes of the labels in this experiment."""
+    try:
+        used = labels_text(experiment.class_counts)
+    except UserError as error:
+        return str(error)
+    if used:
+        return f"those of training are the data's, those of samples are {used}"
+    return "given to no network (network.denoiser.classes is 0)" if experiment.data.num_classes else ""
+
+
+def _draw_data(path: Path, data: Dataset) -> None:
+    """Images with their labels, or points over their density."""
+    if isinstance(data, Images):
+        pixels, labels = some_of(data, _SHOWN)
+        names = data.class_names
+        save_labelled_grid(path, pixels, [""] * len(pixels) if labels is None else [names[label] for label in labels])
+    else:
+        gallery = build_gallery(data.name)
+        gallery.draw_samples(path, some_of(data, gallery.num_ways)[0])
 
 
 def _config(args: argparse.Namespace) -> int:

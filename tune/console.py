@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from dxmi.data import ClassCount, Description
 from dxmi.evaluate import NUM_SAMPLES_KEY
 from dxmi.pictures import score_text
 from dxmi.run_directory import RunDirectory
@@ -196,6 +197,8 @@ def result_table(summary: Summary) -> Table:
 def show_result(console: Console, run: RunDirectory, summary: Summary) -> None:
     """The table, and where the pictures are."""
     console.print(result_table(summary))
+    if summary.labels:
+        console.out(f"labels: {summary.labels}", highlight=False)
     for label, path in (
         ("curve", run.curves),
         ("samples, step by step", run.samples / "steps.png"),
@@ -204,11 +207,43 @@ def show_result(console: Console, run: RunDirectory, summary: Summary) -> None:
         _say_path(console, label, path)
 
 
+def show_data(console: Console, found: Description, labels: str) -> None:
+    """What a data set holds.
+
+    Args:
+        console: where to.
+        found: the data set.
+        labels: what becomes of its labels; nothing if it has none.
+    """
+    facts = found.facts | ({"labels": labels} if labels else {})
+    for name, text in facts.items():
+        console.out(f"{name + ':':<12}{text}", highlight=False)
+    for note in found.notes:
+        console.out(f"{'note:':<12}{note}", highlight=False)
+    if found.classes:
+        console.print(_class_table(found.classes))
+
+
+def _class_table(classes: Sequence[ClassCount]) -> Table:
+    total, hidden = sum(row.count for row in classes), classes[_CLASSES:]
+    caption = None
+    if hidden:
+        fewest, most = min(row.count for row in hidden), max(row.count for row in hidden)
+        caption = f"and {len(hidden):,} more classes, of {fewest:,} to {most:,} samples"
+    table = Table("label", "class", "samples", "share", caption=caption)
+    for row in classes[:_CLASSES]:
+        name = Text(row.name)
+        table.add_row(str(row.number), name, f"{row.count:,}", f"{row.count / total:.2%}")
+    return table
+
+
 def _say_path(console: Console, label: str, path: Path) -> None:
     console.out(f"{label + ':':<23}{path}", highlight=False)
 
 
 _LONG = 300
+_CLASSES = 100
+"""Classes that a table shows."""
 
 
 def last_line(error: str) -> str:

@@ -289,6 +289,40 @@ def _caption(plan: Plan, rows: Sequence[Row], shown: Sequence[Row]) -> str:
     return " ".join(sentences)
 
 
+def changed_data(plan: Plan, records: Sequence[TrialRecord]) -> str:
+    """A sentence if trials that should share their data did not: the files changed while the study went on.
+
+    A trial that is gone on with notices by itself; one that is begun afterwards takes the data as they then are.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for record in records:
+        signature = _scored_with(record)
+        if signature is not None:
+            same = found.setdefault(_data_settings(plan, record), {})
+            same.setdefault(signature, record.number)
+    changed = next((same for same in found.values() if len(same) > 1), None)
+    if changed is None:
+        return ""
+    course = ", ".join(f"{signature} from trial {number} on" for signature, number in changed.items())
+    return f"The data changed while this study went on ({course}): scores of trials before and after do not compare."
+
+
+def _data_settings(plan: Plan, record: TrialRecord) -> str:
+    """Text that trials share if their configs ask for the same data."""
+    return json.dumps(plan.tree_of(record.values)["data"], sort_keys=True)
+
+
+def _scored_with(record: TrialRecord) -> str | None:
+    """The signature of the data that a trial was scored with, if it tells."""
+    try:
+        summary = record.run.read_summary() or {}
+    except (OSError, UserError):
+        return None
+    about = summary.get("scored_with")
+    reference = about.get("reference") if isinstance(about, dict) else None
+    return reference if isinstance(reference, str) else None
+
+
 # ----------------------------------------------------------------------------
 # Files
 

@@ -95,11 +95,10 @@ class Plan:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the trials and their results."""
-        experiment, sweep = to_tree(self.experiment), to_tree(self.sweep)
+        sweep = to_tree(self.sweep)
         for free in ("budget", "max_failures", "max_concurrent"):
             del sweep[free]
-        del experiment["resources"]
-        return {"experiment": experiment, "sweep": {**sweep, "space": self.space}}
+        return {"experiment": self.experiment.identity, "sweep": {**sweep, "space": self.space}}
 
     @property
     def signature(self) -> str:

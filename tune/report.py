@@ -38,6 +38,7 @@ from tune.leaderboard import (
     NOT_COMPARABLE,
     best_of,
     better,
+    changed_data,
     leaderboard,
     metric_label,
     number,
@@ -210,11 +211,13 @@ def _score(record: TrialRecord) -> float:
 
 
 def _notes(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
-    """Settings whose best value is at the edge of what was searched."""
+    """What to be wary of: data that changed, and settings whose best value is at the edge of what was searched."""
+    warning = changed_data(plan, records)
+    notes = [warning] if warning else []
     best = best_of(plan, records)
     if best is None:
-        return []
-    names, notes = short_names(plan), []
+        return notes
+    names = short_names(plan)
     for axis in plan.axes:
         place = unit(axis, best.values[axis.path])
         if axis.kind in ("log_uniform", "uniform") and not _EDGE < place < 1.0 - _EDGE:

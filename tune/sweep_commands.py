@@ -20,7 +20,7 @@ from tune.console import Terminal, complain
 from tune.designs import two_level_design
 from tune.doctor import Verdict, examine
 from tune.estimate import Estimate
-from tune.leaderboard import leaderboard_table
+from tune.leaderboard import changed_data, leaderboard_table
 from tune.live import duration
 from tune.plans import Plan, require_name
 from tune.ray_session import on_cluster
@@ -134,6 +134,9 @@ def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
             console.out(f"{label + ':':<13}{path}", highlight=False)
     if chosen.plan.tracking.uri != "none":
         console.out(f"{'MLflow:':<13}dxmi ui --studies {result.folder.path.parent}", highlight=False)
+    warning = changed_data(chosen.plan, result.records)
+    if warning:
+        complain(warning)
     command = "ablate" if isinstance(chosen.plan, AblationPlan) else "sweep"
     resume = f"dxmi {command} --resume {result.folder.path}"
     if result.undelivered:

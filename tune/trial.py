@@ -123,6 +123,8 @@ class _Reporter:
         self.stop = False
 
     def __call__(self, event: Progress) -> bool:
+        if event.of_data and self._number > 0:  # all trials share the data: the first one has said it
+            return self.stop
         if event.note:
             self._mailbox.note.remote(self._number, event.note)
         elif any(key.startswith(_EVALUATION) for key in event.metrics):

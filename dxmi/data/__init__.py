@@ -3,6 +3,7 @@ function and a line in `LOADERS`, a new distribution a class and a line in `DIST
 """
 
 from dxmi.data.dataset import BatchStream, Dataset
+from dxmi.data.description import ClassCount, Description, describe, some_of
 from dxmi.data.images import LOADERS, Images, data_root
 from dxmi.data.loading import DataConfig, load
 from dxmi.data.planar import DISTRIBUTIONS, SQUARE, Distribution, Points
@@ -12,11 +13,15 @@ __all__ = [
     "LOADERS",
     "SQUARE",
     "BatchStream",
+    "ClassCount",
     "DataConfig",
     "Dataset",
+    "Description",
     "Distribution",
     "Images",
     "Points",
     "data_root",
+    "describe",
     "load",
+    "some_of",
 ]

@@ -61,6 +61,12 @@ def read_python_batch(path: Path) -> Batch:
     return _checked(path, pixels, labels.astype(np.int64))
 
 
+def binary_rows(batch: Batch) -> bytes:
+    """A batch as the binary files have it."""
+    pixels, labels = batch
+    return np.concatenate((labels.astype(np.uint8)[:, None], pixels.reshape(-1, _PIXELS)), axis=1).tobytes()
+
+
 def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()

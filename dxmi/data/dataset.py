@@ -1,8 +1,9 @@
 """What every data set is to a run: stored samples, and the order in which they are read."""
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -22,13 +23,15 @@ class Dataset(ABC):
 
     Attributes:
         name: as in `DataConfig`.
-        signature: hash of the samples, 12 hex digits.
+        signature: hash of the samples, of their classes and of the classes' names in order, 12 hex digits.
     """
 
     name: str
     signature: str
     num_classes: int = 0
     """Classes that samples may be of; 0 if they have none."""
+    notes: tuple[str, ...] = ()
+    """What was left out or changed when the samples were read, one sentence for each reason."""
 
     @property
     @abstractmethod
@@ -39,6 +42,11 @@ class Dataset(ABC):
     def classes(self) -> Tensor | None:
         """The class of each sample, int64 on the host [N]; None if there are no classes."""
         return None
+
+    @property
+    def class_counts(self) -> Tensor | None:
+        """Samples of each class, int64 [num_classes]; None if there are no classes."""
+        return None if self.classes is None else torch.bincount(self.classes, minlength=self.num_classes)
 
     @property
     def event(self) -> tuple[int, ...]:
@@ -58,6 +66,19 @@ def content_signature(stored: Tensor) -> str:
     """12 hex digits of the hash of stored samples and their shape."""
     digest = shape_hash(tuple(stored.shape))
     digest.update(stored.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def labelled_signature(signature: str, labels: Tensor, names: Sequence[str]) -> str:
+    """12 hex digits of the hash of samples, given their own signature, with their classes.
+
+    Args:
+        signature: of the samples alone.
+        labels: class of each, int64 [N].
+        names: of the classes, in order.
+    """
+    digest = hashlib.sha256(json.dumps([signature, list(names)]).encode())
+    digest.update(labels.numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

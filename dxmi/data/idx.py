@@ -1,6 +1,7 @@
 """IDX files, the format of MNIST and its kin: a big-endian header and raw bytes."""
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -10,7 +11,19 @@ from numpy.typing import NDArray
 
 from dxmi.errors import UserError
 
-_UINT8 = 0x08
+_UINT8, _MAX_RANK = 0x08, 3
+
+
+def idx_content(path: Path) -> bytes:
+    """What an IDX file holds, unpacked if it is gzipped.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}. Fetch it again.") from error
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
@@ -19,17 +32,28 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     Raises:
         UserError: the file is not one, or is cut short.
     """
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}. Fetch it again.") from error
+    return parsed_idx(path, idx_content(path))
+
+
+def parsed_idx(path: Path, raw: bytes) -> NDArray[np.uint8]:
+    """The array in the content of an IDX file.
+
+    Args:
+        path: where it was read.
+        raw: see `idx_content`.
+
+    Raises:
+        UserError: it is not one of bytes, or is cut short.
+    """
     if len(raw) < 4 or raw[:2] != b"\x00\x00" or raw[2] != _UINT8:
         raise UserError(f"{path} is not an IDX file of bytes. Fetch it again.")
     rank = raw[3]
+    if not 1 <= rank <= _MAX_RANK:
+        raise UserError(f"{path} is an IDX file of {rank} dimensions: images have 3 and labels 1. Fetch it again.")
     if len(raw) < 4 + 4 * rank:
         raise UserError(f"{path} is cut short: its header is incomplete. Fetch it again.")
     shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
-    size, found = int(np.prod(shape, dtype=np.int64)), len(raw) - 4 - 4 * rank
+    size, found = math.prod(shape), len(raw) - 4 - 4 * rank
     if found != size:
         raise UserError(f"{path} holds {found} bytes where its header announces {size}. Fetch it again.")
     return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)

@@ -2,18 +2,19 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dxmi.cache import cache_root
-from dxmi.data import cifar
-from dxmi.data.dataset import Dataset, content_signature
-from dxmi.data.folders import open_folder
-from dxmi.data.idx import read_idx
+from dxmi.data import cifar, known_files
+from dxmi.data.dataset import Dataset, content_signature, labelled_signature
+from dxmi.data.folders import open_folder, printable
+from dxmi.data.idx import idx_content, parsed_idx
 from dxmi.errors import UserError
 from dxmi.files import user_path
 from dxmi.imports import package_folder
@@ -23,8 +24,8 @@ FOLDER = "image_folder"
 """The name of every data set that is a folder of images."""
 _DIGITS = "datasets/data/digits.csv.gz"
 """In scikit-learn, whose own `load_digits` takes seconds to import."""
-_NUM_CLASSES = 10
-"""Of every data set that has a loader of its own."""
+_MNIST_FOLDER, _FASHION_FOLDER = "MNIST", "FashionMNIST"
+"""In `data_root()`; also torchvision's names."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,11 @@ class Images(Dataset):
         name: as in `DataConfig`.
         pixels: uint8, [N, C, H, W].
         labels: class of each, int64, [N]; all 0 if there are no classes.
-        signature: hash of the pixels, 12 hex digits.
+        signature: hash of the pixels, and of the labels and the names of the classes if there are any, 12 hex digits.
         num_classes: how many classes there are; 0 for none.
+        class_names: of each class, in order; empty if they have none.
+        source: where they were read, in words.
+        notes: what was left out or changed, one sentence for each reason.
     """
 
     name: str
@@ -44,6 +48,9 @@ class Images(Dataset):
     labels: Tensor
     signature: str
     num_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    source: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def stored(self) -> Tensor:
@@ -61,14 +68,24 @@ def data_root() -> Path:
     return user_path(os.environ.get("DXMI_DATA") or "~/.cache/dxmi", "DXMI_DATA")
 
 
-def load_images(name: str, label: int | None) -> Images:
+def load_images(name: str, label: int | None, *, accept_unknown: bool = False) -> Images:
     """The training images of the data set `name`, those of class `label` alone unless it is None.
 
+    Args:
+        name: one of `LOADERS`.
+        label: keep this class alone, unless it is None.
+        accept_unknown: take files as they are, though they be not those that the data set's authors publish.
+
     Raises:
-        UserError: a file is missing or damaged; the sentence says which, where it was looked for and how to get it.
+        UserError: a file is missing, damaged or of another data set; the sentence says which, where it was looked for
+            and how to get it.
     """
-    pixels, labels = LOADERS[name](train=True)
-    images = Images(name, pixels, labels, content_signature(pixels), _NUM_CLASSES)
+    pixels, labels = LOADERS[name](train=True, accept_unknown=accept_unknown)
+    names = CLASS_NAMES[name]
+    names += tuple(str(number) for number in range(len(names), int(labels.max()) + 1))  # of files that are not known
+    signature = labelled_signature(content_signature(pixels), labels, names)
+    notes = (f"taken as they are, whatever is published as {name} (data.accept_unknown_files)",) * accept_unknown
+    images = Images(name, pixels, labels, signature, len(names), names, _SOURCES[name](), notes)
     return images if label is None else only_class(images, label)
 
 
@@ -86,7 +103,16 @@ def load_folder(folder: str, size: int, label: int | None, *, class_folders: boo
     """
     where = data_root() / user_path(folder, "data.folder")
     mapped = open_folder(where, size, class_folders=class_folders, cache=cache_root() / "images")
-    images = Images(FOLDER, mapped.pixels, mapped.labels, mapped.signature, mapped.num_classes)
+    images = Images(
+        name=FOLDER,
+        pixels=mapped.pixels,
+        labels=mapped.labels,
+        signature=mapped.signature,
+        num_classes=mapped.num_classes,
+        class_names=tuple(printable(name) for name in mapped.classes),
+        source=printable(where),
+        notes=mapped.notes,
+    )
     return images if label is None else only_class(images, label)
 
 
@@ -99,15 +125,17 @@ def only_class(images: Images, label: int) -> Images:
     chosen = (images.labels == label).nonzero()[:, 0]
     if len(chosen) == 0:
         raise UserError(f"data.label is {label}, but {images.name} has no image of that class.")
-    pixels = images.pixels[chosen]
-    return Images(images.name, pixels, images.labels[chosen], content_signature(pixels), images.num_classes)
+    pixels, labels = images.pixels[chosen], images.labels[chosen]
+    signature = labelled_signature(content_signature(pixels), labels, images.class_names)
+    return replace(images, pixels=pixels, labels=labels, signature=signature)
 
 
 # ----------------------------------------------------------------------------
-# Loaders: `train` chooses the split; each returns pixels uint8 [N, C, H, W] and labels int64 [N].
+# Loaders: `train` chooses the split, `accept_unknown` takes files that are not the published ones; each returns pixels
+# uint8 [N, C, H, W] and labels int64 [N].
 
 
-def digits(*, train: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001  (the loaders share a signature)
+def digits(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tensor]:  # noqa: ARG001  (the loaders share a signature)
     """1,797 8x8 images of handwritten digits (UCI, carried by scikit-learn), 17 grey levels stretched to 0..255.
 
     They come without a split: training and test set are the same.
@@ -117,60 +145,82 @@ def digits(*, train: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001  (the loade
     return pixels, rows[:, 64].long()
 
 
-def _mnist_like(folder: str, source: str, *, train: bool) -> tuple[Tensor, Tensor]:
+def _mnist_like(folder: str, published: str, *, train: bool, accept_unknown: bool) -> tuple[Tensor, Tensor]:
+    """The data set that is published as `published`, from its `folder`, which is also torchvision's name for it."""
+
+    def read(file: str) -> NDArray[np.uint8]:
+        path = _find(folder, file)
+        content = idx_content(path)
+        array = parsed_idx(path, content)
+        if not accept_unknown:
+            known_files.require_published(path, content, published, file)
+        return array
+
     part = "train" if train else "t10k"
-    pixels = read_idx(_find(folder, f"{part}-images-idx3-ubyte", source))
-    labels = read_idx(_find(folder, f"{part}-labels-idx1-ubyte", source))
-    if pixels.ndim != 3 or labels.shape != pixels.shape[:1]:
-        raise UserError(f"The images and labels in {data_root() / folder / 'raw'} do not match. Fetch them again.")
+    pixels, labels = read(f"{part}-images-idx3-ubyte"), read(f"{part}-labels-idx1-ubyte")
+    if pixels.ndim != 3 or labels.shape != pixels.shape[:1] or pixels.size == 0:
+        raise UserError(
+            f"The images and labels in {data_root() / folder / 'raw'} do not match, or hold nothing. Fetch them again."
+        )
     return torch.from_numpy(pixels.copy())[:, None], torch.from_numpy(labels.copy()).long()
 
 
-def _find(folder: str, name: str, source: str) -> Path:
+def _find(folder: str, name: str) -> Path:
     raw = data_root() / folder / "raw"
     for path in (raw / name, raw / f"{name}.gz"):
         if path.exists():
             return path
     raise UserError(
         f"{name} is missing: it was looked for, plain or as .gz, in {raw}. "
-        f"torchvision.datasets.{source}({str(data_root())!r}, download=True) puts it there; "
+        f"torchvision.datasets.{folder}({str(data_root())!r}, download=True) puts it there; "
         "set DXMI_DATA if you keep it elsewhere."
     )
 
 
-def mnist(*, train: bool) -> tuple[Tensor, Tensor]:
+def mnist(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tensor]:
     """MNIST, 28x28: 60,000 or 10,000 images."""
-    return _mnist_like("MNIST", "MNIST", train=train)
+    return _mnist_like(_MNIST_FOLDER, known_files.MNIST, train=train, accept_unknown=accept_unknown)
 
 
-def fashion_mnist(*, train: bool) -> tuple[Tensor, Tensor]:
+def fashion_mnist(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tensor]:
     """Fashion-MNIST (arXiv 1708.07747), 28x28: 60,000 or 10,000 images."""
-    return _mnist_like("FashionMNIST", "FashionMNIST", train=train)
+    return _mnist_like(_FASHION_FOLDER, known_files.FASHION_MNIST, train=train, accept_unknown=accept_unknown)
 
 
-def mnist8(*, train: bool) -> tuple[Tensor, Tensor]:
+def mnist8(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tensor]:
     """The first 20,000 MNIST images (or the 10,000 test images) at 8x8, bilinear with antialiasing."""
-    pixels, labels = mnist(train=train)
+    pixels, labels = mnist(train=train, accept_unknown=accept_unknown)
     pixels, labels = pixels[:MNIST8_IMAGES], labels[:MNIST8_IMAGES]
     small = torch.nn.functional.interpolate(pixels.float(), size=(8, 8), mode="bilinear", antialias=True)
     return small.round().clamp(0, 255).to(torch.uint8), labels
 
 
-def cifar10(*, train: bool) -> tuple[Tensor, Tensor]:
+def cifar10(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tensor]:
     """CIFAR-10, 32x32 in colour: 50,000 or 10,000 images, from the binary batches or else from Python's."""
+    folder = _cifar_folder()
+    binary = folder.name == cifar.BINARY
+
+    def read(name: str) -> cifar.Batch:
+        path = folder / (f"{name}.bin" if binary else name)
+        batch = cifar.read_binary_batch(path) if binary else cifar.read_python_batch(path)
+        if not accept_unknown:
+            known_files.require_published(path, cifar.binary_rows(batch), known_files.CIFAR10, name)
+        return batch
+
     names = [f"data_batch_{number}" for number in range(1, 6)] if train else ["test_batch"]
-    binary, python = data_root() / cifar.BINARY, data_root() / cifar.PYTHON
-    if binary.is_dir():
-        batches = [cifar.read_binary_batch(binary / f"{name}.bin") for name in names]
-    elif python.is_dir():
-        batches = [cifar.read_python_batch(python / name) for name in names]
-    else:
-        raise UserError(
-            f"CIFAR-10 is missing: {cifar.BINARY} and {cifar.PYTHON} were looked for in {data_root()}. Unpack "
-            "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz there; set DXMI_DATA if you keep it elsewhere."
-        )
-    pixels, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    pixels, labels = (np.concatenate(parts) for parts in zip(*(read(name) for name in names), strict=True))
     return torch.from_numpy(pixels), torch.from_numpy(labels)
+
+
+def _cifar_folder() -> Path:
+    """The folder of the binary batches, or else of Python's."""
+    for folder in (data_root() / cifar.BINARY, data_root() / cifar.PYTHON):
+        if folder.is_dir():
+            return folder
+    raise UserError(
+        f"CIFAR-10 is missing: {cifar.BINARY} and {cifar.PYTHON} were looked for in {data_root()}. Unpack "
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz there; set DXMI_DATA if you keep it elsewhere."
+    )
 
 
 LOADERS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
@@ -179,4 +229,27 @@ LOADERS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "mnist8": mnist8,
     "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
+}
+
+_TEN = tuple(str(number) for number in range(10))
+CLASS_NAMES: dict[str, tuple[str, ...]] = {
+    "digits": _TEN,
+    "mnist": _TEN,
+    "mnist8": _TEN,
+    "fashion_mnist": (
+        *("T-shirt", "trouser", "pullover", "dress", "coat"),
+        *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+    ),
+    "cifar10": (
+        *("airplane", "automobile", "bird", "cat", "deer"),
+        *("dog", "frog", "horse", "ship", "truck"),
+    ),
+}
+"""The classes of each, in order."""
+_SOURCES: dict[str, Callable[[], str]] = {
+    "digits": lambda: "scikit-learn",
+    "mnist": lambda: str(data_root() / _MNIST_FOLDER / "raw"),
+    "mnist8": lambda: str(data_root() / _MNIST_FOLDER / "raw"),
+    "fashion_mnist": lambda: str(data_root() / _FASHION_FOLDER / "raw"),
+    "cifar10": lambda: str(_cifar_folder()),
 }

@@ -9,6 +9,8 @@ from dxmi.data.planar import DISTRIBUTIONS, load_points
 _MAX_POINTS = 10_000_000
 _MAX_SIZE = 1024
 NAMES = (*LOADERS, FOLDER, *DISTRIBUTIONS)
+PUBLISHED = tuple(name for name in LOADERS if name != "digits")
+"""Data sets whose files are compared with those that their authors publish."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,10 @@ class DataConfig:
     flip: bool = False
     """Mirror half of the images of a training batch, left to right; scores go by the images as they are."""
 
+    accept_unknown_files: bool = False
+    """Take files of mnist, mnist8, fashion_mnist or cifar10 that are not those which their authors publish. It enters
+    no signature of a config: what the files hold is in that of the data."""
+
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ValueError(f"name is {self.name!r}: it must be one of {', '.join(NAMES)}")
@@ -38,6 +44,10 @@ class DataConfig:
         self._check_folder()
         if self.flip and self.is_planar:
             raise ValueError(f"flip is true, but {self.name} has no images: make it false")
+        if self.accept_unknown_files and self.name not in PUBLISHED:
+            raise ValueError(
+                f"accept_unknown_files is true, but {self.name} is read from no published files: make it false"
+            )
         if not 1 <= self.num_points <= _MAX_POINTS:
             raise ValueError(f"num_points is {self.num_points}: it must be in 1..{_MAX_POINTS}")
 
@@ -69,10 +79,11 @@ def load(config: DataConfig) -> Dataset:
     """The data set that `config` names.
 
     Raises:
-        UserError: a file is missing or damaged; the sentence says which, where it was looked for and how to get it.
+        UserError: a file is missing, damaged or of another data set; the sentence says which, where it was looked for
+            and how to get it.
     """
     if config.is_planar:
         return load_points(config.name, config.num_points)
     if config.folder is not None and config.size is not None:
         return load_folder(config.folder, config.size, config.label, class_folders=config.class_folders)
-    return load_images(config.name, config.label)
+    return load_images(config.name, config.label, accept_unknown=config.accept_unknown_files)

@@ -1,0 +1,122 @@
+"""What a data set turned out to hold, in words and numbers, for `dxmi data`."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dxmi.data.dataset import Dataset
+from dxmi.data.images import Images
+from dxmi.data.planar import SQUARE, Points
+from dxmi.seeds import generator
+
+_CHUNK = 1_024
+"""Images that are counted at once: a memory map may be larger than the memory."""
+_COLOURS = {1: ("grey",), 3: ("red", "green", "blue")}
+
+
+@dataclass(frozen=True)
+class ClassCount:
+    """A class.
+
+    Attributes:
+        number: its label.
+        name: of its folder, or as the data set's authors call it.
+        count: samples of it.
+    """
+
+    number: int
+    name: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """A data set in words.
+
+    Attributes:
+        facts: what and its value, in the order in which they are told.
+        classes: empty if there are none.
+        notes: what was left out or changed when the samples were read.
+    """
+
+    facts: dict[str, str]
+    classes: tuple[ClassCount, ...]
+    notes: tuple[str, ...]
+
+
+def describe(data: Dataset) -> Description:
+    """Number, size, values, identity and classes of a data set; every sample is looked at."""
+    facts = _image_facts(data) if isinstance(data, Images) else _point_facts(data)
+    identity = "samples, labels and names of the classes" if data.num_classes else "samples"
+    facts["identity"] = f"{data.signature} (hash of {identity})"
+    return Description(facts, class_counts(data), data.notes)
+
+
+def class_counts(data: Dataset) -> tuple[ClassCount, ...]:
+    """Every class with its samples."""
+    if data.class_counts is None:
+        return ()
+    names = data.class_names if isinstance(data, Images) else ()
+    counts = enumerate(data.class_counts.tolist())
+    return tuple(ClassCount(number, names[number] if names else str(number), count) for number, count in counts)
+
+
+def some_of(data: Dataset, num: int) -> tuple[Tensor, Tensor | None]:
+    """`num` samples [num, *event] drawn at random, always the same ones, and their classes [num], sorted by class."""
+    rows = torch.randperm(len(data), generator=generator(0, "data/shown"))[:num].sort().values
+    if data.classes is None:
+        return data.stored[rows], None
+    rows = rows[data.classes[rows].argsort(stable=True)]
+    return data.stored[rows], data.classes[rows]
+
+
+# ----------------------------------------------------------------------------
+# Values.
+
+
+def _image_facts(images: Images) -> dict[str, str]:
+    channels, height, width = images.event
+    facts = {
+        "data": images.name,
+        "read from": images.source or "memory",
+        "images": f"{len(images):,}",
+        "size": f"{height} x {width} pixels, {channels} channel{'s' * (channels > 1)}",
+    }
+    for name, counts in zip(_COLOURS.get(channels, map(str, range(channels))), histograms(images.pixels), strict=True):
+        facts[name] = _values_text(counts)
+    return facts
+
+
+def histograms(pixels: Tensor) -> Tensor:
+    """How often each of 256 values occurs in each channel of uint8 images [N, C, H, W]: int64 [C, 256]."""
+    counts = torch.zeros(pixels.shape[1], 256, dtype=torch.int64)
+    for block in torch.split(pixels, _CHUNK):
+        for channel in range(pixels.shape[1]):
+            counts[channel] += torch.bincount(block[:, channel].flatten().int(), minlength=256)
+    return counts
+
+
+def _values_text(counts: Tensor) -> str:
+    """Range, mean and standard deviation of pixels that are counted by value, [256]."""
+    values, share = torch.arange(256).double(), counts.double() / counts.sum()
+    mean = float((values * share).sum())
+    std = float(((values - mean).square() * share).sum().sqrt())
+    found = counts.nonzero()[:, 0]
+    return (
+        f"{int(found[0])} to {int(found[-1])}, {len(found)} values, mean {mean:.1f}, standard deviation {std:.1f}; "
+        f"{float(share[0]):.1%} are 0 and {float(share[255]):.1%} are 255"
+    )
+
+
+def _point_facts(data: Dataset) -> dict[str, str]:
+    assert isinstance(data, Points)
+    facts = {"data": data.name, "read from": "drawn, the same whatever a run's seed", "points": f"{len(data):,}"}
+    facts["size"] = f"{data.points.shape[1]} coordinates"
+    for name, column in zip(("x", "y"), data.points.double().unbind(1), strict=True):
+        facts[name] = (
+            f"{column.min():.2f} to {column.max():.2f}, mean {column.mean():.3f}, standard deviation {column.std():.3f}"
+        )
+    outside = int((data.points.abs() > SQUARE).any(dim=1).sum())
+    facts["outside"] = f"{outside:,} of [-{SQUARE:g}, {SQUARE:g}]^2, on which densities are compared"
+    return facts
