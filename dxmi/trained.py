@@ -16,6 +16,7 @@ from dxmi.experiment import Experiment, ExperimentConfig, require_signature
 from dxmi.run_directory import RunDirectory
 from dxmi.scorers import Scores, build_scorer
 from dxmi.state import ALGORITHM
+from dxmi.tensors import require_finite_state
 
 CHECKPOINTS = ("best", "last")
 
@@ -62,7 +63,7 @@ class Trained:
             raise UserError(f"{error}.") from error
 
     def _sampling(self, stream: str, guidance: float) -> Sampling:
-        return Sampling(self.dxmi.evaluated, stream, self.dxmi.value.gradient, guidance)
+        return Sampling(self.dxmi.evaluated, stream, self.dxmi.value.gradient, guidance, step=self.step)
 
 
 def load_trained(run: RunDirectory, config: ExperimentConfig, which: str) -> Trained:
@@ -70,11 +71,13 @@ def load_trained(run: RunDirectory, config: ExperimentConfig, which: str) -> Tra
 
     Raises:
         UserError: the run has no checkpoint that is whole, or its config was edited.
+        DivergedError: its weights are not finite.
     """
     found, complaints = _find(run, which)
     if found is None:
         raise UserError(" ".join([*complaints, f"{run.path} has no checkpoint that can be used."]))
     require_signature(found, config)
+    require_finite_state(found.groups[ALGORITHM], f"Checkpoint {found.path}", found.step)
     experiment = Experiment(config, event=tuple(found.meta["event"]))
     experiment.use_threads()
     dxmi = experiment.build_dxmi(experiment.build_denoiser())

@@ -19,7 +19,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from dxmi.errors import UserError
+from dxmi.errors import DivergedError, UserError
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Workers(ABC):
 
         Raises:
             UserError: `action` did; it is raised on every worker.
+            DivergedError: likewise.
         """
         if self.size == 1:
             return action()
@@ -97,6 +98,8 @@ class Workers(ABC):
         message = json.loads(self._agree(json.dumps(message).encode()))
         if "error" in message:
             raise UserError(message["error"])
+        if "diverged" in message:
+            raise DivergedError(**message["diverged"])
         return message["value"]
 
     @staticmethod
@@ -105,6 +108,8 @@ class Workers(ABC):
             return {"value": action()}
         except UserError as error:
             return {"error": str(error)}
+        except DivergedError as error:
+            return {"diverged": error.tree()}
 
 
 class Alone(Workers):

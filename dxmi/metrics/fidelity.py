@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from dxmi.metrics.classifier import CLASSIFIERS, load_classifier
 from dxmi.metrics.fidelity_import import metric_fid, metric_isc, metric_kid, metric_prc, torch_fidelity, utils
+from dxmi.tensors import require_finite
 
 LAYER = "features"
 _BATCH = 1000
@@ -74,8 +75,18 @@ def classifier_features(name: str, pixels: Tensor) -> Tensor:
     return cast(Tensor, features[LAYER]).double()
 
 
+def _finite(generated: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """The features themselves, all of them finite."""
+    return require_finite(generated, "the features of the samples"), require_finite(reference, "the data's features")
+
+
 def frechet_distance(generated: Tensor, reference: Tensor) -> float:
-    """|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)) of features [N, D] and [M, D] (FID, arXiv 1706.08500)."""
+    """|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)) of features [N, D] and [M, D] (FID, arXiv 1706.08500).
+
+    Raises:
+        DivergedError: a feature is not finite.
+    """
+    generated, reference = _finite(generated, reference)
     statistics = metric_fid.fid_features_to_statistics(generated), metric_fid.fid_features_to_statistics(reference)
     return float(metric_fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"])
 
@@ -84,7 +95,11 @@ def kernel_distance(generated: Tensor, reference: Tensor, *, subsets: int, subse
     """Mean unbiased squared MMD with the cubic kernel over random subsets (KID, arXiv 1801.01401).
 
     Subsets are as large as the smaller set where that has fewer than `subset_size` rows.
+
+    Raises:
+        DivergedError: a feature is not finite.
     """
+    generated, reference = _finite(generated, reference)
     size = min(subset_size, len(generated), len(reference))
     scores = metric_kid.kid_features_to_metric(
         generated, reference, kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False
@@ -93,7 +108,12 @@ def kernel_distance(generated: Tensor, reference: Tensor, *, subsets: int, subse
 
 
 def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Fractions of each set within the other's 3-nearest-neighbour balls (arXiv 1904.06991)."""
+    """Fractions of each set within the other's 3-nearest-neighbour balls (arXiv 1904.06991).
+
+    Raises:
+        DivergedError: a feature is not finite: compared with NaN, every sample would be precise.
+    """
+    generated, reference = _finite(generated, reference)
     with torch.no_grad():
         scores = metric_prc.prc_features_to_metric(generated, reference, verbose=False, save_cpu_ram=True)
     return float(scores["precision"]), float(scores["recall"])
@@ -105,6 +125,10 @@ def inception_score(logits: Tensor, seed: int) -> float:
     Args:
         logits: of the classes, [N, C].
         seed: shuffles.
+
+    Raises:
+        DivergedError: a logit is not finite.
     """
+    logits = require_finite(logits, "the logits of the samples")
     scores = metric_isc.isc_features_to_metric(logits, min(_SPLITS, len(logits)), True, seed)
     return float(scores["inception_score_mean"])
