@@ -289,9 +289,10 @@ class _Run:
         if self.workers.on_first(lambda: bool(self.report(progress))):
             self.stopping = True
 
-    def _note(self, sentences: list[str]) -> None:
+    def _note(self, sentences: list[str], phase: Phase = Phase.FINETUNE) -> None:
+        total = self.config.pretrain.iterations if phase is Phase.PRETRAIN else self.config.train.iterations
         for sentence in sentences if self.workers.is_first else ():
-            self.report(Progress(Phase.FINETUNE, 0, self.config.train.iterations, note=sentence))
+            self.report(Progress(phase, 0, total, note=sentence))
 
     def _tell_or_stop(self, phase: Phase, step: int, total: int) -> None:
         """Report where stopping loses nothing that a checkpoint could hold."""
@@ -305,6 +306,8 @@ class _Run:
     def _pretrained(self) -> Story[Denoiser]:
         path = cache_root() / "pretrained" / f"{self.experiment.pretraining_signature}.cached"
         denoiser = self.experiment.build_denoiser()
+        if self.config.pretrain.weights is not None:
+            self._note(self.experiment.check_public(denoiser), Phase.PRETRAIN)
         partial = path.with_suffix(".partial")
         with entry(path, self.workers) as held:
             if held.tensors is None:
