@@ -287,7 +287,7 @@ class Experiment:
         if config.schedule.family != "ddpm":
             tree["family"] = config.schedule.family
         if config.pretrain.weights is not None:
-            tree["pretrain"] = {**tree["pretrain"], "weights": digest(self.public_weights.tensors)}
+            tree["pretrain"] = {**tree["pretrain"], "weights": self.weights_signature}
         return tree
 
     # ------------------------------------------------------------------------
@@ -326,6 +326,20 @@ class Experiment:
             place = f" (from {weights.taken})" if weights.taken else ""
             seen = f" The file holds {weights.keys}." if weights.keys else ""
             raise UserError(f"pretrain.weights is {self.config.pretrain.weights}{place}. {error}{seen}") from error
+
+    def inputs(self) -> dict[str, str]:
+        """Signatures of what the run reads beside its config: `data`, and `weights` where there are public ones.
+
+        Raises:
+            UserError: one of them cannot be read.
+        """
+        inputs = {"data": self.data.signature}
+        return inputs if self.config.pretrain.weights is None else {**inputs, "weights": self.weights_signature}
+
+    @cached_property
+    def weights_signature(self) -> str:
+        """Of the tensors of `pretrain.weights`."""
+        return digest(self.public_weights.tensors)
 
     def check_public(self, network: Denoiser) -> list[str]:
         """Compare what lies beside `pretrain.weights` with the network and the schedule of the run.

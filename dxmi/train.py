@@ -98,7 +98,8 @@ class Summary:
     choosing the best checkpoint; `scores` holds every score of each, `generations` those of the best on each draw of
     that noise, `seconds_per_1000_images` the time to draw samples, `members` how many seeds were trained in the same
     program at most: `seconds` are wall seconds, the same ones for all of them. `scored_with` names the
-    network that gave the features of the scores, and holds its hash and that of the data.
+    network that gave the features of the scores, and holds its hash and that of the data. `inputs` are the signatures of
+    the data and of `pretrain.weights` (`Experiment.inputs`).
     """
 
     name: str
@@ -121,6 +122,7 @@ class Summary:
     generations: list[dict[str, float]] = field(default_factory=list)
     members: int = 1
     scored_with: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 def train(
@@ -213,6 +215,13 @@ def _story(member: Member, resume_from: Path | None = None) -> Story[Summary | N
         run.write_config(to_tree(config))
 
     workers.on_first(refuse)
+    finished = workers.on_first(run.read_summary)
+    if finished is not None:
+        summary = _read_summary(run, finished)
+        if workers.is_first and member.report is not None:
+            for sentence in _changed_inputs(run, summary, experiment):
+                member.report(Progress(Phase.REPORT, 2, 2, note=sentence))
+        return summary
     scorer = build_scorer(experiment.data, config.evaluate, cache_root(), experiment.device, workers)
     with held:
         workers.on_first(begin)
@@ -233,6 +242,28 @@ def _refuse_other_run(run: RunDirectory, experiment: Experiment) -> None:
             f"{run.path} holds a run with another config ({'; '.join(changed[:5])}). Choose another out, "
             "or delete that folder."
         )
+
+
+def _changed_inputs(run: RunDirectory, summary: Summary, experiment: Experiment) -> list[str]:
+    """Sentences about a finished run whose data or public weights are no longer those that it read."""
+    recorded = summary.inputs or _recorded_data(run)
+    try:
+        now = experiment.inputs()
+    except UserError as error:
+        return [f"{run.path} shows what it was trained on, which can no longer be read: {error}"]
+    names = {"data": "data", "weights": "pretrain.weights"}
+    return [
+        f"{run.path} was trained on other {names[key]} (signature {recorded[key][:12]}, now {now[key][:12]}): its "
+        "numbers are of those. Choose another out to train on the present ones."
+        for key in now
+        if key in recorded and recorded[key] != now[key]
+    ]
+
+
+def _recorded_data(run: RunDirectory) -> dict[str, str]:
+    """The signature of the data in a run's newest checkpoint: runs of older versions have no other."""
+    found, _ = checkpoint.newest(run.checkpoints)
+    return {} if found is None else {"data": found.meta["data"]}
 
 
 class _Run:
@@ -569,6 +600,7 @@ class _Run:
             generations=self.generations,
             members=self.members,
             scored_with=self.scorer.about,
+            inputs=self.experiment.inputs(),
             seconds_per_1000_images={name: scored.seconds_per_1000 for name, scored in scores.items()},
             iterations=config.train.iterations,
             num_steps=config.schedule.num_steps,

@@ -30,12 +30,23 @@ class Trained:
         dxmi: networks as they were saved.
         step: the iteration after which they were.
         complaints: a sentence about each damaged checkpoint that was passed over.
+        data: signature of the data that they were trained on.
     """
 
     experiment: Experiment
     dxmi: DxMI
     step: int
     complaints: list[str]
+    data: str = ""
+
+    def other_data(self) -> str | None:
+        """A sentence if the data that scores compare with are not those that the run was trained on."""
+        now = self.experiment.data.signature
+        if self.data in ("", now):
+            return None
+        return (
+            f"the run was trained on other data (signature {self.data}, now {now}): it is scored against the present."
+        )
 
     def states(self, num: int, seed: int | None, guidance: float) -> Tensor:
         """Samples with the way to them, as a data set stores them: [T+1, num, *event], noise first."""
@@ -83,7 +94,7 @@ def load_trained(run: RunDirectory, config: ExperimentConfig, which: str) -> Tra
     dxmi = experiment.build_dxmi(experiment.build_denoiser())
     dxmi.load_state_dict(found.groups[ALGORITHM])
     dxmi.requires_grad_(False)
-    return Trained(experiment, dxmi, found.step, complaints)
+    return Trained(experiment, dxmi, found.step, complaints, str(found.meta.get("data", "")))
 
 
 def _find(run: RunDirectory, which: str) -> tuple[Checkpoint | None, list[str]]:

@@ -386,6 +386,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.out is not None:
         _require_folder(args.out)
     trained = _trained(args)
+    changed = trained.other_data()
+    if changed is not None:
+        complain(changed)
     scores = trained.scores(args.num_samples, args.seed, args.guidance)
     table = Table("score", "value", title=f"iteration {trained.step}")
     for key, value in scores.values.items():
