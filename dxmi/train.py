@@ -98,8 +98,8 @@ class Summary:
     choosing the best checkpoint; `scores` holds every score of each, `generations` those of the best on each draw of
     that noise, `seconds_per_1000_images` the time to draw samples, `members` how many seeds were trained in the same
     program at most: `seconds` are wall seconds, the same ones for all of them. `scored_with` names the
-    network that gave the features of the scores, and holds its hash and that of the data. `inputs` are the signatures of
-    the data and of `pretrain.weights` (`Experiment.inputs`).
+    network that gave the features of the scores, and holds its hash and that of the data. `inputs` are the signatures
+    of the data and of `pretrain.weights` (`Experiment.inputs`).
     """
 
     name: str
