@@ -14,7 +14,7 @@ from dxmi.overlap import Beside
 from dxmi.sampler import Guide, Policy
 from dxmi.schedules import NUM_DIFFUSION_STEPS
 from dxmi.seeds import generator
-from dxmi.tensors import encode, num_not_finite
+from dxmi.tensors import encode, num_beyond
 from dxmi.workers import ALONE, Workers
 
 SELECTION, REPORT = "selection", "report"
@@ -26,6 +26,8 @@ CLASSIFIER, INCEPTION = FEATURES = ("classifier", "inception")
 _MIN_SUBSET, _SEEDS = 2, 2**32
 MIN_SAMPLES = 4
 """Precision and recall look at a sample's third neighbour."""
+_BOUND = 1e6
+"""Samples of a working policy are of the order of 1: clipped to pixels, larger ones would look like an image."""
 NUM_SAMPLES_KEY = "eval/num_samples"
 
 
@@ -111,22 +113,32 @@ class Sampling:
     step: int = 0
     source: str = ""
 
+    @property
+    def bound(self) -> float:
+        """What no state comes near while all is well: a million times the start's or the data's deviation."""
+        return _BOUND * max(1.0, self.policy.start_sigma)
+
+    def bad(self, x: Tensor) -> Tensor:
+        """How many of the states `x` [B, *event] are not finite or beyond `bound`, []."""
+        return num_beyond(x, self.bound)
+
     def require_finite(self, bad: Tensor, num: int) -> None:
-        """Check that all samples of a batch of every worker are finite; all workers come to the same result.
+        """Check that no sample of a batch of any worker is bad; all workers come to the same result.
 
         Args:
-            bad: how many of this worker's are not, [].
+            bad: how many of this worker's are, [].
             num: how many samples all workers have drawn.
 
         Raises:
-            DivergedError: some are not.
+            DivergedError: some are.
         """
         total = sum(int(one) for one in self.workers.gather(bad.view(1)))
         if total:
             raise DivergedError(self.step, "samples", math.nan, self._sentence(total, num))
 
     def _sentence(self, bad: int, num: int) -> str:
-        what = f"{bad} of {num} samples of {self.source or f'iteration {self.step}'} are not finite"
+        source = self.source or f"iteration {self.step}"
+        what = f"{bad} of {num} samples of {source} are not finite or beyond {self.bound:g}"
         if self.guidance != 0.0:
             return f"Sampling diverged: with guidance {self.guidance:g}, {what}. Choose a weaker guidance."
         if self.step:
@@ -155,7 +167,7 @@ def generate(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
             x = policy.sample(config.batch_size, batches[mine][1], sampling.guide, sampling.guidance)
         else:  # the last round may have fewer batches than workers
             x = torch.zeros((config.batch_size, *policy.event), device=policy.diffusion_step.device)
-        sampling.require_finite(num_not_finite(x), min(workers.size, len(batches) - first) * config.batch_size)
+        sampling.require_finite(sampling.bad(x), min(workers.size, len(batches) - first) * config.batch_size)
         blocks += workers.gather(encode(x))
         if sampling.on_batch is not None:
             sampling.on_batch(min((first + workers.size) * config.batch_size, num))
@@ -208,7 +220,7 @@ def measure(
                 if device.type == "cuda":
                     torch.cuda.current_stream(device).synchronize()
                 fastest = min(fastest, time.perf_counter() - began)
-            bad = torch.zeros((), dtype=torch.int64, device=device) if drawn is None else num_not_finite(drawn)
+            bad = torch.zeros((), dtype=torch.int64, device=device) if drawn is None else sampling.bad(drawn)
             sampling.require_finite(bad, min(workers.size, len(batches) - first) * config.batch_size)
             if drawn is not None:
                 beside.put(x[: num - start])
@@ -242,7 +254,7 @@ def generate_states(sampling: Sampling, num: int, config: EvaluateConfig) -> Ten
     for start, noise in _batches(sampling, num, config):
         states = []
         for x in sampling.policy.walk(config.batch_size, noise, sampling.guide, sampling.guidance):
-            alone.require_finite(num_not_finite(x), config.batch_size)
+            alone.require_finite(alone.bad(x), config.batch_size)
             states.append(encode(x)[: num - start])
         batches.append(torch.stack(states))
     return torch.cat(batches, dim=1)

@@ -54,9 +54,9 @@ def encode(x: Tensor) -> Tensor:
     return to_uint8(x) if x.dim() == _IMAGE_RANK else x
 
 
-def num_not_finite(x: Tensor) -> Tensor:
-    """How many samples of `x` [B, *event] hold a number that is not finite: one reduction on the device, []."""
-    return (~x.isfinite().flatten(1).all(dim=1)).sum()
+def num_beyond(x: Tensor, bound: float) -> Tensor:
+    """How many samples of `x` [B, *event] hold NaN or what is larger than `bound`: one reduction on the device, []."""
+    return (~(x.abs() <= bound).flatten(1).all(dim=1)).sum()
 
 
 def require_finite(x: Tensor, what: str, step: int = 0) -> Tensor:
