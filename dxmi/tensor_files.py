@@ -120,7 +120,7 @@ _CURE = (
 
 def _reason(error: Exception) -> str:
     """The name of what it asked for, or the first line of what the reader said."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [printable(line.strip()) for line in str(error).splitlines() if line.strip()]
     if isinstance(error, pickle.UnpicklingError):
         lines = [line for line in lines if "GLOBAL" in line]
         return f" ({lines[0].split('. ')[0].removeprefix('WeightsUnpickler error: ')[:_REASON]})" if lines else ""
@@ -147,7 +147,9 @@ def _require_whole_archive(path: Path) -> None:
     except Exception as error:
         raise UserError(f"Checkpoint {path} is damaged or cut short{_reason(error)}: fetch it again.") from error
     if damaged is not None:
-        raise UserError(f"Checkpoint {path} is damaged: {damaged} in it does not match its checksum. Fetch it again.")
+        raise UserError(
+            f"Checkpoint {path} is damaged: {printable(damaged)} in it does not match its checksum. Fetch it again."
+        )
     if any("constants.pkl" in name for name in names):
         raise UserError(f"Checkpoint {path} is a TorchScript program: save its state_dict instead.")
     if not any(name.rpartition("/")[2] == "data.pkl" for name in names):
@@ -164,12 +166,18 @@ def _unpickled(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def printable(text: str) -> str:
+    """A name from a file as it can stand in a sentence: no line breaks or control characters."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def require_dense(tensor: Tensor, name: str, path: Path) -> Tensor:
     """A tensor that can be a weight, on the host and without tricks of memory.
 
     Raises:
         UserError: it is not a plain floating-point tensor, or larger than the memory behind it.
     """
+    name = printable(name)
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         raise UserError(f"Checkpoint {path}: {name} is not a plain tensor ({tensor.layout}, {tensor.dtype}).")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

@@ -154,6 +154,13 @@ def test_averages_that_cannot_be_named_are_refused(tmp_path):
         read_public(write(tmp_path / "b.pt", {**under("model_ema.", flat), "model.other.weight": torch.zeros(2)}))
 
 
+def test_names_from_a_file_stand_on_one_line(tmp_path):
+    for content in ({"a\nb\x1b[31m": 3}, {"model": {"a\nb": torch.zeros(3)}}):
+        with pytest.raises(UserError) as refusal:
+            load_public(unet(), read_public(write(tmp_path / "a.pt", content)).tensors)
+        assert "a?b" in str(refusal.value)
+
+
 def test_the_keys_of_a_file_without_weights_are_named(tmp_path):
     with pytest.raises(UserError, match=r"holds no state_dict.* the keys epoch, config"):
         read_public(write(tmp_path / "a.pt", {"epoch": 3, "config": {}}))

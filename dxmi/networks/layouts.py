@@ -25,6 +25,7 @@ from dxmi.networks.igebm import IgebmCritic
 from dxmi.networks.layers import Attention, SpectralConv
 from dxmi.networks.ncsnpp import NcsnppGan
 from dxmi.networks.unet import ResidualBlock, Stage, Unet
+from dxmi.tensor_files import printable
 
 State = Mapping[str, Tensor]
 
@@ -437,7 +438,7 @@ def _layout_of(network: nn.Module, state: State) -> tuple[str, list[Row], tuple[
                 return name, layout.rows(network), layout.ignored
     raise UserError(
         f"The checkpoint is in no layout that {type(network).__name__} can be read from (README, Networks, has them): "
-        f"its first names are {', '.join(list(state)[:3])}."
+        f"its first names are {', '.join(map(printable, list(state)[:3]))}."
     )
 
 
@@ -498,7 +499,7 @@ def _require_same_names(rows: list[Row], names: set[str]) -> None:
         if odd:
             subject, rest = ("checkpoint", "") if kind == "lacks" else ("network", " of the checkpoint")
             raise UserError(
-                f"The {subject} {kind} {', '.join(sorted(odd)[:3])}{' and others' * (len(odd) > 3)}{rest}: "
+                f"The {subject} {kind} {', '.join(map(printable, sorted(odd)[:3]))}{' and others' * (len(odd) > 3)}{rest}: "
                 "the config describes another network."
             )
 

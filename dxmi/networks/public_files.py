@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dxmi.errors import UserError
 from dxmi.networks.layouts import SIGMAS, is_known
-from dxmi.tensor_files import read_tensor_file, require_dense
+from dxmi.tensor_files import printable, read_tensor_file, require_dense
 
 _INFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
 """What torch.compile, FSDP, activation checkpointing and Fabric put into names, at any place."""
@@ -297,7 +297,7 @@ def _keys_of(content: object) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} others" if len(names) > _SHOWN else ""
-    return ", ".join(name[:100] for name in names[:_SHOWN]) + more
+    return ", ".join(printable(name[:100]) for name in names[:_SHOWN]) + more
 
 
 def _with_new_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
