@@ -498,10 +498,8 @@ def _require_same_names(rows: list[Row], names: set[str]) -> None:
     for kind, odd in (("lacks", wanted - names), ("has no place for", names - wanted)):
         if odd:
             subject, rest = ("checkpoint", "") if kind == "lacks" else ("network", " of the checkpoint")
-            raise UserError(
-                f"The {subject} {kind} {', '.join(map(printable, sorted(odd)[:3]))}{' and others' * (len(odd) > 3)}{rest}: "
-                "the config describes another network."
-            )
+            names_shown = ", ".join(map(printable, sorted(odd)[:3])) + " and others" * (len(odd) > 3)
+            raise UserError(f"The {subject} {kind} {names_shown}{rest}: the config describes another network.")
 
 
 def public_log_sigma(state: State) -> Tensor | None:
