@@ -9,19 +9,30 @@ class UserError(Exception):
 
 
 class DivergedError(Exception):
-    """A metric stopped being a finite number.
+    """A metric, a sample or a weight is not a finite number.
 
     Attributes:
         step: the iteration after which it was seen.
-        metric: its key.
+        metric: its key, or what else is not finite.
         value: what it was.
+        message: the sentence for the user.
     """
 
-    def __init__(self, step: int, metric: str, value: float) -> None:
-        super().__init__(f"Training diverged: {metric} is {value} at iteration {step}. Lower the learning rates.")
+    def __init__(self, step: int, metric: str, value: float, message: str = "") -> None:
+        self.message = (
+            message or f"Training diverged: {metric} is {value} at iteration {step}. Lower the learning rates."
+        )
+        super().__init__(self.message)
         self.step = step
         self.metric = metric
         self.value = value
+
+    def __reduce__(self) -> tuple[type["DivergedError"], tuple[int, str, float, str]]:
+        return DivergedError, (self.step, self.metric, self.value, self.message)
+
+    def tree(self) -> dict[str, int | str | float]:
+        """The arguments that make this exception again, as plain values."""
+        return {"step": self.step, "metric": self.metric, "value": self.value, "message": self.message}
 
 
 class WorkersLostError(Exception):

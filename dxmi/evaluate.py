@@ -3,17 +3,18 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dxmi.errors import DivergedError
 from dxmi.overlap import Beside
 from dxmi.sampler import Guide, Policy
 from dxmi.schedules import NUM_DIFFUSION_STEPS
 from dxmi.seeds import generator
-from dxmi.tensors import encode
+from dxmi.tensors import encode, num_beyond
 from dxmi.workers import ALONE, Workers
 
 SELECTION, REPORT = "selection", "report"
@@ -25,6 +26,8 @@ CLASSIFIER, INCEPTION = FEATURES = ("classifier", "inception")
 _MIN_SUBSET, _SEEDS = 2, 2**32
 MIN_SAMPLES = 4
 """Precision and recall look at a sample's third neighbour."""
+_BOUND = 1e6
+"""Samples of a working policy are of the order of 1: clipped to pixels, larger ones would look like an image."""
 NUM_SAMPLES_KEY = "eval/num_samples"
 
 
@@ -97,6 +100,8 @@ class Sampling:
         guidance: its strength.
         on_batch: called after each batch with how many samples there are so far; by all workers at the same time.
         workers: take the batches in turn.
+        step: the iteration after which the policy was taken.
+        source: names the policy where its samples are not finite; by default its iteration.
     """
 
     policy: Policy
@@ -105,6 +110,43 @@ class Sampling:
     guidance: float = 0.0
     on_batch: Callable[[int], None] | None = None
     workers: Workers = ALONE
+    step: int = 0
+    source: str = ""
+
+    @property
+    def bound(self) -> float:
+        """What no state comes near while all is well: a million times the start's or the data's deviation."""
+        return _BOUND * max(1.0, self.policy.start_sigma)
+
+    def bad(self, x: Tensor) -> Tensor:
+        """How many of the states `x` [B, *event] are not finite or beyond `bound`, []."""
+        return num_beyond(x, self.bound)
+
+    def require_finite(self, bad: Tensor, num: int) -> None:
+        """Check that no sample of a batch of any worker is bad; all workers come to the same result.
+
+        Args:
+            bad: how many of this worker's are, [].
+            num: how many samples all workers have drawn.
+
+        Raises:
+            DivergedError: some are.
+        """
+        total = sum(int(one) for one in self.workers.gather(bad.view(1)))
+        if total:
+            raise DivergedError(self.step, "samples", math.nan, self._sentence(total, num))
+
+    def _sentence(self, bad: int, num: int) -> str:
+        source = self.source or f"iteration {self.step}"
+        what = f"{bad} of {num} samples of {source} are not finite or beyond {self.bound:g}"
+        if self.guidance != 0.0:
+            return f"Sampling diverged: with guidance {self.guidance:g}, {what}. Choose a weaker guidance."
+        if self.step:
+            return f"Training diverged: {what}. Lower the learning rates."
+        return (
+            f"Sampling diverged: {what}, and nothing was fine-tuned before. The pretrained model is at fault: lower "
+            "pretrain.optimizer.lr, or try other pretrain.weights."
+        )
 
 
 def generate(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
@@ -112,6 +154,9 @@ def generate(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
 
     The noise of a batch depends on its place alone, so the first samples of a longer run are those of a shorter one
     as long as `batch_size` is the same, and workers change none of them.
+
+    Raises:
+        DivergedError: a sample is not finite.
     """
     policy, workers = sampling.policy, sampling.workers
     batches = list(_batches(sampling, num, config))
@@ -122,6 +167,7 @@ def generate(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
             x = policy.sample(config.batch_size, batches[mine][1], sampling.guide, sampling.guidance)
         else:  # the last round may have fewer batches than workers
             x = torch.zeros((config.batch_size, *policy.event), device=policy.diffusion_step.device)
+        sampling.require_finite(sampling.bad(x), min(workers.size, len(batches) - first) * config.batch_size)
         blocks += workers.gather(encode(x))
         if sampling.on_batch is not None:
             sampling.on_batch(min((first + workers.size) * config.batch_size, num))
@@ -156,19 +202,27 @@ def measure(
         config: their noise and batches.
         work: samples as a data set stores them, on the device, to rows of features [N, F] on the host.
         threaded: as for `Beside`.
+
+    Raises:
+        DivergedError: a sample is not finite.
     """
     policy, workers = sampling.policy, sampling.workers
     device = policy.diffusion_step.device
     batches, fastest = list(_batches(sampling, num, config)), math.inf
     with Beside(work, device, threaded=threaded) as beside:
         for first in range(0, len(batches), workers.size):
+            drawn = None
             if first + workers.rank < len(batches):
                 start, noise = batches[first + workers.rank]
                 began = time.perf_counter()
-                x = encode(policy.sample(config.batch_size, noise, sampling.guide, sampling.guidance))
+                drawn = policy.sample(config.batch_size, noise, sampling.guide, sampling.guidance)
+                x = encode(drawn)
                 if device.type == "cuda":
                     torch.cuda.current_stream(device).synchronize()
                 fastest = min(fastest, time.perf_counter() - began)
+            bad = torch.zeros((), dtype=torch.int64, device=device) if drawn is None else sampling.bad(drawn)
+            sampling.require_finite(bad, min(workers.size, len(batches) - first) * config.batch_size)
+            if drawn is not None:
                 beside.put(x[: num - start])
             if sampling.on_batch is not None:
                 sampling.on_batch(min((first + workers.size) * config.batch_size, num))
@@ -191,11 +245,18 @@ def _in_order(own: list[Tensor], num_batches: int, batch_size: int, workers: Wor
 
 
 def generate_states(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
-    """The whole way of the samples that `generate` gives: [T+1, num, *event], noise first."""
-    batches = []
+    """The whole way of the samples that `generate` gives: [T+1, num, *event], noise first.
+
+    Raises:
+        DivergedError: a state on the way is not finite.
+    """
+    alone, batches = replace(sampling, workers=ALONE), []
     for start, noise in _batches(sampling, num, config):
-        walk = sampling.policy.walk(config.batch_size, noise, sampling.guide, sampling.guidance)
-        batches.append(torch.stack([encode(x)[: num - start] for x in walk]))
+        states = []
+        for x in sampling.policy.walk(config.batch_size, noise, sampling.guide, sampling.guidance):
+            alone.require_finite(alone.bad(x), config.batch_size)
+            states.append(encode(x)[: num - start])
+        batches.append(torch.stack(states))
     return torch.cat(batches, dim=1)
 
 

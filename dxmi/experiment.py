@@ -31,9 +31,11 @@ from dxmi.networks import (
     build_timed_critic,
     kinds,
 )
-from dxmi.networks.layouts import digest, load_public, public_log_sigma, read_public
+from dxmi.networks.diffusers_folder import require_same_model, require_same_noise, scheduler_of_folder
+from dxmi.networks.layouts import DIFFUSERS_MARK, digest, load_public, public_log_sigma
+from dxmi.networks.public_files import PublicWeights, read_public
 from dxmi.sampler import Policy
-from dxmi.schedules import ScheduleConfig, StepSchedule, noising, shorten
+from dxmi.schedules import ScheduleConfig, StepSchedule, forward_betas, noising, shorten
 from dxmi.seeds import generator
 from dxmi.state import TrainingState
 from dxmi.value import SeparateValue, SharedValue, Value
@@ -316,7 +318,7 @@ class Experiment:
         if config.schedule.family != "ddpm":
             tree["family"] = config.schedule.family
         if config.pretrain.weights is not None:
-            tree["pretrain"] = {**tree["pretrain"], "weights": digest(self.public_weights)}
+            tree["pretrain"] = {**tree["pretrain"], "weights": self.weights_signature}
         return tree
 
     # ------------------------------------------------------------------------
@@ -331,7 +333,7 @@ class Experiment:
         return build_denoiser(config, self.event, self._weights("denoiser")).to(self.device)
 
     @cached_property
-    def public_weights(self) -> dict[str, Tensor]:
+    def public_weights(self) -> PublicWeights:
         """The tensors of `pretrain.weights`, by their public names.
 
         Raises:
@@ -348,10 +350,50 @@ class Experiment:
         return read_public(found)
 
     def _load_public(self, network: Denoiser) -> None:
+        weights = self.public_weights
         try:
-            load_public(network, self.public_weights)
+            load_public(network, weights.tensors)
         except UserError as error:
-            raise UserError(f"pretrain.weights is {self.config.pretrain.weights}. {error}") from error
+            place = f" (from {weights.taken})" if weights.taken else ""
+            seen = f" The file holds {weights.keys}." if weights.keys else ""
+            raise UserError(f"pretrain.weights is {self.config.pretrain.weights}{place}. {error}{seen}") from error
+
+    def inputs(self) -> dict[str, str]:
+        """Signatures of what the run reads beside its config: `data`, and `weights` where there are public ones.
+
+        Raises:
+            UserError: one of them cannot be read.
+        """
+        inputs = {"data": self.data.signature}
+        return inputs if self.config.pretrain.weights is None else {**inputs, "weights": self.weights_signature}
+
+    @cached_property
+    def weights_signature(self) -> str:
+        """Of the tensors of `pretrain.weights`."""
+        return digest(self.public_weights.tensors)
+
+    def check_public(self, network: Denoiser) -> list[str]:
+        """Compare what lies beside `pretrain.weights` with the network and the schedule of the run.
+
+        Returns:
+            Sentences for the user: what was taken of the file, and what could not be compared.
+
+        Raises:
+            UserError: a config.json or scheduler_config.json of diffusers describes another model.
+        """
+        weights = self.public_weights
+        notes = [f"pretrain.weights: {weights.note}"] if weights.note else []
+        if weights.folder is None:
+            if DIFFUSERS_MARK in weights.tensors:
+                notes.append(f"pretrain.weights: beside {weights.path} is no config.json to compare the network with.")
+            return notes
+        require_same_model(weights.folder, network, self.event)
+        scheduler = scheduler_of_folder(weights.folder)
+        if scheduler is None:
+            assumed = "taken as a model that predicts the noise, trained on DDPM's linear betas"
+            return [*notes, f"pretrain.weights: {weights.path} has no scheduler_config.json: {assumed}."]
+        require_same_noise(scheduler, self.config.schedule.family, forward_betas())
+        return notes
 
     def build_pretraining(self) -> tuple[DDPM, TrainingState]:
         """Pretraining at its start."""
@@ -402,7 +444,7 @@ class Experiment:
         config, dxmi = self.config, self.build_dxmi(denoiser)
         self._compile(dxmi)
         if config.pretrain.weights is not None:
-            dxmi.start_from(public_log_sigma(self.public_weights))
+            dxmi.start_from(public_log_sigma(self.public_weights.tensors))
         generators = {
             "noise": generator(config.seed, "finetune/noise", self.device),
             "states": generator(config.seed, "finetune/states"),

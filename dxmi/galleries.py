@@ -10,6 +10,7 @@ from dxmi.data import DISTRIBUTIONS, SQUARE, Distribution
 from dxmi.metrics.density import calibrated_kl, square_grid
 from dxmi.pictures import save_figure, save_grid, save_steps_grid
 from dxmi.planar_pictures import energy_figure, samples_figure, shown_times, steps_figure, values_figure
+from dxmi.tensors import require_finite
 from dxmi.value import Value
 
 _CELLS = 120
@@ -78,9 +79,14 @@ class PlanarGallery(Gallery):
 
     @torch.no_grad()
     def draw_value(self, folder: Path, value: Value, num_steps: int) -> None:
-        """values.png and energy.png."""
+        """values.png and energy.png.
+
+        Raises:
+            DivergedError: a value is not finite.
+        """
         device = next(value.parameters()).device
-        maps = {t: _map(value(self.cells.to(device), t).cpu()) for t in shown_times(num_steps)}
+        heights = {t: value(self.cells.to(device), t).cpu() for t in shown_times(num_steps)}
+        maps = {t: _map(require_finite(heights[t], f"the value of step {t} on the plane")) for t in heights}
         save_figure(folder / "values.png", values_figure(maps))
         energy = maps[num_steps]
         beta = calibrated_kl(energy.flatten(), self.log_density.flatten()).beta

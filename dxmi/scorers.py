@@ -74,7 +74,7 @@ from dxmi.metrics.gaussians import Gaussian, Moments
 from dxmi.metrics.inception import NETWORK, NUM_FEATURES, Inception, file_digest, find_weights, load_inception
 from dxmi.metrics.sliced_wasserstein import sliced_wasserstein
 from dxmi.seeds import generator
-from dxmi.tensors import decode
+from dxmi.tensors import decode, require_finite, require_finite_metrics
 from dxmi.workers import ALONE, Workers
 
 _CELLS = 160
@@ -143,10 +143,11 @@ class Scorer(ABC):
         if samples.is_cuda:
             torch.cuda.synchronize()
         seconds = (time.perf_counter() - start) * 1000.0 / self.config.num_samples
-        return Scores(*self.workers.on_first(lambda: [self._with_count(score(samples)), seconds]))
+        return Scores(*self.workers.on_first(lambda: [self._checked(score(samples), sampling.step), seconds]))
 
-    def _with_count(self, values: dict[str, float]) -> dict[str, float]:
-        return values | {NUM_SAMPLES_KEY: float(self.config.num_samples)}
+    def _checked(self, values: dict[str, float], step: int = 0) -> dict[str, float]:
+        """The scores of iteration `step`, all of them finite, with how many samples they are of."""
+        return require_finite_metrics(values, step) | {NUM_SAMPLES_KEY: float(self.config.num_samples)}
 
     def _sliced_wasserstein(self, samples: Tensor, data: Tensor) -> float:
         """Of two sets as they are stored."""
@@ -352,7 +353,7 @@ class InceptionScorer(_FeatureScorer):
 
         measured = measure(replace(sampling, workers=self.workers), self.config.num_samples, self.config, features)
         pool, logits = measured.features[:, :NUM_FEATURES], measured.features[:, NUM_FEATURES:]
-        values = self.workers.on_first(lambda: self._with_count(score(reference, pool, logits)))
+        values = self.workers.on_first(lambda: self._checked(score(reference, pool, logits), sampling.step))
         return Scores(values, measured.seconds_per_1000)
 
     def _distances(self, reference: _Reference, pool: Tensor, logits: Tensor) -> dict[str, float]:
@@ -416,7 +417,7 @@ class PlanarScorer(Scorer):
 
         def score(samples: Tensor) -> dict[str, float]:
             distance = {self.metric: self._sliced_wasserstein(samples, self.reference)}
-            return distance if energy is None else distance | self._energy_scores(energy, samples.device)
+            return distance if energy is None else distance | self._energy_scores(energy, samples.device, sampling.step)
 
         return self._scores(sampling, score)
 
@@ -428,12 +429,12 @@ class PlanarScorer(Scorer):
         floor = sum(self._sliced_wasserstein(points, self.reference) for points in sets) / _FLOOR_SETS
         exact = self.points.distribution.log_density
         values = {self.metric: floor, "eval/energy_auc": roc_auc(exact(self.reference), exact(self._uniform()))}
-        return Scores(self._with_count(values), seconds)
+        return Scores(self._checked(values), seconds)
 
     @torch.no_grad()
-    def _energy_scores(self, energy: Energy, device: torch.device) -> dict[str, float]:
+    def _energy_scores(self, energy: Energy, device: torch.device, step: int) -> dict[str, float]:
         def score(points: Tensor) -> Tensor:
-            return energy(points.to(device)).cpu()  # type: ignore[no-any-return]
+            return require_finite(energy(points.to(device)).cpu(), f"the energy of iteration {step}", step)
 
         calibrated = calibrated_kl(score(self.cells), self.log_density)
         return {

@@ -3,6 +3,7 @@
 Axis letters: B batch, C channels, H height, W width; *event is everything after the batch axis.
 """
 
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
+
+from dxmi.errors import DivergedError
 
 _IMAGE_RANK = 4
 """B, C, H, W."""
@@ -57,7 +60,10 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Floats as pixels 0..255: the inverse of `from_uint8`, with values outside [-1, 1] clipped."""
+    """Floats as pixels 0..255: the inverse of `from_uint8`, with values outside [-1, 1] clipped.
+
+    NaN has no pixel: whoever calls this has made sure that `x` is finite, as `dxmi.evaluate` does.
+    """
     return x.clamp(-1.0, 1.0).add(1.0).mul(255.0 / 2.0).round_().to(torch.uint8)
 
 
@@ -69,6 +75,51 @@ def decode(stored: Tensor) -> Tensor:
 def encode(x: Tensor) -> Tensor:
     """Samples [N, *event] as they are stored: images (events [C, H, W]) as pixels 0..255, points as they are."""
     return to_uint8(x) if x.dim() == _IMAGE_RANK else x
+
+
+def num_beyond(x: Tensor, bound: float) -> Tensor:
+    """How many samples of `x` [B, *event] hold NaN or what is larger than `bound`: one reduction on the device, []."""
+    return (~(x.abs() <= bound).flatten(1).all(dim=1)).sum()
+
+
+def require_finite(x: Tensor, what: str, step: int = 0) -> Tensor:
+    """`x` itself.
+
+    Raises:
+        DivergedError: it holds NaN or infinity; `what` names it in the sentence.
+    """
+    bad = ~x.isfinite()
+    if bad.any():
+        value = float(x[bad][0])
+        sentence = (
+            f"{what} cannot be used: {int(bad.sum())} of {x.numel()} numbers are not finite, the first is {value}."
+        )
+        raise DivergedError(step, what, value, sentence)
+    return x
+
+
+def require_finite_state(state: Mapping[str, Tensor], what: str, step: int) -> None:
+    """Check the weights of iteration `step`, whose sentence names `what` and the first tensor that is not finite.
+
+    Raises:
+        DivergedError: one of them is not finite.
+    """
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            sentence = f"{what} of iteration {step} holds weights that are not finite, in {name}: training diverged."
+            raise DivergedError(step, name, math.nan, sentence)
+
+
+def require_finite_metrics(metrics: dict[str, float], step: int) -> dict[str, float]:
+    """The metrics themselves.
+
+    Raises:
+        DivergedError: one of them is not finite.
+    """
+    for key, value in metrics.items():
+        if not math.isfinite(value):
+            raise DivergedError(step, key, value)
+    return metrics
 
 
 def chunks(num: int, pieces: int) -> list[slice]:

@@ -5,11 +5,10 @@ been touched. For that, every row, evaluation and checkpoint falls on an iterati
 """
 
 import functools
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from shutil import copytree, rmtree
@@ -25,7 +24,7 @@ from dxmi.cache import cache_root, cached, entry
 from dxmi.checkpoint import Checkpoint, DamagedCheckpointError
 from dxmi.config import build, differences, signature, to_tree
 from dxmi.energy import Energy
-from dxmi.errors import DivergedError, UserError
+from dxmi.errors import UserError
 from dxmi.evaluate import REPORT, SCORING_VERSION, SELECTION, Sampling, generate, generate_states
 from dxmi.experiment import Experiment, ExperimentConfig, require_signature
 from dxmi.galleries import build_gallery
@@ -39,6 +38,7 @@ from dxmi.scorers import Scorer, Scores, build_scorer
 from dxmi.solvers import further_references
 from dxmi.state import ALGORITHM, TrainingState
 from dxmi.stretch import Story, Stretch, tell, tell_together
+from dxmi.tensors import require_finite_metrics, require_finite_state
 from dxmi.workers import Workers
 
 _NOT_OF_SCORES = (
@@ -102,6 +102,7 @@ class Summary:
     program at most: `seconds` are wall seconds, the same ones for all of them. `scored_with` names the
     network that gave the features of the scores, and holds its hash and that of the data. `labels` says of which
     classes the samples were, if the network knows any, and `data_notes` what was left out of the data or changed.
+    `inputs` are the signatures of the data and of `pretrain.weights` (`Experiment.inputs`).
     """
 
     name: str
@@ -126,6 +127,7 @@ class Summary:
     scored_with: dict[str, str] = field(default_factory=dict)
     labels: str = ""
     data_notes: list[str] = field(default_factory=list)
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 def train(
@@ -218,6 +220,13 @@ def _story(member: Member, resume_from: Path | None = None) -> Story[Summary | N
         run.write_config(to_tree(config))
 
     workers.on_first(refuse)
+    finished = workers.on_first(run.read_summary)
+    if finished is not None:
+        summary = _read_summary(run, finished)
+        if workers.is_first and member.report is not None:
+            for sentence in _changed_inputs(run, summary, experiment):
+                member.report(Progress(Phase.REPORT, 2, 2, note=sentence))
+        return summary
     scorer = build_scorer(experiment.data, config.evaluate, cache_root(), experiment.device, workers)
     with held:
         workers.on_first(begin)
@@ -238,6 +247,28 @@ def _refuse_other_run(run: RunDirectory, experiment: Experiment) -> None:
             f"{run.path} holds a run with another config ({'; '.join(changed[:5])}). Choose another out, "
             "or delete that folder."
         )
+
+
+def _changed_inputs(run: RunDirectory, summary: Summary, experiment: Experiment) -> list[str]:
+    """Sentences about a finished run whose data or public weights are no longer those that it read."""
+    recorded = summary.inputs or _recorded_data(run)
+    try:
+        now = experiment.inputs()
+    except UserError as error:
+        return [f"{run.path} shows what it was trained on, which can no longer be read: {error}"]
+    names = {"data": "data", "weights": "pretrain.weights"}
+    return [
+        f"{run.path} was trained on other {names[key]} (signature {recorded[key][:12]}, now {now[key][:12]}): its "
+        "numbers are of those. Choose another out to train on the present ones."
+        for key in now
+        if key in recorded and recorded[key] != now[key]
+    ]
+
+
+def _recorded_data(run: RunDirectory) -> dict[str, str]:
+    """The signature of the data in a run's newest checkpoint: runs of older versions have no other."""
+    found, _ = checkpoint.newest(run.checkpoints)
+    return {} if found is None else {"data": found.meta["data"]}
 
 
 class _Run:
@@ -295,9 +326,10 @@ class _Run:
         if self.workers.on_first(lambda: bool(self.report(progress))):
             self.stopping = True
 
-    def _note(self, sentences: Sequence[str], *, of_data: bool = False) -> None:
+    def _note(self, sentences: Sequence[str], phase: Phase = Phase.FINETUNE, *, of_data: bool = False) -> None:
+        total = self.config.pretrain.iterations if phase is Phase.PRETRAIN else self.config.train.iterations
         for sentence in sentences if self.workers.is_first else ():
-            self.report(Progress(Phase.FINETUNE, 0, self.config.train.iterations, note=sentence, of_data=of_data))
+            self.report(Progress(phase, 0, total, note=sentence, of_data=of_data))
 
     def _tell_or_stop(self, phase: Phase, step: int, total: int) -> None:
         """Report where stopping loses nothing that a checkpoint could hold."""
@@ -311,12 +343,16 @@ class _Run:
     def _pretrained(self) -> Story[Denoiser]:
         path = cache_root() / "pretrained" / f"{self.experiment.pretraining_signature}.cached"
         denoiser = self.experiment.build_denoiser()
+        if self.config.pretrain.weights is not None:
+            self._note(self.experiment.check_public(denoiser), Phase.PRETRAIN)
         partial = path.with_suffix(".partial")
         with entry(path, self.workers) as held:
             if held.tensors is None:
                 ddpm, stretch = self._pretraining(partial)
                 yield stretch
-                held.write(dict(ddpm.average.state_dict()))
+                average = ddpm.average.state_dict()
+                require_finite_state(average, "The pretrained model", self.config.pretrain.iterations)
+                held.write(dict(average))
             assert held.tensors is not None
             denoiser.load_state_dict(held.tensors)
         if self.workers.is_first:
@@ -396,8 +432,9 @@ class _Run:
 
         def compute() -> dict[str, Tensor]:
             policy = self.experiment.build_policy(denoiser, schedule, kind)
-            scores = self.scorer.full(Sampling(policy, REPORT, on_batch=on_batch))
-            numbers = {**_finite(scores.values, 0), "seconds_per_1000": scores.seconds_per_1000}
+            source = f"the {schedule.num_steps}-step reference ({kind.__name__})"
+            scores = self.scorer.full(Sampling(policy, REPORT, on_batch=on_batch, source=source))
+            numbers = {**scores.values, "seconds_per_1000": scores.seconds_per_1000}
             return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
 
         numbers = {key: float(value) for key, value in sorted(cached(path, compute, self.workers).items())}
@@ -480,8 +517,8 @@ class _Run:
 
     def _evaluate(self, dxmi: DxMI, step: int) -> float:
         """The policy's score on the fixed selection noise; also draws its grid and remembers the best."""
-        sampling = Sampling(dxmi.evaluated, SELECTION)
-        scores = _finite(self.scorer.quick(sampling, self._energy(dxmi)).values, step)
+        sampling = Sampling(dxmi.evaluated, SELECTION, step=step)
+        scores = self.scorer.quick(sampling, self._energy(dxmi)).values
         score = scores[self.scorer.metric]
         if self.best is None or self.config.evaluate.result == "last" or score < self.best["value"]:
             self.best = {"step": step, "value": score}
@@ -526,21 +563,22 @@ class _Run:
 
     def _final_scores(self, dxmi: DxMI) -> dict[str, Scores]:
         assert self.best is not None  # the last iteration is always evaluated
-        last = self.scorer.full(Sampling(dxmi.evaluated, REPORT), self._energy(dxmi))
-        _finite(last.values, self.config.train.iterations)
+        total = self.config.train.iterations
+        last = self.scorer.full(Sampling(dxmi.evaluated, REPORT, step=total), self._energy(dxmi))
         self._tell(Phase.REPORT, 1, 2)
         best = last
-        if self.best["step"] != self.config.train.iterations:
+        if self.best["step"] != total:
             dxmi.load_state_dict(self.workers.agree(self._best_weights()))
-            best = self.scorer.full(Sampling(dxmi.evaluated, REPORT), self._energy(dxmi))
-            _finite(best.values, self.best["step"])
+            best = self.scorer.full(Sampling(dxmi.evaluated, REPORT, step=self.best["step"]), self._energy(dxmi))
         self.generations = [best.values, *self._further_draws(dxmi)]
         self._tell(Phase.REPORT, 2, 2)
         return {"best": best, "last": last}
 
     def _further_draws(self, dxmi: DxMI) -> list[dict[str, float]]:
         """The best policy's scores on more noise, which tell the evaluation's own spread from that of training."""
-        draws = (Sampling(dxmi.evaluated, f"{REPORT}/draw_{n}") for n in range(1, self.config.evaluate.generations))
+        assert self.best is not None
+        first = Sampling(dxmi.evaluated, REPORT, step=self.best["step"])
+        draws = (replace(first, stream=f"{REPORT}/draw_{n}") for n in range(1, self.config.evaluate.generations))
         return [self.scorer.full(draw, self._energy(dxmi)).values for draw in draws]
 
     def _energy(self, dxmi: DxMI) -> Energy | None:
@@ -575,6 +613,7 @@ class _Run:
             scored_with=self.scorer.about,
             labels=labels_text(self.experiment.class_counts),
             data_notes=list(self.experiment.data.notes),
+            inputs=self.experiment.inputs(),
             seconds_per_1000_images={name: scored.seconds_per_1000 for name, scored in scores.items()},
             iterations=config.train.iterations,
             num_steps=config.schedule.num_steps,
@@ -594,7 +633,8 @@ class _Run:
         lines = {name: value for name, value in summary.reference.items() if name in shown}
         figure = curves_figure(summary.metric, curve, lines, best, logged_curves(rows))
         save_figure(self.run.curves, figure)
-        states = generate_states(Sampling(dxmi.evaluated, SELECTION), self.gallery.num_ways, self.config.evaluate)
+        sampling = Sampling(dxmi.evaluated, SELECTION, step=summary.best["step"])
+        states = generate_states(sampling, self.gallery.num_ways, self.config.evaluate)
         self.gallery.draw_steps(self.run.samples / "steps.png", states)
         if self.config.train.iterations:
             self.gallery.draw_value(self.run.samples, dxmi.value, self.config.schedule.num_steps)
@@ -704,19 +744,7 @@ class _Window:
         keys = list(self.metrics[0])
         means = torch.stack([torch.stack([m[key] for m in self.metrics]).mean() for key in keys]).tolist()
         self.metrics.clear()
-        return _finite(dict(zip(keys, means, strict=True)), step)
-
-
-def _finite(metrics: dict[str, float], step: int) -> dict[str, float]:
-    """The metrics themselves.
-
-    Raises:
-        DivergedError: one of them is not finite.
-    """
-    for key, value in metrics.items():
-        if not math.isfinite(value):
-            raise DivergedError(step, key, value)
-    return metrics
+        return require_finite_metrics(dict(zip(keys, means, strict=True)), step)
 
 
 def curve_of(rows: list[Row], key: str) -> list[tuple[float, float]]:

@@ -17,6 +17,7 @@ from dxmi.experiment import Experiment, ExperimentConfig, require_signature
 from dxmi.run_directory import RunDirectory
 from dxmi.scorers import Scores, build_scorer
 from dxmi.state import ALGORITHM
+from dxmi.tensors import require_finite_state
 
 CHECKPOINTS = ("best", "last")
 _SHOWN = 20
@@ -101,7 +102,7 @@ class Trained:
             raise UserError(f"{error}.") from error
 
     def _sampling(self, stream: str, guidance: float) -> Sampling:
-        return Sampling(self.dxmi.evaluated, stream, self.dxmi.value.gradient, guidance)
+        return Sampling(self.dxmi.evaluated, stream, self.dxmi.value.gradient, guidance, step=self.step)
 
 
 def load_trained(run: RunDirectory, config: ExperimentConfig, which: str) -> Trained:
@@ -109,11 +110,13 @@ def load_trained(run: RunDirectory, config: ExperimentConfig, which: str) -> Tra
 
     Raises:
         UserError: the run has no checkpoint that is whole, or its config was edited.
+        DivergedError: its weights are not finite.
     """
     found, complaints = _find(run, which)
     if found is None:
         raise UserError(" ".join([*complaints, f"{run.path} has no checkpoint that can be used."]))
     require_signature(found, config)
+    require_finite_state(found.groups[ALGORITHM], f"Checkpoint {found.path}", found.step)
     # A run that did not record how many samples there are of each class needs its data for that.
     recorded = "class_counts" in found.meta or config.network.denoiser.classes == 0
     event = tuple(found.meta["event"]) if recorded else None
@@ -122,7 +125,7 @@ def load_trained(run: RunDirectory, config: ExperimentConfig, which: str) -> Tra
     dxmi = experiment.build_dxmi(experiment.build_denoiser())
     dxmi.load_state_dict(found.groups[ALGORITHM])
     dxmi.requires_grad_(False)
-    return Trained(experiment, dxmi, found.step, complaints, found.meta["data"])
+    return Trained(experiment, dxmi, found.step, complaints, str(found.meta.get("data", "")))
 
 
 def _find(run: RunDirectory, which: str) -> tuple[Checkpoint | None, list[str]]:

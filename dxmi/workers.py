@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dxmi.errors import UserError
+from dxmi.errors import DivergedError, UserError
 from dxmi.tensors import pack, unpack
 
 
@@ -88,6 +88,7 @@ class Workers(ABC):
 
         Raises:
             UserError: `action` did; it is raised on every worker.
+            DivergedError: likewise.
         """
         if self.size == 1:
             return action()
@@ -95,6 +96,8 @@ class Workers(ABC):
         message = json.loads(self._agree(json.dumps(message).encode()))
         if "error" in message:
             raise UserError(message["error"])
+        if "diverged" in message:
+            raise DivergedError(**message["diverged"])
         return message["value"]
 
     @staticmethod
@@ -103,6 +106,8 @@ class Workers(ABC):
             return {"value": action()}
         except UserError as error:
             return {"error": str(error)}
+        except DivergedError as error:
+            return {"diverged": error.tree()}
 
 
 class Alone(Workers):

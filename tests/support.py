@@ -1,5 +1,6 @@
 """What several test files need: the smallest settings that train, waiting, ports, and the processes of a test."""
 
+import random
 import socket
 import struct
 import time
@@ -116,3 +117,29 @@ class Pixels(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return self.pixels[index]
+
+
+OTHER_CONTENT = (b"", b"<!doctype html><title>404</title>", b"version https://git-lfs.github.com/spec/v1\noid", b"\n")
+"""What is found in the place of a file."""
+
+
+def fuzzed(data: bytes, rng: random.Random) -> bytes:
+    """A file's bytes cut, altered, lengthened, or replaced by those of something else."""
+    changed, kind = bytearray(data), rng.randrange(8)
+    if kind == 0:
+        return data[: rng.randrange(len(data))]
+    if kind == 1:
+        return rng.choice(OTHER_CONTENT) + data[: rng.choice([0, 0, 100])]
+    if kind == 2:
+        start = rng.randrange(len(data))
+        del changed[start : start + rng.choice([1, 8, 512])]
+        return bytes(changed)
+    if kind == 3:
+        start = rng.randrange(len(data))
+        changed[start:start] = rng.randbytes(rng.choice([1, 8, 512]))
+        return bytes(changed)
+    places = min(len(data), rng.choice([32, 256, 4096, len(data)]))  # headers matter most
+    offset = rng.choice([0, len(data) - places])
+    for _ in range(rng.choice([1, 1, 4, 64])):
+        changed[offset + rng.randrange(places)] = rng.randrange(256)
+    return bytes(changed)

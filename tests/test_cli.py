@@ -170,6 +170,17 @@ def test_sample_draws_every_step(run, tmp_path):
     assert Image.open(path).size == (6 * 34 + 2, 3 * 34 + 2)
 
 
+def test_guidance_beyond_all_numbers_draws_nothing(run, tmp_path, capsys):
+    out = tmp_path / "a.png"
+    for command in (["sample", str(run), "--out", str(out)], ["evaluate", str(run)]):
+        assert main([*command, "--checkpoint", "last", "--guidance", "1e30"]) == 1
+        assert "guidance 1e+30" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refusal:
+        main(["sample", str(run), "--guidance", "1e300"])
+    assert refusal.value.code == 2
+    assert not out.exists()
+
+
 def test_sample_writes_arrays_that_depend_on_seed_and_guidance_alone(run, tmp_path):
     def draw(name: str, *options: str) -> np.ndarray:
         path = tmp_path / f"{name}.npz"

@@ -20,7 +20,8 @@ from dxmi.networks import (
     build_denoiser,
 )
 from dxmi.networks.diffusers_folder import config_of_folder, write_folder
-from dxmi.networks.layouts import load_public, read_public, to_public
+from dxmi.networks.layouts import load_public, to_public
+from dxmi.networks.public_files import read_public
 from dxmi.trained import Trained
 from tune.configs import compose_experiment
 
@@ -85,7 +86,7 @@ def test_a_unet_computes_the_same_in_diffusers(config, tmp_path):
     scale = getattr(config, "step_scale", 1.0)
     torch.testing.assert_close(ours(network), theirs(tmp_path, step_scale=scale), rtol=1e-4, atol=1e-5)
     again = make(config, seed=1)
-    assert load_public(again, read_public(tmp_path)) == "diffusers"
+    assert load_public(again, read_public(tmp_path).tensors) == "diffusers"
     assert torch.equal(ours(again), ours(network))
 
 
@@ -102,7 +103,7 @@ def test_a_model_of_diffusers_computes_here_what_it_does_there(config, tmp_path)
     assert torch.equal(ours(network, labels), theirs(tmp_path, labels))
     assert config_of_folder(tmp_path) == config
     again = make(config, seed=1)
-    assert load_public(again, read_public(tmp_path)) == "diffusers"
+    assert load_public(again, read_public(tmp_path).tensors) == "diffusers"
     assert torch.equal(ours(again, labels), ours(network, labels))
 
 
@@ -116,7 +117,7 @@ def test_a_folder_that_diffusers_wrote_is_read(tmp_path):
     ).eval()
     model.save_pretrained(tmp_path)
     network = make(config_of_folder(tmp_path))
-    load_public(network, read_public(tmp_path))
+    load_public(network, read_public(tmp_path).tensors)
     with torch.no_grad():
         assert torch.equal(ours(network), model(x(), STEPS).sample)
 

@@ -219,7 +219,9 @@ def test_a_file_that_asks_for_code_is_refused_and_runs_nothing(tmp_path, legacy)
         path.write_bytes(pickle.dumps(Attack(made)))
     else:
         torch.save({"fc.weight": Attack(made)}, path)
-    with pytest.raises(UserError, match=r"weights\.pth holds no weights that can be read without running code"):
+    with pytest.raises(
+        UserError, match=r"weights\.pth .*cannot be read as tensors alone, and nothing else in it is executed"
+    ):
         load_inception(path, CPU)
     assert not made.exists()
 
@@ -236,7 +238,7 @@ def test_other_weights_are_refused_in_a_sentence(tmp_path, content):
 @pytest.mark.parametrize("raw", [b"", b"PK\x03\x04", b"garbage"])
 def test_a_damaged_file_is_refused_in_a_sentence(tmp_path, raw):
     (tmp_path / "weights.pth").write_bytes(raw)
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match=r"Checkpoint .*weights\.pth is (empty|text|damaged)"):
         load_inception(tmp_path / "weights.pth", CPU)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dxmi.errors import UserError
 from dxmi.networks import EdmUnetConfig, MlpConfig, UnetConfig, build_denoiser
-from dxmi.networks.layouts import digest, load_public, public_log_sigma, read_public, to_public
+from dxmi.networks.layouts import digest, load_public, public_log_sigma, to_public
+from dxmi.networks.public_files import read_public
 from dxmi.networks.unet import Unet
 
 SHAPE = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "groups": 8}
@@ -127,15 +128,15 @@ def test_plain_wrapped_and_safetensors_files_read_alike(tmp_path: Path):
     }
     for name, content in contents.items():
         torch.save(content, tmp_path / name)
-        assert equal(read_public(tmp_path / name), state), name
+        assert equal(read_public(tmp_path / name).tensors, state), name
     save_file(state, tmp_path / "model.safetensors")
-    assert equal(read_public(tmp_path / "model.safetensors"), state)
+    assert equal(read_public(tmp_path / "model.safetensors").tensors, state)
 
 
 def test_sigmas_without_the_wrappers_prefix_stay_beside_the_weights(tmp_path: Path):
     state = {f"module.{name}": tensor for name, tensor in ddpm_state().items()}
     torch.save({**state, "module.log_betas": torch.zeros(3)}, tmp_path / "a.pth")
-    assert "log_betas" in read_public(tmp_path / "a.pth")
+    assert "log_betas" in read_public(tmp_path / "a.pth").tensors
 
 
 class _Malicious:
@@ -161,7 +162,7 @@ def test_a_file_that_is_missing_damaged_or_without_weights_is_a_sentence(tmp_pat
         read_public(tmp_path / "none.pth")
     for name in ("a.pth", "a.safetensors"):
         (tmp_path / name).write_bytes(b"no tensors in here")
-        with pytest.raises(UserError, match="cannot be read as tensors alone"):
+        with pytest.raises(UserError, match=f"{name} is text"):
             read_public(tmp_path / name)
     torch.save({"epoch": 3}, tmp_path / "b.pth")
     with pytest.raises(UserError, match="holds no state_dict"):

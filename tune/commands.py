@@ -245,8 +245,8 @@ def _positive(text: str) -> int:
 
 def _finite(text: str) -> float:
     number = float(text)
-    if not np.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    if not abs(number) <= float(np.finfo(np.float32).max):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of single precision")
     return number
 
 

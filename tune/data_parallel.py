@@ -257,7 +257,7 @@ def _work(loop_config: Mapping[str, Any]) -> dict[str, Any] | None:
         with _run_folder(group, loop_config["address"], Path(loop_config["out"])) as (out, saved):
             summary = train(Experiment(config, workers=group), out=out, report=report, saved=saved)
     except DivergedError as error:  # on all workers alike: starting again would not mend it
-        return {"diverged": {"step": error.step, "metric": error.metric, "value": error.value}}
+        return {"diverged": error.tree()}
     except UserError as error:
         return {"refused": str(error)}
     return None if summary is None else {"summary": asdict(summary)}

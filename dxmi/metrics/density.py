@@ -9,6 +9,8 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
+from dxmi.tensors import require_finite
+
 _STEEPEST = 1e6
 """Largest beta times the energy's range over the grid: beyond it all mass is in one cell."""
 
@@ -19,7 +21,11 @@ def roc_auc(positive: Tensor, negative: Tensor) -> float:
     Args:
         positive: scores that should be high, [N].
         negative: scores that should be low, [M].
+
+    Raises:
+        DivergedError: a score is not finite, and so has no rank.
     """
+    positive, negative = (require_finite(scores, "the scores of an AUC") for scores in (positive, negative))
     negative = negative.sort().values
     below = torch.searchsorted(negative, positive)
     not_above = torch.searchsorted(negative, positive, right=True)
@@ -55,8 +61,12 @@ def calibrated_kl(energy: Tensor, log_density: Tensor) -> Calibrated:
     Args:
         energy: E in each cell, [G].
         log_density: log p in each cell up to a constant, minus infinity where p is 0, [G].
+
+    Raises:
+        DivergedError: an energy is not finite.
     """
-    energy = energy.double() - energy.double().min()
+    energy = require_finite(energy, "the energy on the grid").double()
+    energy = energy - energy.min()
     p = log_density.double().softmax(0)
     target, steepest = float(p @ energy), _STEEPEST / max(float(energy.max()), 1.0 / _STEEPEST)
 

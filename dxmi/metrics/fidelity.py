@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dxmi.metrics.classifier import load_classifier
 from dxmi.metrics.gaussians import Gaussian
-from dxmi.tensors import chunks
+from dxmi.tensors import chunks, require_finite
 
 _BATCH = 1000
 _SPLITS = 10
@@ -26,8 +26,18 @@ def classifier_features(name: str, pixels: Tensor) -> Tensor:
     return torch.cat([classifier.features(batch).cpu() for batch in torch.split(pixels, _BATCH)]).double()
 
 
+def _finite(generated: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """The features themselves, all of them finite."""
+    return require_finite(generated, "the features of the samples"), require_finite(reference, "the data's features")
+
+
 def frechet_distance(generated: Tensor, reference: Tensor) -> float:
-    """|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)) of features [N, D] and [M, D] (FID, arXiv 1706.08500)."""
+    """|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)) of features [N, D] and [M, D] (FID, arXiv 1706.08500).
+
+    Raises:
+        DivergedError: a feature is not finite.
+    """
+    generated, reference = _finite(generated, reference)
     return Gaussian.of(reference).distance(generated)
 
 
@@ -35,7 +45,11 @@ def kernel_distance(generated: Tensor, reference: Tensor, *, subsets: int, subse
     """Mean unbiased squared MMD with the cubic kernel over random subsets (KID, arXiv 1801.01401).
 
     Subsets are as large as the smaller set where that has fewer than `subset_size` rows.
+
+    Raises:
+        DivergedError: a feature is not finite.
     """
+    generated, reference = _finite(generated, reference)
     size = min(subset_size, len(generated), len(reference))
     random = np.random.RandomState(seed)
 
@@ -59,7 +73,12 @@ def _squared_mmd(x: Tensor, y: Tensor) -> float:
 
 
 def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Fractions of each set within the other's 3-nearest-neighbor balls (arXiv 1904.06991)."""
+    """Fractions of each set within the other's 3-nearest-neighbor balls (arXiv 1904.06991).
+
+    Raises:
+        DivergedError: a feature is not finite: compared with NaN, every sample would be precise.
+    """
+    generated, reference = _finite(generated, reference)
     return _covered(generated, reference), _covered(reference, generated)
 
 
@@ -79,7 +98,11 @@ def inception_score(logits: Tensor, seed: int) -> float:
     Args:
         logits: of the classes, [N, C].
         seed: shuffles.
+
+    Raises:
+        DivergedError: a logit is not finite.
     """
+    logits = require_finite(logits, "the logits of the samples")
     order = np.random.RandomState(seed).permutation(len(logits))
     log_p = logits[torch.from_numpy(order)].double().log_softmax(dim=1)
     parts = [log_p[rows] for rows in chunks(len(log_p), min(_SPLITS, len(log_p)))]

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dxmi.tensors import require_finite
+
 POINTS = 15
 """Of the line, as in the paper's code."""
 FEWEST = 5_000
@@ -87,8 +89,12 @@ class Gaussian:
         return cls(moments.mean, root.contiguous())  # LAPACK's are column-major, those read from a file are not
 
     def distance(self, features: Tensor) -> float:
-        """FID of features [N, D], at least two of them, on the reference's device."""
-        features = features.to(self.mean)
+        """FID of features [N, D], at least two of them, on the reference's device.
+
+        Raises:
+            DivergedError: a feature is not finite.
+        """
+        features = require_finite(features, "the features of the samples").to(self.mean)
         mean = features.mean(0)
         centred = (features - mean) / (len(features) - 1) ** 0.5
         crossed = centred @ self.root

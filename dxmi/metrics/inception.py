@@ -7,7 +7,6 @@ is given a copy that was written from the tensors found in it.
 import hashlib
 import io
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ from dxmi.data import data_root
 from dxmi.errors import UserError
 from dxmi.files import user_path
 from dxmi.imports import torch_fidelity
+from dxmi.tensor_files import read_tensor_file
 
 NETWORK = "inception-v3-compat"
 """torch-fidelity's name of it."""
@@ -124,11 +124,7 @@ def load_inception(path: Path, device: torch.device) -> Inception:
     Raises:
         UserError: they are not InceptionV3's, or ask for code to be run.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path} holds no weights that can be read without running code ({reason[0]}).") from error
+    state: Any = read_tensor_file(path)
     try:
         copy = _rewritten(state)
         layers = [POOL, LOGITS] if state["fc.weight"].any() else [POOL]
@@ -143,6 +139,9 @@ def _rewritten(state: object) -> io.BytesIO:
     """Tensors as a file of our own, which torch-fidelity may read as it likes."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise TypeError("it is no dictionary of tensors")
+    bad = [str(key) for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise TypeError(f"{bad[0]} holds numbers that are not finite")
     buffer = io.BytesIO()
     torch.save({str(key): value.clone() for key, value in state.items()}, buffer)
     buffer.seek(0)

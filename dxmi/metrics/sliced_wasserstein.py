@@ -6,6 +6,8 @@ Axis letters: N, M points, D dimensions, P projections, U steps of the merged qu
 import torch
 from torch import Tensor
 
+from dxmi.tensors import require_finite
+
 
 def wasserstein_1d(a: Tensor, b: Tensor, order: int) -> Tensor:
     """Integral |F_a^-1(u) - F_b^-1(u)|^order du of each column's empirical quantile functions, exact: [P].
@@ -36,7 +38,11 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int, generator: tor
         projections: number of directions, uniform on the sphere.
         generator: draws them, on the host.
         order: 1 or 2.
+
+    Raises:
+        DivergedError: a point is not finite.
     """
+    x, y = require_finite(x, "the samples"), require_finite(y, "the points of the data")
     x, y = x.flatten(1).double(), y.flatten(1).double()
     directions = torch.randn(x.shape[1], projections, generator=generator, dtype=torch.float64).to(x.device)
     directions = directions / directions.norm(dim=0)

@@ -12,17 +12,11 @@ A layout is a table of rows. A row says which of their tensors make one of ours,
 
 import hashlib
 import itertools
-import pickle
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dxmi.errors import UserError
@@ -31,12 +25,15 @@ from dxmi.networks.igebm import IgebmCritic
 from dxmi.networks.layers import Attention, SpectralConv
 from dxmi.networks.ncsnpp import NcsnppGan
 from dxmi.networks.unet import ResidualBlock, Stage, Unet
+from dxmi.tensor_files import printable
 
 State = Mapping[str, Tensor]
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_SIGMAS = ("log_betas", "std")
-_PREFIXES = ("module.", "model.", "net.")
+DIFFUSERS_MARK = "time_embedding.linear_1.weight"
+"""A name that every UNet2DModel has."""
+SIGMAS = ("log_betas", "std")
+"""What the DxMI release puts beside a policy's weights."""
 
 
 # ----------------------------------------------------------------------------
@@ -66,9 +63,9 @@ class Row(NamedTuple):
         """Our tensor, of the shape of `like`, from theirs.
 
         Raises:
-            UserError: the shapes do not match.
+            UserError: the shapes do not match, or a tensor is not of finite floating-point numbers.
         """
-        parts = [state[name].detach().float() for name in self.theirs]
+        parts = [_floats(name, state[name]) for name in self.theirs]
         parts = [part.reshape(part.shape[: part.dim() - self.ones]) if part.dim() > 1 else part for part in parts]
         parts = [part.T if self.transposed and part.dim() > 1 else part for part in parts]
         whole = _reordered(torch.cat(parts), self.order, "thd", self.heads)
@@ -86,6 +83,28 @@ class Row(NamedTuple):
         ones = (1,) * self.ones
         parts = tuple(part.reshape(*part.shape, *ones) if part.dim() > 1 else part for part in parts)
         return {name: part.contiguous() for name, part in zip(self.theirs, parts, strict=True)}
+
+
+def _floats(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of theirs in float32, which all of its numbers must fit into.
+
+    Raises:
+        UserError: they do not, or are of another kind.
+    """
+    if tensor.dtype not in _FLOATS:
+        kinds = ", ".join(str(kind).removeprefix("torch.") for kind in _FLOATS)
+        raise UserError(f"{name} of the checkpoint is of {tensor.dtype}: weights must be one of {kinds}.")
+    single = tensor.detach().float()
+    bad = single.numel() - int(single.isfinite().sum())
+    if bad:
+        raise UserError(
+            f"{name} of the checkpoint holds {bad} numbers of {single.numel()} that are not finite in float32: "
+            "training had diverged when it was written, or the file is damaged."
+        )
+    return single
+
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _reordered(rows: Tensor, source: str, target: str, heads: int) -> Tensor:
@@ -419,7 +438,7 @@ def _layout_of(network: nn.Module, state: State) -> tuple[str, list[Row], tuple[
                 return name, layout.rows(network), layout.ignored
     raise UserError(
         f"The checkpoint is in no layout that {type(network).__name__} can be read from (README, Networks, has them): "
-        f"its first names are {', '.join(list(state)[:3])}."
+        f"its first names are {', '.join(map(printable, list(state)[:3]))}."
     )
 
 
@@ -439,9 +458,17 @@ _UNETS: dict[str, tuple[str, UnetLayout | Callable[[Unet, State], UnetLayout]]] 
     "temb.dense.0.weight": ("ddpm", _DDPM),
     "time_embed.0.weight": ("adm", _adm),
     "map_layer0.weight": ("edm", _edm),
-    "time_embedding.linear_1.weight": ("diffusers", _DIFFUSERS),
+    DIFFUSERS_MARK: ("diffusers", _DIFFUSERS),
 }
 """By a name that each layout has and no other."""
+
+
+def is_known(names: Iterable[str]) -> bool:
+    """Whether tensors of these names may be in one of the layouts, by a name that only they have."""
+    names = set(names)
+    return bool(names & (_UNETS.keys() | {"all_modules.0.weight"})) or (
+        "linear.weight" in names and any(name.startswith("blocks.0.conv1.") for name in names)
+    )
 
 
 def load_public(network: nn.Module, state: State) -> str:
@@ -455,9 +482,10 @@ def load_public(network: nn.Module, state: State) -> str:
         The name of its layout, as in the module's docstring.
 
     Raises:
-        UserError: the layout is unknown, or the checkpoint is of another network than the config describes.
+        UserError: the layout is unknown, the checkpoint is of another network than the config describes, or its
+            weights are not finite numbers.
     """
-    state = {name: tensor for name, tensor in state.items() if name not in _SIGMAS}
+    state = {name: tensor for name, tensor in state.items() if name not in SIGMAS}
     name, rows, ignored = _layout_of(network, state)
     _require_same_names(rows, {key for key in state if not key.endswith(ignored)})
     ours = network.state_dict()
@@ -470,22 +498,28 @@ def _require_same_names(rows: list[Row], names: set[str]) -> None:
     for kind, odd in (("lacks", wanted - names), ("has no place for", names - wanted)):
         if odd:
             subject, rest = ("checkpoint", "") if kind == "lacks" else ("network", " of the checkpoint")
-            raise UserError(
-                f"The {subject} {kind} {', '.join(sorted(odd)[:3])}{' and others' * (len(odd) > 3)}{rest}: "
-                "the config describes another network."
-            )
+            names_shown = ", ".join(map(printable, sorted(odd)[:3])) + " and others" * (len(odd) > 3)
+            raise UserError(f"The {subject} {kind} {names_shown}{rest}: the config describes another network.")
 
 
 def public_log_sigma(state: State) -> Tensor | None:
     """Log sigma_t of each step of a fine-tuned policy of the DxMI release, [T]; None of other checkpoints.
 
     They are its `log_betas`, the last of which its `std` overrules.
+
+    Raises:
+        UserError: they are not finite numbers, one for each step.
     """
     if "log_betas" not in state:
         return None
-    log_sigma = state["log_betas"].detach().float().clone()
-    if "std" in state:
-        log_sigma[-1] = state["std"][-1].float().log()
+    log_sigma = _floats("log_betas", state["log_betas"]).clone()
+    std = _floats("std", state["std"]) if "std" in state else None
+    if log_sigma.dim() != 1 or len(log_sigma) == 0 or (std is not None and std.shape != log_sigma.shape):
+        raise UserError("log_betas and std of the checkpoint must be one number for each step of its policy.")
+    if std is not None:
+        if std[-1] <= 0.0:
+            raise UserError(f"std of the checkpoint ends with {float(std[-1])}: the last step needs noise.")
+        log_sigma[-1] = std[-1].log()
     return log_sigma
 
 
@@ -494,7 +528,7 @@ def digest(state: State) -> str:
     sha = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(errors="surrogateescape"))
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
@@ -504,59 +538,3 @@ def to_public(network: Unet, layout: str) -> dict[str, Tensor]:
     rows = {"ddpm": _DDPM, "adm": _ADM, "diffusers": _DIFFUSERS}[layout].rows(network)
     ours = network.state_dict()
     return {name: tensor for row in rows for name, tensor in row.write(ours[row.ours]).items()}
-
-
-def read_public(path: Path) -> dict[str, Tensor]:
-    """The tensors of a public checkpoint by name, without the prefixes that wrappers put before them.
-
-    No code of the file is executed: it is safetensors, or one of PyTorch's that holds nothing but tensors and numbers.
-    A folder is one of diffusers'.
-
-    Raises:
-        UserError: the file is not there or is not of that kind.
-    """
-    why = ""
-    if path.is_dir():
-        path, why = path / DIFFUSERS_WEIGHTS, ": a folder of weights is one of diffusers; else name a file"
-    if not path.is_file():
-        raise UserError(f"Checkpoint {path} does not exist{why}.")
-    try:
-        content: object = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
-    except (pickle.UnpicklingError, RuntimeError, SafetensorError, ValueError, EOFError, KeyError) as error:
-        raise UserError(
-            f"Checkpoint {path} cannot be read as tensors alone, and nothing else in it is executed. Load it where it "
-            "comes from, and save its state_dict with safetensors."
-        ) from error
-    return _bare(_tensors(content, path))
-
-
-def _unpickled(path: Path) -> object:
-    """A PyTorch file of tensors, containers and numbers; NumPy's numbers are what the release saved a score as."""
-    make_number: Any = np.float64(0.0).__reduce__()[0]
-    safe = [make_number, (make_number, "numpy.core.multiarray.scalar"), np.dtype]
-    safe += [type(np.dtype(kind)) for kind in (np.float32, np.float64)]
-    with torch.serialization.safe_globals(safe), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it has to say of odd files, the error says better
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _tensors(content: object, path: Path) -> dict[str, Tensor]:
-    """The part of a file's content that is a state_dict."""
-    for key in ("ema", "state_dict", "model_state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    items = content.items() if isinstance(content, Mapping) else ()
-    tensors = {key: value for key, value in items if isinstance(value, Tensor)}
-    if not tensors:
-        raise UserError(f"Checkpoint {path} holds no state_dict: save a network's, as torch.save or safetensors do.")
-    return tensors
-
-
-def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what DistributedDataParallel and other wrappers put before every one of them."""
-    for _ in range(3):
-        for prefix in _PREFIXES:
-            wrapped = [name for name in state if name not in _SIGMAS]
-            if all(name.startswith(prefix) for name in wrapped):
-                state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
