@@ -15,7 +15,7 @@ from dxmi.experiment import ExperimentConfig
 from dxmi.scorers import score_keys
 from tune.ablation_config import AblationConfig, parse_ablation
 from tune.designs import BASELINE, Arm
-from tune.plans import FORMAT, Plan, plan_from, require_metric
+from tune.plans import FORMAT, Plan, fidelity_keys, plan_from, require_metric
 from tune.proposals import Proposal
 from tune.seed_plan import SeedPlan, next_seeds
 from tune.space import Axis, Value, tree_with
@@ -46,6 +46,13 @@ class AblationPlan(Plan):
         for index, metric in enumerate(self.ablation.also or ()):
             keys = score_keys(self.experiment.data, self.experiment.evaluate)
             require_metric(f"ablation.also[{index}]", metric, keys)
+
+    @cached_property
+    def also(self) -> tuple[str, ...]:
+        """The further scores that are shown beside the objective."""
+        if self.ablation.also is not None:
+            return self.ablation.also
+        return tuple(key for key in fidelity_keys(self.experiment) if key != self.ablation.objective.metric)
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
@@ -236,4 +243,13 @@ def _scores(
         is_complete = trial is not None and trial.state is OptunaState.COMPLETE
         return float(trial.values[0]) if trial is not None and is_complete else math.nan
 
-    return {arm: [score(arm, seed) for seed in seeds[:count]] for arm, count in targets.items()}
+    scores = {arm: [score(arm, seed) for seed in seeds[:count]] for arm, count in targets.items()}
+    return {arm: own if arm == BASELINE else _testable(own, scores[BASELINE]) for arm, own in scores.items()}
+
+
+def _testable(ours: list[float], theirs: list[float]) -> list[float]:
+    """The scores of an arm, or nothing but NaN if a run of it or of the baseline failed: no verdict is possible then,
+    see `tune.ablation_results`, and the arm gets no more seeds.
+    """
+    is_whole = not any(map(math.isnan, [*ours, *theirs[: len(ours)]]))
+    return ours if is_whole else [math.nan] * len(ours)

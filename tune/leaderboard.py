@@ -29,6 +29,8 @@ from tune.sweep_config import ObjectiveConfig
 
 NOT_COMPARABLE = "*"
 """Follows a score on the noise that chose the checkpoint."""
+NOT_COMPUTED = "-"
+"""Stands in a table where a score was not computed."""
 _OWN_COLUMNS = ("rank", "trial", "state", "score", "step", "seconds", "checkpoint", "reason")
 _WIDTH, _GAP, _NARROWEST = 100, 2, 24
 """Of a terminal, between columns, and of the last column: half a checkpoint's path."""

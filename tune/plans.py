@@ -159,6 +159,12 @@ def metrics_of(experiment: ExperimentConfig) -> list[str]:
     return [*_OWN_METRICS, *score_keys(experiment.data, experiment.evaluate)]
 
 
+def fidelity_keys(experiment: ExperimentConfig) -> list[str]:
+    """Precision and recall, which tables show beside the score; none where the data has neither."""
+    keys = score_keys(experiment.data, experiment.evaluate)
+    return [key for key in keys if key.startswith(("eval/precision_", "eval/recall_"))]
+
+
 def require_metric(where: str, metric: str, known: Sequence[str]) -> None:
     """Check what a plan calls a metric, at `where`.
 

@@ -31,11 +31,21 @@ from dxmi.files import write_atomic
 from dxmi.provenance import git_revision
 from tune.ablation_figures import ablation_figures
 from tune.ablation_plan import AblationPlan
-from tune.ablation_results import Results, changes_text, mean_text, other_labels, results_of
-from tune.designs import Arm, two_level_design
+from tune.ablation_results import (
+    Results,
+    changes_text,
+    mean_text,
+    notes,
+    other_labels,
+    p_cell,
+    results_of,
+    verdict_text,
+)
+from tune.designs import BASELINE, Arm, two_level_design
 from tune.figures import Reference, importance_obstacle, references, study_figures, unit
 from tune.leaderboard import (
     NOT_COMPARABLE,
+    NOT_COMPUTED,
     best_of,
     better,
     leaderboard,
@@ -50,7 +60,7 @@ from tune.live import duration
 from tune.plans import Plan
 from tune.report_maps import arm_maps, trial_maps
 from tune.space import Axis, show, value_at
-from tune.statistics import Comparison, Verdict, p_text
+from tune.statistics import Comparison, Summary, Verdict
 from tune.study import Study, TrialRecord, TrialState, pareto_front, ranked, timestamp
 
 _TEMPLATES = Path(__file__).resolve().parent / "_templates"
@@ -174,11 +184,16 @@ def _front_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
 def verdict_sentences(results: Results) -> list[str]:
     """What an ablation says about its arms, most certain first."""
     if not results.comparisons:
-        return ["No run of the baseline is complete, so there is nothing to compare with yet."]
+        missing = results.gaps.get(BASELINE, "no other arm")
+        return [f"There is nothing to compare with: no run of the baseline is complete ({missing})."]
     by_verdict: dict[Verdict, list[str]] = {verdict: [] for verdict in Verdict}
     for comparison in results.comparisons:
-        by_verdict[comparison.verdict].append(f"{comparison.arm} ({comparison.difference})")
-    return [f"{str(verdict).capitalize()}: {', '.join(arms)}." for verdict, arms in by_verdict.items() if arms]
+        gaps = f"{comparison.gaps}; " if comparison.gaps else ""
+        by_verdict[comparison.verdict].append(f"{comparison.arm} ({gaps}{comparison.difference})")
+    baseline = [f"The baseline {results.gaps[BASELINE]}."] if results.runs[BASELINE].lost else []
+    unfinished = [results.unfinished] if results.unfinished else []
+    verdicts = [f"{str(verdict).capitalize()}: {', '.join(arms)}." for verdict, arms in by_verdict.items() if arms]
+    return [*verdicts, *baseline, *unfinished]
 
 
 def course_sentences(study: Study, records: Sequence[TrialRecord]) -> list[str]:
@@ -429,6 +444,8 @@ class _Ablation:
         arms: a table with a row an arm.
         reasons: why each verdict is what it is.
         effects: of factors, a line each.
+        no_effects: why there are none, if there should be.
+        notes: sentences under the table.
         design: a factorial design in words; empty for others.
         spreads: where the spread of the scores comes from, a line an arm.
     """
@@ -437,6 +454,8 @@ class _Ablation:
     arms: HtmlTable
     reasons: list[tuple[str, str]]
     effects: list[str]
+    no_effects: str
+    notes: list[str]
     design: str
     spreads: list[str]
 
@@ -448,6 +467,8 @@ def _ablation(results: Results) -> _Ablation:
         arms=_arms(results),
         reasons=[(comparison.arm, comparison.reason) for comparison in results.comparisons],
         effects=[str(effect) for effect in results.effects],
+        no_effects=results.no_effects,
+        notes=notes(results),
         design="" if design is None else design.describe(),
         spreads=[
             f"{arm}: {v.training**0.5:.3g} between training seeds, {v.generation**0.5:.3g} between draws of the "
@@ -463,6 +484,7 @@ def _arms(results: Results) -> HtmlTable:
         ("arm", "what is compared", ""),
         ("changes of the baseline", "settings", ""),
         ("seeds", "with a score", "number"),
+        ("missing", "runs without a score", ""),
         (label, "mean over the seeds, with its interval", "number"),
         *((name, "mean over the seeds, with its interval", "number") for name in other_labels(results)),
         ("minus baseline", "mean difference at the same seed, with its interval", "number"),
@@ -481,18 +503,26 @@ def _arm_row(results: Results, arm: Arm, comparison: Comparison | None) -> list[
         Cell(arm.name, arm.name),
         Cell(changes_text(arm.changes), "", "wrap"),
         _count_cell(summary.seeds),
+        Cell(str(results.runs[arm.name]), str(results.runs[arm.name])),
         _number_cell(summary.mean.estimate, mean, "number"),
-        *(_number_cell(s[arm.name].mean.estimate, mean_text(s[arm.name]), "number") for s in results.others.values()),
+        *(_other_cell(summaries[arm.name]) for summaries in results.others.values()),
     ]
+    verdict = verdict_text(results, arm.name, comparison)
     if comparison is None:
-        return [*cells, *(Cell("", "") for _ in range(4))]
+        return [*cells, *(Cell("", "") for _ in range(3)), Cell(verdict, verdict, "state")]
     return [
         *cells,
         _number_cell(comparison.difference.estimate, str(comparison.difference), "number"),
-        _number_cell(comparison.p_holm, p_text(comparison.p_holm).removeprefix("p = "), "number"),
+        _number_cell(comparison.p_holm, p_cell(comparison), "number"),
         _number_cell(comparison.improvement.estimate, f"{comparison.improvement.estimate:.0%}", "number"),
-        Cell(str(comparison.verdict), str(comparison.verdict), "state"),
+        Cell(verdict, verdict, "state"),
     ]
+
+
+def _other_cell(summary: Summary) -> Cell:
+    """A further score of an arm, or a mark where it was not computed."""
+    is_missing = math.isnan(summary.mean.estimate)
+    return Cell(NOT_COMPUTED, "", "number") if is_missing else _number_cell(summary.mean.estimate, mean_text(summary))
 
 
 def _samplers(plan: Plan, records: Sequence[TrialRecord]) -> list[tuple[str, str, bool]]:

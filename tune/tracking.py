@@ -29,7 +29,7 @@ from dxmi.errors import UserError
 from dxmi.provenance import git_revision
 from dxmi.run_directory import Row
 from tune.ablation_plan import ARM, AblationPlan
-from tune.ablation_results import results_of
+from tune.ablation_results import results_of, verdict_text
 from tune.console import complain
 from tune.designs import Arm
 from tune.plans import Plan
@@ -356,11 +356,17 @@ class _Recorder:
         for name, run in self._arms.items():
             summary, comparison = results.summaries[name], compared.get(name)
             numbers = {"arm/mean": summary.mean.estimate, "arm/seeds": float(summary.seeds)}
+            runs = results.runs[name]
+            numbers |= {"arm/missing": float(runs.missing), "arm/lost": float(runs.lost)}
+            numbers |= {
+                f"arm/{key.removeprefix('eval/')}": own[name].mean.estimate for key, own in results.others.items()
+            }
             if comparison is not None:
                 numbers |= {"arm/difference": comparison.difference.estimate, "arm/p_holm": comparison.p_holm}
             finite = _numbers(numbers)
             ledger.log(run, [Point(key, value, summary.seeds, _now()) for key, value in finite.items()])
-            ledger.end(run, status, {"verdict": "" if comparison is None else str(comparison.verdict)}, _now())
+            tags = {"verdict": verdict_text(results, name, comparison), "missing": str(runs)}
+            ledger.end(run, status, tags, _now())
 
     def _upload_study(self, ledger: Ledger, run: Run, ending: bool) -> None:
         folder = self._folder
