@@ -44,10 +44,14 @@ from tune.ablation_results import (
 from tune.designs import BASELINE, Arm, two_level_design
 from tune.figures import Reference, importance_obstacle, references, study_figures, unit
 from tune.leaderboard import (
+    FRESH,
     NOT_COMPARABLE,
     NOT_COMPUTED,
     best_of,
     better,
+    fidelity_columns,
+    fresh_columns,
+    fresh_sentence,
     leaderboard,
     metric_label,
     number,
@@ -146,7 +150,9 @@ def result_sentences(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
     words = settings(plan, best)
     where = f" at {_listed(words)}" if len(words) <= _FEW else "; its settings are below"
     first = f"Trial {best.number} {claim} ({better(objective)}) after {best.outcome.step} iterations{where}."
-    return [first, *_references_sentences(plan, best), *([_front_sentence(plan, records)] if has_front else [])]
+    fresh = fresh_sentence(plan, records)
+    front = [_front_sentence(plan, records)] if has_front else []
+    return [first, *([fresh] if fresh else []), *_references_sentences(plan, best), *front]
 
 
 def _references_sentences(plan: Plan, best: TrialRecord) -> list[str]:
@@ -211,6 +217,12 @@ def course_sentences(study: Study, records: Sequence[TrialRecord]) -> list[str]:
         sentences.append(f"The sweep has taken {duration(seconds)}{limit}.")
     if progress.get("ended"):
         sentences.append(f"Its last session ended: {progress['ended']}.")
+    if isinstance(study.plan, AblationPlan) and (study.plan.stacked or 1) > 1:
+        stacked = study.plan.stacked
+        sentences.append(
+            f"{stacked} seeds of an arm were trained in one program; with resources.stack_seeds={stacked} a repetition "
+            "elsewhere does so too."
+        )
     return sentences
 
 
@@ -398,22 +410,28 @@ def _value_heading(plan: Plan, axis: Axis) -> tuple[str, str, str]:
 def _board(plan: Plan, records: Sequence[TrialRecord]) -> HtmlTable:
     frame = leaderboard(plan, records)
     objectives = [name for name in objective_columns(plan) if name != "score"]
+    listed = frame.to_dict("records")
+    fidelity, fresh = fidelity_columns(plan), fresh_columns(listed)
     headings = [
         ("#", "rank", "number"),
         ("trial", "trial", "number"),
         ("state", "state", ""),
         *((name.removeprefix("eval/"), name, "number") for name in objectives),
         ("score", plan.metric, "number"),
+        *((name.removeprefix("eval/"), f"{name} of the best checkpoint", "number") for name in fidelity),
+        *((name.replace("_", " ", 1), "on noise that took no part in choosing the trial", "number") for name in fresh),
         ("step", "iteration of the best checkpoint", "number"),
         *(_value_heading(plan, axis) for axis in plan.axes),
         ("seconds", "wall time of the trial", "number"),
         ("checkpoint, or why not complete", "checkpoints are relative to the study's folder", ""),
     ]
-    rows = [_board_row(row, objectives, plan.axes) for row in frame.to_dict("records")]
+    rows = [_board_row(row, objectives, [*fidelity, *fresh], plan.axes) for row in listed]
     return HtmlTable(headings, rows)
 
 
-def _board_row(row: Mapping[Any, Any], objectives: Sequence[str], axes: Sequence[Axis]) -> tuple[str, list[Cell]]:
+def _board_row(
+    row: Mapping[Any, Any], objectives: Sequence[str], beside: Sequence[str], axes: Sequence[Axis]
+) -> tuple[str, list[Cell]]:
     is_complete = row["state"] == TrialState.COMPLETE
     score = "" if pd.isna(row["score"]) else number(float(row["score"])) + ("" if is_complete else NOT_COMPARABLE)
     cells = [
@@ -422,6 +440,7 @@ def _board_row(row: Mapping[Any, Any], objectives: Sequence[str], axes: Sequence
         Cell(row["state"], row["state"], "state"),
         *(_metric_cell(row[name], name) for name in objectives),
         _number_cell(row["score"], score, "number score"),
+        *(_beside_cell(row[name], name) for name in beside),
         _count_cell(row["step"]),
         *(_value_cell(axis, row[axis.path]) for axis in axes),
         _number_cell(row["seconds"], "" if pd.isna(row["seconds"]) else f"{row['seconds']:,.0f}"),
@@ -429,6 +448,13 @@ def _board_row(row: Mapping[Any, Any], objectives: Sequence[str], axes: Sequence
     ]
     best = " best" if not pd.isna(row["rank"]) and row["rank"] == 1 else ""
     return row["state"] + best, cells
+
+
+def _beside_cell(value: Any, name: str) -> Cell:
+    """A score beside the one that trials are ranked by; of precision and recall, a mark where there is none."""
+    if pd.isna(value):
+        return Cell("" if name.startswith(FRESH) else NOT_COMPUTED, "", "number")
+    return _metric_cell(value, name)
 
 
 def _ending_cell(checkpoint: str, reason: str) -> Cell:
