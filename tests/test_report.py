@@ -258,8 +258,11 @@ def test_the_leaderboard_is_in_rank_order_with_every_column(made):
     sweep.running(8.0)
     frame = leaderboard(sweep.study.plan, sweep.records)
     assert list(frame.columns) == [
-        "rank", "trial", "state", "score", "step", *RATES, "seconds", "signature", "checkpoint", "reason",
+        "rank", "trial", "state", "score", "eval/precision_digits", "eval/recall_digits", "step", *RATES, "seconds",
+        "signature", "checkpoint", "reason",
     ]  # fmt: skip
+    assert list(frame["eval/precision_digits"].fillna(-1.0)) == [1 / 4, 1 / 6, 1 / 8, -1.0, -1.0, -1.0]
+    assert frame["eval/recall_digits"].isna().all()  # of which nothing was made up
     assert frame["trial"].tolist() == [1, 2, 0, 3, 4, 5]
     assert frame["rank"].tolist()[:3] == [1, 2, 3]
     assert frame["rank"].isna().tolist() == [False] * 3 + [True] * 3  # 2.0 is on the noise that chose it: no rank

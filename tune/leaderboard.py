@@ -305,9 +305,10 @@ def fresh_columns(rows: Sequence[Row]) -> list[str]:
 
 
 def _heading(name: str) -> str:
-    """A column's name without what all of them share, to save room."""
-    kind, _, rest = name.removeprefix("eval/").partition("_")
-    return f"{kind} {rest}" if f"{kind}_" == FRESH else kind
+    """A short name of a column, since all have to fit into a terminal."""
+    if name.startswith(FRESH):
+        return "fresh" if name == f"{FRESH}score" else name.replace("_", " ", 1)
+    return "prec." if name.startswith("eval/precision_") else "recall"
 
 
 def fidelity_text(value: Any) -> str:
@@ -409,8 +410,8 @@ def write_best(study: Study, records: Sequence[TrialRecord]) -> Path | None:
         f"study {study.plan.name}, trial {best.number}",
         f"{objective.metric} {best.outcome.objectives[0]:.6g} ({metric_label(study.plan, objective)}, "
         f"{better(objective)}), best checkpoint at iteration {best.outcome.step}",
-        *([fresh] if (fresh := fresh_sentence(study.plan, records)) else []),
         f"signature {best.signature}",
+        *([fresh] if (fresh := fresh_sentence(study.plan, records)) else []),
         "again: dxmi train --config best.yaml",
     ]
     text = "".join(f"# {line}\n" for line in header) + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

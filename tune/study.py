@@ -5,6 +5,7 @@
         optuna.journal    every trial: values, state, scores by iteration; opens in optuna-dashboard
         trials/0007/      the run folder of trial 7, as `dxmi train` writes it; error.txt if it crashed
         progress.json     wall seconds so far, and why the last session ended
+        confirmation.json the best trial's scores on fresh noise, see tune.confirmation
         leaderboard.csv, best.yaml, report.html
 
 The journal and the run folders are the truth: everything else is made from them. One driver writes at a time. Nothing
