@@ -449,8 +449,14 @@ def arms_table(results: Results) -> Table:
             verdict = f"[{style}]{_verdict(comparison)}[/]" if style else _verdict(comparison)
             cells = [str(comparison.difference), p_cell(comparison), verdict]
         counts = str(summary.seeds), str(results.runs[arm.name])
-        table.add_row(arm.name, *counts, mean_text(summary), *other_cells(results, arm.name), *cells)
+        table.add_row(arm.name, *counts, mean_text(summary), *_brief_cells(results, arm.name), *cells)
     return table
+
+
+def _brief_cells(results: Results, arm: str) -> list[str]:
+    """An arm's further scores without their intervals, which a terminal has no room for."""
+    means = (summaries[arm].mean.estimate for summaries in results.others.values())
+    return [NOT_COMPUTED if math.isnan(mean) else number(mean) for mean in means]
 
 
 def notes(results: Results) -> list[str]:
