@@ -352,7 +352,7 @@ def test_the_table_fits_a_terminal_and_lists_failures_beyond_the_limit(made):
     sweep.ended(TrialState.FAILED, "RuntimeError: [red]boom[/red] \x1b[31m")
     text = shown(sweep, limit=1)
     assert "policy.lr  entropy_coef" in text
-    assert re.search(r"trials/0001/checkpoints/\s+step_00000040", text)  # the path is folded, not cut
+    assert "trials/0001/checkpoints/step_00000040" in "".join(text.split())  # folded, not cut
     assert "failed: RuntimeError: [red]boom[/red]" in " ".join(text.split())
     assert "\x1b" not in text
     assert "3.00" in text
