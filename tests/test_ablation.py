@@ -446,7 +446,7 @@ def test_what_became_of_the_tuning_inside_an_arm_is_said(played):
     assert frame.loc["fast", "verdict"] == "worse"
 
 
-def test_a_runs_score_is_its_mean_over_the_generations(played):
+def test_every_table_says_over_how_many_draws_a_score_is_the_mean(played):
     study = played(seeds=3, generations=3)
     study.play(shifted())
     assert "mean over 3 draws" in str(arms_table(outcome(study)).caption)
