@@ -17,8 +17,11 @@ from dxmi.seeds import generator
 from dxmi.tensors import encode, num_beyond
 from dxmi.workers import ALONE, Workers
 
-SELECTION, REPORT = "selection", "report"
-"""Noise streams: the best checkpoint is chosen on one and scored on the other."""
+SELECTION, REPORT, CONFIRMATION = "selection", "report", "confirmation"
+"""Noise streams: a run's best checkpoint is chosen on the first and scored on the second; the best trial of a sweep,
+which is chosen by the second, is scored once more on the third. Each run has its own draw: see `stream_of`."""
+PICTURES = "pictures"
+"""The noise of the sample grids, which is the same for every run, so that their pictures can be compared."""
 SCORING_VERSION = 2
 """Raised whenever a change of the code changes a score, so that cached references are scored again."""
 RESULTS = ("best", "last")
@@ -42,7 +45,7 @@ class EvaluateConfig:
     batch_size: int = 1_000
     """Samples generated at once."""
     seed: int = 0
-    """Of the noise; runs that share it are compared on the same noise."""
+    """Of the noise, together with the run's own seed: runs that share both are compared on the same noise."""
     kid_subsets: int = 20
     """Random subsets that KID averages over."""
     kid_subset_size: int = 1_000
@@ -52,7 +55,7 @@ class EvaluateConfig:
     grid: int = 64
     """Images in a sample grid, or points in a picture of samples."""
     generations: int = 1
-    """Independent draws of the report's noise on which the best checkpoint is scored; the first is the score."""
+    """Independent draws of the report's noise on which the best checkpoint is scored; their mean is the score."""
     result: str = "best"
     """The checkpoint that counts as the best: best, which has the best score of the samples on noise of its own; or
     last, where that score is not all that matters, as in the plane, where the energy has to be right too."""
@@ -95,7 +98,8 @@ class Sampling:
 
     Attributes:
         policy: from what.
-        stream: name of the noise; with the seed it fixes every sample.
+        stream: name of the noise; with the evaluation's seed it fixes every sample, and everything else that is drawn
+            to score them.
         guide: gradient of a value to descend, see `Policy.walk`.
         guidance: its strength.
         on_batch: called after each batch with how many samples there are so far; by all workers at the same time.
@@ -147,6 +151,20 @@ class Sampling:
             f"Sampling diverged: {what}, and nothing was fine-tuned before. The pretrained model is at fault: lower "
             "pretrain.optimizer.lr, or try other pretrain.weights."
         )
+
+
+def stream_of(kind: str, seed: int) -> str:
+    """The name of a run's own noise of one kind.
+
+    Runs with the same seed, such as the arms of an ablation at that seed, get the same noise, so that their scores are
+    paired. Runs with different seeds get independent noise, so that the spread of their scores contains the effect of
+    the noise, and the interval of a mean over seeds covers it.
+
+    Args:
+        kind: SELECTION, REPORT or CONFIRMATION.
+        seed: of the run.
+    """
+    return f"{kind}/seed_{seed}"
 
 
 def generate(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:

@@ -28,6 +28,11 @@ and of both:
 
     eval/num_samples         how many samples the scores beside it were computed from
 
+All that is drawn at random to compute a score (subsets, directions, uniform noise, held-out points of the plane) is
+named after the stream of the samples, like their noise. So runs that share a stream differ in their samples only, and
+the spread between streams is that of the whole measurement. What depends on the data alone (the images that samples
+are compared with) is the same for all.
+
 Why beta is fitted. With a fixed reference variance and cost_coef = entropy_coef = tau, the objective of the policy is
 E[E(x_T)] + (tau / D) KL(policy's path | x_T followed by the reference's noise), D the dimensions of a sample, since tau
 weighs means over dimensions. Where that bound is tight it is least for x_T of the density exp(-D E / tau) / Z. So an
@@ -35,11 +40,11 @@ energy whose policy has learned the data has beta = D / tau, and a beta that dif
 tau = 0 there is no such temperature, though E may well tell data from noise; fitted, runs of all tau can be compared.
 """
 
+import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -55,6 +60,7 @@ from dxmi.evaluate import (
     INCEPTION,
     MIN_SAMPLES,
     NUM_SAMPLES_KEY,
+    REPORT,
     SCORING_VERSION,
     EvaluateConfig,
     Sampling,
@@ -133,8 +139,8 @@ class Scorer(ABC):
         """Every score that the module's docstring lists; those of the energy if there is one."""
 
     @abstractmethod
-    def of_data(self) -> Scores | None:
-        """The score that the data itself has, where more of it can be drawn."""
+    def of_data(self, stream: str = REPORT) -> Scores | None:
+        """The score that the data itself has, where more of it can be drawn; `stream` as of the samples beside it."""
 
     def _scores(self, sampling: Sampling, score: Score) -> Scores:
         """All workers sample; the first computes the scores of the samples, and tells them."""
@@ -149,9 +155,17 @@ class Scorer(ABC):
         """The scores of iteration `step`, all of them finite, with how many samples they are of."""
         return require_finite_metrics(values, step) | {NUM_SAMPLES_KEY: float(self.config.num_samples)}
 
-    def _sliced_wasserstein(self, samples: Tensor, data: Tensor) -> float:
-        """Of two sets as they are stored."""
-        directions = generator(self.config.seed, "projections")
+    def _generator(self, stream: str, what: str) -> torch.Generator:
+        """Draws what a score of samples of that stream needs."""
+        return generator(self.config.seed, f"{stream}/{what}")
+
+    def _seed(self, stream: str, what: str) -> int:
+        """The same for a library that takes a seed, in 0..2^31 - 1."""
+        return int(torch.randint(2**31, (), generator=self._generator(stream, what)))
+
+    def _sliced_wasserstein(self, samples: Tensor, data: Tensor, stream: str) -> float:
+        """Distance of two sets as they are stored."""
+        directions = self._generator(stream, "projections")
         projections = self.config.projections
         return sliced_wasserstein(decode(samples.cpu()), decode(data), projections=projections, generator=directions)
 
@@ -176,7 +190,7 @@ class _FeatureScorer(Scorer):
         self.images = images
         self.device = device
 
-    def of_data(self) -> Scores | None:
+    def of_data(self, stream: str = REPORT) -> Scores | None:  # noqa: ARG002
         """All images there are have been scored against: nothing is left to score."""
         return None
 
@@ -220,11 +234,11 @@ class ImageScorer(_FeatureScorer):
 
     def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
         """Every score of images."""
-        return self._scores(sampling, self._distances)
+        return self._scores(sampling, lambda samples: self._distances(samples, sampling.stream))
 
-    def _distances(self, samples: Tensor) -> dict[str, float]:
+    def _distances(self, samples: Tensor, stream: str) -> dict[str, float]:
         config, features = self.config, classifier_features(self.name, samples)
-        precision, recall = precision_recall(features, self._neighbours())
+        precision, recall = precision_recall(features, self._neighbours(stream))
         return {
             self.metric: frechet_distance(features, self.reference),
             f"eval/kid_{self.name}": kernel_distance(
@@ -232,16 +246,16 @@ class ImageScorer(_FeatureScorer):
                 self.reference,
                 subsets=config.kid_subsets,
                 subset_size=config.kid_subset_size,
-                seed=config.seed,
+                seed=self._seed(stream, "kid"),
             ),
             f"eval/precision_{self.name}": precision,
             f"eval/recall_{self.name}": recall,
-            "eval/sliced_wasserstein": self._sliced_wasserstein(samples, self.images.pixels),
+            "eval/sliced_wasserstein": self._sliced_wasserstein(samples, self.images.pixels, stream),
         }
 
-    def _neighbours(self) -> Tensor:
+    def _neighbours(self, stream: str) -> Tensor:
         """As many reference features as there are samples: comparing all pairs of a large data set takes minutes."""
-        return _some_rows(self.reference, self.config.num_samples, generator(self.config.seed, "neighbours"))
+        return _some_rows(self.reference, self.config.num_samples, self._generator(stream, "neighbours"))
 
 
 def _some_rows(x: Tensor, num: int, generator: torch.Generator) -> Tensor:
@@ -342,7 +356,7 @@ class InceptionScorer(_FeatureScorer):
 
     def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
         """Every score of images."""
-        return self._measured(sampling, self._distances)
+        return self._measured(sampling, functools.partial(self._distances, sampling.stream))
 
     def _measured(self, sampling: Sampling, score: Callable[[_Reference, Tensor, Tensor], dict[str, float]]) -> Scores:
         """All workers sample and compute features; the first computes scores from them, and tells them."""
@@ -356,26 +370,26 @@ class InceptionScorer(_FeatureScorer):
         values = self.workers.on_first(lambda: self._checked(score(reference, pool, logits), sampling.step))
         return Scores(values, measured.seconds_per_1000)
 
-    def _distances(self, reference: _Reference, pool: Tensor, logits: Tensor) -> dict[str, float]:
+    def _distances(self, stream: str, reference: _Reference, pool: Tensor, logits: Tensor) -> dict[str, float]:
         """Of features [N, 2048] and logits [N, 1008]."""
         config, kept = self.config, reference.features
-        some = _some_rows(pool, _KEPT, generator(config.seed, "neighbours/samples"))
-        neighbours = _some_rows(kept, len(some), generator(config.seed, "neighbours"))
+        some = _some_rows(pool, _KEPT, self._generator(stream, "neighbours/samples"))
+        neighbours = _some_rows(kept, len(some), self._generator(stream, "neighbours"))
         precision, recall = precision_recall(some, neighbours)
         subsets, size = config.kid_subsets, config.kid_subset_size
         values = {
             self.metric: reference.distance(pool),
             "eval/fid_infinity": reference.gaussian.distance_at_infinity(
-                pool.to(self.device), generator(config.seed, "extrapolation")
+                pool.to(self.device), self._generator(stream, "extrapolation")
             ),
             "eval/kid": kernel_distance(
-                pool.double(), kept.double(), subsets=subsets, subset_size=size, seed=config.seed
+                pool.double(), kept.double(), subsets=subsets, subset_size=size, seed=self._seed(stream, "kid")
             ),
             f"eval/precision_{self.size}": precision,
             f"eval/recall_{self.size}": recall,
         }
         if logits.shape[1]:
-            values[f"eval/inception_score_{self.size}"] = inception_score(logits, config.seed)
+            values[f"eval/inception_score_{self.size}"] = inception_score(logits, self._seed(stream, "inception_score"))
         return values
 
 
@@ -388,7 +402,7 @@ class PlanarScorer(Scorer):
     """Scores points in the plane, and the energy against the exact density.
 
     Args:
-        points: the data, of which as many points are held out as there are samples.
+        points: the data, from whose distribution as many further points are drawn as there are samples.
         config: what is scored.
         workers: generate samples together; the first scores them.
     """
@@ -400,10 +414,17 @@ class PlanarScorer(Scorer):
         self.points = points
         self.identity = f"{points.signature}-{points.name}"
         self.about = {"reference": points.signature}
-        self.reference = points.held_out(config.num_samples)
+        self._held_out: tuple[str, Tensor] | None = None
         self.cells = square_grid(SQUARE, _CELLS)
 
-    @cached_property
+    def reference(self, stream: str) -> Tensor:
+        """What samples of that stream are compared with: [num_samples, 2]. The last one is remembered."""
+        if self._held_out is None or self._held_out[0] != stream:
+            name = f"{self.config.seed}/{stream}"
+            self._held_out = stream, self.points.held_out(self.config.num_samples, f"test/{name}")
+        return self._held_out[1]
+
+    @functools.cached_property
     def log_density(self) -> Tensor:
         """Of the data in each cell of a grid, [G]."""
         return self.points.distribution.log_density(self.cells)
@@ -414,38 +435,43 @@ class PlanarScorer(Scorer):
 
     def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
         """Every score of points."""
+        stream = sampling.stream
 
         def score(samples: Tensor) -> dict[str, float]:
-            distance = {self.metric: self._sliced_wasserstein(samples, self.reference)}
-            return distance if energy is None else distance | self._energy_scores(energy, samples.device, sampling.step)
+            distance = {self.metric: self._sliced_wasserstein(samples, self.reference(stream), stream)}
+            return distance if energy is None else distance | self._energy_scores(energy, samples.device, sampling)
 
         return self._scores(sampling, score)
 
-    def of_data(self) -> Scores | None:
+    def of_data(self, stream: str = REPORT) -> Scores | None:
         """The floor, which is the mean over sets of fresh points, and the area under the curve of the exact density."""
-        start = time.perf_counter()
-        sets = [self.points.held_out(self.config.num_samples, f"floor/{index}") for index in range(_FLOOR_SETS)]
+        start, reference = time.perf_counter(), self.reference(stream)
+        sets = [
+            self.points.held_out(self.config.num_samples, f"floor/{index}/{stream}") for index in range(_FLOOR_SETS)
+        ]
         seconds = (time.perf_counter() - start) * 1000.0 / (self.config.num_samples * _FLOOR_SETS)
-        floor = sum(self._sliced_wasserstein(points, self.reference) for points in sets) / _FLOOR_SETS
+        floor = sum(self._sliced_wasserstein(points, reference, stream) for points in sets) / _FLOOR_SETS
         exact = self.points.distribution.log_density
-        values = {self.metric: floor, "eval/energy_auc": roc_auc(exact(self.reference), exact(self._uniform()))}
+        values = {self.metric: floor, "eval/energy_auc": roc_auc(exact(reference), exact(self._uniform(stream)))}
         return Scores(self._checked(values), seconds)
 
     @torch.no_grad()
-    def _energy_scores(self, energy: Energy, device: torch.device, step: int) -> dict[str, float]:
+    def _energy_scores(self, energy: Energy, device: torch.device, sampling: Sampling) -> dict[str, float]:
+        stream, step = sampling.stream, sampling.step
+
         def score(points: Tensor) -> Tensor:
             return require_finite(energy(points.to(device)).cpu(), f"the energy of iteration {step}", step)
 
         calibrated = calibrated_kl(score(self.cells), self.log_density)
         return {
-            "eval/energy_auc": roc_auc(-score(self.reference), -score(self._uniform())),
+            "eval/energy_auc": roc_auc(-score(self.reference(stream)), -score(self._uniform(stream))),
             "eval/energy_kl": calibrated.kl,
             "eval/energy_beta": calibrated.beta,
         }
 
-    def _uniform(self) -> Tensor:
+    def _uniform(self, stream: str) -> Tensor:
         """Noise on the square, as much as there are samples: [num_samples, 2]."""
-        noise = torch.rand((self.config.num_samples, 2), generator=generator(self.config.seed, "uniform"))
+        noise = torch.rand((self.config.num_samples, 2), generator=self._generator(stream, "uniform"))
         return (2.0 * noise - 1.0) * SQUARE
 
 

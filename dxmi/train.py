@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from shutil import copytree, rmtree
@@ -25,7 +25,16 @@ from dxmi.checkpoint import Checkpoint, DamagedCheckpointError
 from dxmi.config import build, differences, signature, to_tree
 from dxmi.energy import Energy
 from dxmi.errors import UserError
-from dxmi.evaluate import REPORT, SCORING_VERSION, SELECTION, Sampling, generate, generate_states
+from dxmi.evaluate import (
+    PICTURES,
+    REPORT,
+    SCORING_VERSION,
+    SELECTION,
+    Sampling,
+    generate,
+    generate_states,
+    stream_of,
+)
 from dxmi.experiment import Experiment, ExperimentConfig, require_signature
 from dxmi.galleries import build_gallery
 from dxmi.networks import Denoiser
@@ -98,11 +107,11 @@ class Summary:
 
     `reference`, `best` and `last` hold the score `metric`, all from `num_samples` samples of noise that took no part in
     choosing the best checkpoint; `scores` holds every score of each, `generations` those of the best on each draw of
-    that noise, `seconds_per_1000_images` the time to draw samples, `members` how many seeds were trained in the same
-    program at most: `seconds` are wall seconds, the same ones for all of them. `scored_with` names the
-    network that gave the features of the scores, and holds its hash and that of the data. `labels` says of which
-    classes the samples were, if the network knows any, and `data_notes` what was left out of the data or changed.
-    `inputs` are the signatures of the data and of `pretrain.weights` (`Experiment.inputs`).
+    that noise, of which `scores["best"]` is the mean, `seconds_per_1000_images` the time to draw samples, `members` how
+    many seeds were trained in the same program at most: `seconds` are wall seconds, the same ones for all of them.
+    `scored_with` names the network that gave the features of the scores, and holds its hash and that of the data.
+    `labels` says of which classes the samples were, if the network knows any, and `data_notes` what was left out of the
+    data or changed. `inputs` are the signatures of the data and of `pretrain.weights` (`Experiment.inputs`).
     """
 
     name: str
@@ -407,7 +416,7 @@ class _Run:
             scores[name] = self._reference(kind, schedule, denoiser, done, total)
             done += evaluations[name]
             self._tell_or_stop(Phase.REFERENCES, done, total)
-        floor = self.scorer.of_data()
+        floor = self.scorer.of_data(stream_of(REPORT, self.config.seed))
         return scores if floor is None else {**scores, "data": floor}
 
     def _reference(
@@ -422,6 +431,7 @@ class _Run:
                 key: value for key, value in to_tree(self.config.evaluate).items() if key not in _NOT_OF_SCORES
             },
             "features": self.scorer.identity,
+            "stream": stream_of(REPORT, self.config.seed),
             "device": self.experiment.device.type,
             **({} if kind is Policy else {"sampler": kind.__name__}),
         }
@@ -433,7 +443,8 @@ class _Run:
         def compute() -> dict[str, Tensor]:
             policy = self.experiment.build_policy(denoiser, schedule, kind)
             source = f"the {schedule.num_steps}-step reference ({kind.__name__})"
-            scores = self.scorer.full(Sampling(policy, REPORT, on_batch=on_batch, source=source))
+            stream = stream_of(REPORT, self.config.seed)
+            scores = self.scorer.full(Sampling(policy, stream, on_batch=on_batch, source=source))
             numbers = {**scores.values, "seconds_per_1000": scores.seconds_per_1000}
             return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
 
@@ -517,18 +528,18 @@ class _Run:
 
     def _evaluate(self, dxmi: DxMI, step: int) -> float:
         """The policy's score on the fixed selection noise; also draws its grid and remembers the best."""
-        sampling = Sampling(dxmi.evaluated, SELECTION, step=step)
+        sampling = Sampling(dxmi.evaluated, stream_of(SELECTION, self.config.seed), step=step)
         scores = self.scorer.quick(sampling, self._energy(dxmi)).values
         score = scores[self.scorer.metric]
         if self.best is None or self.config.evaluate.result == "last" or score < self.best["value"]:
             self.best = {"step": step, "value": score}
-        self.workers.on_first(lambda: self._record_scores(sampling, step, scores))
+        self.workers.on_first(lambda: self._record_scores(dxmi, step, scores))
         self._tell(Phase.FINETUNE, step, self.config.train.iterations, scores)
         return score
 
-    def _record_scores(self, sampling: Sampling, step: int, scores: Mapping[str, float]) -> None:
+    def _record_scores(self, dxmi: DxMI, step: int, scores: Mapping[str, float]) -> None:
         self.run.append([{"step": step, **scores}])
-        samples = generate(sampling, self.config.evaluate.grid, self.config.evaluate)
+        samples = generate(Sampling(dxmi.evaluated, PICTURES), self.config.evaluate.grid, self.config.evaluate)
         self.gallery.draw_samples(self.run.samples / f"step_{step:06d}.png", samples)
 
     def _save(self, state: TrainingState, step: int, score: float | None) -> None:
@@ -563,23 +574,25 @@ class _Run:
 
     def _final_scores(self, dxmi: DxMI) -> dict[str, Scores]:
         assert self.best is not None  # the last iteration is always evaluated
-        total = self.config.train.iterations
-        last = self.scorer.full(Sampling(dxmi.evaluated, REPORT, step=total), self._energy(dxmi))
+        last = self._report(dxmi, self.config.train.iterations)
         self._tell(Phase.REPORT, 1, 2)
-        best = last
-        if self.best["step"] != total:
+        first, best_is_last = last, self.best["step"] == self.config.train.iterations
+        if not best_is_last:
             dxmi.load_state_dict(self.workers.agree(self._best_weights()))
-            best = self.scorer.full(Sampling(dxmi.evaluated, REPORT, step=self.best["step"]), self._energy(dxmi))
-        self.generations = [best.values, *self._further_draws(dxmi)]
+            first = self._report(dxmi, self.best["step"])
+        further = range(1, self.config.evaluate.generations)
+        self.generations = [first.values, *(self._report(dxmi, self.best["step"], draw).values for draw in further)]
+        best = Scores(_mean(self.generations), first.seconds_per_1000)
         self._tell(Phase.REPORT, 2, 2)
-        return {"best": best, "last": last}
+        return {"best": best, "last": best if best_is_last else last}
 
-    def _further_draws(self, dxmi: DxMI) -> list[dict[str, float]]:
-        """The best policy's scores on more noise, which tell the evaluation's own spread from that of training."""
-        assert self.best is not None
-        first = Sampling(dxmi.evaluated, REPORT, step=self.best["step"])
-        draws = (replace(first, stream=f"{REPORT}/draw_{n}") for n in range(1, self.config.evaluate.generations))
-        return [self.scorer.full(draw, self._energy(dxmi)).values for draw in draws]
+    def _report(self, dxmi: DxMI, step: int, draw: int = 0) -> Scores:
+        """Every score of the policy of that iteration, on one draw of the report's noise.
+
+        Further draws tell the spread of the evaluation from that of training, and their mean has less of it.
+        """
+        stream = stream_of(REPORT, self.config.seed) + (f"/draw_{draw}" if draw else "")
+        return self.scorer.full(Sampling(dxmi.evaluated, stream, step=step), self._energy(dxmi))
 
     def _energy(self, dxmi: DxMI) -> Energy | None:
         """The energy, unless the run trains none: a random network says nothing about the data."""
@@ -633,7 +646,7 @@ class _Run:
         lines = {name: value for name, value in summary.reference.items() if name in shown}
         figure = curves_figure(summary.metric, curve, lines, best, logged_curves(rows))
         save_figure(self.run.curves, figure)
-        sampling = Sampling(dxmi.evaluated, SELECTION, step=summary.best["step"])
+        sampling = Sampling(dxmi.evaluated, PICTURES, step=summary.best["step"])
         states = generate_states(sampling, self.gallery.num_ways, self.config.evaluate)
         self.gallery.draw_steps(self.run.samples / "steps.png", states)
         if self.config.train.iterations:
@@ -745,6 +758,11 @@ class _Window:
         means = torch.stack([torch.stack([m[key] for m in self.metrics]).mean() for key in keys]).tolist()
         self.metrics.clear()
         return require_finite_metrics(dict(zip(keys, means, strict=True)), step)
+
+
+def _mean(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each score, over the draws of the noise."""
+    return {key: sum(draw[key] for draw in draws) / len(draws) for key in draws[0]}
 
 
 def curve_of(rows: list[Row], key: str) -> list[tuple[float, float]]:

@@ -12,7 +12,7 @@ from dxmi.algorithms.dxmi import DxMI
 from dxmi.cache import cache_root
 from dxmi.checkpoint import Checkpoint
 from dxmi.errors import UserError
-from dxmi.evaluate import REPORT, EvaluateConfig, Sampling, generate_states
+from dxmi.evaluate import REPORT, EvaluateConfig, Sampling, generate_states, stream_of
 from dxmi.experiment import Experiment, ExperimentConfig, require_signature
 from dxmi.run_directory import RunDirectory
 from dxmi.scorers import Scores, build_scorer
@@ -58,8 +58,8 @@ class Trained:
             self._draw_only(label)
         return generate_states(self._sampling("sample", guidance), num, self._config(seed))
 
-    def scores(self, num_samples: int | None, seed: int | None, guidance: float) -> Scores:
-        """Every score, on the noise of the run's own report unless `seed` says otherwise."""
+    def scores(self, num_samples: int | None, seed: int | None, guidance: float, stream: str = REPORT) -> Scores:
+        """Every score, on the first draw of the noise of the run's own report unless `seed` or `stream` differs."""
         config = self._config(seed, num_samples)
         self._require_own_data()
         scorer = build_scorer(self.experiment.data, config, cache_root(), self.experiment.device)
@@ -69,7 +69,8 @@ class Trained:
             def on_batch(samples: int) -> None:
                 bar.update(samples - bar.n)
 
-            return scorer.full(replace(self._sampling(REPORT, guidance), on_batch=on_batch), energy)
+            own = stream_of(stream, self.experiment.config.seed)
+            return scorer.full(replace(self._sampling(own, guidance), on_batch=on_batch), energy)
 
     def _require_own_data(self) -> None:
         """Scores against other data than those of the run would say something else than its summary."""

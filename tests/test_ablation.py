@@ -12,8 +12,12 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from matplotlib.text import Text
 from PIL import Image
+from rich.console import Console
+from scipy.stats import norm
 
+from dxmi.config import to_tree
 from dxmi.errors import UserError
 from dxmi.experiment import Experiment
 from support import TINY
@@ -25,9 +29,11 @@ from tune.ablation_results import arms_frame, arms_table, latex, results_of, wri
 from tune.cli import main
 from tune.configs import compose_experiment
 from tune.designs import arms
+from tune.plans import plan_from
 from tune.report import write_report
 from tune.report_maps import arm_maps
-from tune.study import Study, StudyFolder, TrialState, completed, unfinished
+from tune.statistics import Bootstrap, Verdict, compare
+from tune.study import Outcome, Study, StudyFolder, TrialRecord, TrialState, completed, unfinished
 from tune.sweep import Sweep
 from tune.sweep_config import TrackingConfig
 from tune.tracking import Tracker
@@ -225,6 +231,8 @@ def test_further_scores_are_shown_with_their_intervals_and_decide_nothing(played
     assert studies[0].plan.signature == studies[1].plan.signature
     assert any_plan_from(studies[1].plan.tree()) == studies[1].plan
     plain, more = (arms_frame(outcome(study)).set_index("arm") for study in studies)
+    assert studies[0].plan.also == ("eval/precision_digits", "eval/recall_digits")
+    plain = plain[[name for name in plain if not name.startswith(("precision", "recall"))]]
     pd.testing.assert_frame_equal(more[plain.columns], plain)
     assert list(more.columns[len(plain.columns) :]) == [
         f"{name}{end}" for name in ("kid_digits", "recall_digits") for end in ("", "_low", "_high")
@@ -233,7 +241,7 @@ def test_further_scores_are_shown_with_their_intervals_and_decide_nothing(played
         np.testing.assert_allclose(more[f"kid_digits{end}"], more[own] / 100.0)
         assert more[f"recall_digits{end}"].isna().all()
     results = outcome(studies[1])
-    assert [str(column.header) for column in arms_table(results).columns][2:5] == [
+    assert [str(column.header) for column in arms_table(results).columns][3:6] == [
         "fid_digits, mean", "kid_digits", "recall_digits",
     ]  # fmt: skip
     assert "& kid\\_digits & recall\\_digits &" in latex(results)
@@ -247,6 +255,202 @@ def test_a_failed_run_costs_its_seed_in_that_arm_alone(played):
     study.play(lambda arm, seed: math.nan if (arm, seed) == ("fast", 2) else scores(arm, seed))
     seeds = {c.arm: (c.seeds, c.left_out) for c in outcome(study).comparisons}
     assert seeds == {"no_entropy": (7, 0), "fast": (6, 1)}
+
+
+# ----------------------------------------------------------------------------
+# Missing runs
+
+
+def verdicts(study: Study) -> dict[str, str]:
+    frame = arms_frame(outcome(study))
+    return dict(zip(frame["arm"], frame["verdict"], strict=True))
+
+
+def require_said_everywhere(study: Study, words: str) -> None:
+    """Every table, the report and the figures have the verdict, and none has another or a p-value for that arm."""
+    results = outcome(study)
+    csv, tex = write_tables(results)
+    console = Console(width=250, file=io.StringIO())
+    console.print(arms_table(results))
+    forest = ablation_figures(results, study.curves())["forest"]
+    figure = " ".join(text.get_text() for text in forest.findobj(Text))
+    page = write_report(study, study.records()).read_text()
+    for text in (csv.read_text(), tex.read_text(), console.file.getvalue(), page, figure):
+        assert words in text
+    for comparison in results.comparisons:
+        if comparison.gaps:
+            assert math.isnan(comparison.p)
+            assert math.isnan(comparison.p_holm)
+            assert comparison.verdict in (Verdict.FAILED, Verdict.UNFINISHED)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (TrialState.DIVERGED, "failed at 3 of 7 seeds"),
+        (TrialState.FAILED, "failed at 3 of 7 seeds"),
+        (TrialState.PRUNED, "pruned at 3 of 7 seeds"),
+        (TrialState.STOPPED, "stopped at 3 of 7 seeds"),
+        (TrialState.RUNNING, "3 of 7 running"),
+    ],
+)
+def test_an_arm_with_missing_runs_has_no_verdict_but_what_is_missing(played, state, words):
+    """The rest of it is better at every seed, and 7 of 7 such seeds are `better` in the test above."""
+    study = played(seeds=7)
+    scores = shifted(no_entropy=-2.0, fast=-2.0)
+    while (record := study.add()) is not None:
+        arm, seed = record.values["arm"], record.values["seed"]
+        if arm != "fast" or seed < 4:
+            study.end(record.number, scores(arm, seed))
+        elif state is not TrialState.RUNNING:
+            study.finish(record.number, unfinished({}, state, "made up", 1.0))
+    assert verdicts(study) == {"baseline": "", "no_entropy": "better", "fast": words}
+    row = arms_frame(outcome(study)).set_index("arm").loc["fast"]
+    assert (row["seeds"], row["missing"], row[state.value]) == (4, 3, 3)
+    assert row["difference"] == pytest.approx(-2.0, abs=0.1)
+    require_said_everywhere(study, words)
+
+
+def test_a_baseline_with_missing_runs_gives_no_arm_a_verdict(played):
+    study = played(seeds=7)
+    scores = shifted(no_entropy=-2.0, fast=1.0)
+    study.play(lambda arm, seed: math.nan if (arm, seed) in {("baseline", 1), ("fast", 2)} else scores(arm, seed))
+    assert verdicts(study) == {
+        "baseline": "failed at 1 of 7 seeds",
+        "no_entropy": "baseline failed at 1 of 7 seeds",
+        "fast": "failed at 1 of 7 seeds, baseline failed at 1 of 7 seeds",
+    }
+    require_said_everywhere(study, "baseline failed at 1 of 7 seeds")
+    assert {c.arm: (c.seeds, c.left_out) for c in outcome(study).comparisons} == {"no_entropy": (6, 1), "fast": (5, 2)}
+
+
+def test_a_baseline_without_any_score_is_said_to_have_failed(played):
+    study = played(seeds=3)
+    study.play(lambda arm, seed: math.nan if arm == "baseline" else 1.0 + seed)
+    assert verdicts(study)["fast"] == "baseline failed at 3 of 3 seeds"
+    assert "failed at 3 of 3 seeds" in write_report(study, study.records()).read_text()
+
+
+def test_a_study_that_has_not_ended_says_so_and_has_no_verdict(played):
+    study = played(seeds=7)
+    study.play(shifted(no_entropy=-2.0, fast=1.0), most=3 * 6 + 1)  # the last seed of the baseline alone
+    study.add()
+    assert verdicts(study) == {"baseline": "", "no_entropy": "1 of 7 running", "fast": "1 of 7 not begun"}
+    results = outcome(study)
+    assert results.unfinished == "The study is not finished: of 21 runs 1 running, 1 not begun."
+    assert results.unfinished in str(arms_table(results).caption)
+    assert results.unfinished in latex(results)
+    require_said_everywhere(study, "1 of 7 not begun")
+
+
+def test_a_failed_run_takes_no_verdict_from_another_arm(played):
+    """Nine seeds of two arms; the arm that failed counts in Holm's family with p = 1."""
+    study = played(seeds=9)
+    scores = shifted(no_entropy=-2.0, fast=-2.0)
+    study.play(lambda arm, seed: math.nan if (arm, seed) == ("fast", 2) else scores(arm, seed))
+    found = {comparison.arm: comparison for comparison in outcome(study).comparisons}
+    assert found["no_entropy"].verdict is Verdict.BETTER
+    assert found["no_entropy"].p_holm <= 0.05
+
+
+def test_auto_gives_no_more_seeds_to_an_arm_that_failed_or_beside_a_baseline_that_did(played):
+    scores = shifted(no_entropy=-5.0, fast=0.3)
+    study = played(seeds={"first": 3, "cap": 12})
+    order = study.play(lambda arm, seed: math.nan if (arm, seed) == ("fast", 1) else scores(arm, seed))
+    assert sum(arm == "fast" for arm, _ in order) == 3
+    assert sum(arm == "no_entropy" for arm, _ in order) >= 6
+    assert verdicts(study)["fast"] == "failed at 1 of 3 seeds"
+    assert verdicts(study)["no_entropy"] == "better"
+    study = played("baseline", seeds={"first": 3, "cap": 12})
+    order = study.play(lambda arm, seed: math.nan if (arm, seed) == ("baseline", 1) else scores(arm, seed))
+    assert len(order) == 9
+    assert set(verdicts(study).values()) == {"failed at 1 of 3 seeds", "baseline failed at 1 of 3 seeds"}
+
+
+def made_up(arm: str, seed: int, score: float, folder: StudyFolder) -> TrialRecord:
+    """A record without a study."""
+    state = TrialState.DIVERGED if math.isnan(score) else TrialState.COMPLETE
+    made = Outcome(state, objectives=() if math.isnan(score) else (score,))
+    return TrialRecord(0, {"arm": arm, "seed": seed}, "", seed, folder.run(0), made)
+
+
+def test_an_arm_whose_worst_runs_diverge_is_never_better(tmp_path):
+    """Arm and baseline are equal, but the worst 38 % of the arm's runs diverge. Those that are left would be better."""
+    made, folder = plan(seeds=9, variants={"fast": TWO["fast"]}), StudyFolder(tmp_path / "study")
+    rng, worst, called_better, found = np.random.default_rng(0), norm.isf(0.38), 0, set()
+    for _ in range(60):
+        baseline, arm = rng.normal(size=(2, 9))
+        arm[arm > worst] = math.nan
+        if np.isnan(arm).sum() not in range(1, 8):
+            continue
+        records = [made_up("baseline", seed, score, folder) for seed, score in enumerate(baseline)]
+        records += [made_up("fast", seed, score, folder) for seed, score in enumerate(arm)]
+        (comparison,) = results_of(made, folder, records).comparisons
+        called_better += (
+            str(compare({"b": baseline, "a": arm}, "b", bootstrap=Bootstrap(resamples=100))[0].verdict) == "better"
+        )
+        found.add(comparison.verdict)
+        assert comparison.gaps == f"failed at {np.isnan(arm).sum()} of 9 seeds"
+    assert called_better > 0  # by the test alone
+    assert found == {Verdict.FAILED}
+
+
+def test_effects_are_not_tested_where_runs_are_missing(played):
+    study = played(factors=FACTORS, seeds=6)
+    scores = shifted(**{"entropy-none": 2.0, "rate-fast": -1.0, "entropy-none.rate-fast": 1.5})
+    study.play(lambda arm, seed: math.nan if (arm, seed) == ("rate-fast", 2) else scores(arm, seed), most=23)
+    results = outcome(study)  # the last arm lacks the last seed
+    for effect in results.effects:
+        assert (effect.seeds, effect.left_out) == (4, 2)
+        assert math.isnan(effect.p)
+        assert math.isnan(effect.p_holm)
+        assert str(effect).endswith("no test: runs are missing at 2 of 6 seeds")
+    figure = ablation_figures(results, study.curves())["interactions"]
+    assert "4 of 6 seeds" in " ".join(text.get_text() for text in figure.findobj(Text))
+    lines = [line for axes in figure.axes for line in axes.get_lines()]
+    whole = [0, 1, 3, 4]
+    expected = np.mean([scores("baseline", seed) for seed in whole])
+    assert lines[0].get_ydata()[0] == pytest.approx(expected)
+    assert "no test: runs are missing" in write_report(study, study.records()).read_text()
+
+
+def test_without_two_complete_seeds_the_report_says_why_there_are_no_effects(played):
+    study = played(factors=FACTORS, seeds=3)
+    study.play(lambda arm, seed: math.nan if arm == "rate-fast" and seed else shifted()(arm, seed))
+    assert outcome(study).effects == ()
+    assert "so far there is 1" in write_report(study, study.records()).read_text()
+
+
+def test_what_became_of_the_tuning_inside_an_arm_is_said(played):
+    tuning = {"trials": 4, "space": {"algorithm.critic.lr": {"log_uniform": [1.0e-4, 1.0e-3]}}}
+    study = played(seeds=7, tuning=tuning)
+    study.play(shifted(no_entropy=-2.0, fast=1.0))
+    inner = plan_from(
+        {
+            "name": "study-fast",
+            "experiment": to_tree(study.plan.experiment),
+            "sweep": {"space": tuning["space"], "budget": {"trials": 4}},
+        }
+    )
+    folder = StudyFolder(study.folder.path / "tuning" / "study-fast")
+    folder.path.mkdir(parents=True)
+    sweep = Played.drive(folder, inner)
+    for number in range(4):
+        sweep.add()
+        sweep.end(number, math.nan if number else 1.0)
+    results = outcome(study)
+    assert "fast was tuned by 1 of 4 trials (3 failed)." in str(arms_table(results).caption)
+    assert "fast was tuned by 1 of 4 trials (3 failed)." in latex(results)
+    frame = arms_frame(results).set_index("arm")
+    assert tuple(frame.loc["fast", ["tuning_trials", "tuning_missing"]]) == (4, 3)
+    assert frame.loc["fast", "verdict"] == "worse"
+
+
+def test_every_table_says_over_how_many_draws_a_score_is_the_mean(played):
+    study = played(seeds=3, generations=3)
+    study.play(shifted())
+    assert "mean over 3 draws" in str(arms_table(outcome(study)).caption)
+    assert "mean over 3 draws" in latex(outcome(study))
 
 
 def test_effects_of_a_factorial_design_are_the_differences_that_were_put_in(played):
@@ -315,6 +519,22 @@ def test_mlflow_has_study_arm_and_seed(played, tmp_path):
     assert parents["study/0001"] == "study/no_entropy"
     assert parents["study/0004"] == "study/no_entropy"
     assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_mlflow_says_which_runs_of_an_arm_are_missing(played, tmp_path):
+    study = played(seeds=3)
+    study.play(lambda arm, seed: math.nan if (arm, seed) == ("fast", 2) else shifted()(arm, seed))
+    tracker = Tracker(study.folder, study.plan, pytest.fail)
+    tracker.start()
+    tracker.update(study.records(), running=())
+    assert tracker.finish("", patient=True) == 0
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("dxmi").experiment_id])
+    (fast,) = (run for run in runs if run.data.tags["mlflow.runName"] == "study/fast")
+    assert fast.data.tags["verdict"] == "failed at 1 of 3 seeds"
+    assert fast.data.tags["missing"] == "1 failed"
+    assert (fast.data.metrics["arm/missing"], fast.data.metrics["arm/lost"]) == (1.0, 1.0)
+    assert "arm/p_holm" not in fast.data.metrics
 
 
 # ----------------------------------------------------------------------------

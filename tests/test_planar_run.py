@@ -134,9 +134,16 @@ def test_every_distribution_runs_also_from_a_random_network_with_a_shared_value(
     assert all(math.isfinite(value) for values in summary.scores.values() for value in values.values())
 
 
-def test_runs_of_other_seeds_have_the_same_data_and_floor(run, tmp_path):
-    other = train(tiny("seed=1"), out=tmp_path / "run")
-    assert other.reference["data"] == json.loads((run / "summary.json").read_text())["reference"]["data"]
+def test_runs_of_other_seeds_have_noise_of_their_own_and_arms_of_one_seed_share_it(run, tmp_path):
+    """References are those of a run's own noise; an arm that does not touch the pretraining finds them as they are."""
+    summary = json.loads((run / "summary.json").read_text())
+    other = train(tiny("seed=1", "train.iterations=1"), out=tmp_path / "seed")
+    arm = train(tiny("algorithm.entropy_coef=0.5", "train.iterations=1"), out=tmp_path / "arm")
+    assert other.reference.keys() == summary["reference"].keys()
+    assert all(other.reference[name] != value for name, value in summary["reference"].items())
+    assert arm.reference == summary["reference"]
+    own, arms = ((path / "samples" / "step_000000.png").read_bytes() for path in (run, tmp_path / "arm"))
+    assert own == arms
 
 
 # ----------------------------------------------------------------------------

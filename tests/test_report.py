@@ -5,6 +5,7 @@ import csv
 import io
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -21,14 +22,24 @@ from rich.console import Console
 from dxmi import checkpoint
 from dxmi.config import build, to_tree
 from dxmi.experiment import Experiment, ExperimentConfig
+from dxmi.files import write_json
 from dxmi.pictures import save_grid
 from dxmi.run_directory import read_yaml
 from dxmi.train import train
 from support import TINY
 from tune import report
 from tune.configs import compose_experiment
+from tune.confirmation import _keep, confirmations, unconfirmed
 from tune.figures import Reference, importance_obstacle, importances, references, study_figures
-from tune.leaderboard import changed_data, leaderboard, leaderboard_table, short_names, write_best, write_leaderboard
+from tune.leaderboard import (
+    changed_data,
+    fresh_sentence,
+    leaderboard,
+    leaderboard_table,
+    short_names,
+    write_best,
+    write_leaderboard,
+)
 from tune.plans import Plan
 from tune.report import course_sentences, result_sentences, sample_matrix, write_report
 from tune.study import Outcome, Study, StudyFolder, TrialRecord, TrialState, completed, fallen_behind, unfinished
@@ -152,6 +163,90 @@ def made(tmp_path):
 
 
 # ----------------------------------------------------------------------------
+# The best trial on fresh noise
+
+
+def confirmed(sweep: Fabricated, *records: TrialRecord, shift: float = 0.5) -> None:
+    """Give complete trials scores on fresh noise."""
+    for record in records:
+        scores = {"eval/fid_digits": record.outcome.score + shift, "eval/precision_digits": 0.125}
+        _keep(sweep.study.folder, record, {"scores": scores})
+
+
+def test_the_best_trial_and_each_of_a_front_are_to_be_confirmed_once(made):
+    sweep = made()
+    assert unconfirmed(sweep.study, sweep.records) == []
+    for score in (7.0, 3.0, 5.0):
+        sweep.complete(score)
+    sweep.running(1.0)
+    assert [record.number for record in unconfirmed(sweep.study, sweep.records)] == [1]
+    confirmed(sweep, sweep.records[1])
+    assert unconfirmed(sweep.study, sweep.records) == []
+    sweep.complete(2.0)  # a study that went on has another best trial
+    assert [record.number for record in unconfirmed(sweep.study, sweep.records)] == [4]
+    assert set(confirmations(sweep.study.folder, sweep.records)) == {1}
+    two = made(name="two", objectives=(ObjectiveConfig(), ObjectiveConfig(metric="num_steps")),
+               sampler=SamplerConfig(kind="nsga2"))  # fmt: skip
+    for score, num_steps in ((7.0, 4), (3.0, 6), (5.0, 8)):
+        two.complete(score, num_steps=num_steps)
+    assert [record.number for record in unconfirmed(two.study, two.records)] == [1, 0]
+
+
+def test_a_confirmation_of_another_checkpoint_or_version_does_not_count(made):
+    sweep = made()
+    best = sweep.complete(3.0)
+    for stale in ({"step": 20, "scores": {"eval/fid_digits": 9.0}}, {"step": 40, "scores": {"a": 1.0}, "version": 0}):
+        write_json(sweep.study.folder.path / "confirmation.json", {str(best.number): stale})
+        assert confirmations(sweep.study.folder, sweep.records) == {}
+    for damaged in ("{", "[]", '{"x": {}}', '{"0": {"unknown": 1}}'):
+        (sweep.study.folder.path / "confirmation.json").write_text(damaged)
+        assert confirmations(sweep.study.folder, sweep.records) == {}
+    assert len(unconfirmed(sweep.study, sweep.records)) == 1
+
+
+def test_the_score_on_fresh_noise_stands_beside_the_one_that_chose(made):
+    sweep = made()
+    for score in (7.0, 3.0, 5.0):
+        sweep.complete(score)
+    confirmed(sweep, sweep.records[1])
+    frame = leaderboard(sweep.study.plan, sweep.records)
+    assert list(frame["fresh_score"].fillna(-1.0)) == [3.5, -1.0, -1.0]
+    sentence = "On fresh noise, which took no part in choosing it, trial 1 has fid_digits 3.50."
+    assert sentence in sweep.report()
+    assert sentence in " ".join(shown(sweep).split())
+    path = write_best(sweep.study, sweep.records)
+    assert f"# {sentence}\n" in path.read_text()
+    write_leaderboard(sweep.study, sweep.records)
+    assert "fresh_score" in sweep.study.folder.leaderboard.read_text().partition("\n")[0]
+
+
+def test_another_objective_and_a_maximum_are_confirmed_too(made):
+    objective = ObjectiveConfig(metric="eval/precision_digits", direction="maximize")
+    sweep = made(objectives=(objective,))
+    for score in (7.0, 3.0):
+        sweep.complete(score)
+    confirmed(sweep, sweep.records[1])
+    frame = leaderboard(sweep.study.plan, sweep.records)
+    assert list(frame["fresh_precision_digits"].fillna(-1.0)) == [0.125, -1.0]
+    assert "trial 1 has precision_digits 0.12" in fresh_sentence(sweep.study.plan, sweep.records)
+
+
+@pytest.mark.parametrize("problem", ["", "made up"])
+def test_a_best_trial_without_a_fresh_score_is_said(made, problem):
+    """Its checkpoint was deleted, or scoring it failed."""
+    sweep = made()
+    best = sweep.complete(3.0)
+    assert "the sweep has not ended" in fresh_sentence(sweep.study.plan, sweep.records)
+    shutil.rmtree(best.run.checkpoints)
+    if problem:
+        _keep(sweep.study.folder, best, {"problem": problem})
+    words = f"Trial 0 has no score on fresh noise ({problem or 'its checkpoint is gone'})"
+    assert words in sweep.report()
+    assert words in write_best(sweep.study, sweep.records).read_text()
+    assert unconfirmed(sweep.study, sweep.records) == []
+
+
+# ----------------------------------------------------------------------------
 # Ranking, the data frame, the CSV, the terminal
 
 
@@ -164,8 +259,11 @@ def test_the_leaderboard_is_in_rank_order_with_every_column(made):
     sweep.running(8.0)
     frame = leaderboard(sweep.study.plan, sweep.records)
     assert list(frame.columns) == [
-        "rank", "trial", "state", "score", "step", *RATES, "seconds", "signature", "checkpoint", "reason",
+        "rank", "trial", "state", "score", "eval/precision_digits", "eval/recall_digits", "step", *RATES, "seconds",
+        "signature", "checkpoint", "reason",
     ]  # fmt: skip
+    assert list(frame["eval/precision_digits"].fillna(-1.0)) == [1 / 4, 1 / 6, 1 / 8, -1.0, -1.0, -1.0]
+    assert frame["eval/recall_digits"].isna().all()  # of which nothing was made up
     assert frame["trial"].tolist() == [1, 2, 0, 3, 4, 5]
     assert frame["rank"].tolist()[:3] == [1, 2, 3]
     assert frame["rank"].isna().tolist() == [False] * 3 + [True] * 3  # 2.0 is on the noise that chose it: no rank
@@ -255,7 +353,7 @@ def test_the_table_fits_a_terminal_and_lists_failures_beyond_the_limit(made):
     sweep.ended(TrialState.FAILED, "RuntimeError: [red]boom[/red] \x1b[31m")
     text = shown(sweep, limit=1)
     assert "policy.lr  entropy_coef" in text
-    assert "trials/0001/checkpoints/step_00000040" in text
+    assert "trials/0001/checkpoints/step_00000040" in "".join(text.split())  # folded, not cut
     assert "failed: RuntimeError: [red]boom[/red]" in " ".join(text.split())
     assert "\x1b" not in text
     assert "3.00" in text

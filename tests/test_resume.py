@@ -54,14 +54,16 @@ def test_a_run_writes_what_the_readme_says(undisturbed):
     assert len(kept) <= 3
 
 
-def test_further_draws_of_the_reports_noise_change_nothing_but_themselves(undisturbed, tmp_path):
+def test_the_score_is_the_mean_over_the_draws_of_the_reports_noise_and_the_rest_is_as_with_one(undisturbed, tmp_path):
     train(tiny("evaluate.generations=3"), out=tmp_path / "run")
     ours, theirs = (json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", undisturbed))
     draws = [draw["eval/fid_digits"] for draw in ours["generations"]]
-    assert draws[0] == ours["best"]["value"] == theirs["best"]["value"]
+    assert draws[0] == theirs["best"]["value"]
     assert len(set(draws)) == 3
+    assert ours["best"]["value"] == ours["scores"]["best"]["eval/fid_digits"] == pytest.approx(sum(draws) / 3)
     assert theirs["generations"] == [theirs["scores"]["best"]]
-    assert ours["scores"] == theirs["scores"]
+    shared = ours["scores"].keys() - {"best"} - ({"last"} if ours["best"]["step"] == ours["last"]["step"] else set())
+    assert {name: ours["scores"][name] for name in shared} == {name: theirs["scores"][name] for name in shared}
 
 
 def test_the_summary_has_at_least_what_was_promised(undisturbed):

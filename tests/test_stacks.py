@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ import yaml
 
 from dxmi.checkpoint import load, path_of
 from dxmi.config import build
+from dxmi.errors import UserError
 from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
 from dxmi.train import train
 from support import SLOWER, TINY, changed, processes_with, wait_until
+from tune import Ablation
 from tune.ablation_config import parse_ablation
-from tune.ablation_plan import AblationPlan, ablation_plan
+from tune.ablation_plan import AblationPlan, ablation_plan, any_plan_from
 from tune.cli import main
 from tune.conductor import Conductor
 from tune.configs import compose_experiment
@@ -25,6 +28,7 @@ from tune.designs import arms
 from tune.devices import Slots
 from tune.stacks import fastest, seeds_together
 from tune.study import Study, StudyFolder, TrialState
+from tune.sweep_commands import _stack_text
 from tune.sweep_config import TrackingConfig
 
 VARIANTS = {"no_entropy": {"algorithm.entropy_coef": 0}, "fast": {"algorithm.policy.lr": 3.0e-4}}
@@ -48,7 +52,7 @@ class Clock:
 
 def conductor(folder: Path, clock: Clock, seeds: int = 3, stack: int = 2) -> Conductor:
     folder = StudyFolder(folder / "study")
-    folder.path.mkdir(exist_ok=True)
+    folder.path.mkdir(exist_ok=True, parents=True)
     made = Conductor(Study.drive(folder, plan(seeds)), TWO_SLOTS, clock)
     made.stack_seeds(stack)
     return made
@@ -71,11 +75,7 @@ def test_a_program_has_seeds_of_one_arm_and_fills_one_slot(tmp_path):
 
 
 def test_the_last_program_takes_what_is_left(tmp_path):
-    session, begun = conductor(tmp_path, Clock()), []
-    while together := session.next_together():
-        begun.append(cells(together))
-        for record in together:
-            session.ended(record.number, {"state": "diverged", "reason": "made up"})
+    begun = programs(conductor(tmp_path, Clock()))
     assert [len(together) for together in begun] == [2, 2, 2, 1, 1, 1]
     assert sorted(cell for together in begun for cell in together) == [
         (arm, seed) for arm in sorted(("baseline", *VARIANTS)) for seed in range(3)
@@ -132,6 +132,72 @@ def test_what_is_asked_for_is_taken_as_far_as_there_are_seeds(seeds, overrides, 
     assert seeds_together(plan(seeds, *overrides), TWO_SLOTS) == expected
 
 
+@pytest.mark.parametrize("slots", [TWO_SLOTS, Slots(cpus=64, gpus=0, threads=1, gpu_share=0.0, concurrent=64)])
+def test_what_a_study_recorded_is_repeated_whatever_the_machine(slots):
+    """Nor is anything measured: no Ray is running."""
+    recorded = replace(plan(8), stacked=5)
+    assert seeds_together(recorded, slots) == 5
+    assert seeds_together(replace(plan(8, "resources.stack_seeds=4"), stacked=5), slots) == 4
+    assert seeds_together(replace(plan(8, "resources.accumulate=2"), stacked=5), slots) == 1
+    assert any_plan_from(recorded.tree()) == recorded
+    assert recorded.signature == plan(8).signature
+
+
+def test_the_choice_is_kept_in_the_study_and_the_same_command_finds_it(tmp_path):
+    first = conductor(tmp_path, Clock(), stack=2)
+    assert yaml.safe_load(first.study.folder.plan.read_text())["stacked"] == 2
+    again = Study.drive(first.study.folder, plan(3))  # a plan as the command makes it, which knows of no choice
+    assert again.plan.stacked == 2
+    assert Study.read(first.study.folder).plan.stacked == 2
+    Conductor(again, TWO_SLOTS, Clock()).stack_seeds(3)
+    assert first.study.folder.read_plan().stacked == 3
+
+
+def test_a_recorded_choice_that_is_none_is_refused():
+    with pytest.raises(UserError, match="stacked is 'many'"):
+        any_plan_from({**plan(3).tree(), "stacked": "many"})
+
+
+@pytest.mark.parametrize("ended", [(), (1,), (0, 2), (3,)])
+def test_a_resumed_study_trains_the_same_seeds_together(tmp_path, ended):
+    """Blocks of two: a seed that ended early is not replaced by one of another block."""
+    whole = conductor(tmp_path / "whole", Clock(), seeds=4)
+    blocks = {cell: place for place, cells_of in enumerate(programs(whole)) for cell in cells_of}
+    session = conductor(tmp_path / "cut", Clock(), seeds=4)
+    session.next_together()
+    session.next_together()
+    for number in ended:
+        session.ended(number, {"state": "diverged", "reason": "made up"})
+    for program in programs(conductor(tmp_path / "cut", Clock(), seeds=4)):
+        assert len({blocks[cell] for cell in program}) == 1
+
+
+def programs(session: Conductor) -> list[list[tuple[str, int]]]:
+    """The cells of every program of what is left of a study, in order."""
+    begun = []
+    while together := session.next_together():
+        begun.append(cells(together))
+        for record in together:
+            session.ended(record.number, {"state": "diverged", "reason": "made up"})
+    return begun
+
+
+def test_the_dry_run_says_how_many_seeds_share_a_program(tmp_path):
+    path = tmp_path / "ablation.yaml"
+    path.write_text(yaml.safe_dump({"hypothesis": "Something.", "variants": VARIANTS, "seeds": 3}))
+
+    def text(*overrides: str) -> str:
+        overrides = (*changed(TINY, *overrides), f"ablation={path}")
+        return _stack_text(Ablation(*overrides, name="study", studies=tmp_path))
+
+    assert "a measurement at the start" in text()
+    assert text("resources.stack_seeds=2") == "2 seeds of an arm"
+    chosen = Ablation(*TINY, f"ablation={path}", name="study", studies=tmp_path)
+    chosen.folder.path.mkdir()
+    Conductor(Study.drive(chosen.folder, chosen.plan), TWO_SLOTS, Clock()).stack_seeds(3)
+    assert text() == "3 seeds of an arm, as this study began"
+
+
 @pytest.mark.parametrize(
     ("tree", "sentence"),
     [
@@ -185,6 +251,7 @@ def test_a_stacked_ablation_leaves_the_solo_runs_and_one_bad_seed_fails_alone(tm
     assert main(ablate(tmp_path, "resources.stack_seeds=2", seeds=2)) == 0
     assert "2 seeds of an arm are trained together" in capsys.readouterr().out
     folder = StudyFolder(tmp_path / "real")
+    assert folder.read_plan().stacked == 2
     records = Study.read(folder).records()
     assert [record.state for record in records].count(TrialState.COMPLETE) == 3
     assert "holds a run with another config" in records[1].outcome.reason

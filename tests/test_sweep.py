@@ -24,7 +24,8 @@ from dxmi.errors import UserError
 from support import TINY, changed, processes_with, wait_until
 from tune import Sweep
 from tune.cli import main
-from tune.study import StudyFolder, TrialState
+from tune.confirmation import chosen, confirmations, fresh_scores
+from tune.study import Study, StudyFolder, TrialState
 
 QUIET = Console(quiet=True)
 
@@ -74,6 +75,29 @@ def test_a_sweep_runs_its_trials_and_leaves_a_leaderboard(finished):
     assert not finished.scratch.exists()
 
 
+def test_the_best_trial_is_scored_once_more_on_noise_that_did_not_choose_it(finished):
+    records = Study.read(finished).records()
+    (best,) = chosen(finished.read_plan(), records)
+    confirmation = confirmations(finished, records)[best.number]
+    summary = best.run.read_summary()
+    assert confirmation.scores.keys() == summary["scores"]["best"].keys()
+    assert confirmation.scores["eval/fid_digits"] != summary["best"]["value"]
+    assert confirmation.scores == fresh_scores(str(best.run.path), best.outcome.step, 1)["scores"]
+    (parent,), _ = runs_of(finished)
+    assert parent.data.metrics["fresh/fid_digits"] == confirmation.scores["eval/fid_digits"]
+    assert "has no score on fresh noise" not in finished.best.read_text()
+
+
+def test_a_checkpoint_that_cannot_be_scored_is_a_sentence(finished, tmp_path):
+    (best,) = chosen(finished.read_plan(), Study.read(finished).records())
+    run = shutil.copytree(best.run.path, tmp_path / "run")
+    for path in (run / "checkpoints").rglob("*.safetensors"):
+        path.write_bytes(b"damaged")
+    assert str(run) in fresh_scores(str(run), best.outcome.step, 1)["problem"]
+    shutil.rmtree(run)
+    assert str(run) in fresh_scores(str(run), best.outcome.step, 1)["problem"]
+
+
 def test_the_first_trial_has_the_experiments_own_values(finished):
     tree = yaml.safe_load(finished.run(0).config.read_text())
     assert (tree["algorithm"]["policy"]["lr"], tree["algorithm"]["entropy_coef"]) == (5e-6, 1.0)
@@ -107,9 +131,12 @@ def test_best_yaml_trains_to_the_same_signature_and_the_same_numbers(finished, t
 
 
 def test_a_finished_study_is_not_run_again(finished, studies):
+    kept = finished.path / "confirmation.json"
+    written = kept.stat().st_mtime_ns
     before = {path: path.stat().st_mtime_ns for path in finished.trials.rglob("*") if path.is_file()}
     assert main(["sweep", "--resume", "first", "--studies", str(studies)]) == 0
     assert {path: path.stat().st_mtime_ns for path in finished.trials.rglob("*") if path.is_file()} == before
+    assert kept.stat().st_mtime_ns == written
     assert len(runs_of(finished)[1]) == 3
 
 

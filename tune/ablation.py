@@ -18,7 +18,7 @@ from dxmi.errors import UserError
 from dxmi.train import train
 from tune.ablation_config import parse_ablation
 from tune.ablation_plan import AblationPlan, ablation_plan
-from tune.ablation_results import Results, arms_frame, results_of
+from tune.ablation_results import TUNING, Results, arms_frame, results_of
 from tune.configs import compose_ablation
 from tune.designs import Arm, arms
 from tune.leaderboard import best_of
@@ -27,9 +27,6 @@ from tune.study import StudyFolder
 from tune.sweep import STUDIES, Sweep, SweepResult
 from tune.sweep_config import TrackingConfig
 from tune.trial import Trainer
-
-TUNING = "tuning"
-"""The folder in a study's own in which each arm's tuning is a study."""
 
 
 class TuningInterruptedError(Exception):

@@ -114,7 +114,7 @@ class AblationConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     also: tuple[str, ...] | None = None
     """Further scores, by their keys, whose means are shown beside the objective, and by which no verdict goes; null for
-    none."""
+    precision and recall where the data has them, [] for none."""
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
     generations: int = 1
     """Independent draws of the evaluation's noise for each trained run."""

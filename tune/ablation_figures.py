@@ -22,6 +22,8 @@ _COLOURS = {
     Verdict.WORSE: BEST,
     Verdict.NO_DIFFERENCE: MUTED,
     Verdict.TOO_FEW_SEEDS: "#b08800",
+    Verdict.FAILED: BEST,
+    Verdict.UNFINISHED: "#b08800",
 }
 _COLUMNS = 3
 Curve = Mapping[int, float]
@@ -70,7 +72,8 @@ def _draw_difference(axes: Axes, row: int, comparison: Comparison) -> None:
         )
     if math.isfinite(interval.estimate):
         axes.plot(interval.estimate, row, "o", color=colour, markersize=6, zorder=4)
-    text = f"{comparison.verdict} ({p_text(comparison.p_holm)}, {comparison.seeds} seeds)"
+    tested = "" if comparison.gaps else f" ({p_text(comparison.p_holm)}, {comparison.seeds} seeds)"
+    text = f"{comparison.verdict_text}{tested}"
     axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=SMALL, color=colour)
 
 
@@ -98,7 +101,8 @@ def arm_curves(results: Results, curves: Mapping[int, Curve]) -> Figure:
         styled(panel)
         _draw_band(panel, baseline, ASIDE)
         _draw_band(panel, _of_arm(results, curves, name), colours.get(name, COMPLETE))
-        panel.set_title(name, fontsize=NORMAL, color=INK, loc="left")
+        gaps = results.gaps.get(name, "")
+        panel.set_title(f"{name}\n{gaps}" if gaps else name, fontsize=NORMAL, color=INK, loc="left")
     scores = [score for curve in curves.values() for score in curve.values()]
     if scores and min(scores) > 0.0 and max(scores) > 2.0 * min(scores):
         panels[0].set_yscale("log")
@@ -148,6 +152,10 @@ def interactions(results: Results) -> Figure:
         else:
             _draw_interaction(styled(panel), results, *pair)
     figure.supylabel(score_label(results.plan, results.plan.sweep.objectives[0]), fontsize=NORMAL, color=INK)
+    effect = results.effects[0]
+    if effect.left_out:
+        missing = f"means over the {effect.seeds} of {effect.seeds + effect.left_out} seeds at which no run is missing"
+        figure.supxlabel(missing, fontsize=SMALL, color=INK)
     figure.set_label("; ".join(str(effect) for effect in results.effects))
     return figure
 
@@ -165,8 +173,7 @@ def _draw_interaction(axes: Axes, results: Results, across: str, lines: str) -> 
 
 
 def _mean(results: Results, levels: Mapping[str, str]) -> float:
-    """Of all scores at some levels."""
+    """The mean score of the runs at some levels, at the seeds at which no run of the design is missing."""
     chosen = [arm.name for arm in results.plan.arms if levels.items() <= arm.levels.items()]
-    values = np.concatenate([results.scores[name] for name in chosen]) if chosen else np.array([])
-    present = values[~np.isnan(values)]
-    return float(present.mean()) if len(present) else math.nan
+    scores = [results.scores[name][results.complete] for name in chosen]
+    return float(np.mean(scores)) if chosen and results.complete.any() else math.nan

@@ -11,11 +11,12 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from dxmi.config import build, to_tree
+from dxmi.errors import UserError
 from dxmi.experiment import ExperimentConfig
 from dxmi.scorers import score_keys
 from tune.ablation_config import AblationConfig, parse_ablation
 from tune.designs import BASELINE, Arm
-from tune.plans import FORMAT, Plan, plan_from, require_metric
+from tune.plans import FORMAT, Plan, fidelity_keys, plan_from, require_metric
 from tune.proposals import Proposal
 from tune.seed_plan import SeedPlan, next_seeds
 from tune.space import Axis, Value, tree_with
@@ -35,17 +36,27 @@ class AblationPlan(Plan):
         ablation: what is compared, and how.
         arms: the baseline first.
         tuned: by arm, what came out of the sweep inside it, by path; empty without one.
+        stacked: how many seeds of an arm each program trains, as was chosen when the first of them began; None before.
+            A resumed or repeated study repeats the choice, since it changes results by rounding.
     """
 
     ablation: AblationConfig
     arms: tuple[Arm, ...]
     tuned: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
+    stacked: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for index, metric in enumerate(self.ablation.also or ()):
             keys = score_keys(self.experiment.data, self.experiment.evaluate)
             require_metric(f"ablation.also[{index}]", metric, keys)
+
+    @cached_property
+    def also(self) -> tuple[str, ...]:
+        """The further scores that are shown beside the objective."""
+        if self.ablation.also is not None:
+            return self.ablation.also
+        return tuple(key for key in fidelity_keys(self.experiment) if key != self.ablation.objective.metric)
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
@@ -94,10 +105,18 @@ class AblationPlan(Plan):
         """The seeds that an arm gets in any case."""
         return self.ablation.seeds.first
 
-    def propose_beside(self, history: Sequence[FrozenTrial], values: Mapping[str, Value]) -> Proposal | None:
-        """The next seed of the same arm."""
+    def propose_beside(
+        self, history: Sequence[FrozenTrial], values: Mapping[str, Value], number: int
+    ) -> Proposal | None:
+        """The next seed of the same arm and program."""
         found = _by_cell(history)
-        return _proposal(cell for cell in self._wanted(found) if cell[0] == values[ARM] and cell not in found)
+        wanted = (cell for cell in self._wanted(found) if cell not in found)
+        return _proposal(cell for cell in wanted if self.share_program({ARM: cell[0], SEED: cell[1]}, values, number))
+
+    def share_program(self, one: Mapping[str, Value], other: Mapping[str, Value], number: int) -> bool:
+        """Whether they are of one arm, and their seeds of one block of `number` consecutive ones."""
+        blocks = {self.seeds.index(int(str(values[SEED]))) // number for values in (one, other)}
+        return one[ARM] == other[ARM] and len(blocks) == 1
 
     def is_done(self, history: Sequence[FrozenTrial]) -> bool:
         """Whether every trial that is needed has been begun, and none that runs can call for more."""
@@ -146,6 +165,7 @@ class AblationPlan(Plan):
             "ablation": json.loads(json.dumps(to_tree(self.ablation))),
             "arms": self._arms(),
             "tuned": json.loads(json.dumps(self.tuned)),
+            **({} if self.stacked is None else {"stacked": self.stacked}),
             "tracking": to_tree(self.tracking),
         }
 
@@ -162,6 +182,7 @@ def ablation_plan(
     *,
     tracking: TrackingConfig,
     tuned: Mapping[str, Mapping[str, Value]] | None = None,
+    stacked: int | None = None,
 ) -> AblationPlan:
     """The plan of an ablation whose arms are known.
 
@@ -185,6 +206,7 @@ def ablation_plan(
         ablation=ablation,
         arms=tuple(arms),
         tuned=tuned or {},
+        stacked=stacked,
     )
 
 
@@ -203,7 +225,14 @@ def any_plan_from(tree: Mapping[str, Any]) -> Plan:
         [Arm(arm["name"], arm["changes"], arm["levels"]) for arm in tree["arms"]],
         tracking=build(TrackingConfig, tree.get("tracking", {}), "tracking"),
         tuned=tree.get("tuned", {}),
+        stacked=_stacked(tree.get("stacked")),
     )
+
+
+def _stacked(recorded: Any) -> int | None:
+    if recorded is not None and not (type(recorded) is int and recorded >= 1):
+        raise UserError(f"stacked is {recorded!r}: it must be a number of seeds, at least 1.")
+    return recorded
 
 
 # ----------------------------------------------------------------------------
@@ -235,4 +264,13 @@ def _scores(
         is_complete = trial is not None and trial.state is OptunaState.COMPLETE
         return float(trial.values[0]) if trial is not None and is_complete else math.nan
 
-    return {arm: [score(arm, seed) for seed in seeds[:count]] for arm, count in targets.items()}
+    scores = {arm: [score(arm, seed) for seed in seeds[:count]] for arm, count in targets.items()}
+    return {arm: own if arm == BASELINE else _testable(own, scores[BASELINE]) for arm, own in scores.items()}
+
+
+def _testable(ours: list[float], theirs: list[float]) -> list[float]:
+    """The scores of an arm, or nothing but NaN if a run of it or of the baseline failed: no verdict is possible then,
+    see `tune.ablation_results`, and the arm gets no more seeds.
+    """
+    is_whole = not any(map(math.isnan, [*ours, *theirs[: len(ours)]]))
+    return ours if is_whole else [math.nan] * len(ours)

@@ -1,22 +1,31 @@
-"""What an ablation came to: scores by arm and seed, comparisons with the baseline, effects, and its tables."""
+"""What an ablation came to: scores by arm and seed, comparisons with the baseline, effects, and its tables.
+
+A run that diverges, crashes or is stopped leaves no score, and is rarely an average one: of an arm whose worst runs
+diverge, the mean of the others looks too good. So an arm is tested only if every run of it, and of the baseline at the
+same seeds, is complete. Otherwise its verdict says what is missing (`failed at 3 of 9 seeds`, `2 of 9 running`), and it
+has no p-value. The difference is still shown, at the seeds that have both scores.
+"""
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from rich.table import Table
 
+from dxmi.errors import UserError
 from dxmi.files import write_atomic
 from tune.ablation_plan import ARM, SEED, AblationPlan
 from tune.designs import BASELINE, two_level_design
 from tune.effects import Effect, level_effects
-from tune.leaderboard import better, metric_label, number, summary_of
+from tune.leaderboard import NOT_COMPUTED, better, metric_label, number, summary_of
 from tune.seed_plan import review
 from tune.space import show
 from tune.statistics import (
@@ -24,6 +33,8 @@ from tune.statistics import (
     Bootstrap,
     Comparison,
     Direction,
+    Interval,
+    Method,
     Summary,
     Variances,
     Verdict,
@@ -32,9 +43,76 @@ from tune.statistics import (
     summarize,
     variance_components,
 )
-from tune.study import StudyFolder, TrialRecord, TrialState
+from tune.study import Study, StudyFolder, TrialRecord, TrialState
 
-_STYLES = {Verdict.BETTER: "green", Verdict.WORSE: "red", Verdict.NO_DIFFERENCE: "", Verdict.TOO_FEW_SEEDS: "yellow"}
+TUNING = "tuning"
+"""The folder in a study's own in which each arm's tuning is a study."""
+_STYLES = {
+    Verdict.BETTER: "green",
+    Verdict.WORSE: "red",
+    Verdict.NO_DIFFERENCE: "",
+    Verdict.TOO_FEW_SEEDS: "yellow",
+    Verdict.FAILED: "red",
+    Verdict.UNFINISHED: "yellow",
+}
+_LOST = {
+    "failed": (TrialState.DIVERGED, TrialState.FAILED),
+    "pruned": (TrialState.PRUNED,),
+    "stopped": (TrialState.STOPPED,),
+}
+"""States of a run that will never have a score, by what is said of them."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What became of the runs of an arm.
+
+    Attributes:
+        planned: how many the arm is to have, as far as can be told now.
+        states: how many of those that have begun are in each state.
+    """
+
+    planned: int
+    states: Mapping[TrialState, int]
+
+    @property
+    def not_begun(self) -> int:
+        """How many are still to begin."""
+        return self.planned - sum(self.states.values())
+
+    @property
+    def unfinished(self) -> int:
+        """How many may still get a score."""
+        return self.states.get(TrialState.RUNNING, 0) + self.not_begun
+
+    @property
+    def missing(self) -> int:
+        """How many have no score."""
+        return self.planned - self.states.get(TrialState.COMPLETE, 0)
+
+    @property
+    def lost(self) -> int:
+        """How many ended without a score."""
+        return self.missing - self.unfinished
+
+    def __str__(self) -> str:
+        """Every missing run by its state, like `2 diverged, 1 running`; empty if none is missing."""
+        counts = {state.value: self.states.get(state, 0) for state in TrialState if state is not TrialState.COMPLETE}
+        return _counted({**counts, "not begun": self.not_begun})
+
+    @property
+    def gaps(self) -> str:
+        """The missing runs as a verdict: `failed at 3 of 9 seeds`, `2 of 9 running`; empty if none is missing."""
+        lost = {word: sum(self.states.get(state, 0) for state in states) for word, states in _LOST.items()}
+        still = _counted({"running": self.states.get(TrialState.RUNNING, 0), "not begun": self.not_begun})
+        if not self.lost:
+            return still.replace(" ", f" of {self.planned} ", 1)
+        ended = ", ".join(f"{word} at {count}" for word, count in lost.items() if count)
+        return f"{ended} of {self.planned} seeds" + (f", {still}" if still else "")
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
 
 
 @dataclass(frozen=True)
@@ -64,15 +142,88 @@ class Results:
             return math.nan
         return record.outcome.objectives[0]
 
+    # ------------------------------------------------------------------------
+    # Missing runs
+
+    @cached_property
+    def runs(self) -> dict[str, Runs]:
+        """What became of each arm's runs."""
+        return {arm.name: self._runs(arm.name, self._planned(arm.name)) for arm in self.plan.arms}
+
+    def _planned(self, arm: str) -> int:
+        """All seeds; where they are added as needed, the first ones and those that the arm has been given since."""
+        begun = sum(name == arm for name, _ in self.records)
+        return max(begun, self.plan.ablation.seeds.first)
+
+    def _runs(self, arm: str, planned: int) -> Runs:
+        """Of the first `planned` seeds."""
+        records = (self.records.get((arm, seed)) for seed in self.plan.seeds[:planned])
+        return Runs(planned, Counter(record.state for record in records if record is not None))
+
+    @cached_property
+    def gaps(self) -> dict[str, str]:
+        """By arm, which runs a verdict on it lacks, its own or the baseline's, in words; no entry if it lacks none."""
+        found = {arm: self._gaps(arm) for arm in self.runs}
+        return {arm: text for arm, text in found.items() if text}
+
+    def _gaps(self, arm: str) -> str:
+        own, baseline = self.runs[arm], self._runs(BASELINE, self.runs[arm].planned)
+        others = f"baseline {baseline.gaps}" if arm != BASELINE and baseline.gaps else ""
+        return ", ".join(text for text in (own.gaps, others) if text)
+
+    @property
+    def unfinished(self) -> str:
+        """A sentence about the runs that may still get a score; empty if there is none."""
+        running = sum(runs.states.get(TrialState.RUNNING, 0) for runs in self.runs.values())
+        counts = {"running": running, "not begun": sum(runs.not_begun for runs in self.runs.values())}
+        total = sum(runs.planned for runs in self.runs.values())
+        return f"The study is not finished: of {total} runs {_counted(counts)}." if any(counts.values()) else ""
+
+    # ------------------------------------------------------------------------
+    # Comparisons
+
     @cached_property
     def comparisons(self) -> tuple[Comparison, ...]:
         """Every arm beside the baseline; nothing as long as the baseline has no score."""
         if np.isnan(self.scores[BASELINE]).all() or len(self.plan.arms) < 2:
             return ()
-        direction: Direction = "minimize" if self.plan.ablation.objective.sign > 0 else "maximize"
+        return tuple(
+            self._untested(comparison.arm) if comparison.arm in self.gaps else comparison
+            for comparison in self._tested()
+        )
+
+    def _tested(self) -> tuple[Comparison, ...]:
+        """The tests of all arms together, to which those that lack something contribute nothing."""
         if self.plan.seed_plan is None:
-            return compare(self.scores, BASELINE, direction=direction, bootstrap=self._bootstrap)
-        return review(self._so_far(), BASELINE, self.plan.seed_plan, direction=direction)
+            scores = {name: self._complete_only(name, own) for name, own in self.scores.items()}
+            return compare(scores, BASELINE, direction=self._direction, bootstrap=self._bootstrap)
+        so_far = {name: self._complete_only(name, own) for name, own in self._so_far().items()}
+        return review(so_far, BASELINE, self.plan.seed_plan, direction=self._direction)
+
+    def _complete_only(self, arm: str, scores: Array) -> Array:
+        return np.full_like(scores, math.nan) if arm in self.gaps and arm != BASELINE else scores
+
+    def _untested(self, arm: str) -> Comparison:
+        """The difference at the seeds that have both scores, and what is missing in the place of a verdict."""
+        pair = {BASELINE: self.scores[BASELINE], arm: self.scores[arm]}
+        (found,) = compare(pair, BASELINE, direction=self._direction, bootstrap=self._bootstrap)
+        baseline = self._runs(BASELINE, self.runs[arm].planned)
+        is_lost = bool(self.runs[arm].lost or baseline.lost)
+        return replace(
+            found,
+            left_out=self.runs[arm].planned - found.seeds,
+            improvement=Interval(math.nan, 0.0, 1.0, self._bootstrap.level, Method.NONE),
+            p=math.nan,
+            p_holm=math.nan,
+            seeds_needed=math.nan,
+            verdict=Verdict.FAILED if is_lost else Verdict.UNFINISHED,
+            reason=_why_untested(self.runs[arm], baseline, is_lost),
+            gaps=self.gaps[arm],
+        )
+
+    @property
+    def _direction(self) -> Direction:
+        return "minimize" if self.plan.ablation.objective.sign > 0 else "maximize"
 
     @property
     def _bootstrap(self) -> Bootstrap:
@@ -99,7 +250,7 @@ class Results:
     @cached_property
     def others(self) -> dict[str, dict[str, Summary]]:
         """Level and spread of each arm in each score that is shown beside the objective: by metric, then by arm."""
-        return {metric: self._other(metric) for metric in self.plan.ablation.also or ()}
+        return {metric: self._other(metric) for metric in self.plan.also}
 
     def _other(self, metric: str) -> dict[str, Summary]:
         scores = {
@@ -135,12 +286,61 @@ class Results:
 
     @cached_property
     def effects(self) -> tuple[Effect, ...]:
-        """Main effects and interactions of two, of a factorial design with at least two complete seeds."""
-        scores = np.array([self.scores[arm.name] for arm in self.plan.arms])  # [arms, seeds]
-        if not self.plan.ablation.factors or (~np.isnan(scores)).all(axis=0).sum() < 2:
+        """Main effects and interactions of two, of a factorial design with at least two complete seeds.
+
+        They are computed at the seeds at which every run is complete; if any run is missing, they are not tested.
+        """
+        if not self.plan.ablation.factors or self.complete.sum() < 2:
             return ()
+        scores = np.array([self.scores[arm.name] for arm in self.plan.arms])  # [arms, seeds]
+        to_come = max(runs.planned for runs in self.runs.values()) - len(self.seeds)
+        scores = np.pad(scores, ((0, 0), (0, to_come)), constant_values=math.nan)
         levels = {name: [arm.levels[name] for arm in self.plan.arms] for name in self.plan.ablation.factors}
         return level_effects(levels, _terms(self.plan), scores, self._bootstrap)
+
+    @cached_property
+    def complete(self) -> NDArray[np.bool_]:
+        """Whether every arm has a score, by seed [seeds]."""
+        complete: NDArray[np.bool_] = (~np.isnan(np.array([*self.scores.values()]))).all(axis=0)
+        return complete
+
+    @property
+    def no_effects(self) -> str:
+        """Why there are no effects, in a sentence; empty if there are, or if the design has no factors."""
+        if not self.plan.ablation.factors or self.effects:
+            return ""
+        return (
+            "Effects take two seeds at which every run of the design is complete; "
+            f"so far there {'is 1' if self.complete.sum() == 1 else 'are none'}."
+        )
+
+    @cached_property
+    def tuning(self) -> dict[str, Runs]:
+        """What became of the trials by which each arm was tuned; nothing without tuning."""
+        if self.plan.ablation.tuning is None:
+            return {}
+        return {arm.name: self._tuning(arm.name) for arm in self.plan.arms}
+
+    def _tuning(self, arm: str) -> Runs:
+        planned = self.plan.ablation.tuning.trials if self.plan.ablation.tuning is not None else 0
+        try:
+            records = Study.read(StudyFolder(self.folder / TUNING / f"{self.plan.name}-{arm}")).records()
+        except UserError:  # it has not begun, or only the study itself was copied
+            return Runs(planned, {})
+        return Runs(planned, Counter(record.state for record in records))
+
+
+def _why_untested(own: Runs, baseline: Runs, is_lost: bool) -> str:
+    whose = {"the arm": own, "the baseline": baseline}
+    missing = " and ".join(
+        f"{runs.missing} of {runs.planned} of {name} ({runs})" for name, runs in whose.items() if runs.missing
+    )
+    if is_lost:
+        return (
+            f"Runs without a score: {missing}. They are not missing at random, so the scores of the others are not "
+            "those of the arm, and no test is taken; the difference is that of the seeds that have both scores."
+        )
+    return f"Runs without a score yet: {missing}. The test is taken when all have ended."
 
 
 def _terms(plan: AblationPlan) -> list[tuple[str, ...]]:
@@ -170,22 +370,27 @@ def arms_frame(results: Results) -> pd.DataFrame:
     """One row an arm, the baseline first.
 
     Returns:
-        Columns arm, changes, seeds, missing, mean, mean_low, mean_high, iqm, std, difference, difference_low,
-        difference_high, p, p_holm, improvement (the chance of beating the baseline), verdict, seeds_needed, the
-        standard deviations std_training and std_generation where the evaluation's noise was drawn more than once, and
-        of each further score X: X, X_low, X_high.
+        Columns arm, changes, seeds (with a score), missing (without one), how many of these are diverged, failed,
+        pruned, stopped, running and not_begun, mean, mean_low, mean_high, iqm, std, difference, difference_low,
+        difference_high, p, p_holm, improvement (the chance of beating the baseline), verdict (or which runs it lacks),
+        seeds_needed, the standard deviations std_training and std_generation where the evaluation's noise was drawn
+        more than once, of each further score X: X, X_low, X_high, and with tuning inside arms tuning_trials and
+        tuning_missing, those of them that are not complete.
     """
     compared = {comparison.arm: comparison for comparison in results.comparisons}
     return pd.DataFrame([_row(results, arm.name, arm.changes, compared.get(arm.name)) for arm in results.plan.arms])
 
 
 def _row(results: Results, arm: str, changes: Mapping[str, Any], comparison: Comparison | None) -> dict[str, Any]:
-    summary, variances = results.summaries[arm], results.variances.get(arm)
+    summary, variances, runs = results.summaries[arm], results.variances.get(arm), results.runs[arm]
+    states = (state for state in TrialState if state is not TrialState.COMPLETE)
     row = {
         "arm": arm,
         "changes": changes_text(changes),
         "seeds": summary.seeds,
-        "missing": summary.missing,
+        "missing": runs.missing,
+        **{state.value: runs.states.get(state, 0) for state in states},
+        "not_begun": runs.not_begun,
         "mean": summary.mean.estimate,
         "mean_low": summary.mean.low,
         "mean_high": summary.mean.high,
@@ -199,14 +404,16 @@ def _row(results: Results, arm: str, changes: Mapping[str, Any], comparison: Com
         "p": math.nan if comparison is None else comparison.p,
         "p_holm": math.nan if comparison is None else comparison.p_holm,
         "improvement": math.nan if comparison is None else comparison.improvement.estimate,
-        "verdict": "" if comparison is None else str(comparison.verdict),
+        "verdict": verdict_text(results, arm, comparison),
         "seeds_needed": math.nan if comparison is None else comparison.seeds_needed,
     }
     spreads = {
         "std_training": math.nan if variances is None else math.sqrt(variances.training),
         "std_generation": math.nan if variances is None else math.sqrt(variances.generation),
     }
-    return {**row, **compared, **spreads, **_other_columns(results, arm)}
+    tuned = results.tuning.get(arm)
+    tuning = {} if tuned is None else {"tuning_trials": tuned.planned, "tuning_missing": tuned.missing}
+    return {**row, **compared, **spreads, **_other_columns(results, arm), **tuning}
 
 
 def _other_columns(results: Results, arm: str) -> dict[str, float]:
@@ -228,21 +435,56 @@ def arms_table(results: Results) -> Table:
     """The terminal's table: one row an arm, with its verdict."""
     objective = results.plan.sweep.objectives[0]
     table = Table(
-        "arm", "seeds", f"{metric_label(results.plan, objective)}, mean", *other_labels(results),
+        "arm", "seeds", "missing", f"{metric_label(results.plan, objective)}, mean", *other_labels(results),
         "minus baseline", "p (Holm)", "verdict",
-        caption=f"{better(objective)}; intervals of {100.0 * (1.0 - results.plan.ablation.level):g} %.",
+        caption=" ".join([f"{better(objective).capitalize()}.", *notes(results)]),
         caption_justify="left",
     )  # fmt: skip
     compared = {comparison.arm: comparison for comparison in results.comparisons}
     for arm in results.plan.arms:
         summary, comparison = results.summaries[arm.name], compared.get(arm.name)
-        cells = ["", "", ""]
+        cells = ["", "", verdict_text(results, arm.name, None)]
         if comparison is not None:
             style = _STYLES[comparison.verdict]
             verdict = f"[{style}]{_verdict(comparison)}[/]" if style else _verdict(comparison)
-            cells = [str(comparison.difference), p_text(comparison.p_holm).removeprefix("p = "), verdict]
-        table.add_row(arm.name, str(summary.seeds), mean_text(summary), *other_cells(results, arm.name), *cells)
+            cells = [str(comparison.difference), p_cell(comparison), verdict]
+        counts = str(summary.seeds), str(results.runs[arm.name])
+        table.add_row(arm.name, *counts, mean_text(summary), *_brief_cells(results, arm.name), *cells)
     return table
+
+
+def _brief_cells(results: Results, arm: str) -> list[str]:
+    """An arm's further scores without their intervals, which a terminal has no room for."""
+    means = (summaries[arm].mean.estimate for summaries in results.others.values())
+    return [NOT_COMPUTED if math.isnan(mean) else number(mean) for mean in means]
+
+
+def notes(results: Results) -> list[str]:
+    """Sentences that belong under every table of arms."""
+    generations = results.plan.ablation.generations
+    found = [f"Intervals of {100.0 * (1.0 - results.plan.ablation.level):g} %."]
+    if generations > 1:
+        found.append(f"The score of a run is its mean over {generations} draws of the evaluation's noise.")
+    if results.gaps:
+        found.append("Where runs are missing, means and differences are those of the other runs, and no test is taken.")
+    if any(NOT_COMPUTED in other_cells(results, arm.name) for arm in results.plan.arms):
+        found.append(f"{NOT_COMPUTED}: not computed.")
+    found += [
+        f"{arm} was tuned by {runs.states.get(TrialState.COMPLETE, 0)} of {runs.planned} trials ({runs})."
+        for arm, runs in results.tuning.items()
+        if runs.missing and runs.states
+    ]
+    return [*found, *([results.unfinished] if results.unfinished else [])]
+
+
+def verdict_text(results: Results, arm: str, comparison: Comparison | None) -> str:
+    """The verdict on an arm for a table, or what is missing for one; of the baseline, what it lacks."""
+    return results.gaps.get(arm, "") if comparison is None else comparison.verdict_text
+
+
+def p_cell(comparison: Comparison) -> str:
+    """The adjusted p-value for a table; empty where no test was taken."""
+    return "" if math.isnan(comparison.p_holm) else p_text(comparison.p_holm).removeprefix("p = ")
 
 
 def other_labels(results: Results) -> list[str]:
@@ -252,13 +494,13 @@ def other_labels(results: Results) -> list[str]:
 
 def other_cells(results: Results, arm: str) -> list[str]:
     """An arm's further scores as text."""
-    return [mean_text(summaries[arm]) for summaries in results.others.values()]
+    return [mean_text(summaries[arm]) or NOT_COMPUTED for summaries in results.others.values()]
 
 
 def _verdict(comparison: Comparison) -> str:
     needed = comparison.seeds_needed
     if comparison.verdict is not Verdict.TOO_FEW_SEEDS or math.isinf(needed):
-        return str(comparison.verdict)
+        return comparison.verdict_text
     return f"{comparison.verdict}, {needed:.0f} would do"
 
 
@@ -277,19 +519,21 @@ def latex(results: Results) -> str:
     labels = [_escaped(label) for label in (metric_label(results.plan, objective), *others)]
     lines = [
         f"% {_escaped(results.plan.name)}: {_escaped(' '.join(results.plan.ablation.hypothesis.split()))}",
-        rf"\begin{{tabular}}{{lrl{'l' * len(others)}lll}}",
+        *(f"% {_escaped(sentence)}" for sentence in notes(results)),
+        rf"\begin{{tabular}}{{lrll{'l' * len(others)}lll}}",
         r"\toprule",
-        rf"arm & seeds & {' & '.join(labels)} & difference & $p$ (Holm) & verdict \\",
+        rf"arm & seeds & missing & {' & '.join(labels)} & difference & $p$ (Holm) & verdict \\",
         r"\midrule",
     ]
     for arm in results.plan.arms:
         summary, comparison = results.summaries[arm.name], compared.get(arm.name)
-        cells = [_escaped(arm.name), str(summary.seeds), mean_text(summary), *other_cells(results, arm.name)]
+        counts = str(summary.seeds), str(results.runs[arm.name])
+        cells = [_escaped(arm.name), *counts, mean_text(summary), *other_cells(results, arm.name)]
+        verdict = _escaped(verdict_text(results, arm.name, comparison))
         if comparison is None:
-            cells += ["", "", ""]
+            cells += ["", "", verdict]
         else:
-            p = p_text(comparison.p_holm).removeprefix("p = ").replace("p < ", "$<$ ")
-            cells += [str(comparison.difference), p, _escaped(str(comparison.verdict))]
+            cells += [str(comparison.difference), p_cell(comparison).replace("p < ", "$<$ "), verdict]
         lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 

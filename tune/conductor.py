@@ -152,8 +152,9 @@ class Conductor:
         return record
 
     def stack_seeds(self, number: int) -> None:
-        """Train that many seeds of an arm in one program from here on."""
+        """Train that many seeds of an arm in one program from here on, and keep that in the study's plan."""
         self.stack = number
+        self.study.record_stack(number)
         if number > 1:
             self.note(Note(f"{number} seeds of an arm are trained together, as one program"))
 
@@ -171,12 +172,12 @@ class Conductor:
         return together
 
     def _next_beside(self, first: TrialRecord) -> TrialRecord | None:
-        """A trial that waits or is new, and differs from `first` in its seed alone."""
+        """A trial that waits or is new, and belongs into the program of `first`."""
         for record in self._waiting:
-            if self.study.differ_in_seed_alone(record, first):
+            if self.plan.share_program(record.values, first.values, self.stack):
                 self._waiting.remove(record)
                 return record
-        return self.study.add_beside(first)
+        return self.study.add_beside(first, self.stack)
 
     def _begin(self, record: TrialRecord, program: int) -> None:
         self.live[record.number] = Live(record, self._iterations(record), self.clock(), program=program)

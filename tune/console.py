@@ -151,8 +151,9 @@ def _score_note(metrics: Mapping[str, float]) -> str:
     return "" if first is None else f"{first.removeprefix('eval/')} {score_text(metrics[first])}"
 
 
-_BESIDE = ("eval/energy_auc",)
-"""Scores that a table shows beside the one that runs are compared by."""
+_BESIDE = ("eval/precision_", "eval/recall_", "eval/energy_auc")
+"""How the keys of scores begin that a table shows beside the one that runs are compared by."""
+_NOT_COMPUTED = "-"
 
 
 _SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "dpm_solver": "DPM-Solver++", "ancestral": "ancestral", "euler": "Euler"}
@@ -172,14 +173,16 @@ def _reference_row(name: str, steps: int) -> tuple[str, int, str]:
 def result_table(summary: Summary) -> Table:
     """The samplers of a finished run side by side: network evaluations, score, seconds for 1,000 samples."""
     steps, metric = summary.num_steps, summary.metric.removeprefix("eval/")
-    others = [key for key in _BESIDE if key in summary.scores["best"]]
+    others = [key for key in summary.scores["best"] if key.startswith(_BESIDE)]
     references = [_reference_row(name, steps) for name in summary.reference if name != "data"]
     references.sort(key=lambda row: (row[2] == "shortened", not row[2].startswith(_OWN), row[1], row[2]))
     after = f"{steps} steps, after (iteration {summary.best['step']})"
     rows = [*references, (after, steps, "best"), ("the data itself", "", "data")]
+    draws = len(summary.generations)
+    generations = f"; the best is the mean over {draws} draws of the noise" if draws > 1 else ""
     table = Table(
         caption=f"Network evaluations a sample; {metric} of {summary.num_samples:,} samples each, lower is better; "
-        "seconds for 1,000 samples."
+        f"seconds for 1,000 samples{generations}; {_NOT_COMPUTED} not computed."
     )
     headings = [key.removeprefix("eval/") for key in others]
     for heading in ("sampler", "evaluations", metric, *headings, "seconds for 1,000"):
@@ -188,7 +191,7 @@ def result_table(summary: Summary) -> Table:
         if name not in summary.scores:
             continue
         scores = summary.scores[name]
-        shown = [score_text(scores[key]) if key in scores else "" for key in (summary.metric, *others)]
+        shown = [score_text(scores[key]) if key in scores else _NOT_COMPUTED for key in (summary.metric, *others)]
         seconds = f"{summary.seconds_per_1000_images[name]:.3f}"
         table.add_row(label, str(evaluations), *shown, seconds, style="bold" if name == "best" else None)
     return table

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from dxmi.train import train
 from tune.conductor import Conductor, Order
+from tune.confirmation import confirm
 from tune.devices import Slots
 from tune.mirror import Mirror
 from tune.ray_session import actor_here, ray_session
@@ -81,19 +82,34 @@ def drive(
         # Twice, since Ray's start takes SIGTERM for itself.
         with control.listening(), ray_session(slots.cpus, slots.gpus), control.listening():
             control.checkpoint()
-            if trainer is train:
-                conductor.stack_seeds(seeds_together(conductor.plan, conductor.slots))
+            if not conductor.has_nothing_to_do:
+                _run_trials(conductor, mirror, look, control, trainer)
+            if trainer is train and not conductor.interrupted:
+                confirm(conductor.study, slots, mirror.address, control.is_stopped)
                 control.checkpoint()
-            mailbox = actor_here(Mailbox)
-            hands = _Hands(conductor, mirror, mailbox, look, control)
-            trainable = _trainable(conductor.slots, mailbox, trainer)
-            _tuner(trainable, conductor, mirror, hands, control).fit()
     except StoppedAtOnceError:
         if control.error is not None:
             raise control.error from None
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run_trials(
+    conductor: Conductor,
+    mirror: Mirror,
+    look: Callable[[Conductor], None],
+    control: "_Control",
+    trainer: Trainer,
+) -> None:
+    """Tune's loop, until the conductor says that all is over."""
+    if trainer is train:
+        conductor.stack_seeds(seeds_together(conductor.plan, conductor.slots))
+        control.checkpoint()
+    mailbox = actor_here(Mailbox)
+    hands = _Hands(conductor, mirror, mailbox, look, control)
+    trainable = _trainable(conductor.slots, mailbox, trainer)
+    _tuner(trainable, conductor, mirror, hands, control).fit()
 
 
 class _Control:
@@ -121,6 +137,10 @@ class _Control:
     def _stop_at_once(self) -> None:
         """The second signal."""
         self._at_once = True
+
+    def is_stopped(self) -> bool:
+        """Whether a signal has come."""
+        return self._at_once or self._conductor.interrupted
 
     def checkpoint(self) -> None:
         """End the session here if that was asked for; called where an exception does no harm."""

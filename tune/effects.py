@@ -5,6 +5,7 @@ drops out, and the effect's values over the seeds are treated like the paired di
 """
 
 import itertools
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,8 +29,9 @@ class Effect:
         size: the effect, in the score's unit.
         seeds: with a score of every run.
         left_out: seeds that lack one.
-        p: of the sign-flip test over the seeds, for this effect alone.
-        p_holm: adjusted for all effects that were asked for.
+        p: of the sign-flip test over the seeds, for this effect alone; NaN if a seed was left out, since runs without
+            a score are not missing at random.
+        p_holm: adjusted for all effects that were asked for; NaN likewise.
     """
 
     term: tuple[str, ...]
@@ -43,7 +45,10 @@ class Effect:
     def __str__(self) -> str:
         levels = self.levels or ("",) * len(self.term)
         parts = [f"{name} {level}".rstrip() for name, level in zip(self.term, levels, strict=True)]
-        return f"{' x '.join(parts)}: {self.size}, {p_text(self.p_holm)} (Holm, {self.seeds} seeds)"
+        what = f"{' x '.join(parts)}: {self.size}"
+        if self.left_out:
+            return f"{what}, no test: runs are missing at {self.left_out} of {self.seeds + self.left_out} seeds"
+        return f"{what}, {p_text(self.p_holm)} (Holm, {self.seeds} seeds)"
 
 
 def two_level_effects(
@@ -63,7 +68,7 @@ def two_level_effects(
         design: [runs, factors] of -1 and +1.
         factors: their names.
         terms: which effects to estimate, beside the mean.
-        scores: [runs, seeds], NaN where a run failed; a seed that lacks one is left out.
+        scores: [runs, seeds], NaN where a run failed; a seed that lacks one is left out, and no test taken.
         bootstrap: level, resamples and seed.
 
     Returns:
@@ -96,7 +101,7 @@ def level_effects(
     Args:
         levels: of each factor, one a run; the first that occurs is the one to compare with.
         terms: which effects to estimate, beside the mean.
-        scores: [runs, seeds], NaN where a run failed; a seed that lacks one is left out.
+        scores: [runs, seeds], NaN where a run failed; a seed that lacks one is left out, and no test taken.
         bootstrap: level, resamples and seed.
 
     Returns:
@@ -143,7 +148,9 @@ def _effects(
     parts = [_term(coded, term) for term in _checked(coded, terms)]
     _check_rank(parts, terms)
     at_seeds = _contrasts(parts, complete)
-    p_values = [sign_flip_p(values, bootstrap.seed) for values in at_seeds]
+    left_out = table.shape[1] - complete.shape[1]
+    p_values = [math.nan if left_out else sign_flip_p(values, bootstrap.seed) for values in at_seeds]
+    adjusted = p_values if left_out else holm(p_values).tolist()
     names = [(tuple(term), labels) for term in terms for labels in _labels(coded, term)]
     return tuple(
         Effect(
@@ -151,11 +158,11 @@ def _effects(
             levels=labels,
             size=mean_interval(values, bootstrap),
             seeds=complete.shape[1],
-            left_out=table.shape[1] - complete.shape[1],
+            left_out=left_out,
             p=p,
-            p_holm=adjusted,
+            p_holm=p_holm,
         )
-        for (term, labels), values, p, adjusted in zip(names, at_seeds, p_values, holm(p_values).tolist(), strict=True)
+        for (term, labels), values, p, p_holm in zip(names, at_seeds, p_values, adjusted, strict=True)
     )
 
 

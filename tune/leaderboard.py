@@ -6,6 +6,7 @@ Only complete trials have a rank. The score of any other is on the noise that ch
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,19 @@ from dxmi.config import to_tree
 from dxmi.errors import UserError
 from dxmi.files import write_atomic
 from dxmi.pictures import score_text
-from tune.plans import Plan
+from tune.ablation_plan import AblationPlan
+from tune.confirmation import Confirmation, confirmations, obstacle
+from tune.plans import Plan, fidelity_keys
 from tune.space import flat, show
-from tune.study import Study, TrialRecord, TrialState, ranked
+from tune.study import Study, StudyFolder, TrialRecord, TrialState, ranked
 from tune.sweep_config import ObjectiveConfig
 
 NOT_COMPARABLE = "*"
 """Follows a score on the noise that chose the checkpoint."""
+NOT_COMPUTED = "-"
+"""Stands in a table where a score was not computed."""
+FRESH = "fresh_"
+"""Begins the name of a column with scores on noise that took no part in choosing the trial."""
 _OWN_COLUMNS = ("rank", "trial", "state", "score", "step", "seconds", "checkpoint", "reason")
 _WIDTH, _GAP, _NARROWEST = 100, 2, 24
 """Of a terminal, between columns, and of the last column: half a checkpoint's path."""
@@ -65,6 +72,11 @@ def objective_columns(plan: Plan) -> list[str]:
     return [
         "finetune_seconds" if objective.metric == "seconds" else objective.metric for objective in plan.sweep.objectives
     ]
+
+
+def fidelity_columns(plan: Plan) -> list[str]:
+    """Precision and recall, but for those that are objectives."""
+    return [key for key in fidelity_keys(plan.experiment) if key not in objective_columns(plan)]
 
 
 def metric_label(plan: Plan, objective: ObjectiveConfig) -> str:
@@ -106,6 +118,29 @@ def best_of(plan: Plan, records: Sequence[TrialRecord]) -> TrialRecord | None:
     return first if first is not None and first.state is TrialState.COMPLETE else None
 
 
+def fresh_scores_of(records: Sequence[TrialRecord]) -> dict[int, Confirmation]:
+    """What is known of the trials on noise that took no part in choosing them, by number."""
+    return confirmations(StudyFolder(records[0].run.path.parent.parent), records) if records else {}
+
+
+def fresh_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
+    """How the best trial scores on noise that took no part in choosing it; empty if no trial is complete."""
+    best = best_of(plan, records)
+    if best is None or isinstance(plan, AblationPlan):
+        return ""
+    fresh = fresh_scores_of(records).get(best.number)
+    if fresh is None or not fresh.scores:
+        why = obstacle(StudyFolder(best.run.path.parent.parent), best, records).rstrip(".")
+        return f"Trial {best.number} has no score on fresh noise ({why}): as the first of many it may look too good."
+    values = (
+        f"{metric_label(plan, o)} {number(value, o.metric)}"
+        for o in plan.sweep.objectives
+        if (value := fresh.value(plan, o)) is not None
+    )
+    text = ", ".join(values) or f"{plan.metric.removeprefix('eval/')} {number(fresh.scores[plan.metric])}"
+    return f"On fresh noise, which took no part in choosing it, trial {best.number} has {text}."
+
+
 # ----------------------------------------------------------------------------
 # The data frame
 
@@ -114,9 +149,10 @@ def leaderboard(plan: Plan, records: Sequence[TrialRecord]) -> pd.DataFrame:
     """One row a trial, in rank order.
 
     Returns:
-        Columns rank (of complete trials), trial, state, each objective but the score, score, step (of the best
-        checkpoint), each parameter by its path, seconds, signature, checkpoint (relative to the study, if it is still
-        there) and reason (one line).
+        Columns rank (of complete trials), trial, state, each objective but the score, score, precision and recall where
+        the data has them, fresh_X for each objective X by which the chosen trials have been scored once more, see
+        `tune.confirmation`, step (of the best checkpoint), each parameter by its path, seconds, signature, checkpoint
+        (relative to the study, if it is still there) and reason (one line).
     """
     rows = ranked(plan, records)
     ranks = [place if record.state is TrialState.COMPLETE else None for place, record in enumerate(rows, start=1)]
@@ -129,6 +165,13 @@ def leaderboard(plan: Plan, records: Sequence[TrialRecord]) -> pd.DataFrame:
         columns[name] = pd.array([_objective(record, index) for record in rows], dtype="Float64")
     columns.pop("score", None)
     columns["score"] = pd.array([record.outcome.score for record in rows], dtype="Float64")
+    for name in fidelity_columns(plan):
+        columns[name] = pd.array([_fidelity(record, name) for record in rows], dtype="Float64")
+    fresh = fresh_scores_of(rows)
+    for objective, name in zip(plan.sweep.objectives, objective_columns(plan), strict=True):
+        values = [fresh[r.number].value(plan, objective) if r.number in fresh else None for r in rows]
+        if any(value is not None for value in values):
+            columns[f"{FRESH}{name.removeprefix('eval/')}"] = pd.array(values, dtype="Float64")
     columns["step"] = pd.array([record.outcome.step for record in rows], dtype="Int64")
     for axis in plan.axes:
         values = [record.values[axis.path] for record in rows]
@@ -142,6 +185,13 @@ def leaderboard(plan: Plan, records: Sequence[TrialRecord]) -> pd.DataFrame:
 
 def _objective(record: TrialRecord, index: int) -> float | None:
     return record.outcome.objectives[index] if record.state is TrialState.COMPLETE else None
+
+
+def _fidelity(record: TrialRecord, key: str) -> float | None:
+    if record.state is not TrialState.COMPLETE:
+        return None
+    value = summary_of(record).get("scores", {}).get("best", {}).get(key)
+    return None if value is None else float(value)
 
 
 def _seconds(record: TrialRecord) -> float | None:
@@ -183,7 +233,7 @@ def leaderboard_table(plan: Plan, records: Sequence[TrialRecord], *, limit: int 
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
-        caption=_caption(plan, rows, shown),
+        caption=_caption(plan, rows, shown, fresh_sentence(plan, records)),
         caption_justify="left",
         caption_style="dim",
     )
@@ -234,6 +284,8 @@ def _columns(plan: Plan, rows: Sequence[Row]) -> list[_Column]:
             if name != "score"
         ),
         _Column("score ", [_marked_score(row) for row in rows]),
+        *(_Column(_heading(name), [fidelity_text(row[name]) for row in rows]) for name in fidelity_columns(plan)),
+        *(_Column(_heading(name), [_optional_number(row, name) for row in rows]) for name in fresh_columns(rows)),
         _Column("step", [_optional(row["step"], "{:d}") for row in rows]),
     ]
     middle = [_Column(name, [show(row[path]) for row in rows]) for path, name in names.items()]
@@ -245,6 +297,23 @@ def _columns(plan: Plan, rows: Sequence[Row]) -> list[_Column]:
         lines = [", ".join(f"{name} {show(row[path])}" for path, name in names.items()) for row in rows]
         middle = [_Column("settings", lines, wraps=True)]
     return [*left, *middle, *right]
+
+
+def fresh_columns(rows: Sequence[Row]) -> list[str]:
+    """Those of a leaderboard that hold scores on fresh noise."""
+    return [str(name) for name in (rows[0] if rows else ()) if str(name).startswith(FRESH)]
+
+
+def _heading(name: str) -> str:
+    """A short name of a column, since all have to fit into a terminal."""
+    if name.startswith(FRESH):
+        return "fresh" if name == f"{FRESH}score" else name.replace("_", " ", 1)
+    return "prec." if name.startswith("eval/precision_") else "recall"
+
+
+def fidelity_text(value: Any) -> str:
+    """Precision or recall, or a mark where it was not computed."""
+    return NOT_COMPUTED if pd.isna(value) else score_text(float(value))
 
 
 def _state(row: Row) -> TrialState:
@@ -280,10 +349,23 @@ def _row_style(row: Row) -> str:
     return "bold" if row["rank"] == 1 else ""
 
 
-def _caption(plan: Plan, rows: Sequence[Row], shown: Sequence[Row]) -> str:
+def _is_missing(row: Row, plan: Plan) -> bool:
+    return any(pd.isna(row[name]) for name in fidelity_columns(plan))
+
+
+def _caption(plan: Plan, rows: Sequence[Row], shown: Sequence[Row], fresh: str) -> str:
     sentences = [f"{', '.join(f'{metric_label(plan, o)}: {better(o)}' for o in plan.sweep.objectives)}."]
     if any(_marked_score(row).endswith(NOT_COMPARABLE) for row in shown):
         sentences.append(f"{NOT_COMPARABLE} on the noise that chose the checkpoint: not comparable.")
+    if any(_is_missing(row, plan) for row in shown):
+        sentences.append(f"{NOT_COMPUTED} not computed.")
+    counts = Counter(str(row["state"]) for row in rows)
+    if counts[TrialState.COMPLETE.value] < plan.num_trials and not isinstance(plan, AblationPlan):
+        ways = [f"{counts[state.value]} {state.value}" for state in TrialState if counts[state.value]]
+        to_come = [f"{plan.num_trials - len(rows)} not begun"] if len(rows) < plan.num_trials else []
+        sentences.append(f"Of {plan.num_trials} trials {', '.join([*ways, *to_come])}.")
+    if fresh:
+        sentences.append(fresh)
     if len(shown) < len(rows):
         sentences.append(f"{len(rows) - len(shown)} more trials are in leaderboard.csv.")
     return " ".join(sentences)
@@ -363,6 +445,7 @@ def write_best(study: Study, records: Sequence[TrialRecord]) -> Path | None:
         f"{objective.metric} {best.outcome.objectives[0]:.6g} ({metric_label(study.plan, objective)}, "
         f"{better(objective)}), best checkpoint at iteration {best.outcome.step}",
         f"signature {best.signature}",
+        *([fresh] if (fresh := fresh_sentence(study.plan, records)) else []),
         "again: dxmi train --config best.yaml",
     ]
     text = "".join(f"# {line}\n" for line in header) + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

@@ -67,9 +67,22 @@ class Plan:
         """How many trials may be begun at a time that differ in their seeds alone."""
         return 1
 
-    def propose_beside(self, history: Sequence[FrozenTrial], values: Mapping[str, Value]) -> Proposal | None:  # noqa: ARG002
-        """A further trial that differs from one with these values in its seed alone; None if there is none now."""
+    def propose_beside(
+        self,
+        history: Sequence[FrozenTrial],  # noqa: ARG002
+        values: Mapping[str, Value],  # noqa: ARG002
+        number: int,  # noqa: ARG002
+    ) -> Proposal | None:
+        """A further trial for the program of the one with these values, see `share_program`; None if there is none."""
         return None
+
+    def share_program(self, one: Mapping[str, Value], other: Mapping[str, Value], number: int) -> bool:  # noqa: ARG002
+        """Whether two trials are trained in one program if programs take `number` seeds of an arm.
+
+        It depends on nothing else, since the number of seeds in a program changes results by rounding: a study that is
+        interrupted and resumed trains the same seeds together.
+        """
+        return False
 
     def is_done(self, history: Sequence[FrozenTrial]) -> bool:
         """Whether every trial has been begun, and none that runs can call for more."""
@@ -156,6 +169,12 @@ _OWN_METRICS = ("score", "num_steps", "seconds")
 def metrics_of(experiment: ExperimentConfig) -> list[str]:
     """Every metric that an objective may name."""
     return [*_OWN_METRICS, *score_keys(experiment.data, experiment.evaluate)]
+
+
+def fidelity_keys(experiment: ExperimentConfig) -> list[str]:
+    """Precision and recall, which tables show beside the score; none where the data has neither."""
+    keys = score_keys(experiment.data, experiment.evaluate)
+    return [key for key in keys if key.startswith(("eval/precision_", "eval/recall_"))]
 
 
 def require_metric(where: str, metric: str, known: Sequence[str]) -> None:

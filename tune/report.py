@@ -31,14 +31,28 @@ from dxmi.files import write_atomic
 from dxmi.provenance import git_revision
 from tune.ablation_figures import ablation_figures
 from tune.ablation_plan import AblationPlan
-from tune.ablation_results import Results, changes_text, mean_text, other_labels, results_of
-from tune.designs import Arm, two_level_design
+from tune.ablation_results import (
+    Results,
+    changes_text,
+    mean_text,
+    notes,
+    other_labels,
+    p_cell,
+    results_of,
+    verdict_text,
+)
+from tune.designs import BASELINE, Arm, two_level_design
 from tune.figures import Reference, importance_obstacle, references, study_figures, unit
 from tune.leaderboard import (
+    FRESH,
     NOT_COMPARABLE,
+    NOT_COMPUTED,
     best_of,
     better,
     changed_data,
+    fidelity_columns,
+    fresh_columns,
+    fresh_sentence,
     leaderboard,
     metric_label,
     number,
@@ -51,7 +65,7 @@ from tune.live import duration
 from tune.plans import Plan
 from tune.report_maps import arm_maps, trial_maps
 from tune.space import Axis, show, value_at
-from tune.statistics import Comparison, Verdict, p_text
+from tune.statistics import Comparison, Summary, Verdict
 from tune.study import Study, TrialRecord, TrialState, pareto_front, ranked, timestamp
 
 _TEMPLATES = Path(__file__).resolve().parent / "_templates"
@@ -137,7 +151,9 @@ def result_sentences(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
     words = settings(plan, best)
     where = f" at {_listed(words)}" if len(words) <= _FEW else "; its settings are below"
     first = f"Trial {best.number} {claim} ({better(objective)}) after {best.outcome.step} iterations{where}."
-    return [first, *_references_sentences(plan, best), *([_front_sentence(plan, records)] if has_front else [])]
+    fresh = fresh_sentence(plan, records)
+    front = [_front_sentence(plan, records)] if has_front else []
+    return [first, *([fresh] if fresh else []), *_references_sentences(plan, best), *front]
 
 
 def _references_sentences(plan: Plan, best: TrialRecord) -> list[str]:
@@ -175,11 +191,16 @@ def _front_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
 def verdict_sentences(results: Results) -> list[str]:
     """What an ablation says about its arms, most certain first."""
     if not results.comparisons:
-        return ["No run of the baseline is complete, so there is nothing to compare with yet."]
+        missing = results.gaps.get(BASELINE, "no other arm")
+        return [f"There is nothing to compare with: no run of the baseline is complete ({missing})."]
     by_verdict: dict[Verdict, list[str]] = {verdict: [] for verdict in Verdict}
     for comparison in results.comparisons:
-        by_verdict[comparison.verdict].append(f"{comparison.arm} ({comparison.difference})")
-    return [f"{str(verdict).capitalize()}: {', '.join(arms)}." for verdict, arms in by_verdict.items() if arms]
+        gaps = f"{comparison.gaps}; " if comparison.gaps else ""
+        by_verdict[comparison.verdict].append(f"{comparison.arm} ({gaps}{comparison.difference})")
+    baseline = [f"The baseline {results.gaps[BASELINE]}."] if results.runs[BASELINE].lost else []
+    unfinished = [results.unfinished] if results.unfinished else []
+    verdicts = [f"{str(verdict).capitalize()}: {', '.join(arms)}." for verdict, arms in by_verdict.items() if arms]
+    return [*verdicts, *baseline, *unfinished]
 
 
 def course_sentences(study: Study, records: Sequence[TrialRecord]) -> list[str]:
@@ -197,6 +218,12 @@ def course_sentences(study: Study, records: Sequence[TrialRecord]) -> list[str]:
         sentences.append(f"The sweep has taken {duration(seconds)}{limit}.")
     if progress.get("ended"):
         sentences.append(f"Its last session ended: {progress['ended']}.")
+    if isinstance(study.plan, AblationPlan) and (study.plan.stacked or 1) > 1:
+        stacked = study.plan.stacked
+        sentences.append(
+            f"{stacked} seeds of an arm were trained in one program; with resources.stack_seeds={stacked} a repetition "
+            "elsewhere does so too."
+        )
     return sentences
 
 
@@ -386,22 +413,28 @@ def _value_heading(plan: Plan, axis: Axis) -> tuple[str, str, str]:
 def _board(plan: Plan, records: Sequence[TrialRecord]) -> HtmlTable:
     frame = leaderboard(plan, records)
     objectives = [name for name in objective_columns(plan) if name != "score"]
+    listed = frame.to_dict("records")
+    fidelity, fresh = fidelity_columns(plan), fresh_columns(listed)
     headings = [
         ("#", "rank", "number"),
         ("trial", "trial", "number"),
         ("state", "state", ""),
         *((name.removeprefix("eval/"), name, "number") for name in objectives),
         ("score", plan.metric, "number"),
+        *((name.removeprefix("eval/"), f"{name} of the best checkpoint", "number") for name in fidelity),
+        *((name.replace("_", " ", 1), "on noise that took no part in choosing the trial", "number") for name in fresh),
         ("step", "iteration of the best checkpoint", "number"),
         *(_value_heading(plan, axis) for axis in plan.axes),
         ("seconds", "wall time of the trial", "number"),
         ("checkpoint, or why not complete", "checkpoints are relative to the study's folder", ""),
     ]
-    rows = [_board_row(row, objectives, plan.axes) for row in frame.to_dict("records")]
+    rows = [_board_row(row, objectives, [*fidelity, *fresh], plan.axes) for row in listed]
     return HtmlTable(headings, rows)
 
 
-def _board_row(row: Mapping[Any, Any], objectives: Sequence[str], axes: Sequence[Axis]) -> tuple[str, list[Cell]]:
+def _board_row(
+    row: Mapping[Any, Any], objectives: Sequence[str], beside: Sequence[str], axes: Sequence[Axis]
+) -> tuple[str, list[Cell]]:
     is_complete = row["state"] == TrialState.COMPLETE
     score = "" if pd.isna(row["score"]) else number(float(row["score"])) + ("" if is_complete else NOT_COMPARABLE)
     cells = [
@@ -410,6 +443,7 @@ def _board_row(row: Mapping[Any, Any], objectives: Sequence[str], axes: Sequence
         Cell(row["state"], row["state"], "state"),
         *(_metric_cell(row[name], name) for name in objectives),
         _number_cell(row["score"], score, "number score"),
+        *(_beside_cell(row[name], name) for name in beside),
         _count_cell(row["step"]),
         *(_value_cell(axis, row[axis.path]) for axis in axes),
         _number_cell(row["seconds"], "" if pd.isna(row["seconds"]) else f"{row['seconds']:,.0f}"),
@@ -417,6 +451,13 @@ def _board_row(row: Mapping[Any, Any], objectives: Sequence[str], axes: Sequence
     ]
     best = " best" if not pd.isna(row["rank"]) and row["rank"] == 1 else ""
     return row["state"] + best, cells
+
+
+def _beside_cell(value: Any, name: str) -> Cell:
+    """A score beside the one that trials are ranked by; of precision and recall, a mark where there is none."""
+    if pd.isna(value):
+        return Cell("" if name.startswith(FRESH) else NOT_COMPUTED, "", "number")
+    return _metric_cell(value, name)
 
 
 def _ending_cell(checkpoint: str, reason: str) -> Cell:
@@ -432,6 +473,8 @@ class _Ablation:
         arms: a table with a row an arm.
         reasons: why each verdict is what it is.
         effects: of factors, a line each.
+        no_effects: why there are none, if there should be.
+        notes: sentences under the table.
         design: a factorial design in words; empty for others.
         spreads: where the spread of the scores comes from, a line an arm.
     """
@@ -440,6 +483,8 @@ class _Ablation:
     arms: HtmlTable
     reasons: list[tuple[str, str]]
     effects: list[str]
+    no_effects: str
+    notes: list[str]
     design: str
     spreads: list[str]
 
@@ -451,6 +496,8 @@ def _ablation(results: Results) -> _Ablation:
         arms=_arms(results),
         reasons=[(comparison.arm, comparison.reason) for comparison in results.comparisons],
         effects=[str(effect) for effect in results.effects],
+        no_effects=results.no_effects,
+        notes=notes(results),
         design="" if design is None else design.describe(),
         spreads=[
             f"{arm}: {v.training**0.5:.3g} between training seeds, {v.generation**0.5:.3g} between draws of the "
@@ -466,6 +513,7 @@ def _arms(results: Results) -> HtmlTable:
         ("arm", "what is compared", ""),
         ("changes of the baseline", "settings", ""),
         ("seeds", "with a score", "number"),
+        ("missing", "runs without a score", ""),
         (label, "mean over the seeds, with its interval", "number"),
         *((name, "mean over the seeds, with its interval", "number") for name in other_labels(results)),
         ("minus baseline", "mean difference at the same seed, with its interval", "number"),
@@ -484,18 +532,26 @@ def _arm_row(results: Results, arm: Arm, comparison: Comparison | None) -> list[
         Cell(arm.name, arm.name),
         Cell(changes_text(arm.changes), "", "wrap"),
         _count_cell(summary.seeds),
+        Cell(str(results.runs[arm.name]), str(results.runs[arm.name])),
         _number_cell(summary.mean.estimate, mean, "number"),
-        *(_number_cell(s[arm.name].mean.estimate, mean_text(s[arm.name]), "number") for s in results.others.values()),
+        *(_other_cell(summaries[arm.name]) for summaries in results.others.values()),
     ]
+    verdict = verdict_text(results, arm.name, comparison)
     if comparison is None:
-        return [*cells, *(Cell("", "") for _ in range(4))]
+        return [*cells, *(Cell("", "") for _ in range(3)), Cell(verdict, verdict, "state")]
     return [
         *cells,
         _number_cell(comparison.difference.estimate, str(comparison.difference), "number"),
-        _number_cell(comparison.p_holm, p_text(comparison.p_holm).removeprefix("p = "), "number"),
+        _number_cell(comparison.p_holm, p_cell(comparison), "number"),
         _number_cell(comparison.improvement.estimate, f"{comparison.improvement.estimate:.0%}", "number"),
-        Cell(str(comparison.verdict), str(comparison.verdict), "state"),
+        Cell(verdict, verdict, "state"),
     ]
+
+
+def _other_cell(summary: Summary) -> Cell:
+    """A further score of an arm, or a mark where it was not computed."""
+    is_missing = math.isnan(summary.mean.estimate)
+    return Cell(NOT_COMPUTED, "", "number") if is_missing else _number_cell(summary.mean.estimate, mean_text(summary))
 
 
 def _samplers(plan: Plan, records: Sequence[TrialRecord]) -> list[tuple[str, str, bool]]:

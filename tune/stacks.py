@@ -1,4 +1,7 @@
-"""How many seeds of an arm are trained in one program: as asked for, or what a measurement finds fastest."""
+"""How many seeds of an arm are trained in one program: as asked for, as the study did before, or what is fastest.
+
+The number changes results by rounding, so a choice by measurement is made once, and recorded in the study's plan.
+"""
 
 import math
 import time
@@ -11,9 +14,10 @@ import torch
 from ray.exceptions import RayError
 
 from dxmi.config import build, to_tree
-from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
+from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.networks import NcsnppGanConfig
 from dxmi.stretch import Stretch, train_together
+from tune.ablation_plan import AblationPlan
 from tune.devices import Slots
 from tune.plans import Plan
 
@@ -30,14 +34,15 @@ _ENOUGH_SECONDS = 5.0
 def seeds_together(plan: Plan, slots: Slots) -> int:
     """Seeds that each program of a study trains; while Ray runs, since the measurement is made where trials are run.
 
-    No more than leave every slot something to do.
+    What was asked for or recorded is taken whatever the machine; of a measurement, no more than leave every slot
+    something to do.
     """
-    resources = plan.experiment.resources
-    most = min(plan.seeds_at_once, math.ceil(plan.num_trials / slots.concurrent), _most(resources, slots))
-    if not _can_be_stacked(plan.experiment):
+    resources, known = plan.experiment.resources, known_stack(plan)
+    if known is not None:
+        return known
+    most = min(plan.seeds_at_once, math.ceil(plan.num_trials / slots.concurrent), _most(slots))
+    if most == 1:
         return 1
-    if most == 1 or resources.stack_seeds is not None:
-        return most
     measure = ray.remote(num_cpus=slots.threads, num_gpus=slots.gpu_share)(_seconds_by_number)
     tree = to_tree(replace(plan.experiment, resources=replace(resources, threads=slots.threads)))
     try:
@@ -47,8 +52,18 @@ def seeds_together(plan: Plan, slots: Slots) -> int:
     return fastest(seconds)
 
 
-def _most(resources: ResourcesConfig, slots: Slots) -> int:
-    return resources.stack_seeds or (_MOST_ON_GPU if slots.gpu_share else _MOST_ON_CPU)
+def known_stack(plan: Plan) -> int | None:
+    """Seeds that each program of a study trains, if that takes no measurement."""
+    asked = plan.experiment.resources.stack_seeds
+    if not _can_be_stacked(plan.experiment):
+        return 1
+    if asked is not None:
+        return min(asked, plan.seeds_at_once)
+    return plan.stacked if isinstance(plan, AblationPlan) else None
+
+
+def _most(slots: Slots) -> int:
+    return _MOST_ON_GPU if slots.gpu_share else _MOST_ON_CPU
 
 
 def _can_be_stacked(config: ExperimentConfig) -> bool:

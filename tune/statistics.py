@@ -370,13 +370,17 @@ class Verdict(StrEnum):
 
     `too few seeds` is about the study: whatever the scores had been, this many seeds could not have shown a difference.
     `no difference shown` is about the arm: they could have, and did not. How large a difference they leave possible is
-    in the interval.
+    in the interval. `failed` and `unfinished` are about runs without a score: see `tune.ablation_results`.
     """
 
     BETTER = "better"
     WORSE = "worse"
     NO_DIFFERENCE = "no difference shown"
     TOO_FEW_SEEDS = "too few seeds"
+    FAILED = "failed"
+    """Runs of the arm or of the baseline ended without a score. They are not missing at random, so no test is taken."""
+    UNFINISHED = "unfinished"
+    """Runs of the arm or of the baseline have not ended, so no test is taken yet."""
 
 
 @dataclass(frozen=True)
@@ -416,6 +420,8 @@ class Comparison:
         seeds_needed: that would show a difference as large as this; infinity if none would.
         verdict: what it comes to.
         reason: why, in a sentence or two.
+        gaps: which runs are missing, in words, if the verdict is about them; p, p_holm, improvement and seeds_needed
+            are NaN then.
     """
 
     arm: str
@@ -428,8 +434,16 @@ class Comparison:
     seeds_needed: float
     verdict: Verdict
     reason: str
+    gaps: str = ""
+
+    @property
+    def verdict_text(self) -> str:
+        """The verdict for a table."""
+        return self.gaps or str(self.verdict)
 
     def __str__(self) -> str:
+        if self.gaps:
+            return f"{self.gaps}: {self.difference}, {self._counted}"
         if self.verdict is Verdict.TOO_FEW_SEEDS:
             return f"{self.verdict}: {self.difference}, {self._counted}; {self._enough}"
         return f"{self.verdict}: {self.difference}, {p_text(self.p_holm)} (Holm, {self._counted})"
@@ -718,6 +732,8 @@ def variance_components(scores: ArrayLike) -> Variances:
     y_ij = mu + a_i + e_ij for a training and b generation seeds. With the mean squares MS_a = b sum (y_i. - y..)^2 /
     (a - 1) and MS_e = sum (y_ij - y_i.)^2 / (a (b - 1)): generation = MS_e, training = max(0, (MS_a - MS_e) / b), and
     the mean has variance MS_a / (a b) = training / a + generation / (a b) (Searle, Casella and McCulloch 1992).
+    Nested means that the e_ij are independent, as they are if each run is scored on noise of its own
+    (`dxmi.evaluate.stream_of`). With one noise for all runs they would share a term that no mean over runs reduces.
     The interval of an arm's mean is `mean_interval(scores.mean(axis=1))`: only training seeds are independent.
 
     Args:

@@ -5,6 +5,7 @@
         optuna.journal    every trial: values, state, scores by iteration; opens in optuna-dashboard
         trials/0007/      the run folder of trial 7, as `dxmi train` writes it; error.txt if it crashed
         progress.json     wall seconds so far, and why the last session ended
+        confirmation.json the best trial's scores on fresh noise, see tune.confirmation
         leaderboard.csv, best.yaml, report.html
 
 The journal and the run folders are the truth: everything else is made from them. One driver writes at a time. Nothing
@@ -36,7 +37,7 @@ from dxmi.errors import UserError
 from dxmi.experiment import ExperimentConfig
 from dxmi.files import write_atomic, write_json
 from dxmi.run_directory import RunDirectory, read_yaml
-from tune.ablation_plan import SEED, any_plan_from
+from tune.ablation_plan import AblationPlan, any_plan_from
 from tune.compat import set_intermediate_value, set_user_attribute
 from tune.plans import FORMAT, Plan
 from tune.proposals import Proposal, template
@@ -240,14 +241,25 @@ class StudyFolder:
         tree = {"seconds": float(seconds), "device_seconds": float(device_seconds), "ended": ended}
         write_json(self.progress, tree)
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: Plan) -> Plan:
         """Write the plan; if there is one, check that it is the same but for its budget and resources.
+
+        Returns:
+            The plan, with what the study has recorded of its own choices.
 
         Raises:
             UserError: the folder holds another study.
         """
         if self.exists:
             self.require_same(plan)
+            recorded = self.read_plan()
+            if isinstance(plan, AblationPlan) and isinstance(recorded, AblationPlan):
+                plan = replace(plan, stacked=recorded.stacked)
+        self.write_plan(plan)
+        return plan
+
+    def write_plan(self, plan: Plan) -> None:
+        """Write study.yaml."""
         write_atomic(self.plan, yaml.safe_dump(plan.tree(), sort_keys=False, allow_unicode=True))
 
     def require_same(self, plan: Plan) -> None:
@@ -289,7 +301,7 @@ class Study:
         Raises:
             UserError: the folder holds another study.
         """
-        folder.begin(plan)
+        plan = folder.begin(plan)
         _mend(folder.journal)
         directions: list[Any] = [objective.direction for objective in plan.sweep.objectives]
         with _readable(folder.journal):
@@ -386,15 +398,16 @@ class Study:
         history = self._trials()
         return self._add(history, self.plan.propose(history))
 
-    @staticmethod
-    def differ_in_seed_alone(one: TrialRecord, other: TrialRecord) -> bool:
-        """Whether two trials are the same but for their seeds."""
-        return {**one.values, SEED: None} == {**other.values, SEED: None}
-
-    def add_beside(self, record: TrialRecord) -> TrialRecord | None:
-        """One more trial that differs from this one in its seed alone, recorded as running; None if there is none."""
+    def add_beside(self, record: TrialRecord, number: int) -> TrialRecord | None:
+        """One more trial for this one's program of `number` seeds, recorded as running; None if there is none."""
         history = self._trials()
-        return self._add(history, self.plan.propose_beside(history, record.values))
+        return self._add(history, self.plan.propose_beside(history, record.values, number))
+
+    def record_stack(self, number: int) -> None:
+        """Keep in the plan how many seeds of an arm each program trains."""
+        if isinstance(self.plan, AblationPlan) and self.plan.stacked != number:
+            self.plan = replace(self.plan, stacked=number)
+            self.folder.write_plan(self.plan)
 
     def _add(self, history: Sequence[FrozenTrial], proposal: Proposal | None) -> TrialRecord | None:
         if proposal is None:

@@ -27,6 +27,7 @@ from tune.ablation_results import results_of, write_tables
 from tune.cluster import require_fit
 from tune.conductor import Conductor
 from tune.configs import ComposedSweep, compose_sweep, overridden, require_no_stack
+from tune.confirmation import unconfirmed
 from tune.console import Terminal, complain
 from tune.devices import Slots, find_slots
 from tune.driver import StoppedAtOnceError, drive
@@ -190,7 +191,9 @@ class Sweep:
                 tracker.update(conductor.study.records(), running=set(conductor.live))
             mirror.send_study()
 
-        if conductor.has_nothing_to_do:
+        study = conductor.study
+        waits = trainer is train and unconfirmed(study, study.records())  # a best trial, to be scored on fresh noise
+        if conductor.has_nothing_to_do and not waits:
             return False
         try:
             with view:

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -25,6 +26,7 @@ from tune.live import duration
 from tune.plans import Plan, require_name
 from tune.ray_session import on_cluster
 from tune.space import show, value_at
+from tune.stacks import known_stack
 from tune.study import Study, StudyFolder, TrialRecord, TrialState, studies_in
 from tune.submit import DEFAULT_ADDRESS, Jobs, entrypoint, environment, follow, new_id, patiently, survey
 from tune.sweep import Sweep, SweepResult, write_results
@@ -214,6 +216,8 @@ def _show_arms(console: Terminal, chosen: Ablation) -> None:
         rows["seeds"] = f"{first}, then more where the verdict is open, {ablation.seeds.cap} at most"
         rows["trials"] = f"{len(plan.arms) * first}, then up to {plan.num_trials}"
         rows["time"] += ", with every seed"
+    if plan.seeds_at_once > 1:
+        rows["in one program"] = _stack_text(chosen)
     if ablation.tuning is not None:
         rows["tuning"] = f"{ablation.tuning.trials} trials in each arm, before"
     summary = Table(show_header=False)
@@ -221,6 +225,17 @@ def _show_arms(console: Terminal, chosen: Ablation) -> None:
         summary.add_row(name, value)
     console.print(summary)
     console.out("Nothing was started and nothing was written.", highlight=False)
+
+
+def _stack_text(chosen: Ablation) -> str:
+    """How many seeds of an arm are trained together."""
+    begun = chosen.folder.read_plan() if chosen.folder.exists else None
+    recorded = begun.stacked if isinstance(begun, AblationPlan) else None
+    known = known_stack(replace(chosen.plan, stacked=recorded))
+    if known is None:
+        return "as many seeds of an arm as a measurement at the start finds fastest; recorded in study.yaml"
+    again = ", as this study began" if known == recorded else ""
+    return f"{known} seed{'s' if known > 1 else ''} of an arm{again}"
 
 
 # ----------------------------------------------------------------------------

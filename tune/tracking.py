@@ -6,7 +6,8 @@ killed or away in between.
 
     tags of a run   study, signature, git_revision; of a trial's also arm, seed, trial_id, state, reason, artifacts
     parameters      every setting of the trial's config, by its path, but for resources
-    metrics         the rows of metrics.jsonl; best/... and last/... from its summary
+    metrics         the rows of metrics.jsonl; best/... and last/... from its summary; of a study fresh/..., its best
+                    trial's scores on noise that took no part in choosing it
     artifacts       config.yaml, samples/, curves.png, summary.json, error.txt, checkpoints/
 """
 
@@ -29,7 +30,8 @@ from dxmi.errors import UserError
 from dxmi.provenance import git_revision
 from dxmi.run_directory import Row
 from tune.ablation_plan import ARM, AblationPlan
-from tune.ablation_results import results_of
+from tune.ablation_results import results_of, verdict_text
+from tune.confirmation import chosen, confirmations
 from tune.console import complain
 from tune.designs import Arm
 from tune.plans import Plan
@@ -270,6 +272,7 @@ class _Recorder:
         ledger.log(parent, self._tally.points(len(news.records)))
         if ended is not None:
             self._end_arms(ledger, news.records, "KILLED" if ended else "FINISHED")
+            ledger.log(parent, self._fresh_points(news.records))
             ledger.end(parent, "KILLED" if ended else "FINISHED", {"ended": ended}, _now())
         # Files come last, since they may be large and a server may refuse them; one that is sent twice does no harm.
         unsent = self._each([parent], lambda run: self._upload_study(ledger, run, ended is not None))
@@ -277,6 +280,17 @@ class _Recorder:
         while self._first < len(news.records) and news.records[self._first].number in self._closed:
             self._first += 1
         return [error for _, error in (*failed, *unsent, *refused)]
+
+    def _fresh_points(self, records: Sequence[TrialRecord]) -> list[Point]:
+        """The scores on noise that took no part in choosing a trial: of the best, and of each on a Pareto front."""
+        picked, now = chosen(self._plan, records), _now()
+        known = confirmations(self._folder, records)
+        points = []
+        for place, record in enumerate(picked):
+            names = ([] if place else ["fresh/"]) + ([f"fresh/trial_{record.number:04d}/"] if len(picked) > 1 else [])
+            scores = known[record.number].scores if record.number in known else {}
+            points += [Point(key, value, 0, now) for name in names for key, value in _numbers(scores, name).items()]
+        return points
 
     def _open(self, news: _News) -> list[TrialRecord]:
         return [record for record in news.records[self._first :] if record.number not in self._closed]
@@ -356,11 +370,17 @@ class _Recorder:
         for name, run in self._arms.items():
             summary, comparison = results.summaries[name], compared.get(name)
             numbers = {"arm/mean": summary.mean.estimate, "arm/seeds": float(summary.seeds)}
+            runs = results.runs[name]
+            numbers |= {"arm/missing": float(runs.missing), "arm/lost": float(runs.lost)}
+            numbers |= {
+                f"arm/{key.removeprefix('eval/')}": own[name].mean.estimate for key, own in results.others.items()
+            }
             if comparison is not None:
                 numbers |= {"arm/difference": comparison.difference.estimate, "arm/p_holm": comparison.p_holm}
             finite = _numbers(numbers)
             ledger.log(run, [Point(key, value, summary.seeds, _now()) for key, value in finite.items()])
-            ledger.end(run, status, {"verdict": "" if comparison is None else str(comparison.verdict)}, _now())
+            tags = {"verdict": verdict_text(results, name, comparison), "missing": str(runs)}
+            ledger.end(run, status, tags, _now())
 
     def _upload_study(self, ledger: Ledger, run: Run, ending: bool) -> None:
         folder = self._folder
