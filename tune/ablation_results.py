@@ -17,10 +17,11 @@ from tune.ablation_plan import ARM, SEED, AblationPlan
 from tune.designs import BASELINE, two_level_design
 from tune.effects import Effect, level_effects
 from tune.leaderboard import better, metric_label, number, summary_of
+from tune.multiple_testing import Array
+from tune.power import Correction, correction_of
 from tune.seed_plan import review
 from tune.space import show
 from tune.statistics import (
-    Array,
     Bootstrap,
     Comparison,
     Direction,
@@ -34,6 +35,19 @@ from tune.statistics import (
 )
 from tune.study import StudyFolder, TrialRecord, TrialState
 
+_TESTS = {
+    Correction.NONE: (
+        "p: sign flips of the paired differences; exact if arm and baseline are exchangeable at each seed."
+    ),
+    Correction.CLOSED: (
+        "p: permutation of arms and baseline within seeds, closed over all sets of arms; exact if an arm that does "
+        "nothing is exchangeable with the baseline at each seed."
+    ),
+    Correction.HOLM: (
+        "p: sign flips of the paired differences with Holm's correction, exact if an arm that does nothing is "
+        "exchangeable with the baseline at each seed."
+    ),
+}
 _STYLES = {Verdict.BETTER: "green", Verdict.WORSE: "red", Verdict.NO_DIFFERENCE: "", Verdict.TOO_FEW_SEEDS: "yellow"}
 
 
@@ -171,9 +185,10 @@ def arms_frame(results: Results) -> pd.DataFrame:
 
     Returns:
         Columns arm, changes, seeds, missing, mean, mean_low, mean_high, iqm, std, difference, difference_low,
-        difference_high, p, p_holm, improvement (the chance of beating the baseline), verdict, seeds_needed, the
-        standard deviations std_training and std_generation where the evaluation's noise was drawn more than once, and
-        of each further score X: X, X_low, X_high.
+        difference_high, p (of the arm alone), p_adjusted (for all arms), correction (how it was adjusted), improvement
+        (the chance of beating the baseline), verdict, seeds_needed_low, seeds_needed_high, the standard deviations
+        std_training and std_generation where the evaluation's noise was drawn more than once, and of each further score
+        X: X, X_low, X_high.
     """
     compared = {comparison.arm: comparison for comparison in results.comparisons}
     return pd.DataFrame([_row(results, arm.name, arm.changes, compared.get(arm.name)) for arm in results.plan.arms])
@@ -197,10 +212,12 @@ def _row(results: Results, arm: str, changes: Mapping[str, Any], comparison: Com
         "difference_low": math.nan if comparison is None else comparison.difference.low,
         "difference_high": math.nan if comparison is None else comparison.difference.high,
         "p": math.nan if comparison is None else comparison.p,
-        "p_holm": math.nan if comparison is None else comparison.p_holm,
+        "p_adjusted": math.nan if comparison is None else comparison.p_adjusted,
+        "correction": "" if comparison is None else str(comparison.correction),
         "improvement": math.nan if comparison is None else comparison.improvement.estimate,
         "verdict": "" if comparison is None else str(comparison.verdict),
-        "seeds_needed": math.nan if comparison is None else comparison.seeds_needed,
+        "seeds_needed_low": math.nan if comparison is None else comparison.seeds_needed.low,
+        "seeds_needed_high": math.nan if comparison is None else comparison.seeds_needed.high,
     }
     spreads = {
         "std_training": math.nan if variances is None else math.sqrt(variances.training),
@@ -229,8 +246,9 @@ def arms_table(results: Results) -> Table:
     objective = results.plan.sweep.objectives[0]
     table = Table(
         "arm", "seeds", f"{metric_label(results.plan, objective)}, mean", *other_labels(results),
-        "minus baseline", "p (Holm)", "verdict",
-        caption=f"{better(objective)}; intervals of {100.0 * (1.0 - results.plan.ablation.level):g} %.",
+        "minus baseline", p_label(results), "verdict",
+        caption=f"{better(objective)}; intervals of {100.0 * (1.0 - results.plan.ablation.level):g} %. "
+        f"{p_note(results)}",
         caption_justify="left",
     )  # fmt: skip
     compared = {comparison.arm: comparison for comparison in results.comparisons}
@@ -240,9 +258,24 @@ def arms_table(results: Results) -> Table:
         if comparison is not None:
             style = _STYLES[comparison.verdict]
             verdict = f"[{style}]{_verdict(comparison)}[/]" if style else _verdict(comparison)
-            cells = [str(comparison.difference), p_text(comparison.p_holm).removeprefix("p = "), verdict]
+            cells = [str(comparison.difference), p_text(comparison.p_adjusted).removeprefix("p = "), verdict]
         table.add_row(arm.name, str(summary.seeds), mean_text(summary), *other_cells(results, arm.name), *cells)
     return table
+
+
+def p_label(results: Results) -> str:
+    """The heading of the p-values that verdicts go by: `p (closed)`, `p (Holm)` or, of one arm, `p`."""
+    correction = _correction(results)
+    return "p" if correction is Correction.NONE else f"p ({correction})"
+
+
+def p_note(results: Results) -> str:
+    """Which test the p-values are of, and what it tests."""
+    return _TESTS[_correction(results)]
+
+
+def _correction(results: Results) -> Correction:
+    return correction_of(max(1, len(results.plan.arms) - 1), results.plan.ablation.level)
 
 
 def other_labels(results: Results) -> list[str]:
@@ -256,10 +289,9 @@ def other_cells(results: Results, arm: str) -> list[str]:
 
 
 def _verdict(comparison: Comparison) -> str:
-    needed = comparison.seeds_needed
-    if comparison.verdict is not Verdict.TOO_FEW_SEEDS or math.isinf(needed):
+    if comparison.verdict is not Verdict.TOO_FEW_SEEDS or math.isinf(comparison.seeds_needed.low):
         return str(comparison.verdict)
-    return f"{comparison.verdict}, {needed:.0f} would do"
+    return f"{comparison.verdict}, {comparison.enough}"
 
 
 def mean_text(summary: Summary) -> str:
@@ -277,9 +309,10 @@ def latex(results: Results) -> str:
     labels = [_escaped(label) for label in (metric_label(results.plan, objective), *others)]
     lines = [
         f"% {_escaped(results.plan.name)}: {_escaped(' '.join(results.plan.ablation.hypothesis.split()))}",
+        f"% {_escaped(p_note(results))}",
         rf"\begin{{tabular}}{{lrl{'l' * len(others)}lll}}",
         r"\toprule",
-        rf"arm & seeds & {' & '.join(labels)} & difference & $p$ (Holm) & verdict \\",
+        rf"arm & seeds & {' & '.join(labels)} & difference & {p_label(results).replace('p', '$p$', 1)} & verdict \\",
         r"\midrule",
     ]
     for arm in results.plan.arms:
@@ -288,7 +321,7 @@ def latex(results: Results) -> str:
         if comparison is None:
             cells += ["", "", ""]
         else:
-            p = p_text(comparison.p_holm).removeprefix("p = ").replace("p < ", "$<$ ")
+            p = p_text(comparison.p_adjusted).removeprefix("p = ").replace("p < ", "$<$ ")
             cells += [str(comparison.difference), p, _escaped(str(comparison.verdict))]
         lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])

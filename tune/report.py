@@ -31,7 +31,7 @@ from dxmi.files import write_atomic
 from dxmi.provenance import git_revision
 from tune.ablation_figures import ablation_figures
 from tune.ablation_plan import AblationPlan
-from tune.ablation_results import Results, changes_text, mean_text, other_labels, results_of
+from tune.ablation_results import Results, changes_text, mean_text, other_labels, p_label, p_note, results_of
 from tune.designs import Arm, two_level_design
 from tune.figures import Reference, importance_obstacle, references, study_figures, unit
 from tune.leaderboard import (
@@ -427,6 +427,7 @@ class _Ablation:
     Attributes:
         hypothesis: the file's.
         arms: a table with a row an arm.
+        p_note: which test p is of, and what it tests.
         reasons: why each verdict is what it is.
         effects: of factors, a line each.
         design: a factorial design in words; empty for others.
@@ -435,6 +436,7 @@ class _Ablation:
 
     hypothesis: str
     arms: HtmlTable
+    p_note: str
     reasons: list[tuple[str, str]]
     effects: list[str]
     design: str
@@ -446,6 +448,7 @@ def _ablation(results: Results) -> _Ablation:
     return _Ablation(
         hypothesis=results.plan.ablation.hypothesis.strip(),
         arms=_arms(results),
+        p_note=p_note(results),
         reasons=[(comparison.arm, comparison.reason) for comparison in results.comparisons],
         effects=[str(effect) for effect in results.effects],
         design="" if design is None else design.describe(),
@@ -466,7 +469,7 @@ def _arms(results: Results) -> HtmlTable:
         (label, "mean over the seeds, with its interval", "number"),
         *((name, "mean over the seeds, with its interval", "number") for name in other_labels(results)),
         ("minus baseline", "mean difference at the same seed, with its interval", "number"),
-        ("p", "sign-flip test over the seeds, Holm's correction over the arms", "number"),
+        (p_label(results), p_note(results), "number"),
         ("beats it", "chance that a run of the arm beats a run of the baseline", "number"),
         ("verdict", "", ""),
     ]
@@ -489,7 +492,7 @@ def _arm_row(results: Results, arm: Arm, comparison: Comparison | None) -> list[
     return [
         *cells,
         _number_cell(comparison.difference.estimate, str(comparison.difference), "number"),
-        _number_cell(comparison.p_holm, p_text(comparison.p_holm).removeprefix("p = "), "number"),
+        _number_cell(comparison.p_adjusted, p_text(comparison.p_adjusted).removeprefix("p = "), "number"),
         _number_cell(comparison.improvement.estimate, f"{comparison.improvement.estimate:.0%}", "number"),
         Cell(str(comparison.verdict), str(comparison.verdict), "state"),
     ]

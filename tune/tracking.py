@@ -357,7 +357,7 @@ class _Recorder:
             summary, comparison = results.summaries[name], compared.get(name)
             numbers = {"arm/mean": summary.mean.estimate, "arm/seeds": float(summary.seeds)}
             if comparison is not None:
-                numbers |= {"arm/difference": comparison.difference.estimate, "arm/p_holm": comparison.p_holm}
+                numbers |= {"arm/difference": comparison.difference.estimate, "arm/p_adjusted": comparison.p_adjusted}
             finite = _numbers(numbers)
             ledger.log(run, [Point(key, value, summary.seeds, _now()) for key, value in finite.items()])
             ledger.end(run, status, {"verdict": "" if comparison is None else str(comparison.verdict)}, _now())
