@@ -3,7 +3,9 @@
 The test of a single arm is the sign-flip test of its differences to the baseline. Several arms are tested by closed
 testing (Marcus, Peritz and Gabriel 1976): an arm differs if every set of arms that contains it is rejected, each set by
 its own test at the full error rate. The test of a set permutes *all* labels, the baseline's and the arms', within each
-seed, and compares the largest standardized difference between an arm and the baseline.
+seed, and compares the largest standardized difference between an arm and the baseline. A quarter of the set's error
+rate is left to the sign flips of its arms: the residual is pooled over the set, and an arm that follows the baseline
+closely would be lost in the noise of others.
 
 What is tested is exchangeability: under the hypothesis of a set, the scores that the baseline and the set's arms have
 at a seed could be swapped without changing their distribution. So the error rate holds, for any distribution of the
@@ -28,6 +30,8 @@ MOST_EXACT = 20
 """Seeds up to which all of the 2^n sign vectors are listed."""
 MOST_CLOSED = 12
 """Arms up to which all of the 2^k sets of arms are tested; more are left to Holm's procedure."""
+SIGN_FLIPS = 0.25
+"""Share of a set's error rate that its arms' sign flips have, by Bonferroni; the permutations have the rest."""
 PERMUTATIONS = 4_999
 """Drawn at random for a set of at least two arms, beside the one observed, where there are too many to list."""
 _MOST_LISTED = 25_000
@@ -159,12 +163,13 @@ class Look:
 def closed_p(baseline: ArrayLike, arms: ArrayLike, singles: ArrayLike, seed: int = 0) -> Array:
     """Adjusted p-values by closed testing over all sets of arms.
 
-    The adjusted p of an arm is the largest p of all sets that contain it. The p of {arm} alone is given. For a set of
-    at least two arms, labels are permuted within seeds; the statistic is the largest |difference to the baseline| over
-    its standard error, both by least squares from the two-way layout (arms and seeds) of the permuted scores of the
-    set, so that the residual is that of the set. Without missing scores these are mean differences over a pooled
-    residual. All permutations are listed if there are at most 25,000; otherwise 4,999 are drawn, and
-    p = (1 + number) / (1 + 4,999).
+    The adjusted p of an arm is the largest p of all sets that contain it. The p of {arm} alone is given. A set of s > 1
+    arms has p = min(p_permuted / 0.75, s p_single / 0.25) with the smallest p_single of its arms. For p_permuted,
+    labels are permuted within seeds; the statistic is the largest |difference to the baseline| over its standard error,
+    both by least squares from the two-way layout (arms and seeds) of the permuted scores of the set, so that the
+    residual is that of the set. Without missing scores these are mean differences over a pooled residual. All
+    permutations are listed if there are at most 25,000; otherwise 4,999 are drawn, and
+    p_permuted = (1 + number) / (1 + 4,999).
 
     Missing scores (NaN) keep their place: only the scores that a seed has are permuted. An arm without any pair adds
     nothing to a set and is left out of the others' sets.
@@ -242,12 +247,14 @@ def _closed(problem: _Problem) -> tuple[float, ...]:
     adjusted, usable = np.array(problem.singles), problem.usable()
     for size in range(2, len(usable) + 1):
         sets = np.array(list(itertools.combinations(usable, size)))  # [sets, size]
-        np.maximum.at(adjusted, sets.ravel(), np.repeat(_p_of_sets(problem, sets), size))
+        singles = size * np.array(problem.singles)[sets].min(axis=1) / SIGN_FLIPS
+        p_values = np.minimum(1.0, np.minimum(_p_of_sets(problem, sets) / (1.0 - SIGN_FLIPS), singles))
+        np.maximum.at(adjusted, sets.ravel(), np.repeat(p_values, size))
     return tuple(adjusted.tolist())
 
 
 def _p_of_sets(problem: _Problem, sets: NDArray[np.int64]) -> Array:
-    """The p-values of sets of one size [sets], those with the same pattern of scores together."""
+    """The permutation p-values of sets of one size [sets], those with the same pattern of scores together."""
     p_values = np.ones(len(sets))
     scores = problem.scores
     groups: dict[tuple[bytes, int], list[int]] = {}

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import t as student
 
 from dxmi.errors import UserError
-from tune.multiple_testing import MOST_CLOSED, Array, finite_vector, rounding
+from tune.multiple_testing import MOST_CLOSED, SIGN_FLIPS, Array, finite_vector, rounding
 
 POWER = 0.8
 """Chance of a verdict that `seeds_needed` asks for."""
@@ -191,7 +191,8 @@ def _sign_flip_threshold(noise: Array, error_rate: float) -> Array:
 
 def t_bar(seeds: int, size: int, error_rate: float) -> float:
     """Student's two-sided quantile for the largest of `size` differences, pooled over their residual."""
-    return float(student.isf(error_rate / size / 2.0, size * (seeds - 1)))
+    share = 1.0 if size == 1 else 1.0 - SIGN_FLIPS
+    return float(student.isf(share * error_rate / size / 2.0, size * (seeds - 1)))
 
 
 def hardest_bar(seeds: int, arms: int, error_rate: float) -> float:
