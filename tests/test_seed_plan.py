@@ -335,9 +335,10 @@ def test_false_verdicts_stay_at_or_under_5_percent_over_all_looks_and_arms(few_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("effects", "saved"), [([0.0, 0.0, 0.0], 0.35), ([0.0, 1.0, 2.0], 0.2), ([2.0, 2.0, 2.0], 0.2)]
+    ("effects", "saved"), [([0.0, 0.0, 0.0], 0.35), ([0.0, 1.0, 2.0], 0.15), ([2.0, 2.0, 2.0], 0.2)]
 )
 def test_adaptive_studies_agree_with_full_ones(few_permutations, effects, saved):
+    """With an arm in doubt the one that does nothing keeps pace, which costs some of what was saved."""
     found = simulated(effects, SeedPlan(3, cap=12), studies=500)
     assert found["agree"] >= 0.95
     assert found["saved"] >= saved
