@@ -315,8 +315,8 @@ def few_permutations(monkeypatch):
 
 
 def test_adaptive_studies_say_the_same_for_fewer_runs(few_permutations):
-    """30 studies of no, a large and a very large difference."""
-    found = simulated([0.0, 1.2, 2.5], SeedPlan(3, cap=12), studies=30)
+    """20 studies of no, a large and a very large difference."""
+    found = simulated([0.0, 1.2, 2.5], SeedPlan(3, cap=12), studies=20)
     assert found["agree"] >= 0.9
     assert found["saved"] >= 0.15
 
@@ -335,7 +335,7 @@ def test_false_verdicts_stay_at_or_under_5_percent_over_all_looks_and_arms(few_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("effects", "saved"), [([0.0, 0.0, 0.0], 0.35), ([0.0, 1.0, 2.0], 0.15), ([2.0, 2.0, 2.0], 0.2)]
+    ("effects", "saved"), [([0.0, 0.0, 0.0], 0.28), ([0.0, 1.0, 2.0], 0.15), ([2.0, 2.0, 2.0], 0.25)]
 )
 def test_adaptive_studies_agree_with_full_ones(few_permutations, effects, saved):
     """With an arm in doubt the one that does nothing keeps pace, which costs some of what was saved."""
