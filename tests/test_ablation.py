@@ -3,8 +3,10 @@
 import base64
 import io
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
@@ -25,7 +27,7 @@ from tune import Ablation
 from tune.ablation_config import parse_ablation
 from tune.ablation_figures import ablation_figures
 from tune.ablation_plan import AblationPlan, ablation_plan, any_plan_from
-from tune.ablation_results import arms_frame, arms_table, latex, results_of, write_tables
+from tune.ablation_results import arms_frame, arms_table, latex, p_label, p_note, results_of, write_tables
 from tune.cli import main
 from tune.configs import compose_experiment
 from tune.designs import arms
@@ -192,14 +194,34 @@ def test_means_and_differences_are_those_of_the_scores(played):
     assert frame.loc["baseline", "mean"] == pytest.approx(own.mean())
     assert frame.loc["fast", "difference"] == pytest.approx((fast - own).mean())
     assert frame.loc["fast", "p"] == pytest.approx(2 / 2**6)
-    assert frame.loc["fast", "p_holm"] == pytest.approx(2 * 2 / 2**6)
-    assert list(frame["verdict"]) == ["", "too few seeds", "too few seeds"]  # 7 for two arms
+    assert frame.loc["fast", "p_adjusted"] == pytest.approx(2 / 2**6)
+    assert list(frame["correction"]) == ["", "closed", "closed"]
+    assert list(frame["verdict"]) == ["", "better", "worse"]
+    assert list(frame["seeds_needed_low"][1:]) == list(frame["seeds_needed_high"][1:]) == [6, 6]
 
 
-def test_seven_seeds_for_two_arms_give_verdicts(played):
-    study = played(seeds=7)
+def test_every_table_names_the_test_and_five_seeds_are_too_few(played):
+    study = played(seeds=5)
     study.play(shifted(no_entropy=-2.0, fast=1.0))
-    assert [str(c.verdict) for c in outcome(study).comparisons] == ["better", "worse"]
+    results = outcome(study)
+    assert [str(c.verdict) for c in results.comparisons] == ["too few seeds"] * 2
+    assert "p (closed)" in [str(column.header) for column in arms_table(results).columns]
+    assert "exchangeable" in str(arms_table(results).caption)
+    assert "& $p$ (closed) &" in latex(results)
+    page = write_report(study, study.records()).read_text()
+    assert ">p (closed)</th>" in page
+    assert "permutation of arms and baseline within seeds" in page
+    assert "Holm" not in page
+
+
+@pytest.mark.parametrize(
+    ("arms", "label", "words"),
+    [(1, "p", "sign flips"), (2, "p (closed)", "permutation"), (12, "p (closed)", "sets"), (13, "p (Holm)", "Holm's")],
+)
+def test_tables_name_the_test_that_the_number_of_arms_calls_for(arms, label, words):
+    results = SimpleNamespace(plan=SimpleNamespace(arms=range(1 + arms), ablation=SimpleNamespace(level=0.05)))
+    assert p_label(results) == label
+    assert words in p_note(results)
 
 
 def test_higher_is_better_where_the_objective_says_so(played):
@@ -280,7 +302,7 @@ def require_said_everywhere(study: Study, words: str) -> None:
     for comparison in results.comparisons:
         if comparison.gaps:
             assert math.isnan(comparison.p)
-            assert math.isnan(comparison.p_holm)
+            assert math.isnan(comparison.p_adjusted)
             assert comparison.verdict in (Verdict.FAILED, Verdict.UNFINISHED)
 
 
@@ -344,13 +366,13 @@ def test_a_study_that_has_not_ended_says_so_and_has_no_verdict(played):
 
 
 def test_a_failed_run_takes_no_verdict_from_another_arm(played):
-    """Nine seeds of two arms; the arm that failed counts in Holm's family with p = 1."""
+    """Nine seeds of two arms; the arm that failed takes no part in the test."""
     study = played(seeds=9)
     scores = shifted(no_entropy=-2.0, fast=-2.0)
     study.play(lambda arm, seed: math.nan if (arm, seed) == ("fast", 2) else scores(arm, seed))
     found = {comparison.arm: comparison for comparison in outcome(study).comparisons}
     assert found["no_entropy"].verdict is Verdict.BETTER
-    assert found["no_entropy"].p_holm <= 0.05
+    assert found["no_entropy"].p_adjusted <= 0.05
 
 
 def test_auto_gives_no_more_seeds_to_an_arm_that_failed_or_beside_a_baseline_that_did(played):
@@ -590,7 +612,7 @@ def test_an_ablation_with_tuning_is_run_gone_on_with_and_reported(tmp_path, caps
     arguments = ["ablate", *TINY, f"ablation={path}", "name=real", "--studies", str(tmp_path / "studies")]
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert "too few seeds, 6 would do" in said
+    assert re.search(r"too few seeds, (at least )?\d+( to \d+)? (needed|would do)", said)
     folder = StudyFolder(tmp_path / "studies" / "real")
     tuned = folder.read_plan().tuned
     assert set(tuned) == {"baseline", "no_entropy"}

@@ -1,6 +1,5 @@
 """Statistics of a study against closed forms, SciPy and second implementations, and how often they are right."""
 
-import itertools
 import math
 import re
 
@@ -9,22 +8,19 @@ import pytest
 from scipy import stats
 
 from dxmi.errors import UserError
+from tune.power import Correction, seeds_needed
 from tune.statistics import (
     Bootstrap,
     Interval,
     Method,
     Verdict,
     compare,
-    holm,
     iqm_interval,
     judge,
     mean_interval,
     p_text,
     pair_up,
     probability_of_improvement,
-    seeds_needed,
-    seeds_to_test,
-    sign_flip_p,
     summarize,
     variance_components,
 )
@@ -145,68 +141,6 @@ def test_the_interquartile_means_error_is_the_bootstraps(shape, factor):
 
 
 # ----------------------------------------------------------------------------
-# The sign-flip test, and Holm
-
-
-@pytest.mark.parametrize("seeds", [2, 3, 6, 10])
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_sign_flip_test_is_scipys_exact_permutation_test(seeds, tied):
-    for seed in range(5):
-        differences = 0.5 + normal(seeds, seed=seed)
-        differences = np.round(differences) if tied else differences
-        expected = stats.permutation_test(
-            (differences,), np.mean, permutation_type="samples", vectorized=True, n_resamples=np.inf
-        ).pvalue
-        assert sign_flip_p(differences) == expected
-
-
-@pytest.mark.parametrize("seeds", [2, 3, 5, 6, 16, 20])
-def test_differences_of_one_sign_have_the_smallest_p_that_there_is(seeds):
-    assert sign_flip_p(0.1 + 0.01 * np.arange(seeds)) == 2.0 / 2.0**seeds
-
-
-def test_sums_that_differ_by_rounding_alone_are_equal():
-    """0.1 + 0.2 - 0.3 is 6e-17: its sign vector and its negative are no more extreme than the others that sum to 0."""
-    assert sign_flip_p([0.1, 0.2, -0.3]) == 1.0
-    assert sign_flip_p([0.0, 0.0, 0.0]) == 1.0
-
-
-@pytest.mark.parametrize(("ups", "seeds"), [(12, 16), (15, 20), (18, 24), (20, 30)])
-def test_differences_of_one_size_have_the_sign_tests_p(ups, seeds):
-    """Exact up to 20 seeds; beyond, 50,000 random sign vectors, whose p is within 4 standard errors."""
-    expected = stats.binomtest(ups, seeds).pvalue
-    p = sign_flip_p([1.0] * ups + [-1.0] * (seeds - ups))
-    error = 0.0 if seeds <= 20 else 4.0 * math.sqrt(expected / 50_000)
-    assert p == pytest.approx(expected, rel=1e-12, abs=error)
-
-
-def test_random_signs_never_give_a_p_of_0_and_follow_the_seed():
-    assert sign_flip_p(np.ones(40)) == 1.0 / 50_001.0
-    differences = 0.3 + normal(25)
-    assert sign_flip_p(differences, seed=1) == sign_flip_p(differences, seed=1) != sign_flip_p(differences, seed=2)
-
-
-def by_closed_testing(p_values: list[float]) -> list[float]:
-    """Holm's procedure is closed testing with Bonferroni: the largest, over sets with i, of size times smallest p."""
-    arms = range(len(p_values))
-    sets = [s for size in range(1, len(p_values) + 1) for s in itertools.combinations(arms, size)]
-    return [max(min(1.0, len(s) * min(p_values[j] for j in s)) for s in sets if i in s) for i in arms]
-
-
-def test_holm_is_closed_testing_with_bonferroni():
-    rng = np.random.default_rng(0)
-    for arms in (1, 2, 3, 6):
-        p_values = np.round(rng.uniform(size=arms) ** 3, 2).tolist()  # with ties
-        assert holm(p_values).tolist() == pytest.approx(by_closed_testing(p_values), rel=1e-12)
-
-
-def test_holm_by_hand():
-    """0.005 x 4, 0.01 x 3, then 0.03 x 2, which 0.04 x 1 must not undercut."""
-    assert holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02], rel=1e-12)
-    assert holm([0.9, 0.8]).tolist() == [1.0, 1.0]
-
-
-# ----------------------------------------------------------------------------
 # Probability of improvement
 
 
@@ -243,47 +177,6 @@ def test_the_intervals_number_of_pairs_is_what_the_variance_is_worth():
 
 
 # ----------------------------------------------------------------------------
-# How many seeds
-
-
-@pytest.mark.parametrize(("arms", "seeds"), [(1, 6), (2, 7), (3, 7), (4, 8), (8, 9), (10, 9)])
-def test_the_fewest_seeds_are_those_with_which_the_test_can_pass_holms_hardest_step(arms, seeds):
-    assert seeds_to_test(arms) == seeds
-    assert arms * sign_flip_p(np.ones(seeds)) <= 0.05 < arms * sign_flip_p(np.ones(seeds - 1))
-
-
-def test_the_fewest_seeds_are_exact_where_the_smallest_p_is_the_level():
-    assert seeds_to_test(1, 2.0 / 2.0**5) == 5
-    assert seeds_to_test(3, 3.0 * 2.0 / 2.0**9) == 9
-
-
-def power(effect: float, seeds: float, size: float) -> float:
-    """Of the two-sided paired t test at `size`, for a difference of `effect` standard deviations."""
-    bar = stats.t.isf(size / 2.0, seeds - 1)
-    shift = effect * math.sqrt(seeds)
-    return float(stats.nct.sf(bar, seeds - 1, shift) + stats.nct.cdf(-bar, seeds - 1, shift))
-
-
-@pytest.mark.parametrize("arms", [1, 4])
-@pytest.mark.parametrize("effect", [0.1, 0.4, 0.8, 1.0])
-def test_the_seeds_needed_have_a_power_of_80_percent(effect, arms):
-    """By the noncentral t: the approximation is off by 4 points at most."""
-    differences = np.array([-1.0, 1.0]) / math.sqrt(2.0) + effect  # mean `effect`, standard deviation 1
-    needed = seeds_needed(differences, arms)
-    assert needed > seeds_to_test(arms)
-    assert power(effect, needed, 0.05 / arms) == pytest.approx(0.8, abs=0.04)
-    assert power(effect, needed - 1, 0.05 / arms) < 0.8 + 0.005
-
-
-def test_the_seeds_needed_are_no_fewer_than_the_test_needs_and_infinite_without_a_difference():
-    assert seeds_needed([1.0, 1.1, 0.9], 3) == 7
-    assert seeds_needed([1.0, 1.0, 1.0], 1) == 6
-    assert seeds_needed([1.0, -1.0, 0.0], 1) == math.inf
-    assert seeds_needed([0.1, 0.2, -0.3], 1) == math.inf
-    assert 1e7 < seeds_needed([1.0, -1.0, 1e-3], 1) < 1e9
-
-
-# ----------------------------------------------------------------------------
 # Verdicts
 
 NOISE = np.array([0.1, -0.1, 0.2, -0.2, 0.1, -0.1, 0.0, 0.01])
@@ -304,7 +197,7 @@ def test_an_arm_is_better_or_worse_by_the_direction(by, lower, higher):
     comparison = only(shifted(by), direction="minimize")
     assert (comparison.verdict, only(shifted(by), direction="maximize").verdict) == (lower, higher)
     assert comparison.difference.estimate == pytest.approx(by)
-    assert comparison.p == comparison.p_holm == 2.0 / 2.0**8
+    assert comparison.p == comparison.p_adjusted == 2.0 / 2.0**8
     assert comparison.improvement.estimate == (1.0 if by < 0 else 1.0 / 64.0)  # 3.3 is as good as 2.8 + 0.5
     assert comparison.reason == f"It beats the baseline at {8 if by < 0 else 0} of 8 seeds."
 
@@ -313,53 +206,77 @@ def test_enough_seeds_and_a_large_p_show_no_difference():
     comparison = only((BASELINE + NOISE).tolist())
     assert comparison.verdict is Verdict.NO_DIFFERENCE
     assert comparison.difference.low < 0.0 < comparison.difference.high
-    assert re.fullmatch(r"8 seeds could have shown a difference\. One as large as this takes \d+\.", comparison.reason)
+    assert re.fullmatch(
+        r"8 seeds could have shown a difference\. One like this takes at least \d+ seeds\.", comparison.reason
+    )
 
 
 @pytest.mark.parametrize(("seeds", "verdict"), [(3, "too few seeds"), (5, "too few seeds"), (6, "better")])
 def test_fewer_than_6_seeds_are_too_few_whatever_they_say(seeds, verdict):
     comparison = only(shifted(-0.5, seeds))
     assert comparison.verdict == verdict
-    assert comparison.seeds_needed == 6
+    assert (comparison.seeds_needed.low, comparison.seeds_needed.high) == (6, 6)
     if seeds < 6:
-        assert comparison.reason == f"With {seeds} seeds the test cannot show any difference: one arm takes 6."
+        assert comparison.reason.startswith(f"With {seeds} seeds the test cannot show any difference: one arm takes 6.")
 
 
-def test_too_few_seeds_says_how_many_the_variance_needs():
+def test_too_few_seeds_says_how_many_the_pilot_suggests():
     comparison = only([3.5, 3.0, 3.2])  # differences 0.5, -0.2, 0.3
-    assert comparison.seeds_needed == seeds_needed([0.5, -0.2, 0.3], 1) > 6
-    assert str(comparison).endswith(f"3 seeds; {comparison.seeds_needed:.0f} would do")
-    assert comparison.reason.endswith(f"one arm takes 6. One as large as this takes {comparison.seeds_needed:.0f}.")
-    none = only([3.5, 2.7, 2.9])  # differences 0.5, -0.5, 0
-    assert none.verdict is Verdict.TOO_FEW_SEEDS
-    assert str(none).endswith("3 seeds; no number of seeds would show a difference of 0")
-    assert none.reason.endswith("one arm takes 6. No number of seeds would show a difference of 0.")
+    assert comparison.seeds_needed == seeds_needed([0.5, -0.2, 0.3], 1, 0.05)
+    assert comparison.seeds_needed.high == math.inf
+    assert str(comparison).endswith(f"3 seeds; at least {comparison.seeds_needed.low:.0f} needed")
+    assert comparison.reason.endswith(f"one arm takes 6. One like this takes {comparison.seeds_needed}.")
+    clear = only([3.4, 3.65, 3.33, 3.53])
+    assert str(clear).endswith(f"{clear.seeds_needed.numbers} would do")
+    none = only([3.5, 3.7, 3.4])  # no spread
+    assert none.seeds_needed.low == 6
 
 
-def test_more_arms_take_more_seeds():
-    """2 / 2^6 is 0.031: enough for one arm, not for the first of Holm's two steps."""
+def test_six_seeds_decide_about_several_arms():
+    """2 / 2^6 is .031, and no set of arms has a larger p if one arm is far away. Holm would ask for .05 / 2."""
     scores = {"base": BASELINE[:6], "one": shifted(-0.5, 6), "two": shifted(-0.4, 6)}
-    assert {c.verdict for c in compare(scores, "base")} == {Verdict.TOO_FEW_SEEDS}
-    assert [c.p_holm for c in compare(scores, "base")] == [0.0625, 0.0625]
-    more = {"base": BASELINE, "one": shifted(-0.5), "two": shifted(-0.4)}
-    assert {c.verdict for c in compare(more, "base")} == {Verdict.BETTER}
+    found = compare(scores, "base")
+    assert {c.verdict for c in found} == {Verdict.BETTER}
+    assert [c.p_adjusted for c in found] == [2.0 / 2.0**6] * 2
+    assert {c.correction for c in found} == {Correction.CLOSED}
+    nine = {"base": BASELINE[:6]} | {f"arm{k}": shifted(0.4 + 0.1 * k, 6) for k in range(9)}
+    assert {c.verdict for c in compare(nine, "base", bootstrap=FAST)} == {Verdict.WORSE}
 
 
-def test_an_arm_is_judged_in_its_own_step_of_holms():
-    """With 6 of 8 seeds it cannot pass the first of two steps. The other arm does, and so only the second is left."""
-    six = [*shifted(-0.5, 6), NAN, NAN]
-    noise = (BASELINE + NOISE).tolist()
-    after = compare({"base": BASELINE, "six": six, "other": shifted(-0.5)}, "base")[0]
-    alone = compare({"base": BASELINE, "six": six, "other": noise}, "base")[0]
-    assert (after.p_holm, after.verdict) == (2.0 / 2.0**6, Verdict.BETTER)
-    assert (alone.p_holm, alone.verdict) == (4.0 / 2.0**6, Verdict.TOO_FEW_SEEDS)
+def test_more_than_12_arms_have_holms_correction():
+    arms = {f"arm{k}": shifted(-0.5 - 0.1 * k) for k in range(13)}
+    found = compare({"base": BASELINE} | arms, "base", bootstrap=FAST)
+    assert {c.correction for c in found} == {Correction.HOLM}
+    assert [c.p_adjusted for c in found] == [pytest.approx(13 * 2.0 / 2.0**8)] * 13
+    assert {c.verdict for c in found} == {Verdict.TOO_FEW_SEEDS}
+    assert found[0].reason.startswith("With 8 seeds the test cannot show any difference: 13 arms take 10.")
+
+
+@pytest.mark.parametrize(
+    ("equal", "verdict"), [(0, "better"), (2, "better"), (3, "too few seeds"), (7, "too few seeds")]
+)
+def test_scores_that_equal_the_baselines_show_nothing(equal, verdict):
+    """A difference of 0 has no sign: with 3 of 8 the smallest p is 2 / 2^5."""
+    arm = [*BASELINE[:equal], *shifted(-0.5)[equal:]]
+    comparison = only(arm)
+    assert comparison.p == 2.0 / 2.0 ** (8 - equal)
+    assert comparison.verdict == verdict
+    if verdict == "too few seeds":
+        assert f"at {equal} of which the scores are equal" in comparison.reason
+        assert "takes 6 that differ." in comparison.reason
+
+
+def test_ties_count_in_holms_procedure_too():
+    arms = {f"arm{k}": BASELINE for k in range(12)} | {"tied": [*BASELINE[:1], *shifted(-0.5)[1:]]}
+    tied = compare({"base": BASELINE} | arms, "base", bootstrap=FAST)[-1]
+    assert (tied.correction, tied.verdict, tied.p) == (Correction.HOLM, Verdict.TOO_FEW_SEEDS, 2.0 / 2.0**7)
 
 
 def test_scores_that_equal_the_baselines_show_no_difference_with_any_number_of_seeds():
     comparison = only(BASELINE[:3])
     assert (comparison.verdict, comparison.p) == (Verdict.NO_DIFFERENCE, 1.0)
     assert comparison.reason == "Every score equals the baseline's at the same seed."
-    assert str(comparison) == "no difference shown: 0 [0, 0], p = 1 (Holm, 3 seeds)"
+    assert str(comparison) == "no difference shown: 0 [0, 0], p = 1 (sign flip, 3 seeds)"
 
 
 def test_seeds_without_both_scores_are_left_out_and_counted():
@@ -369,18 +286,19 @@ def test_seeds_without_both_scores_are_left_out_and_counted():
     assert (holes.difference, holes.improvement, holes.p) == (full.difference, full.improvement, full.p)
     assert str(holes) == str(full).replace("6 seeds", "6 seeds, 2 left out")
     assert str(full).startswith("better: -0.49")
-    assert str(full).endswith("p = .031 (Holm, 6 seeds)")
+    assert str(full).endswith("p = .031 (sign flip, 6 seeds)")
 
 
 @pytest.mark.parametrize(("arm", "seeds"), [([NAN] * 8, 0), ([2.0] + [NAN] * 7, 1)])
 def test_an_arm_with_no_pair_or_one_stays_in_the_table_and_in_the_family(arm, seeds):
     good, failed = compare({"base": BASELINE, "good": shifted(-0.5), "failed": arm}, "base")
-    assert (good.p, good.p_holm) == (2.0 / 2.0**8, 4.0 / 2.0**8)
+    assert good.p == 2.0 / 2.0**8
+    assert good.p <= good.p_adjusted <= 0.02
     assert (failed.verdict, failed.seeds, failed.left_out, failed.p) == ("too few seeds", seeds, 8 - seeds, 1.0)
     assert (failed.difference.low, failed.difference.high) == (-math.inf, math.inf)
     assert (failed.improvement.low, failed.improvement.high) == (0.0, 1.0)
     assert failed.difference.method is failed.improvement.method is Method.NONE
-    assert failed.seeds_needed == 7
+    assert (failed.seeds_needed.low, failed.seeds_needed.high) == (6, math.inf)
     assert failed.reason.startswith(f"{seeds} seed")
     assert math.isnan(failed.difference.estimate) == (seeds == 0)
 
@@ -465,14 +383,8 @@ def test_variances_average_to_the_true_ones():
         (lambda: mean_interval([1.0, NAN, 2.0]), "not all finite"),
         (lambda: mean_interval([]), r"shape \[0\]"),
         (lambda: iqm_interval(np.zeros((2, 2, 2))), r"shape \[2, 2, 2\]"),
-        (lambda: sign_flip_p([1.0]), "1 differences: one seed shows no spread"),
-        (lambda: sign_flip_p([[1.0, 2.0]]), r"Differences have shape \[1, 2\]"),
-        (lambda: sign_flip_p([1.0, math.inf]), "not all finite"),
-        (lambda: holm([0.5, NAN]), "each must be a number in"),
         (lambda: probability_of_improvement([1.0, 2.0], [1.0, 2.0, 3.0]), "has 2 scores and the baseline 3"),
         (lambda: probability_of_improvement([1.0, 2.0], [1.0, 2.0], direction="down"), "minimize or maximize"),
-        (lambda: seeds_to_test(0), "arms is 0"),
-        (lambda: seeds_needed([1.0], 1), "give at least two"),
         (lambda: compare({"a": [1.0]}, "base"), "no arm 'base' to compare with: the arms are a"),
         (lambda: compare({"base": [1.0]}, "base"), "the only arm"),
         (lambda: compare({"base": [NAN, NAN], "a": [1.0, 2.0]}, "base"), "has no score at any seed"),
@@ -544,6 +456,17 @@ def test_the_mean_intervals_of_strongly_skewed_scores_cover_a_little_less(seeds)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seeds", [3, 4, 6, 9])
+def test_the_mean_intervals_of_very_skewed_scores_cover_84_to_90_percent(seeds):
+    """Skewness 2.8 and 6, as the module says; Student's intervals cover less."""
+    rng = np.random.default_rng(seeds)
+    chi, log = rng.chisquare(1, size=(STUDIES, seeds)), np.exp(rng.normal(size=(STUDIES, seeds)))
+    for draws, truth in ((chi, 1.0), (log, math.exp(0.5))):
+        student = np.abs(draws.mean(axis=1) - truth) <= stats.t.ppf(0.975, seeds - 1) * stats.sem(draws, axis=1)
+        assert max(0.82, student.mean()) <= coverage(mean_interval, draws, truth) <= 0.92
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 5, 10])
 def test_the_mean_intervals_over_strata_cover_93_to_97_percent(seeds):
     """Three tasks, one three times as noisy as another."""
@@ -594,19 +517,6 @@ def null_study(arms: int, seeds: int, rng: np.random.Generator) -> np.ndarray:
     return rng.normal(size=(1, seeds)) + spread * rng.normal(size=(1 + arms, seeds))
 
 
-@pytest.mark.parametrize(
-    ("arms", "seeds"), [(1, 6), (3, 8), *(pytest.param(*s, marks=pytest.mark.slow) for s in [(1, 10), (3, 12), (8, 9)])]
-)
-def test_false_verdicts_after_holm_stay_at_or_under_5_percent(arms, seeds):
-    """In 2,000 studies of arms that do not differ from the baseline: the share with any false verdict."""
-    rng = np.random.default_rng(1)
-    false = 0
-    for _ in range(STUDIES):
-        scores = null_study(arms, seeds, rng)
-        false += bool((holm([sign_flip_p(arm - scores[0]) for arm in scores[1:]]) <= 0.05).any())
-    assert false / STUDIES <= 0.05
-
-
 @pytest.mark.slow
 def test_verdicts_of_whole_studies_are_false_in_at_most_5_percent():
     """One arm of 3 does differ, and is found; a false verdict is any on the two others, by `compare` itself."""
@@ -620,13 +530,3 @@ def test_verdicts_of_whole_studies_are_false_in_at_most_5_percent():
         false += any(c.verdict in (Verdict.BETTER, Verdict.WORSE) for c in others)
     assert false / STUDIES <= 0.05
     assert found / STUDIES > 0.8
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("effect", [0.8, 1.2])
-def test_as_many_seeds_as_needed_find_4_differences_of_5(effect):
-    """The exact test keeps up with the t test by which `seeds_needed` reckons."""
-    differences = np.array([-1.0, 1.0]) / math.sqrt(2.0) + effect
-    seeds = int(seeds_needed(differences, 1))
-    draws = effect + normal(STUDIES, seeds)
-    assert np.mean([sign_flip_p(row) <= 0.05 for row in draws]) == pytest.approx(0.8, abs=0.05)

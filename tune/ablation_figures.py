@@ -72,7 +72,7 @@ def _draw_difference(axes: Axes, row: int, comparison: Comparison) -> None:
         )
     if math.isfinite(interval.estimate):
         axes.plot(interval.estimate, row, "o", color=colour, markersize=6, zorder=4)
-    tested = "" if comparison.gaps else f" ({p_text(comparison.p_holm)}, {comparison.seeds} seeds)"
+    tested = "" if comparison.gaps else f" ({p_text(comparison.p_adjusted)}, {comparison.seeds} seeds)"
     text = f"{comparison.verdict_text}{tested}"
     axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=SMALL, color=colour)
 

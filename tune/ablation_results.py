@@ -26,10 +26,11 @@ from tune.ablation_plan import ARM, SEED, AblationPlan
 from tune.designs import BASELINE, two_level_design
 from tune.effects import Effect, level_effects
 from tune.leaderboard import NOT_COMPUTED, better, metric_label, number, summary_of
+from tune.multiple_testing import Array
+from tune.power import Correction, SeedRange, correction_of
 from tune.seed_plan import review
 from tune.space import show
 from tune.statistics import (
-    Array,
     Bootstrap,
     Comparison,
     Direction,
@@ -45,6 +46,19 @@ from tune.statistics import (
 )
 from tune.study import Study, StudyFolder, TrialRecord, TrialState
 
+_TESTS = {
+    Correction.NONE: (
+        "p: sign flips of the paired differences; exact if arm and baseline are exchangeable at each seed."
+    ),
+    Correction.CLOSED: (
+        "p: permutation of arms and baseline within seeds, closed over all sets of arms; exact if an arm that does "
+        "nothing is exchangeable with the baseline at each seed."
+    ),
+    Correction.HOLM: (
+        "p: sign flips of the paired differences with Holm's correction, exact if an arm that does nothing is "
+        "exchangeable with the baseline at each seed."
+    ),
+}
 TUNING = "tuning"
 """The folder in a study's own in which each arm's tuning is a study."""
 _STYLES = {
@@ -214,8 +228,8 @@ class Results:
             left_out=self.runs[arm].planned - found.seeds,
             improvement=Interval(math.nan, 0.0, 1.0, self._bootstrap.level, Method.NONE),
             p=math.nan,
-            p_holm=math.nan,
-            seeds_needed=math.nan,
+            p_adjusted=math.nan,
+            seeds_needed=SeedRange(math.nan, math.nan),
             verdict=Verdict.FAILED if is_lost else Verdict.UNFINISHED,
             reason=_why_untested(self.runs[arm], baseline, is_lost),
             gaps=self.gaps[arm],
@@ -372,10 +386,11 @@ def arms_frame(results: Results) -> pd.DataFrame:
     Returns:
         Columns arm, changes, seeds (with a score), missing (without one), how many of these are diverged, failed,
         pruned, stopped, running and not_begun, mean, mean_low, mean_high, iqm, std, difference, difference_low,
-        difference_high, p, p_holm, improvement (the chance of beating the baseline), verdict (or which runs it lacks),
-        seeds_needed, the standard deviations std_training and std_generation where the evaluation's noise was drawn
-        more than once, of each further score X: X, X_low, X_high, and with tuning inside arms tuning_trials and
-        tuning_missing, those of them that are not complete.
+        difference_high, p (of the arm alone), p_adjusted (for all arms), correction (how it was adjusted), improvement
+        (the chance of beating the baseline), verdict (or which runs it lacks), seeds_needed_low, seeds_needed_high, the
+        standard deviations std_training and std_generation where the evaluation's noise was drawn more than once, of
+        each further score X: X, X_low, X_high, and with tuning inside arms tuning_trials and tuning_missing, those of
+        them that are not complete.
     """
     compared = {comparison.arm: comparison for comparison in results.comparisons}
     return pd.DataFrame([_row(results, arm.name, arm.changes, compared.get(arm.name)) for arm in results.plan.arms])
@@ -402,10 +417,12 @@ def _row(results: Results, arm: str, changes: Mapping[str, Any], comparison: Com
         "difference_low": math.nan if comparison is None else comparison.difference.low,
         "difference_high": math.nan if comparison is None else comparison.difference.high,
         "p": math.nan if comparison is None else comparison.p,
-        "p_holm": math.nan if comparison is None else comparison.p_holm,
+        "p_adjusted": math.nan if comparison is None else comparison.p_adjusted,
+        "correction": "" if comparison is None else str(comparison.correction),
         "improvement": math.nan if comparison is None else comparison.improvement.estimate,
         "verdict": verdict_text(results, arm, comparison),
-        "seeds_needed": math.nan if comparison is None else comparison.seeds_needed,
+        "seeds_needed_low": math.nan if comparison is None else comparison.seeds_needed.low,
+        "seeds_needed_high": math.nan if comparison is None else comparison.seeds_needed.high,
     }
     spreads = {
         "std_training": math.nan if variances is None else math.sqrt(variances.training),
@@ -436,7 +453,7 @@ def arms_table(results: Results) -> Table:
     objective = results.plan.sweep.objectives[0]
     table = Table(
         "arm", "seeds", "missing", f"{metric_label(results.plan, objective)}, mean", *other_labels(results),
-        "minus baseline", "p (Holm)", "verdict",
+        "minus baseline", p_label(results), "verdict",
         caption=" ".join([f"{better(objective).capitalize()}.", *notes(results)]),
         caption_justify="left",
     )  # fmt: skip
@@ -462,7 +479,7 @@ def _brief_cells(results: Results, arm: str) -> list[str]:
 def notes(results: Results) -> list[str]:
     """Sentences that belong under every table of arms."""
     generations = results.plan.ablation.generations
-    found = [f"Intervals of {100.0 * (1.0 - results.plan.ablation.level):g} %."]
+    found = [f"Intervals of {100.0 * (1.0 - results.plan.ablation.level):g} %.", p_note(results)]
     if generations > 1:
         found.append(f"The score of a run is its mean over {generations} draws of the evaluation's noise.")
     if results.gaps:
@@ -484,7 +501,22 @@ def verdict_text(results: Results, arm: str, comparison: Comparison | None) -> s
 
 def p_cell(comparison: Comparison) -> str:
     """The adjusted p-value for a table; empty where no test was taken."""
-    return "" if math.isnan(comparison.p_holm) else p_text(comparison.p_holm).removeprefix("p = ")
+    return "" if math.isnan(comparison.p_adjusted) else p_text(comparison.p_adjusted).removeprefix("p = ")
+
+
+def p_label(results: Results) -> str:
+    """The heading of the p-values that verdicts go by: `p (closed)`, `p (Holm)` or, of one arm, `p`."""
+    correction = _correction(results)
+    return "p" if correction is Correction.NONE else f"p ({correction})"
+
+
+def p_note(results: Results) -> str:
+    """Which test the p-values are of, and what it tests."""
+    return _TESTS[_correction(results)]
+
+
+def _correction(results: Results) -> Correction:
+    return correction_of(max(1, len(results.plan.arms) - 1), results.plan.ablation.level)
 
 
 def other_labels(results: Results) -> list[str]:
@@ -498,10 +530,9 @@ def other_cells(results: Results, arm: str) -> list[str]:
 
 
 def _verdict(comparison: Comparison) -> str:
-    needed = comparison.seeds_needed
-    if comparison.verdict is not Verdict.TOO_FEW_SEEDS or math.isinf(needed):
+    if comparison.verdict is not Verdict.TOO_FEW_SEEDS or math.isinf(comparison.seeds_needed.low):
         return comparison.verdict_text
-    return f"{comparison.verdict}, {needed:.0f} would do"
+    return f"{comparison.verdict}, {comparison.enough}"
 
 
 def mean_text(summary: Summary) -> str:
@@ -517,12 +548,13 @@ def latex(results: Results) -> str:
     compared = {comparison.arm: comparison for comparison in results.comparisons}
     others = other_labels(results)
     labels = [_escaped(label) for label in (metric_label(results.plan, objective), *others)]
+    p_heading = p_label(results).replace("p", "$p$", 1)
     lines = [
         f"% {_escaped(results.plan.name)}: {_escaped(' '.join(results.plan.ablation.hypothesis.split()))}",
         *(f"% {_escaped(sentence)}" for sentence in notes(results)),
         rf"\begin{{tabular}}{{lrll{'l' * len(others)}lll}}",
         r"\toprule",
-        rf"arm & seeds & missing & {' & '.join(labels)} & difference & $p$ (Holm) & verdict \\",
+        rf"arm & seeds & missing & {' & '.join(labels)} & difference & {p_heading} & verdict \\",
         r"\midrule",
     ]
     for arm in results.plan.arms:

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dxmi.errors import UserError
-from tune.statistics import DEFAULT, Array, Bootstrap, Interval, holm, mean_interval, p_text, sign_flip_p
+from tune.multiple_testing import Array, holm, sign_flip_p
+from tune.statistics import DEFAULT, Bootstrap, Interval, mean_interval, p_text
 
 Term = Sequence[str]
 """Names of factors: one for a main effect, several for their interaction."""

@@ -38,6 +38,8 @@ from tune.ablation_results import (
     notes,
     other_labels,
     p_cell,
+    p_label,
+    p_note,
     results_of,
     verdict_text,
 )
@@ -517,7 +519,7 @@ def _arms(results: Results) -> HtmlTable:
         (label, "mean over the seeds, with its interval", "number"),
         *((name, "mean over the seeds, with its interval", "number") for name in other_labels(results)),
         ("minus baseline", "mean difference at the same seed, with its interval", "number"),
-        ("p", "sign-flip test over the seeds, Holm's correction over the arms", "number"),
+        (p_label(results), p_note(results), "number"),
         ("beats it", "chance that a run of the arm beats a run of the baseline", "number"),
         ("verdict", "", ""),
     ]
@@ -542,7 +544,7 @@ def _arm_row(results: Results, arm: Arm, comparison: Comparison | None) -> list[
     return [
         *cells,
         _number_cell(comparison.difference.estimate, str(comparison.difference), "number"),
-        _number_cell(comparison.p_holm, p_cell(comparison), "number"),
+        _number_cell(comparison.p_adjusted, p_cell(comparison), "number"),
         _number_cell(comparison.improvement.estimate, f"{comparison.improvement.estimate:.0%}", "number"),
         Cell(verdict, verdict, "state"),
     ]

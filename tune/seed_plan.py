@@ -1,9 +1,14 @@
 """Adding seeds only where the verdict is still open: when to look, what a look may decide, and who gets another seed.
 
 Looking often and stopping at the first significant p would raise the rate of false verdicts. Here a plan, made before
-the first run, says at which numbers of seeds the test is taken and how much of the error rate each may use, and
-`sequential_p` corrects for all of them. Everything is a function of the scores so far, so that a decision can be taken
-again after a crash.
+the first run, says at which numbers of seeds the tests are taken and how much of the error rate each may use, and
+p-values are corrected for all of them: `sequential_p` for single arms, `sequential_closed_p` for sets of arms.
+Everything is a function of the scores so far, so that a decision can be taken again after a crash.
+
+A set of arms can only be tested with as many seeds as all of its arms have. So arms that have no verdict yet get their
+seeds together until the study stops, and those with a verdict drop out: every set with one of them is rejected already,
+with the seeds that it had then. Which of the open arms looks best so far decides nothing, which would be a selection
+that no p-value allows for. Beyond 12 arms, where Holm's correction needs no sets, hopeless arms stop one by one.
 """
 
 import math
@@ -15,23 +20,17 @@ from numpy.typing import ArrayLike
 from scipy.stats import t as student
 
 from dxmi.errors import UserError
-from tune.statistics import (
-    DEFAULT,
+from tune.multiple_testing import (
     MOST_EXACT,
     Array,
-    Bootstrap,
-    Comparison,
-    Direction,
-    Pairs,
-    Verdict,
+    Look,
     holm,
-    judge,
-    pair_up,
     rounding,
-    scores_of,
-    seeds_to_test,
+    sequential_closed_p,
     sign_flip_sums,
 )
+from tune.power import Correction, correction_of, hardest_bar, seeds_to_test
+from tune.statistics import DEFAULT, Bootstrap, Comparison, Direction, Pairs, Verdict, judge, pair_up, scores_of
 
 _WEIGHTS = (0.25, 0.25, 0.5)
 """Of the error rate: at the first test, half way from there, and at the cap."""
@@ -47,7 +46,7 @@ class SeedPlan:
         cap: seeds of an arm at most; 20, since the test lists all sign vectors.
         step: seeds that are added at once.
         error_rate: of false verdicts, of all arms and looks together.
-        hopeless: an arm stops if its chance of a verdict by the cap falls below this.
+        hopeless: the study stops if no arm's chance of a verdict by the cap is at least this.
     """
 
     arms: int
@@ -82,15 +81,26 @@ class SeedPlan:
     def tests(self) -> tuple[tuple[int, float], ...]:
         """(number of seeds, share of the error rate) of each look that tests; the shares sum to 1.
 
-        A quarter is for the first look that can decide with it, in Holm's hardest step; a quarter for one half way from
+        A quarter is for the first look that can decide with it, in the hardest step; a quarter for one half way from
         there to the cap; the rest for the cap, so that hardly a verdict is lost that the cap alone would have found.
         """
-        first = seeds_to_test(self.arms, _WEIGHTS[0] * self.error_rate)
+        first = self._first_test
         half_way = (first + self.cap) / 2.0
         shares = dict.fromkeys(self.looks, 0.0)
         for seeds, share in zip((first, half_way, self.cap), _WEIGHTS, strict=True):
             shares[next((look for look in self.looks if look >= seeds), self.cap)] += share
         return tuple((look, share) for look, share in shares.items() if share > 0.0)
+
+    @property
+    def correction(self) -> Correction:
+        """How p-values allow for the number of arms."""
+        return correction_of(self.arms, self.error_rate)
+
+    @property
+    def _first_test(self) -> int:
+        """The fewest seeds with which the first test's share can show anything."""
+        compared = self.arms if self.correction is Correction.HOLM else 1
+        return seeds_to_test(1, _WEIGHTS[0] * self.error_rate / compared)
 
 
 def sequential_p(differences: ArrayLike, tests: Sequence[tuple[int, float]]) -> float:
@@ -142,8 +152,9 @@ def _flipped_p(differences: Array) -> Array:
 def next_seeds(scores: Mapping[str, ArrayLike], baseline: str, plan: SeedPlan) -> dict[str, int]:
     """The arms that need more runs, and how many seeds each should have then; empty when all is said.
 
-    An arm goes on until it has a verdict, or is hopeless: its chance of one by the cap, as `_chance` predicts it, is
-    below `plan.hopeless`. The baseline needs as many seeds as the arm with the most.
+    An arm without a verdict continues until no such arm has any hope: until the chance of a verdict by the cap, as
+    `_chance` predicts it, is below `plan.hopeless` for each of them. The baseline needs as many seeds as the arm with
+    the most.
 
     Args:
         scores: of each arm and of the baseline [its seeds so far], NaN where a run failed; seeds come in the same
@@ -156,9 +167,8 @@ def next_seeds(scores: Mapping[str, ArrayLike], baseline: str, plan: SeedPlan) -
             than the cap, or an infinite score.
     """
     arms = _arms(scores, baseline, plan)
-    adjusted = holm([arm.p for arm in arms]).tolist()
-    open_arms = [arm for arm, p in zip(arms, adjusted, strict=True) if _is_open(arm, p, plan)]
-    return {arm.pairs.arm: next(look for look in plan.looks if look > arm.seeds) for arm in open_arms}
+    going_on = _going_on(arms, _adjusted(arms, scores, baseline, plan), plan)
+    return {arm.pairs.arm: next(look for look in plan.looks if look > arm.seeds) for arm in going_on}
 
 
 def review(
@@ -172,8 +182,8 @@ def review(
 ) -> tuple[Comparison, ...]:
     """Every arm against the baseline as `compare` has it, with p-values that are corrected for the looks of the plan.
 
-    An arm that may still get seeds is `too few seeds`; one that stopped as hopeless is `no difference shown`: the
-    study, with its cap, could have shown one.
+    An arm that may still get seeds is `too few seeds`; one whose study stopped as hopeless is `no difference shown`:
+    the study, with its cap, could have shown one.
 
     Args:
         scores: as for `next_seeds`.
@@ -190,8 +200,13 @@ def review(
     p_values = [arm.p for arm in arms]
     pairs = [arm.pairs for arm in arms]
     bootstrap = Bootstrap(1.0 - plan.error_rate, resamples, seed)
-    judged = judge(pairs, p_values, direction=direction, bootstrap=bootstrap)
-    return tuple(_with_plan(comparison, arm, plan) for comparison, arm in zip(judged, arms, strict=True))
+    adjusted = _adjusted(arms, scores, baseline, plan)
+    going_on = {arm.pairs.arm for arm in _going_on(arms, adjusted, plan)}
+    judged = judge(pairs, p_values, adjusted, direction=direction, bootstrap=bootstrap)
+    return tuple(
+        _with_plan(comparison, arm, plan, is_open=comparison.arm in going_on)
+        for comparison, arm in zip(judged, arms, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -235,18 +250,34 @@ def _arm(name: str, ours: Array, theirs: Array, plan: SeedPlan) -> _Arm:
     return _Arm(pairs, seeds, sequential_p(pairs.differences, tests))
 
 
-def _is_open(arm: _Arm, p_holm: float, plan: SeedPlan) -> bool:
-    if arm.seeds >= plan.cap or p_holm <= plan.error_rate:
-        return False
-    return arm.seeds < plan.start or _chance(arm, plan) >= plan.hopeless
+def _adjusted(arms: Sequence[_Arm], scores: Mapping[str, ArrayLike], baseline: str, plan: SeedPlan) -> Array:
+    """The arms' p-values, corrected for looks and for the number of arms."""
+    p_values = [arm.p for arm in arms]
+    if plan.correction is not Correction.CLOSED:
+        return holm(p_values)
+    table = np.full((1 + len(arms), plan.cap), math.nan)
+    for row, name in enumerate([baseline, *(arm.pairs.arm for arm in arms)]):
+        own = scores_of(name, scores[name])[: plan.cap]
+        table[row, : len(own)] = own
+    looks = [Look(seeds, share) for seeds, share in plan.tests]
+    return sequential_closed_p(table, [arm.seeds for arm in arms], p_values, looks)
+
+
+def _going_on(arms: Sequence[_Arm], adjusted: Array, plan: SeedPlan) -> list[_Arm]:
+    """The arms that get more seeds."""
+    undecided = [arm for arm, p in zip(arms, adjusted.tolist(), strict=True) if p > plan.error_rate]
+    open_arms = [arm for arm in undecided if arm.seeds < plan.cap and (arm.seeds < plan.start or len(arm.pairs.scores))]
+    hopeful = [arm for arm in open_arms if arm.seeds < plan.start or _chance(arm, plan) >= plan.hopeless]
+    return hopeful if plan.correction is Correction.HOLM or not hopeful else open_arms
 
 
 def _chance(arm: _Arm, plan: SeedPlan) -> float:
-    """The chance that a t test at the cap, in Holm's hardest step, will find a difference (predictive power).
+    """The chance that a t test at the cap, in the hardest step, will find a difference (predictive power).
 
     With n of N seeds, mean d and spread s, the mean at the cap is d + s sqrt(1/n - 1/N) T, T of Student's t with n - 1
     degrees of freedom (Spiegelhalter, Freedman and Blackburn 1986, with a flat prior), and has to pass
-    s t_{N-1, 1-a/2} / sqrt(N). One pair says nothing, so 1; an arm without any has failed wherever it ran, so 0.
+    s t / sqrt(N) with t from `hardest_bar`. One pair says nothing, so 1; an arm without any has failed wherever it
+    ran, so 0.
     """
     differences = arm.pairs.differences
     n = len(differences)
@@ -256,18 +287,18 @@ def _chance(arm: _Arm, plan: SeedPlan) -> float:
     mean, spread = abs(float(differences.mean())), float(differences.std(ddof=1))
     if spread <= rounding(differences):
         return float(mean > rounding(differences))
-    bar = float(student.isf(plan.error_rate / plan.arms / 2.0, total - 1)) * spread / math.sqrt(total)
+    bar = hardest_bar(total, plan.arms, plan.error_rate) * spread / math.sqrt(total)
     error = spread * math.sqrt(1.0 / n - 1.0 / total)
     return float(student.sf((bar - mean) / error, n - 1) + student.cdf((-bar - mean) / error, n - 1))
 
 
-def _with_plan(comparison: Comparison, arm: _Arm, plan: SeedPlan) -> Comparison:
+def _with_plan(comparison: Comparison, arm: _Arm, plan: SeedPlan, *, is_open: bool) -> Comparison:
     """Say of an arm without a verdict whether it goes on, or why it stopped before the cap."""
     where = f"{arm.seeds} of at most {plan.cap} seeds"
-    if _is_open(arm, comparison.p_holm, plan):
+    if is_open:
         reason = f"Still open after {where}."
         return replace(comparison, verdict=Verdict.TOO_FEW_SEEDS, reason=reason)
-    if comparison.p_holm <= plan.error_rate or arm.seeds == plan.cap or comparison.seeds < 2:
+    if comparison.p_adjusted <= plan.error_rate or arm.seeds == plan.cap or comparison.seeds < 2:
         return comparison
     reason = f"Stopped after {where}: the chance that {plan.cap} would show a difference was {_chance(arm, plan):.0%}."
     return replace(comparison, verdict=Verdict.NO_DIFFERENCE, reason=reason)

@@ -376,7 +376,7 @@ class _Recorder:
                 f"arm/{key.removeprefix('eval/')}": own[name].mean.estimate for key, own in results.others.items()
             }
             if comparison is not None:
-                numbers |= {"arm/difference": comparison.difference.estimate, "arm/p_holm": comparison.p_holm}
+                numbers |= {"arm/difference": comparison.difference.estimate, "arm/p_adjusted": comparison.p_adjusted}
             finite = _numbers(numbers)
             ledger.log(run, [Point(key, value, summary.seeds, _now()) for key, value in finite.items()])
             tags = {"verdict": verdict_text(results, name, comparison), "missing": str(runs)}
