@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import pandas as pd
 from rich.table import Table
 
 from dxmi.files import write_atomic
+from dxmi.references import ScoredReference, scored_references
 from tune.ablation_plan import ARM, SEED, AblationPlan
+from tune.console import outdone, outdone_sentences
 from tune.designs import BASELINE, two_level_design
 from tune.effects import Effect, level_effects
 from tune.leaderboard import better, metric_label, number, summary_of
@@ -116,6 +118,23 @@ class Results:
         return float(summary_of(record).get("scores", {}).get("best", {}).get(metric, math.nan))
 
     @cached_property
+    def outdone(self) -> list[str]:
+        """Sentences about the arms whose mean a training-free sampler beats with no more network evaluations."""
+        found = []
+        for arm in self.plan.arms:
+            summaries = self._complete_summaries(arm.name)
+            if summaries:
+                score = float(np.mean([summary["best"]["value"] for summary in summaries]))
+                evaluations = summaries[0]["num_steps"]
+                found.append(outdone(arm.name, score, _mean_references(summaries), evaluations))
+        return outdone_sentences(self.plan.metric, found)
+
+    def _complete_summaries(self, arm: str) -> list[Mapping[str, Any]]:
+        records = [self.records.get((arm, seed)) for seed in self.seeds]
+        complete = [record for record in records if record is not None and record.state is TrialState.COMPLETE]
+        return [summary for summary in map(summary_of, complete) if summary]
+
+    @cached_property
     def variances(self) -> dict[str, Variances]:
         """Of each arm with at least two seeds and two draws of the evaluation's noise, where its spread comes from."""
         found = {}
@@ -141,6 +160,16 @@ class Results:
             return ()
         levels = {name: [arm.levels[name] for arm in self.plan.arms] for name in self.plan.ablation.factors}
         return level_effects(levels, _terms(self.plan), scores, self._bootstrap)
+
+
+def _mean_references(summaries: Sequence[Mapping[str, Any]]) -> list[ScoredReference]:
+    """The references that all summaries have, with their mean scores."""
+    scores = [{r.key: r.score for r in scored_references(summary)} for summary in summaries]
+    return [
+        replace(reference, score=float(np.mean([of_seed[reference.key] for of_seed in scores])))
+        for reference in scored_references(summaries[0])
+        if all(reference.key in of_seed for of_seed in scores)
+    ]
 
 
 def _terms(plan: AblationPlan) -> list[tuple[str, ...]]:
