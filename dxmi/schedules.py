@@ -30,7 +30,9 @@ BETA_FIRST, BETA_LAST = 1e-4, 0.02
 _ROOT_TOLERANCE = 1e-12
 SHORTENINGS = ("var", "step")
 METHODS = (*SHORTENINGS, "karras", "ddgan")
-SHAPES = ("linear", "quadratic", "trailing")
+SHAPES = ("linear", "quadratic")
+STEP_SHAPES = (*SHAPES, "trailing")
+"""Of method=step."""
 VARIANCES = ("small", "large")
 
 SIGMA_DATA = 0.5
@@ -104,10 +106,11 @@ class ScheduleConfig:
             raise ValueError(f"num_steps is {self.num_steps}: it must be in 1..{NUM_DIFFUSION_STEPS}")
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}: it must be one of {', '.join(METHODS)}")
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape is {self.shape!r}: it must be one of {', '.join(SHAPES)}")
-        if self.shape == "trailing" and self.method == "var":
-            raise ValueError("shape is 'trailing': with method=var it must be linear or quadratic; trailing needs step")
+        shapes = SHAPES if self.method == "var" else STEP_SHAPES
+        if self.shape not in shapes:
+            raise ValueError(
+                f"shape is {self.shape!r}: with method={self.method} it must be one of {', '.join(shapes)}"
+            )
         if not 0.0 <= self.kappa <= 1.0:
             raise ValueError(f"kappa is {self.kappa}: it must be in [0, 1]")
         if not 0.0 <= self.final_sigma < 1.0:

@@ -122,17 +122,18 @@ class Results:
         """Sentences about the arms whose mean a training-free sampler beats with no more network evaluations."""
         found = []
         for arm in self.plan.arms:
-            summaries = self._complete_summaries(arm.name)
-            if summaries:
-                score = float(np.mean([summary["best"]["value"] for summary in summaries]))
-                evaluations = summaries[0]["num_steps"]
-                found.append(outdone(arm.name, score, _mean_references(summaries), evaluations))
+            scored = self._scored_summaries(arm.name)
+            if scored:
+                score, summaries = float(np.mean([score for score, _ in scored])), [summary for _, summary in scored]
+                found.append(outdone(arm.name, score, _mean_references(summaries), summaries[0]["num_steps"]))
         return outdone_sentences(self.plan.metric, found)
 
-    def _complete_summaries(self, arm: str) -> list[Mapping[str, Any]]:
+    def _scored_summaries(self, arm: str) -> list[tuple[float, Mapping[str, Any]]]:
+        """Score and summary of each complete run of an arm."""
         records = [self.records.get((arm, seed)) for seed in self.seeds]
         complete = [record for record in records if record is not None and record.state is TrialState.COMPLETE]
-        return [summary for summary in map(summary_of, complete) if summary]
+        pairs = [(record.outcome.score, summary_of(record)) for record in complete]
+        return [(score, summary) for score, summary in pairs if score is not None and summary]
 
     @cached_property
     def variances(self) -> dict[str, Variances]:
