@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dxmi.evaluate import SELECTION, EvaluateConfig, Sampling, generate, preview
 from dxmi.networks import Denoiser
 from dxmi.references import (
     Role,
@@ -13,7 +14,8 @@ from dxmi.references import (
     references,
     scored_references,
 )
-from dxmi.schedules import ScheduleConfig
+from dxmi.sampler import Policy
+from dxmi.schedules import ScheduleConfig, ancestral_schedule
 from tune.console import outdone, outdone_sentences
 
 KARRAS = ScheduleConfig(method="karras", num_steps=10)
@@ -96,6 +98,48 @@ def test_labels_name_sampler_spacing_variance_and_further_evaluations():
     assert labels["ddpm_5_trailing_large"] == "5 steps (DDPM, trailing, large variance)"
     assert labels["ddpm_1000"] == "1000 steps (DDPM, small variance)"
     assert labels["heun_9_trailing"] == "5 steps (Heun, trailing, 9 evaluations)"
+
+
+# ----------------------------------------------------------------------------
+# Pictures.
+
+
+class Telling(Counting):
+    """Shows the label and the latent that it was given."""
+
+    classes = 10
+    latent = 2
+
+    def embed_labels(self, labels: Tensor) -> Tensor:
+        return labels[:, None].float()
+
+    def embed_latent(self, latent: Tensor) -> Tensor:
+        return latent[:, :1]
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return embedding[:, :, None, None].expand_as(x)
+
+
+@pytest.mark.parametrize("config", [ScheduleConfig(), KARRAS])
+@pytest.mark.parametrize("num", [3, 4, 6])
+def test_a_preview_shows_the_samples_that_the_score_looks_at_and_computes_no_others(config, num):
+    evaluate = EvaluateConfig(batch_size=4, num_samples=8)
+    for reference in references(config, full=False):
+        policy = reference.policy(Counting(), reference.schedule, (1, 4, 4))
+        steps = []
+        shown = preview(Sampling(policy, SELECTION), num, evaluate, lambda: steps.append(1))  # noqa: B023
+        assert torch.equal(shown, generate(Sampling(policy, SELECTION), num, evaluate)), reference.key
+        assert len(steps) == -(-num // 4) * (reference.schedule.num_steps + 1)
+
+
+def test_the_first_of_many_samples_keep_the_noise_labels_and_latents_that_they_have_among_all():
+    schedule = ancestral_schedule(5, "large")
+    policy = Policy(Telling(), schedule, (1, 2, 2))
+    states = list(policy.walk(64, torch.Generator().manual_seed(0)))
+    first = list(policy.walk(64, torch.Generator().manual_seed(0), first=5))
+    assert {len(x) for x in first} == {5}
+    for some, everything in zip(first, states, strict=True):
+        torch.testing.assert_close(some, everything[:5])
 
 
 # ----------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from dxmi.references import references as of_steps
 from dxmi.run_directory import read_yaml
 from dxmi.schedules import ScheduleConfig
 from dxmi.train import train
-from support import TINY
+from support import TINY, changed
 from tune import report
 from tune.configs import compose_experiment
 from tune.figures import Reference, importance_obstacle, importances, references, study_figures
@@ -522,7 +522,7 @@ def test_real_data_and_references_stand_above_the_samples(made):
 
 
 def test_a_strip_shows_the_whole_width_of_a_grid_and_the_rows_of_the_trials_pictures(made):
-    experiment = compose_experiment([*TINY, "evaluate.grid=64"]).experiment
+    experiment = compose_experiment(changed(TINY, "evaluate.grid=64")).experiment
     sweep = made(experiment=experiment)
     record = sweep.complete(4.0)
     pixels = torch.zeros(64, 1, 8, 8, dtype=torch.uint8)
