@@ -6,7 +6,7 @@ model as it is, each in its strongest usual form, with trailing spacing.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -119,21 +119,24 @@ def _full(config: ScheduleConfig) -> list[Reference]:
 
 
 def _of_steps(config: ScheduleConfig, num_steps: int, role: Role) -> list[Reference]:
-    """Every sampler with so many network evaluations; a diffusion GAN has none but its own.
+    """Every sampler with so many network evaluations that is not another one's equal; a diffusion GAN has none.
 
-    With one step all are the same, the jump from the noise to the predicted data.
+    With one step all are the same, the jump from the noise to the predicted data. With two, DPM-Solver++(2M), whose first
+    and last steps are of first order, is DDIM (or Euler), and Heun's method has one step.
     """
     if config.method == "ddgan":
         return []
-    if config.method == "karras":
-        makers: tuple[_Maker, ...] = (_euler, _karras_solver, _karras_ancestral)
-        found = [maker(config, num_steps, role) for maker in makers]
-        if num_steps > 2:
-            found.append(_heun(config, (num_steps + 1) // 2, role))
-    else:
-        found = [_ddim(num_steps, role), _solver(num_steps, role)]
+    first_order, solver = (_euler, _karras_solver) if config.method == "karras" else (_ddim, _solver)
+    found = [first_order(config, num_steps, role)]
+    if num_steps > 2:
+        found.append(solver(config, num_steps, role))
+    if num_steps > 1 and config.method == "karras":
+        found.append(_karras_ancestral(config, num_steps, role))
+    elif num_steps > 1:
         found += [_ancestral(num_steps, variance, role) for variance in VARIANCES]
-    return found if num_steps > 1 else found[:1]
+    if num_steps > 2 and config.method == "karras":
+        found.append(_heun(config, (num_steps + 1) // 2, role))
+    return found
 
 
 # ----------------------------------------------------------------------------
@@ -145,12 +148,12 @@ def _spacing(num_steps: int) -> tuple[str, str]:
     return ("", "") if num_steps == NUM_DIFFUSION_STEPS else ("_trailing", ", trailing")
 
 
-def _ddim(num_steps: int, role: Role) -> Reference:
+def _ddim(_: ScheduleConfig, num_steps: int, role: Role) -> Reference:
     key, words = _spacing(num_steps)
     return Reference(f"ddim_{num_steps}{key}", f"DDIM{words}", role, ddim_schedule(num_steps))
 
 
-def _solver(num_steps: int, role: Role) -> Reference:
+def _solver(_: ScheduleConfig, num_steps: int, role: Role) -> Reference:
     key, words = _spacing(num_steps)
     name = f"DPM-Solver++(2M){words}"
     return Reference(f"dpm_solver_{num_steps}{key}", name, role, ddim_schedule(num_steps), DpmSolver)
@@ -166,8 +169,6 @@ def _ancestral(num_steps: int, variance: str, role: Role) -> Reference:
 # ----------------------------------------------------------------------------
 # The samplers of an EDM model. Its ancestral steps have the small variance only: the large one, s^2 - s'^2, is far
 # above the noise that is left at the next level, s'^2, unless there are very many steps.
-
-_Maker = Callable[[ScheduleConfig, int, Role], Reference]
 
 
 def _euler(config: ScheduleConfig, num_steps: int, role: Role) -> Reference:

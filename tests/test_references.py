@@ -72,6 +72,14 @@ def test_with_one_step_all_samplers_are_one(config):
     assert len(keys(config, full=False)) == 2
 
 
+def test_with_two_steps_a_solver_of_second_order_is_the_one_of_first_order_and_left_out():
+    two = [ScheduleConfig(num_steps=2), ScheduleConfig(method="karras", num_steps=2)]
+    assert [keys(config, full=False) for config in two] == [
+        ["ddim_2_trailing", "ddpm_2_trailing", "ddpm_2_trailing_large", "shortened"],
+        ["euler_2_trailing", "ancestral_2_trailing", "shortened"],
+    ]
+
+
 @pytest.mark.parametrize("config", [ScheduleConfig(), KARRAS, ScheduleConfig(method="karras", num_steps=4), GAN])
 def test_each_reference_calls_the_network_as_often_as_it_says(config):
     for reference in references(config, full=config is KARRAS, steps=(2, 3)):
