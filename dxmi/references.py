@@ -119,10 +119,10 @@ def _full(config: ScheduleConfig) -> list[Reference]:
 
 
 def _of_steps(config: ScheduleConfig, num_steps: int, role: Role) -> list[Reference]:
-    """Every sampler with so many network evaluations that is not another one's equal; a diffusion GAN has none.
+    """Every sampler with so many network evaluations that is not the equal of another; a diffusion GAN has none.
 
-    With one step all are the same, the jump from the noise to the predicted data. With two, DPM-Solver++(2M), whose first
-    and last steps are of first order, is DDIM (or Euler), and Heun's method has one step.
+    With one step all are the same, the jump from the noise to the predicted data. With two, DPM-Solver++(2M) is DDIM
+    (or Euler), since its first and last steps are of first order, and Heun's method has one step.
     """
     if config.method == "ddgan":
         return []
