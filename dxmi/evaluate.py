@@ -68,7 +68,8 @@ class EvaluateConfig:
     """Score the pretrained model with all of its steps too, to which end hundreds of evaluations of the network are
     needed for each sample."""
     reference_steps: tuple[int, ...] | None = None
-    """Numbers of steps of further references: DDIM and DPM-Solver++(2M) on the pretrained model with each; or null."""
+    """Numbers of network evaluations of further references, or null: with each, all samplers that a policy with so many
+    steps is compared with. 1000 adds the 1000-step sampler with the large variance."""
 
     def __post_init__(self) -> None:
         for name in ("every", "batch_size", "kid_subsets", "kid_subset_size", "projections", "grid", "generations"):
@@ -190,6 +191,30 @@ def generate(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
         if sampling.on_batch is not None:
             sampling.on_batch(min((first + workers.size) * config.batch_size, num))
     return torch.cat(blocks)[:num]
+
+
+def preview(sampling: Sampling, num: int, config: EvaluateConfig, on_step: Callable[[], None] | None = None) -> Tensor:
+    """The first `num` samples that `generate` gives, up to rounding, without computing the rest of their batches.
+
+    Args:
+        sampling: how samples are drawn; `on_batch` and `workers` have no part in this.
+        num: how many.
+        config: their noise and batches.
+        on_step: called after each step, since a long sampler takes its time even with a few samples.
+
+    Raises:
+        DivergedError: a sample is not finite.
+    """
+    blocks = []
+    for start, noise in _batches(sampling, num, config):
+        first = min(config.batch_size, num - start)
+        for x in sampling.policy.walk(config.batch_size, noise, sampling.guide, sampling.guidance, first=first):
+            last = x
+            if on_step is not None:
+                on_step()
+        sampling.require_finite(sampling.bad(last), first)
+        blocks.append(encode(last))
+    return torch.cat(blocks)
 
 
 class Measured(NamedTuple):

@@ -3,7 +3,7 @@
 config.yaml      the resolved config
 metrics.jsonl    one row a logged step
 checkpoints/     the best, the last and the one before it
-samples/         grids from the same noise, one an evaluation
+samples/         grids from the same noise, one an evaluation; reference_*.png: real data and samples of references
 curves.png       scores against iterations, references as lines
 summary.json     what came out; it exists only when the run has finished
 """
@@ -38,6 +38,12 @@ class RunDirectory:
         self.samples = path / "samples"
         self.curves = path / "curves.png"
         self.summary = path / "summary.json"
+
+    def reference_picture(self, name: str) -> Path:
+        """The picture to compare samples with: data, full (the model with all of its steps) or few (the best
+        training-free sampler with no more network evaluations than the policy).
+        """
+        return self.samples / f"reference_{name}.png"
 
     def create(self) -> None:
         """Make the folders.

@@ -161,13 +161,14 @@ class Policy(nn.Module):
         return Trajectory(torch.stack(states), torch.stack(means), sigma)
 
     @torch.no_grad()
-    def walk(
+    def walk(  # noqa: PLR0917
         self,
         num: int,
         generator: torch.Generator,
         guide: Guide | None = None,
         guidance: float = 0.0,
         labels: Tensor | None = None,
+        first: int | None = None,
     ) -> Iterator[Tensor]:
         """The states x_0 .. x_T of `num` rollouts one after the other, each [num, *event]; none is kept here.
 
@@ -177,15 +178,19 @@ class Policy(nn.Module):
             guide: gradient of a value V(x, t); after each step x_{t+1} -= guidance * sigma_t * guide(x_{t+1}, t + 1).
             guidance: strength, 0 for none. V is a cost, so a positive strength descends it.
             labels: [num], where the network knows classes; by default those of `self.labels`.
+            first: walk only so many of them, on the noise that they have among all `num`.
         """
         labels = self.labels(num, generator) if labels is None else labels
         embeddings, log_sigma = self.embeddings(), self.log_sigma
-        x = self._start(torch.randn((num, *self.event), generator=generator, device=self.diffusion_step.device))
+        noise = torch.randn((num, *self.event), generator=generator, device=self.diffusion_step.device)
+        labels = labels if labels is None else labels[:first]
+        x = self._start(noise[:first].clone())
         yield x
-        noise = torch.empty_like(x)
         for t in range(self.num_steps):
-            step = self.transition(x, t, embeddings, log_sigma, Given(labels, self.latent(num, generator)))
-            x = step.sample(noise.normal_(generator=generator))
+            latent = self.latent(num, generator)
+            given = Given(labels, latent if latent is None else latent[:first])
+            step = self.transition(x, t, embeddings, log_sigma, given)
+            x = step.sample(noise.normal_(generator=generator)[:first])
             if guide is not None and guidance != 0.0:
                 x = x.addcmul(per_sample(step.sigma, x), guide(x, t + 1, labels), value=-guidance)
             yield x

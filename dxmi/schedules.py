@@ -28,12 +28,12 @@ Array = NDArray[np.float64]
 NUM_DIFFUSION_STEPS = 1000
 BETA_FIRST, BETA_LAST = 1e-4, 0.02
 _ROOT_TOLERANCE = 1e-12
-_ANCESTRAL_STEPS = 250
-"""Of the reference sampler of an EDM model."""
-
 SHORTENINGS = ("var", "step")
 METHODS = (*SHORTENINGS, "karras", "ddgan")
 SHAPES = ("linear", "quadratic")
+STEP_SHAPES = (*SHAPES, "trailing")
+"""Of method=step."""
+VARIANCES = ("small", "large")
 
 SIGMA_DATA = 0.5
 """EDM's standard deviation of the data."""
@@ -86,7 +86,8 @@ class ScheduleConfig:
     method: str = "var"
     """var: T new noise levels; step: a subset of the 1000 steps; karras: EDM's levels; ddgan: a diffusion GAN's."""
     shape: str = "quadratic"
-    """linear or quadratic spacing of the noise levels (var) or of the chosen steps (step)."""
+    """linear or quadratic spacing of the noise levels (var) or of the chosen steps (step); trailing, of step only: even
+    spacing down from the last step, 999 - 1000 t / T, so that no evaluation is spent on almost clean data."""
     kappa: float = 1.0
     """Stochasticity of the initial sigmas: 1 is the DDPM posterior or the ancestral step, 0 is DDIM or Euler."""
     final_sigma: float = 1e-3
@@ -105,8 +106,11 @@ class ScheduleConfig:
             raise ValueError(f"num_steps is {self.num_steps}: it must be in 1..{NUM_DIFFUSION_STEPS}")
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}: it must be one of {', '.join(METHODS)}")
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape is {self.shape!r}: it must be one of {', '.join(SHAPES)}")
+        shapes = SHAPES if self.method == "var" else STEP_SHAPES
+        if self.shape not in shapes:
+            raise ValueError(
+                f"shape is {self.shape!r}: with method={self.method} it must be one of {', '.join(shapes)}"
+            )
         if not 0.0 <= self.kappa <= 1.0:
             raise ValueError(f"kappa is {self.kappa}: it must be in [0, 1]")
         if not 0.0 <= self.final_sigma < 1.0:
@@ -154,6 +158,13 @@ class StepSchedule:
     def num_steps(self) -> int:
         """T."""
         return len(self.sigma)
+
+    @property
+    def signal_and_noise(self) -> tuple[Array, Array]:
+        """Scale of the data and standard deviation of the noise in x_0 .. x_T, each [T+1]."""
+        if self.input_scale is not None:  # EDM: the data keep their scale
+            return np.ones_like(self.level), self.level
+        return np.sqrt(self.level), np.sqrt(np.maximum(1.0 - self.level, 0.0))
 
     def tree(self) -> dict[str, Any]:
         """Every table as a plain list, for a signature; those that are as DDPM's are left out."""
@@ -224,6 +235,7 @@ def chosen_steps(num_steps: int, shape: str) -> NDArray[np.int64]:
     """STEP: which of the K diffusion steps are kept, least noisy first, [T].
 
     Linear: evenly over 0..999. Quadratic: squares, evenly over 0..sqrt(800). With T = 1 it is the noisiest of these.
+    Trailing: round(1000 i / T) - 1 for i = 1..T, which is `timestep_spacing="trailing"` of diffusers.
 
     Raises:
         ValueError: the squares leave fewer than T distinct steps.
@@ -231,6 +243,8 @@ def chosen_steps(num_steps: int, shape: str) -> NDArray[np.int64]:
     if shape == "linear":
         last = NUM_DIFFUSION_STEPS - 1
         return np.array([i * last // (num_steps - 1) for i in range(num_steps)] if num_steps > 1 else [last])
+    if shape == "trailing":
+        return np.rint(NUM_DIFFUSION_STEPS * np.arange(1, num_steps + 1) / num_steps).astype(np.int64) - 1
     root = math.sqrt(0.8 * NUM_DIFFUSION_STEPS)
     fractions = np.linspace(0.0, root, num_steps) if num_steps > 1 else np.array([root])
     steps = np.floor(fractions**2 + 1e-9).astype(np.int64)
@@ -256,16 +270,23 @@ def karras_levels(num: int, config: ScheduleConfig) -> Array:
 
 
 def _karras(config: ScheduleConfig) -> StepSchedule:
-    """Euler steps down to sigma_down = sqrt(s'^2 - sigma_up^2), where sigma_up = kappa s' sqrt(1 - s'^2 / s^2) is the
-    policy's noise: of its direction (x - D(x)) / s the part in x goes into signal_scale, that in F into noise_scale.
-    """
+    """The tables on EDM's noise levels."""
     end = np.zeros(0) if config.noisy_end else np.zeros(1)
     level = np.append(karras_levels(config.num_steps + config.noisy_end, config), end)
+    return _karras_tables(level, config.kappa, config.final_sigma)
+
+
+def _karras_tables(level: Array, kappa: float, final_sigma: float) -> StepSchedule:
+    """Generation-order tables from noise levels [T+1].
+
+    Euler steps down to sigma_down = sqrt(s'^2 - sigma_up^2), where sigma_up = kappa s' sqrt(1 - s'^2 / s^2) is the
+    policy's noise: of its direction (x - D(x)) / s the part in x goes into signal_scale, that in F into noise_scale.
+    """
     s, s_next = level[:-1], level[1:]
-    sigma = config.kappa * s_next * np.sqrt(1.0 - s_next**2 / s**2)
+    sigma = kappa * s_next * np.sqrt(1.0 - s_next**2 / s**2)
     way = np.sqrt(s_next**2 - sigma**2) - s
     total = s**2 + SIGMA_DATA**2
-    sigma[-1] = config.final_sigma
+    sigma[-1] = final_sigma
     return StepSchedule(
         level,
         diffusion_step=250.0 * np.log(s),
@@ -364,51 +385,40 @@ def _edm_noising() -> Noising:
 
 
 # ----------------------------------------------------------------------------
-# Reference samplers: the same step, other tables.
-
-
-def ancestral_schedule() -> StepSchedule:
-    """The 1000-step DDPM ancestral sampler: STEP with every step, kappa 1, no noise in the last step."""
-    return shorten(
-        ScheduleConfig(num_steps=NUM_DIFFUSION_STEPS, method="step", shape="linear", kappa=1.0, final_sigma=0.0)
-    )
+# Reference samplers: the same step, other tables. Spacing is trailing everywhere: the first step starts at the noisiest
+# level, and the last one, which leads to the data, is as long as the others. (The subset 0..999 of shape=linear ends
+# with a step from k = 0, and EDM's grid with one from sigma_min: an evaluation that changes almost nothing.)
 
 
 def ddim_schedule(num_steps: int) -> StepSchedule:
-    """DDIM (arXiv 2010.02502) with `num_steps` evenly spaced steps: deterministic given its starting noise."""
-    return shorten(ScheduleConfig(num_steps=num_steps, method="step", shape="linear", kappa=0.0, final_sigma=0.0))
+    """DDIM (arXiv 2010.02502) on trailing steps: deterministic given its starting noise."""
+    return _respaced(num_steps, kappa=0.0)
 
 
-def reference_schedules(config: ScheduleConfig, *, full: bool = True) -> dict[str, StepSchedule]:
-    """The samplers that a policy of `config` is compared with, by name.
+def ancestral_schedule(num_steps: int = NUM_DIFFUSION_STEPS, variance: str = "small") -> StepSchedule:
+    """DDPM's ancestral sampler on trailing steps; with 1000 of them, the sampler of the paper.
 
-    Its model's own with all steps (if `full`), a deterministic one with as many as the policy, and the policy before
-    it was fine-tuned.
+    Args:
+        num_steps: how many steps.
+        variance: of each step but the last, which adds no noise: small, that of the posterior, beta-tilde
+            (`fixedsmall` in the official code); or large, that of the forward step between the same two levels, which
+            with 1000 steps is beta_k (`fixedlarge`). The mean is the posterior's in both.
     """
-    num_steps, shortened = config.num_steps, shorten(config)
-    if config.method == "ddgan":
-        return {"shortened": shortened}
-    if config.method == "karras":
-        many = replace(config, num_steps=_ANCESTRAL_STEPS, rho=7.0, kappa=1.0, final_sigma=0.0, noisy_end=False)
-        own = {f"ancestral_{_ANCESTRAL_STEPS}": shorten(many)} if full else {}
-    else:
-        own = {"ddpm_1000": ancestral_schedule()} if full else {}
-    return dict([*own.items(), deterministic_schedule(config, num_steps), ("shortened", shortened)])
+    small = _respaced(num_steps, kappa=1.0)
+    if variance == "small":
+        return small
+    return replace(small, sigma=np.append(np.sqrt(small.eta[:-1]), 0.0))
 
 
-def deterministic_schedule(config: ScheduleConfig, num_steps: int) -> tuple[str, StepSchedule]:
-    """Name and tables of Euler's method on EDM's noise levels, or of DDIM, the same on the steps of a DDPM."""
-    if config.method == "karras":
-        return f"euler_{num_steps}", shorten(replace(config, num_steps=num_steps, kappa=0.0, final_sigma=0.0))
-    return f"ddim_{num_steps}", ddim_schedule(num_steps)
+def _respaced(num_steps: int, kappa: float) -> StepSchedule:
+    """Trailing steps of the 1000, without noise in the last."""
+    return shorten(ScheduleConfig(num_steps=num_steps, method="step", shape="trailing", kappa=kappa, final_sigma=0.0))
 
 
-def solver_schedule(num_steps: int) -> StepSchedule:
-    """DDIM's tables on the steps of DPM-Solver++: evenly spaced, the last one from k = 999 / T straight to the data.
+def karras_schedule(config: ScheduleConfig, num_steps: int, kappa: float) -> StepSchedule:
+    """Euler's method (kappa 0) or ancestral steps (kappa 1) on EDM's levels: the last step leads straight to the data.
 
-    DDIM's own steps end with k = 0, at a thirtieth of the noise of the one before with 20 steps: too far for a second
-    difference.
+    The levels are the first `num_steps` of one more, so that none of the few is the lowest, `sigma_min`.
     """
-    last = NUM_DIFFUSION_STEPS - 1
-    steps = np.rint(np.linspace(0.0, last, num_steps + 1)[1:]).astype(np.int64)
-    return _tables(forward_levels()[steps], steps.astype(np.float64), kappa=0.0, final_sigma=0.0)
+    level = np.append(karras_levels(num_steps + 1, config)[:-1], 0.0)
+    return _karras_tables(level, kappa, final_sigma=0.0)

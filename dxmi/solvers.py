@@ -1,6 +1,5 @@
 """Deterministic samplers of a pretrained model, to compare few-step policies with."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,15 +7,15 @@ from torch import Tensor
 
 from dxmi.networks import Denoiser
 from dxmi.sampler import Policy
-from dxmi.schedules import SHORTENINGS, ScheduleConfig, StepSchedule, deterministic_schedule, solver_schedule
+from dxmi.schedules import StepSchedule
 from dxmi.trajectory import Gaussian
 
 
 class DpmSolver(Policy):
-    """DPM-Solver++(2M) in data prediction (arXiv 2211.01095, algorithm 2), on `solver_schedule`.
+    """DPM-Solver++(2M) in data prediction (arXiv 2211.01095, algorithm 2), on trailing steps.
 
-    With a_t^2 = gbar_t, s_t^2 = 1 - gbar_t, l_t = log(a_t / s_t), h_t = l_{t+1} - l_t and the prediction
-    D_t = (x_t - s_t eps(x_t)) / a_t of the data:
+    With a_t the scale of the data and s_t that of the noise (DDPM: a_t^2 = gbar_t, s_t^2 = 1 - gbar_t; EDM: a_t = 1),
+    l_t = log(a_t / s_t), h_t = l_{t+1} - l_t and the prediction D_t = (x_t - s_t eps(x_t)) / a_t of the data:
 
         x_{t+1} = (s_{t+1} / s_t) x_t + a_{t+1} (1 - e^{-h_t}) (D_t + (h_t / (2 h_{t-1})) (D_t - D_{t-1}))
 
@@ -31,8 +30,7 @@ class DpmSolver(Policy):
 
     def __init__(self, network: Denoiser, schedule: StepSchedule, event: tuple[int, ...]) -> None:
         super().__init__(network, schedule, event)
-        level = torch.from_numpy(schedule.level)
-        signal, noise = level.sqrt(), (1.0 - level).clamp_min(0.0).sqrt()
+        signal, noise = map(torch.from_numpy, schedule.signal_and_noise)
         ratio = noise[1:] / noise[:-1]
         h = (signal / noise).log().diff()
         self._ratio: list[float] = ratio.tolist()
@@ -52,20 +50,32 @@ class DpmSolver(Policy):
         return Gaussian(step.mean + self._gain[t] * self._weight[t] * (data - before), step.sigma)
 
 
-def further_references(config: ScheduleConfig, steps: Sequence[int]) -> dict[str, tuple[type[Policy], StepSchedule]]:
-    """Deterministic samplers of the model that `config` cuts, with each number of steps, by name.
+class HeunSolver(Policy):
+    """Heun's method on EDM's noise levels (arXiv 2206.00364, algorithm 1).
 
-    DDIM and DPM-Solver++(2M); of EDM's noise levels, Euler's method, which is DDIM there; of a diffusion GAN, none.
+    A step takes two network evaluations, the last one takes one. With d(x, s) = (x - D(x; s)) / s and Euler's step
+    x' = x_t + (s_{t+1} - s_t) d(x_t, s_t):
 
-    Returns:
-        For each the class and what it is built with.
+        x_{t+1} = x_t + (s_{t+1} - s_t) (d(x_t, s_t) + d(x', s_{t+1})) / 2
+
+    The second slope is read off Euler's step from x' to level s_{t+2}; the last step, to level 0, is Euler's.
+
+    Args:
+        network: as for `Policy`.
+        schedule: of Euler's method.
+        event: shape of one sample.
     """
-    if config.method == "ddgan":
-        return {}
-    first_order = dict(deterministic_schedule(config, number) for number in steps)
-    references: dict[str, tuple[type[Policy], StepSchedule]] = {
-        name: (Policy, schedule) for name, schedule in first_order.items()
-    }
-    if config.method in SHORTENINGS:
-        references |= {f"dpm_solver_{number}": (DpmSolver, solver_schedule(number)) for number in steps}
-    return references
+
+    def __init__(self, network: Denoiser, schedule: StepSchedule, event: tuple[int, ...]) -> None:
+        super().__init__(network, schedule, event)
+        change = torch.from_numpy(schedule.level).diff()
+        self._ratio: list[float] = (change[:-1] / change[1:]).tolist()
+
+    def transition(self, x: Tensor, t: int | Tensor, *args: Any, **kwargs: Any) -> Gaussian:
+        """The mean of Euler's step and the one with the slope at its end: all samples are at the same step t."""
+        assert isinstance(t, int)
+        euler = super().transition(x, t, *args, **kwargs)
+        if t == self.num_steps - 1:
+            return euler
+        further = super().transition(euler.mean, t + 1, *args, **kwargs)
+        return Gaussian(0.5 * (x + euler.mean + self._ratio[t] * (further.mean - euler.mean)), euler.sigma)

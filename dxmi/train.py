@@ -33,6 +33,7 @@ from dxmi.evaluate import (
     Sampling,
     generate,
     generate_states,
+    preview,
     stream_of,
 )
 from dxmi.experiment import Experiment, ExperimentConfig, require_signature
@@ -40,11 +41,20 @@ from dxmi.galleries import build_gallery
 from dxmi.networks import Denoiser
 from dxmi.pictures import curves_figure, save_figure
 from dxmi.provenance import device_name, git_revision, versions
+from dxmi.references import (
+    DATA,
+    Reference,
+    ScoredReference,
+    best_reference,
+    full_reference,
+    highlights,
+    references,
+    scored_references,
+)
 from dxmi.run_directory import Row, RunDirectory
 from dxmi.sampler import Policy
-from dxmi.schedules import StepSchedule, reference_schedules
 from dxmi.scorers import Scorer, Scores, build_scorer
-from dxmi.solvers import further_references
+from dxmi.seeds import generator
 from dxmi.state import ALGORITHM, TrainingState
 from dxmi.stretch import Story, Stretch, tell, tell_together
 from dxmi.tensors import require_finite_metrics, require_finite_state
@@ -111,7 +121,9 @@ class Summary:
     many seeds were trained in the same program at most: `seconds` are wall seconds, the same ones for all of them.
     `scored_with` names the network that gave the features of the scores, and holds its hash and that of the data.
     `labels` says of which classes the samples were, if the network knows any, and `data_notes` what was left out of the
-    data or changed. `inputs` are the signatures of the data and of `pretrain.weights` (`Experiment.inputs`).
+    data or changed. `inputs` are the signatures of the data and of `pretrain.weights` (`Experiment.inputs`). `samplers`
+    says of each reference, by its key, what it is in words (label, sampler), how many network evaluations a sample
+    takes, and its role.
     """
 
     name: str
@@ -137,6 +149,7 @@ class Summary:
     labels: str = ""
     data_notes: list[str] = field(default_factory=list)
     inputs: dict[str, str] = field(default_factory=dict)
+    samplers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def train(
@@ -404,53 +417,92 @@ class _Run:
     # ------------------------------------------------------------------------
     # References, once for all runs that share the pretrained model and the evaluation.
 
-    def _references(self, denoiser: Denoiser) -> dict[str, Scores]:
-        schedules = reference_schedules(self.config.schedule, full=self.config.evaluate.full_reference)
-        own = {name: (Policy, schedule) for name, schedule in schedules.items()}
-        samplers = further_references(self.config.schedule, self.config.evaluate.reference_steps or ()) | own
-        num_samples = self.config.evaluate.num_samples
-        evaluations = {name: num_samples * schedule.num_steps for name, (_, schedule) in samplers.items()}
-        total, done, scores = sum(evaluations.values()), 0, {}
-        self._tell_or_stop(Phase.REFERENCES, done, total)
-        for name, (kind, schedule) in samplers.items():
-            scores[name] = self._reference(kind, schedule, denoiser, done, total)
-            done += evaluations[name]
-            self._tell_or_stop(Phase.REFERENCES, done, total)
-        floor = self.scorer.of_data(stream_of(REPORT, self.config.seed))
-        return scores if floor is None else {**scores, "data": floor}
+    @property
+    def _compared(self) -> list[Reference]:
+        """The samplers that the policy is compared with."""
+        evaluate = self.config.evaluate
+        return references(self.config.schedule, full=evaluate.full_reference, steps=evaluate.reference_steps or ())
 
-    def _reference(
-        self, kind: type[Policy], schedule: StepSchedule, denoiser: Denoiser, done: int, total: int
-    ) -> Scores:
-        """One sampler's scores; `done` of `total` network evaluations came before it."""
+    def _references(self, denoiser: Denoiser) -> dict[str, Scores]:
+        compared, num_samples = self._compared, self.config.evaluate.num_samples
+        total, done, scores = sum(num_samples * reference.evaluations for reference in compared), 0, {}
+        self._tell_or_stop(Phase.REFERENCES, done, total)
+        for reference in compared:
+            scores[reference.key] = self._reference(reference, denoiser, done, total)
+            done += num_samples * reference.evaluations
+            self._tell_or_stop(Phase.REFERENCES, done, total)
+        metric = self.scorer.metric
+        scored = [reference.scored(scores[reference.key].values[metric]) for reference in compared]
+        self._draw_references(denoiser, scored, lambda: self._tell_or_stop(Phase.REFERENCES, total, total))
+        floor = self.scorer.of_data(stream_of(REPORT, self.config.seed))
+        return scores if floor is None else {**scores, DATA: floor}
+
+    def _reference_path(self, reference: Reference, **more: Any) -> Path:
+        """Where what comes of a sampler of the pretrained model is cached."""
         identity = {
             "version": SCORING_VERSION,
             "pretraining": self.experiment.pretraining_signature,
-            "schedule": schedule.tree(),
+            "schedule": reference.schedule.tree(),
             "evaluate": {
                 key: value for key, value in to_tree(self.config.evaluate).items() if key not in _NOT_OF_SCORES
             },
             "features": self.scorer.identity,
             "stream": stream_of(REPORT, self.config.seed),
             "device": self.experiment.device.type,
-            **({} if kind is Policy else {"sampler": kind.__name__}),
+            **({} if reference.policy is Policy else {"sampler": reference.policy.__name__}),
+            **more,
         }
-        path = cache_root() / "references" / f"{signature(identity)}.cached"
+        return cache_root() / "references" / f"{signature(identity)}.cached"
+
+    def _reference(self, reference: Reference, denoiser: Denoiser, done: int, total: int) -> Scores:
+        """One sampler's scores; `done` of `total` network evaluations came before it."""
+        path = self._reference_path(reference)
 
         def on_batch(samples: int) -> None:
-            self._tell_or_stop(Phase.REFERENCES, done + samples * schedule.num_steps, total)
+            self._tell_or_stop(Phase.REFERENCES, done + samples * reference.evaluations, total)
 
         def compute() -> dict[str, Tensor]:
-            policy = self.experiment.build_policy(denoiser, schedule, kind)
-            source = f"the {schedule.num_steps}-step reference ({kind.__name__})"
+            policy = self.experiment.build_policy(denoiser, reference.schedule, reference.policy)
             stream = stream_of(REPORT, self.config.seed)
-            scores = self.scorer.full(Sampling(policy, stream, on_batch=on_batch, source=source))
+            scores = self.scorer.full(Sampling(policy, stream, on_batch=on_batch, source=reference.label))
             numbers = {**scores.values, "seconds_per_1000": scores.seconds_per_1000}
             return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
 
         numbers = {key: float(value) for key, value in sorted(cached(path, compute, self.workers).items())}
         seconds = numbers.pop("seconds_per_1000")
         return Scores(numbers, seconds)
+
+    def _draw_references(
+        self, denoiser: Denoiser, scored: Sequence[ScoredReference], on_step: Callable[[], None]
+    ) -> None:
+        """Pictures to compare samples with: of the data, and on the samples' noise of the best references."""
+        by_key = {reference.key: reference for reference in self._compared}
+        few = best_reference(scored, self.config.schedule.num_steps)
+        pictures = {"data": self._some_data()}
+        for name, chosen in {"full": full_reference(scored), "few": few}.items():
+            if chosen is not None:
+                pictures[name] = self._preview(by_key[chosen.key], denoiser, on_step)
+        for name, samples in pictures.items():
+            path = self.run.reference_picture(name)
+            self.workers.on_first(functools.partial(self.gallery.draw_samples, path, samples))
+
+    def _some_data(self) -> Tensor:
+        """As many of the data as a grid has, the same ones in every run."""
+        data, evaluate = self.experiment.data, self.config.evaluate
+        rows = torch.randperm(len(data), generator=generator(evaluate.seed, "picture of the data"))
+        return data.stored[rows[: evaluate.grid].sort().values]
+
+    def _preview(self, reference: Reference, denoiser: Denoiser, on_step: Callable[[], None]) -> Tensor:
+        """A grid of a reference's samples, drawn once for all runs that share the pretrained model."""
+        evaluate = self.config.evaluate
+
+        def compute() -> dict[str, Tensor]:
+            policy = self.experiment.build_policy(denoiser, reference.schedule, reference.policy)
+            return {
+                "samples": preview(Sampling(policy, PICTURES, source=reference.label), evaluate.grid, evaluate, on_step)
+            }
+
+        return cached(self._reference_path(reference, grid=evaluate.grid), compute, self.workers)["samples"]
 
     # ------------------------------------------------------------------------
     # Fine-tuning.
@@ -627,6 +679,7 @@ class _Run:
             labels=labels_text(self.experiment.class_counts),
             data_notes=list(self.experiment.data.notes),
             inputs=self.experiment.inputs(),
+            samplers={reference.key: reference.tree for reference in self._compared},
             seconds_per_1000_images={name: scored.seconds_per_1000 for name, scored in scores.items()},
             iterations=config.train.iterations,
             num_steps=config.schedule.num_steps,
@@ -642,8 +695,10 @@ class _Run:
         rows = self.run.rows()
         best = (summary.best["step"], summary.best["value"])
         curve = curve_of(rows, summary.metric)
-        shown = {*reference_schedules(self.config.schedule), "data"}
-        lines = {name: value for name, value in summary.reference.items() if name in shown}
+        shown = highlights(scored_references(vars(summary)), summary.num_steps)
+        lines = {reference.label: reference.score for reference in shown}
+        if DATA in summary.reference:
+            lines["the data itself"] = summary.reference[DATA]
         figure = curves_figure(summary.metric, curve, lines, best, logged_curves(rows))
         save_figure(self.run.curves, figure)
         sampling = Sampling(dxmi.evaluated, PICTURES, step=summary.best["step"])

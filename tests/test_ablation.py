@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import mlflow
 import numpy as np
@@ -32,7 +33,7 @@ from tune.cli import main
 from tune.configs import compose_experiment
 from tune.designs import arms
 from tune.plans import plan_from
-from tune.report import write_report
+from tune.report import verdict_sentences, write_report
 from tune.report_maps import arm_maps
 from tune.statistics import Bootstrap, Verdict, compare
 from tune.study import Outcome, Study, StudyFolder, TrialRecord, TrialState, completed, unfinished
@@ -57,6 +58,8 @@ def plan(name: str = "study", **given) -> AblationPlan:
 class Played(Study):
     """A study whose trials end with made-up scores."""
 
+    references: ClassVar = {"ddpm_1000": 5.0}
+
     def play(self, score, *, most: int = 1000) -> list[tuple[str, int]]:
         """Run trials one by one until there are no more; returns (arm, seed) in order. A score of NaN is a failure."""
         order = []
@@ -77,7 +80,7 @@ class Played(Study):
         summary = {
             "scores": {"best": {"eval/fid_digits": value, "eval/kid_digits": value / 100.0}},
             "best": best, "last": best, "num_steps": 5,
-            "reference": {"ddpm_1000": 5.0}, "seconds": {"finetune": 1.0}, "num_samples": 64, "device": "cpu",
+            "reference": self.references, "seconds": {"finetune": 1.0}, "num_samples": 64, "device": "cpu",
             "threads": 1, "git_revision": None, "versions": {}, "signature": record.signature,
             "metric": "eval/fid_digits",
         }  # fmt: skip
@@ -101,6 +104,24 @@ def played(tmp_path):
 def shifted(**shifts: float):
     """Scores that differ from seed to seed, and between arms by a constant and a little."""
     return lambda arm, seed: 10.0 + seed + shifts.get(arm, 0.0) + 0.01 * math.sin(7 * seed + len(arm))
+
+
+# ----------------------------------------------------------------------------
+# Training-free samplers
+
+
+def test_arms_that_a_free_sampler_beats_are_named_by_their_means(played, monkeypatch):
+    monkeypatch.setattr(
+        Played, "references", {"ddpm_1000": 1.0, "ddim_5": 9.0, "dpm_solver_10": 2.0, "shortened": 60.0}
+    )
+    study = played(seeds=[0, 1])
+    study.play(lambda arm, _: 7.0 if arm == "fast" else 12.0)
+    results = results_of(study.plan, study.folder, study.records())
+    (sentence,) = results.outdone  # neither by 1000 nor by 10 steps, which are more than the arms have
+    assert "5 steps (DDIM, evenly over 0..999) has fid_digits 9.00" in sentence
+    assert "baseline (12.00) and no_entropy (12.00)" in sentence
+    assert "fast" not in sentence
+    assert verdict_sentences(results)[-1] == sentence
 
 
 # ----------------------------------------------------------------------------

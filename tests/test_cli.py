@@ -31,7 +31,13 @@ def test_train_ends_with_the_table_and_the_paths(tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", *TINY, f"out={out}"]) == 0
     printed = capsys.readouterr().out
-    for words in ("1000 steps (DDPM)", "5 steps, before", "5 steps, after", "fid_digits of 64 samples each"):
+    for words in (
+        "1000 steps (DDPM, small variance)",
+        "5 steps (DDIM, trailing)",
+        "5 steps, before",
+        "5 steps, after",
+        "fid_digits of 64 samples each",
+    ):
         assert words in printed
     for path in (out / "curves.png", out / "samples" / "steps.png", out / "summary.json"):
         assert str(path) in printed

@@ -16,7 +16,6 @@ from dxmi.schedules import (
     gan_levels,
     karras_levels,
     noising,
-    reference_schedules,
     shorten,
 )
 
@@ -242,16 +241,6 @@ def test_pretraining_a_gan_regresses_the_image_at_its_own_steps():
 
 # ----------------------------------------------------------------------------
 # Families.
-
-
-def test_each_family_has_its_references():
-    assert list(reference_schedules(ScheduleConfig())) == ["ddpm_1000", "ddim_5", "shortened"]
-    assert list(reference_schedules(KARRAS)) == ["ancestral_250", "euler_10", "shortened"]
-    assert list(reference_schedules(GAN)) == ["shortened"]
-    assert list(reference_schedules(ScheduleConfig(), full=False)) == ["ddim_5", "shortened"]
-    assert list(reference_schedules(KARRAS, full=False)) == ["euler_10", "shortened"]
-    euler = reference_schedules(KARRAS)["euler_10"]
-    assert not euler.sigma.any()
 
 
 def test_models_of_a_family_are_pretrained_alike():

@@ -275,7 +275,9 @@ def test_a_run_is_scored_and_compared_with_deterministic_references(network, tmp
     told = []
     summary = train(experiment, out=tmp_path / "run", report=lambda progress: told.append(progress) and None)
     assert summary.metric == "eval/fid_64"
-    names = {"ddpm_1000", "ddim_5", "shortened", "ddim_2", "ddim_3", "dpm_solver_2", "dpm_solver_3"}
+    samplers = ("ddim_{}_trailing", "dpm_solver_{}_trailing", "ddpm_{}_trailing", "ddpm_{}_trailing_large")
+    names = {"ddpm_1000", "shortened", *(sampler.format(steps) for sampler in samplers for steps in (2, 3, 5))}
+    names.remove("dpm_solver_2_trailing")  # it is DDIM
     assert summary.reference.keys() == names
     assert len(set(summary.reference.values())) == len(names)
     assert {*score_keys(experiment.config.data, experiment.config.evaluate)} < summary.scores["best"].keys()
@@ -287,11 +289,16 @@ def test_a_run_is_scored_and_compared_with_deterministic_references(network, tmp
     }
     steps = [progress.step for progress in told if progress.phase is Phase.REFERENCES]
     assert steps == sorted(steps)
-    assert max(steps) == next(p.total for p in told if p.phase is Phase.REFERENCES) == 64 * (1000 + 5 + 5 + 2 * (2 + 3))
+    assert (
+        max(steps)
+        == next(p.total for p in told if p.phase is Phase.REFERENCES)
+        == 64 * (1000 + 5 + 3 * 2 + 4 * (3 + 5))
+    )
     assert train(experiment, out=tmp_path / "run") == summary
     labels = list(result_table(summary).columns[0].cells)
-    deterministic = ["2 steps (DDIM)", "2 steps (DPM-Solver++)", "3 steps (DDIM)", "3 steps (DPM-Solver++)"]
-    assert labels[:6] == ["1000 steps (DDPM)", *deterministic, "5 steps (DDIM)"]
+    assert labels[0] == "1000 steps (DDPM, small variance)"
+    assert labels[1:3] == ["2 steps (DDIM, trailing)", "2 steps (DDPM, trailing, small variance)"]
+    assert len(labels) == len(names) + 1
 
 
 def test_a_summary_of_before_there_was_a_field_is_read(network, tmp_path):

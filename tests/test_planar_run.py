@@ -72,7 +72,9 @@ def run(tmp_path_factory):
 
 def test_a_planar_run_draws_samples_steps_energy_and_values(run):
     names = {entry.name for entry in (run / "samples").iterdir()}
-    assert names == {*(f"step_{step:06d}.png" for step in (0, 10, 20)), "steps.png", "energy.png", "values.png"}
+    pictures = {f"reference_{name}.png" for name in ("data", "full", "few")}
+    steps = {f"step_{step:06d}.png" for step in (0, 10, 20)}
+    assert names == {*pictures, *steps, "steps.png", "energy.png", "values.png"}
     for path in [*(run / "samples").iterdir(), run / "curves.png"]:
         with Image.open(path) as picture:
             picture.verify()
@@ -81,10 +83,13 @@ def test_a_planar_run_draws_samples_steps_energy_and_values(run):
 def test_the_samples_are_scored_everywhere_and_the_energy_where_there_is_one(run):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["metric"] == "eval/sliced_wasserstein"
-    assert set(summary["reference"]) == {"ddpm_1000", "ddim_5", "shortened", "data"}
+    samplers = {"ddpm_1000", "shortened", "ddim_5_trailing", "dpm_solver_5_trailing", "ddpm_5_trailing"}
+    samplers.add("ddpm_5_trailing_large")
+    assert set(summary["reference"]) == {*samplers, "data"}
+    assert set(summary["samplers"]) == samplers
     scored = {name: set(values) for name, values in summary["scores"].items()}
     assert scored == {
-        **dict.fromkeys(("ddpm_1000", "ddim_5", "shortened"), POINT_SCORES),
+        **dict.fromkeys(samplers, POINT_SCORES),
         "data": POINT_SCORES | {"eval/energy_auc"},
         **dict.fromkeys(("best", "last"), POINT_SCORES | ENERGY_SCORES),
     }
@@ -112,7 +117,7 @@ def test_a_run_that_trains_no_energy_neither_scores_nor_draws_one(tmp_path):
     summary = train(tiny("train.iterations=0", "schedule.num_steps=30"), out=out)
     assert set(summary.scores["best"]) == POINT_SCORES
     assert summary.scores["best"] == summary.scores["shortened"]
-    assert {path.name for path in (out / "samples").iterdir()} == {"step_000000.png", "steps.png"}
+    assert {path.name for path in (out / "samples").glob("step*")} == {"step_000000.png", "steps.png"}
     path = tmp_path / "scores.json"
     assert main(["evaluate", str(out), "--out", str(path)]) == 0
     assert json.loads(path.read_text()) == summary.scores["best"]

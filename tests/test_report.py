@@ -24,15 +24,19 @@ from dxmi.config import build, to_tree
 from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.files import write_json
 from dxmi.pictures import save_grid
+from dxmi.references import Role
+from dxmi.references import references as of_steps
 from dxmi.run_directory import read_yaml
+from dxmi.schedules import ScheduleConfig
 from dxmi.train import train
-from support import TINY
+from support import TINY, changed
 from tune import report
 from tune.configs import compose_experiment
 from tune.confirmation import _keep, confirmations, unconfirmed
 from tune.figures import Reference, importance_obstacle, importances, references, study_figures
 from tune.leaderboard import (
     changed_data,
+    free_sampler_sentences,
     fresh_sentence,
     leaderboard,
     leaderboard_table,
@@ -42,7 +46,17 @@ from tune.leaderboard import (
 )
 from tune.plans import Plan
 from tune.report import course_sentences, result_sentences, sample_matrix, write_report
-from tune.study import Outcome, Study, StudyFolder, TrialRecord, TrialState, completed, fallen_behind, unfinished
+from tune.study import (
+    Outcome,
+    Study,
+    StudyFolder,
+    TrialRecord,
+    TrialState,
+    completed,
+    fallen_behind,
+    pareto_front,
+    unfinished,
+)
 from tune.sweep_config import BudgetConfig, ObjectiveConfig, SamplerConfig, SweepConfig
 
 RATES = {
@@ -128,7 +142,8 @@ def _summary(config: ExperimentConfig, value: float, num_steps: int) -> dict:
     return {
         "scores": {"best": {"eval/fid_digits": value, "eval/precision_digits": 1.0 / (1.0 + value)}},
         "best": {"value": value, "step": 40, "checkpoint": "checkpoints/step_00000040"},
-        "reference": {"ddpm_1000": 5.5, f"ddim_{num_steps}": 3.36, "shortened": 60.0 / num_steps},
+        "reference": {"ddpm_1000": 5.5, f"ddim_{num_steps}_trailing": 3.36, "shortened": 60.0 / num_steps},
+        "samplers": {reference.key: reference.tree for reference in of_steps(ScheduleConfig(num_steps=num_steps))},
         "num_steps": num_steps,
         "num_samples": 64,
         "seconds": {"pretrain": 0.5, "finetune": 2.0 + num_steps},
@@ -282,7 +297,7 @@ def test_a_metric_that_is_to_grow_ranks_the_other_way(made):
     frame = leaderboard(sweep.study.plan, sweep.records)
     assert frame["trial"].tolist() == [2, 0, 1]
     assert frame["eval/precision_digits"].tolist() == [0.5, 0.25, 0.1]
-    assert "has 5.50, DDIM with 5 steps 3.36" in sweep.report()
+    assert "1000 steps (DDPM, small variance): 5.50; 5 steps (DDIM, trailing): 3.36" in sweep.report()
 
 
 def test_an_objective_called_seconds_does_not_hide_the_seconds_of_the_trial(made):
@@ -492,7 +507,7 @@ def test_the_report_tells_everything_and_needs_no_network(made):
     page = require_self_contained(sweep.report())
     best = min((record for record in sweep.records if record.state is TrialState.COMPLETE), key=valley)
     assert f"Trial {best.number} is the best, with fid_digits {valley(best):.2f} (lower is better)" in page.text
-    assert "The 1000-step model it came from has 5.50, DDIM with 5 steps 3.36" in page.text
+    assert "1000 steps (DDPM, small variance): 5.50; 5 steps (DDIM, trailing): 3.36" in page.text
     assert "14 of 1000 planned trials: 9 complete, 1 pruned, 1 stopped, 1 diverged, 1 failed, 1 running." in page.text
     assert "The sweep has taken 3:20 min. Its last session ended: every planned trial has ended." in page.text
     for heading in ("Leaderboard", "Score curves", "Settings", "Importance", "Samples", "Failed and diverged trials"):
@@ -530,6 +545,91 @@ def test_two_writes_differ_in_the_time_only(made, monkeypatch):
     later = sweep.report()
     assert later != first
     assert later.replace("00:00:01 UTC", "00:00:00 UTC") == first
+
+
+# ----------------------------------------------------------------------------
+# Training-free samplers
+
+
+def test_the_report_says_when_a_free_sampler_beats_the_best_trial_and_marks_the_better_one(made):
+    sweep = made()
+    sweep.complete(4.0)
+    said = "Without any fine-tuning, 5 steps (DDIM, trailing) has fid_digits 3.36: better than trial 0 (4.00)"
+    text = sweep.report()
+    assert said in Page(text).text
+    assert "5 steps (DDIM, trailing)" in best_row(text)
+    assert free_sampler_sentences(sweep.study.plan, sweep.records)[0].startswith(said)
+    sweep.complete(3.0)
+    text = sweep.report()
+    assert "Without any fine-tuning" not in text
+    assert "trial 1" in best_row(text)
+
+
+def best_row(text: str) -> str:
+    """The marked row of the table of samplers, the first of a report."""
+    (row,) = re.findall(r'<tr class="best">.*</tr>', text.partition("</table>")[0])
+    return row
+
+
+def test_trials_on_a_front_that_free_samplers_beat_are_named(made):
+    both = (ObjectiveConfig(), ObjectiveConfig(metric="num_steps"))
+    sweep = made({**RATES, "schedule.num_steps": {"integer": [4, 6]}}, objectives=both)
+    for _ in range(6):
+        sweep.complete(lambda record: 3.0 if record.values["schedule.num_steps"] == 6 else 4.0)
+    sentences = free_sampler_sentences(sweep.study.plan, sweep.records)
+    front = {r.values["schedule.num_steps"]: r.number for r in pareto_front(sweep.study.plan, sweep.records)}
+    assert set(front) == {4, 6}
+    (sentence,) = sentences
+    assert "4 steps (DDIM, trailing)" in sentence
+    assert f"trial {front[4]} (4.00)" in sentence
+    assert f"trial {front[6]}" not in sentence
+
+
+def test_a_score_that_is_to_grow_plays_no_part_in_what_is_better(made):
+    """Precision ranks the trials, but the references are compared by the FID."""
+    sweep = made(objectives=(ObjectiveConfig(metric="eval/precision_digits", direction="maximize"),))
+    sweep.complete(3.0)
+    assert free_sampler_sentences(sweep.study.plan, sweep.records) == []
+    sweep.complete(2.0)
+    sweep.complete(9.0)
+    assert free_sampler_sentences(sweep.study.plan, sweep.records) == []  # the best trial has 2.0
+
+
+def test_real_data_and_references_stand_above_the_samples(made):
+    sweep = made()
+    record = sweep.complete(4.0)
+    assert sample_matrix(sweep.study.plan, sweep.records).strips == []  # as of a study from before they were drawn
+    noise = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    for name in ("data", "few"):
+        save_grid(record.run.reference_picture(name), noise)
+    record.run.reference_picture("full").write_bytes(b"no picture")
+    data, few = sample_matrix(sweep.study.plan, sweep.records).strips
+    assert (data.name, few.name) == ("real data", "5 steps (DDIM, trailing)")
+    assert "3.36" in few.note
+    assert few.cells == 1.0
+    assert len(few.picture) > 100
+    page = require_self_contained(sweep.report())
+    assert page.tags.count("img") == len(STEPS) + 2
+    assert "Above them real data" in page.text
+
+
+def test_a_strip_shows_the_whole_width_of_a_grid_and_the_rows_of_the_trials_pictures(made):
+    experiment = compose_experiment(changed(TINY, "evaluate.grid=64")).experiment
+    sweep = made(experiment=experiment)
+    record = sweep.complete(4.0)
+    pixels = torch.zeros(64, 1, 8, 8, dtype=torch.uint8)
+    for path in (record.run.reference_picture("data"), *(record.run.samples / f"step_{s:06d}.png" for s in STEPS)):
+        save_grid(path, pixels)
+    matrix = sample_matrix(sweep.study.plan, sweep.records)
+    (strip,) = matrix.strips
+    width, height = opened(strip.picture).size
+    assert opened(matrix.rows[0].pictures[0]).size == (height, height)
+    assert (width, height) == (8 * 34 + 2, 4 * 34 + 2)  # of 32 pixels and a gap
+    assert strip.cells == 2.0
+
+
+def opened(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
 # ----------------------------------------------------------------------------
@@ -609,7 +709,7 @@ def test_a_run_folder_that_is_gone_or_damaged_spoils_no_report(made):
     (damaged.run.samples / "step_000010.png").write_bytes(b"no picture")
     page = require_self_contained(sweep.report())
     assert "Trial 1 is the best" in page.text
-    assert "1000-step" not in page.text
+    assert "1000 steps" not in page.text
     matrix = sample_matrix(sweep.study.plan, sweep.records)
     assert matrix is not None
     assert matrix.steps == list(STEPS)
@@ -645,7 +745,7 @@ def test_figures_of_points_are_shown_whole_and_small(made, tmp_path):
     matrix = sample_matrix(sweep.study.plan, sweep.records)
     assert matrix is not None
     assert matrix.are_figures
-    picture = Image.open(io.BytesIO(base64.b64decode(matrix.rows[0].pictures[0].partition(",")[2])))
+    picture = opened(matrix.rows[0].pictures[0])
     assert picture.size == (240, 240)
     assert picture.getpixel((225, 225)) == (255, 0, 0)
     assert 'class="samples figures"' in sweep.report()
@@ -773,12 +873,14 @@ def test_references_are_lines_only_where_all_trials_share_them(made):
     steps = {record.values["schedule.num_steps"] for record in sweep.records}
     assert len(steps) > 1
     assert references(sweep.records) == [
-        Reference("1000 steps", 5.5, 5.5, is_shared=True),
-        Reference("T steps, DDIM", 3.36, 3.36, is_shared=False),
-        Reference("T steps, before", 60.0 / max(steps), 60.0 / min(steps), is_shared=False),
+        Reference("1000 steps (DDPM, small variance)", 5.5, 5.5, True, Role.FULL, (1000, 1000)),
+        Reference("T steps (DDIM, trailing)", 3.36, 3.36, False, Role.FEW, (min(steps), max(steps))),
+        Reference(
+            "T steps, before", 60.0 / max(steps), 60.0 / min(steps), False, Role.SHORTENED, (min(steps), max(steps))
+        ),
     ]
     label = study_figures(sweep.study, sweep.records)["curves"].get_label()
-    assert "1000 steps: 5.50" in label
+    assert "1000 steps (DDPM, small variance): 5.50" in label
     assert "DDIM" not in label
     assert "T steps, before (depends on the trial)" in Page(sweep.report()).text
 

@@ -17,6 +17,8 @@ from dxmi.schedules import (
     continuous_step,
     ddim_schedule,
     forward_levels,
+    karras_levels,
+    karras_schedule,
     shorten,
     variances,
 )
@@ -212,6 +214,70 @@ def test_ancestral_schedule_is_the_ddpm_posterior():
     np.testing.assert_allclose(s.sigma[::-1], np.sqrt(posterior_variance), rtol=1e-11)
 
 
+def test_the_large_variance_is_that_of_the_forward_step_on_the_same_mean():
+    """`fixedlarge` of the official code: beta_k instead of the posterior's, and no noise in the last step."""
+    small, large = ancestral_schedule(), ancestral_schedule(variance="large")
+    np.testing.assert_allclose(large.sigma[:-1], np.sqrt(BETAS[:0:-1]), rtol=1e-11)
+    assert large.sigma[-1] == small.sigma[-1] == 0.0
+    for table in ("level", "diffusion_step", "signal_scale", "noise_scale"):
+        assert np.array_equal(getattr(large, table), getattr(small, table))
+
+
+@pytest.mark.parametrize("num_steps", [2, 5, 10])
+def test_respaced_variances_are_those_between_the_levels_that_are_kept(num_steps):
+    """Improved DDPM (arXiv 2102.09672, equation 19): beta' = 1 - abar_s / abar_s', beta-tilde' of these levels."""
+    small, large = (ancestral_schedule(num_steps, variance) for variance in ("small", "large"))
+    g, g_next = LEVELS[small.diffusion_step.astype(int)], np.append(LEVELS[small.diffusion_step.astype(int)][1:], 1.0)
+    beta = 1.0 - g / g_next
+    np.testing.assert_allclose(large.sigma[:-1] ** 2, beta[:-1], rtol=1e-10)
+    np.testing.assert_allclose(small.sigma**2, (1.0 - g_next) / (1.0 - g) * beta, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "expected"),
+    [
+        (1, [999]),
+        (2, [999, 499]),
+        (3, [999, 666, 332]),
+        (5, [999, 799, 599, 399, 199]),
+        (10, [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]),
+        (1000, list(range(999, -1, -1))),
+    ],
+)
+def test_reference_samplers_have_the_trailing_steps_of_diffusers(num_steps, expected):
+    """`timestep_spacing="trailing"`: np.round(np.arange(1000, 0, -1000 / T)) - 1."""
+    diffusers = np.round(np.arange(1000, 0, -1000 / num_steps))[:num_steps] - 1
+    for schedule in (ddim_schedule(num_steps), ancestral_schedule(num_steps), ancestral_schedule(num_steps, "large")):
+        assert schedule.diffusion_step.tolist() == diffusers.tolist() == expected
+
+
+@pytest.mark.parametrize("kappa", [0.0, 1.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_a_policy_can_take_the_trailing_steps_too(num_steps, kappa):
+    schedule = shorten(ScheduleConfig(method="step", shape="trailing", num_steps=num_steps, kappa=kappa))
+    reference = ddim_schedule(num_steps) if kappa == 0.0 else ancestral_schedule(num_steps)
+    assert np.array_equal(schedule.sigma[:-1], reference.sigma[:-1])
+    assert np.array_equal(schedule.noise_scale, reference.noise_scale)
+    assert schedule.sigma[-1] == 1e-3
+
+
+@pytest.mark.parametrize("num_steps", [7, 64, 333, 400, 750, 999])
+def test_trailing_steps_are_distinct_and_start_at_the_last(num_steps):
+    steps = chosen_steps(num_steps, "trailing")
+    assert len(np.unique(steps)) == num_steps
+    assert steps[-1] == 999
+    assert steps[0] >= 1000 // num_steps - 1
+
+
+@pytest.mark.parametrize(("num_steps", "rho"), [(1, 7.0), (4, 4.0), (10, 7.0)])
+def test_references_of_an_edm_model_spend_no_evaluation_on_the_lowest_level(num_steps, rho):
+    config = ScheduleConfig(method="karras", rho=rho)
+    schedule = karras_schedule(config, num_steps, kappa=0.0)
+    between = karras_levels(num_steps + 1, config)
+    assert schedule.level.tolist() == [*between[:-1], 0.0]
+    assert schedule.level[-2] > 2.0 * config.sigma_min
+
+
 @pytest.mark.parametrize("num_steps", [1, 4, 10, 1000])
 def test_ddim_schedule_is_deterministic_ddim(num_steps):
     """x' = sqrt(g') (x - sqrt(1-g) eps) / sqrt(g) + sqrt(1-g') eps (arXiv 2010.02502, equation 12, eta 0)."""
@@ -232,6 +298,7 @@ REFUSED = [
     {"num_steps": 1001},
     {"method": "ddim"},
     {"shape": "cubic"},
+    {"shape": "trailing"},
     {"kappa": -0.1},
     {"kappa": 1.1},
     {"kappa": float("nan")},

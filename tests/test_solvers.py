@@ -1,5 +1,6 @@
-"""Deterministic references: DPM-Solver++(2M) on a model whose flow is known in closed form."""
+"""Deterministic references on models whose flow is known in closed form: DPM-Solver++(2M), Heun, and their spacing."""
 
+import itertools
 import math
 
 import pytest
@@ -8,10 +9,21 @@ from torch import Tensor
 
 from dxmi.networks import Denoiser
 from dxmi.sampler import Policy
-from dxmi.schedules import NUM_DIFFUSION_STEPS, ScheduleConfig, forward_levels, solver_schedule
-from dxmi.solvers import DpmSolver, further_references
+from dxmi.schedules import (
+    NUM_DIFFUSION_STEPS,
+    SIGMA_DATA,
+    ScheduleConfig,
+    StepSchedule,
+    ddim_schedule,
+    forward_levels,
+    karras_schedule,
+    shorten,
+)
+from dxmi.solvers import DpmSolver, HeunSolver
 
 STD = 0.5
+EDM_STD = 1.0
+KARRAS = ScheduleConfig(method="karras")
 
 
 class OfGaussian(Denoiser):
@@ -25,23 +37,48 @@ class OfGaussian(Denoiser):
         return embedding * x
 
 
-def exact(level: float, x: Tensor) -> Tensor:
-    """The flow keeps x / sqrt(variance): from the noisiest level to the data."""
-    return x * STD / math.sqrt(level * STD**2 + 1.0 - level)
+class EdmOfGaussian(Denoiser):
+    """EDM's network for data N(0, EDM_STD^2), where D(x; s) = EDM_STD^2 x / (EDM_STD^2 + s^2), told 250 log s."""
+
+    def embed(self, steps: Tensor) -> Tensor:
+        s = (steps.double() / 250.0).exp()
+        root = (s**2 + SIGMA_DATA**2).sqrt()
+        of_data = EDM_STD**2 / (EDM_STD**2 + s**2) - SIGMA_DATA**2 / root**2
+        return (of_data * root / (s * SIGMA_DATA / root))[:, None]
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return embedding * x
 
 
-def error(kind: type[Policy], num_steps: int) -> float:
-    """Relative error of the data that a sampler reaches from noise."""
-    schedule = solver_schedule(num_steps)
-    policy = kind(OfGaussian(), schedule, (1,))
+def error(kind: type[Policy], schedule: StepSchedule) -> float:
+    """Relative error of the data that a sampler reaches from noise; the flow keeps x / sqrt(variance)."""
+    is_edm = schedule.input_scale is not None
+    policy = kind(EdmOfGaussian() if is_edm else OfGaussian(), schedule, (1,))
     start, *_, end = policy.walk(4, torch.Generator().manual_seed(0))
-    target = exact(float(schedule.level[0]), start.double())
+    signal, noise = (float(scale[0]) for scale in schedule.signal_and_noise)
+    std = EDM_STD if is_edm else STD
+    target = start.double() * std / math.sqrt((signal * std) ** 2 + noise**2)
     return float(((end.double() - target) / target).abs().max())
+
+
+def leading(num_steps: int) -> StepSchedule:
+    """DDIM on the steps 0..999, evenly: the last one starts at k = 0."""
+    return shorten(ScheduleConfig(num_steps=num_steps, method="step", shape="linear", kappa=0.0, final_sigma=0.0))
+
+
+def edm_grid(num_steps: int) -> StepSchedule:
+    """Euler's method on EDM's own grid: the last step starts at sigma_min."""
+    return shorten(ScheduleConfig(num_steps=num_steps, method="karras", kappa=0.0, final_sigma=0.0))
+
+
+def on_edm(num_steps: int) -> StepSchedule:
+    """Euler's method, trailing."""
+    return karras_schedule(KARRAS, num_steps, kappa=0.0)
 
 
 def by_hand(num_steps: int) -> Tensor:
     """Where the solver takes x_0 = 1, in float64 and in the paper's letters."""
-    a = torch.from_numpy(solver_schedule(num_steps).level).sqrt()
+    a = torch.from_numpy(ddim_schedule(num_steps).level).sqrt()
     s = (1.0 - a**2).clamp_min(0.0).sqrt()
     ratio, x, data = (a / s).log(), torch.ones(1, dtype=torch.float64), []
     for t in range(num_steps):
@@ -57,42 +94,56 @@ def by_hand(num_steps: int) -> Tensor:
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 10])
 def test_its_steps_are_the_papers(num_steps):
     """In float32 the first prediction of the data is a difference divided by a_0: its rounding grows by 1 / a_0."""
-    schedule = solver_schedule(num_steps)
+    schedule = ddim_schedule(num_steps)
     start, *_, end = DpmSolver(OfGaussian(), schedule, (1,)).walk(3, torch.Generator().manual_seed(0))
     bound = 2.0 * torch.finfo(torch.float32).eps / math.sqrt(schedule.level[0])
     torch.testing.assert_close(end / start, by_hand(num_steps).float().expand(3, 1), rtol=1e-5, atol=bound)
 
 
 def test_its_grid_ends_one_even_step_from_the_data():
-    schedule = solver_schedule(20)
-    assert schedule.diffusion_step[[0, -1]].tolist() == [NUM_DIFFUSION_STEPS - 1, 50.0]
+    schedule = ddim_schedule(20)
+    assert schedule.diffusion_step[[0, -1]].tolist() == [NUM_DIFFUSION_STEPS - 1, 49.0]
     assert schedule.sigma.max() == 0.0
-    assert solver_schedule(1).diffusion_step.tolist() == [NUM_DIFFUSION_STEPS - 1]
+    assert ddim_schedule(1).diffusion_step.tolist() == [NUM_DIFFUSION_STEPS - 1]
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 4, 5, 8, 10])
+def test_trailing_steps_are_closer_to_the_flow_than_those_that_end_at_clean_data(num_steps):
+    assert error(Policy, ddim_schedule(num_steps)) < 0.98 * error(Policy, leading(num_steps))
+    assert error(Policy, on_edm(num_steps)) < 0.98 * error(Policy, edm_grid(num_steps))
 
 
 def test_it_is_of_second_order_where_the_same_steps_without_it_are_of_first():
     """From 10 steps to 20 the error falls to a quarter or less, DDIM's to about a half."""
-    assert error(DpmSolver, 20) < 0.25 * error(DpmSolver, 10)
-    assert 0.4 < error(Policy, 20) / error(Policy, 10) < 0.6
+    assert error(DpmSolver, ddim_schedule(20)) < 0.25 * error(DpmSolver, ddim_schedule(10))
+    assert 0.4 < error(Policy, ddim_schedule(20)) / error(Policy, ddim_schedule(10)) < 0.6
     for num_steps in (5, 10, 20, 50):
-        assert error(DpmSolver, num_steps) < error(Policy, num_steps)
+        assert error(DpmSolver, ddim_schedule(num_steps)) < error(Policy, ddim_schedule(num_steps))
+        assert error(DpmSolver, on_edm(num_steps)) < error(Policy, on_edm(num_steps))
+
+
+def test_heun_is_of_second_order_where_euler_is_of_first():
+    assert error(HeunSolver, on_edm(40)) < 0.27 * error(HeunSolver, on_edm(20))
+    assert 0.4 < error(Policy, on_edm(40)) / error(Policy, on_edm(20)) < 0.6
+    assert error(HeunSolver, on_edm(20)) < 0.6 * error(Policy, on_edm(39))  # with as many evaluations
+
+
+def test_heuns_step_is_the_papers():
+    """Algorithm 1 of arXiv 2206.00364 without churn, in float64."""
+    levels, x = on_edm(5).level, 80.0
+    slope = lambda x, s: (x - EDM_STD**2 * x / (EDM_STD**2 + s**2)) / s  # noqa: E731
+    for s, s_next in itertools.pairwise(levels):
+        d = slope(x, s)
+        euler = x + (s_next - s) * d
+        x = euler if s_next == 0.0 else x + (s_next - s) * 0.5 * (d + slope(euler, s_next))
+    start, *_, end = HeunSolver(EdmOfGaussian(), on_edm(5), (1,)).walk(3, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(end / start, torch.full((3, 1), x / 80.0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_steps", [1, 5])
 def test_samples_depend_on_the_starting_noise_alone(num_steps):
-    policy = DpmSolver(OfGaussian(), solver_schedule(num_steps), (1, 2, 2))
+    policy = DpmSolver(OfGaussian(), ddim_schedule(num_steps), (1, 2, 2))
     one, two = (policy.sample(3, torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(one, two)
     assert one.shape == (3, 1, 2, 2)
     assert len(list(policy.walk(3, torch.Generator()))) == num_steps + 1
-
-
-def test_further_references_are_of_the_models_kind():
-    assert list(further_references(ScheduleConfig(), (5, 10))) == ["ddim_5", "ddim_10", "dpm_solver_5", "dpm_solver_10"]
-    karras = further_references(ScheduleConfig(method="karras"), (5, 10))
-    assert {name: (kind, schedule.num_steps) for name, (kind, schedule) in karras.items()} == {
-        "euler_5": (Policy, 5),
-        "euler_10": (Policy, 10),
-    }
-    assert all(schedule.sigma.max() == 0.0 for _, schedule in karras.values())
-    assert further_references(ScheduleConfig(method="ddgan", num_steps=4), (5,)) == {}

@@ -22,7 +22,9 @@ from rich.table import Table
 
 from dxmi.errors import UserError
 from dxmi.files import write_atomic
+from dxmi.references import ScoredReference, scored_references
 from tune.ablation_plan import ARM, SEED, AblationPlan
+from tune.console import outdone, outdone_sentences
 from tune.designs import BASELINE, two_level_design
 from tune.effects import Effect, level_effects
 from tune.leaderboard import NOT_COMPUTED, better, metric_label, number, summary_of
@@ -281,6 +283,24 @@ class Results:
         return float(summary_of(record).get("scores", {}).get("best", {}).get(metric, math.nan))
 
     @cached_property
+    def outdone(self) -> list[str]:
+        """Sentences about the arms whose mean a training-free sampler beats with no more network evaluations."""
+        found = []
+        for arm in self.plan.arms:
+            scored = self._scored_summaries(arm.name)
+            if scored:
+                score, summaries = float(np.mean([score for score, _ in scored])), [summary for _, summary in scored]
+                found.append(outdone(arm.name, score, _mean_references(summaries), summaries[0]["num_steps"]))
+        return outdone_sentences(self.plan.metric, found)
+
+    def _scored_summaries(self, arm: str) -> list[tuple[float, Mapping[str, Any]]]:
+        """Score and summary of each complete run of an arm."""
+        records = [self.records.get((arm, seed)) for seed in self.seeds]
+        complete = [record for record in records if record is not None and record.state is TrialState.COMPLETE]
+        pairs = [(record.outcome.score, summary_of(record)) for record in complete]
+        return [(score, summary) for score, summary in pairs if score is not None and summary]
+
+    @cached_property
     def variances(self) -> dict[str, Variances]:
         """Of each arm with at least two seeds and two draws of the evaluation's noise, where its spread comes from."""
         found = {}
@@ -355,6 +375,16 @@ def _why_untested(own: Runs, baseline: Runs, is_lost: bool) -> str:
             "those of the arm, and no test is taken; the difference is that of the seeds that have both scores."
         )
     return f"Runs without a score yet: {missing}. The test is taken when all have ended."
+
+
+def _mean_references(summaries: Sequence[Mapping[str, Any]]) -> list[ScoredReference]:
+    """The references that all summaries have, with their mean scores."""
+    scores = [{r.key: r.score for r in scored_references(summary)} for summary in summaries]
+    return [
+        replace(reference, score=float(np.mean([of_seed[reference.key] for of_seed in scores])))
+        for reference in scored_references(summaries[0])
+        if all(reference.key in of_seed for of_seed in scores)
+    ]
 
 
 def _terms(plan: AblationPlan) -> list[tuple[str, ...]]:

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -22,6 +23,7 @@ from rich.text import Text
 from dxmi.data import ClassCount, Description
 from dxmi.evaluate import NUM_SAMPLES_KEY
 from dxmi.pictures import score_text
+from dxmi.references import ScoredReference, best_reference, scored_references
 from dxmi.run_directory import RunDirectory
 from dxmi.train import Phase, Summary
 from dxmi.train import Progress as Event
@@ -156,33 +158,25 @@ _BESIDE = ("eval/precision_", "eval/recall_", "eval/energy_auc")
 _NOT_COMPUTED = "-"
 
 
-_SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "dpm_solver": "DPM-Solver++", "ancestral": "ancestral", "euler": "Euler"}
-
-_OWN = ("ddpm_", "ancestral_")
-"""How the names of a model's own sampler begin, which stands first."""
-
-
-def _reference_row(name: str, steps: int) -> tuple[str, int, str]:
-    """Label and network evaluations of a reference, from its name: `ddim_5`, or `shortened`."""
-    sampler, _, evaluations = name.rpartition("_")
-    if sampler not in _SAMPLERS:
-        return f"{steps} steps, before", steps, name
-    return f"{evaluations} steps ({_SAMPLERS[sampler]})", int(evaluations), name
-
-
 def result_table(summary: Summary) -> Table:
-    """The samplers of a finished run side by side: network evaluations, score, seconds for 1,000 samples."""
+    """The samplers of a finished run side by side: network evaluations, score, seconds for 1,000 samples.
+
+    The best of those with no more evaluations than the policy is bold, whether it is fine-tuned or not.
+    """
     steps, metric = summary.num_steps, summary.metric.removeprefix("eval/")
     others = [key for key in summary.scores["best"] if key.startswith(_BESIDE)]
-    references = [_reference_row(name, steps) for name in summary.reference if name != "data"]
-    references.sort(key=lambda row: (row[2] == "shortened", not row[2].startswith(_OWN), row[1], row[2]))
-    after = f"{steps} steps, after (iteration {summary.best['step']})"
-    rows = [*references, (after, steps, "best"), ("the data itself", "", "data")]
+    references = scored_references(vars(summary))
+    bold = best_reference(references, steps)
+    best = bold.key if bold is not None and bold.score < summary.best["value"] else "best"
+    after = f"{steps} step{'s' if steps > 1 else ''}, after (iteration {summary.best['step']})"
+    rows = [(reference.label, str(reference.evaluations), reference.key) for reference in references]
+    rows += [(after, str(steps), "best"), ("the data itself", "", "data")]
     draws = len(summary.generations)
     generations = f"; the best is the mean over {draws} draws of the noise" if draws > 1 else ""
     table = Table(
         caption=f"Network evaluations a sample; {metric} of {summary.num_samples:,} samples each, lower is better; "
-        f"seconds for 1,000 samples{generations}; {_NOT_COMPUTED} not computed."
+        f"seconds for 1,000 samples{generations}; {_NOT_COMPUTED} not computed. Bold: the best with at most {steps} "
+        "evaluations."
     )
     headings = [key.removeprefix("eval/") for key in others]
     for heading in ("sampler", "evaluations", metric, *headings, "seconds for 1,000"):
@@ -193,15 +187,63 @@ def result_table(summary: Summary) -> Table:
         scores = summary.scores[name]
         shown = [score_text(scores[key]) if key in scores else _NOT_COMPUTED for key in (summary.metric, *others)]
         seconds = f"{summary.seconds_per_1000_images[name]:.3f}"
-        table.add_row(label, str(evaluations), *shown, seconds, style="bold" if name == "best" else None)
+        table.add_row(label, evaluations, *shown, seconds, style="bold" if name == best else None)
     return table
 
 
+@dataclass(frozen=True)
+class Outdone:
+    """A result that a training-free sampler beats with no more network evaluations.
+
+    Attributes:
+        subject: whose result.
+        score: of the result.
+        label: the sampler in words.
+        reference: its score.
+    """
+
+    subject: str
+    score: float
+    label: str
+    reference: float
+
+
+def outdone(subject: str, score: float, references: Iterable[ScoredReference], evaluations: int) -> Outdone | None:
+    """The best training-free sampler with no more network evaluations than a result has, if it is better than that."""
+    best = best_reference(references, evaluations)
+    if best is None or not best.score < score:
+        return None
+    return Outdone(subject, score, best.label, best.score)
+
+
+def outdone_sentences(metric: str, found: Iterable[Outdone | None]) -> list[str]:
+    """Which results are worse than a sampler that needs no fine-tuning: a sentence a sampler."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for one in found:
+        if one is not None:
+            subjects = groups.setdefault((one.label, score_text(one.reference)), [])
+            subjects.append(f"{one.subject} ({score_text(one.score)})")
+    name = metric.removeprefix("eval/")
+    return [
+        f"Without any fine-tuning, {label} has {name} {score}: better than {listed(subjects)}, with no more network "
+        "evaluations."
+        for (label, score), subjects in groups.items()
+    ]
+
+
+def listed(parts: Sequence[str]) -> str:
+    """a, b and c."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
 def show_result(console: Console, run: RunDirectory, summary: Summary) -> None:
-    """The table, and where the pictures are."""
+    """The table, whether a training-free sampler is better, and where the pictures are."""
     console.print(result_table(summary))
     if summary.labels:
         console.out(f"labels: {summary.labels}", highlight=False)
+    found = outdone("this run", summary.best["value"], scored_references(vars(summary)), summary.num_steps)
+    for sentence in outdone_sentences(summary.metric, [found]):
+        console.print(sentence, markup=False, highlight=False)
     for label, path in (
         ("curve", run.curves),
         ("samples, step by step", run.samples / "steps.png"),

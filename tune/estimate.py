@@ -9,7 +9,7 @@ import torch
 from dxmi.cache import cache_root
 from dxmi.evaluate import SELECTION, Sampling, generate
 from dxmi.experiment import Experiment, ExperimentConfig
-from dxmi.schedules import NUM_DIFFUSION_STEPS
+from dxmi.references import references
 from tune.devices import Slots
 
 _REPEATS = 3
@@ -88,10 +88,16 @@ def _measured(experiment: Experiment, slots: Slots, trials: int) -> Estimate:
         data, generator = pretraining.stream.next(), pretraining.generators["noise"]
         labels = pretraining.stream.labels
         shared += config.pretrain.iterations * _seconds(lambda: ddpm.update(data, 0, generator, labels=labels))
-        shared += sampling * (NUM_DIFFUSION_STEPS / config.schedule.num_steps + 2.0)
+        shared += sampling * _reference_evaluations(config) / config.schedule.num_steps
     evaluations = train.iterations / config.evaluate.every + 3
     seconds = train.iterations * iteration + evaluations * sampling * _SCORING
     return Estimate(shared, seconds, _bytes(state.groups()), trials, slots.concurrent)
+
+
+def _reference_evaluations(config: ExperimentConfig) -> int:
+    """Network evaluations of all references, for one sample of each."""
+    full, steps = config.evaluate.full_reference, config.evaluate.reference_steps or ()
+    return sum(reference.evaluations for reference in references(config.schedule, full=full, steps=steps))
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -20,6 +20,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import create_trial
 
+from dxmi.references import DATA, Role, ScoredReference, scored_references
 from tune.leaderboard import best_of, better, metric_label, number, short_names, summary_of
 from tune.plans import Plan
 from tune.space import Axis, Param, Value, show
@@ -72,55 +73,61 @@ def _first(record: TrialRecord) -> float:
 
 @dataclass(frozen=True)
 class Reference:
-    """A sampler that is not fine-tuned, scored like the trials.
+    """A sampler that is not fine-tuned, scored like the trials, or the data.
 
     Attributes:
         label: in words.
         low: its lowest score over the trials.
         high: its highest.
         is_shared: whether it is the same for all trials, up to the rounding of another machine.
+        role: what it is compared for; None for the data.
+        evaluations: of the network, a sample: the fewest and the most over the trials; None for the data.
     """
 
     label: str
     low: float
     high: float
     is_shared: bool
+    role: Role | None = None
+    evaluations: tuple[int, int] | None = None
 
 
 def references(records: Iterable[TrialRecord]) -> list[Reference]:
-    """What the summaries of the complete trials say about the references.
+    """What the summaries of the complete trials say about the references, each of them.
 
     Where what varies changes a reference (another number of steps, another seed), its scores differ.
     """
-    found: dict[str, list[tuple[str, float]]] = {}
-    for record in _complete(records):
-        summary = summary_of(record)
-        for key, label in reference_labels(summary).items():
-            kind = key.partition("_")[0]
-            found.setdefault(kind, []).append((label, float(summary["reference"][key])))
-    return [_reference(scored) for scored in found.values()]
+    found: dict[tuple[str, str], list[ScoredReference]] = {}
+    data: list[float] = []
+    for summary in map(summary_of, _complete(records)):
+        for reference in scored_references(summary) if summary else ():
+            found.setdefault(reference.kind, []).append(reference)
+        if summary and DATA in summary["reference"]:
+            data.append(float(summary["reference"][DATA]))
+    floor = [Reference("the data itself", min(data), max(data), _is_one(data))] if data else []
+    return [*(_reference(scored) for scored in found.values()), *floor]
 
 
-def _reference(scored: Sequence[tuple[str, float]]) -> Reference:
-    labels, scores = {label for label, _ in scored}, [score for _, score in scored]
-    low, high = min(scores), max(scores)
-    if len(labels) > 1:  # the number of steps varies
-        return Reference("T steps" + scored[0][0].partition(" steps")[2], low, high, is_shared=False)
-    return Reference(scored[0][0], low, high, math.isclose(low, high, rel_tol=1e-3))
+def _is_one(scores: Sequence[float]) -> bool:
+    return math.isclose(min(scores), max(scores), rel_tol=1e-3)
 
 
-def reference_labels(summary: Mapping[str, Value]) -> dict[str, str]:
-    """The keys of a summary's references, in words."""
-    steps = summary.get("num_steps")
-    words = {
-        "ddpm_1000": "1000 steps",
-        "ancestral_250": "250 steps",
-        f"ddim_{steps}": f"{steps} steps, DDIM",
-        f"euler_{steps}": f"{steps} steps, Euler",
-        "shortened": f"{steps} steps, before",
-        "data": "the data itself",
-    }
-    return {key: label for key, label in words.items() if key in summary.get("reference", {})}
+def _reference(scored: Sequence[ScoredReference]) -> Reference:
+    first, scores = scored[0], [reference.score for reference in scored]
+    evaluations = [reference.evaluations for reference in scored]
+    is_same = len({reference.label for reference in scored}) == 1
+    label = first.label if is_same else f"T steps{first.label.partition(' steps')[2]}"
+    return Reference(
+        label, min(scores), max(scores), is_same and _is_one(scores), first.role, (min(evaluations), max(evaluations))
+    )
+
+
+def shared_highlights(records: Sequence[TrialRecord]) -> list[Reference]:
+    """The references that are worth a line: those that all trials share, and of samplers with few steps the best."""
+    shared = [reference for reference in references(records) if reference.is_shared]
+    few = [reference for reference in shared if reference.role is Role.FEW]
+    best = min(few, key=lambda reference: reference.low, default=None)
+    return [r for r in shared if r.role in (Role.FULL, Role.SHORTENED, None) or r is best]
 
 
 # ----------------------------------------------------------------------------
@@ -231,7 +238,7 @@ def score_curves(plan: Plan, records: Sequence[TrialRecord], curves: Curves) -> 
     shown = [record for record in records if record.number in curves]
     for record in shown:
         _draw_curve(axes, record, curves[record.number], best, pale=len(shown) > _CROWD)
-    lines = [reference for reference in references(records) if reference.is_shared]
+    lines = shared_highlights(records)
     low, high = _view([curves[record.number] for record in shown], [line.low for line in lines])
     _scale_scores(axes, low, high, log=_is_log([low, high]))
     axes.set_xlim(left=0)

@@ -23,11 +23,13 @@ from dxmi.config import to_tree
 from dxmi.errors import UserError
 from dxmi.files import write_atomic
 from dxmi.pictures import score_text
+from dxmi.references import scored_references
 from tune.ablation_plan import AblationPlan
 from tune.confirmation import Confirmation, confirmations, obstacle
+from tune.console import Outdone, outdone, outdone_sentences
 from tune.plans import Plan, fidelity_keys
 from tune.space import flat, show
-from tune.study import Study, StudyFolder, TrialRecord, TrialState, ranked
+from tune.study import Study, StudyFolder, TrialRecord, TrialState, pareto_front, ranked
 from tune.sweep_config import ObjectiveConfig
 
 NOT_COMPARABLE = "*"
@@ -139,6 +141,20 @@ def fresh_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
     )
     text = ", ".join(values) or f"{plan.metric.removeprefix('eval/')} {number(fresh.scores[plan.metric])}"
     return f"On fresh noise, which took no part in choosing it, trial {best.number} has {text}."
+
+
+def free_sampler_sentences(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
+    """Whether training-free samplers are better than the best trial, or than trials on the Pareto front."""
+    best = best_of(plan, records)
+    results = pareto_front(plan, records) if len(plan.sweep.objectives) > 1 else [best]
+    return outdone_sentences(plan.metric, [_outdone(record) for record in results if record is not None])
+
+
+def _outdone(record: TrialRecord) -> Outdone | None:
+    summary, score = summary_of(record), record.outcome.score
+    if not summary or score is None:
+        return None
+    return outdone(f"trial {record.number}", score, scored_references(summary), summary["num_steps"])
 
 
 # ----------------------------------------------------------------------------

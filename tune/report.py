@@ -29,6 +29,13 @@ from dxmi import __version__
 from dxmi.config import to_tree
 from dxmi.files import write_atomic
 from dxmi.provenance import git_revision
+from dxmi.references import (
+    DATA,
+    best_reference,
+    full_reference,
+    highlights,
+    scored_references,
+)
 from tune.ablation_figures import ablation_figures
 from tune.ablation_plan import AblationPlan
 from tune.ablation_results import (
@@ -43,6 +50,7 @@ from tune.ablation_results import (
     results_of,
     verdict_text,
 )
+from tune.console import listed
 from tune.designs import BASELINE, Arm, two_level_design
 from tune.figures import Reference, importance_obstacle, references, study_figures, unit
 from tune.leaderboard import (
@@ -53,6 +61,7 @@ from tune.leaderboard import (
     better,
     changed_data,
     fidelity_columns,
+    free_sampler_sentences,
     fresh_columns,
     fresh_sentence,
     leaderboard,
@@ -72,6 +81,8 @@ from tune.study import Study, TrialRecord, TrialState, pareto_front, ranked, tim
 
 _TEMPLATES = Path(__file__).resolve().parent / "_templates"
 _MATRIX_TRIALS, _MATRIX_STEPS = 8, 6
+_ARM_SIDE = 2
+"""Samples a side in a picture of an ablation's run."""
 _SAMPLES_A_SIDE = (4, 3, 2, 1)
 """Of each grid, so many samples a side are shown: the first number with which the report stays small."""
 _FIGURE_PIXELS = 60
@@ -151,31 +162,26 @@ def result_sentences(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
     label, value = metric_label(plan, objective), number(best.outcome.objectives[0], objective.metric)
     claim = f"has the best {label}, {value}" if has_front else f"is the best, with {label} {value}"
     words = settings(plan, best)
-    where = f" at {_listed(words)}" if len(words) <= _FEW else "; its settings are below"
+    where = f" at {listed(words)}" if len(words) <= _FEW else "; its settings are below"
     first = f"Trial {best.number} {claim} ({better(objective)}) after {best.outcome.step} iterations{where}."
     fresh = fresh_sentence(plan, records)
     front = [_front_sentence(plan, records)] if has_front else []
-    return [first, *([fresh] if fresh else []), *_references_sentences(plan, best), *front]
+    free = free_sampler_sentences(plan, records)
+    return [first, *([fresh] if fresh else []), *free, *_references_sentences(plan, best), *front]
 
 
 def _references_sentences(plan: Plan, best: TrialRecord) -> list[str]:
+    """The scores of the references that are worth a line, and of the data; the others are in the table."""
     summary = summary_of(best)
     if not summary:
         return []
-    steps, scores = summary["num_steps"], summary["reference"]
-    words = {
-        "ddpm_1000": "the 1000-step model it came from has {}",
-        "ancestral_250": "the model it came from has {} with 250 steps",
-        f"ddim_{steps}": f"DDIM with {steps} steps {{}}",
-        f"euler_{steps}": f"Euler with {steps} steps {{}}",
-        "shortened": f"the same {steps} steps before fine-tuning {{}}",
-        "data": "fresh data itself {}",
-    }
-    parts = [sentence.format(number(scores[key])) for key, sentence in words.items() if key in scores]
+    shown = highlights(scored_references(summary), summary["num_steps"])
+    parts = [f"{reference.label}: {number(reference.score)}" for reference in shown]
+    if DATA in summary["reference"]:
+        parts.append(f"the data itself: {number(summary['reference'][DATA])}")
     is_score = plan.sweep.objectives[0].metric in ("score", plan.metric)
-    label = "" if is_score else f"Its {plan.metric.removeprefix('eval/')} is {number(_score(best))}; "
-    text = f"{label}{_listed(parts)}, each on {summary['num_samples']:,} samples." if parts else ""
-    return [text[0].upper() + text[1:]] if text else []
+    label = "" if is_score else f"Its {plan.metric.removeprefix('eval/')} is {number(_score(best))}. "
+    return [f"{label}References, each on {summary['num_samples']:,} samples: {'; '.join(parts)}."] if parts else []
 
 
 def _front_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
@@ -202,7 +208,7 @@ def verdict_sentences(results: Results) -> list[str]:
     baseline = [f"The baseline {results.gaps[BASELINE]}."] if results.runs[BASELINE].lost else []
     unfinished = [results.unfinished] if results.unfinished else []
     verdicts = [f"{str(verdict).capitalize()}: {', '.join(arms)}." for verdict, arms in by_verdict.items() if arms]
-    return [*verdicts, *baseline, *unfinished]
+    return [*verdicts, *baseline, *unfinished, *results.outdone]
 
 
 def course_sentences(study: Study, records: Sequence[TrialRecord]) -> list[str]:
@@ -227,11 +233,6 @@ def course_sentences(study: Study, records: Sequence[TrialRecord]) -> list[str]:
             "elsewhere does so too."
         )
     return sentences
-
-
-def _listed(parts: Sequence[str]) -> str:
-    """a, b and c."""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def _score(record: TrialRecord) -> float:
@@ -556,15 +557,53 @@ def _other_cell(summary: Summary) -> Cell:
     return Cell(NOT_COMPUTED, "", "number") if is_missing else _number_cell(summary.mean.estimate, mean_text(summary))
 
 
-def _samplers(plan: Plan, records: Sequence[TrialRecord]) -> list[tuple[str, str, bool]]:
-    """Name, score and whether it is the best trial, of each reference and of the best trial."""
-    best = best_of(plan, records)
-    rows = [(_sampler_name(reference), _span(reference), False) for reference in references(records)]
-    return [*rows, (f"trial {best.number}", number(_score(best)), True)] if best is not None and rows else []
+@dataclass(frozen=True)
+class _Sampler:
+    """A row of the table of samplers, as text.
+
+    Attributes:
+        name: in words.
+        evaluations: of the network, a sample.
+        score: or its range over the trials.
+        is_best: whether nothing with as few evaluations as the best trial has a better score.
+    """
+
+    name: str
+    evaluations: str
+    score: str
+    is_best: bool
+
+
+def _samplers(plan: Plan, records: Sequence[TrialRecord]) -> list[_Sampler]:
+    """Every reference, and the best trial."""
+    best, found = best_of(plan, records), references(records)
+    summary = {} if best is None else summary_of(best)
+    if best is None or not found or not summary:
+        return []
+    cheap = best_reference(scored_references(summary), summary["num_steps"])
+    beaten = cheap is not None and cheap.score < _score(best)
+    rows = [
+        _Sampler(
+            _sampler_name(reference),
+            _evaluations(reference),
+            _span(reference),
+            is_best=beaten and cheap is not None and reference.label == cheap.label,
+        )
+        for reference in found
+    ]
+    own = f"{summary['num_steps']}"
+    return [*rows, _Sampler(f"trial {best.number}", own, number(_score(best)), is_best=not beaten)]
 
 
 def _sampler_name(reference: Reference) -> str:
     return reference.label + ("" if reference.is_shared else " (depends on the trial)")
+
+
+def _evaluations(reference: Reference) -> str:
+    if reference.evaluations is None:
+        return ""
+    low, high = reference.evaluations
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _span(reference: Reference) -> str:
@@ -692,6 +731,23 @@ class MatrixRow:
 
 
 @dataclass(frozen=True)
+class Strip:
+    """Real data, or samples of a reference, above the trials' samples.
+
+    Attributes:
+        name: what it shows.
+        note: its score, and whose run drew it.
+        picture: a data URI.
+        cells: how many times as wide it is as a trial's picture.
+    """
+
+    name: str
+    note: str
+    picture: str
+    cells: float
+
+
+@dataclass(frozen=True)
 class Matrix:
     """Pictures of samples, all from the same noise: one row a trial, one column an iteration.
 
@@ -699,11 +755,13 @@ class Matrix:
         steps: iterations.
         rows: of pictures.
         are_figures: whether they are figures and no grids of images, whose pixels are worth seeing.
+        strips: what to compare them with; empty for a study that was run before these were drawn.
     """
 
     steps: list[int]
     rows: list[MatrixRow]
     are_figures: bool
+    strips: list[Strip]
 
 
 def sample_matrix(plan: Plan, records: Sequence[TrialRecord]) -> Matrix | None:
@@ -724,12 +782,13 @@ def sample_matrix(plan: Plan, records: Sequence[TrialRecord]) -> Matrix | None:
         MatrixRow(f"trial {record.number}", _matrix_note(record, places[record.number]), row)
         for record, row in zip(chosen, pictures, strict=True)
     ]
-    return Matrix(steps, rows, are_figures=plan.experiment.data.is_planar)
+    strips = reference_strips(plan, chosen, side, len(steps))
+    return Matrix(steps, rows, are_figures=plan.experiment.data.is_planar, strips=strips)
 
 
 def arm_matrix(results: Results) -> Matrix | None:
     """The best checkpoints' grids: one row an arm, one column a seed; None if there are none."""
-    part = functools.partial(_part, results.plan, 2)
+    part = functools.partial(_part, results.plan, _ARM_SIDE)
     seeds = results.seeds[:_MATRIX_STEPS]
     rows = []
     for arm in results.plan.arms:
@@ -742,7 +801,46 @@ def arm_matrix(results: Results) -> Matrix | None:
             summary = results.summaries[arm.name]
             note = "" if math.isnan(summary.mean.estimate) else number(summary.mean.estimate)
             rows.append(MatrixRow(arm.name, note, pictures))
-    return Matrix([*seeds], rows, results.plan.experiment.data.is_planar) if rows else None
+    if not rows:
+        return None
+    runs = [results.records.get((arm.name, seed)) for arm in results.plan.arms for seed in seeds]
+    strips = reference_strips(results.plan, [run for run in runs if run is not None], _ARM_SIDE, len(seeds))
+    return Matrix([*seeds], rows, results.plan.experiment.data.is_planar, strips)
+
+
+def reference_strips(plan: Plan, runs: Sequence[TrialRecord], side: int, columns: int) -> list[Strip]:
+    """Real data, the model with all of its steps, and the best training-free sampler, from the first run that has them.
+
+    Args:
+        plan: of the study.
+        runs: the best first, or the baseline's.
+        side: samples in the height of a strip, as in a trial's picture.
+        columns: a strip is at most as wide as so many of these.
+    """
+    complete = [run for run in runs if run.state is TrialState.COMPLETE and run.run.reference_picture("data").exists()]
+    summary = summary_of(complete[0]) if complete else {}
+    if not summary:
+        return []
+    run, in_grid = complete[0].run, _columns(plan)
+    height = min(side, in_grid)
+    width = height if plan.experiment.data.is_planar else min(in_grid, columns * height)
+    part = functools.partial(_part, plan, side, width=width)
+    drawn = [
+        Strip(label, note, _embedded(run.reference_picture(name), part), width / height)
+        for name, label, note in _strip_words(summary)
+    ]
+    return [strip for strip in drawn if strip.picture]
+
+
+def _strip_words(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """File, name and note of each picture of references."""
+    scored, floor = scored_references(summary), summary["reference"].get(DATA)
+    full, few = full_reference(scored), best_reference(scored, summary["num_steps"])
+    references = [("full", full), ("few", few)]
+    return [
+        ("data", "real data", "" if floor is None else number(floor)),
+        *((name, found.label, f"{number(found.score)}, no fine-tuning") for name, found in references if found),
+    ]
 
 
 def _shown(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
@@ -771,20 +869,38 @@ def _matrix_note(record: TrialRecord, place: int) -> str:
     return f"#{place}, {number(_score(record))} at {record.outcome.step}"
 
 
-def _part(plan: Plan, side: int, picture: Image.Image) -> Image.Image:
-    """The upper left corner of a grid of images, `side` samples wide and high; all of a figure, made small."""
+def _columns(plan: Plan) -> int:
+    """Of a grid of images, see `dxmi.pictures.save_grid`."""
+    return max(1, round(math.sqrt(plan.experiment.evaluate.grid)))
+
+
+def _part(plan: Plan, side: int, picture: Image.Image, width: int | None = None) -> Image.Image:
+    """The upper left corner of a grid of images, `side` samples wide and high; all of a figure, made small.
+
+    Args:
+        plan: of the study.
+        side: samples.
+        picture: a grid or a figure.
+        width: samples in a row, if more than `side` are wanted.
+    """
     if plan.experiment.data.is_planar:
         return picture.convert("RGB").resize((_FIGURE_PIXELS * side, _FIGURE_PIXELS * side), Image.Resampling.LANCZOS)
-    columns, gap = max(1, round(plan.experiment.evaluate.grid**0.5)), 2  # see dxmi.pictures.grid
-    extent = gap + min(side, columns) * ((picture.width - gap) // columns)
-    return picture.crop((0, 0, extent, min(extent, picture.height)))
+    columns, gap = _columns(plan), 2  # see dxmi.pictures.grid
+    cell = (picture.width - gap) // columns
+    size = (gap + min(width or side, columns) * cell, gap + min(side, columns) * cell)
+    return picture.crop((0, 0, min(size[0], picture.width), min(size[1], picture.height)))
 
 
 def _picture(record: TrialRecord, step: int, part: Callable[[Image.Image], Image.Image]) -> str:
     """A part of what was drawn at a step, as a data URI."""
+    return _embedded(record.run.samples / f"step_{step:06d}.png", part)
+
+
+def _embedded(path: Path, part: Callable[[Image.Image], Image.Image]) -> str:
+    """A part of a picture as a data URI; empty if it cannot be read."""
     buffer = io.BytesIO()
     try:
-        with Image.open(record.run.samples / f"step_{step:06d}.png") as picture:
+        with Image.open(path) as picture:
             part(picture).save(buffer, format="png", optimize=True)
     except (OSError, SyntaxError, ValueError):
         return ""

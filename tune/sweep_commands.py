@@ -21,7 +21,7 @@ from tune.console import Terminal, complain
 from tune.designs import two_level_design
 from tune.doctor import Verdict, examine
 from tune.estimate import Estimate
-from tune.leaderboard import changed_data, leaderboard_table
+from tune.leaderboard import changed_data, free_sampler_sentences, leaderboard_table
 from tune.live import duration
 from tune.plans import Plan, require_name
 from tune.ray_session import on_cluster
@@ -121,7 +121,7 @@ def _time(cost: Estimate) -> str:
 
 def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
     """The end table, where everything is, and the exit code."""
-    console.print(_results_table(result.folder, chosen.plan, result.records))
+    _show_results(console, result.folder, chosen.plan, result.records)
     places = {"report": result.folder.report, "best config": result.folder.best, "table": result.folder.leaderboard}
     if isinstance(chosen.plan, AblationPlan):
         own = {name: result.folder.path / f"ablation.{name}" for name in ("csv", "tex")}
@@ -152,10 +152,16 @@ def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
     return OK
 
 
-def _results_table(folder: StudyFolder, plan: Plan, records: Sequence[TrialRecord]) -> Table:
+def _show_results(console: Terminal, folder: StudyFolder, plan: Plan, records: Sequence[TrialRecord]) -> None:
+    """The table, and which of it a training-free sampler beats."""
     if isinstance(plan, AblationPlan):
-        return arms_table(results_of(plan, folder, records))
-    return leaderboard_table(plan, records)
+        results = results_of(plan, folder, records)
+        table, sentences = arms_table(results), results.outdone
+    else:
+        table, sentences = leaderboard_table(plan, records), free_sampler_sentences(plan, records)
+    console.print(table)
+    for sentence in sentences:
+        console.print(sentence, markup=False, highlight=False)
 
 
 # ----------------------------------------------------------------------------
@@ -293,7 +299,7 @@ def report(args: argparse.Namespace) -> int:
     study = Study.read(StudyFolder(root / name))
     records = study.records()
     console = Terminal()
-    console.print(_results_table(study.folder, study.plan, records))
+    _show_results(console, study.folder, study.plan, records)
     write_results(study, records)
     console.out(f"report: {study.folder.report}", highlight=False)
     return OK

@@ -120,7 +120,8 @@ def _files(folder: StudyFolder, record: TrialRecord) -> Iterator[tuple[Path, str
     """(file, folder among the artifacts) of what there is; of an ended trial also what does not change any more."""
     run = record.run
     yield run.config, ""
-    yield from ((path, "samples") for path in sorted(run.samples.glob("step*.png")))
+    pictures = (run.samples.glob(pattern) for pattern in ("reference_*.png", "step*.png"))
+    yield from ((path, "samples") for found in pictures for path in sorted(found))
     if record.state is TrialState.RUNNING:
         return
     yield from ((path, "") for path in (run.curves, run.summary, folder.error(record.number)))
