@@ -1,6 +1,7 @@
 """Odd surroundings: long temporary folders, users without a home, proxies before a machine's own addresses."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -149,19 +150,30 @@ def test_a_folder_in_no_home_blames_no_variable_that_was_not_set(root, variable,
     assert f"{variable} is" not in str(refused.value)
 
 
+UNKNOWN = """
+import os, pwd, sys
+def unknown(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+pwd.getpwuid = unknown
+os.getuid = lambda: 54321
+from tune.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""The command line as the system would answer a user whom it does not know."""
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(os.getuid() != 0, reason="only root may become a user that the system does not know")
-@pytest.mark.parametrize("arguments", [["--help"], ["config"], ["doctor"], ["train", "experiment=digits", "out=/no/x"]])
+@pytest.mark.parametrize("arguments", [["config"], ["doctor"], ["train", "experiment=digits", "out=/dev/null/x"]])
 def test_every_command_runs_for_an_unknown_user(arguments, tmp_path):
-    tmp_path.chmod(0o777)
+    place = Path("/tmp/dxmi-54321")
     environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "USER", "LOGNAME")}
-    environment |= {"DXMI_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).parent.parent)}
-    ended = subprocess.run(
-        [sys.executable, "-m", "tune.cli", *arguments],
-        check=False, env=environment, cwd=tmp_path, user=54321, group=54321, extra_groups=[], capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    command = [sys.executable, "-c", UNKNOWN, *arguments]
+    ended = subprocess.run(command, check=False, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    shutil.rmtree(place, ignore_errors=True)
     assert ended.returncode in (0, 1, 2)
     assert "Traceback" not in ended.stderr
+    assert str(place) in ended.stderr
 
 
 # ----------------------------------------------------------------------------
