@@ -109,7 +109,9 @@ start() { # NAME SIGNAL COMMAND...
 until_it_answers() { # NAME PID QUESTION...
     local name=$1 pid=$2
     shift 2
+    local deadline=$((SECONDS + 300))
     until "$@" 2>/dev/null; do
+        ((SECONDS < deadline)) || fail "$name has not answered in 300 s; see $folder/$name.log."
         if ! kill -0 "$pid" 2>/dev/null; then
             tail --lines=20 "$name.log" >&2
             fail "$name has not started; see $folder/$name.log."

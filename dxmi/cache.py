@@ -6,7 +6,6 @@ half written is never at the final name.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dxmi.errors import UserError
-from dxmi.files import user_path, write_atomic
+from dxmi.files import variable_folder, write_atomic
 from dxmi.tensors import pack, unpack
 from dxmi.workers import ALONE, Workers
 
@@ -26,7 +25,7 @@ _POLL_SECONDS = 5.0
 
 def cache_root() -> Path:
     """Where results are kept: $DXMI_CACHE, else ~/.cache/dxmi/cache."""
-    return user_path(os.environ.get("DXMI_CACHE") or "~/.cache/dxmi/cache", "DXMI_CACHE")
+    return variable_folder("DXMI_CACHE", "~/.cache/dxmi/cache")
 
 
 def lock_for(path: Path) -> FileLock:

@@ -87,6 +87,18 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
+def places(cls: type, path: str = "") -> list[str]:
+    """Paths of the settings below `cls` that hold a path or an address, see `dxmi.files.PLACE`."""
+    hints, found = typing.get_type_hints(cls), []
+    for one in fields(cls):
+        where = f"{path}.{one.name}" if path else one.name
+        if one.metadata.get("is_place"):
+            found.append(where)
+        elif is_dataclass(hints[one.name]):
+            found += places(typing.cast("type", hints[one.name]), where)
+    return found
+
+
 def to_tree(config: Any) -> dict[str, Any]:
     """The inverse of `build`: nested dicts, lists and scalars that YAML and JSON can hold."""
     return typing.cast("dict[str, Any]", json.loads(json.dumps(asdict(config))))

@@ -18,7 +18,7 @@ from dxmi.data import BatchStream, DataConfig, Dataset, data_root, load
 from dxmi.energy import Energy
 from dxmi.errors import UserError
 from dxmi.evaluate import EvaluateConfig
-from dxmi.files import user_path
+from dxmi.files import PLACE, user_path
 from dxmi.machine import available_cpus
 from dxmi.networks import (
     Critic,
@@ -119,7 +119,7 @@ class ResourcesConfig:
     """Seconds after which a worker that does not answer the others counts as hung, and the group starts again."""
     max_restarts: int = 3
     """How often the workers of a run are started again, from its last checkpoint, after one of them was lost."""
-    storage_path: str | None = None
+    storage_path: str | None = field(default=None, metadata=PLACE)
     """Where runs and studies are kept if the nodes share no file system: a URI like s3://bucket/studies, or a path."""
 
     def __post_init__(self) -> None:

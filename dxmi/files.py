@@ -2,11 +2,14 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dxmi.errors import UserError
 
+PLACE: Mapping[str, bool] = {"is_place": True}
+"""Metadata of a config's field that holds a path or an address: what a user writes there is taken as it is written."""
 _SPACE = 0x20
 
 
@@ -14,14 +17,44 @@ def user_path(text: str, what: str) -> Path:
     """A path that a user wrote, with ~ expanded.
 
     Raises:
-        UserError: it is empty, holds control characters, or names an unknown user.
+        UserError: it is empty, holds control characters, is not UTF-8, or names an unknown user.
+    """
+    user_text(text, what)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        own = text == "~" or text.startswith("~/")
+        why = "your home folder is unknown: set HOME" if own else "there is no such home folder"
+        raise UserError(f"{what} is {text}: {why}.") from error
+
+
+def variable_folder(variable: str, usual: str) -> Path:
+    """The folder that an environment variable names, else the usual one.
+
+    Raises:
+        UserError: the variable names none, or the usual one is in a home folder that is unknown.
+    """
+    given = os.environ.get(variable)
+    if given:
+        return user_path(given, variable)
+    try:
+        return Path(usual).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"Your home folder, for {usual}, is unknown: set HOME, or {variable} to a folder.") from error
+
+
+def user_text(text: str, what: str) -> None:
+    """Refuse what can be no path or address.
+
+    Raises:
+        UserError: it is empty, holds control characters, or is not UTF-8.
     """
     if not text.strip() or any(ord(character) < _SPACE for character in text):
         raise UserError(f"{what} is {text!r}: it must be the path of a folder.")
     try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{what} is {text}: there is no such home folder.") from error
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that no encoding explains
+        raise UserError(f"{what} is {text!r}: it must be UTF-8 text; rename the file or folder.") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,6 +1,8 @@
 """Every YAML composes, builds and takes a step; whatever is wrong with a config is a sentence."""
 
 import dataclasses
+import json
+import shlex
 from pathlib import Path
 from shutil import copytree
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from dxmi.config import build, differences, to_tree
+from dxmi.config import build, differences, places, to_tree
 from dxmi.data import Images
 from dxmi.errors import UserError
 from dxmi.experiment import Experiment, ExperimentConfig
@@ -16,7 +18,9 @@ from dxmi.imports import declare_torchvision_operators
 from dxmi.networks import NETWORK_CONFIGS
 from support import NARROW, NETWORK_OF
 from tune import configs
-from tune.configs import compose_experiment, config_folder, groups
+from tune.configs import compose_ablation, compose_experiment, compose_sweep, config_folder, groups, overridden
+from tune.submit import entrypoint
+from tune.sweep_config import TrackingConfig
 
 EXPERIMENTS = groups()["experiment"]
 EVENTS = {
@@ -206,3 +210,67 @@ def test_points_are_not_mirrored():
 
 def test_config_folder_is_the_one_of_this_checkout():
     assert config_folder() == Path(__file__).resolve().parent.parent / "configs"
+
+
+# ----------------------------------------------------------------------------
+# Paths and addresses are taken as they are written
+
+ODD = [
+    "/data/a=b", "/data/a,b", "/data/größe", "/with space/x", "/it's \"q\"", "/a[1]/{b}(c)", "/a$b/${HOME}/${oc.env:X}",
+    "/a#b", "~/x", "a:b", "-x", "/trailing/", "/100%", "/back\\slash", "!x", "*", "&x", "'quoted'", "[a, b]", "1e5",
+]  # fmt: skip
+PLACES = ["data.folder", "pretrain.weights", "resources.storage_path"]
+
+
+def value_of(tree: dict, path: str):
+    for name in path.split("."):
+        tree = tree[name]
+    return tree
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_a_path_is_taken_as_it_is_written_and_survives_every_file_of_ours(text):
+    overrides = ["data=imagenet64", *(f"{place}={text}" for place in PLACES)]
+    config = compose_experiment(overrides).experiment
+    files = yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(to_tree(config))), sort_keys=False))
+    later = build(ExperimentConfig, files)
+    assert later == config
+    again = overridden({"resources": files["resources"]}, ["resources.threads=1"])  # as a resume does
+    for place in PLACES:
+        assert value_of(to_tree(later), place) == text
+    assert again["resources"] == {**files["resources"], "threads": 1}
+
+
+def test_which_settings_are_paths_is_said_where_they_are_declared():
+    assert places(ExperimentConfig) == PLACES
+    assert places(TrackingConfig) == ["uri"]
+
+
+def test_null_is_no_path_and_an_empty_one_or_one_given_twice_is_refused():
+    assert compose_experiment(["pretrain.weights=null"]).experiment.pretrain.weights is None
+    for overrides in (["pretrain.weights="], ["pretrain.weights=a", "pretrain.weights=b"], ["data.folder=a\nb"]):
+        with pytest.raises(UserError, match=overrides[0].partition("=")[0]):
+            compose_experiment(overrides)
+    with pytest.raises(UserError, match="UTF-8"):
+        compose_experiment(["pretrain.weights=/gr\udcf6sse"])
+
+
+@pytest.mark.parametrize("text", ["/a=b,c ${x}/ö#", "~/x[1]", "'q'"])
+def test_a_study_takes_paths_as_they_are_written_too(text, tmp_path):
+    given = ["experiment=digits", f"pretrain.weights={text}", f"resources.storage_path={text}"]
+    sweep = compose_sweep(["sweep=demo", *given])
+    assert sweep.experiment.pretrain.weights == sweep.experiment.resources.storage_path == text
+    arm = "ablation.variants.no_l2"
+    ablation = compose_ablation(["ablation=dxmi_terms", *given, f"+{arm}.pretrain.weights={text}"])
+    assert ablation.experiment.pretrain.weights == text
+    assert ablation.ablation["variants"]["no_l2"]["pretrain"] == {"weights": text}
+    file = tmp_path / "with=equals, ö.yaml"
+    file.write_text((config_folder() / "sweep" / "demo.yaml").read_text())
+    assert compose_sweep([f"sweep={file}", "experiment=digits"]).source == "with=equals, ö"
+    line = entrypoint(["train", *given])
+    assert shlex.split(line)[-2:] == given[-2:]
+
+
+def test_a_path_that_is_no_setting_of_the_tree_is_refused():
+    with pytest.raises(UserError, match="tracking"):
+        overridden({"resources": {}}, ["tracking.uri=x"])

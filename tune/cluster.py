@@ -1,10 +1,9 @@
 """What a study may not do on a cluster, refused before anything is started."""
 
-import ipaddress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from dxmi.errors import UserError
+from tune.machine import is_loopback
 from tune.ray_session import on_cluster
 from tune.storage import Remote
 from tune.sweep_config import TrackingConfig
@@ -55,15 +54,6 @@ def require_fit(studies: Path, tracking: TrackingConfig, storage_path: str | Non
             f"tracking.uri is {tracking.uri}: on a cluster that is whichever machine the job's driver runs on. "
             "Name the server's own host."
         )
-
-
-def is_loopback(uri: str) -> bool:
-    """Whether a server's address means the machine itself."""
-    host = urlsplit(uri).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 def file_system(folder: Path, mounts: Path = _MOUNTS) -> str:

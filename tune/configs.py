@@ -18,10 +18,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dxmi.config import build, to_tree, unknown_key
+from dxmi.config import build, places, to_tree, unknown_key
 from dxmi.errors import UserError
 from dxmi.experiment import ExperimentConfig
-from dxmi.files import user_path
+from dxmi.files import user_path, user_text
 from dxmi.run_directory import read_yaml
 from tune.ablation_config import AblationConfig, SeedsConfig, TuningConfig
 from tune.sweep_config import (
@@ -36,6 +36,7 @@ from tune.sweep_config import (
 )
 
 _ROOT = "config"
+_ASIDE = "dxmi_text_put_aside_"
 _SHOWN = 60
 """Characters of a bad override that are repeated to the user."""
 _DEFAULTS = "dxmi_defaults"
@@ -43,6 +44,9 @@ _SWEEP, _ABLATION, _TRACKING, _TREE_ROOT = "sweep", "ablation", "tracking", "dxm
 _BASELINE = "baseline"
 _OF_ALL = ("experiment", "debug")
 """Groups whose options change settings of any other."""
+_PLACES = frozenset(places(ExperimentConfig))
+_OF_STUDIES = frozenset(f"{_TRACKING}.{path}" for path in places(TrackingConfig))
+_OF_ABLATIONS = tuple(f"{_ABLATION}.{table}." for table in ("variants", "components", "factors"))
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,8 @@ def compose_experiment(overrides: Sequence[str]) -> Composed:
         UserError: an override is malformed, repeated, unknown or refused.
     """
     out = out_folder([o for o in overrides if o.startswith("out=")])
-    parsed = _parse([o for o in overrides if not o.startswith("out=")])
-    options = groups()
+    raw, rest = _raw_places([o for o in overrides if not o.startswith("out=")])
+    parsed, options = _parse(rest), groups()
     chosen = [str(o.input_line) for o in parsed if _is_group(o, options)]
     values = [o for o in parsed if not _is_group(o, options)]
     for override in (o for o in parsed if _is_group(o, options)):
@@ -105,7 +109,7 @@ def compose_experiment(overrides: Sequence[str]) -> Composed:
     for override in values:
         _check_path(override, known, options)
     tree = _compose([*chosen, *(str(o.input_line) for o in values)])
-    return Composed(build(ExperimentConfig, tree), out)
+    return Composed(build(ExperimentConfig, _with_places(tree, raw)), out)
 
 
 def out_folder(given: Sequence[str]) -> Path | None:
@@ -242,14 +246,17 @@ def _key(override: str) -> str:
 
 
 def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A tree with overrides in Hydra's grammar.
+    """A tree with overrides in Hydra's grammar; paths and addresses are taken as they are written.
 
     Raises:
         UserError: one of them is malformed, repeated or unknown.
     """
-    for override in _parse(overrides):
+    raw, rest = _raw_places(overrides)
+    for override in _parse(rest):
         _check_path(override, tree, {})
-    return _hydra(_TREE_ROOT, tree, overrides)
+    for key in (_key(o) for o in overrides if _is_place(o) and not o.startswith("+")):
+        _check_key(key, tree, {})
+    return _with_places(_hydra(_TREE_ROOT, tree, rest), raw)
 
 
 def _whole_sweep(given: dict[str, Any]) -> dict[str, Any]:
@@ -410,6 +417,69 @@ def _refuse_double_keys(path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------
+# Paths and addresses, which are taken as they are written: Hydra's grammar gives a meaning to = , $ { [ ' and others
+
+
+def _is_place(override: str) -> bool:
+    """Whether an override gives a setting that holds a path or an address."""
+    key, found, _ = override.lstrip("+").partition("=")
+    if key.startswith(_OF_ABLATIONS):
+        return bool(found) and any(key.endswith(f".{place}") for place in _PLACES)
+    return bool(found) and (key in _PLACES or key in _OF_STUDIES)
+
+
+def _raw_places(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
+    """The paths and addresses among overrides, by their settings, and the other overrides.
+
+    Raises:
+        UserError: one is given twice.
+    """
+    raw: dict[str, str | None] = {}
+    for override in (o for o in overrides if _is_place(o)):
+        key, _, value = override.lstrip("+").partition("=")
+        if key in raw:
+            raise UserError(f"{key} is given twice: keep one.")
+        raw[key] = None if value == "null" else value
+        if value != "null":
+            user_text(value, key)
+    return raw, [o for o in overrides if not _is_place(o)]
+
+
+def _with_places(tree: dict[str, Any], raw: dict[str, str | None]) -> dict[str, Any]:
+    """A tree with the values of `raw` put in, by their paths."""
+    for key, value in raw.items():
+        *groups_above, name = key.split(".")
+        group: Any = tree
+        for above in groups_above:
+            group = group.setdefault(above, {})
+            if not isinstance(group, dict):
+                raise UserError(f"{key} is not a setting: {above} is a value.")
+        group[name] = value
+    return tree
+
+
+def _put_aside(tree: Any, texts: list[str]) -> Any:
+    """A tree in which a number stands for every text with a $, which Hydra would take for an interpolation."""
+    if isinstance(tree, dict):
+        return {key: _put_aside(value, texts) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_put_aside(value, texts) for value in tree]
+    if not isinstance(tree, str) or "$" not in tree:
+        return tree
+    texts.append(tree)
+    return f"{_ASIDE}{len(texts) - 1}"
+
+
+def _put_back(tree: Any, texts: list[str]) -> Any:
+    """The inverse of `_put_aside`."""
+    if isinstance(tree, dict):
+        return {str(key): _put_back(value, texts) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_put_back(value, texts) for value in tree]
+    return texts[int(tree.removeprefix(_ASIDE))] if isinstance(tree, str) and tree.startswith(_ASIDE) else tree
+
+
+# ----------------------------------------------------------------------------
 # Overrides
 
 
@@ -452,16 +522,19 @@ def _check_option(group: str, name: object, options: dict[str, list[str]]) -> No
 
 def _check_path(override: Override, known: dict[str, Any], options: dict[str, list[str]]) -> None:
     """Refuse a key that the composed config does not have; `+key` is left to the schema."""
-    if override.is_add():
-        return
+    if not override.is_add():
+        _check_key(override.key_or_group, known, options)
+
+
+def _check_key(key: str, known: dict[str, Any], options: dict[str, list[str]]) -> None:
     tree: Any = known
-    parts = override.key_or_group.split(".")
+    parts = key.split(".")
     for index, part in enumerate(parts):
         if not isinstance(tree, dict) or part not in tree:
             names = list(dict.fromkeys([*tree, *(options if index == 0 else ())])) if isinstance(tree, dict) else []
             if not names:
-                raise UserError(f"{override.key_or_group} is not a setting: {'.'.join(parts[:index])} is a value.")
-            raise UserError(unknown_key(override.key_or_group, part, names))
+                raise UserError(f"{key} is not a setting: {'.'.join(parts[:index])} is a value.")
+            raise UserError(unknown_key(key, part, names))
         tree = tree[part]
 
 
@@ -478,8 +551,9 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
 def _hydra(root: str, tree: dict[str, Any], overrides: Sequence[str], node: str | None = None) -> dict[str, Any]:
     """What Hydra composes of the config `root` and `overrides`; `tree` is stored as `node`, else as `root` itself."""
     GlobalHydra.instance().clear()
+    texts: list[str] = []
     try:
-        ConfigStore.instance().store(name=node or root, node=tree)
+        ConfigStore.instance().store(name=node or root, node=_put_aside(tree, texts))
         with initialize_config_dir(str(config_folder()), version_base=None):
             config = compose(root, overrides=list(overrides))
         composed = OmegaConf.to_container(config, resolve=True)
@@ -488,7 +562,7 @@ def _hydra(root: str, tree: dict[str, Any], overrides: Sequence[str], node: str 
     except RecursionError as error:
         raise UserError("The config cannot be composed: its groups are nested too deeply.") from error
     assert isinstance(composed, dict)
-    return {str(key): value for key, value in composed.items()}
+    return {str(key): _put_back(value, texts) for key, value in composed.items()}
 
 
 def require_no_stack(config: ExperimentConfig, what: str) -> None:

@@ -19,6 +19,7 @@ from dxmi.data.images import data_root
 from dxmi.errors import UserError
 from dxmi.experiment import ResourcesConfig
 from tune.devices import find_slots
+from tune.machine import ray_folder
 from tune.study import studies_in
 from tune.submit import UPLOAD_MEGABYTES, survey
 from tune.ui import DEFAULT_PORT, HOST, is_free
@@ -28,6 +29,12 @@ _OLDEST = {"ray": (2, 54), "mlflow": (3, 11), "torch": (2, 10), "hydra-core": (1
 """Older ones have known holes."""
 _GB = 1e9
 _MIN_MEMORY, _MIN_SHARED_MEMORY, _MIN_DISK = 4 * _GB, 0.2 * _GB, 5 * _GB
+
+
+_OTHER_FOLDER = {
+    "disk for studies": "choose another folder by --studies.",
+    "disk for Ray": "set RAY_TMPDIR to another folder.",
+}
 
 
 class Verdict(StrEnum):
@@ -126,12 +133,17 @@ def _meminfo() -> dict[str, float]:
 
 
 def _disk(studies: Path) -> Iterator[Finding]:
-    for subject, folder in (("disk for studies", studies), ("disk for Ray", Path("/tmp"))):  # noqa: S108
+    try:
+        folders = [("disk for studies", studies), ("disk for Ray", ray_folder())]
+    except UserError as error:
+        folders = [("disk for studies", studies)]
+        yield Finding("disk for Ray", Verdict.BAD, "no folder for its sockets", str(error))
+    for subject, folder in folders:
         place = _existing(folder)
         free = shutil.disk_usage(place).free
         text = f"{free / _GB:.1f} GB free at {folder}"
         if not os.access(place, os.W_OK):
-            yield Finding(subject, Verdict.BAD, f"{place} cannot be written", "choose another folder by --studies.")
+            yield Finding(subject, Verdict.BAD, f"{place} cannot be written", _OTHER_FOLDER[subject])
         elif free < _MIN_DISK:
             yield Finding(subject, Verdict.WARNING, text, "a study of 40 digits trials fills about 2 GB.")
         else:

@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dxmi.errors import UserError
 from tune.compat import quiet_worker_deaths
+from tune.machine import made, ray_folder, spare_loopback
 
 _OBJECT_STORE_BYTES = 100_000_000
 _ENVIRONMENT = {
@@ -73,6 +74,7 @@ def _connect() -> None:
 
 
 def _quiet() -> None:
+    spare_loopback()
     os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
     for name in ("ray", "ray.tune", "ray.train"):  # what matters of it, the caller says
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -99,6 +101,7 @@ def _start(cpus: int, gpus: int) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             object_store_memory=_OBJECT_STORE_BYTES,
+            _temp_dir=str(made(ray_folder())),
         )
     except Exception as error:  # Ray's own, of no class of its own
         if "timed out during startup" not in str(error):

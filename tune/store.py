@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from dxmi.errors import UserError
 from dxmi.files import sync_folder
 from tune.compat import mlflow_tables
+from tune.machine import spare_loopback
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,6 +53,7 @@ _MAX_TEXT = 5_000
 
 def import_quietly() -> None:
     """Import MLflow, the first time with defaults for a program that shows its own messages."""
+    spare_loopback()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import mlflow  # noqa: F401, PLC0415

@@ -16,14 +16,13 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
-from urllib.request import urlopen
 
 from pathspec import PathSpec
 from ray.exceptions import AuthenticationError
 
 from dxmi.errors import UserError
-from tune.cluster import is_loopback
 from tune.compat import use_ray_token
+from tune.machine import asked, is_loopback, spare_loopback
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 LEFT_OUT = (
@@ -49,7 +48,8 @@ _POLL_SECONDS = 1.0
 _SAVING_SECONDS = "120"
 """That a job which is told to end has for saving, of Ray's 3."""
 _LONGEST_WAIT = 15.0
-_ANSWER_SECONDS = 10.0
+_ANSWER_SECONDS, _UPLOADED_SECONDS = 10.0, 120.0
+"""To be connected to a cluster, and to be answered once everything is sent."""
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 OK, FAILED, STOPPED = 0, 1, 130
 T = TypeVar("T")
@@ -248,7 +248,7 @@ class UnreachableError(UserError):
 def _lets_everybody_in(address: str) -> bool:
     """Whether a job server lists its jobs for somebody without a token."""
     try:
-        with urlopen(f"{address.rstrip('/')}/api/jobs/", timeout=_ANSWER_SECONDS) as answer:  # noqa: S310  (http or https)
+        with asked(f"{address.rstrip('/')}/api/jobs/", _ANSWER_SECONDS) as answer:
             return bool(answer.status == HTTPStatus.OK)
     except OSError:  # an HTTPError is one too
         return False
@@ -261,8 +261,15 @@ def _short(error: Exception) -> str:
 def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient  # noqa: PLC0415
 
+    class Client(JobSubmissionClient):
+        """Ray's, whose requests otherwise wait for ever."""
+
+        def _do_request(self, *args: Any, **kwargs: Any) -> Any:
+            return super()._do_request(*args, **{"timeout": (_ANSWER_SECONDS, _UPLOADED_SECONDS), **kwargs})
+
     use_ray_token()
-    client = JobSubmissionClient(address)
+    spare_loopback()
+    client = Client(address)
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "ray"]:
         logging.getLogger(name).setLevel(logging.ERROR)  # what it packs, it says at length
     return client

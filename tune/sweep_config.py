@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
+from dxmi.files import PLACE
+
 DIRECTIONS = ("minimize", "maximize")
 SAMPLERS = ("tpe", "sobol", "random", "grid", "nsga2")
 RULES = ("none", "asha", "median")
@@ -162,7 +164,7 @@ def _is_server(uri: str) -> bool:
 class TrackingConfig:
     """Where MLflow records the study."""
 
-    uri: str = "local"
+    uri: str = field(default="local", metadata=PLACE)
     """local: an SQLite file beside the study; http(s)://...: a server; none: no record."""
     experiment: str = "dxmi"
     """MLflow's experiment, which holds the studies."""

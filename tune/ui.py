@@ -7,11 +7,11 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 from dxmi.errors import UserError
+from tune.machine import asked
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 5000
@@ -74,6 +74,11 @@ def serve(store: str, root: Path, port: int, say: Callable[[str], None]) -> int:
     try:
         if _answers(server, port):
             say(f"MLflow UI: http://{HOST}:{port}  (Ctrl-C ends it)")
+        elif server.poll() is None:
+            raise UserError(
+                f"MLflow has not answered at http://{HOST}:{port} in {_START_SECONDS:.0f} s: this machine is busy; try "
+                "again when it has a core to spare, or choose another --port."
+            )
         _, errors = server.communicate()
     except KeyboardInterrupt:
         return 0
@@ -89,7 +94,7 @@ def _answers(server: "subprocess.Popen[str]", port: int) -> bool:
     """Wait until the server answers; False if it has died or takes too long."""
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
-        with suppress(URLError, OSError), urlopen(f"http://{HOST}:{port}/health", timeout=1.0):
+        with suppress(OSError, HTTPException), asked(f"http://{HOST}:{port}/health", 1.0):
             return True
         time.sleep(0.2)
     return False

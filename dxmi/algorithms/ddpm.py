@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dxmi.files import PLACE
 from dxmi.losses import denoising_loss
 from dxmi.networks import NOTHING, Denoiser, Given, conditioned
 from dxmi.optimizers import Descent, MovingAverage, Optimizer, OptimizerConfig, Part
@@ -34,7 +35,7 @@ class DDPMConfig:
     """Images in each."""
     ema: float = 0.999
     """Decay of the moving average of the weights, which is the pretrained model."""
-    weights: str | None = None
+    weights: str | None = field(default=None, metadata=PLACE)
     """A public checkpoint to start from, with `iterations=0` to go no further: a file, or a folder of diffusers."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
     """Of the denoiser."""

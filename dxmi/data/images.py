@@ -1,6 +1,5 @@
 """Image data sets: small ones in memory, folders of images in a memory map."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from dxmi.data.dataset import Dataset, content_signature, labelled_signature
 from dxmi.data.folders import open_folder, printable
 from dxmi.data.idx import idx_content, parsed_idx
 from dxmi.errors import UserError
-from dxmi.files import user_path
+from dxmi.files import user_path, variable_folder
 from dxmi.imports import package_folder
 
 MNIST8_IMAGES = 20_000
@@ -65,7 +64,7 @@ class Images(Dataset):
 
 def data_root() -> Path:
     """Where files of data sets are looked for: $DXMI_DATA, else ~/.cache/dxmi."""
-    return user_path(os.environ.get("DXMI_DATA") or "~/.cache/dxmi", "DXMI_DATA")
+    return variable_folder("DXMI_DATA", "~/.cache/dxmi")
 
 
 def load_images(name: str, label: int | None, *, accept_unknown: bool = False) -> Images:

@@ -1,10 +1,11 @@
 """From a data config to a data set."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dxmi.data.dataset import Dataset
 from dxmi.data.images import FOLDER, LOADERS, load_folder, load_images
 from dxmi.data.planar import DISTRIBUTIONS, load_points
+from dxmi.files import PLACE
 
 _MAX_POINTS = 10_000_000
 _MAX_SIZE = 1024
@@ -24,7 +25,7 @@ class DataConfig:
     """Keep only this class of images; null for all."""
     num_points: int = 50_000
     """Training points of a distribution in the plane; image sets have a size of their own."""
-    folder: str | None = None
+    folder: str | None = field(default=None, metadata=PLACE)
     """Of image_folder: a path, relative to $DXMI_DATA unless it begins with / or ~."""
     size: int | None = None
     """Of image_folder: side in pixels to which its images are cropped and resized."""
