@@ -42,6 +42,10 @@ _LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
 _LOCK_SECONDS = 120.0
 _BUSY_SECONDS = 60.0
 """How long an SQLite lock that somebody else holds is waited for while the store is opened."""
+KIND_TAG, TRAINING_KIND = "mlflow.experimentKind", "custom_model_development"
+"""What makes MLflow's page open an experiment as model training; without it, since 3.6, as an app of generative AI."""
+_GUESSED_KINDS = ("", "no_inferred_type")
+"""Kinds that nobody has chosen; so are those that end in _inferred."""
 _METRICS_A_CALL = 1_000
 _PARAMS_A_CALL = 100
 _RUNS_A_PAGE = 500
@@ -129,13 +133,26 @@ def experiment_id(client: "MlflowClient", name: str, location: str | None = None
     """
     found = client.get_experiment_by_name(name)
     if found is None:
-        return str(client.create_experiment(name, artifact_location=location))
+        experiment = str(client.create_experiment(name, artifact_location=location))
+        _show_as_training(client, experiment, {})
+        return experiment
     if found.lifecycle_stage == "deleted":
         raise UserError(
             f"MLflow's experiment {name} was deleted: restore it by "
             f"`mlflow experiments restore -x {found.experiment_id}`, or choose another by tracking.experiment=NAME."
         )
+    _show_as_training(client, str(found.experiment_id), found.tags)
     return str(found.experiment_id)
+
+
+def _show_as_training(client: "MlflowClient", experiment: str, tags: Mapping[str, str]) -> None:
+    """Let MLflow's page show model training, unless somebody has chosen otherwise; a server may refuse the tag."""
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+    kind = tags.get(KIND_TAG, "")
+    if kind in _GUESSED_KINDS or kind.endswith("_inferred"):
+        with suppress(MlflowException):
+            client.set_experiment_tag(experiment, KIND_TAG, TRAINING_KIND)
 
 
 def _database(root: Path) -> Path:
@@ -274,11 +291,14 @@ class Ledger:
         client: MLflow's.
         experiment: id of the experiment that holds the runs.
         is_local: whether it is the local store, in which a link does instead of a copy.
+
+    Attributes:
+        experiment: its id.
     """
 
     def __init__(self, client: "MlflowClient", experiment: str, is_local: bool) -> None:
         self._client = client
-        self._experiment = experiment
+        self.experiment = experiment
         self._is_local = is_local
 
     def find(self, tags: Mapping[str, str]) -> list[Run]:
@@ -288,7 +308,7 @@ class Ledger:
         token: str | None = None
         while True:
             page = self._client.search_runs(
-                [self._experiment],
+                [self.experiment],
                 condition,
                 max_results=_RUNS_A_PAGE,
                 order_by=["attributes.start_time ASC"],
@@ -302,7 +322,7 @@ class Ledger:
     def create(self, tags: Mapping[str, str], began: int) -> Run:
         """A new run that began at `began`, in milliseconds."""
         short = {key: value[:_MAX_TEXT] for key, value in tags.items()}
-        run = _known(self._client.create_run(self._experiment, start_time=began, tags=short))
+        run = _known(self._client.create_run(self.experiment, start_time=began, tags=short))
         run.steps, run.files = {}, set()
         return run
 
