@@ -312,8 +312,8 @@ def test_mlflow_has_study_arm_and_seed(played, tmp_path):
     assert {name: parent for name, parent in parents.items() if parent in (None, "study")} == {
         "study": None, "study/baseline": "study", "study/no_entropy": "study", "study/fast": "study",
     }  # fmt: skip
-    assert parents["study/0001"] == "study/no_entropy"
-    assert parents["study/0004"] == "study/no_entropy"
+    assert parents["study/no_entropy/seed 0"] == "study/no_entropy"
+    assert parents["study/no_entropy/seed 1"] == "study/no_entropy"
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 

@@ -5,24 +5,26 @@ terminal recognise the whole of it as a link.
 """
 
 import json
-import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
 from dxmi.checkpoint import path_of
+from dxmi.errors import UserError
 from tune.ablation_plan import ARM, AblationPlan
 from tune.leaderboard import best_of
 from tune.plans import Plan
-from tune.store import Ledger, Run
-from tune.study import TrialRecord, TrialState, ranked
+from tune.store import Ledger, Run, open_ledger
+from tune.study import Study, StudyFolder, TrialRecord, ranked, studies_in
 
 _MOST_CURVES = 100
 """In one chart, which MLflow draws in seconds; the address has 40 characters for each."""
-_MACHINE_LEARNING = {"workflowType": "machine_learning"}
-"""MLflow's page keeps what it shows, generative AI at first, in the browser: this comes before it."""
+_MOST_STUDIES = 5
+"""That are listed when no study is named."""
+_MODEL_TRAINING = {"workflowType": "machine_learning"}
+"""A new browser shows MLflow's pages for generative AI; these words in an address come before what it remembers."""
 
 
 @dataclass(frozen=True)
@@ -30,35 +32,45 @@ class StudyPages:
     """Where MLflow shows a study.
 
     Attributes:
-        runs: address of the table of the experiment's runs.
+        trials: address of the table of its trials beside all their charts.
         curves: address of the chart in which the trials' curves lie on one another; empty without any curve.
         about: what the chart shows.
         best: address of the best trial's checkpoint; empty if no trial is complete.
     """
 
-    runs: str
+    trials: str
     curves: str = ""
     about: str = ""
     best: str = ""
 
     def lines(self) -> list[str]:
         """For people, a line each."""
-        found = {self.about: self.curves, "best checkpoint": self.best}
-        return [f"{label}: {address}" for label, address in found.items() if address] or [f"runs: {self.runs}"]
+        found = {self.about: self.curves, "best checkpoint": self.best, "all metrics": self.trials}
+        return [f"{label}: {address}" for label, address in found.items() if address]
 
 
-def study_pages(server: str, ledger: Ledger, plan: Plan, records: Sequence[TrialRecord]) -> StudyPages | None:
-    """Where a server shows a study.
+def study_pages(folder: StudyFolder, plan: Plan, records: Sequence[TrialRecord], server: str) -> StudyPages | None:
+    """Where MLflow shows a study.
 
     Args:
-        server: http://host:port of MLflow, which need not run.
-        ledger: of the experiment that the study is recorded in.
-        plan: of the study.
+        folder: of the study.
+        plan: of the study, which MLflow records.
         records: its trials.
+        server: http://host:port of what serves the local store, or will; a study on another server has that one's.
 
     Returns:
         The addresses, or None if MLflow has no record of the study.
+
+    Raises:
+        UserError: the store cannot be opened.
     """
+    uri = plan.tracking.uri
+    ledger = open_ledger(folder.path.parent, uri, plan.tracking.experiment)
+    return pages_on(server if uri == "local" else uri, ledger, plan, records)
+
+
+def pages_on(server: str, ledger: Ledger, plan: Plan, records: Sequence[TrialRecord]) -> StudyPages | None:
+    """`study_pages` of what a ledger has."""
     runs = _runs_by_trial(ledger, plan)
     if runs is None:
         return None
@@ -66,11 +78,34 @@ def study_pages(server: str, ledger: Ledger, plan: Plan, records: Sequence[Trial
     chosen = _chosen(plan, with_curve)
     shown = [runs[_trial(plan, record)].id for record in chosen]
     return StudyPages(
-        runs=runs_page(server, ledger.experiment),
+        trials=trials_page(server, ledger.experiment, plan.name, plan.metric),
         curves=curves_page(server, ledger.experiment, shown, plan.metric) if shown else "",
         about=_about(plan, len(chosen), len(with_curve)),
         best=_best_page(server, ledger.experiment, plan, records, runs),
     )
+
+
+def newest_pages(root: Path, server: str) -> Iterator[str]:
+    """Lines about the newest studies in a folder, the newest first, and how to get at the others."""
+    folders = sorted(studies_in(root), key=lambda folder: folder.changed, reverse=True)
+    for folder in folders[:_MOST_STUDIES]:
+        yield f"{folder.path.name}:"
+        yield from (f"  {line}" for line in _lines_about(folder, server))
+    if len(folders) > _MOST_STUDIES:
+        yield f"and {len(folders) - _MOST_STUDIES} older studies: dxmi ui STUDY"
+
+
+def _lines_about(folder: StudyFolder, server: str) -> list[str]:
+    try:
+        study = Study.read(folder)
+        if study.plan.tracking.uri == "none":
+            return ["not recorded in MLflow"]
+        if study.plan.tracking.uri != "local":  # which may be away: only who asks for it is to wait
+            return [f"recorded at {study.plan.tracking.uri}: dxmi ui {folder.path.name} prints its addresses there"]
+        pages = study_pages(folder, study.plan, study.records(), server)
+    except UserError as error:
+        return [str(error)]
+    return ["nothing recorded yet"] if pages is None else pages.lines()
 
 
 _NO_RUN = Run("", "", {}, "", frozenset(), frozenset())
@@ -130,9 +165,19 @@ def _best_page(
 # Addresses
 
 
-def runs_page(server: str, experiment: str) -> str:
-    """The table of an experiment's runs."""
-    return f"{server.rstrip('/')}/#/experiments/{quote(experiment, safe='')}/runs?{urlencode(_MACHINE_LEARNING)}"
+def trials_page(server: str, experiment: str, study: str, metric: str) -> str:
+    """A study's trials beside the charts of all their metrics, the best first.
+
+    In the order of their start, MLflow would fold them under the study's run, which has no curves.
+    """
+    state = {
+        "searchFilter": f"tags.trial_id LIKE '{study}/%'",
+        "orderByKey": f"metrics.`best/{metric.removeprefix('eval/')}`",
+        "orderByAsc": "true",
+        "compareRunsMode": "CHART",
+        **_MODEL_TRAINING,
+    }
+    return f"{_experiment(server, experiment)}/runs?{_encoded(state)}"
 
 
 def curves_page(server: str, experiment: str, runs: Sequence[str], metric: str) -> str:
@@ -149,15 +194,23 @@ def curves_page(server: str, experiment: str, runs: Sequence[str], metric: str) 
         "show_point": "false",
         "deselected_curves": "[]",
         "last_linear_y_axis_range": "[]",
-        **_MACHINE_LEARNING,
+        **_MODEL_TRAINING,
     }
-    return f"{server.rstrip('/')}/#/metric?{urlencode(state, quote_via=quote, safe='')}"
+    return f"{server.rstrip('/')}/#/metric?{_encoded(state)}"
 
 
 def artifact_page(server: str, experiment: str, run: str, path: str) -> str:
     """A file or folder among a run's artifacts."""
-    place = f"{quote(experiment, safe='')}/runs/{quote(run, safe='')}/artifacts/{quote(path)}"
-    return f"{server.rstrip('/')}/#/experiments/{place}?{urlencode(_MACHINE_LEARNING)}"
+    place = f"runs/{quote(run, safe='')}/artifacts/{quote(path)}"
+    return f"{_experiment(server, experiment)}/{place}?{_encoded(_MODEL_TRAINING)}"
+
+
+def _experiment(server: str, experiment: str) -> str:
+    return f"{server.rstrip('/')}/#/experiments/{quote(experiment, safe='')}"
+
+
+def _encoded(state: Mapping[str, str]) -> str:
+    return urlencode(state, quote_via=quote, safe="")
 
 
 def _json(value: object) -> str:

@@ -396,6 +396,27 @@ class Ledger:
         return {file.path for folder in (None, "samples") for file in self._client.list_artifacts(run.id, folder)}
 
 
+def open_ledger(root: Path, uri: str, name: str) -> Ledger:
+    """What writes and finds the runs of an experiment.
+
+    Args:
+        root: the folder of the studies.
+        uri: local, or http(s)://... of a server.
+        name: of MLflow's experiment, which is made if there is none.
+
+    Raises:
+        UserError: as `open_store`, or the experiment was deleted.
+    """
+    import_quietly()
+    from mlflow import MlflowClient  # noqa: PLC0415
+
+    if uri == "local":
+        address, experiment = open_store(root, name)
+        return Ledger(MlflowClient(address), experiment, is_local=True)
+    client = MlflowClient(uri)
+    return Ledger(client, experiment_id(client, name), is_local=False)
+
+
 def _known(run: "MlflowRun") -> Run:
     data, info = run.data, run.info
     return Run(

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -22,14 +23,15 @@ from tune.doctor import Verdict, examine
 from tune.estimate import Estimate
 from tune.leaderboard import leaderboard_table
 from tune.live import duration
+from tune.pages import newest_pages, study_pages
 from tune.plans import Plan, require_name
 from tune.ray_session import on_cluster
 from tune.space import show, value_at
 from tune.study import Study, StudyFolder, TrialRecord, TrialState, studies_in
 from tune.submit import DEFAULT_ADDRESS, Jobs, entrypoint, environment, follow, new_id, patiently, survey
 from tune.sweep import Sweep, SweepResult, write_results
-from tune.tracking import open_store
-from tune.ui import free_port, serve
+from tune.tracking import open_store, reason_of
+from tune.ui import DEFAULT_PORT, address_of, free_port, serve
 
 OK, FAILED, STOPPED = 0, 1, 130
 _TIMED_ELSEWHERE = ", and much less on GPUs: this machine has none, so its CPU was timed"
@@ -132,8 +134,8 @@ def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
     for label, path in places.items():
         if path.exists():
             console.out(f"{label + ':':<13}{path}", highlight=False)
-    if chosen.plan.tracking.uri != "none":
-        console.out(f"{'MLflow:':<13}dxmi ui --studies {result.folder.path.parent}", highlight=False)
+    for line in _in_mlflow(chosen.plan, result):
+        console.out(line, highlight=False)
     command = "ablate" if isinstance(chosen.plan, AblationPlan) else "sweep"
     resume = f"dxmi {command} --resume {result.folder.path}"
     if result.undelivered:
@@ -145,6 +147,28 @@ def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
         complain("every trial failed; the table says why.")
         return FAILED
     return OK
+
+
+def _in_mlflow(plan: Plan, result: SweepResult) -> list[str]:
+    """What shows a study in MLflow: a command or a server, and the addresses of its pages there."""
+    uri = plan.tracking.uri
+    if uri == "none":
+        return []
+    heading = f"{'MLflow:':<13}{f'{_ui_command(result.folder)} serves these pages' if uri == 'local' else uri}"
+    if uri != "local" and (result.undelivered or result.interrupted):  # nobody is to wait for a server then
+        return [heading]
+    try:
+        pages = study_pages(result.folder, plan, result.records, address_of(DEFAULT_PORT))
+    except Exception as error:  # noqa: BLE001  (MLflow raises anything, and the study is whole without its addresses)
+        complain(f"the addresses of the study's pages in MLflow could not be read: {reason_of(error)}.")
+        return [heading]
+    return [heading, *(f"{'':<13}{line}" for line in (pages.lines() if pages else ()))]
+
+
+def _ui_command(folder: StudyFolder) -> str:
+    root = folder.path.parent
+    where = [] if root == Path("studies") else ["--studies", str(root)]
+    return shlex.join(["dxmi", "ui", folder.path.name, *where])
 
 
 def _results_table(folder: StudyFolder, plan: Plan, records: Sequence[TrialRecord]) -> Table:
@@ -287,13 +311,42 @@ def report(args: argparse.Namespace) -> int:
 
 def ui(args: argparse.Namespace) -> int:
     """MLflow's page on the local store, until Ctrl-C."""
-    if not args.studies.is_dir():
-        raise UserError(f"There is no folder {args.studies}: run a sweep first, or name the folder by --studies.")
-    port = free_port(args.port)
-    store, _ = open_store(args.studies, "dxmi")
+    name, root = (None, args.studies) if args.study is None else _place(args.study, args.studies)
+    if not root.is_dir():
+        raise UserError(f"There is no folder {root}: run a sweep first, or name the folder by --studies.")
     console = Terminal()
+    study = None if name is None else _tracked(name, root)
+    if study is not None and study.plan.tracking.uri != "local":
+        console.out("\n".join(_pages(study, "")), highlight=False)
+        return OK
+    port = free_port(args.port)
+    store, _ = open_store(root, "dxmi")
     console.out("MLflow is starting ...", highlight=False)
-    return serve(store, args.studies, port, lambda line: console.out(line, highlight=False))
+    pages = newest_pages(root, address_of(port)) if study is None else _pages(study, address_of(port))
+    return serve(store, root, port, lambda line: console.out(line, highlight=False), pages)
+
+
+def _tracked(name: str, root: Path) -> Study:
+    """A study that MLflow records.
+
+    Raises:
+        UserError: there is none of this name, or MLflow does not record it.
+    """
+    require_name(name)
+    study = Study.read(StudyFolder(root / name))
+    if study.plan.tracking.uri == "none":
+        raise UserError(f"The study {name} is not recorded in MLflow: its tracking.uri is none. See its report.html.")
+    return study
+
+
+def _pages(study: Study, server: str) -> list[str]:
+    pages = study_pages(study.folder, study.plan, study.records(), server)
+    if pages is None:
+        raise UserError(
+            f"MLflow has no record of the study {study.plan.name}. To make it: "
+            f"dxmi {'ablate' if isinstance(study.plan, AblationPlan) else 'sweep'} --resume {study.folder.path}"
+        )
+    return pages.lines()
 
 
 _STYLES = {Verdict.GOOD: "green", Verdict.WARNING: "yellow", Verdict.BAD: "red"}

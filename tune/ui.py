@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from urllib.error import URLError
@@ -54,7 +54,12 @@ def is_free(port: int) -> bool:
     return True
 
 
-def serve(store: str, root: Path, port: int, say: Callable[[str], None]) -> int:
+def address_of(port: int) -> str:
+    """Where MLflow's page is."""
+    return f"http://{HOST}:{port}"
+
+
+def serve(store: str, root: Path, port: int, say: Callable[[str], None], pages: Iterable[str] = ()) -> int:
     """Run MLflow's server until it is stopped; says its address when it answers. Returns its exit code.
 
     Args:
@@ -62,6 +67,7 @@ def serve(store: str, root: Path, port: int, say: Callable[[str], None]) -> int:
         root: the studies' folder.
         port: to listen on.
         say: prints a line.
+        pages: further lines to be said then.
     """
     arguments = ["--backend-store-uri", store, "--artifacts-destination", str(root.resolve() / "mlartifacts")]
     server = subprocess.Popen(  # noqa: S603  (no shell; every argument is ours)
@@ -73,7 +79,9 @@ def serve(store: str, root: Path, port: int, say: Callable[[str], None]) -> int:
     )
     try:
         if _answers(server, port):
-            say(f"MLflow UI: http://{HOST}:{port}  (Ctrl-C ends it)")
+            say(f"MLflow UI: {address_of(port)}  (Ctrl-C ends it)")
+            for line in pages:
+                say(line)
         _, errors = server.communicate()
     except KeyboardInterrupt:
         return 0
