@@ -237,7 +237,7 @@ def test_further_scores_are_shown_with_their_intervals_and_decide_nothing(played
         "fid_digits, mean", "kid_digits", "recall_digits",
     ]  # fmt: skip
     assert "& kid\\_digits & recall\\_digits &" in latex(results)
-    page = write_report(studies[1], studies[1].records()).read_text()
+    page = write_report(studies[1], studies[1].records()).read_text().replace("<wbr>", "")
     assert page.count(">kid_digits</th>") == 1
 
 

@@ -1,6 +1,7 @@
 """`dxmi ui`: MLflow's own page on the store of the studies here, on this machine only."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -70,6 +71,7 @@ def serve(store: str, root: Path, port: int, say: Callable[[str], None], pages: 
         pages: further lines to be said then.
     """
     arguments = ["--backend-store-uri", store, "--artifacts-destination", str(root.resolve() / "mlartifacts")]
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the server would outlive this process
     server = subprocess.Popen(  # noqa: S603  (no shell; every argument is ours)
         [sys.executable, "-m", "mlflow", "server", *arguments, "--host", HOST, "--port", str(port), "--workers", "1"],
         env={**_ENVIRONMENT, **os.environ},
@@ -87,6 +89,7 @@ def serve(store: str, root: Path, port: int, say: Callable[[str], None], pages: 
         return 0
     finally:
         _end(server)
+        signal.signal(signal.SIGTERM, before)
     if server.returncode <= 0:
         return 0
     say((errors or "").strip()[-2000:])
