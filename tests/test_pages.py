@@ -264,7 +264,9 @@ def test_dxmi_ui_serves_the_store_and_prints_the_studys_addresses(studies, capsy
     chosen = ["lr-1", "--studies", str(studies)] if given == "name" else [str(studies / "lr-1")]
     port = free_port()
     assert main(["ui", *chosen, "--port", str(port)]) == 0
-    ((store, root, used, _, lines),) = served
+    ((store, root, used, _, (home, *lines)),) = served
+    assert home.startswith("runs: ")
+    assert state(home)["workflowType"] == "machine_learning"
     assert (root, used) == (studies, port)
     assert store.endswith("mlflow.db")
     assert [line.partition(": ")[0] for line in lines] == [
@@ -355,7 +357,7 @@ def ui(studies):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         lines = []
-        while len(lines) < 14 and (line := process.stdout.readline()):
+        while len(lines) < 17 and (line := process.stdout.readline()):
             lines.append(line.rstrip())
         yield lines
     finally:
@@ -394,10 +396,10 @@ def test_the_printed_address_shows_a_line_for_every_trial(ui, browser, study, wh
 @pytest.mark.slow
 def test_the_other_addresses_show_the_best_checkpoint_and_the_trials_unfolded(ui, browser):
     browser.open(address(ui, "lr-1", "best checkpoint"))
-    browser.wait_for("document.body.innerText.includes('meta.json')", wanted=True)
+    browser.wait_for("document.body?.innerText.includes('meta.json')", wanted=True)
     browser.open(address(ui, "lr-1", "all metrics"))
     for number in range(3):
-        browser.wait_for(f"document.body.innerText.includes('lr-1/000{number}')", wanted=True)
+        browser.wait_for(f"document.body?.innerText.includes('lr-1/000{number}')", wanted=True)
     browser.wait_for("document.querySelectorAll('.js-plotly-plot').length > 0", wanted=True)
 
 

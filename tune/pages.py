@@ -165,6 +165,11 @@ def _best_page(
 # Addresses
 
 
+def experiment_page(server: str, experiment: str) -> str:
+    """The table of an experiment's runs."""
+    return f"{_experiment(server, experiment)}/runs?{_encoded(_MODEL_TRAINING)}"
+
+
 def trials_page(server: str, experiment: str, study: str, metric: str) -> str:
     """A study's trials beside the charts of all their metrics, the best first.
 
@@ -187,13 +192,8 @@ def curves_page(server: str, experiment: str, runs: Sequence[str], metric: str) 
         "metric": _json(metric),
         "experiments": _json([experiment]),
         "plot_metric_keys": _json([metric]),
-        "plot_layout": _json({"autosize": True}),
         "x_axis": "step",
-        "y_axis_scale": "linear",
         "line_smoothness": "1",
-        "show_point": "false",
-        "deselected_curves": "[]",
-        "last_linear_y_axis_range": "[]",
         **_MODEL_TRAINING,
     }
     return f"{server.rstrip('/')}/#/metric?{_encoded(state)}"

@@ -43,7 +43,8 @@ _LOCK_SECONDS = 120.0
 _BUSY_SECONDS = 60.0
 """How long an SQLite lock that somebody else holds is waited for while the store is opened."""
 KIND_TAG, TRAINING_KIND = "mlflow.experimentKind", "custom_model_development"
-"""What makes MLflow's page open an experiment as model training; without it, since 3.6, as an app of generative AI."""
+"""What makes MLflow's page open an experiment as model training; without it as an app of generative AI. In 3.17 what a
+browser remembers comes before the tag, and what an address says (see `tune.pages`) before both."""
 _GUESSED_KINDS = ("", "no_inferred_type")
 """Kinds that nobody has chosen; so are those that end in _inferred."""
 _METRICS_A_CALL = 1_000

@@ -1,6 +1,7 @@
 """The commands around studies: sweeps, ablations, reports, MLflow's page, jobs on a cluster. Imported on use."""
 
 import argparse
+import itertools
 import os
 import shlex
 import warnings
@@ -23,7 +24,7 @@ from tune.doctor import Verdict, examine
 from tune.estimate import Estimate
 from tune.leaderboard import leaderboard_table
 from tune.live import duration
-from tune.pages import newest_pages, study_pages
+from tune.pages import experiment_page, newest_pages, study_pages
 from tune.plans import Plan, require_name
 from tune.ray_session import on_cluster
 from tune.space import show, value_at
@@ -320,10 +321,12 @@ def ui(args: argparse.Namespace) -> int:
         console.out("\n".join(_pages(study, "")), highlight=False)
         return OK
     port = free_port(args.port)
-    store, _ = open_store(root, "dxmi")
+    store, experiment = open_store(root, "dxmi")
     console.out("MLflow is starting ...", highlight=False)
-    pages = newest_pages(root, address_of(port)) if study is None else _pages(study, address_of(port))
-    return serve(store, root, port, lambda line: console.out(line, highlight=False), pages)
+    server = address_of(port)
+    pages = newest_pages(root, server) if study is None else _pages(study, server)
+    lines = itertools.chain([f"runs: {experiment_page(server, experiment)}"], pages)
+    return serve(store, root, port, lambda line: console.out(line, highlight=False), lines)
 
 
 def _tracked(name: str, root: Path) -> Study:

@@ -60,15 +60,15 @@ def address_of(port: int) -> str:
     return f"http://{HOST}:{port}"
 
 
-def serve(store: str, root: Path, port: int, say: Callable[[str], None], pages: Iterable[str] = ()) -> int:
-    """Run MLflow's server until it is stopped; says its address when it answers. Returns its exit code.
+def serve(store: str, root: Path, port: int, say: Callable[[str], None], pages: Iterable[str]) -> int:
+    """Run MLflow's server until it is stopped; says its addresses when it answers. Returns its exit code.
 
     Args:
         store: SQLite URI of the tracking store.
         root: the studies' folder.
         port: to listen on.
         say: prints a line.
-        pages: further lines to be said then.
+        pages: lines about its pages, said then.
     """
     arguments = ["--backend-store-uri", store, "--artifacts-destination", str(root.resolve() / "mlartifacts")]
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the server would outlive this process
