@@ -288,7 +288,7 @@ def test_further_scores_are_shown_with_their_intervals_and_decide_nothing(played
         "fid_digits, mean", "kid_digits", "recall_digits",
     ]  # fmt: skip
     assert "& kid\\_digits & recall\\_digits &" in latex(results)
-    page = write_report(studies[1], studies[1].records()).read_text()
+    page = write_report(studies[1], studies[1].records()).read_text().replace("<wbr>", "")
     assert page.count(">kid_digits</th>") == 1
 
 
@@ -559,8 +559,8 @@ def test_mlflow_has_study_arm_and_seed(played, tmp_path):
     assert {name: parent for name, parent in parents.items() if parent in (None, "study")} == {
         "study": None, "study/baseline": "study", "study/no_entropy": "study", "study/fast": "study",
     }  # fmt: skip
-    assert parents["study/0001"] == "study/no_entropy"
-    assert parents["study/0004"] == "study/no_entropy"
+    assert parents["study/no_entropy/seed 0"] == "study/no_entropy"
+    assert parents["study/no_entropy/seed 1"] == "study/no_entropy"
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 

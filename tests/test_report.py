@@ -447,7 +447,7 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str, str]] = []
         self.words: list[str] = []
         self._open: list[str] = []
-        self.feed(text)
+        self.feed(re.sub(r'<wbr>|<span class="interval">([^<]*)</span>', r"\1", text))  # no words of their own
         self.close()
         assert not self._open, f"not closed: {self._open}"
 
@@ -770,7 +770,7 @@ def test_three_hundred_trials_are_all_listed_in_a_small_file(made):
     page = require_self_contained(text)
     numbers = leaderboard(sweep.study.plan, sweep.records)["trial"].tolist()
     assert sorted(numbers) == list(range(300))
-    body = text.split('class="sortable"')[1].split("</table>")[0]
+    body = text.split('class="sortable')[1].split("</table>")[0]
     assert body.count("<tr") == 301
     assert page.text.count("no space left") == 2 * 30
     assert len(text) < 1_500_000

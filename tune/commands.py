@@ -49,7 +49,7 @@ Cut a diffusion model to a few steps and fine-tune those with DxMI (arXiv 2407.0
   dxmi sweep experiment=digits sweep=demo          eight trials, a leaderboard and a report (minutes on a laptop)
   dxmi sweep experiment=digits sweep=learning_rates name=lr-1 --dry-run
   dxmi sweep --resume lr-1                         go on after an interruption
-  dxmi studies | dxmi report lr-1 | dxmi ui        what there is, its report, MLflow's page
+  dxmi studies | dxmi report lr-1 | dxmi ui lr-1   what there is, its report, its curves in MLflow
   dxmi doctor                                      is this machine ready?
 """
 
@@ -183,7 +183,13 @@ def _study_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("study", metavar="STUDY", help="name or folder of a study")
     _studies_argument(sub)
 
-    sub = command("ui", _later("ui"), "open MLflow's page on the studies here, on this machine only", "")
+    sub = command(
+        "ui",
+        _later("ui"),
+        "open MLflow's page on the studies here, on this machine only",
+        "It prints the addresses of each study's curves in one chart, of its best checkpoint and of all its metrics.\n",
+    )
+    sub.add_argument("study", nargs="?", metavar="STUDY", help="name or folder of a study (default: the newest ones)")
     sub.add_argument("--port", type=_positive, help="to listen on (default: the first free one from 5000 on)")
     _studies_argument(sub)
 

@@ -21,7 +21,7 @@ import matplotlib as mpl
 import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -90,6 +90,8 @@ _FIGURE_PIXELS = 60
 _MAX_SAMPLE_BYTES = 3_000_000
 _SCROLLING_ROWS = 40
 """A longer table scrolls in its own frame."""
+_MANY_COLUMNS = 7
+"""A table with more of them is set smaller."""
 _EDGE = 0.05
 _FEW = 6
 """As many settings fit into a sentence."""
@@ -114,6 +116,7 @@ def _html(study: Study, records: Sequence[TrialRecord], written: str) -> str:
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
+    environment.filters["breakable"] = breakable
     script = (_TEMPLATES / "report.js").read_text()
     compared = results_of(study.plan, study.folder, records) if isinstance(study.plan, AblationPlan) else None
     drawn = study_figures(study, records) if compared is None else ablation_figures(compared, study.curves())
@@ -147,6 +150,12 @@ def _html(study: Study, records: Sequence[TrialRecord], written: str) -> str:
 def sha256_base64(text: str) -> str:
     """As a content security policy names a script."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def breakable(text: str) -> Markup:
+    """Text in which a long name may go on in the next line after its dots, dashes, slashes and underscores."""
+    broken = re.sub(r"(?<=[A-Za-z0-9][._/-])(?=[A-Za-z])", "<wbr>", str(escape(text)))
+    return Markup(re.sub(r"\[[^][<]*\]", r'<span class="interval">\g<0></span>', broken))  # noqa: S704  (escaped)
 
 
 # ----------------------------------------------------------------------------
@@ -390,6 +399,11 @@ class HtmlTable:
         """Whether it scrolls in a frame of its own."""
         return len(self.rows) > _SCROLLING_ROWS
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether its text is small, so that all columns fit into a page."""
+        return len(self.headings) > _MANY_COLUMNS
+
 
 def _number_cell(value: Any, text: str, style: str = "number") -> Cell:
     """Empty for a missing value."""
@@ -413,6 +427,21 @@ def _value_heading(plan: Plan, axis: Axis) -> tuple[str, str, str]:
     return short_names(plan)[axis.path], axis.path, "" if axis.kind == "choice" else "number"
 
 
+def _setting_headings(plan: Plan) -> list[tuple[str, str, str]]:
+    """A column a setting, or one for all if they are too many for a page."""
+    if len(plan.axes) > _FEW:
+        return [("settings", "what varies", "")]
+    return [_value_heading(plan, axis) for axis in plan.axes]
+
+
+def _setting_cells(plan: Plan, values: Mapping[Any, Any]) -> list[Cell]:
+    """The cells below `_setting_headings`."""
+    if len(plan.axes) <= _FEW:
+        return [_value_cell(axis, values[axis.path]) for axis in plan.axes]
+    names = short_names(plan)
+    return [Cell(", ".join(f"{names[axis.path]} {show(values[axis.path])}" for axis in plan.axes), "", "wrap")]
+
+
 def _board(plan: Plan, records: Sequence[TrialRecord]) -> HtmlTable:
     frame = leaderboard(plan, records)
     objectives = [name for name in objective_columns(plan) if name != "score"]
@@ -427,16 +456,16 @@ def _board(plan: Plan, records: Sequence[TrialRecord]) -> HtmlTable:
         *((name.removeprefix("eval/"), f"{name} of the best checkpoint", "number") for name in fidelity),
         *((name.replace("_", " ", 1), "on noise that took no part in choosing the trial", "number") for name in fresh),
         ("step", "iteration of the best checkpoint", "number"),
-        *(_value_heading(plan, axis) for axis in plan.axes),
+        *_setting_headings(plan),
         ("seconds", "wall time of the trial", "number"),
         ("checkpoint, or why not complete", "checkpoints are relative to the study's folder", ""),
     ]
-    rows = [_board_row(row, objectives, [*fidelity, *fresh], plan.axes) for row in listed]
+    rows = [_board_row(plan, row, objectives, [*fidelity, *fresh]) for row in listed]
     return HtmlTable(headings, rows)
 
 
 def _board_row(
-    row: Mapping[Any, Any], objectives: Sequence[str], beside: Sequence[str], axes: Sequence[Axis]
+    plan: Plan, row: Mapping[Any, Any], objectives: Sequence[str], beside: Sequence[str]
 ) -> tuple[str, list[Cell]]:
     is_complete = row["state"] == TrialState.COMPLETE
     score = "" if pd.isna(row["score"]) else number(float(row["score"])) + ("" if is_complete else NOT_COMPARABLE)
@@ -448,7 +477,7 @@ def _board_row(
         _number_cell(row["score"], score, "number score"),
         *(_beside_cell(row[name], name) for name in beside),
         _count_cell(row["step"]),
-        *(_value_cell(axis, row[axis.path]) for axis in axes),
+        *_setting_cells(plan, row),
         _number_cell(row["seconds"], "" if pd.isna(row["seconds"]) else f"{row['seconds']:,.0f}"),
         _ending_cell(row["checkpoint"] if is_complete else "", row["reason"]),
     ]
@@ -634,7 +663,7 @@ def _front(plan: Plan, records: Sequence[TrialRecord]) -> HtmlTable | None:
     headings = [
         ("trial", "trial", "number"),
         *((label, better(o), "number") for label, o in zip(labels, plan.sweep.objectives, strict=True)),
-        *(_value_heading(plan, axis) for axis in plan.axes),
+        *_setting_headings(plan),
     ]
     rows = [
         (
@@ -642,7 +671,7 @@ def _front(plan: Plan, records: Sequence[TrialRecord]) -> HtmlTable | None:
             [
                 _count_cell(record.number),
                 *map(_metric_cell, record.outcome.objectives, objective_columns(plan)),
-                *(_value_cell(axis, record.values[axis.path]) for axis in plan.axes),
+                *_setting_cells(plan, record.values),
             ],
         )
         for record in front

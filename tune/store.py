@@ -44,6 +44,11 @@ _LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
 _LOCK_SECONDS = 120.0
 _BUSY_SECONDS = 60.0
 """How long an SQLite lock that somebody else holds is waited for while the store is opened."""
+KIND_TAG, TRAINING_KIND = "mlflow.experimentKind", "custom_model_development"
+"""What makes MLflow's page open an experiment as model training; without it as an app of generative AI. In 3.17 what a
+browser remembers comes before the tag, and what an address says (see `tune.pages`) before both."""
+_GUESSED_KINDS = ("", "no_inferred_type")
+"""Kinds that nobody has chosen; so are those that end in _inferred."""
 _METRICS_A_CALL = 1_000
 _PARAMS_A_CALL = 100
 _RUNS_A_PAGE = 500
@@ -132,13 +137,26 @@ def experiment_id(client: "MlflowClient", name: str, location: str | None = None
     """
     found = client.get_experiment_by_name(name)
     if found is None:
-        return str(client.create_experiment(name, artifact_location=location))
+        experiment = str(client.create_experiment(name, artifact_location=location))
+        _show_as_training(client, experiment, {})
+        return experiment
     if found.lifecycle_stage == "deleted":
         raise UserError(
             f"MLflow's experiment {name} was deleted: restore it by "
             f"`mlflow experiments restore -x {found.experiment_id}`, or choose another by tracking.experiment=NAME."
         )
+    _show_as_training(client, str(found.experiment_id), found.tags)
     return str(found.experiment_id)
+
+
+def _show_as_training(client: "MlflowClient", experiment: str, tags: Mapping[str, str]) -> None:
+    """Let MLflow's page show model training, unless somebody has chosen otherwise; a server may refuse the tag."""
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+    kind = tags.get(KIND_TAG, "")
+    if kind in _GUESSED_KINDS or kind.endswith("_inferred"):
+        with suppress(MlflowException):
+            client.set_experiment_tag(experiment, KIND_TAG, TRAINING_KIND)
 
 
 def _database(root: Path) -> Path:
@@ -274,11 +292,14 @@ class Ledger:
         client: MLflow's.
         experiment: id of the experiment that holds the runs.
         is_local: whether it is the local store, in which a link does instead of a copy.
+
+    Attributes:
+        experiment: its id.
     """
 
     def __init__(self, client: "MlflowClient", experiment: str, is_local: bool) -> None:
         self._client = client
-        self._experiment = experiment
+        self.experiment = experiment
         self._is_local = is_local
 
     def find(self, tags: Mapping[str, str]) -> list[Run]:
@@ -288,7 +309,7 @@ class Ledger:
         token: str | None = None
         while True:
             page = self._client.search_runs(
-                [self._experiment],
+                [self.experiment],
                 condition,
                 max_results=_RUNS_A_PAGE,
                 order_by=["attributes.start_time ASC"],
@@ -302,7 +323,7 @@ class Ledger:
     def create(self, tags: Mapping[str, str], began: int) -> Run:
         """A new run that began at `began`, in milliseconds."""
         short = {key: value[:_MAX_TEXT] for key, value in tags.items()}
-        run = _known(self._client.create_run(self._experiment, start_time=began, tags=short))
+        run = _known(self._client.create_run(self.experiment, start_time=began, tags=short))
         run.steps, run.files = {}, set()
         return run
 
@@ -374,6 +395,27 @@ class Ledger:
 
     def _listed(self, run: Run) -> set[str]:
         return {file.path for folder in (None, "samples") for file in self._client.list_artifacts(run.id, folder)}
+
+
+def open_ledger(root: Path, uri: str, name: str) -> Ledger:
+    """What writes and finds the runs of an experiment.
+
+    Args:
+        root: the folder of the studies.
+        uri: local, or http(s)://... of a server.
+        name: of MLflow's experiment, which is made if there is none.
+
+    Raises:
+        UserError: as `open_store`, or the experiment was deleted.
+    """
+    import_quietly()
+    from mlflow import MlflowClient  # noqa: PLC0415
+
+    if uri == "local":
+        address, experiment = open_store(root, name)
+        return Ledger(MlflowClient(address), experiment, is_local=True)
+    client = MlflowClient(uri)
+    return Ledger(client, experiment_id(client, name), is_local=False)
 
 
 def _known(run: "MlflowRun") -> Run:

@@ -12,6 +12,7 @@ The journal and the run folders are the truth: everything else is made from them
 in here is pickled, so that opening a study runs no code.
 """
 
+import difflib
 import json
 import os
 import time
@@ -163,6 +164,12 @@ class StudyFolder:
         """Whether a study was begun here."""
         return self.plan.exists()
 
+    @property
+    def changed(self) -> float:
+        """When a trial last began, scored or ended, in seconds since 1970."""
+        path = self.journal if self.journal.exists() else self.plan
+        return path.stat().st_mtime
+
     def run(self, number: int) -> RunDirectory:
         """The run folder of a trial."""
         return RunDirectory(self.trials / f"{number:04d}")
@@ -213,7 +220,7 @@ class StudyFolder:
             UserError: there is none, it is damaged, or the folder has been renamed.
         """
         self.require_own()
-        tree = read_yaml(self.plan, f"There is no study in {self.path}. `dxmi studies` lists those there are.")
+        tree = read_yaml(self.plan, _no_study(self.path))
         if tree.get("format") != FORMAT:
             raise UserError(f"{self.plan} has format {tree.get('format')!r}: this version of dxmi reads {FORMAT}.")
         plan = any_plan_from(tree)
@@ -274,6 +281,13 @@ class StudyFolder:
                 f"The study {plan.name} was begun with other settings ({'; '.join(changed[:5])}). "
                 "Choose another name, or delete its folder."
             )
+
+
+def _no_study(path: Path) -> str:
+    """The sentence about a folder without a study, with the names beside it that are nearest."""
+    near = difflib.get_close_matches(path.name, [folder.path.name for folder in studies_in(path.parent)])
+    hint = f"Did you mean {' or '.join(near)}?" if near else "`dxmi studies` lists those there are."
+    return f"There is no study in {path}. {hint}"
 
 
 # ----------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """The commands around studies: sweeps, ablations, reports, MLflow's page, jobs on a cluster. Imported on use."""
 
 import argparse
+import itertools
 import os
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +25,7 @@ from tune.doctor import Verdict, examine
 from tune.estimate import Estimate
 from tune.leaderboard import changed_data, free_sampler_sentences, leaderboard_table
 from tune.live import duration
+from tune.pages import experiment_page, newest_pages, study_pages
 from tune.plans import Plan, require_name
 from tune.ray_session import on_cluster
 from tune.space import show, value_at
@@ -30,8 +33,8 @@ from tune.stacks import known_stack
 from tune.study import Study, StudyFolder, TrialRecord, TrialState, studies_in
 from tune.submit import DEFAULT_ADDRESS, Jobs, entrypoint, environment, follow, new_id, patiently, survey
 from tune.sweep import Sweep, SweepResult, write_results
-from tune.tracking import open_store
-from tune.ui import free_port, serve
+from tune.tracking import open_store, reason_of
+from tune.ui import DEFAULT_PORT, address_of, free_port, serve
 
 OK, FAILED, STOPPED = 0, 1, 130
 _TIMED_ELSEWHERE = ", and much less on GPUs: this machine has none, so its CPU was timed"
@@ -134,8 +137,8 @@ def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
     for label, path in places.items():
         if path.exists():
             console.out(f"{label + ':':<13}{path}", highlight=False)
-    if chosen.plan.tracking.uri != "none":
-        console.out(f"{'MLflow:':<13}dxmi ui --studies {result.folder.path.parent}", highlight=False)
+    for line in _in_mlflow(chosen.plan, result):
+        console.out(line, highlight=False)
     warning = changed_data(chosen.plan, result.records)
     if warning:
         complain(warning)
@@ -150,6 +153,28 @@ def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
         complain("every trial failed; the table says why.")
         return FAILED
     return OK
+
+
+def _in_mlflow(plan: Plan, result: SweepResult) -> list[str]:
+    """What shows a study in MLflow: a command or a server, and the addresses of its pages there."""
+    uri = plan.tracking.uri
+    if uri == "none":
+        return []
+    heading = f"{'MLflow:':<13}{f'{_ui_command(result.folder)} serves these pages' if uri == 'local' else uri}"
+    if uri != "local" and (result.undelivered or result.interrupted):  # nobody is to wait for a server then
+        return [heading]
+    try:
+        pages = study_pages(result.folder, plan, result.records, address_of(DEFAULT_PORT))
+    except Exception as error:  # noqa: BLE001  (MLflow raises anything, and the study is whole without its addresses)
+        complain(f"the addresses of the study's pages in MLflow could not be read: {reason_of(error)}.")
+        return [heading]
+    return [heading, *(f"{'':<13}{line}" for line in (pages.lines() if pages else ()))]
+
+
+def _ui_command(folder: StudyFolder) -> str:
+    root = folder.path.parent
+    where = [] if root == Path("studies") else ["--studies", str(root)]
+    return shlex.join(["dxmi", "ui", folder.path.name, *where])
 
 
 def _show_results(console: Terminal, folder: StudyFolder, plan: Plan, records: Sequence[TrialRecord]) -> None:
@@ -311,13 +336,44 @@ def report(args: argparse.Namespace) -> int:
 
 def ui(args: argparse.Namespace) -> int:
     """MLflow's page on the local store, until Ctrl-C."""
-    if not args.studies.is_dir():
-        raise UserError(f"There is no folder {args.studies}: run a sweep first, or name the folder by --studies.")
-    port = free_port(args.port)
-    store, _ = open_store(args.studies, "dxmi")
+    name, root = (None, args.studies) if args.study is None else _place(args.study, args.studies)
+    if not root.is_dir():
+        raise UserError(f"There is no folder {root}: run a sweep first, or name the folder by --studies.")
     console = Terminal()
+    study = None if name is None else _tracked(name, root)
+    if study is not None and study.plan.tracking.uri != "local":
+        console.out("\n".join(_pages(study, "")), highlight=False)
+        return OK
+    port = free_port(args.port)
+    store, experiment = open_store(root, "dxmi")
     console.out("MLflow is starting ...", highlight=False)
-    return serve(store, args.studies, port, lambda line: console.out(line, highlight=False))
+    server = address_of(port)
+    pages = newest_pages(root, server) if study is None else _pages(study, server)
+    lines = itertools.chain([f"runs: {experiment_page(server, experiment)}"], pages)
+    return serve(store, root, port, lambda line: console.out(line, highlight=False), lines)
+
+
+def _tracked(name: str, root: Path) -> Study:
+    """A study that MLflow records.
+
+    Raises:
+        UserError: there is none of this name, or MLflow does not record it.
+    """
+    require_name(name)
+    study = Study.read(StudyFolder(root / name))
+    if study.plan.tracking.uri == "none":
+        raise UserError(f"The study {name} is not recorded in MLflow: its tracking.uri is none. See its report.html.")
+    return study
+
+
+def _pages(study: Study, server: str) -> list[str]:
+    pages = study_pages(study.folder, study.plan, study.records(), server)
+    if pages is None:
+        raise UserError(
+            f"MLflow has no record of the study {study.plan.name}. To make it: "
+            f"dxmi {'ablate' if isinstance(study.plan, AblationPlan) else 'sweep'} --resume {study.folder.path}"
+        )
+    return pages.lines()
 
 
 _STYLES = {Verdict.GOOD: "green", Verdict.WARNING: "yellow", Verdict.BAD: "red"}

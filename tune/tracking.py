@@ -36,7 +36,7 @@ from tune.console import complain
 from tune.designs import Arm
 from tune.plans import Plan
 from tune.space import flat
-from tune.store import Ledger, Point, Run, experiment_id, import_quietly, missing, open_store, store_address
+from tune.store import Ledger, Point, Run, missing, open_ledger, open_store, store_address
 from tune.study import StudyFolder, TrialRecord, TrialState
 
 __all__ = ["Tracker", "open_store"]
@@ -445,10 +445,16 @@ class _Recorder:
     def _trial_id(self, record: TrialRecord) -> str:
         return f"{self._plan.name}/{record.number:04d}"
 
+    def _run_name(self, record: TrialRecord) -> str:
+        """What stands beside a curve: of an ablation's trial its arm and seed."""
+        if isinstance(self._plan, AblationPlan):
+            return f"{self._plan.name}/{record.values[ARM]}/seed {record.seed}"
+        return self._trial_id(record)
+
     def _tags(self, parent: Run, record: TrialRecord) -> dict[str, str]:
         return {
             "mlflow.parentRunId": parent.id,
-            "mlflow.runName": self._trial_id(record),
+            "mlflow.runName": self._run_name(record),
             "trial_id": self._trial_id(record),
             "study": self._plan.name,
             "signature": record.signature,
@@ -503,15 +509,7 @@ def _is_closed(run: Run, record: TrialRecord) -> bool:
 
 
 def _open_ledger(folder: StudyFolder, plan: Plan) -> Ledger:
-    uri, name = plan.tracking.uri, plan.tracking.experiment
-    import_quietly()
-    from mlflow import MlflowClient  # noqa: PLC0415
-
-    if uri == "local":
-        address, experiment = open_store(folder.path.parent, name)
-        return Ledger(MlflowClient(address), experiment, is_local=True)
-    client = MlflowClient(uri)
-    return Ledger(client, experiment_id(client, name), is_local=False)
+    return open_ledger(folder.path.parent, plan.tracking.uri, plan.tracking.experiment)
 
 
 # ----------------------------------------------------------------------------
@@ -616,8 +614,8 @@ class Tracker:
             errors = [error]
         if errors:
             self._say(
-                f"MLflow ({self.address}) does not take all records of the study {self._plan.name}: {_why(errors[0])}. "
-                "The sweep goes on, and they are sent again until they arrive."
+                f"MLflow ({self.address}) does not take all records of the study {self._plan.name}: "
+                f"{reason_of(errors[0])}. The sweep goes on, and they are sent again until they arrive."
             )
         else:
             self._said.clear()
@@ -631,7 +629,7 @@ class Tracker:
                 self._complain(sentence)
 
 
-def _why(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The innermost reason of an error in a line, without anything secret."""
     while not isinstance(error, UserError) and (inner := error.__cause__ or error.__context__) is not None:
         error = inner

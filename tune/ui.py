@@ -1,11 +1,12 @@
 """`dxmi ui`: MLflow's own page on the store of the studies here, on this machine only."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -54,16 +55,23 @@ def is_free(port: int) -> bool:
     return True
 
 
-def serve(store: str, root: Path, port: int, say: Callable[[str], None]) -> int:
-    """Run MLflow's server until it is stopped; says its address when it answers. Returns its exit code.
+def address_of(port: int) -> str:
+    """Where MLflow's page is."""
+    return f"http://{HOST}:{port}"
+
+
+def serve(store: str, root: Path, port: int, say: Callable[[str], None], pages: Iterable[str]) -> int:
+    """Run MLflow's server until it is stopped; says its addresses when it answers. Returns its exit code.
 
     Args:
         store: SQLite URI of the tracking store.
         root: the studies' folder.
         port: to listen on.
         say: prints a line.
+        pages: lines about its pages, said then.
     """
     arguments = ["--backend-store-uri", store, "--artifacts-destination", str(root.resolve() / "mlartifacts")]
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the server would outlive this process
     server = subprocess.Popen(  # noqa: S603  (no shell; every argument is ours)
         [sys.executable, "-m", "mlflow", "server", *arguments, "--host", HOST, "--port", str(port), "--workers", "1"],
         env={**_ENVIRONMENT, **os.environ},
@@ -73,10 +81,12 @@ def serve(store: str, root: Path, port: int, say: Callable[[str], None]) -> int:
     )
     try:
         if _answers(server, port):
-            say(f"MLflow UI: http://{HOST}:{port}  (Ctrl-C ends it)")
+            say(f"MLflow UI: {address_of(port)}  (Ctrl-C ends it)")
+            for line in pages:
+                say(line)
         elif server.poll() is None:
             raise UserError(
-                f"MLflow has not answered at http://{HOST}:{port} in {_START_SECONDS:.0f} s: this machine is busy; try "
+                f"MLflow has not answered at {address_of(port)} in {_START_SECONDS:.0f} s: this machine is busy; try "
                 "again when it has a core to spare, or choose another --port."
             )
         _, errors = server.communicate()
@@ -84,6 +94,7 @@ def serve(store: str, root: Path, port: int, say: Callable[[str], None]) -> int:
         return 0
     finally:
         _end(server)
+        signal.signal(signal.SIGTERM, before)
     if server.returncode <= 0:
         return 0
     say((errors or "").strip()[-2000:])
