@@ -1,6 +1,9 @@
 """What the tests share: one thread, a cache that is not the user's, and small objects to test."""
 
 import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: the recorded numbers are those of a CPU
+
 from collections.abc import Callable, Iterator
 
 import pytest

@@ -27,6 +27,7 @@ TINY = [
     "evaluate.num_samples=100",
     "evaluate.batch_size=100",
     "evaluate.kid_subset_size=50",
+    "evaluate.grid=16",
 ]
 
 

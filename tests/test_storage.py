@@ -135,7 +135,7 @@ def test_a_store_that_stumbles_is_asked_again_and_one_that_lies_down_is_named(tm
 def test_a_bad_address_is_refused_without_repeating_a_secret(tmp_path, monkeypatch, capsys, address, sentence):
     monkeypatch.chdir(tmp_path)
     for command in (["train", f"out={tmp_path / 'run'}"], ["sweep", "sweep=demo"]):
-        assert main([*command, *TINY, f"resources.storage_path='{address}'"]) == 2
+        assert main([*command, *TINY, f"resources.storage_path={address}"]) == 2
         said = capsys.readouterr().err
         assert sentence in said
         assert "hunter2" not in said

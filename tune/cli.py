@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 
 from dxmi.errors import UserError
-from tune.machine import give_home, spare_loopback
 
 BAD_INPUT, STOPPED = 2, 130
 
@@ -12,6 +11,8 @@ BAD_INPUT, STOPPED = 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code, see `tune.commands.run`."""
     try:
+        from tune.machine import give_home, spare_loopback  # noqa: PLC0415  (no import is outside this try)
+
         spare_loopback()
         said = give_home()  # first: what is imported below looks for it
         if said:
