@@ -69,7 +69,7 @@ def test_the_usual_folder_of_a_variable(link, monkeypatch):
 
 
 def test_weights(link):
-    config = compose_experiment(["experiment=cifar10", f"pretrain.weights={link}"]).experiment
+    config = compose_experiment(["experiment=cifar10_t4", f"pretrain.weights={link}"]).experiment
     with pytest.raises(UserError, match=r"pretrain\.weights") as caught:
         _ = Experiment(config).public_weights
     require_named(caught.value, link)
