@@ -18,7 +18,7 @@ from dxmi.data import BatchStream, DataConfig, Dataset, data_root, load
 from dxmi.energy import Energy
 from dxmi.errors import UserError
 from dxmi.evaluate import EvaluateConfig
-from dxmi.files import PLACE, user_path
+from dxmi.files import PLACE, require_target, user_path
 from dxmi.machine import available_cpus
 from dxmi.networks import (
     Critic,
@@ -343,6 +343,8 @@ class Experiment:
         places = dict.fromkeys((given, data_root() / given))
         found = next((place for place in places if place.exists()), None)
         if found is None:
+            for place in places:
+                require_target(place, "pretrain.weights")
             raise UserError(
                 f"pretrain.weights is {given}, but there is no {' and no '.join(str(place) for place in places)}. "
                 "Fetch the checkpoint, or start without one: pretrain.weights=null pretrain.iterations=100000."

@@ -28,17 +28,36 @@ def user_path(text: str, what: str) -> Path:
         raise UserError(f"{what} is {text}: {why}.") from error
 
 
+def require_target(path: Path, what: str) -> Path:
+    """The path itself, unless a symbolic link in it leads nowhere.
+
+    Args:
+        path: what a user named; it need not exist.
+        what: the setting, option or variable that names it.
+
+    Raises:
+        UserError: the path or a folder above it is a link whose target does not exist.
+    """
+    for place in (*reversed(path.parents), path):
+        if os.path.islink(place) and not os.path.exists(place):
+            raise UserError(
+                f"{what} is {path}, but {place} is a link to {os.readlink(place)}, which does not exist: restore what "
+                "it leads to, or change the link."
+            )
+    return path
+
+
 def variable_folder(variable: str, usual: str) -> Path:
     """The folder that an environment variable names, else the usual one.
 
     Raises:
-        UserError: the variable names none, or the usual one is in a home folder that is unknown.
+        UserError: the variable names none, the usual one is in a home folder that is unknown, or a link leads nowhere.
     """
     given = os.environ.get(variable)
     if given:
-        return user_path(given, variable)
+        return require_target(user_path(given, variable), variable)
     try:
-        return Path(usual).expanduser()
+        return require_target(Path(usual).expanduser(), f"{variable} is not set: the folder")
     except RuntimeError as error:
         raise UserError(f"Your home folder, for {usual}, is unknown: set HOME, or {variable} to a folder.") from error
 

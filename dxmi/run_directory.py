@@ -18,7 +18,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from dxmi.errors import UserError
-from dxmi.files import write_atomic, write_json
+from dxmi.files import require_target, write_atomic, write_json
 
 Row = dict[str, float | int | str]
 
@@ -49,8 +49,10 @@ class RunDirectory:
         """Make the folders.
 
         Raises:
-            UserError: they cannot be made or written.
+            UserError: they cannot be made or written, or one is a link that leads nowhere.
         """
+        for folder in (self.path, self.checkpoints, self.samples):
+            require_target(folder, "The run folder")
         try:
             for folder in (self.path, self.checkpoints, self.samples):
                 folder.mkdir(parents=True, exist_ok=True)

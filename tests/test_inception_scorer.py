@@ -295,7 +295,7 @@ def test_a_run_is_scored_and_compared_with_deterministic_references(network, tmp
         == 64 * (1000 + 5 + 3 * 2 + 4 * (3 + 5))
     )
     assert train(experiment, out=tmp_path / "run") == summary
-    labels = list(result_table(summary).columns[0].cells)
+    labels = list(map(str, result_table(summary).columns[0].cells))
     assert labels[0] == "1000 steps (DDPM, small variance)"
     assert labels[1:3] == ["2 steps (DDIM, trailing)", "2 steps (DDPM, trailing, small variance)"]
     assert len(labels) == len(names) + 1

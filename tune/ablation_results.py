@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from rich.table import Table
+from rich.text import Text
 
 from dxmi.errors import UserError
 from dxmi.files import write_atomic
@@ -47,6 +47,7 @@ from tune.statistics import (
     variance_components,
 )
 from tune.study import Study, StudyFolder, TrialRecord, TrialState
+from tune.text_tables import TextTable
 
 _TESTS = {
     Correction.NONE: (
@@ -478,10 +479,10 @@ def changes_text(changes: Mapping[str, Any]) -> str:
     return ", ".join(f"{path}={show(value)}" for path, value in changes.items())
 
 
-def arms_table(results: Results) -> Table:
+def arms_table(results: Results) -> TextTable:
     """The terminal's table: one row an arm, with its verdict."""
     objective = results.plan.sweep.objectives[0]
-    table = Table(
+    table = TextTable(
         "arm", "seeds", "missing", f"{metric_label(results.plan, objective)}, mean", *other_labels(results),
         "minus baseline", p_label(results), "verdict",
         caption=" ".join([f"{better(objective).capitalize()}.", *notes(results)]),
@@ -490,10 +491,9 @@ def arms_table(results: Results) -> Table:
     compared = {comparison.arm: comparison for comparison in results.comparisons}
     for arm in results.plan.arms:
         summary, comparison = results.summaries[arm.name], compared.get(arm.name)
-        cells = ["", "", verdict_text(results, arm.name, None)]
+        cells = ["", "", Text(verdict_text(results, arm.name, None))]
         if comparison is not None:
-            style = _STYLES[comparison.verdict]
-            verdict = f"[{style}]{_verdict(comparison)}[/]" if style else _verdict(comparison)
+            verdict = Text(_verdict(comparison), style=_STYLES[comparison.verdict])
             cells = [str(comparison.difference), p_cell(comparison), verdict]
         counts = str(summary.seeds), str(results.runs[arm.name])
         table.add_row(arm.name, *counts, mean_text(summary), *_brief_cells(results, arm.name), *cells)

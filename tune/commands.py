@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from rich.table import Table
 from torch import Tensor
 
 from dxmi import __version__
@@ -20,7 +19,7 @@ from dxmi.data import DataConfig, Dataset, Images, describe, some_of
 from dxmi.errors import DivergedError, UserError, WorkersLostError
 from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
 from dxmi.export import FORMATS, export_diffusers
-from dxmi.files import write_atomic, write_json
+from dxmi.files import require_target, write_atomic, write_json
 from dxmi.galleries import build_gallery
 from dxmi.pictures import save_labelled_grid
 from dxmi.run_directory import RunDirectory, read_yaml
@@ -29,6 +28,7 @@ from dxmi.trained import CHECKPOINTS, Trained, load_trained
 from tune.configs import ablations, compose_experiment, groups, out_folder, overridden, require_no_stack, sweeps
 from tune.console import ProgressReporter, Terminal, complain, discard_output, show_data, show_result
 from tune.signals import gentle_stop
+from tune.text_tables import TextTable
 
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
 _SHOWN = 64
@@ -59,6 +59,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     args = _parse(arguments)
     try:
+        for option, value in vars(args).items():
+            if isinstance(value, Path):
+                require_target(value, option if option == "run_dir" else f"--{option.replace('_', '-')}")
         return int(args.run(args))
     except UserError as error:
         complain(str(error))
@@ -405,7 +408,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         _require_folder(args.out)
     trained = _trained(args)
     scores = trained.scores(args.num_samples, args.seed, args.guidance)
-    table = Table("score", "value", title=f"iteration {trained.step}")
+    table = TextTable("score", title=f"iteration {trained.step}")
+    table.add_column("value", justify="right")
     for key, value in scores.values.items():
         table.add_row(key, f"{value:,.4f}" if value % 1 else f"{value:,.0f}")
     table.add_row("seconds for 1,000 samples", f"{scores.seconds_per_1000:.3f}")

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dxmi.config import build, places, to_tree, unknown_key
 from dxmi.errors import UserError
 from dxmi.experiment import ExperimentConfig
-from dxmi.files import user_path, user_text
+from dxmi.files import require_target, user_path, user_text
 from dxmi.run_directory import read_yaml
 from tune.ablation_config import AblationConfig, SeedsConfig, TuningConfig
 from tune.sweep_config import (
@@ -119,7 +119,7 @@ def out_folder(given: Sequence[str]) -> Path | None:
         UserError: it is given twice, or is no path.
     """
     text = _raw("out", given)
-    return None if text is None else user_path(text, "out")
+    return None if text is None else require_target(user_path(text, "out"), "out")
 
 
 def _raw(key: str, given: Sequence[str]) -> str | None:
@@ -377,7 +377,7 @@ def _is_group_of_settings(tree: Any) -> bool:
 def _study_file(kind: str, chosen: str, shipped: list[str]) -> dict[str, Any]:
     """The content of a shipped sweep or ablation, or of a user's own file."""
     if chosen.endswith((".yaml", ".yml")):
-        path = user_path(chosen, kind)
+        path = require_target(user_path(chosen, kind), kind)
         missing = f"The {kind} file {path} cannot be read."
     else:
         path = config_folder() / kind / f"{chosen}.yaml"

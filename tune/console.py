@@ -17,7 +17,6 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 from dxmi.data import ClassCount, Description
@@ -27,6 +26,7 @@ from dxmi.references import ScoredReference, best_reference, scored_references
 from dxmi.run_directory import RunDirectory
 from dxmi.train import Phase, Summary
 from dxmi.train import Progress as Event
+from tune.text_tables import TextTable
 
 _LABELS = {
     Phase.PRETRAIN: "pretrain",
@@ -56,10 +56,13 @@ def discard_output() -> None:
 
 
 class Terminal(Console):
-    """A console whose reader may leave: the output ends, the work does not. In a file, tables have room."""
+    """A console whose reader may leave: the output ends, the work does not. In a file, tables have room.
+
+    Text is shown as it is written: brackets are no markup and colons no emoji.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(markup=False, emoji=False)
         if not self.is_terminal and "COLUMNS" not in os.environ:
             self.width = _FILE_COLUMNS
 
@@ -158,7 +161,7 @@ _BESIDE = ("eval/precision_", "eval/recall_", "eval/energy_auc")
 _NOT_COMPUTED = "-"
 
 
-def result_table(summary: Summary) -> Table:
+def result_table(summary: Summary) -> TextTable:
     """The samplers of a finished run side by side: network evaluations, score, seconds for 1,000 samples.
 
     The best of those with no more evaluations than the policy is bold, whether it is fine-tuned or not.
@@ -173,7 +176,7 @@ def result_table(summary: Summary) -> Table:
     rows += [(after, str(steps), "best"), ("the data itself", "", "data")]
     draws = len(summary.generations)
     generations = f"; the best is the mean over {draws} draws of the noise" if draws > 1 else ""
-    table = Table(
+    table = TextTable(
         caption=f"Network evaluations a sample; {metric} of {summary.num_samples:,} samples each, lower is better; "
         f"seconds for 1,000 samples{generations}; {_NOT_COMPUTED} not computed. Bold: the best with at most {steps} "
         "evaluations."
@@ -243,7 +246,7 @@ def show_result(console: Console, run: RunDirectory, summary: Summary) -> None:
         console.out(f"labels: {summary.labels}", highlight=False)
     found = outdone("this run", summary.best["value"], scored_references(vars(summary)), summary.num_steps)
     for sentence in outdone_sentences(summary.metric, [found]):
-        console.print(sentence, markup=False, highlight=False)
+        console.print(Text(sentence), highlight=False)
     for label, path in (
         ("curve", run.curves),
         ("samples, step by step", run.samples / "steps.png"),
@@ -269,16 +272,17 @@ def show_data(console: Console, found: Description, labels: str) -> None:
         console.print(_class_table(found.classes))
 
 
-def _class_table(classes: Sequence[ClassCount]) -> Table:
+def _class_table(classes: Sequence[ClassCount]) -> TextTable:
     total, hidden = sum(row.count for row in classes), classes[_CLASSES:]
     caption = None
     if hidden:
         fewest, most = min(row.count for row in hidden), max(row.count for row in hidden)
         caption = f"and {len(hidden):,} more classes, of {fewest:,} to {most:,} samples"
-    table = Table("label", "class", "samples", "share", caption=caption)
+    table = TextTable(caption=caption)
+    for heading in ("label", "class", "samples", "share"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
     for row in classes[:_CLASSES]:
-        name = Text(row.name)
-        table.add_row(str(row.number), name, f"{row.count:,}", f"{row.count / total:.2%}")
+        table.add_row(str(row.number), row.name, f"{row.count:,}", f"{row.count / total:.2%}")
     return table
 
 

@@ -15,8 +15,6 @@ from typing import Any
 import pandas as pd
 import yaml
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
 
 from dxmi.checkpoint import path_of
 from dxmi.config import to_tree
@@ -31,6 +29,7 @@ from tune.plans import Plan, fidelity_keys
 from tune.space import flat, show
 from tune.study import Study, StudyFolder, TrialRecord, TrialState, pareto_front, ranked
 from tune.sweep_config import ObjectiveConfig
+from tune.text_tables import TextTable
 
 NOT_COMPARABLE = "*"
 """Follows a score on the noise that chose the checkpoint."""
@@ -234,7 +233,7 @@ def _reason(record: TrialRecord) -> str:
 # The terminal
 
 
-def leaderboard_table(plan: Plan, records: Sequence[TrialRecord], *, limit: int | None = None) -> Table:
+def leaderboard_table(plan: Plan, records: Sequence[TrialRecord], *, limit: int | None = None) -> TextTable:
     """The leaderboard for a terminal.
 
     Args:
@@ -245,7 +244,7 @@ def leaderboard_table(plan: Plan, records: Sequence[TrialRecord], *, limit: int 
     rows = leaderboard(plan, records).to_dict("records")
     shown = [row for place, row in enumerate(rows) if limit is None or place < limit or _state(row).is_failure]
     columns = _columns(plan, shown)
-    table = Table(
+    table = TextTable(
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -254,15 +253,9 @@ def leaderboard_table(plan: Plan, records: Sequence[TrialRecord], *, limit: int 
         caption_style="dim",
     )
     for column in columns:
-        table.add_column(
-            Text(column.heading),
-            justify="left" if column.wraps else "right",
-            no_wrap=not column.wraps,
-            overflow="fold",
-            min_width=None if column.wraps else column.width,
-        )
+        table.add_column(column.heading, justify="left" if column.wraps else "right")
     for index, row in enumerate(shown):
-        table.add_row(*(Text(column.cells[index]) for column in columns), style=_row_style(row))
+        table.add_row(*(column.cells[index] for column in columns), style=_row_style(row))
     return table
 
 

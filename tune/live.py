@@ -5,7 +5,6 @@ from collections import Counter
 
 from rich.console import Console
 from rich.live import Live as LiveDisplay
-from rich.table import Table
 from rich.text import Text
 
 from dxmi.pictures import score_text
@@ -14,6 +13,7 @@ from tune.console import complain
 from tune.leaderboard import short_names
 from tune.space import show
 from tune.study import TrialState
+from tune.text_tables import TextTable
 
 _REFRESH = 0.5
 _BEATS_EVERY = 60.0
@@ -69,15 +69,15 @@ def _where(trial: Live) -> str:
     return f"{trial.phase} {trial.step}/{trial.phase_total}" if trial.phase_total else trial.phase
 
 
-def _table(conductor: Conductor) -> Table:
+def _table(conductor: Conductor) -> TextTable:
     """The trials that run, under a line about the whole."""
-    table = Table(title=_headline(conductor), title_justify="left", expand=False)
+    table = TextTable(title=_headline(conductor), title_justify="left", expand=False)
     names = ", ".join(short_names(conductor.plan).values())
     for heading, justify in (
         ("trial", "right"), (names, "left"), ("doing", "left"), ("step", "right"),
         ("score", "right"), ("best", "right"), ("rate", "right"), ("left", "right"),
     ):  # fmt: skip
-        table.add_column(heading, justify=justify, no_wrap=heading != names)  # type: ignore[arg-type]
+        table.add_column(heading, justify=justify)
     now = conductor.clock()
     for trial in conductor.live.values():
         rate = _rate(trial, now)

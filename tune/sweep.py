@@ -21,6 +21,7 @@ from rich.console import Console
 
 from dxmi.config import to_tree
 from dxmi.errors import UserError
+from dxmi.files import require_target
 from dxmi.train import train
 from tune.ablation_plan import AblationPlan, any_plan_from
 from tune.ablation_results import results_of, write_tables
@@ -292,7 +293,7 @@ def _require_room(folder: Path, bytes_needed: int) -> None:
     Raises:
         UserError: it cannot.
     """
-    parent = folder.resolve()
+    parent = require_target(folder, "The study folder").resolve()
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from rich.table import Table
+from rich.text import Text
 
 from dxmi.errors import UserError
+from dxmi.files import require_target
 from dxmi.pictures import score_text
 from tune import storage
 from tune.ablation import Ablation, TuningInterruptedError
@@ -33,6 +34,7 @@ from tune.stacks import known_stack
 from tune.study import Study, StudyFolder, TrialRecord, TrialState, studies_in
 from tune.submit import DEFAULT_ADDRESS, Jobs, entrypoint, environment, follow, new_id, patiently, survey
 from tune.sweep import Sweep, SweepResult, write_results
+from tune.text_tables import TextTable
 from tune.tracking import open_store, reason_of
 from tune.ui import DEFAULT_PORT, address_of, free_port, serve
 
@@ -75,6 +77,7 @@ def _chosen(args: argparse.Namespace) -> Sweep:
 def _place(study: str, studies: Path) -> tuple[str, Path]:
     """A study's name and the folder it is in; it may be given as a path, too."""
     path = Path(study)
+    require_target(path if len(path.parts) > 1 else studies / path, "The study")
     return (path.name, path.parent) if len(path.parts) > 1 else (study, studies)
 
 
@@ -94,7 +97,7 @@ def _plan(console: Terminal, chosen: Sweep, cost: Estimate) -> None:
     """What --dry-run prints."""
     plan, sweep = chosen.plan, chosen.plan.sweep
     console.out(f"Study {plan.name} (signature {plan.signature}) in {chosen.folder.path}", highlight=False)
-    space = Table("setting", "values", "default", title="space", title_justify="left")
+    space = TextTable("setting", "values", "default", title="space", title_justify="left")
     for axis in plan.axes:
         space.add_row(axis.path, str(axis), show(value_at(plan.experiment, axis.path)))
     console.print(space)
@@ -108,7 +111,7 @@ def _plan(console: Terminal, chosen: Sweep, cost: Estimate) -> None:
         "disk": f"{cost.bytes / 1e9:.2f} GB ({cost.trial_bytes / 1e6:.0f} MB a trial)",
         "tracking": plan.tracking.uri,
     }
-    table = Table(show_header=False)
+    table = TextTable(show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
@@ -186,7 +189,7 @@ def _show_results(console: Terminal, folder: StudyFolder, plan: Plan, records: S
         table, sentences = leaderboard_table(plan, records), free_sampler_sentences(plan, records)
     console.print(table)
     for sentence in sentences:
-        console.print(sentence, markup=False, highlight=False)
+        console.print(Text(sentence), highlight=False)
 
 
 # ----------------------------------------------------------------------------
@@ -226,7 +229,7 @@ def _show_arms(console: Terminal, chosen: Ablation) -> None:
     plan, ablation = chosen.plan, chosen.plan.ablation
     console.out(f"Ablation {plan.name} (signature {plan.signature}) in {chosen.folder.path}", highlight=False)
     console.out(f"Hypothesis: {' '.join(ablation.hypothesis.split())}", highlight=False)
-    table = Table("arm", "changes of the baseline")
+    table = TextTable("arm", "changes of the baseline")
     for arm in plan.arms:
         table.add_row(arm.name, changes_text(arm.changes))
     console.print(table)
@@ -251,7 +254,7 @@ def _show_arms(console: Terminal, chosen: Ablation) -> None:
         rows["in one program"] = _stack_text(chosen)
     if ablation.tuning is not None:
         rows["tuning"] = f"{ablation.tuning.trials} trials in each arm, before"
-    summary = Table(show_header=False)
+    summary = TextTable(show_header=False)
     for name, value in rows.items():
         summary.add_row(name, value)
     console.print(summary)
@@ -280,7 +283,7 @@ def studies(args: argparse.Namespace) -> int:
     if not found:
         console.out(f"There are no studies in {args.studies} yet: dxmi sweep begins one.", highlight=False)
         return OK
-    table = Table("study", "state", "trials", "best", "wall time")
+    table = TextTable("study", "state", "trials", "best", "wall time")
     for folder in found:
         table.add_row(folder.path.name, *_row(folder))
     console.print(table)
@@ -382,10 +385,10 @@ _STYLES = {Verdict.GOOD: "green", Verdict.WARNING: "yellow", Verdict.BAD: "red"}
 def doctor(args: argparse.Namespace) -> int:
     """Say whether this machine is ready; exit code 1 if something has to be done first."""
     findings = examine(args.studies)
-    table = Table("", "what", "found", "what to do")
+    table = TextTable("", "what", "found", "what to do")
     for finding in findings:
         style = _STYLES[finding.verdict]
-        table.add_row(f"[{style}]{finding.verdict.value}[/]", finding.subject, finding.text, finding.advice)
+        table.add_row(Text(finding.verdict.value, style=style), finding.subject, finding.text, finding.advice)
     Terminal().print(table)
     return FAILED if any(finding.verdict is Verdict.BAD for finding in findings) else OK
 

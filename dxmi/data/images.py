@@ -15,7 +15,7 @@ from dxmi.data.dataset import Dataset, content_signature, labelled_signature
 from dxmi.data.folders import open_folder, printable
 from dxmi.data.idx import idx_content, parsed_idx
 from dxmi.errors import UserError
-from dxmi.files import user_path, variable_folder
+from dxmi.files import require_target, user_path, variable_folder
 from dxmi.imports import package_folder
 
 MNIST8_IMAGES = 20_000
@@ -100,7 +100,7 @@ def load_folder(folder: str, size: int, label: int | None, *, class_folders: boo
     Raises:
         UserError: it is missing or holds what is no image; the sentence says which.
     """
-    where = data_root() / user_path(folder, "data.folder")
+    where = require_target(data_root() / user_path(folder, "data.folder"), "data.folder")
     mapped = open_folder(where, size, class_folders=class_folders, cache=cache_root() / "images")
     images = Images(
         name=FOLDER,
@@ -214,6 +214,7 @@ def cifar10(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tenso
 def _cifar_folder() -> Path:
     """The folder of the binary batches, or else of Python's."""
     for folder in (data_root() / cifar.BINARY, data_root() / cifar.PYTHON):
+        require_target(folder, "The folder of CIFAR-10")
         if folder.is_dir():
             return folder
     raise UserError(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dxmi.data import data_root
 from dxmi.errors import UserError
-from dxmi.files import user_path
+from dxmi.files import require_target, user_path
 from dxmi.imports import torch_fidelity
 from dxmi.tensor_files import read_tensor_file
 
@@ -62,7 +62,7 @@ def find_weights() -> Path:
     """
     named = os.environ.get(VARIABLE)
     if named:
-        path = user_path(named, VARIABLE)
+        path = require_target(user_path(named, VARIABLE), VARIABLE)
         if not path.is_file():
             raise UserError(f"{VARIABLE} is {named}: there is no such file.")
         return path

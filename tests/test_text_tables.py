@@ -1,0 +1,106 @@
+"""Tables at every width: no number is cut, and what a user wrote is shown as it is."""
+
+import io
+import re
+
+import pytest
+import torch
+from rich.console import Console
+from test_ablation import outcome, played, shifted
+from test_report import Fabricated, made
+
+from dxmi.data.description import ClassCount
+from tune.ablation_results import arms_table
+from tune.console import Terminal, _class_table
+from tune.leaderboard import leaderboard_table
+from tune.text_tables import TextTable
+
+__all__ = ["Fabricated", "made", "played"]
+
+WIDTHS = pytest.mark.parametrize("width", [40, 60, 80])
+_NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)*(?:e[-+]\d+)?%?")
+
+
+def printed(table: TextTable, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    return text
+
+
+def numbers(table: TextTable, *headings: str) -> list[str]:
+    """The numbers in the cells of some columns, or of all."""
+    columns = [column for column in table.columns if not headings or str(column.header) in headings]
+    return sorted(number for column in columns for cell in column.cells for number in _NUMBER.findall(str(cell)))
+
+
+def require_whole(table: TextTable, width: int, *headings: str) -> None:
+    """Every number of the cells stands in the output as often as in the cells."""
+    found = _NUMBER.findall(printed(table, width))
+    for number in (wanted := numbers(table, *headings)):
+        assert found.count(number) >= wanted.count(number), number
+    assert wanted
+
+
+@WIDTHS
+def test_the_arms_keep_their_numbers(played, width):
+    study = played(seeds=6)
+    study.play(shifted(no_entropy=-2000.0, fast=1.0))
+    require_whole(arms_table(outcome(study)), width)
+
+
+@WIDTHS
+def test_the_leaderboard_keeps_its_numbers(made, width):
+    sweep = made()
+    for score in (7.123, 12345.0, 5.0):
+        sweep.complete(score)
+    table = leaderboard_table(sweep.study.plan, sweep.records)
+    headings = [str(column.header) for column in table.columns if column.justify == "right"]
+    require_whole(table, width, *headings)
+
+
+@WIDTHS
+def test_the_classes_keep_their_counts(width):
+    rows = [ClassCount(number, f"a name of several words {number}", 10**number) for number in range(8)]
+    require_whole(_class_table(rows), width)
+
+
+@WIDTHS
+def test_settings_keep_their_values(width):
+    table = TextTable("arm", "changes of the baseline")
+    table.add_row("slow", "algorithm.lr=1.25e-05, algorithm.steps=1000000, x=0.123456")
+    require_whole(table, width)
+
+
+@WIDTHS
+@pytest.mark.parametrize("columns", [1, 3, 9])
+def test_numbers_of_any_table_are_whole(width, columns):
+    values = torch.rand(4, columns, generator=torch.Generator().manual_seed(columns)) * 1e6
+    table = TextTable("name", title="of some", caption="words " * 30)
+    for column in range(columns):
+        table.add_column(f"heading {column}", justify="right")
+    for row in values.tolist():
+        table.add_row("a long text that may be broken", *(f"{value:,.2f}" for value in row))
+    require_whole(table, width)
+
+
+def test_a_table_without_a_heading_becomes_lines_with_names():
+    table = TextTable(show_header=False)
+    table.add_row("trials", "123456789012345")
+    assert printed(table, 18).split() == ["trials:", "123456789012345"]
+
+
+def test_text_is_shown_as_it_is_written(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = "[bold]/data/[abc]/:smile:[/bold]"
+    table = TextTable("[red]heading", title="[a] title", caption="[b] caption :x:")
+    table.add_row(words)
+    console = Terminal()
+    console.print(table)
+    console.print(words)
+    text = capsys.readouterr().out
+    assert text.count(words) == 2
+    for part in ("[red]heading", "[a] title", "[b] caption :x:"):
+        assert part in text
