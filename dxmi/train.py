@@ -365,9 +365,13 @@ class _Run:
 
     def _listen(self) -> None:
         """Called after each step of sampling: a batch on a slow device takes minutes, nobody should wait that long."""
-        progress, since = self.told
-        if time.monotonic() - since >= _LISTEN_EVERY:
-            self._tell_or_stop(progress.phase, progress.step, progress.total)
+        if time.monotonic() - self.told[1] >= _LISTEN_EVERY:
+            self._tell_again()
+
+    def _tell_again(self) -> None:
+        """Nothing has changed; a stop may have been asked for. All workers call this at the same time."""
+        last, _ = self.told
+        self._tell_or_stop(last.phase, last.step, last.total)
 
     @property
     def _on_step(self) -> Callable[[], None] | None:
@@ -386,7 +390,7 @@ class _Run:
         if self.config.pretrain.weights is not None:
             self._note(self.experiment.check_public(denoiser), Phase.PRETRAIN)
         partial = path.with_suffix(".partial")
-        with entry(path, self.workers) as held:
+        with entry(path, self.workers, self._tell_again) as held:
             if held.tensors is None:
                 ddpm, stretch = self._pretraining(partial)
                 yield stretch
@@ -487,7 +491,8 @@ class _Run:
             numbers = {**scores.values, "seconds_per_1000": scores.seconds_per_1000}
             return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
 
-        numbers = {key: float(value) for key, value in sorted(cached(path, compute, self.workers).items())}
+        found = cached(path, compute, self.workers, self._tell_again)
+        numbers = {key: float(value) for key, value in sorted(found.items())}
         seconds = numbers.pop("seconds_per_1000")
         return Scores(numbers, seconds)
 
@@ -518,7 +523,8 @@ class _Run:
             sampling = Sampling(policy, PICTURES, on_step=self._on_step, source=reference.label)
             return {"samples": preview(sampling, evaluate.grid, evaluate)}
 
-        return cached(self._reference_path(reference, grid=evaluate.grid), compute, self.workers)["samples"]
+        path = self._reference_path(reference, grid=evaluate.grid)
+        return cached(path, compute, self.workers, self._tell_again)["samples"]
 
     # ------------------------------------------------------------------------
     # Fine-tuning.

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from dxmi import checkpoint
+from dxmi.cache import cache_root, lock_for
 from dxmi.errors import DivergedError, UserError
 from dxmi.experiment import Experiment
 from dxmi.run_directory import RunDirectory
@@ -139,6 +141,29 @@ def test_a_stop_is_heard_between_the_steps_of_a_reference(undisturbed, tmp_path,
         assert train(tiny(), out=out, report=lambda p: p.phase is Phase.REFERENCES and len(steps) >= 3) is None
     assert steps == [0, 1, 2]
     assert not list((tmp_path / "cache" / "references").glob("*.cached"))
+    train(tiny(), out=out)
+    assert outcome(out) == outcome(undisturbed)
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "references"])
+def test_a_stop_is_heard_while_another_process_computes_what_is_waited_for(undisturbed, tmp_path, monkeypatch, kind):
+    cache = tmp_path / "cache"
+    shutil.copytree(cache_root(), cache)
+    monkeypatch.setenv("DXMI_CACHE", str(cache))
+    monkeypatch.setattr("dxmi.cache._ALONE_POLL_SECONDS", 0.01)
+    out, phase = tmp_path / "run", {"pretrained": Phase.PRETRAIN, "references": Phase.REFERENCES}[kind]
+    told = []
+
+    def report(event):
+        told.append(event.phase)
+        return told.count(phase) > 3
+
+    with ExitStack() as held:
+        for path in [*(cache / kind).glob("*.cached")]:
+            path.unlink()
+            held.enter_context(lock_for(path))
+        assert train(tiny(), out=out, report=report) is None
+    assert not list((cache / kind).glob("*.cached"))
     train(tiny(), out=out)
     assert outcome(out) == outcome(undisturbed)
 
