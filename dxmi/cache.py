@@ -21,6 +21,7 @@ from dxmi.workers import ALONE, Workers
 
 _DIGEST_BYTES = 32
 _POLL_SECONDS = 5.0
+_ALONE_POLL_SECONDS = 0.5
 
 
 def cache_root() -> Path:
@@ -68,49 +69,71 @@ class Entry:
         self.tensors = self.workers.agree(kept)
 
 
+def _nothing() -> None:
+    pass
+
+
 @contextmanager
-def entry(path: Path, workers: Workers = ALONE) -> Iterator[Entry]:
+def entry(path: Path, workers: Workers = ALONE, on_wait: Callable[[], None] = _nothing) -> Iterator[Entry]:
     """The entry of `path`; while it lasts nobody else computes it.
 
     Workers of a group hold it together, and its first one reads and writes the file. While another process computes
     it, the others are told so every few seconds, so that none takes the first for hung.
+
+    Args:
+        path: its file.
+        workers: of this process's group.
+        on_wait: called by all of them every now and then while another process computes it; may raise to give up.
     """
     with ExitStack() as held:
         if workers.size == 1:
-            yield Entry(path, workers, _found_or_mine(path, held))
+            yield Entry(path, workers, _found_or_mine(path, held, on_wait))
             return
         tensors: dict[str, Tensor] = {}
         while (claim := workers.on_first(lambda: _claim(path, held, tensors))) == "busy":
-            pass
+            on_wait()
         yield Entry(path, workers, None if claim == "mine" else workers.agree(tensors))
 
 
-def cached(path: Path, compute: Callable[[], dict[str, Tensor]], workers: Workers = ALONE) -> dict[str, Tensor]:
-    """The tensors in `path`, computed and written first if they are not there or damaged."""
-    with entry(path, workers) as held:
+def cached(
+    path: Path,
+    compute: Callable[[], dict[str, Tensor]],
+    workers: Workers = ALONE,
+    on_wait: Callable[[], None] = _nothing,
+) -> dict[str, Tensor]:
+    """The tensors in `path`, computed and written first if they are not there or damaged; `on_wait` as for `entry`."""
+    with entry(path, workers, on_wait) as held:
         if held.tensors is None:
             held.write(compute())
         assert held.tensors is not None
         return held.tensors
 
 
-def _found_or_mine(path: Path, held: ExitStack) -> dict[str, Tensor] | None:
+def _found_or_mine(path: Path, held: ExitStack, on_wait: Callable[[], None]) -> dict[str, Tensor] | None:
     """The result; without one, None and the lock."""
     found = _read(path)
     if found is None:
-        held.enter_context(lock_for(path))
+        lock = lock_for(path)
+        while not _acquired(lock, held, _ALONE_POLL_SECONDS):
+            on_wait()
         found = _read(path)  # another process may have been first
     return found
 
 
+def _acquired(lock: FileLock, held: ExitStack, seconds: float) -> bool:
+    """Whether the lock could be had within that time; `held` then lets go of it."""
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return False
+    held.callback(lock.release)
+    return True
+
+
 def _claim(path: Path, held: ExitStack, tensors: dict[str, Tensor]) -> str:
     """Whether the result is found (and then put into `tensors`), or mine to compute, or another process is busy."""
-    lock = lock_for(path)
-    try:
-        lock.acquire(timeout=_POLL_SECONDS)
-    except Timeout:
+    if not _acquired(lock_for(path), held, _POLL_SECONDS):
         return "busy"
-    held.callback(lock.release)
     found = _read(path)
     tensors.update(found or {})
     return "mine" if found is None else "found"

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -104,6 +105,7 @@ class Sampling:
         guide: gradient of a value to descend, see `Policy.walk`.
         guidance: its strength.
         on_batch: called after each batch with how many samples there are so far; by all workers at the same time.
+        on_step: called after each step of a batch, of which each worker has its own; what it raises ends the sampling.
         workers: take the batches in turn.
         step: the iteration after which the policy was taken.
         source: names the policy where its samples are not finite; by default its iteration.
@@ -114,6 +116,7 @@ class Sampling:
     guide: Guide | None = None
     guidance: float = 0.0
     on_batch: Callable[[int], None] | None = None
+    on_step: Callable[[], None] | None = None
     workers: Workers = ALONE
     step: int = 0
     source: str = ""
@@ -122,6 +125,17 @@ class Sampling:
     def bound(self) -> float:
         """What no state comes near while all is well: a million times the start's or the data's deviation."""
         return _BOUND * max(1.0, self.policy.start_sigma)
+
+    def walk(self, num: int, noise: torch.Generator, first: int | None = None) -> Iterator[Tensor]:
+        """`Policy.walk`, during which `on_step` is called."""
+        for x in self.policy.walk(num, noise, self.guide, self.guidance, first=first):
+            yield x
+            if self.on_step is not None:
+                self.on_step()
+
+    def sample(self, num: int, noise: torch.Generator, first: int | None = None) -> Tensor:
+        """The last state of `walk`: [num, *event]."""
+        return deque(self.walk(num, noise, first), maxlen=1).pop()
 
     def bad(self, x: Tensor) -> Tensor:
         """How many of the states `x` [B, *event] are not finite or beyond `bound`, []."""
@@ -183,7 +197,7 @@ def generate(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
     for first in range(0, len(batches), workers.size):
         mine = first + workers.rank
         if mine < len(batches):
-            x = policy.sample(config.batch_size, batches[mine][1], sampling.guide, sampling.guidance)
+            x = sampling.sample(config.batch_size, batches[mine][1])
         else:  # the last round may have fewer batches than workers
             x = torch.zeros((config.batch_size, *policy.event), device=policy.diffusion_step.device)
         sampling.require_finite(sampling.bad(x), min(workers.size, len(batches) - first) * config.batch_size)
@@ -193,14 +207,13 @@ def generate(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
     return torch.cat(blocks)[:num]
 
 
-def preview(sampling: Sampling, num: int, config: EvaluateConfig, on_step: Callable[[], None] | None = None) -> Tensor:
+def preview(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
     """The first `num` samples that `generate` gives, up to rounding, without computing the rest of their batches.
 
     Args:
         sampling: how samples are drawn; `on_batch` and `workers` have no part in this.
         num: how many.
         config: their noise and batches.
-        on_step: called after each step, since a long sampler takes its time even with a few samples.
 
     Raises:
         DivergedError: a sample is not finite.
@@ -208,12 +221,9 @@ def preview(sampling: Sampling, num: int, config: EvaluateConfig, on_step: Calla
     blocks = []
     for start, noise in _batches(sampling, num, config):
         first = min(config.batch_size, num - start)
-        for x in sampling.policy.walk(config.batch_size, noise, sampling.guide, sampling.guidance, first=first):
-            last = x
-            if on_step is not None:
-                on_step()
-        sampling.require_finite(sampling.bad(last), first)
-        blocks.append(encode(last))
+        x = sampling.sample(config.batch_size, noise, first)
+        sampling.require_finite(sampling.bad(x), first)
+        blocks.append(encode(x))
     return torch.cat(blocks)
 
 
@@ -249,8 +259,7 @@ def measure(
     Raises:
         DivergedError: a sample is not finite.
     """
-    policy, workers = sampling.policy, sampling.workers
-    device = policy.diffusion_step.device
+    workers, device = sampling.workers, sampling.policy.diffusion_step.device
     batches, fastest = list(_batches(sampling, num, config)), math.inf
     with Beside(work, device, threaded=threaded) as beside:
         for first in range(0, len(batches), workers.size):
@@ -258,7 +267,7 @@ def measure(
             if first + workers.rank < len(batches):
                 start, noise = batches[first + workers.rank]
                 began = time.perf_counter()
-                drawn = policy.sample(config.batch_size, noise, sampling.guide, sampling.guidance)
+                drawn = sampling.sample(config.batch_size, noise)
                 x = encode(drawn)
                 if device.type == "cuda":
                     torch.cuda.current_stream(device).synchronize()
@@ -296,7 +305,7 @@ def generate_states(sampling: Sampling, num: int, config: EvaluateConfig) -> Ten
     alone, batches = replace(sampling, workers=ALONE), []
     for start, noise in _batches(sampling, num, config):
         states = []
-        for x in sampling.policy.walk(config.batch_size, noise, sampling.guide, sampling.guidance):
+        for x in sampling.walk(config.batch_size, noise):
             alone.require_finite(alone.bad(x), config.batch_size)
             states.append(encode(x)[: num - start])
         batches.append(torch.stack(states))

@@ -314,19 +314,20 @@ class InceptionScorer(_FeatureScorer):
         """InceptionV3 on the device, which all scorers of this process share."""
         return load_inception(self.weights, self.device)
 
-    def reference(self) -> _Reference:
-        """Of the data, computed once by all workers together and cached by signature."""
+    def reference(self, on_step: Callable[[], None] | None = None) -> _Reference:
+        """Of the data, computed once by all workers together and cached by signature; `on_step` as of a sampling."""
         if self._reference is None:
-            tensors = cached(self.path, self._reference_tensors, self.workers)
+            compute = functools.partial(self._reference_tensors, on_step)
+            tensors = cached(self.path, compute, self.workers, on_step or (lambda: None))
             gaussian = Gaussian(tensors["mean"].to(self.device), tensors["root"].to(self.device))
             self._reference = _Reference(gaussian, tensors["features"])
         return self._reference
 
-    def _reference_tensors(self) -> dict[str, Tensor]:
+    def _reference_tensors(self, on_step: Callable[[], None] | None) -> dict[str, Tensor]:
         num, moments, kept = len(self.images), None, []
         chosen = torch.zeros(num, dtype=torch.bool)
         chosen[torch.randperm(num, generator=generator(0, "reference"))[:_KEPT]] = True
-        for rows, features in self._data_features():
+        for rows, features in self._data_features(on_step):
             new = Moments.of(features.to(self.device))
             moments = new if moments is None else moments.merged(new)
             kept.append(features[chosen[rows]])
@@ -335,7 +336,7 @@ class InceptionScorer(_FeatureScorer):
         gaussian = Gaussian.fitted(moments) if num > len(features) else Gaussian.of(features.to(self.device))
         return {"mean": gaussian.mean, "root": gaussian.root, "features": features}
 
-    def _data_features(self) -> Iterator[tuple[slice, Tensor]]:
+    def _data_features(self, on_step: Callable[[], None] | None) -> Iterator[tuple[slice, Tensor]]:
         """Features of consecutive images, of which each worker computes a block at a time."""
         num, together, network = len(self.images), _REFERENCE_BATCH * self.workers.size, self.network()
         disable = None if self.workers.is_first else True
@@ -345,7 +346,7 @@ class InceptionScorer(_FeatureScorer):
                 own = self.images.pixels[first : min(first + _REFERENCE_BATCH, num)]
                 block = torch.zeros(_REFERENCE_BATCH, NUM_FEATURES)
                 if len(own):
-                    block[: len(own)] = network(own).pool.cpu()
+                    block[: len(own)] = network(own, on_step).pool.cpu()
                 count = min(together, num - start)
                 yield slice(start, start + count), torch.cat(self.workers.gather(block))[:count]
                 bar.update(count)
@@ -360,10 +361,11 @@ class InceptionScorer(_FeatureScorer):
 
     def _measured(self, sampling: Sampling, score: Callable[[_Reference, Tensor, Tensor], dict[str, float]]) -> Scores:
         """All workers sample and compute features; the first computes scores from them, and tells them."""
-        reference, network = self.reference(), self.network()
+        reference, network = self.reference(sampling.on_step), self.network()
+        on_piece = sampling.on_step if self.device.type == "cpu" else None  # elsewhere a second thread does this, fast
 
         def features(pixels: Tensor) -> Tensor:
-            return torch.cat(network(pixels), dim=1).cpu()
+            return torch.cat(network(pixels, on_piece), dim=1).cpu()
 
         measured = measure(replace(sampling, workers=self.workers), self.config.num_samples, self.config, features)
         pool, logits = measured.features[:, :NUM_FEATURES], measured.features[:, NUM_FEATURES:]

@@ -67,6 +67,8 @@ _NOT_OF_SCORES = (
 """What of an evaluation's config changes no score of given weights, or is told by the scorer's identity."""
 _PARTIAL_EVERY = 2_000
 """Iterations between checkpoints of pretraining."""
+_LISTEN_EVERY = 0.5
+"""Seconds after which the reporter is asked again whether to stop, while samples are drawn."""
 
 
 class Phase(StrEnum):
@@ -312,6 +314,7 @@ class _Run:
         self.best: dict[str, Any] | None = None
         self.generations: list[dict[str, float]] = []
         self.stopping = False
+        self.told = Progress(Phase.PRETRAIN, 0, experiment.config.pretrain.iterations), time.monotonic()
         self.members = 1
 
     # ------------------------------------------------------------------------
@@ -345,6 +348,7 @@ class _Run:
     def _tell(self, phase: Phase, step: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
         """Report, and remember whether a stop was asked for; all workers hear the same."""
         progress = Progress(phase, step, total, metrics or {})
+        self.told = Progress(phase, step, total), time.monotonic()
         if self.workers.on_first(lambda: bool(self.report(progress))):
             self.stopping = True
 
@@ -359,6 +363,24 @@ class _Run:
         if self.stopping:
             raise _Stopped
 
+    def _listen(self) -> None:
+        """Called after each step of sampling: a batch on a slow device takes minutes, nobody should wait that long."""
+        if time.monotonic() - self.told[1] >= _LISTEN_EVERY:
+            self._tell_again()
+
+    def _tell_again(self) -> None:
+        """Nothing has changed; a stop may have been asked for. All workers call this at the same time."""
+        last, _ = self.told
+        self._tell_or_stop(last.phase, last.step, last.total)
+
+    @property
+    def _on_step(self) -> Callable[[], None] | None:
+        """Hears a stop between the steps of a batch.
+
+        Several workers hear it between batches alone: one that stopped by its own clock would leave the others waiting.
+        """
+        return self._listen if self.workers.size == 1 else None
+
     # ------------------------------------------------------------------------
     # Pretraining, once for all runs that share its signature.
 
@@ -368,7 +390,7 @@ class _Run:
         if self.config.pretrain.weights is not None:
             self._note(self.experiment.check_public(denoiser), Phase.PRETRAIN)
         partial = path.with_suffix(".partial")
-        with entry(path, self.workers) as held:
+        with entry(path, self.workers, self._tell_again) as held:
             if held.tensors is None:
                 ddpm, stretch = self._pretraining(partial)
                 yield stretch
@@ -433,7 +455,7 @@ class _Run:
             self._tell_or_stop(Phase.REFERENCES, done, total)
         metric = self.scorer.metric
         scored = [reference.scored(scores[reference.key].values[metric]) for reference in compared]
-        self._draw_references(denoiser, scored, lambda: self._tell_or_stop(Phase.REFERENCES, total, total))
+        self._draw_references(denoiser, scored)
         floor = self.scorer.of_data(stream_of(REPORT, self.config.seed))
         return scores if floor is None else {**scores, DATA: floor}
 
@@ -464,24 +486,24 @@ class _Run:
         def compute() -> dict[str, Tensor]:
             policy = self.experiment.build_policy(denoiser, reference.schedule, reference.policy)
             stream = stream_of(REPORT, self.config.seed)
-            scores = self.scorer.full(Sampling(policy, stream, on_batch=on_batch, source=reference.label))
+            sampling = Sampling(policy, stream, on_batch=on_batch, on_step=self._on_step, source=reference.label)
+            scores = self.scorer.full(sampling)
             numbers = {**scores.values, "seconds_per_1000": scores.seconds_per_1000}
             return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
 
-        numbers = {key: float(value) for key, value in sorted(cached(path, compute, self.workers).items())}
+        found = cached(path, compute, self.workers, self._tell_again)
+        numbers = {key: float(value) for key, value in sorted(found.items())}
         seconds = numbers.pop("seconds_per_1000")
         return Scores(numbers, seconds)
 
-    def _draw_references(
-        self, denoiser: Denoiser, scored: Sequence[ScoredReference], on_step: Callable[[], None]
-    ) -> None:
+    def _draw_references(self, denoiser: Denoiser, scored: Sequence[ScoredReference]) -> None:
         """Pictures to compare samples with: of the data, and on the samples' noise of the best references."""
         by_key = {reference.key: reference for reference in self._compared}
         few = best_reference(scored, self.config.schedule.num_steps)
         pictures = {"data": self._some_data()}
         for name, chosen in {"full": full_reference(scored), "few": few}.items():
             if chosen is not None:
-                pictures[name] = self._preview(by_key[chosen.key], denoiser, on_step)
+                pictures[name] = self._preview(by_key[chosen.key], denoiser)
         for name, samples in pictures.items():
             path = self.run.reference_picture(name)
             self.workers.on_first(functools.partial(self.gallery.draw_samples, path, samples))
@@ -492,17 +514,17 @@ class _Run:
         rows = torch.randperm(len(data), generator=generator(evaluate.seed, "picture of the data"))
         return data.stored[rows[: evaluate.grid].sort().values]
 
-    def _preview(self, reference: Reference, denoiser: Denoiser, on_step: Callable[[], None]) -> Tensor:
+    def _preview(self, reference: Reference, denoiser: Denoiser) -> Tensor:
         """A grid of a reference's samples, drawn once for all runs that share the pretrained model."""
         evaluate = self.config.evaluate
 
         def compute() -> dict[str, Tensor]:
             policy = self.experiment.build_policy(denoiser, reference.schedule, reference.policy)
-            return {
-                "samples": preview(Sampling(policy, PICTURES, source=reference.label), evaluate.grid, evaluate, on_step)
-            }
+            sampling = Sampling(policy, PICTURES, on_step=self._on_step, source=reference.label)
+            return {"samples": preview(sampling, evaluate.grid, evaluate)}
 
-        return cached(self._reference_path(reference, grid=evaluate.grid), compute, self.workers)["samples"]
+        path = self._reference_path(reference, grid=evaluate.grid)
+        return cached(path, compute, self.workers, self._tell_again)["samples"]
 
     # ------------------------------------------------------------------------
     # Fine-tuning.
@@ -510,7 +532,7 @@ class _Run:
     def _start(self, dxmi: DxMI, state: TrainingState) -> int:
         """Iteration 0: score the shortened model, and save."""
         self.workers.on_first(lambda: self._go_back_to(-1))
-        self._save(state, 0, self._evaluate(dxmi, 0))
+        self._evaluate_and_save(dxmi, state, 0)
         if self.stopping:
             raise _Stopped
         return 0
@@ -532,6 +554,8 @@ class _Run:
         self.workers.on_first(lambda: self._go_back_to(found.step))
         self.clock.add(found.meta["seconds"])
         self.best = self.workers.on_first(lambda: self._best_that_is_whole(found))
+        if found.meta["score"] is None and self._is_evaluated(found.step):  # a stop was asked for in the evaluation
+            self._evaluate_and_save(dxmi, state, found.step)
         return found.step
 
     def _check_origin(self, found: Checkpoint) -> None:
@@ -549,7 +573,9 @@ class _Run:
 
     def _best_that_is_whole(self, resumed: Checkpoint) -> dict[str, Any] | None:
         """The best checkpoint so far; if it is damaged, the resumed one, with its own score."""
-        best: dict[str, Any] = resumed.meta["best"]
+        best: dict[str, Any] | None = resumed.meta["best"]
+        if best is None:
+            return None
         try:
             checkpoint.load(checkpoint.path_of(self.run.checkpoints, best["step"]))
         except DamagedCheckpointError as error:
@@ -564,34 +590,49 @@ class _Run:
 
         def after(step: int, metrics: Mapping[str, Tensor]) -> None:
             window.add(metrics)
-            evaluate = step % self.config.evaluate.every == 0 or step == total
+            evaluate = self._is_evaluated(step)
             if not evaluate and step % train.log_every != 0:
                 return
             means = window.mean(step)
             self.workers.on_first(functools.partial(self.run.append, [{"step": step, **means}]))
             self._tell(Phase.FINETUNE, step, total, means)
-            score = self._evaluate(dxmi, step) if evaluate else None
-            if evaluate or self.stopping:
-                self._save(state, step, score)
+            if evaluate:
+                self._evaluate_and_save(dxmi, state, step)
+            elif self.stopping:
+                self._save(state, step, None)
             if self.stopping and step < total:
                 raise _Stopped
 
         return self._stretch(dxmi, state, start, total, after)
 
+    def _is_evaluated(self, step: int) -> bool:
+        return step % self.config.evaluate.every == 0 or step == self.config.train.iterations
+
+    def _evaluate_and_save(self, dxmi: DxMI, state: TrainingState, step: int) -> None:
+        """Score and save; if a stop is asked for meanwhile, save without a score, which is made up for on resume."""
+        try:
+            score = self._evaluate(dxmi, step)
+        except _Stopped:
+            self._save(state, step, None)
+            raise
+        self._save(state, step, score)
+
     def _evaluate(self, dxmi: DxMI, step: int) -> float:
         """The policy's score on the fixed selection noise; also draws its grid and remembers the best."""
-        sampling = Sampling(dxmi.evaluated, stream_of(SELECTION, self.config.seed), step=step)
+        stream = stream_of(SELECTION, self.config.seed)
+        sampling = Sampling(dxmi.evaluated, stream, on_step=self._on_step, step=step)
         scores = self.scorer.quick(sampling, self._energy(dxmi)).values
         score = scores[self.scorer.metric]
+        self.workers.on_first(lambda: self._record_scores(dxmi, step, scores))
         if self.best is None or self.config.evaluate.result == "last" or score < self.best["value"]:
             self.best = {"step": step, "value": score}
-        self.workers.on_first(lambda: self._record_scores(dxmi, step, scores))
         self._tell(Phase.FINETUNE, step, self.config.train.iterations, scores)
         return score
 
     def _record_scores(self, dxmi: DxMI, step: int, scores: Mapping[str, float]) -> None:
+        sampling = Sampling(dxmi.evaluated, PICTURES, on_step=self._on_step)  # a stop leaves no row behind
+        samples = generate(sampling, self.config.evaluate.grid, self.config.evaluate)
         self.run.append([{"step": step, **scores}])
-        samples = generate(Sampling(dxmi.evaluated, PICTURES), self.config.evaluate.grid, self.config.evaluate)
         self.gallery.draw_samples(self.run.samples / f"step_{step:06d}.png", samples)
 
     def _save(self, state: TrainingState, step: int, score: float | None) -> None:
@@ -644,7 +685,8 @@ class _Run:
         Further draws tell the spread of the evaluation from that of training, and their mean has less of it.
         """
         stream = stream_of(REPORT, self.config.seed) + (f"/draw_{draw}" if draw else "")
-        return self.scorer.full(Sampling(dxmi.evaluated, stream, step=step), self._energy(dxmi))
+        sampling = Sampling(dxmi.evaluated, stream, on_step=self._on_step, step=step)
+        return self.scorer.full(sampling, self._energy(dxmi))
 
     def _energy(self, dxmi: DxMI) -> Energy | None:
         """The energy, unless the run trains none: a random network says nothing about the data."""

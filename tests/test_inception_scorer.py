@@ -38,8 +38,10 @@ class Linear:
         self.classes = classes
         self.seen = 0
 
-    def __call__(self, pixels: Tensor) -> Features:
+    def __call__(self, pixels: Tensor, on_piece: Callable[[], None] | None = None) -> Features:
         self.seen += len(pixels)
+        if on_piece is not None:
+            on_piece()
         flat = pixels.flatten(1).float() / 255.0
         matrix = torch.randn(flat.shape[1], DIMS + self.classes, generator=torch.Generator().manual_seed(0))
         outputs = flat @ matrix
@@ -63,6 +65,24 @@ def images(num: int = 40, channels: int = 1, name: str = "digits") -> Images:
 
 
 CONFIG = EvaluateConfig(num_samples=20, batch_size=8, kid_subsets=3, kid_subset_size=10, features="inception")
+
+
+class StopError(Exception):
+    """A stop was asked for."""
+
+
+@pytest.mark.parametrize("after", [1, 41])
+def test_what_a_step_raises_ends_the_features_of_the_data_and_of_the_samples(network, tmp_path, make_policy, after):
+    scorer = InceptionScorer(images(), CONFIG, tmp_path, CPU)
+
+    def stop() -> None:
+        if network.seen >= after:
+            raise StopError
+
+    with pytest.raises(StopError):
+        scorer.quick(Sampling(make_policy(event=(1, 4, 4)), "report", on_step=stop))
+    assert network.seen == {1: 40, 41: 48}[after]  # all of the data are one piece, a batch of samples another
+    assert (len(list((tmp_path / "features").glob("*.cached"))) == 0) == (after == 1)
 
 
 class Rank(Workers):

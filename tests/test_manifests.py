@@ -432,7 +432,7 @@ def variables() -> dict[str, str]:
 
 
 def test_pods_outlive_a_sweep_that_is_told_to_end():
-    """It has `tune.driver`'s 20 seconds, and Ray's job server waits as long as the variable says."""
+    """It has the seconds of `tune.driver`, and Ray's job server waits as long as the variable says."""
     waits = {}
     for name in ("head", "workers"):
         spec = PODS[name]["spec"]
@@ -440,7 +440,7 @@ def test_pods_outlive_a_sweep_that_is_told_to_end():
         assert program == "sleep"
         waits[name] = int(seconds)
         assert waits[name] < spec["terminationGracePeriodSeconds"]
-    assert _GRACE == 20 < waits["workers"]
+    assert 0 < _GRACE < 10 < waits["workers"]
     assert _GRACE < int(variables()["RAY_JOB_STOP_WAIT_TIME_S"]) < waits["head"]
 
 

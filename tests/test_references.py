@@ -135,7 +135,7 @@ def test_a_preview_shows_the_samples_that_the_score_looks_at_and_computes_no_oth
     for reference in references(config, full=False):
         policy = reference.policy(Counting(), reference.schedule, (1, 4, 4))
         steps = []
-        shown = preview(Sampling(policy, SELECTION), num, evaluate, lambda: steps.append(1))  # noqa: B023
+        shown = preview(Sampling(policy, SELECTION, on_step=lambda: steps.append(1)), num, evaluate)  # noqa: B023
         assert torch.equal(shown, generate(Sampling(policy, SELECTION), num, evaluate)), reference.key
         assert len(steps) == -(-num // 4) * (reference.schedule.num_steps + 1)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,12 @@ import pytest
 import torch
 
 from dxmi import checkpoint
+from dxmi.cache import cache_root, lock_for
 from dxmi.errors import DivergedError, UserError
 from dxmi.experiment import Experiment
 from dxmi.run_directory import RunDirectory
+from dxmi.sampler import Policy
+from dxmi.scorers import ImageScorer
 from dxmi.train import Phase, _Stopwatch, train
 from support import TINY, changed
 from tune.configs import compose_experiment
@@ -120,6 +124,68 @@ def test_a_stopped_run_goes_on_to_the_same_end(undisturbed, tmp_path, stop_at):
     assert train(tiny(), out=out, report=lambda p: p.phase is Phase.FINETUNE and p.step >= stop_at) is None
     assert not (out / "summary.json").exists()
     assert checkpoint.steps_in(out / "checkpoints")[-1] == stop_at
+    train(tiny(), out=out)
+    assert outcome(out) == outcome(undisturbed)
+
+
+def test_a_stop_is_heard_between_the_steps_of_a_reference(undisturbed, tmp_path, monkeypatch):
+    """All samples are one batch; what was sampled of it is thrown away."""
+    monkeypatch.setenv("DXMI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("dxmi.train._LISTEN_EVERY", 0.0)
+    steps, one_step = [], Policy.transition
+
+    def counted(*args, **options):
+        steps.append(args[2])
+        return one_step(*args, **options)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(Policy, "transition", counted)
+        assert train(tiny(), out=out, report=lambda p: p.phase is Phase.REFERENCES and len(steps) >= 3) is None
+    assert steps == [0, 1, 2]
+    assert not list((tmp_path / "cache" / "references").glob("*.cached"))
+    train(tiny(), out=out)
+    assert outcome(out) == outcome(undisturbed)
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "references"])
+def test_a_stop_is_heard_while_another_process_computes_what_is_waited_for(undisturbed, tmp_path, monkeypatch, kind):
+    cache = tmp_path / "cache"
+    shutil.copytree(cache_root(), cache)
+    monkeypatch.setenv("DXMI_CACHE", str(cache))
+    monkeypatch.setattr("dxmi.cache._ALONE_POLL_SECONDS", 0.01)
+    out, phase = tmp_path / "run", {"pretrained": Phase.PRETRAIN, "references": Phase.REFERENCES}[kind]
+    told = []
+
+    def report(event):
+        told.append(event.phase)
+        return told.count(phase) > 3
+
+    with ExitStack() as held:
+        for path in [*(cache / kind).glob("*.cached")]:
+            path.unlink()
+            held.enter_context(lock_for(path))
+        assert train(tiny(), out=out, report=report) is None
+    assert not list((cache / kind).glob("*.cached"))
+    train(tiny(), out=out)
+    assert outcome(out) == outcome(undisturbed)
+
+
+@pytest.mark.parametrize(("scored", "stop_at"), [("quick", 0), ("quick", 20), ("quick", 40), ("full", 40)])
+def test_a_stop_within_an_evaluation_loses_no_iteration(undisturbed, tmp_path, monkeypatch, scored, stop_at):
+    monkeypatch.setattr("dxmi.train._LISTEN_EVERY", 0.0)
+    out, evaluated, score = tmp_path / "run", [], getattr(ImageScorer, scored)
+
+    def noted(self, sampling, energy=None):
+        evaluated.append(sampling.step)
+        return score(self, sampling, energy)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageScorer, scored, noted)
+        assert train(tiny(), out=out, report=lambda p: evaluated[-1:] == [stop_at] and not p.metrics) is None
+    saved, _ = checkpoint.newest(out / "checkpoints")
+    assert saved.step == stop_at
+    assert (saved.meta["score"] is None) == (scored == "quick")
     train(tiny(), out=out)
     assert outcome(out) == outcome(undisturbed)
 

@@ -273,6 +273,8 @@ def _train(args: argparse.Namespace) -> int:
         console.out(f"Going on with the run in {out}.", highlight=False)
     require_no_stack(config, "dxmi train")
     experiment = Experiment(config)
+    if finished is None:
+        _ = experiment.data  # the map of a folder takes minutes, in which Ctrl-C ends at once: there is nothing to save
     with ProgressReporter(console) as reporter, gentle_stop(reporter.ask_to_stop):
         if config.resources.num_workers > 1:
             keep()

@@ -30,8 +30,9 @@ from tune.stacks import seeds_together
 from tune.study import Study, TrialRecord
 from tune.trial import END, SCORE, STEP, Mailbox, Trainer, run_trials
 
-_GRACE = 20.0
-"""Seconds that an interrupted trial has to save; its last checkpoint is whole in any case."""
+_GRACE = 7.0
+"""Seconds that an interrupted trial has to save; its last checkpoint is whole in any case. Ray needs some to end, and
+the user waits ten in all."""
 _COLLECT_EVERY = 0.5
 _WAITING_BYTES = 200_000_000
 """Of memory, which every node has, for a process that must hold something but no device."""

@@ -7,7 +7,7 @@ is given a copy that was written from the tensors found in it.
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -95,9 +95,13 @@ class Inception:
     _extractor: Any
 
     @torch.no_grad()
-    def __call__(self, pixels: Tensor) -> Features:
-        """Features of uint8 images [N, C, H, W], C 1 or 3, on this device."""
-        outputs = [self._extractor(piece.expand(-1, 3, -1, -1)) for piece in self._pieces(pixels.to(self.device))]
+    def __call__(self, pixels: Tensor, on_piece: Callable[[], None] | None = None) -> Features:
+        """Features of uint8 images [N, C, H, W], C 1 or 3, on this device; `on_piece` is called after every few."""
+        outputs = []
+        for piece in self._pieces(pixels.to(self.device)):
+            outputs.append(self._extractor(piece.expand(-1, 3, -1, -1)))
+            if on_piece is not None:
+                on_piece()
         pool, *logits = (torch.cat(columns) for columns in zip(*outputs, strict=True))
         return Features(pool, logits[0] if logits else pool.new_empty(len(pool), 0))
 
