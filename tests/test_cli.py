@@ -111,7 +111,7 @@ def test_data_prints_what_it_found(capsys):
         "given to no network",
     ):
         assert words in printed
-    counts = re.findall(r"^│ (\d) +│ \1 +│ (\d+) +│ ([\d.]+)% +│$", printed, flags=re.MULTILINE)
+    counts = re.findall(r"^│ +(\d) +│ \1 +│ +(\d+) +│ +([\d.]+)% +│$", printed, flags=re.MULTILINE)
     assert [int(count) for _, count, _ in counts] == digits.labels.bincount().tolist()
     assert sum(float(share) for *_, share in counts) == pytest.approx(100.0, abs=0.05)
 

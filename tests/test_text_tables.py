@@ -2,6 +2,7 @@
 
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from test_report import Fabricated, made
 
 from dxmi.data.description import ClassCount
 from tune.ablation_results import arms_table
-from tune.console import Terminal, _class_table
+from tune.console import Terminal, _class_table, result_table
 from tune.leaderboard import leaderboard_table
 from tune.text_tables import TextTable
 
@@ -59,6 +60,24 @@ def test_the_leaderboard_keeps_its_numbers(made, width):
     table = leaderboard_table(sweep.study.plan, sweep.records)
     headings = [str(column.header) for column in table.columns if column.justify == "right"]
     require_whole(table, width, *headings)
+
+
+@WIDTHS
+def test_the_result_keeps_its_numbers(width):
+    names = ["ddpm_1000", "ddim_5_trailing", "shortened", "best"]
+    values = {"eval/fid_digits": 12345.25, "eval/precision_digits": 0.551, "eval/recall_digits": 0.919}
+    summary = SimpleNamespace(
+        num_steps=5,
+        metric="eval/fid_digits",
+        num_samples=5000,
+        generations=[],
+        best={"value": 12345.25, "step": 1000},
+        reference=dict.fromkeys(names[:-1], 12345.25),
+        scores={name: {key: value * (1 + place) for key, value in values.items()} for place, name in enumerate(names)},
+        seconds_per_1000_images={name: 1234.5678 / (1 + place) for place, name in enumerate(names)},
+        samplers={},
+    )
+    require_whole(result_table(summary), width)
 
 
 @WIDTHS
