@@ -27,7 +27,7 @@ def config_of(name: str, *overrides: str) -> ExperimentConfig:
 class Projections:
     """Stands in for InceptionV3."""
 
-    def __call__(self, pixels: Tensor) -> Features:
+    def __call__(self, pixels: Tensor, on_piece: object = None) -> Features:
         means = torch.nn.functional.adaptive_avg_pool2d(pixels.float() / 255.0, 2).flatten(1)
         return Features(means[:, :4], means[:, :3])
 
