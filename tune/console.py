@@ -40,7 +40,7 @@ _UNITS = {
     Phase.FINETUNE: "iterations",
     Phase.REPORT: "policies",
 }
-_FILE_COLUMNS = 120
+_FILE_COLUMNS = 160
 _PLAIN_LINES = 10
 """Lines a phase prints when the output is no terminal, evaluations aside."""
 
