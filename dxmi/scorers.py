@@ -453,8 +453,9 @@ class PlanarScorer(Scorer):
         ]
         seconds = (time.perf_counter() - start) * 1000.0 / (self.config.num_samples * _FLOOR_SETS)
         floor = sum(self._sliced_wasserstein(points, reference, stream) for points in sets) / _FLOOR_SETS
-        exact = self.points.distribution.log_density
-        values = {self.metric: floor, "eval/energy_auc": roc_auc(exact(reference), exact(self._uniform(stream)))}
+        # The density, not its logarithm, which is minus infinity where there is none; ranks are the same.
+        exact = [self.points.distribution.log_density(points).exp() for points in (reference, self._uniform(stream))]
+        values = {self.metric: floor, "eval/energy_auc": roc_auc(*exact)}
         return Scores(self._checked(values), seconds)
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """The noise of an evaluation: each run's own, shared by the arms of a seed, and part of the spread between seeds."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,10 +21,11 @@ class Normal:
     """A policy whose samples are standard normal: every run of it is trained equally well."""
 
     event = (2,)
+    start_sigma = 1.0
     diffusion_step = torch.zeros(1)
 
-    def sample(self, num: int, noise: torch.Generator, *_: object) -> Tensor:
-        return torch.randn((num, *self.event), generator=noise)
+    def walk(self, num: int, noise: torch.Generator, *_: object, **__: object) -> Iterator[Tensor]:
+        yield torch.randn((num, *self.event), generator=noise)
 
 
 class MeanScorer(PlanarScorer):

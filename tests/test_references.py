@@ -143,6 +143,7 @@ def test_a_preview_shows_the_samples_that_the_score_looks_at_and_computes_no_oth
 def test_the_first_of_many_samples_keep_the_noise_labels_and_latents_that_they_have_among_all():
     schedule = ancestral_schedule(5, "large")
     policy = Policy(Telling(), schedule, (1, 2, 2))
+    policy.draw_classes(torch.ones(10, dtype=torch.int64))
     states = list(policy.walk(64, torch.Generator().manual_seed(0)))
     first = list(policy.walk(64, torch.Generator().manual_seed(0), first=5))
     assert {len(x) for x in first} == {5}

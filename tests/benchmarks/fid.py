@@ -12,7 +12,7 @@ Without weights (see `dxmi.metrics.inception.find_weights`), random ones are as 
 import argparse
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,9 +34,9 @@ class Sleeping(Policy):
 
     seconds = 0.0
 
-    def sample(self, num: int, *_: Any) -> Tensor:
+    def walk(self, num: int, *_: Any, **__: Any) -> Iterator[Tensor]:
         time.sleep(self.seconds)
-        return torch.zeros(num, *self.event)
+        yield torch.zeros(num, *self.event)
 
 
 class _Untrained(torch_fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3):
