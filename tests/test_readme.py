@@ -74,7 +74,7 @@ def test_files_that_the_readme_promises_are_there_afterwards(newcomer):
 
 def test_files_that_the_readme_promises_of_a_study_are_there_afterwards(newcomer):
     promised = re.findall(r"^\| `([\w./]+)` \| ", section("### What comes out"), re.MULTILINE)
-    assert len(promised) == 6
+    assert len(promised) == 7
     for name in promised:
         assert (newcomer / "studies" / "lr-1" / name.replace("0007", "0001")).exists()
 
