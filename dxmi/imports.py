@@ -32,6 +32,19 @@ def declare_torchvision_operators() -> torch.library.Library | None:
     return library
 
 
+@cache
+def spare_dynamo() -> None:
+    """Let optimisers be made without TorchDynamo, whose import takes two seconds of every process.
+
+    PyTorch keeps Dynamo out of some methods of its optimisers and imports it for that at their first call. Nothing here
+    compiles an optimiser. Where a version of PyTorch does this in another way, nothing is changed.
+    """
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        method = getattr(getattr(torch.optim.Optimizer, name, None), "__wrapped__", None)
+        if method is not None and not hasattr(method, "__dynamo_disable"):
+            setattr(method, "__dynamo_disable", method)  # noqa: B010  (in a class, a name like this is another one)
+
+
 def package_folder(name: str) -> Path:
     """Where an installed package lies, without importing it.
 

@@ -4,6 +4,7 @@ Gradients come from `torch.autograd.grad`, never from `backward`: a loss then re
 asked for, and nothing has to be zeroed or frozen.
 """
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dxmi.errors import UserError
+from dxmi.imports import spare_dynamo
 from dxmi.tensors import laid_out_as
 from dxmi.workers import ALONE, Workers
 
@@ -122,6 +124,7 @@ class Optimizer:
         total: int,
         workers: Workers = ALONE,
     ) -> None:
+        spare_dynamo()
         self.config = config
         self.total = total
         self.workers = workers
@@ -136,6 +139,7 @@ class Optimizer:
         else:
             family = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
             self.torch = family(param_groups, betas=betas, weight_decay=config.weight_decay, fused=True)
+        self._step = inspect.unwrap(type(self.torch).step)  # what wraps it imports TorchDynamo, as in `spare_dynamo`
 
     def schedule(self, iteration: int) -> None:
         """Set the learning rates of `iteration`."""
@@ -153,7 +157,8 @@ class Optimizer:
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = laid_out_as(grad, parameter)  # torch's fused optimisers read the memory of both as it lies
         norm = None if self.config.max_grad_norm is None else self._clip(self.config.max_grad_norm)
-        self.torch.step()
+        with torch.no_grad():
+            self._step(self.torch)
         return Descent(loss, tuple(logged), norm)
 
     def _gradients(self, loss: Tensor) -> tuple[Tensor, ...]:

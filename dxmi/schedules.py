@@ -15,19 +15,20 @@ gbar_s is the signal level after s of the T noising steps, so gbar_0 = 1 and gba
 """
 
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import bisect
 from scipy.special import gammaln, ndtri
 
 Array = NDArray[np.float64]
 
 NUM_DIFFUSION_STEPS = 1000
 BETA_FIRST, BETA_LAST = 1e-4, 0.02
-_ROOT_TOLERANCE = 1e-12
+_ROOT_TOLERANCE, _ROOT_PRECISION = 1e-12, 4.0 * sys.float_info.epsilon
 SHORTENINGS = ("var", "step")
 METHODS = (*SHORTENINGS, "karras", "ddgan")
 SHAPES = ("linear", "quadratic")
@@ -62,6 +63,24 @@ def continuous_level(step: float) -> float:
     return float(np.exp((step + 1.0) * math.log(delta) + gammaln(c + 1.0) - gammaln(c - step)))
 
 
+def bisect(function: Callable[[float], float], low: float, high: float) -> float:
+    """A root of a function with different signs at both ends, equal to the bit to `scipy.optimize.bisect`.
+
+    Every command computes a schedule, and the import of scipy.optimize takes most of a second.
+    """
+    at_low, width = function(low), high - low
+    if at_low == 0.0:
+        return low
+    while True:
+        width *= 0.5
+        middle = low + width
+        value = function(middle)
+        if value * at_low > 0.0:
+            low = middle
+        if value == 0.0 or abs(width) < _ROOT_TOLERANCE + _ROOT_PRECISION * abs(middle):
+            return middle
+
+
 def continuous_step(level: float) -> float:
     """The fractional diffusion step k at which `continuous_level(k)` is `level`; clipped to [0, K - 1]."""
     last = NUM_DIFFUSION_STEPS - 1.0
@@ -70,7 +89,7 @@ def continuous_step(level: float) -> float:
     if level <= continuous_level(last):
         return last
     log_level = math.log(level)
-    return float(bisect(lambda k: math.log(continuous_level(k)) - log_level, 0.0, last, xtol=_ROOT_TOLERANCE))
+    return bisect(lambda k: math.log(continuous_level(k)) - log_level, 0.0, last)
 
 
 # ----------------------------------------------------------------------------
@@ -228,7 +247,7 @@ def variances(num_steps: int, shape: str) -> Array:
 
     if surplus(cap) > 0.0:
         return eta_of(cap)
-    return eta_of(float(bisect(surplus, 0.0, cap, xtol=_ROOT_TOLERANCE)))
+    return eta_of(bisect(surplus, 0.0, cap))
 
 
 def chosen_steps(num_steps: int, shape: str) -> NDArray[np.int64]:

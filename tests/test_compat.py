@@ -7,11 +7,14 @@ from pathlib import Path
 
 import optuna
 import pytest
+import ray
 from ray._private import ray_logging
+from ray._private.node import Node
 
 from dxmi.errors import UserError
 from dxmi.machine import available_cpus
 from tune import compat
+from tune.ray_session import ray_session
 
 PACKAGES = Path(__file__).parent.parent
 TOKEN = "ray._private.authentication.authentication_token_setup"
@@ -49,6 +52,44 @@ def test_an_mlflow_without_its_store_is_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow.store.tracking.sqlalchemy_store", None)
     with pytest.raises(UserError, match=r"mlflow \S+ has no SQLAlchemy store.*mlflow 3\.11 to 3\.17"):
         compat.mlflow_tables("sqlite://", "file:///nowhere")
+
+
+def test_a_lean_ray_starts_no_processes_that_trials_do_not_need():
+    """`tune.ray_session` starts Ray like this; what is checked here is that the names still exist and come back."""
+    before = {name: getattr(Node, name) for name in ("start_monitor", "start_api_server", "start_log_monitor")}
+    with compat.lean_ray():
+        assert all(getattr(Node, name)() is None for name in before)
+        assert all(getattr(Node, name) is not method for name, method in before.items())
+    assert all(getattr(Node, name) is method for name, method in before.items())
+
+
+def test_a_ray_of_another_make_starts_as_it_does(monkeypatch):
+    monkeypatch.delattr(Node, "start_monitor")
+    with compat.lean_ray():
+        assert not hasattr(Node, "start_monitor")
+    assert not hasattr(Node, "start_monitor")
+    monkeypatch.setitem(sys.modules, "ray._private.node", None)
+    with compat.lean_ray():
+        pass
+
+
+def test_a_ray_that_gives_up_waiting_for_itself_is_started_again(monkeypatch):
+    starts = []
+
+    def init(**_):
+        starts.append(1)
+        if len(starts) < answers:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    answers = 3
+    with ray_session(1, 0):
+        assert len(starts) == 3
+    starts.clear()
+    answers = 4
+    with pytest.raises(UserError, match="did not start in time"), ray_session(1, 0):
+        pass
+    assert len(starts) == 3
 
 
 def test_a_ray_without_its_filter_of_messages_only_prints_more(monkeypatch):

@@ -1,10 +1,12 @@
 """Noise schedules against 50-digit arithmetic, the textbook's formulas and the numbers that DESIGN states."""
 
+import math
 from dataclasses import fields, replace
 
 import mpmath
 import numpy as np
 import pytest
+import scipy.optimize
 
 from dxmi.schedules import (
     NUM_DIFFUSION_STEPS,
@@ -12,6 +14,7 @@ from dxmi.schedules import (
     SHORTENINGS,
     ScheduleConfig,
     ancestral_schedule,
+    bisect,
     chosen_steps,
     continuous_level,
     continuous_step,
@@ -334,3 +337,11 @@ def test_no_field_of_the_schedule_is_dead(name):
     default = ScheduleConfig(method="karras" if name in PERTURBED_KARRAS else "var")
     changed = replace(default, **{name: (PERTURBED | PERTURBED_KARRAS)[name]})
     assert shorten(default).tree() != shorten(changed).tree()
+
+
+@pytest.mark.parametrize("root", [0.0, 1e-9, 0.3, 1.0, 17.0, 499.5, 998.5])
+def test_bisection_is_scipys_to_the_bit(root):
+    def function(x):
+        return math.atan(x - root) + 1e-3 * (x - root)
+
+    assert bisect(function, 0.0, 999.0) == scipy.optimize.bisect(function, 0.0, 999.0, xtol=1e-12)

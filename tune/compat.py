@@ -43,6 +43,33 @@ def quiet_worker_deaths(pattern: str) -> None:
         ray_logging.stdout_deduplicator.skip_re = re.compile(pattern)
 
 
+@contextmanager
+def lean_ray() -> Iterator[None]:
+    """While it lasts, a Ray that is started here leaves out what no trial needs, where this version can.
+
+    These are the autoscaler, the page that `include_dashboard=False` reduces to a process without a page, and the
+    reader of workers' logs, which `log_to_driver=False` only silences: three Python processes for every command.
+    """
+    try:
+        from ray._private.node import Node  # noqa: PLC0415
+    except ImportError:
+        yield
+        return
+    names = ("start_monitor", "start_api_server", "start_log_monitor")
+    methods = {name: getattr(Node, name) for name in names if hasattr(Node, name)}
+    try:
+        for name in methods:
+            setattr(Node, name, _started)
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(Node, name, method)
+
+
+def _started(*_: Any, **__: Any) -> None:
+    """What takes the place of a process's start."""
+
+
 def use_ray_token() -> None:
     """Let this process send Ray's token, if there is one, with each request.
 

@@ -23,12 +23,13 @@ from dxmi.train import train
 from tune.conductor import Conductor, Order
 from tune.confirmation import confirm
 from tune.devices import Slots
+from tune.mailbox import Mailbox
 from tune.mirror import Mirror
 from tune.ray_session import actor_here, ray_session
 from tune.signals import gentle_stop
 from tune.stacks import seeds_together
 from tune.study import Study, TrialRecord
-from tune.trial import END, SCORE, STEP, Mailbox, Trainer, run_trials
+from tune.trial import END, SCORE, STEP, Trainer, run_trials
 
 _GRACE = 7.0
 """Seconds that an interrupted trial has to save; its last checkpoint is whole in any case. Ray needs some to end, and

@@ -11,10 +11,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dxmi.errors import UserError
-from tune.compat import quiet_worker_deaths
+from tune.compat import lean_ray, quiet_worker_deaths
 from tune.machine import made, ray_folder, spare_loopback
 
 _OBJECT_STORE_BYTES = 100_000_000
+_TRIES = 3
+"""Ray waits 30 s for its processes each time, and finds their files in memory the next time."""
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -92,25 +94,30 @@ def _require_token() -> None:
 
 
 def _start(cpus: int, gpus: int) -> None:
-    try:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            num_gpus=gpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            _temp_dir=str(made(ray_folder())),
-        )
-    except Exception as error:  # Ray's own, of no class of its own
-        if "timed out during startup" not in str(error):
-            raise
-        _shut_down()
-        raise UserError(
-            "Ray did not start in time: this machine is busy with other work. Nothing is lost; try again when it has "
-            "a core to spare."
-        ) from error
+    """Start a Ray of our own, again if the machine is so busy that Ray gives up waiting for its own processes."""
+    for _ in range(_TRIES):
+        try:
+            with lean_ray():
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    num_gpus=gpus,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    _temp_dir=str(made(ray_folder())),
+                )
+        except Exception as error:  # Ray's own, of no class of its own
+            if "timed out during startup" not in str(error):
+                raise
+            _shut_down()
+        else:
+            return
+    raise UserError(
+        "Ray did not start in time: this machine is busy with other work. Nothing is lost; try again when it has a "
+        "core to spare."
+    )
 
 
 @contextmanager

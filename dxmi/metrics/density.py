@@ -6,7 +6,6 @@ Axis letters: N, M points, G cells of a grid.
 from typing import NamedTuple
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from dxmi.tensors import require_finite
@@ -65,6 +64,8 @@ def calibrated_kl(energy: Tensor, log_density: Tensor) -> Calibrated:
     Raises:
         DivergedError: an energy is not finite.
     """
+    from scipy.optimize import brentq  # noqa: PLC0415  (takes most of a second)
+
     energy = require_finite(energy, "the energy on the grid").double()
     energy = energy - energy.min()
     p = log_density.double().softmax(0)

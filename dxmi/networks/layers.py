@@ -39,9 +39,26 @@ def fan_in_uniform(fan_in: int, fan_out: int) -> tuple[float, float]:  # noqa: A
     return bound, bound
 
 
+class Linear(nn.Linear):
+    """A linear layer whose weights somebody else sets.
+
+    PyTorch's own initialisation would draw from the global generator. On the meta device it would not, but that takes a
+    second of imports in every process.
+    """
+
+    def reset_parameters(self) -> None:
+        """Leave the weights as they are."""
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution whose weights somebody else sets, as for `Linear`."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weights as they are."""
+
+
 def fill(layer: LayerT, init: Init, generator: torch.Generator) -> LayerT:
-    """`layer`, which was made on the meta device, on the CPU with weights from `generator`."""
-    layer.to_empty(device="cpu")
+    """`layer` with weights from `generator`."""
     positions = layer.weight[0, 0].numel()
     bounds = init(layer.weight.shape[1] * positions, layer.weight.shape[0] * positions)
     with torch.no_grad():
@@ -54,14 +71,14 @@ def linear(
     inputs: int, outputs: int, generator: torch.Generator, init: Init = fan_average, *, bias: bool = True
 ) -> nn.Linear:
     """A linear layer."""
-    return fill(nn.Linear(inputs, outputs, bias=bias, device="meta"), init, generator)
+    return fill(Linear(inputs, outputs, bias=bias), init, generator)
 
 
 def conv(
     inputs: int, outputs: int, size: int, generator: torch.Generator, init: Init = fan_average, *, bias: bool = True
 ) -> nn.Conv2d:
     """A convolution with a `size` x `size` kernel, an odd number, that keeps height and width."""
-    layer = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=bias, device="meta")
+    layer = Conv2d(inputs, outputs, size, padding=size // 2, bias=bias)
     return fill(layer, init, generator)
 
 
