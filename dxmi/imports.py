@@ -42,7 +42,7 @@ def spare_dynamo() -> None:
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
         method = getattr(getattr(torch.optim.Optimizer, name, None), "__wrapped__", None)
         if method is not None and not hasattr(method, "__dynamo_disable"):
-            setattr(method, "__dynamo_disable", method)  # noqa: B010  (in a class, a name like this is another one)
+            setattr(method, "__dynamo_disable", method)  # in a class, a name like this would be another
 
 
 def package_folder(name: str) -> Path:

@@ -1,11 +1,11 @@
 """A finished or interrupted run, loaded to be sampled from or scored again."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dxmi import checkpoint
 from dxmi.algorithms.dxmi import DxMI
@@ -58,19 +58,26 @@ class Trained:
             self._draw_only(label)
         return generate_states(self._sampling("sample", guidance), num, self._config(seed))
 
-    def scores(self, num_samples: int | None, seed: int | None, guidance: float, stream: str = REPORT) -> Scores:
-        """Every score, on the first draw of the noise of the run's own report unless `seed` or `stream` differs."""
+    def scores(
+        self,
+        num_samples: int | None,
+        seed: int | None,
+        guidance: float,
+        stream: str = REPORT,
+        *,
+        on_batch: Callable[[int], None] | None = None,
+        on_step: Callable[[], None] | None = None,
+    ) -> Scores:
+        """Every score, on the first draw of the noise of the run's own report unless `seed` or `stream` differs.
+
+        `on_batch` and `on_step` are called as samples are drawn, as those of `Sampling`.
+        """
         config = self._config(seed, num_samples)
         self._require_own_data()
         scorer = build_scorer(self.experiment.data, config, cache_root(), self.experiment.device)
         energy = self.dxmi.value.energy if self.experiment.config.train.iterations else None
-        with tqdm(total=config.num_samples, unit="samples", desc="sampling", leave=False, disable=None) as bar:
-
-            def on_batch(samples: int) -> None:
-                bar.update(samples - bar.n)
-
-            own = stream_of(stream, self.experiment.config.seed)
-            return scorer.full(replace(self._sampling(own, guidance), on_batch=on_batch), energy)
+        own = stream_of(stream, self.experiment.config.seed)
+        return scorer.full(replace(self._sampling(own, guidance), on_batch=on_batch, on_step=on_step), energy)
 
     def _require_own_data(self) -> None:
         """Scores against other data than those of the run would say something else than its summary."""

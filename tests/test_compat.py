@@ -79,7 +79,7 @@ def test_a_ray_that_gives_up_waiting_for_itself_is_started_again(monkeypatch):
     def init(**_):
         starts.append(1)
         if len(starts) < answers:
-            raise Exception("The current node timed out during startup. This could happen because ...")
+            raise RuntimeError("The current node timed out during startup. This could happen because ...")
 
     monkeypatch.setattr(ray, "init", init)
     answers = 3

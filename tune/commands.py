@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 from torch import Tensor
+from tqdm import tqdm
 
 from dxmi import __version__
 from dxmi.checkpoint import steps_in
@@ -409,7 +410,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.out is not None:
         _require_folder(args.out)
     trained = _trained(args)
-    scores = trained.scores(args.num_samples, args.seed, args.guidance)
+    num = args.num_samples or trained.experiment.config.evaluate.num_samples
+    with tqdm(total=num, unit="samples", desc="sampling", leave=False, disable=None) as bar:
+
+        def on_batch(samples: int) -> None:
+            bar.update(samples - bar.n)
+
+        scores = trained.scores(args.num_samples, args.seed, args.guidance, on_batch=on_batch)
     table = TextTable("score", title=f"iteration {trained.step}")
     table.add_column("value", justify="right")
     for key, value in scores.values.items():

@@ -28,6 +28,7 @@ from tune.ablation_plan import AblationPlan
 from tune.console import last_line
 from tune.devices import Slots
 from tune.plans import Plan
+from tune.ray_session import on_cluster
 from tune.storage import Remote
 from tune.study import Study, StudyFolder, TrialRecord, TrialState, pareto_front, ranked
 from tune.sweep_config import ObjectiveConfig
@@ -120,12 +121,54 @@ def confirm(study: Study, slots: Slots, address: Callable[[int], str | None], is
         address: where a trial's run is kept; None if in its run folder.
         is_stopped: whether to give up, looked at several times a second; the next session goes on.
     """
+    waiting = unconfirmed(study, study.records())
+    if len(waiting) == 1 and not slots.gpu_share and not on_cluster():
+        _confirm_here(study.folder, waiting[0], slots, address, is_stopped)
+    elif waiting:
+        _confirm_on_ray(study.folder, waiting, slots, address, is_stopped)
+
+
+class _Stopped(Exception):  # noqa: N818  (not an error)
+    """The user asked for it."""
+
+
+def _confirm_here(
+    folder: StudyFolder,
+    record: TrialRecord,
+    slots: Slots,
+    address: Callable[[int], str | None],
+    is_stopped: Callable[[], bool],
+) -> None:
+    """In this process, which has imported everything that another one would first have to."""
+
+    def on_step() -> None:
+        if is_stopped():
+            raise _Stopped
+
+    out, step = str(record.run.path.resolve()), record.outcome.step
+    assert step is not None  # a complete trial has one
+    try:
+        result = fresh_scores(out, step, slots.threads, address(record.number), on_step)
+    except _Stopped:
+        return
+    except Exception as error:  # noqa: BLE001  (the sweep has ended well, whatever happens here)
+        result = {"problem": last_line(f"{type(error).__name__}: {error}")}
+    _keep(folder, record, result)
+
+
+def _confirm_on_ray(
+    folder: StudyFolder,
+    waiting: Sequence[TrialRecord],
+    slots: Slots,
+    address: Callable[[int], str | None],
+    is_stopped: Callable[[], bool],
+) -> None:
     import ray  # noqa: PLC0415  (tables are written without it)
     from ray.exceptions import RayError  # noqa: PLC0415
 
     task = ray.remote(num_cpus=slots.threads, num_gpus=slots.gpu_share, max_retries=0)(fresh_scores)
     pending = {}
-    for record in unconfirmed(study, study.records()):
+    for record in waiting:
         out, step = str(record.run.path.resolve()), record.outcome.step
         pending[task.remote(out, step, slots.threads, address(record.number))] = record
     while pending:
@@ -136,7 +179,7 @@ def confirm(study: Study, slots: Slots, address: Callable[[int], str | None], is
                 result: dict[str, Any] = ray.get(reference)
             except RayError as error:
                 result = {"problem": last_line(str(error))}
-            _keep(study.folder, record, result)
+            _keep(folder, record, result)
         if pending and is_stopped():
             for reference in pending:
                 ray.cancel(reference, force=True)
@@ -149,7 +192,9 @@ def _keep(folder: StudyFolder, record: TrialRecord, result: Mapping[str, Any]) -
     write_json(folder.path / FILE, {str(number): asdict(found[number]) for number in sorted(found)})
 
 
-def fresh_scores(out: str, step: int, threads: int, address: str | None = None) -> dict[str, Any]:
+def fresh_scores(
+    out: str, step: int, threads: int, address: str | None = None, on_step: Callable[[], None] | None = None
+) -> dict[str, Any]:
     """`scores` of a run's best checkpoint on the noise of confirmations, or the `problem` that there is.
 
     Args:
@@ -157,24 +202,25 @@ def fresh_scores(out: str, step: int, threads: int, address: str | None = None) 
         step: iteration of the checkpoint.
         threads: of PyTorch.
         address: where the run is kept, if this node has no such folder.
+        on_step: called as samples are drawn; what it raises ends this.
     """
     try:
         if address is None:
-            return {"scores": _scores(RunDirectory(Path(out)), step, threads)}
+            return {"scores": _scores(RunDirectory(Path(out)), step, threads, on_step)}
         with TemporaryDirectory() as here:
             Remote(address).pull(Path(here))
-            return {"scores": _scores(RunDirectory(Path(here)), step, threads)}
+            return {"scores": _scores(RunDirectory(Path(here)), step, threads, on_step)}
     except (UserError, OSError) as error:
         return {"problem": str(error)}
 
 
-def _scores(run: RunDirectory, step: int, threads: int) -> dict[str, float]:
+def _scores(run: RunDirectory, step: int, threads: int, on_step: Callable[[], None] | None) -> dict[str, float]:
     tree = run.read_config()
     tree["resources"] = {**tree.get("resources", {}), "threads": threads}
     trained = load_trained(run, build(ExperimentConfig, tree), "best")
     if trained.step != step:
         raise UserError(f"the checkpoint of iteration {step} in {run.path} is gone or damaged.")
-    values = trained.scores(None, None, 0.0, CONFIRMATION).values
+    values = trained.scores(None, None, 0.0, CONFIRMATION, on_step=on_step).values
     for key, value in values.items():
         if not math.isfinite(value):
             raise UserError(f"{key} is {value} there.")
