@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check clean
+.PHONY: help setup demo test test-all tests check clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -39,11 +39,15 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check
-	$(PYTEST)
+# The checks run beside the tests: mypy, which takes most of their time, uses one core.
+test: setup
+	@$(MAKE) --no-print-directory -j2 check tests
 
-test-all: check
-	$(PYTEST) -m ''
+test-all: setup
+	@$(MAKE) --no-print-directory -j2 check tests MARKS="-m ''"
+
+tests: setup
+	$(PYTEST) $(MARKS)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -105,7 +105,8 @@ class Sampling:
         guide: gradient of a value to descend, see `Policy.walk`.
         guidance: its strength.
         on_batch: called after each batch with how many samples there are so far; by all workers at the same time.
-        on_step: called after each step of a batch, of which each worker has its own; what it raises ends the sampling.
+        on_step: called after each step of a batch, of which each worker has its own, and equally often by one that has
+            none left; what it raises ends the sampling.
         workers: take the batches in turn.
         step: the iteration after which the policy was taken.
         source: names the policy where its samples are not finite; by default its iteration.
@@ -136,6 +137,12 @@ class Sampling:
     def sample(self, num: int, noise: torch.Generator, first: int | None = None) -> Tensor:
         """The last state of `walk`: [num, *event]."""
         return deque(self.walk(num, noise, first), maxlen=1).pop()
+
+    def idle(self) -> None:
+        """What a worker does while others sample: it calls `on_step` as often as they do."""
+        if self.on_step is not None:
+            for _ in range(self.policy.num_steps + 1):
+                self.on_step()
 
     def bad(self, x: Tensor) -> Tensor:
         """How many of the states `x` [B, *event] are not finite or beyond `bound`, []."""
@@ -199,6 +206,7 @@ def generate(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
         if mine < len(batches):
             x = sampling.sample(config.batch_size, batches[mine][1])
         else:  # the last round may have fewer batches than workers
+            sampling.idle()
             x = torch.zeros((config.batch_size, *policy.event), device=policy.diffusion_step.device)
         sampling.require_finite(sampling.bad(x), min(workers.size, len(batches) - first) * config.batch_size)
         blocks += workers.gather(encode(x))
@@ -253,7 +261,8 @@ def measure(
         sampling: how samples are drawn.
         num: how many.
         config: their noise and batches.
-        work: samples as a data set stores them, on the device, to rows of features [N, F] on the host.
+        work: samples as a data set stores them, on the device, to rows of features [N, F] on the host; of none [0] for
+            a worker that has no batch left while others have.
         threaded: as for `Beside`.
 
     Raises:
@@ -264,7 +273,9 @@ def measure(
     with Beside(work, device, threaded=threaded) as beside:
         for first in range(0, len(batches), workers.size):
             drawn = None
-            if first + workers.rank < len(batches):
+            if first + workers.rank >= len(batches):
+                sampling.idle()
+            else:
                 start, noise = batches[first + workers.rank]
                 began = time.perf_counter()
                 drawn = sampling.sample(config.batch_size, noise)
@@ -274,8 +285,7 @@ def measure(
                 fastest = min(fastest, time.perf_counter() - began)
             bad = torch.zeros((), dtype=torch.int64, device=device) if drawn is None else sampling.bad(drawn)
             sampling.require_finite(bad, min(workers.size, len(batches) - first) * config.batch_size)
-            if drawn is not None:
-                beside.put(x[: num - start])
+            beside.put(torch.empty(0) if drawn is None else x[: num - start])
             if sampling.on_batch is not None:
                 sampling.on_batch(min((first + workers.size) * config.batch_size, num))
         features = _in_order(beside.results(), len(batches), config.batch_size, workers)
@@ -290,7 +300,7 @@ def _in_order(own: list[Tensor], num_batches: int, batch_size: int, workers: Wor
     blocks: list[Tensor] = []
     for turn in range(math.ceil(num_batches / workers.size)):  # gathered blocks have to be of one shape
         block = torch.zeros(batch_size, width)
-        if turn < len(own):
+        if turn < len(own) and len(own[turn]):
             block[: len(own[turn])] = own[turn]
         blocks += workers.gather(block)
     return torch.cat(blocks)

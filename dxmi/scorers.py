@@ -347,6 +347,7 @@ class InceptionScorer(_FeatureScorer):
                 block = torch.zeros(_REFERENCE_BATCH, NUM_FEATURES)
                 if len(own):
                     block[: len(own)] = network(own, on_step).pool.cpu()
+                self._keep_step(on_step, len(own), _REFERENCE_BATCH)
                 count = min(together, num - start)
                 yield slice(start, start + count), torch.cat(self.workers.gather(block))[:count]
                 bar.update(count)
@@ -365,12 +366,20 @@ class InceptionScorer(_FeatureScorer):
         on_piece = sampling.on_step if self.device.type == "cpu" else None  # elsewhere a second thread does this, fast
 
         def features(pixels: Tensor) -> Tensor:
-            return torch.cat(network(pixels, on_piece), dim=1).cpu()
+            found = torch.cat(network(pixels, on_piece), dim=1).cpu() if len(pixels) else torch.empty(0)
+            self._keep_step(on_piece, len(pixels), self.config.batch_size)
+            return found
 
         measured = measure(replace(sampling, workers=self.workers), self.config.num_samples, self.config, features)
         pool, logits = measured.features[:, :NUM_FEATURES], measured.features[:, NUM_FEATURES:]
         values = self.workers.on_first(lambda: self._checked(score(reference, pool, logits), sampling.step))
         return Scores(values, measured.seconds_per_1000)
+
+    def _keep_step(self, on_piece: Callable[[], None] | None, num: int, most: int) -> None:
+        """Call `on_piece`, after the pieces of `num` images, as often as a worker who has `most` of them."""
+        if on_piece is not None:
+            for _ in range(self.network().num_pieces(most) - self.network().num_pieces(num)):
+                on_piece()
 
     def _distances(self, stream: str, reference: _Reference, pool: Tensor, logits: Tensor) -> dict[str, float]:
         """Of features [N, 2048] and logits [N, 1008]."""

@@ -58,7 +58,7 @@ from dxmi.seeds import generator
 from dxmi.state import ALGORITHM, TrainingState
 from dxmi.stretch import Story, Stretch, tell, tell_together
 from dxmi.tensors import require_finite_metrics, require_finite_state
-from dxmi.workers import Workers
+from dxmi.workers import Pace, Workers
 
 _NOT_OF_SCORES = (
     *("every", "grid", "generations", "result", "features"),
@@ -314,7 +314,8 @@ class _Run:
         self.best: dict[str, Any] | None = None
         self.generations: list[dict[str, float]] = []
         self.stopping = False
-        self.told = Progress(Phase.PRETRAIN, 0, experiment.config.pretrain.iterations), time.monotonic()
+        self.told = Progress(Phase.PRETRAIN, 0, experiment.config.pretrain.iterations)
+        self.pace = Pace(experiment.workers, _LISTEN_EVERY)
         self.members = 1
 
     # ------------------------------------------------------------------------
@@ -348,7 +349,7 @@ class _Run:
     def _tell(self, phase: Phase, step: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
         """Report, and remember whether a stop was asked for; all workers hear the same."""
         progress = Progress(phase, step, total, metrics or {})
-        self.told = Progress(phase, step, total), time.monotonic()
+        self.told = Progress(phase, step, total)
         if self.workers.on_first(lambda: bool(self.report(progress))):
             self.stopping = True
 
@@ -365,21 +366,12 @@ class _Run:
 
     def _listen(self) -> None:
         """Called after each step of sampling: a batch on a slow device takes minutes, nobody should wait that long."""
-        if time.monotonic() - self.told[1] >= _LISTEN_EVERY:
+        if self.pace.due():
             self._tell_again()
 
     def _tell_again(self) -> None:
         """Nothing has changed; a stop may have been asked for. All workers call this at the same time."""
-        last, _ = self.told
-        self._tell_or_stop(last.phase, last.step, last.total)
-
-    @property
-    def _on_step(self) -> Callable[[], None] | None:
-        """Hears a stop between the steps of a batch.
-
-        Several workers hear it between batches alone: one that stopped by its own clock would leave the others waiting.
-        """
-        return self._listen if self.workers.size == 1 else None
+        self._tell_or_stop(self.told.phase, self.told.step, self.told.total)
 
     # ------------------------------------------------------------------------
     # Pretraining, once for all runs that share its signature.
@@ -486,7 +478,7 @@ class _Run:
         def compute() -> dict[str, Tensor]:
             policy = self.experiment.build_policy(denoiser, reference.schedule, reference.policy)
             stream = stream_of(REPORT, self.config.seed)
-            sampling = Sampling(policy, stream, on_batch=on_batch, on_step=self._on_step, source=reference.label)
+            sampling = Sampling(policy, stream, on_batch=on_batch, on_step=self._listen, source=reference.label)
             scores = self.scorer.full(sampling)
             numbers = {**scores.values, "seconds_per_1000": scores.seconds_per_1000}
             return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
@@ -520,7 +512,7 @@ class _Run:
 
         def compute() -> dict[str, Tensor]:
             policy = self.experiment.build_policy(denoiser, reference.schedule, reference.policy)
-            sampling = Sampling(policy, PICTURES, on_step=self._on_step, source=reference.label)
+            sampling = Sampling(policy, PICTURES, on_step=self._listen, source=reference.label)
             return {"samples": preview(sampling, evaluate.grid, evaluate)}
 
         path = self._reference_path(reference, grid=evaluate.grid)
@@ -620,7 +612,7 @@ class _Run:
     def _evaluate(self, dxmi: DxMI, step: int) -> float:
         """The policy's score on the fixed selection noise; also draws its grid and remembers the best."""
         stream = stream_of(SELECTION, self.config.seed)
-        sampling = Sampling(dxmi.evaluated, stream, on_step=self._on_step, step=step)
+        sampling = Sampling(dxmi.evaluated, stream, on_step=self._listen, step=step)
         scores = self.scorer.quick(sampling, self._energy(dxmi)).values
         score = scores[self.scorer.metric]
         self.workers.on_first(lambda: self._record_scores(dxmi, step, scores))
@@ -630,7 +622,8 @@ class _Run:
         return score
 
     def _record_scores(self, dxmi: DxMI, step: int, scores: Mapping[str, float]) -> None:
-        sampling = Sampling(dxmi.evaluated, PICTURES, on_step=self._on_step)  # a stop leaves no row behind
+        on_step = self._listen if self.workers.size == 1 else None  # only the first draws; a stop leaves no row behind
+        sampling = Sampling(dxmi.evaluated, PICTURES, on_step=on_step)
         samples = generate(sampling, self.config.evaluate.grid, self.config.evaluate)
         self.run.append([{"step": step, **scores}])
         self.gallery.draw_samples(self.run.samples / f"step_{step:06d}.png", samples)
@@ -685,7 +678,7 @@ class _Run:
         Further draws tell the spread of the evaluation from that of training, and their mean has less of it.
         """
         stream = stream_of(REPORT, self.config.seed) + (f"/draw_{draw}" if draw else "")
-        sampling = Sampling(dxmi.evaluated, stream, on_step=self._on_step, step=step)
+        sampling = Sampling(dxmi.evaluated, stream, on_step=self._listen, step=step)
         return self.scorer.full(sampling, self._energy(dxmi))
 
     def _energy(self, dxmi: DxMI) -> Energy | None:

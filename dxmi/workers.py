@@ -7,6 +7,7 @@ same file, and a run that began with two workers may go on with four.
 """
 
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from dxmi.errors import DivergedError, UserError
 from dxmi.tensors import pack, unpack
+
+_SHORTEST_STEP = 1e-6
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -169,3 +173,32 @@ class Group(Workers):
         if size:
             dist.broadcast(data, 0, group=self._host)
         return data.numpy().tobytes()
+
+
+class Pace:
+    """When workers that take the same steps look up from them: about every so many seconds, by the first one's clock.
+
+    Args:
+        workers: call `due` after each step, all of them equally often.
+        seconds: between two looks, once it is known how long a step takes.
+    """
+
+    def __init__(self, workers: Workers, seconds: float) -> None:
+        self._workers, self._seconds = workers, seconds
+        self._stride = self._left = 1
+        self._since = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether to look up after this step; for all workers it is the same one."""
+        self._left -= 1
+        if self._left > 0:
+            return False
+        self._left = self._stride = self._workers.on_first(self._next_stride)
+        return True
+
+    def _next_stride(self) -> int:
+        """Steps until the next look: as many as fit, but at most twice those since the last one."""
+        now = time.monotonic()
+        seconds_a_step = max((now - self._since) / self._stride, _SHORTEST_STEP)
+        self._since = now
+        return max(1, min(2 * self._stride, int(self._seconds / seconds_a_step)))

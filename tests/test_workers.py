@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dxmi.errors import UserError
 from dxmi.tensors import chunks
-from dxmi.workers import ALONE, Alone, Share
+from dxmi.workers import ALONE, Alone, Pace, Share
 from support import free_port
 
 PROGRAM = """
@@ -27,6 +28,8 @@ from safetensors.torch import save_file
 from dxmi.config import build
 from dxmi.errors import UserError
 from dxmi.experiment import Experiment, ExperimentConfig
+import dxmi.train
+from dxmi.sampler import Policy
 from dxmi.train import train
 from dxmi.workers import ALONE, Group
 
@@ -74,6 +77,20 @@ def trained(experiment, stop_at=0):
 
 def begun(experiment):
     return trained(experiment, stop_at=10)
+
+def stopped(experiment):
+    # How many steps of the 1000-step reference this worker takes, if the first asks for a stop after 2,500 of its own.
+    steps, one_step = [], Policy.transition
+    def counted(*args, **options):
+        steps.append(1)
+        return one_step(*args, **options)
+    def report(progress):
+        return progress.phase == "references" and len(steps) >= 2500
+    Policy.transition, dxmi.train._LISTEN_EVERY = counted, 0.0
+    summary = train(experiment, out=folder / "stopped", report=report)
+    Policy.transition = one_step
+    assert summary is None
+    return {"steps": torch.tensor(len(steps))}
 
 made = {}
 for name, what, tree in cases:
@@ -179,6 +196,7 @@ CASES = [
     *[(f"{name}-after", "after", tree_of(algorithm)) for name, algorithm in ALGORITHMS.items()],
     *[(f"batch-{size}", "after", tree_of(train__batch_size=size)) for size in (1, 3)],
     ("pretrained", "pretrained", tree_of()),
+    ("stopped", "stopped", tree_of(pretrain__iterations=0)),
 ]
 ALONE_ONLY = [
     *[(f"pieces-{n}", "after", tree_of(SEPARATE, resources__accumulate=n)) for n in (2, 7)],
@@ -240,6 +258,36 @@ def test_bfloat16_trains_close_to_float32_and_keeps_float32_weights(made):
     for name in ("policy.network.body.layers.0.weight", "value.energy.network.body.layers.0.weight"):
         cosine = torch.nn.functional.cosine_similarity(half[name].flatten(), full[name].flatten(), dim=0)
         assert float(cosine) > 0.95
+
+
+def test_a_stop_is_heard_by_all_workers_within_a_batch_of_which_one_has_none_left(made):
+    """500 samples are five batches of 100: in the last round, the second of two workers only keeps step."""
+    assert [int(of(worker, "stopped")["steps"]) for worker in made(2)] == [2500, 2000]
+
+
+class Clock:
+    """Workers whose first one takes this long for each step."""
+
+    def __init__(self, monkeypatch, seconds: float) -> None:
+        self.now, self.seconds = 0.0, seconds
+        monkeypatch.setattr("dxmi.workers.time.monotonic", lambda: self.now)
+
+    def looks(self, pace: Pace, steps: int) -> list[int]:
+        """The steps after which it is time to look up."""
+        found = []
+        for step in range(1, steps + 1):
+            self.now += self.seconds
+            if pace.due():
+                found.append(step)
+        return found
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(2.0, [1, 2, 3, 4, 5, 6]), (2**-2, [1, 3, 5]), (2**-6, [1, 3])])
+def test_workers_look_up_every_half_a_second_or_after_each_longer_step(monkeypatch, seconds, expected):
+    clock = Clock(monkeypatch, seconds)
+    assert clock.looks(Pace(ALONE, 0.5), 6) == expected
+    if seconds == 2**-6:
+        assert np.diff(clock.looks(Pace(ALONE, 0.5), 200)).tolist() == [2, 4, 8, 16, *[32] * 5]
 
 
 # ----------------------------------------------------------------------------

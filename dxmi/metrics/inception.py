@@ -6,6 +6,7 @@ is given a copy that was written from the tensors found in it.
 
 import hashlib
 import io
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -98,15 +99,20 @@ class Inception:
     def __call__(self, pixels: Tensor, on_piece: Callable[[], None] | None = None) -> Features:
         """Features of uint8 images [N, C, H, W], C 1 or 3, on this device; `on_piece` is called after every few."""
         outputs = []
-        for piece in self._pieces(pixels.to(self.device)):
+        for piece in torch.split(pixels.to(self.device), self._piece):
             outputs.append(self._extractor(piece.expand(-1, 3, -1, -1)))
             if on_piece is not None:
                 on_piece()
         pool, *logits = (torch.cat(columns) for columns in zip(*outputs, strict=True))
         return Features(pool, logits[0] if logits else pool.new_empty(len(pool), 0))
 
-    def _pieces(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(pixels, _PIECE.get(self.device.type, _PIECE["cpu"]))
+    def num_pieces(self, num: int) -> int:
+        """How often `on_piece` is called for `num` images."""
+        return math.ceil(num / self._piece)
+
+    @property
+    def _piece(self) -> int:
+        return _PIECE.get(self.device.type, _PIECE["cpu"])
 
 
 def file_digest(path: Path) -> str:
