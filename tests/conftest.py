@@ -2,7 +2,11 @@
 
 import os
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: the recorded numbers are those of a CPU
+# Before torch and NumPy are imported:
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the recorded numbers are those of a CPU
+# Several processes share the cores. A thread that spins while it waits for another takes the core that the other needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
 

@@ -31,6 +31,9 @@ class Projections:
         means = torch.nn.functional.adaptive_avg_pool2d(pixels.float() / 255.0, 2).flatten(1)
         return Features(means[:, :4], means[:, :3])
 
+    def num_pieces(self, num: int) -> int:
+        return int(num > 0)
+
 
 @pytest.fixture
 def files(tmp_path, monkeypatch) -> Path:

@@ -47,6 +47,9 @@ class Linear:
         outputs = flat @ matrix
         return Features(outputs[:, :DIMS], outputs[:, DIMS:])
 
+    def num_pieces(self, num: int) -> int:
+        return int(num > 0)
+
 
 @pytest.fixture
 def network(tmp_path, monkeypatch) -> Linear:

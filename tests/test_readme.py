@@ -28,6 +28,7 @@ TINY = [
     "evaluate.batch_size=100",
     "evaluate.kid_subset_size=50",
     "evaluate.grid=16",
+    "resources.threads=1",
 ]
 
 
