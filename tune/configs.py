@@ -5,6 +5,7 @@ Hydra composes plain values; `dxmi.config.build` turns them into frozen dataclas
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def compose_experiment(overrides: Sequence[str]) -> Composed:
     values = [o for o in parsed if not _is_group(o, options)]
     for override in (o for o in parsed if _is_group(o, options)):
         _check_option(override.key_or_group, override.value(), options)
-    known = _compose(chosen)
+    known = _known(tuple(chosen), config_folder(), _last_change()) if values else {}
     for override in values:
         _check_path(override, known, options)
     tree = _compose([*chosen, *(str(o.input_line) for o in values)])
@@ -546,6 +547,17 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
     defaults = to_tree(ExperimentConfig())
     del defaults["network"]  # a network's fields depend on its kind: its group lists them all
     return _hydra(_ROOT, defaults, overrides, node=_DEFAULTS)
+
+
+@lru_cache(maxsize=16)
+def _known(chosen: tuple[str, ...], folder: Path, changed: int) -> dict[str, Any]:  # noqa: ARG001
+    """The settings that there are with these groups, only to be read; `folder` had its last change at `changed`."""
+    return _compose(chosen)
+
+
+def _last_change() -> int:
+    """When a file of the configuration was last changed, in nanoseconds."""
+    return max((path.stat().st_mtime_ns for path in config_folder().rglob("*")), default=0)
 
 
 def _hydra(root: str, tree: dict[str, Any], overrides: Sequence[str], node: str | None = None) -> dict[str, Any]:
