@@ -57,19 +57,22 @@ def test_an_mlflow_without_its_store_is_a_sentence(monkeypatch):
 def test_a_lean_ray_starts_no_processes_that_trials_do_not_need():
     """`tune.ray_session` starts Ray like this; what is checked here is that the names still exist and come back."""
     before = {name: getattr(Node, name) for name in ("start_monitor", "start_api_server", "start_log_monitor")}
-    with compat.lean_ray():
+    with compat.lean_ray(state_api=False):
         assert all(getattr(Node, name)() is None for name in before)
         assert all(getattr(Node, name) is not method for name, method in before.items())
+    with compat.lean_ray(state_api=True):
+        assert Node.start_api_server is before["start_api_server"]
+        assert Node.start_monitor is not before["start_monitor"]
     assert all(getattr(Node, name) is method for name, method in before.items())
 
 
 def test_a_ray_of_another_make_starts_as_it_does(monkeypatch):
     monkeypatch.delattr(Node, "start_monitor")
-    with compat.lean_ray():
+    with compat.lean_ray(state_api=False):
         assert not hasattr(Node, "start_monitor")
     assert not hasattr(Node, "start_monitor")
     monkeypatch.setitem(sys.modules, "ray._private.node", None)
-    with compat.lean_ray():
+    with compat.lean_ray(state_api=False):
         pass
 
 

@@ -44,18 +44,22 @@ def quiet_worker_deaths(pattern: str) -> None:
 
 
 @contextmanager
-def lean_ray() -> Iterator[None]:
+def lean_ray(*, state_api: bool) -> Iterator[None]:
     """While it lasts, a Ray that is started here leaves out what no trial needs, where this version can.
 
-    These are the autoscaler, the page that `include_dashboard=False` reduces to a process without a page, and the
-    reader of workers' logs, which `log_to_driver=False` only silences: three Python processes for every command.
+    These are the autoscaler, the reader of workers' logs, which `log_to_driver=False` only silences, and the dashboard,
+    of which `include_dashboard=False` leaves a process without a page: three Python processes for every command.
+
+    Args:
+        state_api: keep the last one, which answers questions about actors: Ray Train asks it whether the controller of
+            a group is alive, and without an answer waits and leaves a dead group's devices taken.
     """
     try:
         from ray._private.node import Node  # noqa: PLC0415
     except ImportError:
         yield
         return
-    names = ("start_monitor", "start_api_server", "start_log_monitor")
+    names = ["start_monitor", "start_log_monitor", *([] if state_api else ["start_api_server"])]
     methods = {name: getattr(Node, name) for name in names if hasattr(Node, name)}
     try:
         for name in methods:

@@ -7,7 +7,6 @@ A worker that is lost, or hangs, takes its group down; Ray Train starts the grou
 checkpoint, of which Ray Train knows where it lies.
 """
 
-import asyncio
 import json
 import os
 import threading
@@ -42,6 +41,7 @@ from dxmi.train import Phase, Progress, Reporter, Saved, Summary, train
 from dxmi.workers import Group
 from tune.console import last_line
 from tune.devices import find_slots
+from tune.mailbox import Line
 from tune.ray_session import actor_here, ray_session
 from tune.storage import Remote, join, kept
 
@@ -51,33 +51,6 @@ _LATE_SECONDS = 60.0
 _NOTE = "placement_group"
 _POINTER = "checkpoint.json"
 _CONTROLLER_FAILURES = 2
-
-
-class _Line:
-    """An actor between the first worker and the caller of `train_on_workers`: one report at a time, with its answer."""
-
-    def __init__(self) -> None:
-        self._asked: asyncio.Queue[tuple[str, asyncio.Future[bool]]] = asyncio.Queue()
-        self._open: asyncio.Future[bool] | None = None
-
-    async def ask(self, message: str) -> bool:
-        """The first worker reports, and waits for the answer."""
-        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        await self._asked.put((message, answer))
-        return await answer
-
-    async def next(self) -> str | None:
-        """The next report, or None if there is none for a while."""
-        try:
-            message, self._open = await asyncio.wait_for(self._asked.get(), _POLL_SECONDS)
-        except TimeoutError:
-            return None
-        return message
-
-    async def answer(self, stop: bool) -> None:
-        """Answer the report that `next` gave."""
-        if self._open is not None and not self._open.done():
-            self._open.set_result(stop)
 
 
 def train_on_workers(
@@ -102,7 +75,7 @@ def train_on_workers(
     """
     # The other workers notice a hung one in their collectives; Ray Train, when they all are.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.resources.worker_timeout)
-    line = actor_here(_Line)
+    line = actor_here(Line)
     serving = _Serving(line, report or (lambda _: None))
     place = address or str(out.resolve())
     release_lost_group(place)
@@ -333,5 +306,5 @@ def ray_for(config: ExperimentConfig) -> Iterator[None]:
         UserError: the machine has not what the workers need.
     """
     slots = find_slots(config.resources, max_concurrent=1)
-    with ray_session(slots.cpus, slots.gpus):
+    with ray_session(slots.cpus, slots.gpus, groups=True):
         yield

@@ -82,7 +82,7 @@ def drive(
     try:
         slots = conductor.slots
         # Twice, since Ray's start takes SIGTERM for itself.
-        with control.listening(), ray_session(slots.cpus, slots.gpus), control.listening():
+        with control.listening(), ray_session(slots.cpus, slots.gpus, groups=slots.workers > 1), control.listening():
             control.checkpoint()
             if not conductor.has_nothing_to_do:
                 _run_trials(conductor, mirror, look, control, trainer)

@@ -1,7 +1,11 @@
-"""What the driver and the trials pass to each other while a sweep runs.
+"""Actors through which a command and its trials or workers talk.
 
-Nothing is imported here: the actor has a process of its own, and PyTorch would take seconds of it.
+Nothing heavy is imported here: an actor has a process of its own, and PyTorch would take seconds of it.
 """
+
+import asyncio
+
+_POLL_SECONDS = 0.5
 
 
 class Mailbox:
@@ -30,3 +34,30 @@ class Mailbox:
         beats, self._beats = self._beats, {}
         notes, self._notes = self._notes, []
         return beats, notes
+
+
+class Line:
+    """An actor between the first worker and the caller of `train_on_workers`: one report at a time, with its answer."""
+
+    def __init__(self) -> None:
+        self._asked: asyncio.Queue[tuple[str, asyncio.Future[bool]]] = asyncio.Queue()
+        self._open: asyncio.Future[bool] | None = None
+
+    async def ask(self, message: str) -> bool:
+        """The first worker reports, and waits for the answer."""
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        await self._asked.put((message, answer))
+        return await answer
+
+    async def next(self) -> str | None:
+        """The next report, or None if there is none for a while."""
+        try:
+            message, self._open = await asyncio.wait_for(self._asked.get(), _POLL_SECONDS)
+        except TimeoutError:
+            return None
+        return message
+
+    async def answer(self, stop: bool) -> None:
+        """Answer the report that `next` gave."""
+        if self._open is not None and not self._open.done():
+            self._open.set_result(stop)

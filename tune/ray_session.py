@@ -93,11 +93,11 @@ def _require_token() -> None:
         )
 
 
-def _start(cpus: int, gpus: int) -> None:
+def _start(cpus: int, gpus: int, groups: bool) -> None:
     """Start a Ray of our own, again if the machine is so busy that Ray gives up waiting for its own processes."""
     for _ in range(_TRIES):
         try:
-            with lean_ray():
+            with lean_ray(state_api=groups):
                 ray.init(
                     address="local",
                     num_cpus=cpus,
@@ -121,8 +121,8 @@ def _start(cpus: int, gpus: int) -> None:
 
 
 @contextmanager
-def ray_session(cpus: int, gpus: int) -> Iterator[None]:
-    """The cluster, or a Ray of our own with these devices, while it lasts.
+def ray_session(cpus: int, gpus: int, *, groups: bool = False) -> Iterator[None]:
+    """The cluster, or a Ray of our own with these devices, while it lasts; `groups` if Ray Train is to run on it.
 
     Raises:
         UserError: there is another Ray in this process, it would have no token, or the cluster does not answer.
@@ -134,7 +134,7 @@ def ray_session(cpus: int, gpus: int) -> Iterator[None]:
             raise UserError("Ray runs in this process already: end it with ray.shutdown() first.")
         _require_token()
         _quiet()
-        _start(cpus, gpus)
+        _start(cpus, gpus, groups)
     try:
         yield
     finally:
