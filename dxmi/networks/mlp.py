@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dxmi.networks.base import Critic, Denoiser, NetworkConfig, SinusoidalEmbedding, TimedCritic
-from dxmi.networks.layers import Linear, label_table, require_labels
+from dxmi.networks.layers import label_table, linear, require_labels
 
 _MAX_WIDTH, _MAX_LAYERS, _MAX_GAIN = 16_384, 256, 1e3
 
@@ -47,12 +47,8 @@ def _linear(
     inputs: int, outputs: int, generator: torch.Generator, *, bias: bool = True, gain: float = 1.0
 ) -> nn.Linear:
     """A linear layer initialised uniformly within gain / sqrt(inputs), from `generator`."""
-    layer = Linear(inputs, outputs, bias=bias)
     bound = gain / math.sqrt(inputs)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.uniform_(-bound, bound, generator=generator)
-    return layer
+    return linear(inputs, outputs, generator, lambda *_: (bound, bound), bias=bias)
 
 
 class _Body(nn.Module):
