@@ -285,7 +285,7 @@ def measure(
                 fastest = min(fastest, time.perf_counter() - began)
             bad = torch.zeros((), dtype=torch.int64, device=device) if drawn is None else sampling.bad(drawn)
             sampling.require_finite(bad, min(workers.size, len(batches) - first) * config.batch_size)
-            beside.put(torch.empty(0) if drawn is None else x[: num - start])
+            beside.put(torch.empty(0, device=device) if drawn is None else x[: num - start])
             if sampling.on_batch is not None:
                 sampling.on_batch(min((first + workers.size) * config.batch_size, num))
         features = _in_order(beside.results(), len(batches), config.batch_size, workers)
