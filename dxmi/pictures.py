@@ -102,7 +102,8 @@ def curves_figure(
         getattr(axes.yaxis, f"set_{which}_formatter")(FormatStrFormatter("%g"))
     axes.tick_params(axis="y", which="minor", labelsize=8)
     axes.grid(axis="y", which="both", color="0.92")
-    axes.legend(edgecolor="none", framealpha=0.9)
+    # Above the axes: no line hides it, and matplotlib need not search for a free place (which warns where it is slow).
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False, fontsize=8)
     _panels(figure.add_subfigure(layout[0, 1]), others)
     return figure
 
