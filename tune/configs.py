@@ -3,7 +3,8 @@
 Hydra composes plain values; `dxmi.config.build` turns them into frozen dataclasses and refuses what is wrong.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from dxmi.config import build, places, to_tree, unknown_key
@@ -41,7 +42,7 @@ _ASIDE = "dxmi_text_put_aside_"
 _SHOWN = 60
 """Characters of a bad override that are repeated to the user."""
 _DEFAULTS = "dxmi_defaults"
-_SWEEP, _ABLATION, _TRACKING, _TREE_ROOT = "sweep", "ablation", "tracking", "dxmi_tree"
+_SWEEP, _ABLATION, _TRACKING = "sweep", "ablation", "tracking"
 _BASELINE = "baseline"
 _OF_ALL = ("experiment", "debug")
 """Groups whose options change settings of any other."""
@@ -106,11 +107,10 @@ def compose_experiment(overrides: Sequence[str]) -> Composed:
     values = [o for o in parsed if not _is_group(o, options)]
     for override in (o for o in parsed if _is_group(o, options)):
         _check_option(override.key_or_group, override.value(), options)
-    known = _known(tuple(chosen), config_folder(), _last_change()) if values else {}
+    known = _known(tuple(chosen), config_folder(), _last_change())
     for override in values:
         _check_path(override, known, options)
-    tree = _compose([*chosen, *(str(o.input_line) for o in values)])
-    return Composed(build(ExperimentConfig, _with_places(tree, raw)), out)
+    return Composed(build(ExperimentConfig, _with_places(_with_values(known, values), raw)), out)
 
 
 def out_folder(given: Sequence[str]) -> Path | None:
@@ -253,11 +253,12 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         UserError: one of them is malformed, repeated or unknown.
     """
     raw, rest = _raw_places(overrides)
-    for override in _parse(rest):
+    values = _parse(rest)
+    for override in values:
         _check_path(override, tree, {})
     for key in (_key(o) for o in overrides if _is_place(o) and not o.startswith("+")):
         _check_key(key, tree, {})
-    return _with_places(_hydra(_TREE_ROOT, tree, rest), raw)
+    return _with_places(_with_values(tree, values), raw)
 
 
 def _whole_sweep(given: dict[str, Any]) -> dict[str, Any]:
@@ -543,16 +544,20 @@ def _nearest(name: str, names: list[str]) -> str:
     return unknown_key("", name, names).removeprefix(" is not a setting: ")
 
 
-def _compose(overrides: Sequence[str]) -> dict[str, Any]:
+@lru_cache(maxsize=64)
+def _known(chosen: tuple[str, ...], folder: Path, changed: int) -> dict[str, Any]:  # noqa: ARG001
+    """The settings that Hydra composes of these groups, only to be read.
+
+    Hydra looks for each file in several places and takes tenths of a second, so a process asks it once for the same
+    groups; `folder` had its last change at `changed`.
+    """
     defaults = to_tree(ExperimentConfig())
     del defaults["network"]  # a network's fields depend on its kind: its group lists them all
-    return _hydra(_ROOT, defaults, overrides, node=_DEFAULTS)
-
-
-@lru_cache(maxsize=16)
-def _known(chosen: tuple[str, ...], folder: Path, changed: int) -> dict[str, Any]:  # noqa: ARG001
-    """The settings that there are with these groups, only to be read; `folder` had its last change at `changed`."""
-    return _compose(chosen)
+    texts: list[str] = []
+    GlobalHydra.instance().clear()
+    ConfigStore.instance().store(name=_DEFAULTS, node=_put_aside(defaults, texts))
+    with _refusing(), initialize_config_dir(str(folder), version_base=None):
+        return _plain(compose(_ROOT, overrides=list(chosen)), texts)
 
 
 def _last_change() -> int:
@@ -560,21 +565,54 @@ def _last_change() -> int:
     return max((path.stat().st_mtime_ns for path in config_folder().rglob("*")), default=0)
 
 
-def _hydra(root: str, tree: dict[str, Any], overrides: Sequence[str], node: str | None = None) -> dict[str, Any]:
-    """What Hydra composes of the config `root` and `overrides`; `tree` is stored as `node`, else as `root` itself."""
-    GlobalHydra.instance().clear()
+def _with_values(tree: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
+    """A copy of a tree with the values of overrides, put in as Hydra does after it has composed the groups."""
     texts: list[str] = []
+    with _refusing():
+        config = OmegaConf.create(_put_aside(tree, texts), flags={"struct": True})
+        for override in overrides:
+            _apply(config, override)
+        return _plain(config, texts)
+
+
+def _apply(config: DictConfig, override: Override) -> None:
+    """Set, add or delete one value."""
+    key, value = override.key_or_group, override.value()
+    if override.package is not None:
+        raise UserError(f"{override.input_line!r} is not an override: @ belongs to groups of settings, not to values.")
+    if override.is_delete():
+        _delete(config, key, value)
+        return
+    if override.is_add() and not isinstance(value, (dict, list)) and OmegaConf.select(config, key) is not None:
+        raise UserError(f"{override.input_line!r} adds a setting that is there: leave the + out.")
+    OmegaConf.update(config, key, value, merge=True, force_add=override.is_add() or override.is_force_add())
+
+
+def _delete(config: DictConfig, key: str, value: object) -> None:
+    group, _, name = key.rpartition(".")
+    above = OmegaConf.select(config, group) if group else config
+    if value is not None and above[name] != value:
+        raise UserError(f"{key} is {above[name]}, not {value}: to leave it out, write ~{key}.")
+    with open_dict(above):
+        del above[name]
+
+
+def _plain(config: DictConfig, texts: list[str]) -> dict[str, Any]:
+    """Its values, without interpolations, and with the texts that had been put aside."""
+    tree = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(tree, dict)
+    return {str(key): _put_back(value, texts) for key, value in tree.items()}
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Says in a sentence what Hydra and OmegaConf refuse."""
     try:
-        ConfigStore.instance().store(name=node or root, node=_put_aside(tree, texts))
-        with initialize_config_dir(str(config_folder()), version_base=None):
-            config = compose(root, overrides=list(overrides))
-        composed = OmegaConf.to_container(config, resolve=True)
+        yield
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError("The config cannot be composed: " + " ".join(str(error).split())) from error
     except RecursionError as error:
         raise UserError("The config cannot be composed: its groups are nested too deeply.") from error
-    assert isinstance(composed, dict)
-    return {str(key): _put_back(value, texts) for key, value in composed.items()}
 
 
 def require_no_stack(config: ExperimentConfig, what: str) -> None:
