@@ -1,6 +1,7 @@
 """What a run draws of its samples: grids of images, or figures in the plane."""
 
 from abc import ABC, abstractmethod
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -67,7 +68,7 @@ class PlanarGallery(Gallery):
 
     def __init__(self, distribution: Distribution) -> None:
         self.cells = square_grid(SQUARE, _CELLS)
-        self.log_density = _map(distribution.log_density(self.cells))
+        self.log_density = _log_density(distribution)
 
     def draw_samples(self, path: Path, samples: Tensor) -> None:
         """Dots over the data's density."""
@@ -91,6 +92,12 @@ class PlanarGallery(Gallery):
         energy = maps[num_steps]
         beta = calibrated_kl(energy.flatten(), self.log_density.flatten()).beta
         save_figure(folder / "energy.png", energy_figure(energy, self.log_density, beta))
+
+
+@cache
+def _log_density(distribution: Distribution) -> Tensor:
+    """As a map; it takes as long as many iterations, so a process computes it once."""
+    return _map(distribution.log_density(square_grid(SQUARE, _CELLS)))
 
 
 def _map(heights: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter
 from PIL import Image
 from torch import Tensor
@@ -17,6 +18,8 @@ _MIN_SIDE = 32
 """Small images are enlarged until a side has at least this many pixels."""
 _GAP = 2
 _PAPER = 255
+_CURVES, _ENTRY = (11.0, 5.2), 0.19
+"""Inches of the figure of curves, and of a line of its legend."""
 _TILE, _LINE, _LABEL = 0.9, 0.2, 16
 """Of an image with its label: inches of the image and of the line below, and the most letters in that."""
 
@@ -89,9 +92,9 @@ def curves_figure(
         best: iteration and score on the report's noise of the best checkpoint, drawn as a star.
         others: logged metrics by key, as (iteration, value).
     """
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    layout = figure.add_gridspec(1, 2, width_ratios=(1.25, 1.0))
-    axes = figure.add_subfigure(layout[0, 0]).subplots()
+    figure = Figure(figsize=_CURVES)
+    lines = len(references) + 2
+    axes = _placed(figure, 1, left=0.75, right=6.35, top=_CURVES[1] - 0.1 - _ENTRY * math.ceil(lines / 2))[0]
     axes.plot(*_columns(curve), marker="o", markersize=3, color="C0", label="fine-tuned (selection noise)")
     label = f"best  {score_text(best[1])} (report noise, as the lines)"
     axes.plot(*best, marker="*", markersize=13, color="C0", linestyle="none", label=label)
@@ -103,24 +106,31 @@ def curves_figure(
     axes.tick_params(axis="y", which="minor", labelsize=8)
     axes.grid(axis="y", which="both", color="0.92")
     # Above the axes: no line hides it, and matplotlib need not search for a free place (which warns where it is slow).
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False, fontsize=8)
-    _panels(figure.add_subfigure(layout[0, 1]), others)
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False, fontsize=8, borderaxespad=0.2)
+    _draw_others(figure, others)
     return figure
+
+
+def _placed(figure: Figure, rows: int, *, left: float, right: float, top: float) -> list[Axes]:
+    """Axes below one another between edges in inches: a layout engine would draw the figure twice to find them."""
+    width, height = figure.get_size_inches()
+    edges = {"left": left / width, "right": right / width, "bottom": 0.5 / height, "top": top / height}
+    return list(figure.subplots(rows, 1, sharex=True, squeeze=False, gridspec_kw={**edges, "hspace": 0.45})[:, 0])
 
 
 def _columns(curve: Curve) -> tuple[list[float], list[float]]:
     return [x for x, _ in curve], [y for _, y in curve]
 
 
-def _panels(figure: SubFigure, others: Mapping[str, Curve]) -> None:
+def _draw_others(figure: Figure, others: Mapping[str, Curve]) -> None:
     shown = {key: curve for key, curve in others.items() if curve}
     if not shown:
         return
-    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    panels = _placed(figure, len(shown), left=7.2, right=_CURVES[0] - 0.15, top=_CURVES[1] - 0.25)
     for axes, (key, curve) in zip(panels, shown.items(), strict=True):
         axes.plot(*_columns(curve), linewidth=1, color="0.3")
-        axes.ticklabel_format(axis="y", useOffset=False)
-        axes.set_title(key, loc="left", fontsize=8)
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.set_title(key, loc="left", fontsize=8, y=1.0)
         axes.tick_params(labelsize=7)
 
 

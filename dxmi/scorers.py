@@ -52,7 +52,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dxmi.cache import cached
-from dxmi.data import SQUARE, DataConfig, Dataset, Images, Points
+from dxmi.data import SQUARE, DataConfig, Dataset, Distribution, Images, Points
 from dxmi.energy import Energy
 from dxmi.errors import UserError
 from dxmi.evaluate import (
@@ -409,6 +409,12 @@ def count_name(num: int) -> str:
     return f"{num // 1000}k" if num % 1000 == 0 else str(num)
 
 
+@functools.cache
+def _log_density(distribution: Distribution) -> Tensor:
+    """In each cell of the grid, [G]; it takes as long as many iterations, so a process computes it once."""
+    return distribution.log_density(square_grid(SQUARE, _CELLS))
+
+
 class PlanarScorer(Scorer):
     """Scores points in the plane, and the energy against the exact density.
 
@@ -435,10 +441,10 @@ class PlanarScorer(Scorer):
             self._held_out = stream, self.points.held_out(self.config.num_samples, f"test/{name}")
         return self._held_out[1]
 
-    @functools.cached_property
+    @property
     def log_density(self) -> Tensor:
         """Of the data in each cell of a grid, [G]."""
-        return self.points.distribution.log_density(self.cells)
+        return _log_density(self.points.distribution)
 
     def quick(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
         """Every score: they are quick."""

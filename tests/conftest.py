@@ -1,5 +1,6 @@
 """What the tests share: one thread, a cache that is not the user's, and small objects to test."""
 
+import gc
 import os
 
 # Before torch and NumPy are imported:
@@ -41,6 +42,15 @@ _LONGEST_FIRST = [
 
 MakePolicy = Callable[..., Policy]
 MakeDxMI = Callable[..., DxMI]
+
+
+gc.disable()  # until all that tests import is there
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of every later garbage collection the million objects of libraries and tests, which stay."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

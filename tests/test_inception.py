@@ -6,6 +6,7 @@ Real weights are 91 MB and are not needed here: random ones under the same names
 import io
 import pickle
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from urllib.error import URLError
 
@@ -23,20 +24,25 @@ from dxmi.metrics.gaussians import Gaussian
 from dxmi.metrics.inception import file_digest, find_weights, hub_path, load_inception
 from support import Pixels
 
-INCEPTION = torch_fidelity("feature_extractor_inceptionv3")
 CPU = torch.device("cpu")
 
 
-class Untrained(INCEPTION.FeatureExtractorInceptionV3):
-    """Keeps its initial weights whatever it is given."""
-
-    def load_state_dict(self, state_dict, *args, **kwargs):
-        return None
+@cache
+def theirs():
+    """torch-fidelity's module, imported only where these tests run: it takes seconds."""
+    return torch_fidelity("feature_extractor_inceptionv3")
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     """Random weights under the published names and shapes; means and variances far from their initial 0 and 1."""
+
+    class Untrained(theirs().FeatureExtractorInceptionV3):
+        """Keeps its initial weights whatever it is given."""
+
+        def load_state_dict(self, state_dict, *args, **kwargs):
+            return None
+
     nothing = io.BytesIO()
     torch.save({}, nothing)
     nothing.seek(0)
@@ -185,7 +191,7 @@ def test_they_are_fetched_once_under_the_name_and_hash_that_torch_fidelity_uses(
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     assert find_weights() == find_weights() == hub_path()
-    assert asked == [(INCEPTION.URL_INCEPTION_V3, "6726825d")]
+    assert asked == [(theirs().URL_INCEPTION_V3, "6726825d")]
 
 
 def test_without_weights_a_sentence_says_where_they_may_be_put(places):

@@ -24,7 +24,7 @@ from dxmi.run_directory import RunDirectory
 from dxmi.sampler import Policy
 from dxmi.scorers import ImageScorer
 from dxmi.train import Phase, _Stopwatch, train
-from support import TINY, changed
+from support import TINY, changed, locked_by_another
 from tune.configs import compose_experiment
 
 
@@ -268,16 +268,8 @@ def test_other_resources_are_no_other_config(undisturbed):
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
     run = RunDirectory(tmp_path / "run")
     run.create()
-    code = (
-        "import sys; from pathlib import Path; from dxmi.run_directory import RunDirectory\n"
-        "lock = RunDirectory(Path(sys.argv[1])).lock(); print('locked', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, str(run.path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        holder.stdout.readline()
-        with pytest.raises(UserError, match="Another process"):
-            train(tiny(), out=run.path)
-        holder.stdin.close()
+    with locked_by_another(run.path / ".lock"), pytest.raises(UserError, match="Another process"):
+        train(tiny(), out=run.path)
 
 
 def test_a_run_is_resumed_into_another_folder_without_touching_the_first(undisturbed, tmp_path):

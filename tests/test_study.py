@@ -5,8 +5,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from dxmi.evaluate import NUM_SAMPLES_KEY, REPORT, Sampling
 from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.scorers import build_scorer
 from dxmi.train import Summary
+from support import locked_by_another
 from tune.plans import Plan, metrics_of, plan_from, require_name
 from tune.study import (
     Outcome,
@@ -342,13 +341,7 @@ def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):
 
 def test_a_study_that_another_process_drives_is_refused_until_that_process_ends(tmp_path):
     folder = make_study(tmp_path).folder
-    code = (
-        "import sys; from filelock import FileLock\n"
-        "lock = FileLock(sys.argv[1]); lock.acquire(); print('locked', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, str(folder.path / ".lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        holder.stdout.readline()
+    with locked_by_another(folder.path / ".lock") as holder:
         with pytest.raises(UserError, match="Another process is driving the study study"):
             folder.lock()
         assert Study.read(folder).records() == []  # looking is free

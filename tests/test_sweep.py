@@ -21,7 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 
 from dxmi.errors import UserError
-from support import TINY, changed, processes_with, wait_until
+from support import TINY, changed, locked_by_another, processes_with, wait_until
 from tune import Sweep
 from tune.cli import main
 from tune.confirmation import chosen, confirmations, fresh_scores
@@ -53,6 +53,9 @@ def summaries(folder: StudyFolder):
     return found
 
 
+SMALL = [*TINY, "sweep=demo", "sweep.budget.trials=3", "sweep.stopping.rule=none"]
+
+
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
     return tmp_path_factory.mktemp("studies")
@@ -61,8 +64,7 @@ def studies(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(studies):
     """A study of three trials, two at a time, from the command line."""
-    arguments = ["sweep=demo", "name=first", "sweep.budget.trials=3", "sweep.stopping.rule=none", *TINY]
-    assert main(["sweep", *arguments, "--studies", str(studies)]) == 0
+    assert main(["sweep", "name=first", *SMALL, "--studies", str(studies)]) == 0
     return StudyFolder(studies / "first")
 
 
@@ -377,42 +379,43 @@ def test_ctrl_c_saves_says_how_to_go_on_and_leaves_nothing_behind(studies, undis
     assert_like(folder, undisturbed)
 
 
-def test_two_drivers_of_one_study_the_second_is_refused(studies, undisturbed):
-    with undisturbed.lock():
-        process = start(studies, "--resume", "undisturbed")
-        said, _ = process.communicate(timeout=200)
-    assert process.returncode == 2
-    assert "Another process is driving the study undisturbed" in said
+def test_two_drivers_of_one_study_the_second_is_refused(studies, finished, capsys):
+    with locked_by_another(finished.path / ".lock"):
+        assert main(["sweep", "--resume", "first", "--studies", str(studies)]) == 2
+    assert "Another process is driving the study first" in capsys.readouterr().err
 
 
-def kill_and_resume(studies: Path, name: str, seconds: list[float]) -> StudyFolder:
-    """Start a study, kill its driver after each of `seconds`, resume, and let the last session end."""
-    arguments = [f"name={name}", *SERIAL]
-    for after in seconds:
-        process = start(studies, *arguments)
-        try:
-            process.communicate(timeout=after)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL) if after < 1.0 else process.kill()
-            process.communicate(timeout=60)  # until what Ray had begun has noticed, and closed the pipe
-        if (studies / name / "study.yaml").exists():
-            arguments = ["--resume", name]
-    process = start(studies, *arguments)
+def kill_and_resume(studies: Path, name: str, after: float) -> StudyFolder:
+    """Start a serial study, kill its driver after some seconds, resume, and let the last session end."""
+    process = start(studies, f"name={name}", *SERIAL)
+    try:
+        process.communicate(timeout=after)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL) if after < 1.0 else process.kill()
+        process.communicate(timeout=60)  # until what Ray had begun has noticed, and closed the pipe
+    begun = (studies / name / "study.yaml").exists()
+    return ended(start(studies, *(["--resume", name] if begun else [f"name={name}", *SERIAL])), studies / name)
+
+
+def ended(process: subprocess.Popen[str], folder: Path) -> StudyFolder:
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    return StudyFolder(studies / name)
+    return StudyFolder(folder)
 
 
-@pytest.mark.parametrize("seconds", [[12.0]])
-def test_a_killed_driver_and_a_resume_end_like_an_undisturbed_sweep(studies, undisturbed, seconds):
-    assert_like(kill_and_resume(studies, "killed", seconds), undisturbed)
+def test_a_killed_driver_and_a_resume_end_like_an_undisturbed_sweep(studies, finished):
+    process = start(studies, "name=killed", *SMALL)
+    wait_until(lambda: any((studies / "killed" / "trials").glob("0001/metrics.jsonl")), 120)
+    process.kill()
+    process.communicate(timeout=60)  # until what Ray had begun has noticed, and closed the pipe
+    assert_like(ended(start(studies, "--resume", "killed"), studies / "killed"), finished)
 
 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments(studies, undisturbed):
     moments = random.Random(0)
     for number in range(10):
-        folder = kill_and_resume(studies, f"killed-{number}", [moments.uniform(0.5, 30.0)])
+        folder = kill_and_resume(studies, f"killed-{number}", moments.uniform(0.5, 30.0))
         assert_like(folder, undisturbed)
 
 
