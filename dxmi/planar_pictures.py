@@ -20,8 +20,12 @@ from dxmi.data import SQUARE
 _VIEW = 1.15 * SQUARE
 """Half the side of what is shown: a little more than the square, for samples that stray."""
 _EXTENT = (-SQUARE, SQUARE, -SQUARE, SQUARE)
-_PANEL = 2.2
-"""Inches a side of a small panel."""
+_PANEL, _GAP = 2.2, 0.1
+_SIDE = _PANEL - _GAP
+_TITLE, _BAR = 0.25, 0.8
+"""Inches of a panel's place and of the gap between two, of a side of a panel, of its title, and of a colour bar with
+its numbers.
+"""
 _COLUMNS = (4, 3)
 """Of panels: the number that leaves fewer places empty."""
 _MOST_TIMES = 11
@@ -43,8 +47,8 @@ def samples_figure(samples: Tensor, density: Tensor) -> Figure:
         samples: [N, 2].
         density: of the data, as a map [S, S].
     """
-    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(4.2, 4.4))
+    axes = _place(figure, 0.1, 0.3, 4.0)
     _shade(axes, density)
     _dots(axes, samples, color="C0")
     _frame(axes)
@@ -90,11 +94,13 @@ def values_figure(maps: Mapping[int, Tensor]) -> Figure:
     """
     *times, last = maps
     titles = [f"$V(x, {t})$" for t in times] + [f"$V(x, {last}) = E(x)$"]
-    panels = _panels(titles)
+    panels = _panels(titles, margin=_BAR + _TITLE)
     heights = np.stack([one.numpy() for one in maps.values()])
     low, high = float(heights.min()), float(heights.max())
     images = [_heights(axes, one, low, high) for axes, one in zip(panels.panels, maps.values(), strict=True)]
-    panels.figure.colorbar(images[0], ax=panels.panels, shrink=0.9, label="V: low is good")
+    width, height = panels.figure.get_size_inches()
+    bar = _place(panels.figure, width - _BAR - _TITLE, 0.1 * height, _GAP, 0.8 * height)
+    panels.figure.colorbar(images[0], cax=bar, label="V: low is good")
     return panels.figure
 
 
@@ -107,7 +113,7 @@ def energy_figure(energy: Tensor, log_density: Tensor, beta: float) -> Figure:
         beta: the inverse temperature at which the energy fits best.
     """
     of_energy, of_data = rf"$\exp(-\beta E(x)) / Z$, $\beta$ = {beta:.3g}", "data: $p(x)$"
-    panels = _panels(["energy $E(x)$", r"data: $-\log p(x)$", of_energy, of_data], columns=2)
+    panels = _panels(["energy $E(x)$", r"data: $-\log p(x)$", of_energy, of_data], columns=2, bar=_BAR)
     surprise = -log_density
     surprise = surprise.clamp(max=float(surprise.min()) + _DEPTH)
     cell = (2.0 * SQUARE) ** 2 / energy.numel()
@@ -116,7 +122,9 @@ def energy_figure(energy: Tensor, log_density: Tensor, beta: float) -> Figure:
     images = [_heights(axes, one) for axes, one in zip(panels.panels[:2], (energy, surprise), strict=True)]
     images += [_image(axes, one, "magma", 0.0, top) for axes, one in zip(panels.panels[2:], densities, strict=True)]
     for axes, image in zip(panels.panels, images, strict=True):
-        panels.figure.colorbar(image, ax=axes, shrink=0.9)
+        left, bottom, width, height = axes.get_position().bounds * np.tile(panels.figure.get_size_inches(), 2)
+        bar = _place(panels.figure, left + width + _GAP, bottom + 0.05 * height, _GAP, 0.9 * height)
+        panels.figure.colorbar(image, cax=bar)
     return panels.figure
 
 
@@ -132,19 +140,35 @@ class _Panels(NamedTuple):
     panels: list[Axes]
 
 
-def _panels(titles: Sequence[str], columns: int | None = None) -> _Panels:
-    """One panel a title; the places that are left over stay empty."""
+def _panels(titles: Sequence[str], columns: int | None = None, *, bar: float = 0.0, margin: float = 0.0) -> _Panels:
+    """One panel a title; the places that are left over stay empty.
+
+    A layout engine would draw the figure twice more to find these places.
+
+    Args:
+        titles: of the panels.
+        columns: of panels.
+        bar: inches that are left free beside each panel.
+        margin: inches that are left free beside all.
+    """
     columns = columns or min(_COLUMNS, key=lambda number: -len(titles) % number)
     rows = -(-len(titles) // columns)
-    figure = Figure(figsize=(columns * _PANEL + 0.6, rows * (_PANEL + 0.25)), layout="constrained")
-    places = list(figure.subplots(rows, columns, squeeze=False).flatten())
-    panels, empty = places[: len(titles)], places[len(titles) :]
-    for axes in empty:
-        axes.set_axis_off()
-    for axes, title in zip(panels, titles, strict=True):
-        axes.set_title(title, fontsize=9)
+    cell, height = _PANEL + bar, rows * (_PANEL + _TITLE)
+    figure = Figure(figsize=(columns * cell + margin + _GAP, height + _GAP))
+    panels = []
+    for index, title in enumerate(titles):
+        row, column = divmod(index, columns)
+        axes = _place(figure, column * cell + _GAP, height - (row + 1) * _PANEL - row * _TITLE - _TITLE + _GAP, _SIDE)
+        axes.set_title(title, fontsize=9, y=1.0, pad=4)
         axes.set(xticks=(), yticks=(), aspect="equal")
+        panels.append(axes)
     return _Panels(figure, panels)
+
+
+def _place(figure: Figure, left: float, bottom: float, width: float, height: float | None = None) -> Axes:
+    """Axes at a place in inches, square unless a height is given."""
+    across, up = figure.get_size_inches()
+    return figure.add_axes((left / across, bottom / up, width / across, (width if height is None else height) / up))
 
 
 def _image(axes: Axes, heights: Tensor, colours: str, low: float, high: float) -> AxesImage:
