@@ -69,12 +69,8 @@ class Entry:
         self.tensors = self.workers.agree(kept)
 
 
-def _nothing() -> None:
-    pass
-
-
 @contextmanager
-def entry(path: Path, workers: Workers = ALONE, on_wait: Callable[[], None] = _nothing) -> Iterator[Entry]:
+def entry(path: Path, workers: Workers = ALONE, on_wait: Callable[[], None] | None = None) -> Iterator[Entry]:
     """The entry of `path`; while it lasts nobody else computes it.
 
     Workers of a group hold it together, and its first one reads and writes the file. While another process computes
@@ -85,6 +81,7 @@ def entry(path: Path, workers: Workers = ALONE, on_wait: Callable[[], None] = _n
         workers: of this process's group.
         on_wait: called by all of them every now and then while another process computes it; may raise to give up.
     """
+    on_wait = on_wait or (lambda: None)
     with ExitStack() as held:
         if workers.size == 1:
             yield Entry(path, workers, _found_or_mine(path, held, on_wait))
@@ -99,7 +96,7 @@ def cached(
     path: Path,
     compute: Callable[[], dict[str, Tensor]],
     workers: Workers = ALONE,
-    on_wait: Callable[[], None] = _nothing,
+    on_wait: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors in `path`, computed and written first if they are not there or damaged; `on_wait` as for `entry`."""
     with entry(path, workers, on_wait) as held:

@@ -318,7 +318,7 @@ class InceptionScorer(_FeatureScorer):
         """Of the data, computed once by all workers together and cached by signature; `on_step` as of a sampling."""
         if self._reference is None:
             compute = functools.partial(self._reference_tensors, on_step)
-            tensors = cached(self.path, compute, self.workers, on_step or (lambda: None))
+            tensors = cached(self.path, compute, self.workers, on_step)
             gaussian = Gaussian(tensors["mean"].to(self.device), tensors["root"].to(self.device))
             self._reference = _Reference(gaussian, tensors["features"])
         return self._reference

@@ -14,6 +14,7 @@ from ray._private.node import Node
 from dxmi.errors import UserError
 from dxmi.machine import available_cpus
 from tune import compat
+from tune.driver import StoppedAtOnceError
 from tune.ray_session import ray_session
 
 PACKAGES = Path(__file__).parent.parent
@@ -93,6 +94,23 @@ def test_a_ray_that_gives_up_waiting_for_itself_is_started_again(monkeypatch):
     with pytest.raises(UserError, match="did not start in time"), ray_session(1, 0):
         pass
     assert len(starts) == 3
+
+
+def test_a_stop_is_heard_between_two_starts_of_a_ray(monkeypatch):
+    starts = []
+
+    def init(**_):
+        starts.append(1)
+        raise RuntimeError("The current node timed out during startup. This could happen because ...")
+
+    def stop_after_the_first():
+        if starts:
+            raise StoppedAtOnceError
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(StoppedAtOnceError), ray_session(1, 0, before_try=stop_after_the_first):
+        pass
+    assert len(starts) == 1
 
 
 def test_a_ray_without_its_filter_of_messages_only_prints_more(monkeypatch):

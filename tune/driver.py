@@ -82,7 +82,8 @@ def drive(
     try:
         slots = conductor.slots
         # Twice, since Ray's start takes SIGTERM for itself.
-        with control.listening(), ray_session(slots.cpus, slots.gpus, groups=slots.workers > 1), control.listening():
+        own_ray = ray_session(slots.cpus, slots.gpus, groups=slots.workers > 1, before_try=control.give_up_if_stopped)
+        with control.listening(), own_ray, control.listening():
             control.checkpoint()
             if not conductor.has_nothing_to_do:
                 _run_trials(conductor, mirror, look, control, trainer)
@@ -143,6 +144,11 @@ class _Control:
     def is_stopped(self) -> bool:
         """Whether a signal has come."""
         return self._at_once or self._conductor.interrupted
+
+    def give_up_if_stopped(self) -> None:
+        """End the session here if a signal has come; called where nothing has begun."""
+        if self.is_stopped():
+            raise StoppedAtOnceError
 
     def checkpoint(self) -> None:
         """End the session here if that was asked for; called where an exception does no harm."""

@@ -3,7 +3,7 @@
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,9 +93,10 @@ def _require_token() -> None:
         )
 
 
-def _start(cpus: int, gpus: int, groups: bool) -> None:
+def _start(cpus: int, gpus: int, groups: bool, before_try: Callable[[], None]) -> None:
     """Start a Ray of our own, again if the machine is so busy that Ray gives up waiting for its own processes."""
     for _ in range(_TRIES):
+        before_try()
         try:
             with lean_ray(state_api=groups):
                 ray.init(
@@ -121,8 +122,16 @@ def _start(cpus: int, gpus: int, groups: bool) -> None:
 
 
 @contextmanager
-def ray_session(cpus: int, gpus: int, *, groups: bool = False) -> Iterator[None]:
-    """The cluster, or a Ray of our own with these devices, while it lasts; `groups` if Ray Train is to run on it.
+def ray_session(
+    cpus: int, gpus: int, *, groups: bool = False, before_try: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """The cluster, or a Ray of our own with these devices, while it lasts.
+
+    Args:
+        cpus: of our own Ray.
+        gpus: of our own Ray.
+        groups: whether Ray Train is to run on it.
+        before_try: called before each try to start one, which may take half a minute; may raise to give up.
 
     Raises:
         UserError: there is another Ray in this process, it would have no token, or the cluster does not answer.
@@ -134,7 +143,7 @@ def ray_session(cpus: int, gpus: int, *, groups: bool = False) -> Iterator[None]
             raise UserError("Ray runs in this process already: end it with ray.shutdown() first.")
         _require_token()
         _quiet()
-        _start(cpus, gpus, groups)
+        _start(cpus, gpus, groups, before_try)
     try:
         yield
     finally:
