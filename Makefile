@@ -6,6 +6,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# What Python compiles is kept, whatever the environment says: without it every process compiles its libraries anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all tests check clean
