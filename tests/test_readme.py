@@ -61,7 +61,7 @@ def test_a_dxmi_command_of_the_readme_works(newcomer, command):
     if arguments[0] == "ablate" and "--dry-run" not in arguments:  # dozens of runs: tests/test_stacks.py runs some
         arguments += ["--dry-run"]
     if arguments[0] == "sweep" and "--resume" not in arguments:
-        arguments += ["sweep.budget.trials=2"]
+        arguments += ["sweep.budget.trials=2", "sweep.max_concurrent=1"]
     assert main(arguments) == 0
 
 

@@ -234,8 +234,8 @@ def studied(tmp_path_factory):
 
 
 def settings(folder: Path) -> list[str]:
-    budget = ["sweep=demo", "sweep.budget.trials=2", "sweep.stopping.rule=none", "tracking.uri=none"]
-    return [*TINY, *budget, f"resources.storage_path={folder / 'kept'}"]
+    budget = ["sweep=demo", "sweep.budget.trials=2", "sweep.stopping.rule=none", "sweep.max_concurrent=1"]
+    return [*TINY, *budget, "tracking.uri=none", f"resources.storage_path={folder / 'kept'}"]
 
 
 def test_a_studys_runs_reach_its_driver_and_its_copy(studied):
