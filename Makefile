@@ -49,13 +49,8 @@ test: setup
 test-all: setup
 	@$(MAKE) --no-print-directory -j2 check tests MARKS="-m ''"
 
-tests: .venv/.compiled
+tests: setup
 	$(PYTEST) $(MARKS)
-
-# Once, and in one process: the processes of the tests would each compile the same libraries at the same time.
-.venv/.compiled: .venv/.ready
-	$(BIN)/python -m pytest --collect-only > /dev/null || true  # the tests themselves say what is wrong
-	touch $@
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -410,7 +410,8 @@ def test_a_killed_driver_and_a_resume_end_like_an_undisturbed_sweep(studies, fin
     wait_until(lambda: any((studies / "killed" / "trials").glob("0001/metrics.jsonl")), 120)
     process.kill()
     process.communicate(timeout=60)  # until what Ray had begun has noticed, and closed the pipe
-    assert_like(ended(start(studies, "--resume", "killed"), studies / "killed"), finished)
+    assert main(["sweep", "--resume", "killed", "--studies", str(studies)]) == 0
+    assert_like(StudyFolder(studies / "killed"), finished)
 
 
 @pytest.mark.slow
