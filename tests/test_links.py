@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dxmi.cache import cache_root
-from dxmi.data.images import data_root, load_folder
+from dxmi.data.images import cifar10, data_root, load_folder, mnist
 from dxmi.errors import UserError
 from dxmi.experiment import Experiment
 from dxmi.files import require_target
@@ -81,3 +81,22 @@ def test_a_link_in_a_circle_and_one_that_leads_somewhere(tmp_path):
     with pytest.raises(UserError, match="circle"):
         require_target(tmp_path / "good" / "circle", "out")
     assert require_target(tmp_path / "good" / "new", "out") == tmp_path / "good" / "new"
+
+
+FILES = {
+    "MNIST/raw/train-images-idx3-ubyte": mnist,
+    "MNIST/raw/train-images-idx3-ubyte.gz": mnist,
+    "cifar-10-batches-bin/data_batch_1.bin": cifar10,
+    "cifar-10-batches-py/data_batch_1": cifar10,
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_published_data(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("DXMI_DATA", str(tmp_path))
+    file = tmp_path / name
+    file.parent.mkdir(parents=True)
+    file.symlink_to(file.parent / "gone")
+    with pytest.raises(UserError, match=r"A file of (MNIST|CIFAR-10) is") as caught:
+        FILES[name](train=True)
+    require_named(caught.value, file)

@@ -166,9 +166,12 @@ def _mnist_like(folder: str, published: str, *, train: bool, accept_unknown: boo
 
 def _find(folder: str, name: str) -> Path:
     raw = data_root() / folder / "raw"
-    for path in (raw / name, raw / f"{name}.gz"):
+    places = (raw / name, raw / f"{name}.gz")
+    for path in places:
         if path.exists():
             return path
+    for path in places:
+        require_target(path, f"A file of {folder}")
     raise UserError(
         f"{name} is missing: it was looked for, plain or as .gz, in {raw}. "
         f"torchvision.datasets.{folder}({str(data_root())!r}, download=True) puts it there; "
@@ -200,7 +203,7 @@ def cifar10(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tenso
     binary = folder.name == cifar.BINARY
 
     def read(name: str) -> cifar.Batch:
-        path = folder / (f"{name}.bin" if binary else name)
+        path = require_target(folder / (f"{name}.bin" if binary else name), "A file of CIFAR-10")
         batch = cifar.read_binary_batch(path) if binary else cifar.read_python_batch(path)
         if not accept_unknown:
             known_files.require_published(path, cifar.binary_rows(batch), known_files.CIFAR10, name)
