@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# What Python compiles is kept, whatever the environment says: without it every process compiles its libraries anew.
+# What Python compiles is kept, whatever the environment says: else every process would compile its libraries anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0

@@ -1,14 +1,13 @@
 """What a run draws of its samples: grids of images, or figures in the plane."""
 
 from abc import ABC, abstractmethod
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dxmi.data import DISTRIBUTIONS, SQUARE, Distribution
-from dxmi.metrics.density import calibrated_kl, square_grid
+from dxmi.metrics.density import calibrated_kl, grid_log_density, square_grid
 from dxmi.pictures import save_figure, save_grid, save_steps_grid
 from dxmi.planar_pictures import energy_figure, samples_figure, shown_times, steps_figure, values_figure
 from dxmi.tensors import require_finite
@@ -68,7 +67,7 @@ class PlanarGallery(Gallery):
 
     def __init__(self, distribution: Distribution) -> None:
         self.cells = square_grid(SQUARE, _CELLS)
-        self.log_density = _log_density(distribution)
+        self.log_density = _map(grid_log_density(distribution, _CELLS))
 
     def draw_samples(self, path: Path, samples: Tensor) -> None:
         """Dots over the data's density."""
@@ -92,12 +91,6 @@ class PlanarGallery(Gallery):
         energy = maps[num_steps]
         beta = calibrated_kl(energy.flatten(), self.log_density.flatten()).beta
         save_figure(folder / "energy.png", energy_figure(energy, self.log_density, beta))
-
-
-@cache
-def _log_density(distribution: Distribution) -> Tensor:
-    """As a map; it takes as long as many iterations, so a process computes it once."""
-    return _map(distribution.log_density(square_grid(SQUARE, _CELLS)))
 
 
 def _map(heights: Tensor) -> Tensor:

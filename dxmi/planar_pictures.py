@@ -122,9 +122,7 @@ def energy_figure(energy: Tensor, log_density: Tensor, beta: float) -> Figure:
     images = [_heights(axes, one) for axes, one in zip(panels.panels[:2], (energy, surprise), strict=True)]
     images += [_image(axes, one, "magma", 0.0, top) for axes, one in zip(panels.panels[2:], densities, strict=True)]
     for axes, image in zip(panels.panels, images, strict=True):
-        left, bottom, width, height = axes.get_position().bounds * np.tile(panels.figure.get_size_inches(), 2)
-        bar = _place(panels.figure, left + width + _GAP, bottom + 0.05 * height, _GAP, 0.9 * height)
-        panels.figure.colorbar(image, cax=bar)
+        panels.figure.colorbar(image, cax=axes.inset_axes((1.0 + _GAP / _SIDE, 0.05, _GAP / _SIDE, 0.9)))
     return panels.figure
 
 
@@ -158,7 +156,7 @@ def _panels(titles: Sequence[str], columns: int | None = None, *, bar: float = 0
     panels = []
     for index, title in enumerate(titles):
         row, column = divmod(index, columns)
-        axes = _place(figure, column * cell + _GAP, height - (row + 1) * _PANEL - row * _TITLE - _TITLE + _GAP, _SIDE)
+        axes = _place(figure, column * cell + _GAP, height - (row + 1) * (_PANEL + _TITLE) + _GAP, _SIDE)
         axes.set_title(title, fontsize=9, y=1.0, pad=4)
         axes.set(xticks=(), yticks=(), aspect="equal")
         panels.append(axes)

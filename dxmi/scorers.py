@@ -52,7 +52,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dxmi.cache import cached
-from dxmi.data import SQUARE, DataConfig, Dataset, Distribution, Images, Points
+from dxmi.data import SQUARE, DataConfig, Dataset, Images, Points
 from dxmi.energy import Energy
 from dxmi.errors import UserError
 from dxmi.evaluate import (
@@ -68,7 +68,7 @@ from dxmi.evaluate import (
     measure,
 )
 from dxmi.metrics.classifier import CLASSIFIERS
-from dxmi.metrics.density import calibrated_kl, roc_auc, square_grid
+from dxmi.metrics.density import calibrated_kl, grid_log_density, roc_auc, square_grid
 from dxmi.metrics.fidelity import (
     classifier_features,
     frechet_distance,
@@ -409,12 +409,6 @@ def count_name(num: int) -> str:
     return f"{num // 1000}k" if num % 1000 == 0 else str(num)
 
 
-@functools.cache
-def _log_density(distribution: Distribution) -> Tensor:
-    """In each cell of the grid, [G]; it takes as long as many iterations, so a process computes it once."""
-    return distribution.log_density(square_grid(SQUARE, _CELLS))
-
-
 class PlanarScorer(Scorer):
     """Scores points in the plane, and the energy against the exact density.
 
@@ -444,7 +438,7 @@ class PlanarScorer(Scorer):
     @property
     def log_density(self) -> Tensor:
         """Of the data in each cell of a grid, [G]."""
-        return _log_density(self.points.distribution)
+        return grid_log_density(self.points.distribution, _CELLS)
 
     def quick(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
         """Every score: they are quick."""

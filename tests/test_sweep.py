@@ -335,6 +335,13 @@ def start(studies: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def ended(process: subprocess.Popen[str], folder: Path) -> StudyFolder:
+    """The study that a process of `start` has run to its end."""
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return StudyFolder(folder)
+
+
 def processes_of(studies: Path) -> set[int]:
     """What runs now of what `start` has started, directly or not."""
     return set(processes_with(f"MARK={studies}"))
@@ -345,10 +352,7 @@ SERIAL = [*TINY, "sweep=demo", "sweep.budget.trials=3", "sweep.stopping.first_st
 
 @pytest.fixture(scope="module")
 def undisturbed(studies):
-    process = start(studies, "name=undisturbed", *SERIAL)
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
-    return StudyFolder(studies / "undisturbed")
+    return ended(start(studies, "name=undisturbed", *SERIAL), studies / "undisturbed")
 
 
 def assert_like(folder: StudyFolder, undisturbed: StudyFolder) -> None:
@@ -375,10 +379,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_leaves_nothing_behind(studies, undis
     assert f"dxmi sweep --resume {folder.path}" in said
     wait_until(lambda: not processes_of(studies), 20)
     assert "RUNNING" not in {run.info.status for runs in runs_of(folder) for run in runs}
-    second = start(studies, "--resume", "stopped")
-    said, _ = second.communicate(timeout=200)
-    assert second.returncode == 0, said
-    assert_like(folder, undisturbed)
+    assert_like(ended(start(studies, "--resume", "stopped"), studies / "stopped"), undisturbed)
 
 
 def test_two_drivers_of_one_study_the_second_is_refused(studies, finished, capsys):
@@ -397,12 +398,6 @@ def kill_and_resume(studies: Path, name: str, after: float) -> StudyFolder:
         process.communicate(timeout=60)  # until what Ray had begun has noticed, and closed the pipe
     begun = (studies / name / "study.yaml").exists()
     return ended(start(studies, *(["--resume", name] if begun else [f"name={name}", *SERIAL])), studies / name)
-
-
-def ended(process: subprocess.Popen[str], folder: Path) -> StudyFolder:
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return StudyFolder(folder)
 
 
 def test_a_killed_driver_and_a_resume_end_like_an_undisturbed_sweep(studies, finished):

@@ -6,7 +6,6 @@ cannot be done quickly, or ends in a number that is none, nothing is claimed.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -47,7 +46,8 @@ def digests(configs: Sequence[ExperimentConfig]) -> dict[str, Digest]:
     for config, tree in zip(configs, trees, strict=True):
         if config.signature not in found:
             small = narrow | {path: sizes[path].get(value, value) for path, value in tree.items() if path in sizes}
-            found[config.signature] = _digest(json.dumps(tree_with(config, small)))
+            copy = tree_with(config, small) | {"resources": to_tree(ResourcesConfig(device="cpu"))}
+            found[config.signature] = _digest(build(ExperimentConfig, copy))
     return found
 
 
@@ -73,10 +73,8 @@ def _sizes(trees: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, float]]:
 
 
 @lru_cache(maxsize=1024)
-def _digest(text: str) -> Digest:
-    """Of the config whose tree this is, as JSON: the same one is not trained twice in a process."""
-    tree = json.loads(text) | {"resources": to_tree(ResourcesConfig(device="cpu"))}
-    config = build(ExperimentConfig, tree)
+def _digest(config: ExperimentConfig) -> Digest:
+    """Of a small copy, which is not trained twice in a process."""
     networks = (config.network.denoiser, config.network.energy, config.network.value)
     if config.schedule.num_steps > _MAX_STEPS or not all(isinstance(network, MlpConfig) for network in networks):
         return None  # it would not be quick

@@ -3,11 +3,13 @@
 Axis letters: N, M points, G cells of a grid.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dxmi.data import SQUARE, Distribution
 from dxmi.tensors import require_finite
 
 _STEEPEST = 1e6
@@ -38,6 +40,15 @@ def square_grid(half_side: float, cells: int) -> Tensor:
     """
     axis = ((torch.arange(cells, dtype=torch.float64) + 0.5) * (2.0 / cells) - 1.0) * half_side
     return torch.cartesian_prod(axis, axis).float()
+
+
+@cache
+def grid_log_density(distribution: Distribution, cells: int) -> Tensor:
+    """A distribution's log density in each cell of `square_grid(SQUARE, cells)`, only to be read: [cells^2].
+
+    It takes as long as many iterations, so a process computes it once.
+    """
+    return distribution.log_density(square_grid(SQUARE, cells))
 
 
 class Calibrated(NamedTuple):
