@@ -361,6 +361,22 @@ def test_ctrl_c_while_it_starts_is_no_traceback(tmp_path, seconds):
     assert "Traceback" not in errors or "tune/cli.py" not in errors
 
 
+@pytest.mark.parametrize("module", ["dxmi", "tune.machine", "tune.commands"])
+def test_ctrl_c_during_any_import_of_ours_is_no_traceback(module):
+    program = f"""
+import sys
+from tune.cli import main
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+sys.exit(main(["--help"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "dxmi: stopped.\n")
+
+
 def test_a_corrupt_checkpoint_is_named_and_the_other_is_sampled(run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)

@@ -3,29 +3,35 @@
 import sys
 from collections.abc import Sequence
 
-from dxmi.errors import UserError
-
 BAD_INPUT, STOPPED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code, see `tune.commands.run`."""
     try:
-        from tune.machine import give_home, spare_loopback  # noqa: PLC0415  (no import is outside this try)
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("dxmi: stopped.", file=sys.stderr)
+        return STOPPED
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    # Everything is imported here, where a Ctrl-C is heard: reading the first module from a slow disk takes long enough.
+    from dxmi.errors import UserError  # noqa: PLC0415
+
+    try:
+        from tune.machine import give_home, spare_loopback  # noqa: PLC0415
 
         spare_loopback()
         said = give_home()  # first: what is imported below looks for it
         if said:
             print(f"dxmi: {said}", file=sys.stderr)
-        from tune.commands import run  # noqa: PLC0415  (a Ctrl-C while PyTorch is imported is no error)
+        from tune.commands import run  # noqa: PLC0415
 
         return run(arguments)
     except UserError as error:
         print(f"dxmi: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print("dxmi: stopped.", file=sys.stderr)
-        return STOPPED
 
 
 if __name__ == "__main__":
