@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter
+from matplotlib.ticker import FormatStrFormatter, MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -129,6 +129,7 @@ def _draw_others(figure: Figure, others: Mapping[str, Curve]) -> None:
     panels = _placed(figure, len(shown), left=7.2, right=_CURVES[0] - 0.15, top=_CURVES[1] - 0.25)
     for axes, (key, curve) in zip(panels, shown.items(), strict=True):
         axes.plot(*_columns(curve), linewidth=1, color="0.3")
+        axes.yaxis.set_major_locator(MaxNLocator(3))
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.set_title(key, loc="left", fontsize=8, y=1.0)
         axes.tick_params(labelsize=7)

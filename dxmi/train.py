@@ -248,8 +248,9 @@ def _story(member: Member, resume_from: Path | None = None) -> Story[Summary | N
     if finished is not None:
         summary = _read_summary(run, finished)
         if workers.is_first and member.report is not None:
-            for sentence in _changed_inputs(run, summary, experiment):
-                member.report(Progress(Phase.REPORT, 2, 2, note=sentence))
+            for sentence in changed_inputs(run, finished, experiment):
+                text = f"{sentence} Choose another out to train on the present ones."
+                member.report(Progress(Phase.REPORT, 2, 2, note=text))
         return summary
     scorer = build_scorer(experiment.data, config.evaluate, cache_root(), experiment.device, workers)
     with held:
@@ -273,9 +274,15 @@ def _refuse_other_run(run: RunDirectory, experiment: Experiment) -> None:
         )
 
 
-def _changed_inputs(run: RunDirectory, summary: Summary, experiment: Experiment) -> list[str]:
-    """Sentences about a finished run whose data or public weights are no longer those that it read."""
-    recorded = summary.inputs or _recorded_data(run)
+def changed_inputs(run: RunDirectory, summary: Mapping[str, Any], experiment: Experiment) -> list[str]:
+    """Sentences about a finished run whose data or public weights are no longer those that it read.
+
+    Args:
+        run: the run.
+        summary: what its summary.json holds.
+        experiment: of its config; the data, and the weights if there are some, are read anew.
+    """
+    recorded = summary.get("inputs") or _recorded_data(run)
     try:
         now = experiment.inputs()
     except UserError as error:
@@ -283,7 +290,7 @@ def _changed_inputs(run: RunDirectory, summary: Summary, experiment: Experiment)
     names = {"data": "data", "weights": "pretrain.weights"}
     return [
         f"{run.path} was trained on other {names[key]} (signature {recorded[key][:12]}, now {now[key][:12]}): its "
-        "numbers are of those. Choose another out to train on the present ones."
+        "numbers are of those."
         for key in now
         if key in recorded and recorded[key] != now[key]
     ]

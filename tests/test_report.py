@@ -35,7 +35,7 @@ from tune.configs import compose_experiment
 from tune.confirmation import _keep, confirmations, unconfirmed
 from tune.figures import Reference, importance_obstacle, importances, references, study_figures
 from tune.leaderboard import (
-    changed_data,
+    changed_inputs,
     free_sampler_sentences,
     fresh_sentence,
     leaderboard,
@@ -960,10 +960,20 @@ def test_data_that_changed_while_a_study_went_on_are_told_of(tmp_path):
     for number, signature in enumerate(("aaa", "aaa", "bbb")):
         _score_with(study.complete(5.0 + number), signature)
         expected = "" if number < 2 else "(aaa from trial 0 on, bbb from trial 2 on)"
-        said = changed_data(study.study.plan, study.records)
+        said = changed_inputs(study.study.plan, study.records)
         assert expected in said
         assert bool(said) == bool(expected)
     assert "The data changed while this study went on" in study.report()
+
+
+def test_public_weights_that_changed_while_a_study_went_on_are_told_of(tmp_path):
+    study = Fabricated(tmp_path)
+    for number, signature in enumerate(("aaa", "bbb")):
+        record = study.complete(5.0 + number)
+        record.run.write_summary({**record.run.read_summary(), "inputs": {"data": "same", "weights": signature}})
+    assert changed_inputs(study.study.plan, study.records).startswith(
+        "The files of pretrain.weights changed while this study went on (aaa from trial 0 on, bbb from trial 1 on)"
+    )
 
 
 def test_trials_that_ask_for_other_data_may_have_them(tmp_path):
@@ -972,4 +982,4 @@ def test_trials_that_ask_for_other_data_may_have_them(tmp_path):
     for _ in range(6):
         record = study.complete(5.0)
         _score_with(record, str(record.values["data.label"]))
-    assert changed_data(study.study.plan, study.records) == ""
+    assert changed_inputs(study.study.plan, study.records) == ""

@@ -20,6 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 
+from dxmi.data import LOADERS
 from dxmi.errors import UserError
 from support import TINY, changed, locked_by_another, processes_with, wait_until
 from tune import Sweep
@@ -132,14 +133,24 @@ def test_best_yaml_trains_to_the_same_signature_and_the_same_numbers(finished, t
     assert again["scores"]["best"] == trial["scores"]["best"]
 
 
-def test_a_finished_study_is_not_run_again(finished, studies):
+def test_a_finished_study_is_not_run_again(finished, studies, capsys):
     kept = finished.path / "confirmation.json"
     written = kept.stat().st_mtime_ns
     before = {path: path.stat().st_mtime_ns for path in finished.trials.rglob("*") if path.is_file()}
     assert main(["sweep", "--resume", "first", "--studies", str(studies)]) == 0
     assert {path: path.stat().st_mtime_ns for path in finished.trials.rglob("*") if path.is_file()} == before
     assert kept.stat().st_mtime_ns == written
+    assert "trained on other" not in capsys.readouterr().err
     assert len(runs_of(finished)[1]) == 3
+
+
+def test_a_finished_study_says_that_its_data_have_changed_since(finished, studies, monkeypatch, capsys):
+    pixels, labels = LOADERS["digits"](train=True)
+    monkeypatch.setitem(LOADERS, "digits", lambda **_: (pixels[::2], labels[::2]))
+    assert main(["sweep", "--resume", "first", "--studies", str(studies)]) == 0
+    (sentence,) = (line for line in capsys.readouterr().err.splitlines() if "trained on other data" in line)
+    assert str(finished.run(0).path) in sentence
+    assert sentence.endswith("Choose another name to train on the present ones.")
 
 
 @pytest.mark.slow

@@ -380,35 +380,42 @@ def _caption(plan: Plan, rows: Sequence[Row], shown: Sequence[Row], fresh: str) 
     return " ".join(sentences)
 
 
-def changed_data(plan: Plan, records: Sequence[TrialRecord]) -> str:
-    """A sentence if trials that should share their data did not: the files changed while the study went on.
+def changed_inputs(plan: Plan, records: Sequence[TrialRecord]) -> str:
+    """Sentences if trials that should share data or public weights did not: files changed while the study went on.
 
-    A trial that is gone on with notices by itself; one that is begun afterwards takes the data as they then are.
+    A trial that is gone on with notices by itself; one that is begun afterwards takes the files as they then are.
+    """
+    summaries = {record.number: summary for record in records if (summary := summary_of(record))}
+    configs = {record.number: plan.tree_of(record.values) for record in records if record.number in summaries}
+    data = {number: (_scored_with(summary), configs[number]["data"]) for number, summary in summaries.items()}
+    weights = {
+        number: (dict(summary.get("inputs") or {}).get("weights"), configs[number]["pretrain"]["weights"])
+        for number, summary in summaries.items()
+    }
+    found = {"The data": _course(data), "The files of pretrain.weights": _course(weights)}
+    return " ".join(
+        f"{what} changed while this study went on ({course}): scores of trials before and after do not compare."
+        for what, course in found.items()
+        if course
+    )
+
+
+def _course(seen: Mapping[int, tuple[str | None, Any]]) -> str:
+    """Which signature is that of which trials, where trials with the same setting have several.
+
+    Args:
+        seen: by trial, the signature of what it read, and the setting that names it.
     """
     found: dict[str, dict[str, int]] = {}
-    for record in records:
-        signature = _scored_with(record)
+    for number, (signature, setting) in seen.items():
         if signature is not None:
-            same = found.setdefault(_data_settings(plan, record), {})
-            same.setdefault(signature, record.number)
-    changed = next((same for same in found.values() if len(same) > 1), None)
-    if changed is None:
-        return ""
-    course = ", ".join(f"{signature} from trial {number} on" for signature, number in changed.items())
-    return f"The data changed while this study went on ({course}): scores of trials before and after do not compare."
+            found.setdefault(json.dumps(setting, sort_keys=True), {}).setdefault(signature, number)
+    changed = next((same for same in found.values() if len(same) > 1), {})
+    return ", ".join(f"{signature[:12]} from trial {number} on" for signature, number in changed.items())
 
 
-def _data_settings(plan: Plan, record: TrialRecord) -> str:
-    """Text that trials share if their configs ask for the same data."""
-    return json.dumps(plan.tree_of(record.values)["data"], sort_keys=True)
-
-
-def _scored_with(record: TrialRecord) -> str | None:
+def _scored_with(summary: Mapping[str, Any]) -> str | None:
     """The signature of the data that a trial was scored with, if it tells."""
-    try:
-        summary = record.run.read_summary() or {}
-    except (OSError, UserError):
-        return None
     about = summary.get("scored_with")
     reference = about.get("reference") if isinstance(about, dict) else None
     return reference if isinstance(reference, str) else None

@@ -59,7 +59,7 @@ from tune.leaderboard import (
     NOT_COMPUTED,
     best_of,
     better,
-    changed_data,
+    changed_inputs,
     fidelity_columns,
     free_sampler_sentences,
     fresh_columns,
@@ -251,7 +251,7 @@ def _score(record: TrialRecord) -> float:
 
 def _notes(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
     """What to be wary of: data that changed, and settings whose best value is at the edge of what was searched."""
-    warning = changed_data(plan, records)
+    warning = changed_inputs(plan, records)
     notes = [warning] if warning else []
     best = best_of(plan, records)
     if best is None:

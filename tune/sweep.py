@@ -7,10 +7,11 @@ sweep.results()    # a pandas DataFrame
 sweep.figures()    # matplotlib figures by name
 """
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -19,10 +20,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from dxmi.config import to_tree
+from dxmi.config import build, to_tree
 from dxmi.errors import UserError
+from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
 from dxmi.files import require_target
-from dxmi.train import train
+from dxmi.train import changed_inputs, train
 from tune.ablation_plan import AblationPlan, any_plan_from
 from tune.ablation_results import results_of, write_tables
 from tune.cluster import require_fit
@@ -34,12 +36,12 @@ from tune.devices import Slots, find_slots
 from tune.driver import StoppedAtOnceError, drive
 from tune.estimate import Estimate, estimate
 from tune.figures import study_figures
-from tune.leaderboard import leaderboard, write_best, write_leaderboard
+from tune.leaderboard import leaderboard, summary_of, write_best, write_leaderboard
 from tune.live import SweepView
 from tune.mirror import Mirror
 from tune.plans import Plan, plan_from, require_name
 from tune.report import write_report
-from tune.study import Study, StudyFolder, TrialRecord
+from tune.study import Study, StudyFolder, TrialRecord, TrialState
 from tune.tracking import Tracker
 from tune.trial import Trainer
 
@@ -56,6 +58,7 @@ class SweepResult:
         ended: why the session ended.
         interrupted: whether the study is to be resumed.
         undelivered: records that the tracking server has not got yet.
+        outdated: sentences about data or weights that changed since the trials ended, where none was left to run.
     """
 
     folder: StudyFolder
@@ -63,6 +66,7 @@ class SweepResult:
     ended: str
     interrupted: bool
     undelivered: int
+    outdated: Sequence[str] = ()
 
     @property
     def all_failed(self) -> bool:
@@ -175,10 +179,24 @@ class Sweep:
             conductor = Conductor(study, self.slots, note=view.note)
             tracker = Tracker(self.folder, self.plan, complain)
             tracker.start()
+            outdated = self._outdated(study) if conductor.has_nothing_to_do else ()
             at_once = self._drive(conductor, mirror, view, tracker, trainer)
             result = self._close(conductor, tracker, at_once)
             mirror.finish()
-            return result
+            return replace(result, outdated=outdated)
+
+    def _outdated(self, study: Study) -> list[str]:
+        """Sentences about data and public weights that are no longer those that complete trials read, each once."""
+        found: dict[str, list[str]] = {}
+        for record in study.records():
+            summary = summary_of(record)
+            if record.state is TrialState.COMPLETE and summary:
+                tree = self.plan.tree_of(record.values)
+                read = json.dumps([tree["data"], tree["pretrain"]["weights"]], sort_keys=True)
+                if read not in found:
+                    config = build(ExperimentConfig, tree | {"resources": to_tree(ResourcesConfig(device="cpu"))})
+                    found[read] = changed_inputs(record.run, summary, Experiment(config))
+        return [f"{text} Choose another name to train on the present ones." for each in found.values() for text in each]
 
     def _mirror(self) -> Mirror:
         return Mirror(self.folder, self.plan.experiment.resources.storage_path, complain)

@@ -24,7 +24,7 @@ from tune.console import Terminal, complain
 from tune.designs import two_level_design
 from tune.doctor import Verdict, examine
 from tune.estimate import Estimate
-from tune.leaderboard import changed_data, free_sampler_sentences, leaderboard_table
+from tune.leaderboard import changed_inputs, free_sampler_sentences, leaderboard_table
 from tune.live import duration
 from tune.pages import experiment_page, newest_pages, study_pages
 from tune.plans import Plan, require_name
@@ -142,9 +142,10 @@ def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
             console.out(f"{label + ':':<13}{path}", highlight=False)
     for line in _in_mlflow(chosen.plan, result):
         console.out(line, highlight=False)
-    warning = changed_data(chosen.plan, result.records)
-    if warning:
-        complain(warning)
+    warning = changed_inputs(chosen.plan, result.records)
+    for sentence in (warning, *result.outdated):
+        if sentence:
+            complain(sentence)
     command = "ablate" if isinstance(chosen.plan, AblationPlan) else "sweep"
     resume = f"dxmi {command} --resume {result.folder.path}"
     if result.undelivered:
