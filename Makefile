@@ -9,7 +9,7 @@ BIN := .venv/bin
 # What Python compiles is kept, whatever the environment says: else every process would compile its libraries anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-PYTEST := $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all tests check clean
 
