@@ -146,6 +146,19 @@ class RunDirectory:
 _MAX_YAML_BYTES = 1_000_000
 
 
+class _AliasError(Exception):
+    """A file holds an alias, by which a small one could become large in memory."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Stops at the first alias. Not LibYAML's: deeply nested files hold that up for minutes, or end the process."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise _AliasError
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: Path, missing: str) -> dict[str, Any]:
     """A mapping of plain values from a YAML file: no object tags, no aliases, no more than a megabyte.
 
@@ -162,9 +175,9 @@ def read_yaml(path: Path, missing: str) -> dict[str, Any]:
     if size > _MAX_YAML_BYTES:
         raise UserError(f"{path} has {size} bytes: a config has at most {_MAX_YAML_BYTES}.")
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise UserError(f"{path} uses YAML aliases: write the values out.")
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=_PlainLoader)  # noqa: S506  (it is a safe loader)
+    except _AliasError as error:
+        raise UserError(f"{path} uses YAML aliases: write the values out.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = _reason(error)
         raise UserError(f"{path} is not a plain YAML config: {reason}") from error

@@ -27,6 +27,8 @@ from support import TINY, changed
 from tune.cli import main
 from tune.configs import compose_experiment
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 SMALL = [
     "experiment=digits",
     "pretrain.batch_size=8",

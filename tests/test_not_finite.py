@@ -31,6 +31,8 @@ from dxmi.workers import Alone, Workers
 from support import TINY, changed
 from tune.configs import compose_experiment
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 CONFIG = EvaluateConfig(num_samples=8, batch_size=4)
 EVENTS = [(1, 8, 8), (2,)]
 NUMBERS = [math.nan, math.inf, -math.inf]

@@ -98,6 +98,7 @@ def test_the_samples_are_scored_everywhere_and_the_energy_where_there_is_one(run
     assert all(set(row) >= POINT_SCORES | ENERGY_SCORES for row in rows)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_last_checkpoint_counts_in_the_plane_and_the_best_if_asked_for(run, tmp_path):
     """The rates are so large that the samples of the last are the worst."""
     rates = ("algorithm.policy.lr=0.3", "algorithm.policy.decay=constant", "algorithm.policy.max_grad_norm=null")
@@ -113,6 +114,7 @@ def test_the_last_checkpoint_counts_in_the_plane_and_the_best_if_asked_for(run, 
         assert (summary.scores["best"] == summary.scores["last"]) == (result == "last")
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_run_that_trains_no_energy_neither_scores_nor_draws_one(tmp_path):
     out = tmp_path / "run"
     summary = train(tiny("train.iterations=0", "schedule.num_steps=30"), out=out)
@@ -124,6 +126,7 @@ def test_a_run_that_trains_no_energy_neither_scores_nor_draws_one(tmp_path):
     assert json.loads(path.read_text()) == summary.scores["best"]
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("stop_at", [0, 15])
 def test_a_stopped_planar_run_goes_on_to_the_same_end(run, tmp_path, stop_at):
     out = tmp_path / "run"

@@ -27,6 +27,8 @@ from dxmi.train import Phase, _Stopwatch, train
 from support import TINY, changed, locked_by_another
 from tune.configs import compose_experiment
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 
 def tiny(*overrides: str) -> Experiment:
     return Experiment(compose_experiment(changed(TINY, *overrides)).experiment)

@@ -21,6 +21,8 @@ from dxmi.train import Member, Phase, train, train_stacked
 from support import TINY, changed
 from tune.configs import compose_experiment
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 SEEDS = (0, 3, 7)
 NETWORK = {"kind": "mlp", "hidden": 32, "layers": 3, "embedding": 16}
 SEPARATE = {"value": "separate", "preset": "objective"}

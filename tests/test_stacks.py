@@ -31,6 +31,8 @@ from tune.study import Study, StudyFolder, TrialState
 from tune.sweep_commands import _stack_text
 from tune.sweep_config import TrackingConfig
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 VARIANTS = {"no_entropy": {"algorithm.entropy_coef": 0}, "fast": {"algorithm.policy.lr": 3.0e-4}}
 TWO_SLOTS = Slots(cpus=2, gpus=0, threads=1, gpu_share=0.0, concurrent=2)
 

@@ -20,6 +20,8 @@ from tune.mirror import Mirror
 from tune.storage import Remote, join, kept, light, node_folder, whole
 from tune.study import StudyFolder, TrialState
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 QUIET = Console(quiet=True)
 
 
