@@ -161,6 +161,41 @@ def test_auto_gives_more_seeds_where_the_verdict_is_open_and_only_there(played):
     assert seen["no_entropy"] == "better"
 
 
+def test_auto_shows_what_there_is_while_arms_run_ahead_of_the_baseline_and_of_each_other(played):
+    study = played(seeds={"first": 3, "cap": 12})
+    begun = {(record.values["arm"], record.values["seed"]): record for record in (study.add() for _ in range(9))}
+    ahead = [("baseline", 0), *((arm, seed) for seed in (0, 1) for arm in ("fast", "no_entropy"))]
+    for arm, seed in ahead:
+        study.end(begun[arm, seed].number, shifted(fast=1.0)(arm, seed))
+    assert set(verdicts(study).values()) == {"2 of 3 running", "1 of 3 running, baseline 2 of 3 running"}
+    require_said_everywhere(study, "baseline 2 of 3 running")
+
+
+def test_effects_are_not_tested_where_seeds_were_added_as_verdicts_needed_them(played):
+    study = played(factors=FACTORS, seeds={"first": 3, "cap": 7})
+    study.play(lambda arm, seed: shifted()(arm, seed) + (2.0 if "fast" in arm else 0.0))
+    effects = outcome(study).effects
+    assert len(effects) == 3
+    for effect in effects:
+        assert math.isnan(effect.p)
+        assert math.isnan(effect.p_holm)
+        assert f"no test: seeds were added as verdicts needed them ({effect.seeds} seeds)" in str(effect)
+
+
+def test_until_all_arms_have_ended_a_verdict_counts_those_that_have_not(played):
+    """Ten arms, seven seeds: p = 2 / 2^7 for one alone, ten times that while nine are to come."""
+    variants = {f"arm{k}": {"algorithm.entropy_coef": 0.1 + k} for k in range(10)}
+    study = played(seeds=7, variants=variants)
+    scores = shifted(arm0=-5.0)
+    first = [record for record in iter(study.add, None) if record.values["arm"] in ("baseline", "arm0")]
+    for record in first:
+        study.end(record.number, scores(record.values["arm"], record.values["seed"]))
+    found = {comparison.arm: comparison for comparison in outcome(study).comparisons}
+    assert found["arm0"].p == pytest.approx(2 / 2**7)
+    assert found["arm0"].p_adjusted == pytest.approx(20 / 2**7)
+    assert verdicts(study)["arm0"] == "other arms have not ended"
+
+
 def test_auto_waits_for_running_trials_before_it_decides(played):
     study = played(seeds={"first": 3, "cap": 12})
     begun = [study.add() for _ in range(9)]
@@ -380,7 +415,10 @@ def test_a_study_that_has_not_ended_says_so_and_has_no_verdict(played):
     study.add()
     assert verdicts(study) == {"baseline": "", "no_entropy": "1 of 7 running", "fast": "1 of 7 not begun"}
     results = outcome(study)
-    assert results.unfinished == "The study is not finished: of 21 runs 1 running, 1 not begun."
+    assert results.unfinished == (
+        "The study is not finished: of 21 runs 1 running, 1 not begun. Until it is, p-values have Holm's correction "
+        "for all arms."
+    )
     assert results.unfinished in str(arms_table(results).caption)
     assert results.unfinished in latex(results)
     require_said_everywhere(study, "1 of 7 not begun")
@@ -542,17 +580,28 @@ def test_the_report_has_the_maps_of_each_arms_first_seed_that_drew_some(played):
 # The record
 
 
+def recorded(root: Path) -> list:
+    """Every run in a local store."""
+    client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    return list(client.search_runs([client.get_experiment_by_name("dxmi").experiment_id]))
+
+
 def test_mlflow_has_study_arm_and_seed(played, tmp_path):
     study = played(seeds=2)
     study.play(shifted(), most=5)
     for goes_on in (True, False):
+        expected = {c.arm: c.p_adjusted for c in outcome(study).comparisons if not math.isnan(c.p_adjusted)}
         tracker = Tracker(study.folder, study.plan, pytest.fail)
         tracker.start()
         tracker.update(study.records(), running=())
         assert tracker.finish("interrupted" if goes_on else "", patient=True) == 0
+        sent = {
+            run.data.tags.get("arm"): run.data.metrics for run in recorded(tmp_path) if "trial_id" not in run.data.tags
+        }
+        assert {arm: sent[arm]["arm/p_adjusted"] for arm in expected} == pytest.approx(expected)
         study.play(shifted())
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    runs = client.search_runs([client.get_experiment_by_name("dxmi").experiment_id])
+    assert len(expected) == 2
+    runs = recorded(tmp_path)
     names = {run.info.run_id: run.data.tags["mlflow.runName"] for run in runs}
     parents = {names[r.info.run_id]: names.get(r.data.tags.get("mlflow.parentRunId")) for r in runs}
     assert len(runs) == len(parents) == 1 + 3 + 6
@@ -571,9 +620,7 @@ def test_mlflow_says_which_runs_of_an_arm_are_missing(played, tmp_path):
     tracker.start()
     tracker.update(study.records(), running=())
     assert tracker.finish("", patient=True) == 0
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    runs = client.search_runs([client.get_experiment_by_name("dxmi").experiment_id])
-    (fast,) = (run for run in runs if run.data.tags["mlflow.runName"] == "study/fast")
+    (fast,) = (run for run in recorded(tmp_path) if run.data.tags["mlflow.runName"] == "study/fast")
     assert fast.data.tags["verdict"] == "failed at 1 of 3 seeds"
     assert fast.data.tags["missing"] == "1 failed"
     assert (fast.data.metrics["arm/missing"], fast.data.metrics["arm/lost"]) == (1.0, 1.0)
@@ -619,6 +666,26 @@ def test_bad_input_is_a_sentence_and_code_2_and_writes_nothing(tmp_path, capsys,
     assert sentence in said
     assert said.count("\n") == 1
     assert not (tmp_path / "studies").exists()
+
+
+def test_the_wrong_command_to_go_on_with_a_study_names_the_right_one(played, tmp_path, capsys):
+    study = played(seeds=2)
+    sweep = Sweep("sweep=demo", *TINY, name="swept", studies=tmp_path)
+    sweep.folder.path.mkdir()
+    Study.drive(sweep.folder, sweep.plan)
+    for arguments, command in ((["sweep", "--resume", "study"], "ablate"), (["ablate", "--resume", "swept"], "sweep")):
+        for dry in ([], ["--dry-run"]):
+            assert main([*arguments, *dry, "--studies", str(tmp_path)]) == 2
+            assert f"To go on with it: dxmi {command} --resume {tmp_path / arguments[-1]}" in capsys.readouterr().err
+    study.folder.journal.unlink()
+    with pytest.raises(UserError, match=f"dxmi ablate --resume {study.folder.path}"):
+        Study.read(study.folder)
+
+
+def test_a_finished_ablation_that_needed_fewer_seeds_than_its_cap_is_called_finished(played, tmp_path, capsys):
+    played(seeds={"first": 3, "cap": 12}).play(shifted(no_entropy=-5.0, fast=0.0))
+    assert main(["studies", "--studies", str(tmp_path)]) == 0
+    assert re.search(r"study\s.*finished", capsys.readouterr().out)
 
 
 def test_a_study_that_is_not_there_is_said(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 from pathlib import Path
 from shutil import copytree
 
@@ -201,6 +202,20 @@ def test_a_config_file_that_is_no_yaml_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(configs, "config_folder", lambda: tmp_path / "configs")
     with pytest.raises(UserError, match=r"cannot be composed: .* duplicate key name"):
         compose_experiment([])
+
+
+@pytest.mark.parametrize("first", ["algorithm.policy=null", "~algorithm.policy", "~algorithm.policy.lr"])
+@pytest.mark.parametrize("last", ["~algorithm.policy.lr", "~algorithm.policy.lr=1"])
+def test_leaving_out_what_is_gone_already_is_refused(first, last):
+    with pytest.raises(UserError, match=r"~?algorithm\.policy"):
+        compose_experiment([first, last])
+
+
+def test_an_editors_lock_among_the_configs_does_no_harm(tmp_path, monkeypatch):
+    shutil.copytree(config_folder(), tmp_path / "configs")
+    (tmp_path / "configs" / "data" / ".#digits.yaml").symlink_to("somebody@host.1234")
+    monkeypatch.setattr(configs, "config_folder", lambda: tmp_path / "configs")
+    assert compose_experiment([]).experiment.data.name == "digits"
 
 
 def test_points_are_not_mirrored():

@@ -174,7 +174,7 @@ def test_an_address_says_what_it_was_made_of_and_is_one_link():
         assert address.count("#") == 1
         assert state(address)["workflowType"] == "machine_learning"
     assert unquote(others[1]).partition("?")[0].endswith(f"/runs/{runs[0]}/artifacts/a b/c#d")
-    assert state(others[0])["searchFilter"] == "tags.trial_id LIKE 'lr-1/%'"
+    assert state(others[0])["searchFilter"] == "tags.study = 'lr-1' AND tags.trial_id LIKE '%/%'"
     assert state(others[0])["orderByKey"] == "metrics.`best/fid_digits`"
 
 
@@ -431,3 +431,21 @@ def test_nothing_of_a_report_runs_out_of_the_page(tmp_path, browser, width):
         )
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
         assert browser.evaluate(TOO_WIDE) == []
+
+
+def test_a_server_that_is_away_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    played(tmp_path, sweep_plan("away", uri="http://127.0.0.1:9"), 1, tracked=False)
+    assert main(["ui", "away", "--studies", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be read from the MLflow server http://127.0.0.1:9" in said
+    assert said.count("\n") == 1
+
+
+def test_the_page_of_all_metrics_has_the_trials_of_that_study_alone(tmp_path):
+    for name in ("lr_1", "lr-1"):  # _ stands for any letter where MLflow compares by LIKE
+        played(tmp_path, sweep_plan(name), 2)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    chosen = state(pages_of(tmp_path, "lr_1").trials)["searchFilter"]
+    found = client.search_runs([client.get_experiment_by_name("dxmi").experiment_id], chosen)
+    assert {run.data.tags["trial_id"] for run in found} == {"lr_1/0000", "lr_1/0001"}

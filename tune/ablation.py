@@ -8,7 +8,7 @@ ablation.comparisons()    # a pandas DataFrame, one row an arm
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 from rich.console import Console
@@ -55,6 +55,18 @@ class Ablation(Sweep):
         tracking = build(TrackingConfig, composed.tracking, "tracking")
         self.plan = ablation_plan(chosen, composed.experiment, ablation, found, tracking=tracking)
         self.folder = StudyFolder(Path(studies) / self.plan.name)
+
+    @classmethod
+    def of(cls, plan: Plan, studies: str | Path = STUDIES) -> Self:
+        """The ablation of a plan.
+
+        Raises:
+            UserError: it is a sweep's.
+        """
+        if not isinstance(plan, AblationPlan):
+            path = Path(studies) / plan.name
+            raise UserError(f"{path} is a sweep. To go on with it: dxmi {plan.command} --resume {path}")
+        return super().of(plan, studies)
 
     def run(self, *, console: Console | None = None, trainer: Trainer = train) -> SweepResult:
         """Tune each arm if the file says so, run what is left of the study, and write its report.

@@ -51,6 +51,11 @@ class AblationPlan(Plan):
             keys = score_keys(self.experiment.data, self.experiment.evaluate)
             require_metric(f"ablation.also[{index}]", metric, keys)
 
+    @property
+    def command(self) -> str:
+        """Of `dxmi`, the command that runs such a study and goes on with it."""
+        return "ablate"
+
     @cached_property
     def also(self) -> tuple[str, ...]:
         """The further scores that are shown beside the objective."""

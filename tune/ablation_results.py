@@ -194,7 +194,10 @@ class Results:
         running = sum(runs.states.get(TrialState.RUNNING, 0) for runs in self.runs.values())
         counts = {"running": running, "not begun": sum(runs.not_begun for runs in self.runs.values())}
         total = sum(runs.planned for runs in self.runs.values())
-        return f"The study is not finished: of {total} runs {_counted(counts)}." if any(counts.values()) else ""
+        if not any(counts.values()):
+            return ""
+        until = "" if self.plan.seed_plan else " Until it is, p-values have Holm's correction for all arms."
+        return f"The study is not finished: of {total} runs {_counted(counts)}.{until}"
 
     # ------------------------------------------------------------------------
     # Comparisons
@@ -213,9 +216,25 @@ class Results:
         """The tests of all arms together, to which those that lack something contribute nothing."""
         if self.plan.seed_plan is None:
             scores = {name: self._complete_only(name, own) for name, own in self.scores.items()}
-            return compare(scores, BASELINE, direction=self._direction, bootstrap=self._bootstrap)
-        so_far = {name: self._complete_only(name, own) for name, own in self._so_far().items()}
+            is_final = not self.unfinished
+            found = compare(scores, BASELINE, direction=self._direction, bootstrap=self._bootstrap, is_final=is_final)
+            return found if is_final else tuple(map(self._so_far_open, found))
+        so_far = {
+            name: own if not self._is_lost(name) else self._complete_only(name, own)
+            for name, own in self._so_far().items()
+        }
         return review(so_far, BASELINE, self.plan.seed_plan, direction=self._direction)
+
+    def _so_far_open(self, comparison: Comparison) -> Comparison:
+        """While other arms run, an arm has no verdict but one that Holm's correction for all of them allows."""
+        if comparison.p_adjusted <= self._bootstrap.error_rate:
+            return comparison
+        reason = "Runs of other arms have not ended, and p-values are for all arms together."
+        return replace(comparison, verdict=Verdict.UNFINISHED, reason=reason, gaps="other arms have not ended")
+
+    def _is_lost(self, arm: str) -> bool:
+        """Whether a run that the arm is judged by has ended without a score."""
+        return bool(self.runs[arm].lost or self._runs(BASELINE, self.runs[arm].planned).lost)
 
     def _complete_only(self, arm: str, scores: Array) -> Array:
         return np.full_like(scores, math.nan) if arm in self.gaps and arm != BASELINE else scores
@@ -225,7 +244,7 @@ class Results:
         pair = {BASELINE: self.scores[BASELINE], arm: self.scores[arm]}
         (found,) = compare(pair, BASELINE, direction=self._direction, bootstrap=self._bootstrap)
         baseline = self._runs(BASELINE, self.runs[arm].planned)
-        is_lost = bool(self.runs[arm].lost or baseline.lost)
+        is_lost = self._is_lost(arm)
         return replace(
             found,
             left_out=self.runs[arm].planned - found.seeds,
@@ -247,8 +266,9 @@ class Results:
         return Bootstrap(1.0 - self.plan.ablation.level)
 
     def _so_far(self) -> dict[str, Array]:
-        """Each arm's scores at the seeds that it has been given and that have ended, which are the first ones."""
-        return {name: scores[: self._ended(name)] for name, scores in self.scores.items()}
+        """Each arm's scores at the seeds that have ended for it and for the baseline, which are the first ones."""
+        paired = self._ended(BASELINE)
+        return {name: scores[: min(self._ended(name), paired)] for name, scores in self.scores.items()}
 
     def _ended(self, arm: str) -> int:
         count = 0
@@ -323,7 +343,8 @@ class Results:
     def effects(self) -> tuple[Effect, ...]:
         """Main effects and interactions of two, of a factorial design with at least two complete seeds.
 
-        They are computed at the seeds at which every run is complete; if any run is missing, they are not tested.
+        They are computed at the seeds at which every run is complete; if any run is missing, they are not tested, and
+        neither where seeds are added as verdicts need them, which no such test allows for.
         """
         if not self.plan.ablation.factors or self.complete.sum() < 2:
             return ()
@@ -331,7 +352,10 @@ class Results:
         to_come = max(runs.planned for runs in self.runs.values()) - len(self.seeds)
         scores = np.pad(scores, ((0, 0), (0, to_come)), constant_values=math.nan)
         levels = {name: [arm.levels[name] for arm in self.plan.arms] for name in self.plan.ablation.factors}
-        return level_effects(levels, _terms(self.plan), scores, self._bootstrap)
+        found = level_effects(levels, _terms(self.plan), scores, self._bootstrap)
+        if self.plan.seed_plan is None:
+            return found
+        return tuple(replace(effect, left_out=0, p=math.nan, p_holm=math.nan) for effect in found)
 
     @cached_property
     def complete(self) -> NDArray[np.bool_]:

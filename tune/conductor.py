@@ -374,5 +374,6 @@ class Conductor:
     def write_progress(self) -> None:
         """Record the study's wall time, and why the session ended if it has."""
         self._written = self.clock()
-        ended = self.ending if self.is_over else ""
+        was_over = "every planned trial has ended" if self.has_nothing_to_do and not self.live else ""
+        ended = self.ending if self.is_over else was_over
         self.study.folder.write_progress(self.wall_seconds, ended, self.device_seconds)

@@ -561,8 +561,8 @@ def _known(chosen: tuple[str, ...], folder: Path, changed: int) -> dict[str, Any
 
 
 def _last_change() -> int:
-    """When a file of the configuration was last changed, in nanoseconds."""
-    return max((path.stat().st_mtime_ns for path in config_folder().rglob("*")), default=0)
+    """When a file of the configuration was last changed, in nanoseconds; editors' locks are links to nothing."""
+    return max((path.lstat().st_mtime_ns for path in config_folder().rglob("*")), default=0)
 
 
 def _with_values(tree: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
@@ -591,6 +591,8 @@ def _apply(config: DictConfig, override: Override) -> None:
 def _delete(config: DictConfig, key: str, value: object) -> None:
     group, _, name = key.rpartition(".")
     above = OmegaConf.select(config, group) if group else config
+    if not isinstance(above, DictConfig) or name not in above:
+        raise UserError(f"~{key} leaves out a setting that an earlier value has removed: leave one of them out.")
     if value is not None and above[name] != value:
         raise UserError(f"{key} is {above[name]}, not {value}: to leave it out, write ~{key}.")
     with open_dict(above):

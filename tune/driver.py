@@ -107,7 +107,9 @@ def _run_trials(
 ) -> None:
     """Tune's loop, until the conductor says that all is over."""
     if trainer is train:
-        conductor.stack_seeds(seeds_together(conductor.plan, conductor.slots))
+        together = seeds_together(conductor.plan, conductor.slots, control.give_up_if_stopped)
+        if together is not None:
+            conductor.stack_seeds(together)
         control.checkpoint()
     mailbox = actor_here(Mailbox)
     hands = _Hands(conductor, mirror, mailbox, look, control)

@@ -31,7 +31,7 @@ class Effect:
         seeds: with a score of every run.
         left_out: seeds that lack one.
         p: of the sign-flip test over the seeds, for this effect alone; NaN if a seed was left out, since runs without
-            a score are not missing at random.
+            a score are not missing at random, and where the number of seeds came of their scores.
         p_holm: adjusted for all effects that were asked for; NaN likewise.
     """
 
@@ -49,6 +49,8 @@ class Effect:
         what = f"{' x '.join(parts)}: {self.size}"
         if self.left_out:
             return f"{what}, no test: runs are missing at {self.left_out} of {self.seeds + self.left_out} seeds"
+        if math.isnan(self.p):
+            return f"{what}, no test: seeds were added as verdicts needed them ({self.seeds} seeds)"
         return f"{what}, {p_text(self.p_holm)} (Holm, {self.seeds} seeds)"
 
 

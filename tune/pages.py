@@ -18,6 +18,7 @@ from tune.leaderboard import best_of
 from tune.plans import Plan
 from tune.store import Ledger, Run, open_ledger
 from tune.study import Study, StudyFolder, TrialRecord, ranked, studies_in
+from tune.tracking import reason_of
 
 _MOST_CURVES = 100
 """In one chart, which MLflow draws in seconds; the address has 40 characters for each."""
@@ -62,11 +63,19 @@ def study_pages(folder: StudyFolder, plan: Plan, records: Sequence[TrialRecord],
         The addresses, or None if MLflow has no record of the study.
 
     Raises:
-        UserError: the store cannot be opened.
+        UserError: the store cannot be opened or read, or the server is away.
     """
     uri = plan.tracking.uri
-    ledger = open_ledger(folder.path.parent, uri, plan.tracking.experiment)
-    return pages_on(server if uri == "local" else uri, ledger, plan, records)
+    try:
+        ledger = open_ledger(folder.path.parent, uri, plan.tracking.experiment)
+        return pages_on(server if uri == "local" else uri, ledger, plan, records)
+    except UserError:
+        raise
+    except Exception as error:  # MLflow raises anything
+        what = "MLflow's record" if uri == "local" else f"the MLflow server {uri}"
+        raise UserError(
+            f"The pages of the study {plan.name} cannot be read from {what}: {reason_of(error)}."
+        ) from error
 
 
 def pages_on(server: str, ledger: Ledger, plan: Plan, records: Sequence[TrialRecord]) -> StudyPages | None:
@@ -176,7 +185,7 @@ def trials_page(server: str, experiment: str, study: str, metric: str) -> str:
     In the order of their start, MLflow would fold them under the study's run, which has no curves.
     """
     state = {
-        "searchFilter": f"tags.trial_id LIKE '{study}/%'",
+        "searchFilter": f"tags.study = '{study}' AND tags.trial_id LIKE '%/%'",
         "orderByKey": f"metrics.`best/{metric.removeprefix('eval/')}`",
         "orderByAsc": "true",
         "compareRunsMode": "CHART",

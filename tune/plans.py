@@ -45,6 +45,11 @@ class Plan:
         _check_objectives(self.sweep, self.experiment)
         _ = self.num_trials  # a grid may be refused
 
+    @property
+    def command(self) -> str:
+        """Of `dxmi`, the command that runs such a study and goes on with it."""
+        return "sweep"
+
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
         """The space."""

@@ -119,12 +119,14 @@ def _html(study: Study, records: Sequence[TrialRecord], written: str) -> str:
     environment.filters["breakable"] = breakable
     script = (_TEMPLATES / "report.js").read_text()
     compared = results_of(study.plan, study.folder, records) if isinstance(study.plan, AblationPlan) else None
+    changed = changed_inputs(study.plan, records)
+    warnings = [changed] if changed else []
     drawn = study_figures(study, records) if compared is None else ablation_figures(compared, study.curves())
     figures = {name: _drawn(name, figure) for name, figure in drawn.items()}
     return environment.get_template("report.html.j2").render(
         about=_about(study, records, written),
         ablation=None if compared is None else _ablation(compared),
-        result=result_sentences(study.plan, records) if compared is None else verdict_sentences(compared),
+        result=result_sentences(study.plan, records) if compared is None else [*verdict_sentences(compared), *warnings],
         course=course_sentences(study, records),
         samplers=_samplers(study.plan, records),
         board=_board(study.plan, records),
@@ -342,7 +344,7 @@ def _commands(study: Study, records: Sequence[TrialRecord]) -> list[tuple[str, s
             ("Samples of the best", f"dxmi sample {run} --num 64 --out samples.png"),
             ("More scores of the best", f"dxmi evaluate {run}"),
         ]
-    again = f"dxmi {'ablate' if is_ablation else 'sweep'} --resume {folder}"
+    again = f"dxmi {study.plan.command} --resume {folder}"
     return [*commands, ("Go on with the study, if it has not ended", again)]
 
 

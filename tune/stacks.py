@@ -5,7 +5,7 @@ The number changes results by rounding, so a choice by measurement is made once,
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,15 +27,24 @@ _MIN_GAIN = 1.05
 _ITERATIONS = 4
 """Timed at a time; the shortest of some times counts."""
 _REPEATS = 3
+_POLL_SECONDS = 0.25
 _ENOUGH_SECONDS = 5.0
 """Of timing one number of seeds."""
 
 
-def seeds_together(plan: Plan, slots: Slots) -> int:
+def seeds_together(plan: Plan, slots: Slots, on_wait: Callable[[], None] = lambda: None) -> int | None:
     """Seeds that each program of a study trains; while Ray runs, since the measurement is made where trials are run.
 
     What was asked for or recorded is taken whatever the machine; of a measurement, no more than leave every slot
     something to do.
+
+    Args:
+        plan: of the study.
+        slots: how the devices are shared.
+        on_wait: called several times a second while it is measured; may raise to give up.
+
+    Returns:
+        How many; None if the measurement failed, after which each trial is trained alone.
     """
     resources, known = plan.experiment.resources, known_stack(plan)
     if known is not None:
@@ -45,10 +54,13 @@ def seeds_together(plan: Plan, slots: Slots) -> int:
         return 1
     measure = ray.remote(num_cpus=slots.threads, num_gpus=slots.gpu_share)(_seconds_by_number)
     tree = to_tree(replace(plan.experiment, resources=replace(resources, threads=slots.threads)))
+    measured = measure.remote(tree, _numbers(most))
+    while not ray.wait([measured], timeout=_POLL_SECONDS)[0]:
+        on_wait()
     try:
-        seconds: dict[int, float] = ray.get(measure.remote(tree, _numbers(most)))
+        seconds: dict[int, float] = ray.get(measured)
     except RayError:  # whatever it was, each trial meets it too, and says so where it belongs
-        return 1
+        return None
     return fastest(seconds)
 
 

@@ -352,6 +352,7 @@ def compare(
     *,
     direction: Direction = "minimize",
     bootstrap: Bootstrap = DEFAULT,
+    is_final: bool = True,
 ) -> tuple[Comparison, ...]:
     """Every arm against the baseline: permutation tests within seeds, with one error rate, and a verdict each.
 
@@ -368,6 +369,8 @@ def compare(
         baseline: its name among them.
         direction: `minimize` if lower is better.
         bootstrap: level, resamples and seed; all arms together have its rate of false verdicts.
+        is_final: whether no score is still to come. Until then Holm's correction counts every arm, also one without
+            scores, where closed testing would leave that one out of the family.
 
     Returns:
         One an arm, in the order given.
@@ -378,7 +381,7 @@ def compare(
     pairs = paired(scores, baseline)
     p_values = [sign_flip_p(p.differences, bootstrap.seed) if len(p.scores) > 1 else 1.0 for p in pairs]
     adjusted: Array | None = None
-    if correction_of(len(pairs), bootstrap.error_rate) is Correction.CLOSED:
+    if is_final and correction_of(len(pairs), bootstrap.error_rate) is Correction.CLOSED:
         table = [scores_of(pair.arm, scores[pair.arm]) for pair in pairs]
         adjusted = closed_p(scores_of(baseline, scores[baseline]), table, p_values, bootstrap.seed)
     return judge(pairs, p_values, adjusted, direction=direction, bootstrap=bootstrap)

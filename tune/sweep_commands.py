@@ -71,7 +71,12 @@ def _chosen(args: argparse.Namespace) -> Sweep:
     if args.resume is None:
         return Sweep(*args.overrides, studies=args.studies)
     name, studies = _place(args.resume, args.studies)
-    return Sweep.resume(name, *args.overrides, studies=studies)
+    found = Sweep.resume(name, *args.overrides, studies=studies)
+    if isinstance(found.plan, AblationPlan):
+        raise UserError(
+            f"{found.folder.path} is an ablation. To go on with it: dxmi ablate --resume {found.folder.path}"
+        )
+    return found
 
 
 def _place(study: str, studies: Path) -> tuple[str, Path]:
@@ -146,8 +151,7 @@ def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
     for sentence in (warning, *result.outdated):
         if sentence:
             complain(sentence)
-    command = "ablate" if isinstance(chosen.plan, AblationPlan) else "sweep"
-    resume = f"dxmi {command} --resume {result.folder.path}"
+    resume = f"dxmi {chosen.plan.command} --resume {result.folder.path}"
     if result.undelivered:
         complain(f"the tracking server has not got {result.undelivered} records yet. To deliver them: {resume}")
     if result.interrupted:
@@ -296,8 +300,9 @@ def _row(folder: StudyFolder) -> tuple[str, ...]:
         plan = folder.read_plan()
         seconds = duration(float(folder.read_progress()["seconds"]))
         if not folder.journal.exists():
-            return _state(folder, 0, plan.num_trials), f"0/{plan.num_trials}", "", seconds
-        records = Study.read(folder).records()
+            return _state(folder, is_done=False), f"0/{plan.num_trials}", "", seconds
+        study = Study.read(folder)
+        records = study.records()
     except UserError as error:
         return "damaged", str(error), "", ""
     counts = Counter(record.state for record in records)
@@ -305,10 +310,11 @@ def _row(folder: StudyFolder) -> tuple[str, ...]:
     words = ", ".join(f"{counts[state]} {state.value}" for state in TrialState if counts[state])
     complete = [r.outcome.score for r in records if r.state is TrialState.COMPLETE and r.outcome.score is not None]
     best = score_text(min(complete)) if complete else ""
-    return _state(folder, ended, plan.num_trials), f"{ended}/{plan.num_trials} ({words})", best, seconds
+    is_done = study.is_done and ended == len(records)
+    return _state(folder, is_done), f"{ended}/{plan.num_trials} ({words})", best, seconds
 
 
-def _state(folder: StudyFolder, ended: int, planned: int) -> str:
+def _state(folder: StudyFolder, is_done: bool) -> str:
     """running, finished, or interrupted."""
     lock = FileLock(folder.path / ".lock")
     try:
@@ -316,7 +322,7 @@ def _state(folder: StudyFolder, ended: int, planned: int) -> str:
     except (Timeout, OSError):
         return "running"
     lock.release()
-    if ended >= planned or "budget" in str(folder.read_progress()["ended"]):
+    if is_done or "budget" in str(folder.read_progress()["ended"]):
         return "finished"
     return "interrupted"
 
@@ -329,6 +335,9 @@ def report(args: argparse.Namespace) -> int:
     records = study.records()
     console = Terminal()
     _show_results(console, study.folder, study.plan, records)
+    warning = changed_inputs(study.plan, records)
+    if warning:
+        complain(warning)
     write_results(study, records)
     console.out(f"report: {study.folder.report}", highlight=False)
     return OK
@@ -375,7 +384,7 @@ def _pages(study: Study, server: str) -> list[str]:
     if pages is None:
         raise UserError(
             f"MLflow has no record of the study {study.plan.name}. To make it: "
-            f"dxmi {'ablate' if isinstance(study.plan, AblationPlan) else 'sweep'} --resume {study.folder.path}"
+            f"dxmi {study.plan.command} --resume {study.folder.path}"
         )
     return pages.lines()
 

@@ -153,6 +153,11 @@ def _span(record: TrialRecord) -> tuple[int, int]:
     return min(times), max(times)
 
 
+def _num_ended(records: Iterable[TrialRecord]) -> int:
+    """The step of what is known of a study: of a metric, MLflow is sent nothing but newer steps."""
+    return sum(record.state is not TrialState.RUNNING for record in records)
+
+
 class _Tally:
     """The trials that have ended, each counted once.
 
@@ -284,13 +289,13 @@ class _Recorder:
 
     def _fresh_points(self, records: Sequence[TrialRecord]) -> list[Point]:
         """The scores on noise that took no part in choosing a trial: of the best, and of each on a Pareto front."""
-        picked, now = chosen(self._plan, records), _now()
+        picked, ended, now = chosen(self._plan, records), _num_ended(records), _now()
         known = confirmations(self._folder, records)
         points = []
         for place, record in enumerate(picked):
             names = ([] if place else ["fresh/"]) + ([f"fresh/trial_{record.number:04d}/"] if len(picked) > 1 else [])
             scores = known[record.number].scores if record.number in known else {}
-            points += [Point(key, value, 0, now) for name in names for key, value in _numbers(scores, name).items()]
+            points += [Point(key, value, ended, now) for name in names for key, value in _numbers(scores, name).items()]
         return points
 
     def _open(self, news: _News) -> list[TrialRecord]:
@@ -379,7 +384,8 @@ class _Recorder:
             if comparison is not None:
                 numbers |= {"arm/difference": comparison.difference.estimate, "arm/p_adjusted": comparison.p_adjusted}
             finite = _numbers(numbers)
-            ledger.log(run, [Point(key, value, summary.seeds, _now()) for key, value in finite.items()])
+            ended = _num_ended(records)  # as p-values are of all arms together, they change when any run has ended
+            ledger.log(run, [Point(key, value, ended, _now()) for key, value in finite.items()])
             tags = {"verdict": verdict_text(results, name, comparison), "missing": str(runs)}
             ledger.end(run, status, tags, _now())
 
