@@ -129,6 +129,9 @@ def _acquired(lock: FileLock, held: ExitStack, seconds: float) -> bool:
 
 def _claim(path: Path, held: ExitStack, tensors: dict[str, Tensor]) -> str:
     """Whether the result is found (and then put into `tensors`), or mine to compute, or another process is busy."""
+    tensors.update(_read(path) or {})  # first without the lock, which a cache that may only be read cannot give
+    if tensors:
+        return "found"
     if not _acquired(lock_for(path), held, _POLL_SECONDS):
         return "busy"
     found = _read(path)

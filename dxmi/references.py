@@ -25,6 +25,8 @@ from dxmi.schedules import (
 from dxmi.solvers import DpmSolver, HeunSolver
 
 SHORTENED, DATA = "shortened", "data"
+_RHO = 7.0
+"""Of EDM's levels (arXiv 2206.00364, table 1)."""
 _ANCESTRAL_STEPS, _HEUN_STEPS = 250, 40
 """Of the samplers of an EDM model that show what it can do; the latter as in EDM's paper for ImageNet-64."""
 
@@ -113,7 +115,7 @@ def _full(config: ScheduleConfig) -> list[Reference]:
     if config.method == "ddgan":
         return []
     if config.method == "karras":
-        many = replace(config, rho=7.0)
+        many = replace(config, rho=_RHO)
         return [_karras_ancestral(many, _ANCESTRAL_STEPS, Role.FULL), _heun(many, _HEUN_STEPS, Role.FULL)]
     return [_ancestral(NUM_DIFFUSION_STEPS, "small", Role.FULL)]
 
@@ -171,25 +173,41 @@ def _ancestral(num_steps: int, variance: str, role: Role) -> Reference:
 # above the noise that is left at the next level, s'^2, unless there are very many steps.
 
 
+def _karras_spacing(config: ScheduleConfig) -> tuple[str, str]:
+    """The end of a key, and in words; levels are spaced by rho, which is 7 in the paper."""
+    return (
+        ("_trailing", ", trailing")
+        if config.rho == _RHO
+        else (
+            f"_trailing_rho{config.rho:g}",
+            f", trailing, rho {config.rho:g}",
+        )
+    )
+
+
 def _euler(config: ScheduleConfig, num_steps: int, role: Role) -> Reference:
+    key, words = _karras_spacing(config)
     schedule = karras_schedule(config, num_steps, kappa=0.0)
-    return Reference(f"euler_{num_steps}_trailing", "Euler, trailing", role, schedule)
+    return Reference(f"euler_{num_steps}{key}", f"Euler{words}", role, schedule)
 
 
 def _karras_solver(config: ScheduleConfig, num_steps: int, role: Role) -> Reference:
+    key, words = _karras_spacing(config)
     schedule = karras_schedule(config, num_steps, kappa=0.0)
-    return Reference(f"dpm_solver_{num_steps}_trailing", "DPM-Solver++(2M), trailing", role, schedule, DpmSolver)
+    return Reference(f"dpm_solver_{num_steps}{key}", f"DPM-Solver++(2M){words}", role, schedule, DpmSolver)
 
 
 def _karras_ancestral(config: ScheduleConfig, num_steps: int, role: Role) -> Reference:
+    key, words = _karras_spacing(config)
     schedule = karras_schedule(config, num_steps, kappa=1.0)
-    return Reference(f"ancestral_{num_steps}_trailing", "ancestral, trailing", role, schedule)
+    return Reference(f"ancestral_{num_steps}{key}", f"ancestral{words}", role, schedule)
 
 
 def _heun(config: ScheduleConfig, num_steps: int, role: Role) -> Reference:
     """Two evaluations a step, one in the last."""
+    key, words = _karras_spacing(config)
     schedule, evaluations = karras_schedule(config, num_steps, kappa=0.0), 2 * num_steps - 1
-    return Reference(f"heun_{evaluations}_trailing", "Heun, trailing", role, schedule, HeunSolver, evaluations)
+    return Reference(f"heun_{evaluations}{key}", f"Heun{words}", role, schedule, HeunSolver, evaluations)
 
 
 # ----------------------------------------------------------------------------

@@ -219,7 +219,12 @@ class ImageScorer(_FeatureScorer):
         weights = CLASSIFIERS[self.name].sha256
         self.about = {"features": f"dxmi-{self.name}", "weights": weights, "reference": images.signature}
         path = cache / "features" / f"{self.identity}.cached"
-        self.reference = cached(path, self._reference_features)["features"] if workers.is_first else torch.empty(0)
+        self.reference = torch.empty(0)
+        workers.on_first(lambda: self._look_up(path))
+
+    def _look_up(self, path: Path) -> None:
+        """On the first worker; what goes wrong there is raised on all, so that none waits for it."""
+        self.reference = cached(path, self._reference_features)["features"]
 
     def _reference_features(self) -> dict[str, Tensor]:
         return {"features": classifier_features(self.name, self.images.pixels.to(self.device))}

@@ -36,7 +36,7 @@ from dxmi.evaluate import (
     preview,
     stream_of,
 )
-from dxmi.experiment import Experiment, ExperimentConfig, require_signature
+from dxmi.experiment import PRETRAINING_VERSION, Experiment, ExperimentConfig, require_signature
 from dxmi.galleries import build_gallery
 from dxmi.networks import Denoiser
 from dxmi.pictures import curves_figure, save_figure
@@ -67,6 +67,8 @@ _NOT_OF_SCORES = (
 """What of an evaluation's config changes no score of given weights, or is told by the scorer's identity."""
 _PARTIAL_EVERY = 2_000
 """Iterations between checkpoints of pretraining."""
+_NUMERICS = [PRETRAINING_VERSION, SCORING_VERSION]
+"""Of a checkpoint: versions of what is computed from one config, which its signature does not hold."""
 _LISTEN_EVERY = 0.5
 """Seconds after which the reporter is asked again whether to stop, while samples are drawn."""
 
@@ -566,6 +568,11 @@ class _Run:
                 f"{self.run.path} was begun with other data (signature {found.meta['data']}, now {data}): "
                 "restore the data files, or choose another out."
             )
+        if found.meta.get("numerics") != _NUMERICS:
+            raise UserError(
+                f"{self.run.path} was begun by a version of dxmi whose pretraining or scores are others: scores from "
+                "before and after would not compare. Choose another out."
+            )
         revision = git_revision()
         if found.meta["git_revision"] != revision:
             self._note([f"this run was begun by revision {found.meta['git_revision']} and goes on with {revision}."])
@@ -658,6 +665,7 @@ class _Run:
             "data": data.signature,
             "class_counts": self._class_counts(),
             "git_revision": git_revision(),
+            "numerics": _NUMERICS,
         }
         checkpoint.save(folder, step, state.groups(), meta)
         checkpoint.prune(folder, {step, *before, *([self.best["step"]] if self.best else [])})
@@ -693,9 +701,16 @@ class _Run:
         return dxmi.value.energy if self.config.train.iterations else None
 
     def _best_weights(self) -> dict[str, Tensor]:
-        if not (self.workers.is_first and self.best):
-            return {}
-        return checkpoint.load(checkpoint.path_of(self.run.checkpoints, self.best["step"])).groups[ALGORITHM]
+        """On the first worker; if the checkpoint is damaged, no worker waits for it."""
+        found: dict[str, Tensor] = {}
+
+        def load() -> None:
+            if self.best:
+                path = checkpoint.path_of(self.run.checkpoints, self.best["step"])
+                found.update(checkpoint.load(path).groups[ALGORITHM])
+
+        self.workers.on_first(load)
+        return found
 
     def _summary(self, references: Mapping[str, Scores], final: Mapping[str, Scores]) -> Summary:
         metric, config, scores = self.scorer.metric, self.config, {**references, **final}
@@ -743,7 +758,8 @@ class _Run:
             lines["the data itself"] = summary.reference[DATA]
         figure = curves_figure(summary.metric, curve, lines, best, logged_curves(rows))
         save_figure(self.run.curves, figure)
-        sampling = Sampling(dxmi.evaluated, PICTURES, step=summary.best["step"])
+        on_step = self._listen if self.workers.size == 1 else None  # only the first draws
+        sampling = Sampling(dxmi.evaluated, PICTURES, on_step=on_step, step=summary.best["step"])
         states = generate_states(sampling, self.gallery.num_ways, self.config.evaluate)
         self.gallery.draw_steps(self.run.samples / "steps.png", states)
         if self.config.train.iterations:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -335,6 +336,20 @@ LITTER = [
 ]
 
 
+def test_a_link_to_the_folder_itself_is_no_class_and_one_to_another_is_counted(pets, tmp_path):
+    (pets / "all").symlink_to(".")
+    (pets / "above").symlink_to("..")
+    shutil.copytree(pets / "cats", tmp_path / "more cats")
+    (pets / "kittens").symlink_to(tmp_path / "more cats")
+    listing = list_images(pets, class_folders=True)
+    assert listing.classes == ("cats", "dogs", "kittens")
+    assert listing.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    assert listing.notes == (
+        "left out, a link back to a folder above it: 2 (first: above)",
+        "links to folders, followed: 1 (first: kittens)",
+    )
+
+
 def test_hidden_and_system_folders_are_no_classes_and_their_files_no_images(pets):
     for name in LITTER:
         path = pets / name
@@ -433,7 +448,7 @@ def test_names_that_no_terminal_can_show_are_shown_otherwise(tmp_path):
     with open(folder + b"/\xff\n.txt", "w"):
         pass
     (note,) = list_images(tmp_path / "odd", class_folders=False).notes
-    assert note == "left out, no image by its name: 1 (first: \N{REPLACEMENT CHARACTER}?.txt)"
+    assert note == "left out, no image by its name: 1 (first: ??.txt)"
 
 
 def test_a_run_says_what_was_left_out_once_and_keeps_it_in_its_summary(pets, tmp_path, monkeypatch):

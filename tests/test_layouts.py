@@ -106,6 +106,31 @@ def test_a_checkpoint_of_another_network_is_refused_with_the_first_difference():
         load_public(unet(), {**state, "conv_out.weight": torch.zeros(6, 16, 3, 3)})
 
 
+def test_a_linear_layer_in_the_place_of_a_1x1_convolution_is_the_same():
+    state, networks = ddpm_state(), (unet(), unet())
+    load_public(networks[0], state)
+    ones = {
+        name: tensor[..., 0, 0] for name, tensor in state.items() if name.endswith((".q.weight", ".proj_out.weight"))
+    }
+    load_public(networks[1], {**state, **ones})
+    assert ones
+    assert equal(networks[0].state_dict(), networks[1].state_dict())
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v", "proj_out"])
+@pytest.mark.parametrize("change", ["3x3", "wider", "number", "vector", "longer"])
+def test_tensors_of_other_shapes_are_refused_in_a_sentence(part, change):
+    state = ddpm_state()
+    name = next(name for name in state if name.endswith(f".{part}.weight"))
+    rows, columns = state[name].shape[:2]
+    shape = {
+        "3x3": (rows, columns, 3, 3), "wider": (rows, columns + 1, 1, 1), "number": (), "vector": (rows,),
+        "longer": (rows + 1, columns, 1, 1),
+    }[change]  # fmt: skip
+    with pytest.raises(UserError, match=r"of the checkpoint"):
+        load_public(unet(), {**state, name: torch.zeros(shape)})
+
+
 def test_an_unknown_layout_is_refused():
     with pytest.raises(UserError, match=r"in no layout that Unet can be read from .*: its first names are a, b"):
         load_public(unet(), {"a": torch.zeros(1), "b": torch.zeros(1)})

@@ -421,6 +421,9 @@ def test_the_scheduler_of_another_model_is_refused(values, family, what, folder)
     path.parent.mkdir()
     change(path, **{**DDPM, **values})
     assert scheduler_of_folder(folder) == path
+    top = path.rename(folder.parent / path.name)
+    assert scheduler_of_folder(folder) == top
+    top.rename(path)
     with pytest.raises(UserError, match=what):
         require_same_noise(path, family, BETAS)
 

@@ -1,5 +1,7 @@
 """References: which there are, what they cost, how a summary tells of them, and whether one beats the result."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -48,6 +50,9 @@ def test_each_family_has_its_references():
     assert keys(KARRAS) == ["ancestral_250_trailing", "heun_79_trailing", *EDM_FEW, "shortened"]
     assert keys(GAN, steps=(5,)) == ["shortened"]
     assert keys(ScheduleConfig(), full=False) == [*FEW, "shortened"]
+    other = replace(KARRAS, rho=5.0)
+    assert keys(other, steps=(250,))[:3] == ["ancestral_250_trailing", "heun_79_trailing", "euler_10_trailing_rho5"]
+    assert "ancestral_250_trailing_rho5" in keys(other, steps=(250,))
     assert keys(KARRAS, full=False) == [*EDM_FEW, "shortened"]
 
 

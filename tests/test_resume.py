@@ -293,6 +293,18 @@ def test_other_data_than_it_was_begun_with_is_refused(undisturbed, tmp_path, mon
         train(experiment, out=out)
 
 
+@pytest.mark.parametrize("change", [{"numerics": [1, 1]}, {"numerics": None}])
+def test_a_run_of_a_version_that_computes_other_numbers_is_not_gone_on_with(undisturbed, tmp_path, change):
+    out = tmp_path / "run"
+    cut_back(undisturbed, out)
+    folder = out / "checkpoints"
+    for step in checkpoint.steps_in(folder):
+        found = checkpoint.load(checkpoint.path_of(folder, step))
+        checkpoint.save(folder, step, found.groups, {**found.meta, **change})
+    with pytest.raises(UserError, match="would not compare"):
+        train(tiny(), out=out)
+
+
 def test_a_run_that_diverges_says_where(tmp_path, monkeypatch):
     with pytest.raises(DivergedError) as diverged:
         train(tiny("algorithm.critic.lr=1e30"), out=tmp_path / "run")

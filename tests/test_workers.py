@@ -13,7 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dxmi.data import DataConfig, load
 from dxmi.errors import UserError
+from dxmi.evaluate import EvaluateConfig
+from dxmi.scorers import build_scorer
 from dxmi.tensors import chunks
 from dxmi.workers import ALONE, Alone, Pace, Share
 from support import free_port
@@ -283,12 +286,37 @@ class Clock:
         return found
 
 
+class FirstOfTwo(Alone):
+    """A worker whose fellow does as it does."""
+
+    size = 2
+
+
 @pytest.mark.parametrize(("seconds", "expected"), [(2.0, [1, 2, 3, 4, 5, 6]), (2**-2, [1, 3, 5]), (2**-6, [1, 3])])
 def test_workers_look_up_every_half_a_second_or_after_each_longer_step(monkeypatch, seconds, expected):
     clock = Clock(monkeypatch, seconds)
-    assert clock.looks(Pace(ALONE, 0.5), 6) == expected
+    assert clock.looks(Pace(FirstOfTwo(), 0.5), 6) == expected
     if seconds == 2**-6:
-        assert np.diff(clock.looks(Pace(ALONE, 0.5), 200)).tolist() == [2, 4, 8, 16, *[32] * 5]
+        assert np.diff(clock.looks(Pace(FirstOfTwo(), 0.5), 200)).tolist() == [2, 4, 8, 16, *[32] * 5]
+
+
+def test_one_that_is_alone_looks_up_by_the_clock_whatever_its_steps_take(monkeypatch):
+    clock = Clock(monkeypatch, 2**-6)
+    pace = Pace(ALONE, 0.5)
+    assert clock.looks(pace, 100) == [32, 64, 96]
+    clock.seconds = 2.0
+    assert clock.looks(pace, 3) == [1, 2, 3]
+
+
+def test_what_goes_wrong_in_the_first_worker_alone_is_raised_in_all(tmp_path, monkeypatch):
+    """The features of the data are looked up by the first one, in a cache that cannot be written."""
+    (tmp_path / "cache").write_text("a file")
+    images = load(DataConfig())
+    told = []
+    monkeypatch.setattr(FirstOfTwo, "_agree", lambda _, content: told.append(json.loads(content)) or content)
+    with pytest.raises(UserError, match="cannot be written"):
+        build_scorer(images, EvaluateConfig(), tmp_path / "cache", torch.device("cpu"), FirstOfTwo())
+    assert "cannot be written" in told[-1]["error"]
 
 
 # ----------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from dxmi import tensor_files
 from dxmi.data.dataset import labelled_signature, shape_hash
 from dxmi.data.pixels import to_rgb
 from dxmi.errors import UserError
@@ -41,6 +42,7 @@ _SYSTEM = frozenset(
     | {"__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 )
 """Folders and files that systems leave behind, in lower case; what begins with a dot is hidden besides."""
+_BACK, _FOLLOWED = "a link back to a folder above it", "links to folders, followed"
 _OTHER = "no image by its name"
 _SHOWN_CLASSES = 20
 _VERSION = 2
@@ -117,8 +119,7 @@ class MappedImages:
 
 def printable(name: object) -> str:
     """A path as text that any terminal and file can take: bytes that are no UTF-8 and control characters become `?`."""
-    text = str(name).encode(errors="surrogateescape").decode(errors="replace")
-    return "".join(character if character.isprintable() else "?" for character in text)
+    return tensor_files.printable(str(name))
 
 
 def list_images(folder: Path, *, class_folders: bool) -> Listing:
@@ -196,13 +197,22 @@ class _Search:
         """The names of the folders in the root that are classes, in order."""
         names = []
         for entry in self._entries(self.root):
-            if _is_folder(entry):
+            if _is_folder(entry) and self._is_above(entry):
+                self._leave(_BACK, entry.path)
+            elif _is_folder(entry):
+                if entry.is_symlink():
+                    self.tally.add(_FOLLOWED, entry.name)
                 names.append(entry.name)
             elif _is_image(entry):
                 self._leave("an image in no folder of a class", entry.path)
             else:
                 self._leave(_OTHER, entry.path)
         return sorted(names)
+
+    def _is_above(self, entry: os.DirEntry[str]) -> bool:
+        """Whether a folder in the root is a link to the root, or to a folder that holds it."""
+        real = Path(os.path.realpath(entry.path))
+        return Path(os.path.realpath(self.root)).is_relative_to(real)
 
     def images(self, name: str) -> Iterator[str]:
         """Paths in the root of the images below its folder `name`."""
@@ -214,10 +224,10 @@ class _Search:
             if _is_folder(entry):
                 real = os.path.realpath(entry.path)
                 if real in above:
-                    self._leave("a link back to a folder above it", entry.path)
+                    self._leave(_BACK, entry.path)
                     continue
                 if entry.is_symlink():
-                    self.tally.add("links to folders, followed", os.path.relpath(entry.path, self.root))
+                    self.tally.add(_FOLLOWED, os.path.relpath(entry.path, self.root))
                 yield from self._below(Path(entry.path), above | {real})
             elif not _is_image(entry):
                 self._leave(_OTHER, entry.path)

@@ -205,7 +205,7 @@ _OTHER_SCHEDULERS = ("FlowMatch", "ScoreSde", "KarrasVe", "VQDiffusion", "Amused
 
 def scheduler_of_folder(folder: Path) -> Path | None:
     """The scheduler_config.json beside a model, in its pipeline's folder `scheduler`, or at the pipeline's top."""
-    places = (folder, folder / "scheduler", folder.parent / "scheduler")
+    places = (folder, folder / "scheduler", folder.parent / "scheduler", folder.parent)
     return next((place / _SCHEDULER for place in places if (place / _SCHEDULER).is_file()), None)
 
 

@@ -66,15 +66,23 @@ class Row(NamedTuple):
             UserError: the shapes do not match, or a tensor is not of finite floating-point numbers.
         """
         parts = [_floats(name, state[name]) for name in self.theirs]
-        parts = [part.reshape(part.shape[: part.dim() - self.ones]) if part.dim() > 1 else part for part in parts]
-        parts = [part.T if self.transposed and part.dim() > 1 else part for part in parts]
-        whole = _reordered(torch.cat(parts), self.order, "thd", self.heads)
+        parts = [self._without_ones(part) for part in parts]
+        parts = [part.T if self.transposed and part.dim() == 2 else part for part in parts]
+        if len({part.shape[1:] for part in parts}) > 1 or not all(part.dim() for part in parts):
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+            raise UserError(f"{' and '.join(self.theirs)} of the checkpoint have shapes that make no tensor: {shapes}.")
+        whole = torch.cat(parts)
         if whole.shape != like.shape:
             raise UserError(
                 f"{' and '.join(self.theirs)} of the checkpoint make a tensor of shape {tuple(whole.shape)}, but the "
                 f"network's {self.ours} has {tuple(like.shape)}: the config describes another network."
             )
-        return whole.contiguous()
+        return _reordered(whole, self.order, "thd", self.heads).contiguous()
+
+    def _without_ones(self, part: Tensor) -> Tensor:
+        """Without its last axes of size 1, where it has them."""
+        kept = part.dim() - self.ones
+        return part.reshape(part.shape[:kept]) if kept > 0 and set(part.shape[kept:]) <= {1} else part
 
     def write(self, ours: Tensor) -> dict[str, Tensor]:
         """Their tensors from ours."""
