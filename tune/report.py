@@ -429,16 +429,21 @@ def _value_heading(plan: Plan, axis: Axis) -> tuple[str, str, str]:
     return short_names(plan)[axis.path], axis.path, "" if axis.kind == "choice" else "number"
 
 
+def _settings_fit(plan: Plan) -> bool:
+    """Whether a page of 800 pixels has room for a column a setting, beside those of precision and recall."""
+    return len(plan.axes) + len(fidelity_columns(plan)) < _FEW
+
+
 def _setting_headings(plan: Plan) -> list[tuple[str, str, str]]:
     """A column a setting, or one for all if they are too many for a page."""
-    if len(plan.axes) > _FEW:
+    if not _settings_fit(plan):
         return [("settings", "what varies", "")]
     return [_value_heading(plan, axis) for axis in plan.axes]
 
 
 def _setting_cells(plan: Plan, values: Mapping[Any, Any]) -> list[Cell]:
     """The cells below `_setting_headings`."""
-    if len(plan.axes) <= _FEW:
+    if _settings_fit(plan):
         return [_value_cell(axis, values[axis.path]) for axis in plan.axes]
     names = short_names(plan)
     return [Cell(", ".join(f"{names[axis.path]} {show(values[axis.path])}" for axis in plan.axes), "", "wrap")]
