@@ -10,6 +10,7 @@ import pytest
 import ray
 from ray._private import ray_logging
 from ray._private.node import Node
+from ray.dashboard.modules.dashboard_sdk import SubmissionClient
 
 from dxmi.errors import UserError
 from dxmi.machine import available_cpus
@@ -121,6 +122,12 @@ def test_a_ray_without_its_filter_of_messages_only_prints_more(monkeypatch):
     compat.quiet_worker_deaths("lost objects")
 
 
+def test_a_ray_whose_job_client_sends_requests_in_another_way_is_named(monkeypatch):
+    monkeypatch.delattr(SubmissionClient, "_do_request")
+    with pytest.raises(UserError, match=r"ray .* has no requests of the job client as dxmi uses it .*: install"):
+        compat.impatient_job_client("http://127.0.0.1:9", (1.0, 1.0))
+
+
 def _private_parts(path: Path) -> set[str]:
     """Names with an underscore that a module takes from elsewhere, or asks of something that is not its own."""
     found = set()
@@ -129,7 +136,7 @@ def _private_parts(path: Path) -> set[str]:
             parts = [*node.module.split("."), *(alias.name for alias in node.names)]
         elif isinstance(node, ast.Import):
             parts = [part for alias in node.names for part in alias.name.split(".")]
-        elif isinstance(node, ast.Attribute) and node.attr in ("_storage", "_trial_id"):
+        elif isinstance(node, ast.Attribute) and node.attr in ("_storage", "_trial_id", "_do_request"):
             if isinstance(node.value, ast.Name) and node.value.id == "self":
                 continue
             parts = [node.attr]
@@ -144,7 +151,7 @@ def test_nothing_private_of_another_package_is_used_elsewhere(package):
     files = [path for path in (PACKAGES / package).rglob("*.py") if path.name != "compat.py"]
     assert len(files) > 30
     assert {path.name: parts for path in files if (parts := _private_parts(path))} == {}
-    assert _private_parts(PACKAGES / "tune" / "compat.py") == {"_private", "_storage", "_trial_id"}
+    assert _private_parts(PACKAGES / "tune" / "compat.py") == {"_private", "_storage", "_trial_id", "_do_request"}
 
 
 @pytest.mark.parametrize("package", ["dxmi", "tune"])

@@ -74,6 +74,28 @@ def _started(*_: Any, **__: Any) -> None:
     """What takes the place of a process's start."""
 
 
+def impatient_job_client(address: str, seconds: tuple[float, float]) -> Any:
+    """Ray's client of jobs, whose requests otherwise wait for ever.
+
+    Args:
+        address: of the cluster's dashboard.
+        seconds: to connect, and between two bytes of an answer.
+
+    Raises:
+        UserError: this version of Ray sends requests in another way.
+    """
+    from ray.job_submission import JobSubmissionClient  # noqa: PLC0415
+
+    with _part("ray", "requests of the job client"):
+        send = JobSubmissionClient._do_request
+
+    class Client(JobSubmissionClient):
+        def _do_request(self, *args: Any, **kwargs: Any) -> Any:
+            return send(self, *args, **{"timeout": seconds, **kwargs})
+
+    return Client(address)
+
+
 def use_ray_token() -> None:
     """Let this process send Ray's token, if there is one, with each request.
 

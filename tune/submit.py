@@ -21,7 +21,7 @@ from pathspec import PathSpec
 from ray.exceptions import AuthenticationError
 
 from dxmi.errors import UserError
-from tune.compat import use_ray_token
+from tune.compat import impatient_job_client, use_ray_token
 from tune.machine import asked, is_loopback, spare_loopback
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -259,17 +259,9 @@ def _short(error: Exception) -> str:
 
 
 def _client(address: str) -> Any:
-    from ray.job_submission import JobSubmissionClient  # noqa: PLC0415
-
-    class Client(JobSubmissionClient):
-        """Ray's, whose requests otherwise wait for ever."""
-
-        def _do_request(self, *args: Any, **kwargs: Any) -> Any:
-            return super()._do_request(*args, **{"timeout": (_ANSWER_SECONDS, _UPLOADED_SECONDS), **kwargs})
-
     use_ray_token()
     spare_loopback()
-    client = Client(address)
+    client = impatient_job_client(address, (_ANSWER_SECONDS, _UPLOADED_SECONDS))
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "ray"]:
         logging.getLogger(name).setLevel(logging.ERROR)  # what it packs, it says at length
     return client
