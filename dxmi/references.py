@@ -175,14 +175,8 @@ def _ancestral(num_steps: int, variance: str, role: Role) -> Reference:
 
 def _karras_spacing(config: ScheduleConfig) -> tuple[str, str]:
     """The end of a key, and in words; levels are spaced by rho, which is 7 in the paper."""
-    return (
-        ("_trailing", ", trailing")
-        if config.rho == _RHO
-        else (
-            f"_trailing_rho{config.rho:g}",
-            f", trailing, rho {config.rho:g}",
-        )
-    )
+    key, words = ("", "") if config.rho == _RHO else (f"_rho{config.rho:g}", f", rho {config.rho:g}")
+    return f"_trailing{key}", f", trailing{words}"
 
 
 def _euler(config: ScheduleConfig, num_steps: int, role: Role) -> Reference:

@@ -166,9 +166,9 @@ def _unpickled(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def printable(text: str) -> str:
-    """A name from a file as it can stand in a sentence: no line breaks or control characters."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+def printable(name: object) -> str:
+    """A name or a path as any terminal and file can take it: what is no UTF-8 or cannot be printed becomes `?`."""
+    return "".join(character if character.isprintable() else "?" for character in str(name))
 
 
 def require_dense(tensor: Tensor, name: str, path: Path) -> Tensor:

@@ -190,15 +190,20 @@ class Pace:
 
     def due(self) -> bool:
         """Whether to look up after this step; for all workers it is the same one."""
-        if self._workers.size == 1:  # steps of very different lengths are no matter to one that need not agree
-            now = time.monotonic()
-            is_due = now - self._since >= self._seconds
-            self._since = now if is_due else self._since
-            return is_due
+        if self._workers.size == 1:
+            return self._due_alone()
         self._left -= 1
         if self._left > 0:
             return False
         self._left = self._stride = self._workers.on_first(self._next_stride)
+        return True
+
+    def _due_alone(self) -> bool:
+        """By the clock: to one that need not agree with others, steps of very different lengths are no matter."""
+        now = time.monotonic()
+        if now - self._since < self._seconds:
+            return False
+        self._since = now
         return True
 
     def _next_stride(self) -> int:

@@ -14,6 +14,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dxmi.workers import Alone
+
 
 def changed(settings: list[str], *overrides: str) -> list[str]:
     """Settings of a command line with other values for some keys, and further ones."""
@@ -76,6 +78,12 @@ NETWORK_OF = {
     "lsun_t4": "edm_unet_256",
 }
 """The large networks of the published experiments."""
+
+
+class FirstOfTwo(Alone):
+    """A worker whose fellow does as it does."""
+
+    size = 2
 
 
 def idx_bytes(array: np.ndarray) -> bytes:

@@ -10,7 +10,7 @@ import torch
 from dxmi.cache import cached
 from dxmi.errors import UserError
 from dxmi.metrics.gaussians import Gaussian
-from dxmi.workers import Alone
+from support import FirstOfTwo
 
 WORKER = """
 import sys, time, torch
@@ -104,17 +104,11 @@ def test_a_damaged_result_is_computed_again(tmp_path, content):
     assert torch.equal(cached(path, lambda: {"x": torch.ones(2)})["x"], torch.ones(2))
 
 
-class TwoOfOneMind(Alone):
-    """The first of two workers."""
-
-    size = 2
-
-
 def test_a_group_reads_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     path = tmp_path / "a.cached"
     computed = cached(path, lambda: {"x": torch.arange(3)})
     monkeypatch.setattr("dxmi.cache.lock_for", lambda _: pytest.fail("there is nothing to wait for"))
-    found = cached(path, lambda: pytest.fail("it is there"), workers=TwoOfOneMind())
+    found = cached(path, lambda: pytest.fail("it is there"), workers=FirstOfTwo())
     assert torch.equal(found["x"], computed["x"])
 
 

@@ -19,7 +19,7 @@ from dxmi.evaluate import EvaluateConfig
 from dxmi.scorers import build_scorer
 from dxmi.tensors import chunks
 from dxmi.workers import ALONE, Alone, Pace, Share
-from support import free_port
+from support import FirstOfTwo, free_port
 
 PROGRAM = """
 import json, os, sys
@@ -284,12 +284,6 @@ class Clock:
             if pace.due():
                 found.append(step)
         return found
-
-
-class FirstOfTwo(Alone):
-    """A worker whose fellow does as it does."""
-
-    size = 2
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(2.0, [1, 2, 3, 4, 5, 6]), (2**-2, [1, 3, 5]), (2**-6, [1, 3])])

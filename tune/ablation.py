@@ -65,7 +65,7 @@ class Ablation(Sweep):
         """
         if not isinstance(plan, AblationPlan):
             path = Path(studies) / plan.name
-            raise UserError(f"{path} is a sweep. To go on with it: dxmi {plan.command} --resume {path}")
+            raise UserError(f"{path} is a sweep. To go on with it: {plan.resume_line(path)}")
         return super().of(plan, studies)
 
     def run(self, *, console: Console | None = None, trainer: Trainer = train) -> SweepResult:

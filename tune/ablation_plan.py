@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
@@ -51,10 +51,7 @@ class AblationPlan(Plan):
             keys = score_keys(self.experiment.data, self.experiment.evaluate)
             require_metric(f"ablation.also[{index}]", metric, keys)
 
-    @property
-    def command(self) -> str:
-        """Of `dxmi`, the command that runs such a study and goes on with it."""
-        return "ablate"
+    command: ClassVar[str] = "ablate"
 
     @cached_property
     def also(self) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from tune.study import (
     unfinished,
 )
 
+_ALL_ENDED = "every planned trial has ended"
 _PROGRESS_EVERY = 15.0
 """Seconds between two writes of the study's wall time."""
 
@@ -146,7 +147,7 @@ class Conductor:
         record = self._waiting.pop(0) if self._waiting else self.study.add()
         if record is None:
             if self.study.is_done:
-                self.ending = "every planned trial has ended"
+                self.ending = _ALL_ENDED
             return None
         self._begin(record, record.number)
         return record
@@ -374,6 +375,6 @@ class Conductor:
     def write_progress(self) -> None:
         """Record the study's wall time, and why the session ended if it has."""
         self._written = self.clock()
-        was_over = "every planned trial has ended" if self.has_nothing_to_do and not self.live else ""
+        was_over = _ALL_ENDED if self.has_nothing_to_do and not self.live else ""
         ended = self.ending if self.is_over else was_over
         self.study.folder.write_progress(self.wall_seconds, ended, self.device_seconds)

@@ -5,7 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from optuna.trial import FrozenTrial
 
@@ -45,10 +46,12 @@ class Plan:
         _check_objectives(self.sweep, self.experiment)
         _ = self.num_trials  # a grid may be refused
 
-    @property
-    def command(self) -> str:
-        """Of `dxmi`, the command that runs such a study and goes on with it."""
-        return "sweep"
+    command: ClassVar[str] = "sweep"
+    """Of `dxmi`, what runs such a study."""
+
+    def resume_line(self, folder: Path | str) -> str:
+        """The command line that goes on with the study in a folder."""
+        return f"dxmi {self.command} --resume {folder}"
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:

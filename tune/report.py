@@ -132,7 +132,7 @@ def _html(study: Study, records: Sequence[TrialRecord], written: str) -> str:
         board=_board(study.plan, records),
         plan=study.plan,
         has_marked=any(r.outcome.score is not None and r.state is not TrialState.COMPLETE for r in records),
-        notes=_notes(study.plan, records),
+        notes=[*warnings, *_notes(study.plan, records)],
         figures=figures,
         no_importances=importance_obstacle(study.plan, records),
         space=_space(study.plan, records) if compared is None else [],
@@ -252,9 +252,8 @@ def _score(record: TrialRecord) -> float:
 
 
 def _notes(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
-    """What to be wary of: data that changed, and settings whose best value is at the edge of what was searched."""
-    warning = changed_inputs(plan, records)
-    notes = [warning] if warning else []
+    """Settings whose best value is at the edge of what was searched."""
+    notes: list[str] = []
     best = best_of(plan, records)
     if best is None:
         return notes
@@ -344,7 +343,7 @@ def _commands(study: Study, records: Sequence[TrialRecord]) -> list[tuple[str, s
             ("Samples of the best", f"dxmi sample {run} --num 64 --out samples.png"),
             ("More scores of the best", f"dxmi evaluate {run}"),
         ]
-    again = f"dxmi {study.plan.command} --resume {folder}"
+    again = study.plan.resume_line(folder)
     return [*commands, ("Go on with the study, if it has not ended", again)]
 
 

@@ -336,9 +336,7 @@ class Study:
             UserError: there is none, or its driver was killed before the first trial.
         """
         plan = folder.read_plan()
-        missing = UserError(
-            f"The study {plan.name} has no trials yet. Go on with: dxmi {plan.command} --resume {folder.path}"
-        )
+        missing = UserError(f"The study {plan.name} has no trials yet. Go on with: {plan.resume_line(folder.path)}")
         if not folder.journal.exists():
             raise missing
         with _readable(folder.journal):

@@ -20,9 +20,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from dxmi.config import build, to_tree
+from dxmi.config import to_tree
 from dxmi.errors import UserError
-from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
+from dxmi.experiment import Experiment, ResourcesConfig
 from dxmi.files import require_target
 from dxmi.train import changed_inputs, train
 from tune.ablation_plan import AblationPlan, any_plan_from
@@ -194,7 +194,7 @@ class Sweep:
                 tree = self.plan.tree_of(record.values)
                 read = json.dumps([tree["data"], tree["pretrain"]["weights"]], sort_keys=True)
                 if read not in found:
-                    config = build(ExperimentConfig, tree | {"resources": to_tree(ResourcesConfig(device="cpu"))})
+                    config = replace(self.plan.config_of(record.values), resources=ResourcesConfig(device="cpu"))
                     found[read] = changed_inputs(record.run, summary, Experiment(config))
         return [f"{text} Choose another name to train on the present ones." for each in found.values() for text in each]
 

@@ -74,7 +74,7 @@ def _chosen(args: argparse.Namespace) -> Sweep:
     found = Sweep.resume(name, *args.overrides, studies=studies)
     if isinstance(found.plan, AblationPlan):
         raise UserError(
-            f"{found.folder.path} is an ablation. To go on with it: dxmi ablate --resume {found.folder.path}"
+            f"{found.folder.path} is an ablation. To go on with it: {found.plan.resume_line(found.folder.path)}"
         )
     return found
 
@@ -151,7 +151,7 @@ def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
     for sentence in (warning, *result.outdated):
         if sentence:
             complain(sentence)
-    resume = f"dxmi {chosen.plan.command} --resume {result.folder.path}"
+    resume = chosen.plan.resume_line(result.folder.path)
     if result.undelivered:
         complain(f"the tracking server has not got {result.undelivered} records yet. To deliver them: {resume}")
     if result.interrupted:
@@ -384,7 +384,7 @@ def _pages(study: Study, server: str) -> list[str]:
     if pages is None:
         raise UserError(
             f"MLflow has no record of the study {study.plan.name}. To make it: "
-            f"dxmi {study.plan.command} --resume {study.folder.path}"
+            f"{study.plan.resume_line(study.folder.path)}"
         )
     return pages.lines()
 

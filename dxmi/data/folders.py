@@ -26,12 +26,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dxmi import tensor_files
 from dxmi.data.dataset import labelled_signature, shape_hash
 from dxmi.data.pixels import to_rgb
 from dxmi.errors import UserError
 from dxmi.files import sync_folder, write_json
 from dxmi.machine import available_cpus
+from dxmi.tensor_files import printable
 
 SUFFIXES = frozenset(
     {".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -115,11 +115,6 @@ class MappedImages:
     def num_classes(self) -> int:
         """0 without classes."""
         return len(self.classes)
-
-
-def printable(name: object) -> str:
-    """A path as text that any terminal and file can take: bytes that are no UTF-8 and control characters become `?`."""
-    return tensor_files.printable(str(name))
 
 
 def list_images(folder: Path, *, class_folders: bool) -> Listing:
