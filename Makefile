@@ -1,6 +1,7 @@
 # make demo      sets up and sweeps on real digits: 5-step samplers overtake the 1000-step model they came from
 # make test      sets up, then format, lint, types, import contracts and tests
 # make test-all  the same with the slow tests, which take hours
+# make test-gpu  the tests that need a GPU, which are skipped elsewhere
 # make check     format, lint, types and import contracts only
 # make setup     the virtual environment only
 
@@ -11,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all tests check clean
+.PHONY: help setup demo test test-all test-gpu tests check clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -51,6 +52,9 @@ test-all: setup
 
 tests: setup
 	$(PYTEST) $(MARKS)
+
+test-gpu: setup
+	DXMI_TEST_GPU=1 $(BIN)/python -m pytest tests/test_gpu.py
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,6 +1,7 @@
 """From a config tree to built objects."""
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -113,6 +114,8 @@ class ResourcesConfig:
     """Compile the networks by torch.compile: some minutes at the start of a process."""
     cuda_graphs: bool = False
     """On a GPU, record the rollout once and replay it, so that the host does not launch each of its kernels."""
+    deterministic: bool = True
+    """On a GPU, use only kernels that give the same bits every time, so that a resumed run ends as it would have."""
     stack_seeds: int | None = None
     """In an ablation, seeds of an arm that are trained in one program; null for what a measurement finds fastest."""
     worker_timeout: float = 1800.0
@@ -289,6 +292,16 @@ class Experiment:
         threads = self.config.resources.threads or available_cpus()
         torch.set_num_threads(threads)
         return threads
+
+    def choose_kernels(self) -> None:
+        """On a GPU, let PyTorch use the kernels that `resources.deterministic` says; those of a CPU have the same bits.
+
+        PyTorch then refuses what has no such kernel. Of the networks here, convolutions and attention have several.
+        """
+        if self.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else PyTorch refuses matrix products
+            torch.use_deterministic_algorithms(self.config.resources.deterministic)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
 
     def precision(self) -> torch.autocast:
         """The context in which updates are computed.

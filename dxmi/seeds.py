@@ -25,12 +25,28 @@ _INIT_FACTOR, _SHIFT, _WORD = 1_812_433_253, 30, 2**32
 
 def generator(seed: int, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator on `device`, the same for the same `seed` and `stream`."""
-    name = f"{seed}/{stream}".encode()
-    digest = hashlib.sha256(name).digest()
-    seeded = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    if seeded.device.type == "cpu":
-        _fill(seeded, hashlib.shake_256(name).digest(4 * _WORDS))
-    return seeded
+    return _seeded(torch.Generator(device), f"{seed}/{stream}".encode())
+
+
+def continue_stream(own: torch.Generator, state: Tensor) -> bool:
+    """Let a generator go on from a saved state; returns whether it draws what the saved one would have drawn.
+
+    A state that was saved on another kind of device cannot be set. The generator then begins a stream that is derived
+    from that state, so that going on from it twice gives the same numbers.
+    """
+    if state.shape == own.get_state().shape:
+        own.set_state(state)
+        return True
+    _seeded(own, state.numpy().tobytes())
+    return False
+
+
+def _seeded(own: torch.Generator, name: bytes) -> torch.Generator:
+    """The generator at the start of the stream of that name."""
+    own.manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8], "little", signed=True))
+    if own.device.type == "cpu":
+        _fill(own, hashlib.shake_256(name).digest(4 * _WORDS))
+    return own
 
 
 def _fill(twister: torch.Generator, content: bytes) -> None:

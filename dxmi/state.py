@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dxmi.checkpoint import Checkpoint, DamagedCheckpointError
 from dxmi.data import BatchStream
 from dxmi.optimizers import Optimizer
+from dxmi.seeds import continue_stream
 
 ALGORITHM, STATE = "algorithm", "state"
 
@@ -37,8 +38,11 @@ class TrainingState:
             state |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state().items()}
         return {ALGORITHM: dict(self.module.state_dict()), STATE: state}
 
-    def restore(self, saved: Checkpoint) -> None:
+    def restore(self, saved: Checkpoint) -> bool:
         """The inverse of `groups`.
+
+        Returns:
+            Whether the run goes on bitwise as it would have; it does not on another kind of device, with other noise.
 
         Raises:
             DamagedCheckpointError: a group is missing.
@@ -48,10 +52,10 @@ class TrainingState:
         self.module.load_state_dict(saved.groups[ALGORITHM])
         state = saved.groups[STATE]
         self.stream.load_state(_under("stream", state))
-        for name, generator in self.generators.items():
-            generator.set_state(state[f"generator.{name}"])
+        exact = [continue_stream(own, state[f"generator.{name}"]) for name, own in self.generators.items()]
         for name, optimizer in self.optimizers.items():
             optimizer.load_state(_under(f"optimizer.{name}", state))
+        return all(exact)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The loop: pretrain once, score the references once, fine-tune, evaluate, checkpoint, report.
 
-A run is a pure function of its config: killed at any moment and resumed, it ends (on a CPU) bitwise as if it had never
-been touched. For that, every row, evaluation and checkpoint falls on an iteration that the config alone decides.
+A run is a pure function of its config: killed at any moment and resumed, it ends bitwise as if it had never been
+touched. For that, every row, evaluation and checkpoint falls on an iteration that the config alone decides.
 """
 
 import functools
@@ -69,6 +69,12 @@ _PARTIAL_EVERY = 2_000
 """Iterations between checkpoints of pretraining."""
 _NUMERICS = [PRETRAINING_VERSION, SCORING_VERSION]
 """Of a checkpoint: versions of what is computed from one config, which its signature does not hold."""
+_NO_KERNEL = "does not have a deterministic implementation"
+"""Of what PyTorch says of a kernel whose bits are not the same every time, if only such are allowed."""
+_OTHER_DEVICE = (
+    "{path} was saved on another kind of device, whose random numbers cannot be continued here: the run goes on with "
+    "others, and ends neither as it would have there nor as a run that was here from the start."
+)
 _LISTEN_EVERY = 0.5
 """Seconds after which the reporter is asked again whether to stop, while samples are drawn."""
 
@@ -262,6 +268,11 @@ def _story(member: Member, resume_from: Path | None = None) -> Story[Summary | N
             return (yield from whole.whole())
         except _Stopped:
             return None
+        except RuntimeError as error:
+            if _NO_KERNEL not in str(error):
+                raise
+            kernel = str(error).partition(",")[0]
+            raise UserError(f"resources.deterministic is true, but {kernel}: make it false.") from error
 
 
 def _refuse_other_run(run: RunDirectory, experiment: Experiment) -> None:
@@ -319,6 +330,7 @@ class _Run:
         self.report = report
         self.saved = saved
         self.threads = experiment.use_threads()
+        experiment.choose_kernels()
         self.clock = _Stopwatch()
         self.best: dict[str, Any] | None = None
         self.generations: list[dict[str, float]] = []
@@ -412,7 +424,7 @@ class _Run:
         total, log_every, window = self.config.pretrain.iterations, self.config.train.log_every, _Window()
         found, _ = _newest(partial, self.workers)
         if found is not None:
-            state.restore(found)
+            self._restore(state, found)
 
         def after(step: int, metrics: Mapping[str, Tensor]) -> None:
             window.add(metrics)
@@ -551,13 +563,17 @@ class _Run:
         if found is None:
             return self._start(dxmi, state)
         self._check_origin(found)
-        state.restore(found)
+        self._restore(state, found)
         self.workers.on_first(lambda: self._go_back_to(found.step))
         self.clock.add(found.meta["seconds"])
         self.best = self.workers.on_first(lambda: self._best_that_is_whole(found))
         if found.meta["score"] is None and self._is_evaluated(found.step):  # a stop was asked for in the evaluation
             self._evaluate_and_save(dxmi, state, found.step)
         return found.step
+
+    def _restore(self, state: TrainingState, found: Checkpoint) -> None:
+        if not state.restore(found):
+            self._note([_OTHER_DEVICE.format(path=found.path)])
 
     def _check_origin(self, found: Checkpoint) -> None:
         """Refuse a run that was begun with another config or other data; say so if the code has changed."""

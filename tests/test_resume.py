@@ -336,3 +336,32 @@ def test_separate_values_targets_and_other_optimisers_resume_bitwise_too(tmp_pat
     train(tiny(*overrides), out=cut)
     assert outcome(cut) == outcome(whole)
     assert torch.isfinite(checkpoint.newest(cut / "checkpoints")[0].groups["algorithm"]["policy.free_log_sigma"]).all()
+
+
+def test_a_run_from_a_gpu_goes_on_with_other_noise_and_says_so(undisturbed, tmp_path):
+    """Both times the same. The two generators of a checkpoint of a GPU hold 16 bytes."""
+    last = {}
+    for name in ("run", "again"):
+        out, notes = tmp_path / name, []
+        train(tiny(), out=out, report=lambda p: p.phase is Phase.FINETUNE and p.step >= 20)
+        found, _ = checkpoint.newest(out / "checkpoints")
+        state = {key: value[:16].clone() if ".noise" in key else value for key, value in found.groups["state"].items()}
+        shutil.rmtree(found.path)
+        checkpoint.save(out / "checkpoints", found.step, {**found.groups, "state": state}, found.meta)
+        train(tiny(), out=out, report=lambda p, notes=notes: notes.append(p.note))
+        assert any("another kind of device" in note and str(found.path) in note for note in notes)
+        last[name] = outcome(out)
+    assert last["run"] == last["again"]
+    assert last["run"][0] != outcome(undisturbed)[0]
+
+
+def test_what_has_no_deterministic_kernel_is_said_in_a_sentence(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set ...")
+
+    monkeypatch.setattr(Policy, "transition", refuse)
+    monkeypatch.setenv("DXMI_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(
+        UserError, match=r"resources\.deterministic .* cumsum_cuda_kernel .*implementation: make it false"
+    ):
+        train(tiny(), out=tmp_path / "run")

@@ -9,7 +9,7 @@ import torch
 
 from dxmi import seeds
 from dxmi.errors import UserError
-from dxmi.seeds import generator
+from dxmi.seeds import continue_stream, generator
 
 ALIKE = (97, "report/157"), (143, "report/142")
 """Two streams whose hashes begin with the same 32 bits, which is all that `manual_seed` keeps."""
@@ -64,3 +64,22 @@ def test_an_unknown_layout_of_the_state_is_refused(monkeypatch):
     with pytest.raises(UserError, match=f"PyTorch {torch.__version__.split('+', maxsplit=1)[0]}.*2.13"):
         generator(0, "noise")
     seeds._check_layout.cache_clear()
+
+
+def test_a_stream_goes_on_from_its_state_and_from_a_gpus_with_other_numbers():
+    """A GPU's state is 16 bytes: its seed and its offset."""
+    saved = generator(0, "noise")
+    torch.randn(5, generator=saved)
+    own = generator(0, "other")
+    assert continue_stream(own, saved.get_state())
+    assert torch.equal(torch.randn(9, generator=own), torch.randn(9, generator=saved))
+
+    def draws(state: list[int]) -> torch.Tensor:
+        foreign = generator(0, "noise")
+        assert not continue_stream(foreign, torch.tensor(state, dtype=torch.uint8))
+        return torch.randn(9, generator=foreign)
+
+    first = draws([1] * 16)
+    assert torch.equal(first, draws([1] * 16))
+    for other in (draws([1] * 15 + [2]), torch.randn(9, generator=generator(0, "noise"))):
+        assert not torch.isin(first, other).any()

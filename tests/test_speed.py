@@ -6,11 +6,9 @@ import torch
 from dxmi.config import build
 from dxmi.errors import UserError
 from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
-from dxmi.graphs import GraphedRollout
 from dxmi.networks import Critic, Denoiser
 
 NETWORK = {"kind": "mlp", "hidden": 32, "layers": 3, "embedding": 16}
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def experiment(device: str = "cpu", **resources) -> Experiment:
@@ -63,21 +61,3 @@ def test_stacked_seeds_are_neither_compiled_nor_recorded(name):
     with pytest.raises(ValueError, match=f"stack_seeds is 4 and {name} is true"):
         ResourcesConfig(stack_seeds=4, **{name: True})
     assert not ResourcesConfig(**{name: True}).can_stack_seeds
-
-
-@needs_gpu
-def test_a_recorded_rollout_is_the_rollout_with_the_present_weights():
-    made = experiment("cuda")
-    dxmi, state = made.build_finetuning(made.build_denoiser())
-    recorded = GraphedRollout(dxmi.policy)
-    for i in range(3):
-        noise = dxmi.policy.noise(24, state.generators["noise"])
-        expected, replayed = dxmi.policy.rollout(noise), recorded(noise)
-        for name in ("x", "mean", "sigma"):
-            torch.testing.assert_close(getattr(replayed, name), getattr(expected, name))
-        dxmi.update(state.stream.next(), i, *state.generators.values())
-
-
-@needs_gpu
-def test_a_run_with_recorded_rollouts_is_the_same_run():
-    require_close(after_iterations(experiment("cuda", cuda_graphs=True), 20), after_iterations(experiment("cuda"), 20))
