@@ -23,6 +23,7 @@ from scipy.stats import norm
 from dxmi.config import to_tree
 from dxmi.errors import UserError
 from dxmi.experiment import Experiment
+from dxmi.pictures import save_grid
 from support import TINY
 from tune import Ablation
 from tune.ablation_config import parse_ablation
@@ -33,7 +34,7 @@ from tune.cli import main
 from tune.configs import compose_experiment
 from tune.designs import arms
 from tune.plans import plan_from
-from tune.report import verdict_sentences, write_report
+from tune.report import arm_matrix, verdict_sentences, write_report
 from tune.report_maps import arm_maps
 from tune.statistics import Bootstrap, Verdict, compare
 from tune.study import Outcome, Study, StudyFolder, TrialRecord, TrialState, completed, unfinished
@@ -122,6 +123,27 @@ def test_arms_that_a_free_sampler_beats_are_named_by_their_means(played, monkeyp
     assert "baseline (12.00) and no_entropy (12.00)" in sentence
     assert "fast" not in sentence
     assert verdict_sentences(results)[-1] == sentence
+
+
+def test_real_data_and_references_stand_above_the_arms_samples(played, monkeypatch):
+    """Those of the first run that has them: here the baseline's with seed 1."""
+    monkeypatch.setattr(Played, "references", {"ddpm_1000": 5.0, "ddim_5": 9.0})
+    study = played(seeds=[0, 1])
+    study.play(shifted())
+    pixels = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    for record in study.records():
+        save_grid(record.run.samples / "step_000040.png", pixels)
+    (chosen,) = (r for r in study.records() if (r.values["arm"], r.values["seed"]) == ("baseline", 1))
+    for name in ("data", "full", "few"):
+        save_grid(chosen.run.reference_picture(name), pixels)
+    matrix = arm_matrix(results_of(study.plan, study.folder, study.records()))
+    assert [row.trial for row in matrix.rows] == ["baseline", "no_entropy", "fast"]
+    assert [strip.name for strip in matrix.strips] == [
+        "real data",
+        "1000 steps (DDPM, small variance)",
+        "5 steps (DDIM, evenly over 0..999)",
+    ]
+    assert [strip.note.partition(",")[0] for strip in matrix.strips[1:]] == ["5.00", "9.00"]
 
 
 # ----------------------------------------------------------------------------

@@ -154,6 +154,25 @@ def test_data_draws_images_and_points(tmp_path, capsys):
         assert len(Image.open(path).convert("RGB").getcolors(100_000)) > 16
 
 
+@pytest.mark.parametrize("source", ["digits", "one digit", "folder"])
+def test_the_pictures_labels_are_the_names_of_the_classes(tmp_path, monkeypatch, source):
+    for name in ("cats", "dogs"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 9).save(tmp_path / "images" / name / "a.png")
+    settings, expected = {
+        "digits": (["experiment=digits"], set("0123456789")),
+        "one digit": (["experiment=digits", "data.label=3"], {"3"}),
+        "folder": (["data=imagenet64", f"data.folder={tmp_path / 'images'}", "data.size=8"], {"cats", "dogs"}),
+    }[source]
+    drawn = []
+    monkeypatch.setattr("tune.commands.save_labelled_grid", lambda *given: drawn.append(given))
+    assert main(["data", *settings, "--grid", str(tmp_path / "grid.png")]) == 0
+    ((path, pixels, labels),) = drawn
+    assert path == tmp_path / "grid.png"
+    assert len(pixels) == len(labels) == (2 if source == "folder" else 64)
+    assert set(labels) == expected
+
+
 def test_a_picture_shows_labels_with_the_frequencies_of_the_data():
     digits = load(DataConfig(name="digits"))
     pixels, labels = some_of(digits, 64)

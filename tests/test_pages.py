@@ -293,6 +293,17 @@ def test_the_end_of_a_study_names_its_addresses_and_what_serves_them(studies):
     assert tune.sweep_commands._in_mlflow(sweep_plan(uri="none"), ended(studies, "lr-1")) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "about"),
+    [("terms", "fid_digits of every arm and seed"), ("plane", "sliced_wasserstein of all 2 trials")],
+)
+def test_the_end_of_every_kind_of_study_names_them(studies, name, about):
+    result = ended(studies, name)
+    first, *pages = tune.sweep_commands._in_mlflow(Study.read(result.folder).plan, result)
+    assert f"dxmi ui {name} --studies" in first
+    assert [line.strip().partition(": ")[0] for line in pages] == [about, "best checkpoint", "all metrics"]
+
+
 def test_a_server_that_is_away_costs_the_addresses_only(studies, capsys, monkeypatch):
     def away(*_: object) -> Ledger:
         raise ConnectionError("Connection refused")

@@ -140,7 +140,13 @@ class Fabricated:
 
 def _summary(config: ExperimentConfig, value: float, num_steps: int) -> dict:
     return {
-        "scores": {"best": {"eval/fid_digits": value, "eval/precision_digits": 1.0 / (1.0 + value)}},
+        "scores": {
+            "best": {
+                "eval/fid_digits": value,
+                "eval/precision_digits": 1.0 / (1.0 + value),
+                "eval/recall_digits": 1.0 / (2.0 + value),
+            }
+        },
         "best": {"value": value, "step": 40, "checkpoint": "checkpoints/step_00000040"},
         "reference": {"ddpm_1000": 5.5, f"ddim_{num_steps}_trailing": 3.36, "shortened": 60.0 / num_steps},
         "samplers": {reference.key: reference.tree for reference in of_steps(ScheduleConfig(num_steps=num_steps))},
@@ -278,7 +284,7 @@ def test_the_leaderboard_is_in_rank_order_with_every_column(made):
         "signature", "checkpoint", "reason",
     ]  # fmt: skip
     assert list(frame["eval/precision_digits"].fillna(-1.0)) == [1 / 4, 1 / 6, 1 / 8, -1.0, -1.0, -1.0]
-    assert frame["eval/recall_digits"].isna().all()  # of which nothing was made up
+    assert list(frame["eval/recall_digits"].fillna(-1.0)) == [1 / 5, 1 / 7, 1 / 9, -1.0, -1.0, -1.0]
     assert frame["trial"].tolist() == [1, 2, 0, 3, 4, 5]
     assert frame["rank"].tolist()[:3] == [1, 2, 3]
     assert frame["rank"].isna().tolist() == [False] * 3 + [True] * 3  # 2.0 is on the noise that chose it: no rank
@@ -611,6 +617,21 @@ def test_real_data_and_references_stand_above_the_samples(made):
     page = require_self_contained(sweep.report())
     assert page.tags.count("img") == len(STEPS) + 2
     assert "Above them real data" in page.text
+
+
+@pytest.mark.parametrize("experiment", ["digits", "moons"])
+def test_the_model_with_all_of_its_steps_stands_there_too(made, experiment):
+    sweep = made(experiment=compose_experiment([f"experiment={experiment}", *TINY[1:]]).experiment)
+    record = sweep.complete(4.0)
+    for name in ("data", "full", "few"):
+        save_grid(record.run.reference_picture(name), torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8))
+    strips = sample_matrix(sweep.study.plan, sweep.records).strips
+    assert [strip.name for strip in strips] == [
+        "real data",
+        "1000 steps (DDPM, small variance)",
+        "5 steps (DDIM, trailing)",
+    ]
+    assert [strip.note.partition(",")[0] for strip in strips[1:]] == ["5.50", "3.36"]
 
 
 def test_a_strip_shows_the_whole_width_of_a_grid_and_the_rows_of_the_trials_pictures(made):

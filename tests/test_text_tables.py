@@ -77,7 +77,11 @@ def test_the_result_keeps_its_numbers(width):
         seconds_per_1000_images={name: 1234.5678 / (1 + place) for place, name in enumerate(names)},
         samplers={},
     )
-    require_whole(result_table(summary), width)
+    table = result_table(summary)
+    require_whole(table, width)
+    shown = {str(column.header): [str(cell) for cell in column.cells] for column in table.columns}
+    assert shown["precision_digits"] == ["0.551", "1.10", "1.65", "2.20"]
+    assert shown["recall_digits"] == ["0.919", "1.84", "2.76", "3.68"]
 
 
 @WIDTHS
