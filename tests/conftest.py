@@ -44,6 +44,11 @@ _LONGEST_FIRST = [
     )
 ]
 """Files in the order in which the processes take them, so that none is left with a long one at the end."""
+_SLOWEST_FIRST = [
+    f"test_{name}"
+    for name in ("sweep", "multiple_testing", "data_parallel", "seed_plan", "cluster", "power", "statistics")
+]
+"""The same where slow tests run too."""
 
 MakePolicy = Callable[..., Policy]
 MakeDxMI = Callable[..., DxMI]
@@ -59,12 +64,13 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the longest files first, and give slow tests, of which some take a quarter of an hour, an hour."""
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3_600))
-    rank = {name: number for number, name in enumerate(_LONGEST_FIRST)}
+    first = _LONGEST_FIRST if config.option.markexpr else [*_SLOWEST_FIRST, *_LONGEST_FIRST]
+    rank = {name: number for number, name in enumerate(dict.fromkeys(first))}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 

@@ -396,6 +396,33 @@ sys.exit(main(["--help"]))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "dxmi: stopped.\n")
 
 
+@pytest.mark.parametrize("module", ["dxmi.errors", "torch", "tune.commands"])
+def test_a_ctrl_c_that_an_import_swallows_is_not_lost(module):
+    program = f"""
+import signal, sys
+from tune.cli import main
+class Swallowing:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
+sys.meta_path.insert(0, Swallowing())
+sys.exit(main(["--help"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "dxmi: stopped.\n")
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    program = (
+        "import signal, sys; from tune.cli import main; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        "code = main(['--help']); sys.exit(code or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
+
+
 def test_a_corrupt_checkpoint_is_named_and_the_other_is_sampled(run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)

@@ -154,10 +154,12 @@ def test_a_finished_study_says_that_its_data_have_changed_since(finished, studie
 
 
 @pytest.mark.slow
-def test_a_larger_budget_adds_trials_to_a_finished_study(finished, studies):
-    result = Sweep.resume("first", "sweep.budget.trials=4", studies=studies).run(console=QUIET)
+def test_a_larger_budget_adds_trials_to_a_finished_study(studies):
+    """A study of its own, since others are compared with the first one."""
+    assert len(Sweep(*SMALL, name="larger", studies=studies).run(console=QUIET).records) == 3
+    result = Sweep.resume("larger", "sweep.budget.trials=4", studies=studies).run(console=QUIET)
     assert [record.state for record in result.records] == [TrialState.COMPLETE] * 4
-    assert len(runs_of(finished)[1]) == 4
+    assert len(runs_of(result.folder)[1]) == 4
 
 
 def test_the_same_name_with_other_settings_is_refused_with_the_difference(finished, studies, capsys):

@@ -37,6 +37,10 @@ the user waits ten in all."""
 _COLLECT_EVERY = 0.5
 _WAITING_BYTES = 200_000_000
 """Of memory, which every node has, for a process that must hold something but no device."""
+_ON_HEAD = {"node:__internal_head__": 0.001}
+"""So little of a resource that only the head node has, which ends with the session anyway: the controller of a group
+runs where the process that waits for it does, and if its node is lost while the workers start, Ray moves their
+reservation to another node and never frees it."""
 _TRIALS = "trials"
 """The key of what `run_trials` wants to know."""
 _NEVER = "1000000000"
@@ -172,7 +176,7 @@ def _trainable(slots: Slots, mailbox: Any, trainer: Trainer) -> Any:
     """`run_trials` with what every trial shares."""
     function = ray_tune.with_parameters(run_trials, mailbox=mailbox, trainer=trainer)
     if slots.workers > 1:  # its workers hold the devices; this process only waits for them
-        return ray_tune.with_resources(function, {"cpu": 0, "memory": _WAITING_BYTES})
+        return ray_tune.with_resources(function, {"cpu": 0, "memory": _WAITING_BYTES, **_ON_HEAD})
     return ray_tune.with_resources(function, {"cpu": slots.threads, "gpu": slots.gpu_share})
 
 
