@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from dxmi.errors import UserError
-from dxmi.files import sync_folder, write_synced
+from dxmi.files import naming, sync_folder, write_synced
 from dxmi.tensors import pack, unpack
 
 _NAME = re.compile(r"step_(\d{8})")
@@ -33,6 +33,17 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 
 class DamagedCheckpointError(UserError):
     """A checkpoint that is cut short, altered or incomplete; the sentence names the file."""
+
+
+class Meta(dict[str, Any]):
+    """The plain values of a checkpoint; asking for one that is not there is an error of the checkpoint's."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise DamagedCheckpointError(f"Checkpoint {self._path} is damaged: meta.json lacks {key}.")
 
 
 @dataclass(frozen=True)
@@ -61,15 +72,16 @@ def save(folder: Path, step: int, groups: Groups, meta: Mapping[str, Any]) -> Pa
     """Write one checkpoint and return its folder; an older one of the same step is replaced."""
     final, part = path_of(folder, step), folder / f".step_{step:08d}.{os.getpid()}.part"
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        _write_files(part, step, groups, meta)
-        if final.exists():
-            shutil.rmtree(final)
-        part.rename(final)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    sync_folder(folder)
+    with naming(final):
+        part.mkdir(parents=True)
+        try:
+            _write_files(part, step, groups, meta)
+            if final.exists():
+                shutil.rmtree(final)
+            part.rename(final)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        sync_folder(folder)
     return final
 
 
@@ -96,14 +108,32 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, meta["step"], groups, meta)
 
 
-def _meta(path: Path, data: bytes) -> dict[str, Any]:
+def restore(module: nn.Module, saved: Checkpoint, group: str) -> None:
+    """Load a group into a module.
+
+    Raises:
+        DamagedCheckpointError: the checkpoint lacks it, or holds the tensors of another module.
+    """
+    try:
+        module.load_state_dict(saved.groups[group])
+    except KeyError as error:
+        raise DamagedCheckpointError(f"Checkpoint {saved.path} is damaged: it lacks {group}.") from error
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[-1].strip()
+        raise DamagedCheckpointError(f"Checkpoint {saved.path} does not fit its run's config: {first}") from error
+
+
+def _meta(path: Path, data: bytes) -> Meta:
     try:
         meta = json.loads(data)
     except ValueError:
         meta = None
     if not isinstance(meta, dict) or not isinstance(meta.get("step"), int):
         raise DamagedCheckpointError(f"Checkpoint {path} is damaged: meta.json holds no step.")
-    return meta
+    best = meta.get("best")
+    if best is not None and not (isinstance(best, dict) and isinstance(best.get("step"), int)):
+        raise DamagedCheckpointError(f"Checkpoint {path} is damaged: meta.json holds a best that has no step.")
+    return Meta(path, meta)
 
 
 def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:

@@ -299,9 +299,9 @@ class Experiment:
         PyTorch then refuses what has no such kernel. Of the networks here, convolutions and attention have several.
         """
         if self.device.type == "cuda":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else PyTorch refuses matrix products
             torch.use_deterministic_algorithms(self.config.resources.deterministic)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
+            # Nothing here reads what was not written.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def precision(self) -> torch.autocast:
         """The context in which updates are computed.
@@ -519,4 +519,6 @@ def _device(name: str) -> torch.device:
             raise UserError(
                 f"resources.device is {name}, but PyTorch sees {torch.cuda.device_count()} GPUs: use auto or cpu."
             )
+        # PyTorch looks at it once, at the first matrix product on a GPU, and without it allows no deterministic ones.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return torch.device(name)

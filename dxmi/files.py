@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the file system name this path, where it would name none or a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
 def write_synced(path: Path, data: bytes) -> None:
     """Write and fsync; not atomic by itself."""
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -96,12 +106,13 @@ def write_synced(path: Path, data: bytes) -> None:
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data`: a reader or a crash sees the old content or the new, nothing between."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write_synced(part, data.encode() if isinstance(data, str) else data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with naming(path):
+        try:
+            write_synced(part, data.encode() if isinstance(data, str) else data)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 def write_json(path: Path, tree: Any) -> None:

@@ -19,6 +19,8 @@ _WORDS = 624
 """32-bit words of a Mersenne twister's state."""
 _FIRST_BYTE = 24
 """Where PyTorch's `mt19937` state holds the first of them, each in 64 bits, after its seed and its position."""
+_STATE_BYTES = {16, len(torch.Generator().get_state())}
+"""Of a GPU's generator, its seed and its offset, and of the CPU's."""
 _INIT_FACTOR, _SHIFT, _WORD = 1_812_433_253, 30, 2**32
 """Of the recurrence that fills the state from a 32-bit seed (Matsumoto and Nishimura, 1998, with the 2002 seeding)."""
 
@@ -33,7 +35,12 @@ def continue_stream(own: torch.Generator, state: Tensor) -> bool:
 
     A state that was saved on another kind of device cannot be set. The generator then begins a stream that is derived
     from that state, so that going on from it twice gives the same numbers.
+
+    Raises:
+        ValueError: it is the state of no generator.
     """
+    if state.dtype != torch.uint8 or state.numel() not in _STATE_BYTES:
+        raise ValueError(f"{state.numel()} numbers of {state.dtype} are the state of no random generator")
     if state.shape == own.get_state().shape:
         own.set_state(state)
         return True

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dxmi import checkpoint
 from dxmi.checkpoint import Checkpoint, DamagedCheckpointError
 from dxmi.data import BatchStream
 from dxmi.optimizers import Optimizer
@@ -45,12 +46,17 @@ class TrainingState:
             Whether the run goes on bitwise as it would have; it does not on another kind of device, with other noise.
 
         Raises:
-            DamagedCheckpointError: a group is missing.
+            DamagedCheckpointError: something is missing, or is not what it should be.
         """
-        if not {ALGORITHM, STATE} <= saved.groups.keys():
-            raise DamagedCheckpointError(f"Checkpoint {saved.path} is damaged: it lacks {ALGORITHM} or {STATE}.")
-        self.module.load_state_dict(saved.groups[ALGORITHM])
-        state = saved.groups[STATE]
+        checkpoint.restore(self.module, saved, ALGORITHM)
+        try:
+            return self._restore_rest(saved.groups[STATE])
+        except KeyError as error:
+            raise DamagedCheckpointError(f"Checkpoint {saved.path} is damaged: it lacks {error.args[0]}.") from error
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise DamagedCheckpointError(f"Checkpoint {saved.path} is damaged: {error}.") from error
+
+    def _restore_rest(self, state: Mapping[str, Tensor]) -> bool:
         self.stream.load_state(_under("stream", state))
         exact = [continue_stream(own, state[f"generator.{name}"]) for name, own in self.generators.items()]
         for name, optimizer in self.optimizers.items():

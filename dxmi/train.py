@@ -69,8 +69,8 @@ _PARTIAL_EVERY = 2_000
 """Iterations between checkpoints of pretraining."""
 _NUMERICS = [PRETRAINING_VERSION, SCORING_VERSION]
 """Of a checkpoint: versions of what is computed from one config, which its signature does not hold."""
-_NO_KERNEL = "does not have a deterministic implementation"
-"""Of what PyTorch says of a kernel whose bits are not the same every time, if only such are allowed."""
+_NO_KERNEL = ("does not have a deterministic implementation", "it uses CuBLAS")
+"""From what PyTorch says of a kernel whose bits are not the same every time, if only such are allowed."""
 _OTHER_DEVICE = (
     "{path} was saved on another kind of device, whose random numbers cannot be continued here: the run goes on with "
     "others, and ends neither as it would have there nor as a run that was here from the start."
@@ -260,6 +260,7 @@ def _story(member: Member, resume_from: Path | None = None) -> Story[Summary | N
                 text = f"{sentence} Choose another out to train on the present ones."
                 member.report(Progress(Phase.REPORT, 2, 2, note=text))
         return summary
+    experiment.choose_kernels()
     scorer = build_scorer(experiment.data, config.evaluate, cache_root(), experiment.device, workers)
     with held:
         workers.on_first(begin)
@@ -269,7 +270,7 @@ def _story(member: Member, resume_from: Path | None = None) -> Story[Summary | N
         except _Stopped:
             return None
         except RuntimeError as error:
-            if _NO_KERNEL not in str(error):
+            if not any(words in str(error) for words in _NO_KERNEL):
                 raise
             kernel = str(error).partition(",")[0]
             raise UserError(f"resources.deterministic is true, but {kernel}: make it false.") from error
@@ -330,7 +331,6 @@ class _Run:
         self.report = report
         self.saved = saved
         self.threads = experiment.use_threads()
-        experiment.choose_kernels()
         self.clock = _Stopwatch()
         self.best: dict[str, Any] | None = None
         self.generations: list[dict[str, float]] = []
@@ -338,6 +338,7 @@ class _Run:
         self.told = Progress(Phase.PRETRAIN, 0, experiment.config.pretrain.iterations)
         self.pace = Pace(experiment.workers, _LISTEN_EVERY)
         self.members = 1
+        self.devices = [device_name(experiment.device)]
 
     # ------------------------------------------------------------------------
     # The story.
@@ -423,8 +424,10 @@ class _Run:
         ddpm, state = self.experiment.build_pretraining()
         total, log_every, window = self.config.pretrain.iterations, self.config.train.log_every, _Window()
         found, _ = _newest(partial, self.workers)
-        if found is not None:
-            self._restore(state, found)
+        if found is not None and not state.restore(found):
+            # What other runs are to share is not to depend on where it was interrupted.
+            self._note([f"{found.path} was saved on another kind of device: pretraining starts afresh."])
+            (ddpm, state), found = self.experiment.build_pretraining(), None
 
         def after(step: int, metrics: Mapping[str, Tensor]) -> None:
             window.add(metrics)
@@ -563,17 +566,16 @@ class _Run:
         if found is None:
             return self._start(dxmi, state)
         self._check_origin(found)
-        self._restore(state, found)
+        if not state.restore(found):
+            self._note([_OTHER_DEVICE.format(path=found.path)])
+        before: list[str] = found.meta.get("devices", [])
+        self.devices = before if before[-1:] == self.devices else [*before, *self.devices]
         self.workers.on_first(lambda: self._go_back_to(found.step))
         self.clock.add(found.meta["seconds"])
         self.best = self.workers.on_first(lambda: self._best_that_is_whole(found))
         if found.meta["score"] is None and self._is_evaluated(found.step):  # a stop was asked for in the evaluation
             self._evaluate_and_save(dxmi, state, found.step)
         return found.step
-
-    def _restore(self, state: TrainingState, found: Checkpoint) -> None:
-        if not state.restore(found):
-            self._note([_OTHER_DEVICE.format(path=found.path)])
 
     def _check_origin(self, found: Checkpoint) -> None:
         """Refuse a run that was begun with another config or other data; say so if the code has changed."""
@@ -682,6 +684,7 @@ class _Run:
             "class_counts": self._class_counts(),
             "git_revision": git_revision(),
             "numerics": _NUMERICS,
+            "devices": self.devices,
         }
         checkpoint.save(folder, step, state.groups(), meta)
         checkpoint.prune(folder, {step, *before, *([self.best["step"]] if self.best else [])})
@@ -757,7 +760,7 @@ class _Run:
             iterations=config.train.iterations,
             num_steps=config.schedule.num_steps,
             seconds=self.clock.seconds,
-            device=device_name(self.experiment.device),
+            device=", then ".join(self.devices),
             threads=self.threads,
             git_revision=git_revision(),
             versions=versions(),

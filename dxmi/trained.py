@@ -130,8 +130,9 @@ def load_trained(run: RunDirectory, config: ExperimentConfig, which: str) -> Tra
     event = tuple(found.meta["event"]) if recorded else None
     experiment = Experiment(config, event=event, class_counts=found.meta.get("class_counts"))
     experiment.use_threads()
+    experiment.choose_kernels()
     dxmi = experiment.build_dxmi(experiment.build_denoiser())
-    dxmi.load_state_dict(found.groups[ALGORITHM])
+    checkpoint.restore(dxmi, found, ALGORITHM)
     dxmi.requires_grad_(False)
     return Trained(experiment, dxmi, found.step, complaints, str(found.meta.get("data", "")))
 

@@ -1,6 +1,8 @@
 """The command line from end to end: what it prints, what it writes, and how it refuses."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -466,3 +468,20 @@ def test_help_shows_examples_and_choices(command, monkeypatch, capsys):
     if command in (["train"], ["data"]):
         assert "experiment=" in printed
         assert "mnist8" in printed
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_is_a_sentence_that_names_the_file(tmp_path, monkeypatch, capsys, number):
+    """The kernel names no file when a write fails."""
+
+    def full(descriptor: int) -> None:
+        if "run" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("dxmi.files.os.fsync", full)
+    assert main(["train", *TINY, f"out={tmp_path / 'run'}"]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"dxmi: {tmp_path / 'run'}")
+    assert os.strerror(number) in said
+    assert ("free some space" in said) == (number != errno.EIO)
+    assert ".part" not in said

@@ -347,9 +347,15 @@ def test_a_run_from_a_gpu_goes_on_with_other_noise_and_says_so(undisturbed, tmp_
         found, _ = checkpoint.newest(out / "checkpoints")
         state = {key: value[:16].clone() if ".noise" in key else value for key, value in found.groups["state"].items()}
         shutil.rmtree(found.path)
-        checkpoint.save(out / "checkpoints", found.step, {**found.groups, "state": state}, found.meta)
+        checkpoint.save(out / "checkpoints", found.step, {**found.groups, "state": state},
+                        {**found.meta, "devices": ["one of its own"]})  # fmt: skip
         train(tiny(), out=out, report=lambda p, notes=notes: notes.append(p.note))
         assert any("another kind of device" in note and str(found.path) in note for note in notes)
+        summary = json.loads((out / "summary.json").read_text())
+        assert (
+            summary["device"]
+            == "one of its own, then " + json.loads((undisturbed / "summary.json").read_text())["device"]
+        )
         last[name] = outcome(out)
     assert last["run"] == last["again"]
     assert last["run"][0] != outcome(undisturbed)[0]
@@ -365,3 +371,79 @@ def test_what_has_no_deterministic_kernel_is_said_in_a_sentence(tmp_path, monkey
         UserError, match=r"resources\.deterministic .* cumsum_cuda_kernel .*implementation: make it false"
     ):
         train(tiny(), out=tmp_path / "run")
+
+
+def test_pretraining_begun_on_a_gpu_starts_afresh(undisturbed, tmp_path, monkeypatch):
+    """Other runs share what comes of it."""
+    monkeypatch.setenv("DXMI_CACHE", str(tmp_path / "cache"))
+    assert train(tiny(), out=tmp_path / "run", report=lambda p: p.phase is Phase.PRETRAIN and p.step >= 30) is None
+    (partial,) = {path.parent for path in (tmp_path / "cache" / "pretrained").rglob("step_*")}
+    found, _ = checkpoint.newest(partial)
+    state = {key: value[:16].clone() if ".noise" in key else value for key, value in found.groups["state"].items()}
+    checkpoint.save(partial, found.step, {**found.groups, "state": state}, found.meta)
+    notes = []
+    train(tiny(), out=tmp_path / "run", report=lambda p: notes.append(p.note))
+    assert any("pretraining starts afresh" in note for note in notes)
+    assert outcome(tmp_path / "run") == outcome(undisturbed)
+
+
+def without(tensors: dict[str, torch.Tensor], words: str) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in tensors.items() if words not in key}
+
+
+def with_generators(tensors: dict[str, torch.Tensor], state: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {key: state.clone() if key.startswith("generator.") else value for key, value in tensors.items()}
+
+
+MENDED = {
+    "no generator": ("state", lambda t: without(t, "generator.noise"), r"lacks generator\.noise"),
+    "floats": ("state", lambda t: with_generators(t, torch.zeros(5056)), r"5056 numbers of torch\.float32"),
+    "three bytes": ("state", lambda t: with_generators(t, torch.zeros(3, dtype=torch.uint8)), "3 numbers of"),
+    "zeros": ("state", lambda t: with_generators(t, torch.zeros(5056, dtype=torch.uint8)), "mt19937"),
+    "no data order": ("state", lambda t: without(t, "stream.order"), "lacks order"),
+    "no state": ("state", None, "lacks state"),
+    "other shapes": ("algorithm", lambda t: {k: v[:1] if v.dim() == 2 else v for k, v in t.items()}, "does not fit"),
+    "no weights": ("algorithm", lambda t: without(t, "policy."), "does not fit"),
+    "no algorithm": ("algorithm", None, "lacks algorithm"),
+}
+"""Checkpoints that were edited by hand, with a manifest that fits."""
+
+
+@pytest.mark.parametrize("damage", MENDED)
+def test_a_checkpoint_that_was_edited_is_refused_in_a_sentence(undisturbed, tmp_path, damage):
+    group, change, words = MENDED[damage]
+    out = tmp_path / "run"
+    cut_back(undisturbed, out)
+    found, _ = checkpoint.newest(out / "checkpoints")
+    groups = {name: tensors for name, tensors in found.groups.items() if name != group or change is not None}
+    if change is not None:
+        groups[group] = change(groups[group])
+    checkpoint.save(out / "checkpoints", found.step, groups, found.meta)
+    with pytest.raises(UserError, match=f"{found.path} .*{words}"):
+        train(tiny(), out=out)
+
+
+@pytest.mark.parametrize(
+    ("meta", "words"),
+    [({"best": "x"}, "a best that has no step"), ({"best": {}}, "a best that has no step"),
+     ({"best": {"step": None}}, "a best that has no step")],
+)  # fmt: skip
+def test_a_best_checkpoint_that_is_none_is_named(undisturbed, tmp_path, meta, words):
+    out, notes = tmp_path / "run", []
+    cut_back(undisturbed, out)
+    found, _ = checkpoint.newest(out / "checkpoints")
+    checkpoint.save(out / "checkpoints", found.step, found.groups, {**found.meta, **meta})
+    train(tiny(), out=out, report=lambda p: notes.append(p.note))
+    assert any(words in note and str(found.path) in note for note in notes)
+    assert outcome(out) == outcome(undisturbed)
+
+
+@pytest.mark.parametrize("key", ["signature", "data", "seconds", "best", "git_revision", "score"])
+def test_what_is_missing_from_a_checkpoints_values_is_named(undisturbed, tmp_path, key):
+    out = tmp_path / "run"
+    cut_back(undisturbed, out)
+    found, _ = checkpoint.newest(out / "checkpoints")
+    meta = {name: value for name, value in found.meta.items() if name != key}
+    checkpoint.save(out / "checkpoints", found.step, found.groups, meta)
+    with pytest.raises(UserError, match=rf"{found.path} .*lacks {key}|begun with|config"):
+        train(tiny(), out=out)

@@ -1,6 +1,7 @@
 """The commands: `dxmi train | sample | evaluate | export | data | config`, and those of `tune.sweep_commands`."""
 
 import argparse
+import errno
 import importlib
 import io
 import logging
@@ -76,8 +77,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:  # no file of the user's
             raise
-        complain(f"{error.filename} could not be read or written: {error.strerror or error}.")
+        complain(f"{error.filename} could not be read or written: {error.strerror or error}.{_advice(error)}")
         return FAILED
+
+
+def _advice(error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return " What was saved before is whole: free some space and go on with --resume." if full else ""
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

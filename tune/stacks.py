@@ -122,6 +122,7 @@ def _seconds(config: ExperimentConfig, number: int) -> float:
 
 def _stretch(experiment: Experiment) -> Stretch:
     experiment.use_threads()
+    experiment.choose_kernels()
     dxmi, state = experiment.build_finetuning(experiment.build_denoiser())
     return Stretch(dxmi, state, 0, _ITERATIONS, experiment.precision, lambda _, __: None, lambda _: None)
 

@@ -128,7 +128,10 @@ def list_images(folder: Path, *, class_folders: bool) -> Listing:
         UserError: there is no such folder, it cannot be read, or there is no image in it.
     """
     if not folder.is_dir():
-        raise UserError(f"The folder of images {folder} is missing: put it there, or set DXMI_DATA or data.folder.")
+        raise UserError(
+            f"The folder of images {folder} is missing: put it there, or set data.folder, which lies under DXMI_DATA "
+            "if it is no absolute path."
+        )
     search = _Search(folder)
     classes = search.classes() if class_folders else []
     if class_folders and not classes:
