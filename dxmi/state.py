@@ -53,6 +53,8 @@ class TrainingState:
             return self._restore_rest(saved.groups[STATE])
         except KeyError as error:
             raise DamagedCheckpointError(f"Checkpoint {saved.path} is damaged: it lacks {error.args[0]}.") from error
+        except torch.OutOfMemoryError:  # a RuntimeError too, but no fault of the checkpoint
+            raise
         except (RuntimeError, TypeError, ValueError) as error:
             raise DamagedCheckpointError(f"Checkpoint {saved.path} is damaged: {error}.") from error
 
