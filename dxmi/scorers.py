@@ -363,7 +363,8 @@ class InceptionScorer(_FeatureScorer):
 
     def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
         """Every score of images."""
-        return self._measured(sampling, functools.partial(self._distances, sampling.stream))
+        on_step = sampling.on_step if self.workers.size == 1 else None  # all workers would have to call it
+        return self._measured(sampling, functools.partial(self._distances, sampling.stream, on_step))
 
     def _measured(self, sampling: Sampling, score: Callable[[_Reference, Tensor, Tensor], dict[str, float]]) -> Scores:
         """All workers sample and compute features; the first computes scores from them, and tells them."""
@@ -386,20 +387,27 @@ class InceptionScorer(_FeatureScorer):
             for _ in range(self.network().num_pieces(most) - self.network().num_pieces(num)):
                 on_piece()
 
-    def _distances(self, stream: str, reference: _Reference, pool: Tensor, logits: Tensor) -> dict[str, float]:
+    def _distances(
+        self, stream: str, on_step: Callable[[], None] | None, reference: _Reference, pool: Tensor, logits: Tensor
+    ) -> dict[str, float]:
         """Of features [N, 2048] and logits [N, 1008]."""
         config, kept = self.config, reference.features
         some = _some_rows(pool, _KEPT, self._generator(stream, "neighbours/samples"))
         neighbours = _some_rows(kept, len(some), self._generator(stream, "neighbours"))
-        precision, recall = precision_recall(some, neighbours)
+        precision, recall = precision_recall(some, neighbours, on_step)
         subsets, size = config.kid_subsets, config.kid_subset_size
         values = {
             self.metric: reference.distance(pool),
             "eval/fid_infinity": reference.gaussian.distance_at_infinity(
-                pool.to(self.device), self._generator(stream, "extrapolation")
+                pool.to(self.device), self._generator(stream, "extrapolation"), on_step
             ),
             "eval/kid": kernel_distance(
-                pool.double(), kept.double(), subsets=subsets, subset_size=size, seed=self._seed(stream, "kid")
+                pool.double(),
+                kept.double(),
+                subsets=subsets,
+                subset_size=size,
+                seed=self._seed(stream, "kid"),
+                on_step=on_step,
             ),
             f"eval/precision_{self.size}": precision,
             f"eval/recall_{self.size}": recall,

@@ -4,8 +4,9 @@ Axis letters: B batch, C channels, H height, W width; *event is everything after
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dxmi.errors import DivergedError
 
+Item = TypeVar("Item")
 _IMAGE_RANK = 4
 """B, C, H, W."""
 
@@ -120,6 +122,14 @@ def require_finite_metrics(metrics: dict[str, float], step: int) -> dict[str, fl
         if not math.isfinite(value):
             raise DivergedError(step, key, value)
     return metrics
+
+
+def calling(items: Iterable[Item], on_step: Callable[[], None] | None) -> Iterator[Item]:
+    """The items, one after the other; `on_step`, if there is one, is called after each."""
+    for item in items:
+        yield item
+        if on_step is not None:
+            on_step()
 
 
 def chunks(num: int, pieces: int) -> list[slice]:

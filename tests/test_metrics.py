@@ -21,6 +21,7 @@ from dxmi.imports import torch_fidelity
 from dxmi.metrics import classifier
 from dxmi.metrics.classifier import CLASSIFIERS, load_classifier
 from dxmi.metrics.fidelity import classifier_features, frechet_distance, kernel_distance, precision_recall
+from dxmi.metrics.gaussians import Gaussian
 from dxmi.metrics.sliced_wasserstein import sliced_wasserstein, wasserstein_1d
 from dxmi.metrics.train_classifier import accuracy, split
 from support import Pixels
@@ -360,3 +361,24 @@ def test_a_run_starts_without_torchvision_and_torchs_compiler():
     """They take seconds, in each of the processes of a sweep; InceptionV3 brings them when it is loaded."""
     found = subprocess.run([sys.executable, "-c", START], capture_output=True, check=True)
     assert found.stdout.decode() == "set()\n"
+
+
+LONG = {
+    "infinity": lambda x, y, on_step: Gaussian.of(y).distance_at_infinity(x, torch.Generator().manual_seed(0), on_step),
+    "precision": precision_recall,
+    "kid": lambda x, y, on_step: kernel_distance(x, y, subsets=5, subset_size=40, seed=0, on_step=on_step),
+}
+
+
+@pytest.mark.parametrize(("name", "calls"), [("infinity", 15), ("precision", 4), ("kid", 5)])
+def test_scores_that_take_long_may_be_stopped_and_are_the_same(name, calls):
+    x, y = (torch.randn(60, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in range(2))
+    heard = []
+    assert LONG[name](x, y, lambda: heard.append(1)) == LONG[name](x, y, None)
+    assert len(heard) == calls
+
+    def stop() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        LONG[name](x, y, stop)

@@ -4,13 +4,15 @@ The values are those of torch-fidelity, which the tests compare them with, but i
 (it brings torchvision and torch's compiler), in every process of a sweep. Only InceptionV3 needs it.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from dxmi.metrics.classifier import load_classifier
 from dxmi.metrics.gaussians import Gaussian
-from dxmi.tensors import chunks, require_finite
+from dxmi.tensors import calling, chunks, require_finite
 
 _BATCH = 1000
 _SPLITS = 10
@@ -41,10 +43,19 @@ def frechet_distance(generated: Tensor, reference: Tensor) -> float:
     return Gaussian.of(reference).distance(generated)
 
 
-def kernel_distance(generated: Tensor, reference: Tensor, *, subsets: int, subset_size: int, seed: int) -> float:
+def kernel_distance(
+    generated: Tensor,
+    reference: Tensor,
+    *,
+    subsets: int,
+    subset_size: int,
+    seed: int,
+    on_step: Callable[[], None] | None = None,
+) -> float:
     """Mean unbiased squared MMD with the cubic kernel over random subsets (KID, arXiv 1801.01401).
 
-    Subsets are as large as the smaller set where that has fewer than `subset_size` rows.
+    Subsets are as large as the smaller set where that has fewer than `subset_size` rows. `on_step` is called after each
+    of them, and may raise.
 
     Raises:
         DivergedError: a feature is not finite.
@@ -56,7 +67,8 @@ def kernel_distance(generated: Tensor, reference: Tensor, *, subsets: int, subse
     def subset(features: Tensor) -> Tensor:
         return features[torch.from_numpy(random.choice(len(features), size, replace=False))]
 
-    return float(np.mean([_squared_mmd(subset(generated), subset(reference)) for _ in range(subsets)]))
+    draws = calling(range(subsets), on_step)
+    return float(np.mean([_squared_mmd(subset(generated), subset(reference)) for _ in draws]))
 
 
 def _squared_mmd(x: Tensor, y: Tensor) -> float:
@@ -72,23 +84,27 @@ def _squared_mmd(x: Tensor, y: Tensor) -> float:
     return float(without_diagonal(kernel(x, x)) + without_diagonal(kernel(y, y)) - 2.0 * kernel(x, y).mean())
 
 
-def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float]:
+def precision_recall(
+    generated: Tensor, reference: Tensor, on_step: Callable[[], None] | None = None
+) -> tuple[float, float]:
     """Fractions of each set within the other's 3-nearest-neighbor balls (arXiv 1904.06991).
+
+    `on_step` is called after every 10,000 rows of distances, which take seconds of a CPU, and may raise.
 
     Raises:
         DivergedError: a feature is not finite: compared with NaN, every sample would be precise.
     """
     generated, reference = _finite(generated, reference)
-    return _covered(generated, reference), _covered(reference, generated)
+    return _covered(generated, reference, on_step), _covered(reference, generated, on_step)
 
 
-def _covered(points: Tensor, centers: Tensor) -> float:
+def _covered(points: Tensor, centers: Tensor, on_step: Callable[[], None] | None) -> float:
     """Fraction of `points` [N, D] that lie within the ball of at least one of `centers` [M, D]."""
     # A center is its own nearest neighbor, so that the third of the others is the fourth.
-    radius = torch.cat(
-        [torch.cdist(rows, centers).kthvalue(_NEIGHBOR + 1).values for rows in torch.split(centers, _ROWS)]
-    )
-    inside = [(torch.cdist(rows, centers) <= radius).any(dim=1) for rows in torch.split(points, _ROWS)]
+    blocks = calling(torch.split(centers, _ROWS), on_step)
+    radius = torch.cat([torch.cdist(rows, centers).kthvalue(_NEIGHBOR + 1).values for rows in blocks])
+    blocks = calling(torch.split(points, _ROWS), on_step)
+    inside = [(torch.cdist(rows, centers) <= radius).any(dim=1) for rows in blocks]
     return float(torch.cat(inside).float().mean())
 
 

@@ -11,12 +11,13 @@ through FID against 1 / N meets 1 / N = 0 at an estimate without that bias (Chon
 Axis letters: N samples, D features. Everything is float64.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dxmi.tensors import require_finite
+from dxmi.tensors import calling, require_finite
 
 POINTS = 15
 """Of the line, as in the paper's code."""
@@ -103,16 +104,19 @@ class Gaussian:
         variances = centred.square().sum() + self.root.square().sum()
         return float((mean - self.mean).square().sum() + variances - 2.0 * cross)
 
-    def distance_at_infinity(self, features: Tensor, generator: torch.Generator) -> float:
+    def distance_at_infinity(
+        self, features: Tensor, generator: torch.Generator, on_step: Callable[[], None] | None = None
+    ) -> float:
         """FID of infinitely many samples, extrapolated from random subsets of these [N, D].
 
         Args:
             features: of samples, on the reference's device.
             generator: draws the subsets, on the host.
+            on_step: called after each of them, and may raise.
         """
         sizes = set_sizes(len(features))
         drawn = [torch.randperm(len(features), generator=generator)[:size] for size in sizes]
-        distances = [self.distance(features[rows.to(features.device)]) for rows in drawn]
+        distances = [self.distance(features[rows.to(features.device)]) for rows in calling(drawn, on_step)]
         return intercept(torch.tensor([1.0 / size for size in sizes]).double(), torch.tensor(distances).double())
 
 
