@@ -148,3 +148,10 @@ def test_the_ablation_file_of_the_readme_plans_a_study(newcomer):
     arguments = ["ablate", "experiment=digits", *TINY, "ablation=mine.yaml", "name=planned", "--dry-run"]
     assert main(arguments) == 0
     assert not (newcomer / "studies" / "planned").exists()
+
+
+def test_every_table_of_scores_shows_precision_and_recall():
+    """An FID alone hid that precision fell while recall rose."""
+    headings = [line for line in README.splitlines() if re.match(r"\| (sampler|arm) \|", line) and "fid" in line]
+    assert len(headings) == 2
+    assert [line for line in headings if "precision" not in line or "recall" not in line] == []
