@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dxmi.algorithms.ddpm import DDPM, DDPMConfig
 from dxmi.algorithms.dxmi import DxMI, DxMIConfig, per_step_numbers
+from dxmi.cache import cache_root
 from dxmi.checkpoint import Checkpoint
 from dxmi.config import signature, to_tree
 from dxmi.data import BatchStream, DataConfig, Dataset, data_root, load
@@ -476,6 +477,9 @@ class Experiment:
     def _compile(self, algorithm: DDPM | DxMI) -> None:
         """Compile every network of an algorithm, if that is asked for; what else it computes is little."""
         if self.config.resources.compile:
+            # PyTorch keeps headers that were compiled for other vector instructions, and fails with them.
+            folder = cache_root() / "compiled" / torch.backends.cpu.get_cpu_capability()
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
             for module in algorithm.modules():
                 if isinstance(module, Denoiser | Critic | TimedCritic):
                     module.compile(dynamic=False)

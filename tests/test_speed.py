@@ -1,8 +1,12 @@
 """What makes a run faster and changes no result but by rounding: compiled networks, and a recorded rollout."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
+from dxmi.cache import cache_root
 from dxmi.config import build
 from dxmi.errors import UserError
 from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
@@ -35,11 +39,15 @@ def require_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) 
 
 def test_compiling_is_asked_of_every_network(monkeypatch):
     compiled = []
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "to be restored")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: compiled.append((type(self), given)))
     experiment(compile=True).build_finetuning(experiment().build_denoiser())
     assert sum(issubclass(kind, Denoiser) for kind, _ in compiled) == 2  # and its moving average
     assert sum(issubclass(kind, Critic) for kind, _ in compiled) == 1
     assert len(compiled) == 3
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder == cache_root() / "compiled" / torch.backends.cpu.get_cpu_capability()
     compiled.clear()
     experiment().build_finetuning(experiment().build_denoiser())
     assert not compiled
