@@ -402,6 +402,7 @@ sys.exit(main(["--help"]))
 def test_a_ctrl_c_that_an_import_swallows_is_not_lost(module):
     program = f"""
 import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from tune.cli import main
 class Swallowing:
     def find_spec(self, name, path=None, target=None):
