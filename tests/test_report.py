@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import json
 import math
 import re
 import shutil
@@ -1004,3 +1005,14 @@ def test_trials_that_ask_for_other_data_may_have_them(tmp_path):
         record = study.complete(5.0)
         _score_with(record, str(record.values["data.label"]))
     assert changed_inputs(study.study.plan, study.records) == ""
+
+
+def test_the_table_of_samplers_has_precision_and_recall(made):
+    sweep = made()
+    record = sweep.complete(4.0)
+    summary = json.loads((record.run.path / "summary.json").read_text())
+    summary["scores"]["ddim_5_trailing"] = {"eval/precision_digits": 0.551, "eval/recall_digits": 0.919}
+    record.run.write_summary(summary)
+    text = " ".join(require_self_contained(sweep.report()).text.split())
+    assert re.search(r"5 steps \(DDIM, trailing\) 5 3\.36 0\.551 0\.919", text)
+    assert re.search(r"trial 0 5 4\.00 0\.2 0\.167", text)

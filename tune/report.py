@@ -601,12 +601,14 @@ class _Sampler:
         evaluations: of the network, a sample.
         score: or its range over the trials.
         is_best: whether nothing with as few evaluations as the best trial has a better score.
+        fidelity: precision and recall in the best trial's run, by key; NaN where they were not computed.
     """
 
     name: str
     evaluations: str
     score: str
     is_best: bool
+    fidelity: Mapping[str, float]
 
 
 def _samplers(plan: Plan, records: Sequence[TrialRecord]) -> list[_Sampler]:
@@ -615,7 +617,14 @@ def _samplers(plan: Plan, records: Sequence[TrialRecord]) -> list[_Sampler]:
     summary = {} if best is None else summary_of(best)
     if best is None or not found or not summary:
         return []
-    cheap = best_reference(scored_references(summary), summary["num_steps"])
+    scored, scores = scored_references(summary), summary["scores"]
+    keys = [key for key in scores["best"] if key.startswith(("eval/precision", "eval/recall"))]
+
+    def fidelity(name: str) -> dict[str, float]:
+        return {key: scores.get(name, {}).get(key, math.nan) for key in keys}
+
+    by_label = {reference.label: reference.key for reference in scored}
+    cheap = best_reference(scored, summary["num_steps"])
     beaten = cheap is not None and cheap.score < _score(best)
     rows = [
         _Sampler(
@@ -623,11 +632,12 @@ def _samplers(plan: Plan, records: Sequence[TrialRecord]) -> list[_Sampler]:
             _evaluations(reference),
             _span(reference),
             is_best=beaten and cheap is not None and reference.label == cheap.label,
+            fidelity=fidelity(by_label.get(reference.label, "")),
         )
         for reference in found
     ]
     own = f"{summary['num_steps']}"
-    return [*rows, _Sampler(f"trial {best.number}", own, number(_score(best)), is_best=not beaten)]
+    return [*rows, _Sampler(f"trial {best.number}", own, number(_score(best)), not beaten, fidelity("best"))]
 
 
 def _sampler_name(reference: Reference) -> str:
