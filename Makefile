@@ -1,6 +1,6 @@
 # make demo      sets up and sweeps on real digits: 5-step samplers overtake the 1000-step model they came from
 # make test      sets up, then format, lint, types, import contracts and tests
-# make test-all  the same with the slow tests, which take hours
+# make test-all  the same with the slow tests, which take an hour
 # make test-gpu  the tests that need a GPU, which are skipped elsewhere
 # make check     format, lint, types and import contracts only
 # make setup     the virtual environment only

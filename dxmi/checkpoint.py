@@ -119,8 +119,8 @@ def restore(module: nn.Module, saved: Checkpoint, group: str) -> None:
     except KeyError as error:
         raise DamagedCheckpointError(f"Checkpoint {saved.path} is damaged: it lacks {group}.") from error
     except RuntimeError as error:
-        first = str(error).strip().splitlines()[-1].strip()
-        raise DamagedCheckpointError(f"Checkpoint {saved.path} does not fit its run's config: {first}") from error
+        last_line = str(error).strip().splitlines()[-1].strip()
+        raise DamagedCheckpointError(f"Checkpoint {saved.path} does not fit its run's config: {last_line}") from error
 
 
 def _meta(path: Path, data: bytes) -> Meta:

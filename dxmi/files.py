@@ -97,7 +97,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def write_synced(path: Path, data: bytes) -> None:
     """Write and fsync; not atomic by itself."""
-    with naming(path), path.open("wb") as file:
+    with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -15,11 +15,11 @@ from dxmi.networks import Critic, Denoiser
 NETWORK = {"kind": "mlp", "hidden": 32, "layers": 3, "embedding": 16}
 
 
-def experiment(device: str = "cpu", **resources) -> Experiment:
+def experiment(**resources) -> Experiment:
     tree = {
         "network": {"denoiser": NETWORK, "energy": NETWORK, "value": NETWORK},
         "train": {"iterations": 60, "batch_size": 24},
-        "resources": {"device": device, **resources},
+        "resources": {"device": "cpu", **resources},
     }
     return Experiment(build(ExperimentConfig, tree))
 

@@ -73,7 +73,7 @@ from tune.leaderboard import (
     summary_of,
 )
 from tune.live import duration
-from tune.plans import Plan
+from tune.plans import Plan, fidelity_keys
 from tune.report_maps import arm_maps, trial_maps
 from tune.space import Axis, show, value_at
 from tune.statistics import Comparison, Summary, Verdict
@@ -129,6 +129,7 @@ def _html(study: Study, records: Sequence[TrialRecord], written: str) -> str:
         result=result_sentences(study.plan, records) if compared is None else [*verdict_sentences(compared), *warnings],
         course=course_sentences(study, records),
         samplers=_samplers(study.plan, records),
+        fidelity=fidelity_keys(study.plan.experiment),
         board=_board(study.plan, records),
         plan=study.plan,
         has_marked=any(r.outcome.score is not None and r.state is not TrialState.COMPLETE for r in records),
@@ -601,14 +602,14 @@ class _Sampler:
         evaluations: of the network, a sample.
         score: or its range over the trials.
         is_best: whether nothing with as few evaluations as the best trial has a better score.
-        fidelity: precision and recall in the best trial's run, by key; NaN where they were not computed.
+        fidelity: precision and recall in the best trial's run.
     """
 
     name: str
     evaluations: str
     score: str
     is_best: bool
-    fidelity: Mapping[str, float]
+    fidelity: list[str]
 
 
 def _samplers(plan: Plan, records: Sequence[TrialRecord]) -> list[_Sampler]:
@@ -617,11 +618,11 @@ def _samplers(plan: Plan, records: Sequence[TrialRecord]) -> list[_Sampler]:
     summary = {} if best is None else summary_of(best)
     if best is None or not found or not summary:
         return []
-    scored, scores = scored_references(summary), summary["scores"]
-    keys = [key for key in scores["best"] if key.startswith(("eval/precision", "eval/recall"))]
+    scored = scored_references(summary)
 
-    def fidelity(name: str) -> dict[str, float]:
-        return {key: scores.get(name, {}).get(key, math.nan) for key in keys}
+    def fidelity(name: str) -> list[str]:
+        own = summary["scores"].get(name, {})
+        return [number(own[key]) if key in own else NOT_COMPUTED for key in fidelity_keys(plan.experiment)]
 
     by_label = {reference.label: reference.key for reference in scored}
     cheap = best_reference(scored, summary["num_steps"])
