@@ -88,7 +88,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 
 def places(cls: type, path: str = "") -> list[str]:
-    """Paths of the settings below `cls` that hold a path or an address, see `dxmi.files.PLACE`."""
+    """Paths of the settings below `cls` that hold a path or an address, see `dxmi.persistence.files.PLACE`."""
     hints, found = typing.get_type_hints(cls), []
     for one in fields(cls):
         where = f"{path}.{one.name}" if path else one.name

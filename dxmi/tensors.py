@@ -64,7 +64,7 @@ def from_uint8(images: Tensor) -> Tensor:
 def to_uint8(x: Tensor) -> Tensor:
     """Floats as pixels 0..255: the inverse of `from_uint8`, with values outside [-1, 1] clipped.
 
-    NaN has no pixel: whoever calls this has made sure that `x` is finite, as `dxmi.evaluate` does.
+    NaN has no pixel: whoever calls this has made sure that `x` is finite, as `dxmi.evaluation.sampling` does.
     """
     return x.clamp(-1.0, 1.0).add(1.0).mul(255.0 / 2.0).round_().to(torch.uint8)
 

@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dxmi.algorithms.dxmi import DxMI, DxMIConfig
-from dxmi.energy import Energy
+from dxmi.critics.energy import Energy
+from dxmi.critics.value import SeparateValue, SharedValue
+from dxmi.diffusion.policy import Policy
+from dxmi.diffusion.schedules import ScheduleConfig, shorten
 from dxmi.networks import MlpConfig, build_critic, build_denoiser, build_timed_critic
-from dxmi.sampler import Policy
-from dxmi.schedules import ScheduleConfig, shorten
-from dxmi.value import SeparateValue, SharedValue
 
 NETWORK = MlpConfig(hidden=16, layers=3, embedding=8)
 

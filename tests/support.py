@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dxmi.workers import Alone
+from dxmi.distributed import Alone
 
 
 def changed(settings: list[str], *overrides: str) -> list[str]:

@@ -22,8 +22,8 @@ from scipy.stats import norm
 
 from dxmi.config import to_tree
 from dxmi.errors import UserError
-from dxmi.experiment import Experiment
-from dxmi.pictures import save_grid
+from dxmi.training.build import Experiment
+from dxmi.visualization.pictures import save_grid
 from support import TINY
 from tune import Ablation
 from tune.ablation_config import parse_ablation

@@ -11,15 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dxmi.algorithms.costs import ReferenceVariance, running_cost, squared_noise, squared_step, step_costs
 from dxmi.algorithms.ddpm import DDPMConfig
 from dxmi.algorithms.dxmi import DxMI, DxMIConfig, draw_states
-from dxmi.costs import ReferenceVariance, running_cost, squared_noise, squared_step, step_costs
-from dxmi.energy import Energy
+from dxmi.algorithms.losses import energy_loss
+from dxmi.critics.energy import Energy
+from dxmi.critics.value import SeparateValue, SharedValue
+from dxmi.diffusion.schedules import ScheduleConfig
+from dxmi.distributed import ALONE, Share
 from dxmi.errors import UserError
-from dxmi.experiment import Experiment, ExperimentConfig, NetworksConfig
-from dxmi.losses import energy_loss
 from dxmi.networks import Critic, MlpConfig, TimedCritic
-from dxmi.optimizers import (
+from dxmi.optim.optimizer import (
     DECAYS,
     KINDS,
     MovingAverage,
@@ -29,9 +31,7 @@ from dxmi.optimizers import (
     PolicyOptimizerConfig,
     lr_factor,
 )
-from dxmi.schedules import ScheduleConfig
-from dxmi.value import SeparateValue, SharedValue
-from dxmi.workers import ALONE, Share
+from dxmi.training.build import Experiment, ExperimentConfig, NetworksConfig
 
 T, B, EVENT = 4, 6, (3,)
 PRESETS, VALUES = ("as_released", "objective"), ("shared", "separate")
@@ -822,7 +822,7 @@ def test_no_field_of_dxmi_is_dead(make_dxmi, name):
 
 @pytest.fixture
 def pretrain() -> Callable[[DDPMConfig], list[Tensor]]:
-    """Three updates of pretraining on digits, as `dxmi.train` composes them: the average and the network."""
+    """Three updates of pretraining on digits, as `dxmi.training.run` composes them: the average and the network."""
 
     def run(config: DDPMConfig) -> list[Tensor]:
         small = NetworksConfig(denoiser=MlpConfig(hidden=8, layers=2, embedding=4))

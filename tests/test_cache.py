@@ -7,15 +7,15 @@ import time
 import pytest
 import torch
 
-from dxmi.cache import cached
 from dxmi.errors import UserError
 from dxmi.metrics.gaussians import Gaussian
+from dxmi.persistence.cache import cached
 from support import FirstOfTwo
 
 WORKER = """
 import sys, time, torch
 from pathlib import Path
-from dxmi.cache import cached
+from dxmi.persistence.cache import cached
 folder = Path(sys.argv[1])
 def compute():
     with (folder / "computed").open("a") as log:
@@ -107,7 +107,7 @@ def test_a_damaged_result_is_computed_again(tmp_path, content):
 def test_a_group_reads_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     path = tmp_path / "a.cached"
     computed = cached(path, lambda: {"x": torch.arange(3)})
-    monkeypatch.setattr("dxmi.cache.lock_for", lambda _: pytest.fail("there is nothing to wait for"))
+    monkeypatch.setattr("dxmi.persistence.cache.lock_for", lambda _: pytest.fail("there is nothing to wait for"))
     found = cached(path, lambda: pytest.fail("it is there"), workers=FirstOfTwo())
     assert torch.equal(found["x"], computed["x"])
 

@@ -9,9 +9,9 @@ import struct
 import pytest
 import torch
 
-from dxmi import checkpoint
-from dxmi.checkpoint import DamagedCheckpointError
-from dxmi.files import write_atomic
+from dxmi.persistence import checkpoint
+from dxmi.persistence.checkpoint import DamagedCheckpointError
+from dxmi.persistence.files import write_atomic
 
 GROUPS = {
     "algorithm": {"weight": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), "empty": torch.empty(0)},

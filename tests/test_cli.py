@@ -234,7 +234,7 @@ def test_evaluate_repeats_the_numbers_of_the_summary(run, tmp_path, capsys):
 
 
 def test_sampling_needs_no_data(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("dxmi.experiment.load", lambda _: pytest.fail("data was read"))
+    monkeypatch.setattr("dxmi.training.build.load", lambda _: pytest.fail("data was read"))
     assert main(["sample", str(run), "--num", "1", "--out", str(tmp_path / "x.png")]) == 0
 
 
@@ -450,7 +450,7 @@ def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch, capsys):
     def full(path, *_):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("dxmi.checkpoint.write_synced", full)
+    monkeypatch.setattr("dxmi.persistence.checkpoint.write_synced", full)
     assert main(["train", *TINY, f"out={tmp_path / 'run'}"]) == 1
     assert "No space left on device" in capsys.readouterr().err
 
@@ -479,7 +479,7 @@ def test_a_full_disk_is_a_sentence_that_names_the_file(tmp_path, monkeypatch, ca
         if "run" in os.readlink(f"/proc/self/fd/{descriptor}"):
             raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("dxmi.files.os.fsync", full)
+    monkeypatch.setattr("dxmi.persistence.files.os.fsync", full)
     assert main(["train", *TINY, f"out={tmp_path / 'run'}"]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith(f"dxmi: {tmp_path / 'run'}")

@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from dxmi.errors import UserError
-from dxmi.experiment import ResourcesConfig
+from dxmi.training.build import ResourcesConfig
 from support import SLOWER, changed, free_port, wait_until
 from tune.cluster import file_system, is_loopback, is_network, require_fit
 from tune.devices import share_cluster

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from dxmi.algorithms.dxmi import DxMIConfig
 from dxmi.data import LOADERS, DataConfig, Images, load
+from dxmi.diffusion.policy import Policy
+from dxmi.diffusion.schedules import shorten
+from dxmi.diffusion.trajectory import Gaussian
 from dxmi.errors import UserError
-from dxmi.evaluate import EvaluateConfig, Sampling
-from dxmi.experiment import Experiment, NetworksConfig
+from dxmi.evaluation.sampling import EvaluateConfig, Sampling
+from dxmi.evaluation.scorers import ImageScorer
 from dxmi.networks import NOTHING, Given, IgebmConfig, UnetConfig
-from dxmi.networks.layouts import to_public
-from dxmi.sampler import Policy
-from dxmi.schedules import shorten
-from dxmi.scorers import ImageScorer
+from dxmi.networks.pretrained.layouts import to_public
 from dxmi.tensors import decode
-from dxmi.train import labels_text
-from dxmi.trained import Trained
-from dxmi.trajectory import Gaussian
+from dxmi.training.build import Experiment, NetworksConfig
+from dxmi.training.loading import Trained
+from dxmi.training.run import labels_text
 from support import TINY, changed
 from tune.cli import main
 from tune.configs import compose_experiment
@@ -232,7 +232,7 @@ def test_a_run_states_its_labels_and_keeps_to_them(tmp_path, capsys, monkeypatch
     assert json.loads((out / "summary.json").read_text())["labels"] == said
     path = tmp_path / "samples.npz"
     with monkeypatch.context() as away:
-        away.setattr("dxmi.experiment.load", lambda config: pytest.fail("the data are not needed"))
+        away.setattr("dxmi.training.build.load", lambda config: pytest.fail("the data are not needed"))
         found = []
         for options in ([], ["--label", "3"], ["--label", "0"]):
             assert main(["sample", str(out), "--num", "9", "--out", str(path), *options]) == 0

@@ -11,10 +11,10 @@ import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from dxmi import checkpoint
 from dxmi.config import build
-from dxmi.experiment import ExperimentConfig
-from dxmi.train import Summary
+from dxmi.persistence import checkpoint
+from dxmi.training.build import ExperimentConfig
+from dxmi.training.run import Summary
 from tune.conductor import Conductor, Note, Order
 from tune.console import last_line
 from tune.devices import Slots

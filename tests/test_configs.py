@@ -11,12 +11,12 @@ import pytest
 import torch
 import yaml
 
+from dxmi.compat import declare_torchvision_operators
 from dxmi.config import build, differences, places, to_tree
 from dxmi.data import Images
 from dxmi.errors import UserError
-from dxmi.experiment import Experiment, ExperimentConfig
-from dxmi.imports import declare_torchvision_operators
 from dxmi.networks import NETWORK_CONFIGS
+from dxmi.training.build import Experiment, ExperimentConfig
 from support import NARROW, NETWORK_OF
 from tune import configs
 from tune.configs import compose_ablation, compose_experiment, compose_sweep, config_folder, groups, overridden

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dxmi.errors import UserError
-from dxmi.experiment import ResourcesConfig
+from dxmi.training.build import ResourcesConfig
 from support import SLOWER, TINY, processes_with, wait_until
 from tune.cli import main
 from tune.devices import share

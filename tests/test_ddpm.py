@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dxmi.algorithms.ddpm import DDPM, DDPMConfig
 from dxmi.networks import Denoiser, MlpConfig, build_denoiser
-from dxmi.optimizers import OptimizerConfig
+from dxmi.optim.optimizer import OptimizerConfig
 
 BETAS = np.linspace(1e-4, 0.02, 1000)
 LEVELS = np.cumprod(1.0 - BETAS)

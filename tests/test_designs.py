@@ -10,8 +10,8 @@ import pytest
 import tune.designs
 from dxmi.config import build, differences, to_tree
 from dxmi.errors import UserError
-from dxmi.experiment import ExperimentConfig
 from dxmi.networks import UnetConfig
+from dxmi.training.build import ExperimentConfig
 from tune.ablation_config import parse_ablation
 from tune.designs import MAX_ARMS, Arm, arms, tuning_axes, two_level_design
 

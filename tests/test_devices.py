@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dxmi.errors import UserError
-from dxmi.experiment import ResourcesConfig
+from dxmi.training.build import ResourcesConfig
 from tune.devices import Slots, find_slots, share
 
 

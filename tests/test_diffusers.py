@@ -7,10 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dxmi.compat import declare_torchvision_operators
 from dxmi.errors import UserError
-from dxmi.experiment import Experiment
-from dxmi.export import export_diffusers
-from dxmi.imports import declare_torchvision_operators
 from dxmi.networks import (
     DiffusersConfig,
     EdmUnetConfig,
@@ -19,10 +17,12 @@ from dxmi.networks import (
     UnetConfig,
     build_denoiser,
 )
-from dxmi.networks.diffusers_folder import config_of_folder, write_folder
-from dxmi.networks.layouts import load_public, to_public
-from dxmi.networks.public_files import read_public
-from dxmi.trained import Trained
+from dxmi.networks.pretrained.diffusers_folder import config_of_folder, write_folder
+from dxmi.networks.pretrained.layouts import load_public, to_public
+from dxmi.networks.pretrained.public_files import read_public
+from dxmi.training.build import Experiment
+from dxmi.training.export import export_diffusers
+from dxmi.training.loading import Trained
 from tune.configs import compose_experiment
 
 declare_torchvision_operators()

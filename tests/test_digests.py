@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dxmi.algorithms.ddpm import DDPM
 from dxmi.config import build, to_tree
-from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.seeds import generator
+from dxmi.training.build import Experiment, ExperimentConfig
 from tune.digests import digests
 from tune.space import FIXED, configured, flat
 

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dxmi import scorers
 from dxmi.data.loading import PUBLISHED as NOT_OF_THE_AUTHORS
 from dxmi.errors import UserError
-from dxmi.experiment import Experiment, ExperimentConfig
+from dxmi.evaluation import scorers
 from dxmi.metrics.inception import Features
-from dxmi.train import Summary, train
+from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.run import Summary, train
 from support import NARROW, NETWORK_OF, idx_bytes
 from tune.configs import compose_experiment
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from dxmi.algorithms.ddpm import DDPM, DDPMConfig
-from dxmi.networks import Denoiser
-from dxmi.sampler import Policy
-from dxmi.schedules import (
+from dxmi.diffusion.policy import Policy
+from dxmi.diffusion.schedules import (
     NUM_DIFFUSION_STEPS,
     ScheduleConfig,
     gan_levels,
@@ -18,6 +17,7 @@ from dxmi.schedules import (
     noising,
     shorten,
 )
+from dxmi.networks import Denoiser
 
 KARRAS = ScheduleConfig(num_steps=10, method="karras")
 GAN = ScheduleConfig(num_steps=4, method="ddgan")

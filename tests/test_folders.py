@@ -15,11 +15,11 @@ from PIL import Image
 from dxmi.data import LOADERS, BatchStream, DataConfig, load
 from dxmi.data.dataset import content_signature, labelled_signature
 from dxmi.data.folders import central_square, list_images, open_folder, read_square
+from dxmi.distributed import ALONE
 from dxmi.errors import UserError
-from dxmi.experiment import Experiment
 from dxmi.seeds import generator
-from dxmi.train import _Run
-from dxmi.workers import ALONE
+from dxmi.training.build import Experiment
+from dxmi.training.run import _Run
 from tune.configs import compose_experiment
 
 

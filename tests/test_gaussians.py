@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from dxmi.imports import torch_fidelity
+from dxmi.compat import torch_fidelity
 from dxmi.metrics.gaussians import Gaussian, Moments, intercept, set_sizes
 from dxmi.seeds import generator
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dxmi.config import build
-from dxmi.experiment import Experiment, ExperimentConfig
+from dxmi.training.build import Experiment, ExperimentConfig
 
 GOLDEN = Path(__file__).with_name("golden.json")
 ITERATIONS = 5

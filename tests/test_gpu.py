@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from dxmi import checkpoint
 from dxmi.algorithms.stacked import StackedDxMI
 from dxmi.config import build
 from dxmi.data import Images
+from dxmi.diffusion.cuda_graphs import GraphedRollout
 from dxmi.errors import DivergedError
-from dxmi.evaluate import REPORT, EvaluateConfig, Sampling, generate
-from dxmi.experiment import Experiment, ExperimentConfig
-from dxmi.graphs import GraphedRollout
+from dxmi.evaluation.sampling import REPORT, EvaluateConfig, Sampling, generate
 from dxmi.metrics.gaussians import Gaussian
-from dxmi.run_directory import RunDirectory
+from dxmi.persistence import checkpoint
+from dxmi.persistence.run_directory import RunDirectory
 from dxmi.seeds import generator
-from dxmi.train import Phase, train
+from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.run import Phase, train
 from support import NARROW, NETWORK_OF, TINY, changed
 from tune.configs import compose_experiment
 

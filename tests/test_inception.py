@@ -16,8 +16,8 @@ import torch
 from scipy.stats import entropy
 from torch import Tensor
 
+from dxmi.compat import torch_fidelity
 from dxmi.errors import UserError
-from dxmi.imports import torch_fidelity
 from dxmi.metrics import inception
 from dxmi.metrics.fidelity import inception_score, kernel_distance, precision_recall
 from dxmi.metrics.gaussians import Gaussian

@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from dxmi import scorers
 from dxmi.data import DataConfig, Images, load
+from dxmi.distributed import Workers
 from dxmi.errors import UserError
-from dxmi.evaluate import EvaluateConfig, Sampling, generate, measure
-from dxmi.experiment import Experiment
+from dxmi.evaluation import scorers
+from dxmi.evaluation.sampling import EvaluateConfig, Sampling, generate, measure
+from dxmi.evaluation.scorers import ImageScorer, InceptionScorer, build_scorer, count_name, score_keys
 from dxmi.metrics.fidelity import frechet_distance, inception_score, kernel_distance, precision_recall
 from dxmi.metrics.inception import Features
-from dxmi.scorers import ImageScorer, InceptionScorer, build_scorer, count_name, score_keys
 from dxmi.seeds import generator
-from dxmi.train import Phase, train
-from dxmi.workers import Workers
+from dxmi.training.build import Experiment
+from dxmi.training.run import Phase, train
 from support import TINY, changed
 from tune.configs import compose_experiment
 from tune.console import result_table

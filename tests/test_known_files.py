@@ -12,7 +12,7 @@ from dxmi.data import DataConfig, data_root, known_files, load
 from dxmi.data.cifar import BINARY, PYTHON, binary_rows, read_binary_batch
 from dxmi.data.known_files import CIFAR10, FASHION_MNIST, MNIST, require_published
 from dxmi.errors import UserError
-from dxmi.experiment import ExperimentConfig
+from dxmi.training.build import ExperimentConfig
 from support import idx_bytes
 from tune.configs import compose_experiment
 

@@ -18,6 +18,6 @@ def test_dxmi_imports_without_hydra_ray_mlflow_or_rich():
         "        if name.split('.')[0] in {'hydra', 'omegaconf', 'ray', 'mlflow', 'optuna', 'rich', 'tune'}:\n"
         "            raise ImportError(name)\n"
         "sys.meta_path.insert(0, Refuse())\n"
-        "import dxmi.train, dxmi.trained, dxmi.experiment\n"
+        "import dxmi.training.run, dxmi.training.loading, dxmi.training.build\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

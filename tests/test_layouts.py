@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dxmi.errors import UserError
 from dxmi.networks import EdmUnetConfig, MlpConfig, UnetConfig, build_denoiser
-from dxmi.networks.layouts import digest, load_public, public_log_sigma, to_public
-from dxmi.networks.public_files import read_public
+from dxmi.networks.pretrained.layouts import digest, load_public, public_log_sigma, to_public
+from dxmi.networks.pretrained.public_files import read_public
 from dxmi.networks.unet import Unet
 
 SHAPE = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "groups": 8}

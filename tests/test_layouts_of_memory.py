@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dxmi.distributed import Alone
 from dxmi.errors import UserError
-from dxmi.optimizers import KINDS, Optimizer, OptimizerConfig, Part
-from dxmi.stacking import Stack
+from dxmi.optim.optimizer import KINDS, Optimizer, OptimizerConfig, Part
+from dxmi.optim.stacking import Stack
 from dxmi.tensors import laid_out_as, pack, unpack
-from dxmi.workers import Alone
 
 
 class RowMajor(Alone):

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from dxmi.cache import cache_root
 from dxmi.data.images import cifar10, data_root, load_folder, mnist
 from dxmi.errors import UserError
-from dxmi.experiment import Experiment
-from dxmi.files import require_target
+from dxmi.persistence.cache import cache_root
+from dxmi.persistence.files import require_target
+from dxmi.training.build import Experiment
 from tune.cli import main
 from tune.configs import compose_experiment
 

@@ -13,9 +13,9 @@ from urllib.request import proxy_bypass_environment
 import pytest
 import requests
 
-from dxmi.cache import cache_root
 from dxmi.data.images import data_root
 from dxmi.errors import UserError
+from dxmi.persistence.cache import cache_root
 from tune import doctor, machine, submit, ui
 from tune.doctor import Verdict
 

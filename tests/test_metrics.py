@@ -14,10 +14,10 @@ from safetensors import safe_open
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
+from dxmi.compat import torch_fidelity
 from dxmi.data import data_root
 from dxmi.errors import UserError
-from dxmi.evaluate import EvaluateConfig
-from dxmi.imports import torch_fidelity
+from dxmi.evaluation.sampling import EvaluateConfig
 from dxmi.metrics import classifier
 from dxmi.metrics.classifier import CLASSIFIERS, load_classifier
 from dxmi.metrics.fidelity import classifier_features, frechet_distance, kernel_distance, precision_recall
@@ -343,9 +343,9 @@ def test_altered_weights_are_refused(tmp_path: Path, monkeypatch):
 START = """
 import sys
 import torch
-import dxmi.train
-from dxmi.experiment import ExperimentConfig
-from dxmi.optimizers import Optimizer, OptimizerConfig, Part
+import dxmi.training.run
+from dxmi.training.build import ExperimentConfig
+from dxmi.optim.optimizer import Optimizer, OptimizerConfig, Part
 ExperimentConfig()
 weight = torch.nn.Parameter(torch.ones(3))
 for kind in ("adam", "adamw", "radam"):

@@ -26,7 +26,7 @@ from pathspec import PathSpec
 
 import tune.tracking
 from dxmi.config import to_tree
-from dxmi.files import write_atomic
+from dxmi.persistence.files import write_atomic
 from tune.configs import compose_experiment
 from tune.plans import Plan
 from tune.space import configured

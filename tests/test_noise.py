@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 from dxmi.data import DataConfig, load
-from dxmi.evaluate import CONFIRMATION, PICTURES, REPORT, SELECTION, EvaluateConfig, Sampling, generate, stream_of
+from dxmi.evaluation.sampling import (
+    CONFIRMATION,
+    PICTURES,
+    REPORT,
+    SELECTION,
+    EvaluateConfig,
+    Sampling,
+    generate,
+    stream_of,
+)
+from dxmi.evaluation.scorers import ImageScorer, PlanarScorer, Score, Scores
 from dxmi.metrics.fidelity import classifier_features, precision_recall
-from dxmi.scorers import ImageScorer, PlanarScorer, Score, Scores
 from dxmi.seeds import generator
 
 CONFIG = EvaluateConfig(num_samples=50, batch_size=20, kid_subsets=2, kid_subset_size=20, projections=4)

@@ -10,24 +10,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from dxmi import checkpoint
+from dxmi.critics.energy import Energy
 from dxmi.data import Points
 from dxmi.data.planar import load_points
-from dxmi.energy import Energy
+from dxmi.distributed import Alone, Workers
 from dxmi.errors import DivergedError, UserError
-from dxmi.evaluate import REPORT, EvaluateConfig, Sampling, generate, generate_states, measure
-from dxmi.experiment import Experiment
+from dxmi.evaluation.sampling import REPORT, EvaluateConfig, Sampling, generate, generate_states, measure
+from dxmi.evaluation.scorers import PlanarScorer
 from dxmi.metrics.density import calibrated_kl, roc_auc
 from dxmi.metrics.fidelity import frechet_distance, inception_score, kernel_distance, precision_recall
 from dxmi.metrics.gaussians import Gaussian
 from dxmi.metrics.sliced_wasserstein import sliced_wasserstein
 from dxmi.networks.base import Critic
-from dxmi.networks.layouts import to_public
-from dxmi.run_directory import RunDirectory
-from dxmi.scorers import PlanarScorer
-from dxmi.train import Progress, train
-from dxmi.trained import load_trained
-from dxmi.workers import Alone, Workers
+from dxmi.networks.pretrained.layouts import to_public
+from dxmi.persistence import checkpoint
+from dxmi.persistence.run_directory import RunDirectory
+from dxmi.training.build import Experiment
+from dxmi.training.loading import load_trained
+from dxmi.training.run import Progress, train
 from support import TINY, changed
 from tune.configs import compose_experiment
 

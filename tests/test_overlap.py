@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dxmi.evaluate import EvaluateConfig, Sampling, generate, measure
-from dxmi.overlap import DEPTH, Beside
+from dxmi.evaluation.overlap import DEPTH, Beside
+from dxmi.evaluation.sampling import EvaluateConfig, Sampling, generate, measure
 
 CPU = torch.device("cpu")
 TICK = 0.03

@@ -16,9 +16,9 @@ from mlflow.exceptions import MlflowException
 
 import tune.pages
 import tune.sweep_commands
-from dxmi.checkpoint import path_of
 from dxmi.config import to_tree
-from dxmi.pictures import save_grid
+from dxmi.persistence.checkpoint import path_of
+from dxmi.visualization.pictures import save_grid
 from support import TINY, free_port
 from tune.ablation_config import parse_ablation
 from tune.ablation_plan import AblationPlan, ablation_plan

@@ -11,12 +11,12 @@ from scipy.stats import chi2, norm
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from dxmi.critics.energy import Energy
 from dxmi.data import DISTRIBUTIONS, SQUARE, BatchStream, DataConfig, Points, load
-from dxmi.energy import Energy
-from dxmi.evaluate import NUM_SAMPLES_KEY, REPORT, EvaluateConfig, Sampling, generate
+from dxmi.evaluation.sampling import NUM_SAMPLES_KEY, REPORT, EvaluateConfig, Sampling, generate
+from dxmi.evaluation.scorers import PlanarScorer, build_scorer
 from dxmi.metrics.density import calibrated_kl, roc_auc, square_grid
 from dxmi.networks import Critic
-from dxmi.scorers import PlanarScorer, build_scorer
 from dxmi.seeds import generator
 from dxmi.tensors import decode, encode
 

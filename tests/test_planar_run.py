@@ -9,17 +9,17 @@ import torch
 from matplotlib.collections import LineCollection
 from PIL import Image
 
-from dxmi import checkpoint
+from dxmi.critics.energy import Energy
+from dxmi.critics.value import SharedValue
 from dxmi.data import DISTRIBUTIONS, SQUARE
-from dxmi.energy import Energy
-from dxmi.experiment import Experiment
-from dxmi.galleries import ImageGallery, PlanarGallery, build_gallery
 from dxmi.metrics.density import square_grid
 from dxmi.networks import MlpConfig, build_critic
-from dxmi.planar_pictures import energy_figure, samples_figure, shown_times, steps_figure, values_figure
-from dxmi.run_directory import RunDirectory
-from dxmi.train import Phase, train
-from dxmi.value import SharedValue
+from dxmi.persistence import checkpoint
+from dxmi.persistence.run_directory import RunDirectory
+from dxmi.training.build import Experiment
+from dxmi.training.run import Phase, train
+from dxmi.visualization.galleries import ImageGallery, PlanarGallery, build_gallery
+from dxmi.visualization.planar import energy_figure, samples_figure, shown_times, steps_figure, values_figure
 from tune.cli import main
 from tune.configs import compose_experiment
 

@@ -15,7 +15,7 @@ from scipy.stats import qmc
 
 from dxmi.config import build
 from dxmi.errors import UserError
-from dxmi.experiment import ExperimentConfig
+from dxmi.training.build import ExperimentConfig
 from tune.proposals import Proposal, defaults, num_planned, propose, template
 from tune.space import Axis, Value, parse_space
 from tune.sweep_config import BudgetConfig, ObjectiveConfig, SamplerConfig, SweepConfig

@@ -16,13 +16,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dxmi.data import DataConfig, load
+from dxmi.diffusion.schedules import forward_betas
 from dxmi.errors import UserError
 from dxmi.networks import EdmUnetConfig, UnetConfig, build_denoiser
-from dxmi.networks.diffusers_folder import require_same_model, require_same_noise, scheduler_of_folder, write_folder
-from dxmi.networks.layouts import digest, load_public, public_log_sigma, to_public
-from dxmi.networks.public_files import read_public
+from dxmi.networks.pretrained.diffusers_folder import (
+    require_same_model,
+    require_same_noise,
+    scheduler_of_folder,
+    write_folder,
+)
+from dxmi.networks.pretrained.layouts import digest, load_public, public_log_sigma, to_public
+from dxmi.networks.pretrained.public_files import read_public
 from dxmi.networks.unet import Unet
-from dxmi.schedules import forward_betas
 from support import fuzzed, idx_bytes
 
 EVENT = (1, 4, 4)

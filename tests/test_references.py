@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dxmi.evaluate import SELECTION, EvaluateConfig, Sampling, generate, preview
-from dxmi.networks import Denoiser
-from dxmi.references import (
+from dxmi.diffusion.policy import Policy
+from dxmi.diffusion.schedules import ScheduleConfig, ancestral_schedule
+from dxmi.evaluation.references import (
     Role,
     best_reference,
     full_reference,
@@ -16,8 +16,8 @@ from dxmi.references import (
     references,
     scored_references,
 )
-from dxmi.sampler import Policy
-from dxmi.schedules import ScheduleConfig, ancestral_schedule
+from dxmi.evaluation.sampling import SELECTION, EvaluateConfig, Sampling, generate, preview
+from dxmi.networks import Denoiser
 from tune.console import outdone, outdone_sentences
 
 KARRAS = ScheduleConfig(method="karras", num_steps=10)

@@ -20,16 +20,16 @@ from optuna.trial import create_trial
 from PIL import Image
 from rich.console import Console
 
-from dxmi import checkpoint
 from dxmi.config import build, to_tree
-from dxmi.experiment import Experiment, ExperimentConfig
-from dxmi.files import write_json
-from dxmi.pictures import save_grid
-from dxmi.references import Role
-from dxmi.references import references as of_steps
-from dxmi.run_directory import read_yaml
-from dxmi.schedules import ScheduleConfig
-from dxmi.train import train
+from dxmi.diffusion.schedules import ScheduleConfig
+from dxmi.evaluation.references import Role
+from dxmi.evaluation.references import references as of_steps
+from dxmi.persistence import checkpoint
+from dxmi.persistence.files import write_json
+from dxmi.persistence.run_directory import read_yaml
+from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.run import train
+from dxmi.visualization.pictures import save_grid
 from support import TINY, changed
 from tune import report
 from tune.configs import compose_experiment

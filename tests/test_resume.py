@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dxmi import checkpoint
-from dxmi.cache import cache_root, lock_for
+from dxmi.diffusion.policy import Policy
 from dxmi.errors import DivergedError, UserError
-from dxmi.experiment import Experiment
-from dxmi.run_directory import RunDirectory
-from dxmi.sampler import Policy
-from dxmi.scorers import ImageScorer
-from dxmi.train import Phase, _Stopwatch, train
+from dxmi.evaluation.scorers import ImageScorer
+from dxmi.persistence import checkpoint
+from dxmi.persistence.cache import cache_root, lock_for
+from dxmi.persistence.run_directory import RunDirectory
+from dxmi.training.build import Experiment
+from dxmi.training.run import Phase, _Stopwatch, train
 from support import TINY, changed, locked_by_another
 from tune.configs import compose_experiment
 
@@ -106,7 +106,7 @@ def test_seconds_by_phase_are_within_the_time_that_passed(tmp_path):
 
 def test_the_stopwatch_misses_no_second_between_phases(monkeypatch):
     now = itertools.count(100.0, 1.0)
-    monkeypatch.setattr("dxmi.train.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("dxmi.training.run.time.perf_counter", lambda: next(now))
     clock = _Stopwatch()  # reads 100
     for phase in Phase:
         clock.enter(phase)  # 101, 102, ...: one second each, and the last ends by a lap
@@ -133,7 +133,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(undisturbed, tmp_path, stop_at):
 def test_a_stop_is_heard_between_the_steps_of_a_reference(undisturbed, tmp_path, monkeypatch):
     """All samples are one batch; what was sampled of it is thrown away."""
     monkeypatch.setenv("DXMI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("dxmi.train._LISTEN_EVERY", 0.0)
+    monkeypatch.setattr("dxmi.training.run._LISTEN_EVERY", 0.0)
     steps, one_step = [], Policy.transition
 
     def counted(*args, **options):
@@ -155,7 +155,7 @@ def test_a_stop_is_heard_while_another_process_computes_what_is_waited_for(undis
     cache = tmp_path / "cache"
     shutil.copytree(cache_root(), cache)
     monkeypatch.setenv("DXMI_CACHE", str(cache))
-    monkeypatch.setattr("dxmi.cache._ALONE_POLL_SECONDS", 0.01)
+    monkeypatch.setattr("dxmi.persistence.cache._ALONE_POLL_SECONDS", 0.01)
     out, phase = tmp_path / "run", {"pretrained": Phase.PRETRAIN, "references": Phase.REFERENCES}[kind]
     told = []
 
@@ -175,7 +175,7 @@ def test_a_stop_is_heard_while_another_process_computes_what_is_waited_for(undis
 
 @pytest.mark.parametrize(("scored", "stop_at"), [("quick", 0), ("quick", 20), ("quick", 40), ("full", 40)])
 def test_a_stop_within_an_evaluation_loses_no_iteration(undisturbed, tmp_path, monkeypatch, scored, stop_at):
-    monkeypatch.setattr("dxmi.train._LISTEN_EVERY", 0.0)
+    monkeypatch.setattr("dxmi.training.run._LISTEN_EVERY", 0.0)
     out, evaluated, score = tmp_path / "run", [], getattr(ImageScorer, scored)
 
     def noted(self, sampling, energy=None):

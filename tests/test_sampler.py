@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dxmi.algorithms.dxmi import DxMIConfig
+from dxmi.diffusion.policy import Policy
+from dxmi.diffusion.schedules import ScheduleConfig, ancestral_schedule, forward_levels, shorten
 from dxmi.networks import Denoiser
-from dxmi.sampler import Policy
-from dxmi.schedules import ScheduleConfig, ancestral_schedule, forward_levels, shorten
 
 EVENT = (2, 3)
 SHAPES = [(4, 5), (4, 1), (1, 5), (1, 1)]  # (T, B)

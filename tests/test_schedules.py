@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from dxmi.schedules import (
+from dxmi.diffusion.schedules import (
     NUM_DIFFUSION_STEPS,
     SHAPES,
     SHORTENINGS,

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dxmi.networks import Denoiser
-from dxmi.sampler import Policy
-from dxmi.schedules import (
+from dxmi.diffusion.policy import Policy
+from dxmi.diffusion.schedules import (
     NUM_DIFFUSION_STEPS,
     SIGMA_DATA,
     ScheduleConfig,
@@ -19,7 +18,8 @@ from dxmi.schedules import (
     karras_schedule,
     shorten,
 )
-from dxmi.solvers import DpmSolver, HeunSolver
+from dxmi.diffusion.solvers import DpmSolver, HeunSolver
+from dxmi.networks import Denoiser
 
 STD = 0.5
 EDM_STD = 1.0

@@ -13,7 +13,7 @@ from scipy.stats import loguniform, uniform
 
 from dxmi.config import build, differences, to_tree
 from dxmi.errors import UserError
-from dxmi.experiment import ExperimentConfig
+from dxmi.training.build import ExperimentConfig
 from tune.space import Axis, configured, flat, grid_points, parse_space, show, value_at
 
 EXPERIMENT = ExperimentConfig()

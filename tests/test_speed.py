@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dxmi.cache import cache_root
 from dxmi.config import build
 from dxmi.errors import UserError
-from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
 from dxmi.networks import Critic, Denoiser
+from dxmi.persistence.cache import cache_root
+from dxmi.training.build import Experiment, ExperimentConfig, ResourcesConfig
 
 NETWORK = {"kind": "mlp", "hidden": 32, "layers": 3, "embedding": 16}
 

@@ -9,15 +9,15 @@ import torch
 
 from dxmi.algorithms.dxmi import DxMI
 from dxmi.algorithms.stacked import StackedDDPM, StackedDxMI
-from dxmi.checkpoint import Checkpoint, load, path_of, steps_in
 from dxmi.config import build
 from dxmi.errors import DivergedError, UserError
-from dxmi.experiment import Experiment, ExperimentConfig
-from dxmi.optimizers import Optimizer, OptimizerConfig, Part
-from dxmi.run_directory import RunDirectory
-from dxmi.stacking import Stack, StackedOptimizer
-from dxmi.state import TrainingState
-from dxmi.train import Member, Phase, train, train_stacked
+from dxmi.optim.optimizer import Optimizer, OptimizerConfig, Part
+from dxmi.optim.stacking import Stack, StackedOptimizer
+from dxmi.persistence.checkpoint import Checkpoint, load, path_of, steps_in
+from dxmi.persistence.run_directory import RunDirectory
+from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.run import Member, Phase, train, train_stacked
+from dxmi.training.state import TrainingState
 from support import TINY, changed
 from tune.configs import compose_experiment
 

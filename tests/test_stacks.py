@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dxmi.checkpoint import load, path_of
 from dxmi.config import build
 from dxmi.errors import UserError
-from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
-from dxmi.train import train
+from dxmi.persistence.checkpoint import load, path_of
+from dxmi.training.build import Experiment, ExperimentConfig, ResourcesConfig
+from dxmi.training.run import train
 from support import SLOWER, TINY, changed, processes_with, wait_until
 from tune import Ablation
 from tune.ablation_config import parse_ablation

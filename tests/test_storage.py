@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dxmi import checkpoint
 from dxmi.errors import UserError
-from dxmi.experiment import Experiment
-from dxmi.train import train
+from dxmi.persistence import checkpoint
+from dxmi.training.build import Experiment
+from dxmi.training.run import train
 from support import TINY, changed
 from tune import Sweep, storage
 from tune.cli import main

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dxmi.data import BatchStream, dataset
+from dxmi.distributed import Share, Workers
 from dxmi.seeds import generator
 from dxmi.tensors import from_uint8
-from dxmi.workers import Share, Workers
 
 PIXELS = torch.arange(10, dtype=torch.uint8).view(-1, 1, 1, 1)
 LABELS = torch.arange(10) * 7

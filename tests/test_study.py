@@ -15,13 +15,13 @@ import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from dxmi import checkpoint
 from dxmi.config import build
 from dxmi.errors import UserError
-from dxmi.evaluate import NUM_SAMPLES_KEY, REPORT, Sampling
-from dxmi.experiment import Experiment, ExperimentConfig
-from dxmi.scorers import build_scorer
-from dxmi.train import Summary
+from dxmi.evaluation.sampling import NUM_SAMPLES_KEY, REPORT, Sampling
+from dxmi.evaluation.scorers import build_scorer
+from dxmi.persistence import checkpoint
+from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.run import Summary
 from support import locked_by_another
 from tune.plans import Plan, metrics_of, plan_from, require_name
 from tune.study import (

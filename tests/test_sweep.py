@@ -250,7 +250,7 @@ def misbehaving():
 
         import torch  # noqa: PLC0415
 
-        from dxmi.train import Phase, Progress, Summary  # noqa: PLC0415
+        from dxmi.training.run import Phase, Progress, Summary  # noqa: PLC0415
 
         config = experiment.config
         out.mkdir(parents=True, exist_ok=True)

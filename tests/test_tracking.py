@@ -21,11 +21,11 @@ import torch
 
 import tune.store
 import tune.tracking
-from dxmi import checkpoint
 from dxmi.config import to_tree
 from dxmi.errors import UserError
-from dxmi.files import write_atomic, write_json
-from dxmi.run_directory import RunDirectory
+from dxmi.persistence import checkpoint
+from dxmi.persistence.files import write_atomic, write_json
+from dxmi.persistence.run_directory import RunDirectory
 from support import free_port, wait_until
 from tune.configs import compose_experiment
 from tune.plans import Plan

@@ -12,7 +12,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from dxmi.errors import UserError
 from dxmi.networks import EdmUnetConfig, UnetConfig, build_denoiser
 from dxmi.networks.layers import dropout_mask
-from dxmi.networks.layouts import load_public
+from dxmi.networks.pretrained.layouts import load_public
 from dxmi.networks.unet import Unet
 
 SMALL = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "groups": 8}

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from dxmi.data import DataConfig, load
+from dxmi.distributed import ALONE, Alone, Pace, Share
 from dxmi.errors import UserError
-from dxmi.evaluate import EvaluateConfig
-from dxmi.scorers import build_scorer
+from dxmi.evaluation.sampling import EvaluateConfig
+from dxmi.evaluation.scorers import build_scorer
 from dxmi.tensors import chunks
-from dxmi.workers import ALONE, Alone, Pace, Share
 from support import FirstOfTwo, free_port
 
 PROGRAM = """
@@ -30,11 +30,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from dxmi.config import build
 from dxmi.errors import UserError
-from dxmi.experiment import Experiment, ExperimentConfig
-import dxmi.train
-from dxmi.sampler import Policy
-from dxmi.train import train
-from dxmi.workers import ALONE, Group
+from dxmi.training.build import Experiment, ExperimentConfig
+import dxmi.training.run
+from dxmi.diffusion.policy import Policy
+from dxmi.training.run import train
+from dxmi.distributed import ALONE, Group
 
 torch.set_num_threads(1)
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -89,7 +89,7 @@ def stopped(experiment):
         return one_step(*args, **options)
     def report(progress):
         return progress.phase == "references" and len(steps) >= 1500
-    Policy.transition, dxmi.train._LISTEN_EVERY = counted, 0.0
+    Policy.transition, dxmi.training.run._LISTEN_EVERY = counted, 0.0
     summary = train(experiment, out=folder / "stopped", report=report)
     Policy.transition = one_step
     assert summary is None
@@ -274,7 +274,7 @@ class Clock:
 
     def __init__(self, monkeypatch, seconds: float) -> None:
         self.now, self.seconds = 0.0, seconds
-        monkeypatch.setattr("dxmi.workers.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("dxmi.distributed.time.monotonic", lambda: self.now)
 
     def looks(self, pace: Pace, steps: int) -> list[int]:
         """The steps after which it is time to look up."""

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dxmi.config import build, to_tree
 from dxmi.errors import UserError
-from dxmi.train import train
+from dxmi.training.run import train
 from tune.ablation_config import parse_ablation
 from tune.ablation_plan import AblationPlan, ablation_plan
 from tune.ablation_results import TUNING, Results, arms_frame, results_of

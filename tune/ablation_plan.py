@@ -12,8 +12,8 @@ from optuna.trial import TrialState as OptunaState
 
 from dxmi.config import build, to_tree
 from dxmi.errors import UserError
-from dxmi.experiment import ExperimentConfig
-from dxmi.scorers import score_keys
+from dxmi.evaluation.scorers import score_keys
+from dxmi.training.build import ExperimentConfig
 from tune.ablation_config import AblationConfig, parse_ablation
 from tune.designs import BASELINE, Arm
 from tune.plans import FORMAT, Plan, fidelity_keys, plan_from, require_metric

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from rich.text import Text
 
 from dxmi.errors import UserError
-from dxmi.files import write_atomic
-from dxmi.references import ScoredReference, scored_references
+from dxmi.evaluation.references import ScoredReference, scored_references
+from dxmi.persistence.files import write_atomic
 from tune.ablation_plan import ARM, SEED, AblationPlan
 from tune.console import outdone, outdone_sentences
 from tune.designs import BASELINE, two_level_design

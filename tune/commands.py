@@ -15,18 +15,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dxmi import __version__
-from dxmi.checkpoint import steps_in
 from dxmi.config import build, to_tree
 from dxmi.data import DataConfig, Dataset, Images, describe, some_of
 from dxmi.errors import DivergedError, UserError, WorkersLostError
-from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
-from dxmi.export import FORMATS, export_diffusers
-from dxmi.files import require_target, write_atomic, write_json
-from dxmi.galleries import build_gallery
-from dxmi.pictures import save_labelled_grid
-from dxmi.run_directory import RunDirectory, read_yaml
-from dxmi.train import Summary, labels_text, train
-from dxmi.trained import CHECKPOINTS, Trained, load_trained
+from dxmi.persistence.checkpoint import steps_in
+from dxmi.persistence.files import require_target, write_atomic, write_json
+from dxmi.persistence.run_directory import RunDirectory, read_yaml
+from dxmi.training.build import Experiment, ExperimentConfig, ResourcesConfig
+from dxmi.training.export import FORMATS, export_diffusers
+from dxmi.training.loading import CHECKPOINTS, Trained, load_trained
+from dxmi.training.run import Summary, labels_text, train
+from dxmi.visualization.galleries import build_gallery
+from dxmi.visualization.pictures import save_labelled_grid
 from tune.configs import ablations, compose_experiment, groups, out_folder, overridden, require_no_stack, sweeps
 from tune.console import ProgressReporter, Terminal, complain, discard_output, show_data, show_result
 from tune.signals import gentle_stop

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from dxmi.errors import UserError
-from dxmi.pictures import score_text
+from dxmi.formatting import score_text
 from tune.console import last_line
 from tune.devices import Slots
 from tune.study import (

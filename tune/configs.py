@@ -22,9 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dxmi.config import build, places, to_tree, unknown_key
 from dxmi.errors import UserError
-from dxmi.experiment import ExperimentConfig
-from dxmi.files import require_target, user_path, user_text
-from dxmi.run_directory import read_yaml
+from dxmi.persistence.files import require_target, user_path, user_text
+from dxmi.persistence.run_directory import read_yaml
+from dxmi.training.build import ExperimentConfig
 from tune.ablation_config import AblationConfig, SeedsConfig, TuningConfig
 from tune.sweep_config import (
     KINDS,

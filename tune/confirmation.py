@@ -16,14 +16,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dxmi.checkpoint import path_of
 from dxmi.config import build
 from dxmi.errors import UserError
-from dxmi.evaluate import CONFIRMATION, SCORING_VERSION
-from dxmi.experiment import ExperimentConfig
-from dxmi.files import write_json
-from dxmi.run_directory import RunDirectory
-from dxmi.trained import load_trained
+from dxmi.evaluation.sampling import CONFIRMATION, SCORING_VERSION
+from dxmi.persistence.checkpoint import path_of
+from dxmi.persistence.files import write_json
+from dxmi.persistence.run_directory import RunDirectory
+from dxmi.training.build import ExperimentConfig
+from dxmi.training.loading import load_trained
 from tune.ablation_plan import AblationPlan
 from tune.console import last_line
 from tune.devices import Slots

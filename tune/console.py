@@ -20,12 +20,12 @@ from rich.progress import (
 from rich.text import Text
 
 from dxmi.data import ClassCount, Description
-from dxmi.evaluate import NUM_SAMPLES_KEY
-from dxmi.pictures import score_text
-from dxmi.references import ScoredReference, best_reference, scored_references
-from dxmi.run_directory import RunDirectory
-from dxmi.train import Phase, Summary
-from dxmi.train import Progress as Event
+from dxmi.evaluation.references import ScoredReference, best_reference, scored_references
+from dxmi.evaluation.sampling import NUM_SAMPLES_KEY
+from dxmi.formatting import score_text
+from dxmi.persistence.run_directory import RunDirectory
+from dxmi.training.run import Phase, Summary
+from dxmi.training.run import Progress as Event
 from tune.text_tables import TextTable
 
 _LABELS = {

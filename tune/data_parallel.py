@@ -1,4 +1,4 @@
-"""Ray Train around `dxmi.train`: one run on several workers.
+"""Ray Train around `dxmi.training.run`: one run on several workers.
 
 Each worker calls the same `train`, with a `Group` that says which rows of each batch are its own. The first worker's
 reports come back to the caller through an actor, one at a time, and the answer, whether to stop, goes the same way and
@@ -32,13 +32,13 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
-from dxmi.checkpoint import steps_in
 from dxmi.config import build, to_tree
+from dxmi.distributed import Group
 from dxmi.errors import DivergedError, UserError, WorkersLostError
-from dxmi.experiment import Experiment, ExperimentConfig
-from dxmi.run_directory import RunDirectory
-from dxmi.train import Phase, Progress, Reporter, Saved, Summary, train
-from dxmi.workers import Group
+from dxmi.persistence.checkpoint import steps_in
+from dxmi.persistence.run_directory import RunDirectory
+from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.run import Phase, Progress, Reporter, Saved, Summary, train
 from tune.console import last_line
 from tune.devices import find_slots
 from tune.mailbox import Line
@@ -56,7 +56,7 @@ _CONTROLLER_FAILURES = 2
 def train_on_workers(
     config: ExperimentConfig, *, out: Path, report: Reporter | None = None, address: str | None = None
 ) -> Summary | None:
-    """`dxmi.train.train` on `resources.num_workers` workers of the Ray that this process is connected to.
+    """`dxmi.training.run.train` on `resources.num_workers` workers of the Ray that this process is connected to.
 
     Args:
         config: what to run.

@@ -13,7 +13,7 @@ from typing import Any
 
 from dxmi.config import to_tree
 from dxmi.errors import UserError
-from dxmi.experiment import ExperimentConfig
+from dxmi.training.build import ExperimentConfig
 from tune.ablation_config import TABLES, AblationConfig, Table
 from tune.digests import Digest, digests
 from tune.factorial import MAX_FACTORS, TwoLevelDesign, smallest_fraction

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from dxmi.errors import UserError
-from dxmi.experiment import ResourcesConfig
 from dxmi.machine import available_cpus
+from dxmi.training.build import ResourcesConfig
 from tune.ray_session import cluster_nodes, on_cluster
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from dxmi.algorithms.ddpm import DDPM
 from dxmi.config import build, to_tree
-from dxmi.experiment import Experiment, ExperimentConfig, ResourcesConfig
+from dxmi.diffusion.schedules import noising
 from dxmi.networks import Denoiser, MlpConfig
-from dxmi.schedules import noising
 from dxmi.seeds import generator
+from dxmi.training.build import Experiment, ExperimentConfig, ResourcesConfig
 from tune.space import flat, tree_with
 
 _EVENT = (1, 8, 8)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from dxmi.cache import cache_root
 from dxmi.data.images import data_root
 from dxmi.errors import UserError
-from dxmi.experiment import ResourcesConfig
+from dxmi.persistence.cache import cache_root
+from dxmi.training.build import ResourcesConfig
 from tune.devices import find_slots
 from tune.machine import ray_folder
 from tune.study import studies_in

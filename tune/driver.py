@@ -19,7 +19,7 @@ from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 from rich.text import Text
 
-from dxmi.train import train
+from dxmi.training.run import train
 from tune.conductor import Conductor, Order
 from tune.confirmation import confirm
 from tune.devices import Slots

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dxmi.cache import cache_root
-from dxmi.evaluate import SELECTION, Sampling, generate
-from dxmi.experiment import Experiment, ExperimentConfig
-from dxmi.references import references
+from dxmi.evaluation.references import references
+from dxmi.evaluation.sampling import SELECTION, Sampling, generate
+from dxmi.persistence.cache import cache_root
+from dxmi.training.build import Experiment, ExperimentConfig
 from tune.devices import Slots
 
 _REPEATS = 3

@@ -20,7 +20,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import create_trial
 
-from dxmi.references import DATA, Role, ScoredReference, scored_references
+from dxmi.evaluation.references import DATA, Role, ScoredReference, scored_references
 from tune.leaderboard import best_of, better, metric_label, number, short_names, summary_of
 from tune.plans import Plan
 from tune.space import Axis, Param, Value, show

@@ -16,12 +16,12 @@ import pandas as pd
 import yaml
 from rich.box import SIMPLE_HEAD
 
-from dxmi.checkpoint import path_of
 from dxmi.config import to_tree
 from dxmi.errors import UserError
-from dxmi.files import write_atomic
-from dxmi.pictures import score_text
-from dxmi.references import scored_references
+from dxmi.evaluation.references import scored_references
+from dxmi.formatting import score_text
+from dxmi.persistence.checkpoint import path_of
+from dxmi.persistence.files import write_atomic
 from tune.ablation_plan import AblationPlan
 from tune.confirmation import Confirmation, confirmations, obstacle
 from tune.console import Outdone, outdone, outdone_sentences

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.live import Live as LiveDisplay
 from rich.text import Text
 
-from dxmi.pictures import score_text
+from dxmi.formatting import score_text
 from tune.conductor import Conductor, Live, Note
 from tune.console import complain
 from tune.leaderboard import short_names

@@ -11,8 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
-from dxmi.checkpoint import path_of
 from dxmi.errors import UserError
+from dxmi.persistence.checkpoint import path_of
 from tune.ablation_plan import ARM, AblationPlan
 from tune.leaderboard import best_of
 from tune.plans import Plan

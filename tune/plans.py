@@ -12,8 +12,8 @@ from optuna.trial import FrozenTrial
 
 from dxmi.config import build, signature, to_tree
 from dxmi.errors import UserError
-from dxmi.experiment import ExperimentConfig
-from dxmi.scorers import score_keys
+from dxmi.evaluation.scorers import score_keys
+from dxmi.training.build import ExperimentConfig
 from tune.proposals import Proposal, num_planned, propose
 from tune.space import Axis, Value, parse_space, tree_with
 from tune.sweep_config import SweepConfig, TrackingConfig

@@ -16,7 +16,7 @@ from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.trial import FrozenTrial, create_trial
 from scipy.stats import qmc
 
-from dxmi.experiment import ExperimentConfig
+from dxmi.training.build import ExperimentConfig
 from tune.space import Axis, Value, grid_points, value_at
 from tune.sweep_config import SweepConfig
 

@@ -27,15 +27,15 @@ from PIL import Image
 
 from dxmi import __version__
 from dxmi.config import to_tree
-from dxmi.files import write_atomic
-from dxmi.provenance import git_revision
-from dxmi.references import (
+from dxmi.evaluation.references import (
     DATA,
     best_reference,
     full_reference,
     highlights,
     scored_references,
 )
+from dxmi.persistence.files import write_atomic
+from dxmi.persistence.provenance import git_revision
 from tune.ablation_figures import ablation_figures
 from tune.ablation_plan import AblationPlan
 from tune.ablation_results import (
@@ -916,7 +916,7 @@ def _matrix_note(record: TrialRecord, place: int) -> str:
 
 
 def _columns(plan: Plan) -> int:
-    """Of a grid of images, see `dxmi.pictures.save_grid`."""
+    """Of a grid of images, see `dxmi.visualization.pictures.save_grid`."""
     return max(1, round(math.sqrt(plan.experiment.evaluate.grid)))
 
 
@@ -931,7 +931,7 @@ def _part(plan: Plan, side: int, picture: Image.Image, width: int | None = None)
     """
     if plan.experiment.data.is_planar:
         return picture.convert("RGB").resize((_FIGURE_PIXELS * side, _FIGURE_PIXELS * side), Image.Resampling.LANCZOS)
-    columns, gap = _columns(plan), 2  # see dxmi.pictures.grid
+    columns, gap = _columns(plan), 2  # see dxmi.visualization.pictures.grid
     cell = (picture.width - gap) // columns
     size = (gap + min(width or side, columns) * cell, gap + min(side, columns) * cell)
     return picture.crop((0, 0, min(size[0], picture.width), min(size[1], picture.height)))

@@ -14,9 +14,9 @@ import torch
 from ray.exceptions import RayError
 
 from dxmi.config import build, to_tree
-from dxmi.experiment import Experiment, ExperimentConfig
 from dxmi.networks import NcsnppGanConfig
-from dxmi.stretch import Stretch, train_together
+from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.phase import Stretch, train_together
 from tune.ablation_plan import AblationPlan
 from tune.devices import Slots
 from tune.plans import Plan

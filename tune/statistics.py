@@ -661,7 +661,8 @@ def variance_components(scores: ArrayLike) -> Variances:
     (a - 1) and MS_e = sum (y_ij - y_i.)^2 / (a (b - 1)): generation = MS_e, training = max(0, (MS_a - MS_e) / b), and
     the mean has variance MS_a / (a b) = training / a + generation / (a b) (Searle, Casella and McCulloch 1992).
     Nested means that the e_ij are independent, as they are if each run is scored on noise of its own
-    (`dxmi.evaluate.stream_of`). With one noise for all runs they would share a term that no mean over runs reduces.
+    (`dxmi.evaluation.sampling.stream_of`). With one noise for all runs they would share a term that no mean over runs
+    reduces.
     The interval of an arm's mean is `mean_interval(scores.mean(axis=1))`: only training seeds are independent.
 
     Args:

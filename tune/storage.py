@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 from pyarrow import ArrowInvalid, fs
 
 from dxmi.errors import UserError
-from dxmi.files import write_atomic
+from dxmi.persistence.files import write_atomic
 
 _OBJECT_STORES = ("s3", "gcs", "abfs")
 """Where a file appears whole when its stream is closed, and folders need not be made."""

@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock, Timeout
 
 from dxmi.errors import UserError
-from dxmi.files import sync_folder
+from dxmi.persistence.files import sync_folder
 from tune.compat import mlflow_tables
 from tune.machine import spare_loopback
 

@@ -32,12 +32,12 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
-from dxmi.checkpoint import newest, prune
 from dxmi.config import differences, signature
 from dxmi.errors import UserError
-from dxmi.experiment import ExperimentConfig
-from dxmi.files import write_atomic, write_json
-from dxmi.run_directory import RunDirectory, read_yaml
+from dxmi.persistence.checkpoint import newest, prune
+from dxmi.persistence.files import write_atomic, write_json
+from dxmi.persistence.run_directory import RunDirectory, read_yaml
+from dxmi.training.build import ExperimentConfig
 from tune.ablation_plan import AblationPlan, any_plan_from
 from tune.compat import set_intermediate_value, set_user_attribute
 from tune.plans import FORMAT, Plan

@@ -22,9 +22,9 @@ from rich.console import Console
 
 from dxmi.config import to_tree
 from dxmi.errors import UserError
-from dxmi.experiment import Experiment, ResourcesConfig
-from dxmi.files import require_target
-from dxmi.train import changed_inputs, train
+from dxmi.persistence.files import require_target
+from dxmi.training.build import Experiment, ResourcesConfig
+from dxmi.training.run import changed_inputs, train
 from tune.ablation_plan import AblationPlan, any_plan_from
 from tune.ablation_results import results_of, write_tables
 from tune.cluster import require_fit

@@ -14,8 +14,8 @@ from filelock import FileLock, Timeout
 from rich.text import Text
 
 from dxmi.errors import UserError
-from dxmi.files import require_target
-from dxmi.pictures import score_text
+from dxmi.formatting import score_text
+from dxmi.persistence.files import require_target
 from tune import storage
 from tune.ablation import Ablation, TuningInterruptedError
 from tune.ablation_plan import AblationPlan

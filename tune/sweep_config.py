@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
-from dxmi.files import PLACE
+from dxmi.persistence.files import PLACE
 
 DIRECTIONS = ("minimize", "maximize")
 SAMPLERS = ("tpe", "sobol", "random", "grid", "nsga2")

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dxmi.checkpoint import path_of, steps_in
 from dxmi.config import to_tree
 from dxmi.errors import UserError
-from dxmi.provenance import git_revision
-from dxmi.run_directory import Row
+from dxmi.persistence.checkpoint import path_of, steps_in
+from dxmi.persistence.provenance import git_revision
+from dxmi.persistence.run_directory import Row
 from tune.ablation_plan import ARM, AblationPlan
 from tune.ablation_results import results_of, verdict_text
 from tune.confirmation import chosen, confirmations

@@ -22,8 +22,8 @@ from typing import Any, Protocol
 
 from dxmi.config import build
 from dxmi.errors import DivergedError, UserError, WorkersLostError
-from dxmi.experiment import Experiment, ExperimentConfig
-from dxmi.train import Member, Progress, Reporter, Saved, Summary, train, train_stacked
+from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.run import Member, Progress, Reporter, Saved, Summary, train, train_stacked
 from tune.storage import Remote, kept, node_folder
 
 SCORE, END = "score", "end"
@@ -37,7 +37,7 @@ _EVALUATION = "eval/"
 
 
 class Trainer(Protocol):
-    """What runs a trial; `dxmi.train.train`, or a stand-in in a test."""
+    """What runs a trial; `dxmi.training.run.train`, or a stand-in in a test."""
 
     def __call__(
         self, experiment: Experiment, *, out: Path, report: Reporter | None = None, saved: Saved | None = None

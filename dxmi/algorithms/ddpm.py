@@ -1,7 +1,7 @@
 """DDPM pretraining (Ho et al., arXiv 2006.11239): regress the noise at a random diffusion step; evaluate the average.
 
 Models of another family than DDPM's see other noise levels and regress another mixture of noise and image, as
-`dxmi.schedules.Noising` says.
+`dxmi.diffusion.schedules.Noising` says.
 
 Logged metrics:
 
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dxmi.files import PLACE
-from dxmi.losses import denoising_loss
+from dxmi.algorithms.losses import denoising_loss
+from dxmi.diffusion.schedules import Noising, ddpm_noising
+from dxmi.distributed import ALONE, Share, Workers
 from dxmi.networks import NOTHING, Denoiser, Given, conditioned
-from dxmi.optimizers import Descent, MovingAverage, Optimizer, OptimizerConfig, Part
-from dxmi.schedules import Noising, ddpm_noising
+from dxmi.optim.optimizer import Descent, MovingAverage, Optimizer, OptimizerConfig, Part
+from dxmi.persistence.files import PLACE
 from dxmi.tensors import chunks, per_sample
-from dxmi.workers import ALONE, Share, Workers
 
 
 @dataclass(frozen=True, kw_only=True)

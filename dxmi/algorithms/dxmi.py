@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dxmi.costs import (
+from dxmi.algorithms.costs import (
     RUNNING_COSTS,
     STEP_COSTS,
     ReferenceVariance,
@@ -36,12 +36,16 @@ from dxmi.costs import (
     squared_step,
     step_costs,
 )
-from dxmi.energy import Energy
+from dxmi.algorithms.losses import control_cost, energy_loss, policy_loss, td_target, value_loss
+from dxmi.critics.energy import Energy
+from dxmi.critics.value import SeparateValue, Value
+from dxmi.diffusion.cuda_graphs import GraphedRollout
+from dxmi.diffusion.policy import Policy
+from dxmi.diffusion.trajectory import Gaussian, Trajectory
+from dxmi.distributed import ALONE, Share, Workers
 from dxmi.errors import UserError
-from dxmi.graphs import GraphedRollout
-from dxmi.losses import control_cost, energy_loss, policy_loss, td_target, value_loss
 from dxmi.networks import NOTHING, Given
-from dxmi.optimizers import (
+from dxmi.optim.optimizer import (
     Descent,
     MovingAverage,
     Optimizer,
@@ -50,11 +54,7 @@ from dxmi.optimizers import (
     PolicyOptimizerConfig,
     require_rate,
 )
-from dxmi.sampler import Policy
 from dxmi.tensors import chunks
-from dxmi.trajectory import Gaussian, Trajectory
-from dxmi.value import SeparateValue, Value
-from dxmi.workers import ALONE, Share, Workers
 
 PRESETS = ("as_released", "objective")
 VALUES = ("shared", "separate")

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dxmi.algorithms.costs import adapt_
 from dxmi.algorithms.ddpm import DDPM, loss_metrics
 from dxmi.algorithms.dxmi import DxMI, draw_states, energy_metrics, policy_metrics
-from dxmi.costs import adapt_
-from dxmi.optimizers import Optimizer
-from dxmi.stacking import Stack, StackedOptimizer
-from dxmi.workers import ALONE, Share
+from dxmi.distributed import ALONE, Share
+from dxmi.optim.optimizer import Optimizer
+from dxmi.optim.stacking import Stack, StackedOptimizer
 
 Generators = Sequence[torch.Generator]
 

@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from dxmi.distributed import ALONE, Workers
 from dxmi.tensors import decode
-from dxmi.workers import ALONE, Workers
 
 RESIDENT_BYTES = 2 * 2**30
 """Samples that take no more than this lie on the device; of others, only batches go there."""

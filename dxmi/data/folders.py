@@ -29,9 +29,9 @@ from tqdm import tqdm
 from dxmi.data.dataset import labelled_signature, shape_hash
 from dxmi.data.pixels import to_rgb
 from dxmi.errors import UserError
-from dxmi.files import sync_folder, write_json
 from dxmi.machine import available_cpus
-from dxmi.tensor_files import printable
+from dxmi.persistence.files import sync_folder, write_json
+from dxmi.persistence.tensor_files import printable
 
 SUFFIXES = frozenset(
     {".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}

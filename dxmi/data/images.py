@@ -9,15 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dxmi.cache import cache_root
+from dxmi.compat import package_folder
 from dxmi.data import cifar, known_files
 from dxmi.data.dataset import Dataset, content_signature, labelled_signature
 from dxmi.data.folders import open_folder
 from dxmi.data.idx import idx_content, parsed_idx
 from dxmi.errors import UserError
-from dxmi.files import require_target, user_path, variable_folder
-from dxmi.imports import package_folder
-from dxmi.tensor_files import printable
+from dxmi.persistence.cache import cache_root
+from dxmi.persistence.files import require_target, user_path, variable_folder
+from dxmi.persistence.tensor_files import printable
 
 MNIST8_IMAGES = 20_000
 FOLDER = "image_folder"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from dxmi.data.dataset import Dataset
 from dxmi.data.images import FOLDER, LOADERS, load_folder, load_images
 from dxmi.data.planar import DISTRIBUTIONS, load_points
-from dxmi.files import PLACE
+from dxmi.persistence.files import PLACE
 
 _MAX_POINTS = 10_000_000
 _MAX_SIZE = 1024

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dxmi.compat import torch_fidelity
 from dxmi.data import data_root
 from dxmi.errors import UserError
-from dxmi.files import require_target, user_path
-from dxmi.imports import torch_fidelity
-from dxmi.tensor_files import read_tensor_file
+from dxmi.persistence.files import require_target, user_path
+from dxmi.persistence.tensor_files import read_tensor_file
 
 NETWORK = "inception-v3-compat"
 """torch-fidelity's name of it."""

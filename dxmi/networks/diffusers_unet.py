@@ -6,8 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from dxmi.compat import diffusers
 from dxmi.errors import UserError
-from dxmi.imports import diffusers
 from dxmi.networks.base import Denoiser, NetworkConfig
 from dxmi.networks.layers import fan_in_uniform, image_event
 

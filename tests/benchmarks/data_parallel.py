@@ -18,9 +18,9 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from dxmi.algorithms.dxmi import DxMI
-from dxmi.experiment import Experiment
-from dxmi.optimizers import Optimizer, OptimizerConfig, Part
-from dxmi.workers import ALONE, Group, Workers
+from dxmi.distributed import ALONE, Group, Workers
+from dxmi.optim.optimizer import Optimizer, OptimizerConfig, Part
+from dxmi.training.build import Experiment
 from iteration import PER_ROUND, ROUNDS, seconds_each
 from tune.configs import compose_experiment
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dxmi.evaluate import REPORT, EvaluateConfig, Sampling, measure
-from dxmi.experiment import Experiment
-from dxmi.imports import torch_fidelity
+from dxmi.compat import torch_fidelity
+from dxmi.diffusion.policy import Policy
+from dxmi.diffusion.schedules import shorten
+from dxmi.evaluation.sampling import REPORT, EvaluateConfig, Sampling, measure
 from dxmi.metrics.inception import NETWORK, NUM_FEATURES, POOL, Inception, find_weights, load_inception
-from dxmi.sampler import Policy
-from dxmi.schedules import shorten
+from dxmi.training.build import Experiment
 from tune.configs import compose_experiment
 
 EVENT = (3, 32, 32)

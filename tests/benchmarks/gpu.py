@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dxmi.data import Images
-from dxmi.experiment import Experiment
+from dxmi.training.build import Experiment
 from tune.configs import compose_experiment
 
 WARM_UP, ROUNDS = 3, 10

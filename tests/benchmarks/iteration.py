@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dxmi.algorithms.dxmi import DxMI
-from dxmi.experiment import Experiment
-from dxmi.state import TrainingState
+from dxmi.training.build import Experiment
+from dxmi.training.state import TrainingState
 from tune.configs import compose_experiment
 
 _WARM_UP, ROUNDS, PER_ROUND = 20, 15, 10

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from dxmi.algorithms.stacked import StackedDxMI
-from dxmi.experiment import Experiment
+from dxmi.training.build import Experiment
 from tune.configs import compose_experiment
 
 ROUNDS, PER_ROUND = 7, 5

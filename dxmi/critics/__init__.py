@@ -1,0 +1,1 @@
+"""Learned critics: the energy E(x) and the value V(x, t)."""

@@ -1,0 +1,1 @@
+"""The diffusion model as a policy: noise schedules, the Gaussian transition, trajectories, and solvers."""

@@ -1,0 +1,207 @@
+"""The policy: a diffusion model cut to T steps, each a Gaussian with a learned standard deviation.
+
+`transition` is the one place where a step is computed; `step`, `log_prob`, `rollout` and `sample` all call it.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dxmi.diffusion.schedules import StepSchedule
+from dxmi.diffusion.trajectory import Gaussian, Trajectory
+from dxmi.errors import UserError
+from dxmi.networks import NOTHING, Denoiser, Given, conditioned
+from dxmi.tensors import per_sample
+
+Guide = Callable[[Tensor, int, Tensor | None], Tensor]
+"""Given x_t [B, *event], t, and labels [B] if there are any, the gradient [B, *event] that sampling should descend."""
+
+
+class Policy(nn.Module):
+    """pi(x_{t+1} | x_t) = N(signal_scale_t x_t + noise_scale_t eps(input_scale_t x_t, k_t), sigma_t^2 I).
+
+    It owns what it learns: the denoiser and the free log sigmas. The last sigma is the schedule's, for ever. Where the
+    network knows classes, pi is given a label, by default one drawn with the frequencies of the data; where it takes a
+    latent, one is drawn in each step, and pi is the normal that this latent chooses.
+
+    Args:
+        network: predicts the noise.
+        schedule: the tables.
+        event: shape of one sample.
+    """
+
+    diffusion_step: Tensor
+    signal_scale: Tensor
+    noise_scale: Tensor
+    input_scale: Tensor
+    final_log_sigma: Tensor
+    class_counts: Tensor | None
+
+    def __init__(self, network: Denoiser, schedule: StepSchedule, event: tuple[int, ...]) -> None:
+        super().__init__()
+        self.network = network
+        self.event = event
+        self.num_steps = schedule.num_steps
+        for name in ("diffusion_step", "signal_scale", "noise_scale"):
+            table = torch.from_numpy(getattr(schedule, name)).float()
+            self.register_buffer(name, table, persistent=False)
+        self.start_sigma = schedule.start_sigma
+        self.scales_input = schedule.input_scale is not None
+        input_scale = torch.from_numpy(schedule.input_scale).float() if schedule.input_scale is not None else None
+        self.register_buffer("input_scale", input_scale, persistent=False)
+        log_sigma = torch.from_numpy(schedule.sigma).log().float()
+        self.free_log_sigma = nn.Parameter(log_sigma[:-1].clone())
+        self.register_buffer("final_log_sigma", log_sigma[-1:].clone(), persistent=False)
+        self.register_buffer("class_counts", None, persistent=False)
+
+    @property
+    def log_sigma(self) -> Tensor:
+        """Log sigma_t of every step, [T]."""
+        return torch.cat((self.free_log_sigma, self.final_log_sigma))
+
+    def embeddings(self) -> Tensor:
+        """The network's embedding of every step's diffusion step, [T, E]."""
+        return self.network.embed(self.diffusion_step)
+
+    def transition(
+        self,
+        x: Tensor,
+        t: int | Tensor,
+        embeddings: Tensor | None = None,
+        log_sigma: Tensor | None = None,
+        given: Given = NOTHING,
+    ) -> Gaussian:
+        """The Gaussian over x_{t+1}.
+
+        Args:
+            x: states, [B, *event].
+            t: the step, one for the batch or one a sample [B] (int64).
+            embeddings: `self.embeddings()` if the caller has it at hand.
+            log_sigma: `self.log_sigma` if the caller has it at hand.
+            given: the label of each state where the network knows classes, its latent where it takes one.
+        """
+        row = slice(t, t + 1) if isinstance(t, int) else t
+        embeddings = self.embeddings() if embeddings is None else embeddings
+        log_sigma = self.log_sigma if log_sigma is None else log_sigma
+        seen = x * per_sample(self.input_scale[row], x) if self.scales_input else x
+        embedding = conditioned(self.network, embeddings[row], given)
+        noise = self.network(seen, embedding).float()  # under autocast it comes in bfloat16
+        signal_scale, noise_scale = per_sample(self.signal_scale[row], x), per_sample(self.noise_scale[row], x)
+        mean = (signal_scale * x).addcmul(noise_scale, noise)
+        return Gaussian(mean, log_sigma[row].exp().expand(len(x)))
+
+    def step(self, x: Tensor, t: int | Tensor, noise: Tensor, given: Given = NOTHING) -> Tensor:
+        """x_{t+1} [B, *event], reparameterised by `noise` [B, *event]."""
+        return self.transition(x, t, given=given).sample(noise)
+
+    def log_prob(self, x_next: Tensor, x: Tensor, t: int | Tensor, given: Given = NOTHING) -> Tensor:
+        """Log pi(x_{t+1} | x_t) in nats, summed over the event; given the latent if there is one: [B]."""
+        return self.transition(x, t, given=given).log_prob(x_next)
+
+    def noise(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Standard normal noise for a rollout: the start and T steps, [T+1, B, *event]."""
+        shape = (self.num_steps + 1, batch_size, *self.event)
+        return torch.randn(shape, generator=generator, device=self.diffusion_step.device)
+
+    def latent(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
+        """Standard normal latents for one step, [B, Z]; None if the network takes none."""
+        if self.network.latent == 0:
+            return None
+        return torch.randn((batch_size, self.network.latent), generator=generator, device=self.diffusion_step.device)
+
+    def latents(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
+        """Those for a rollout, [T, B, Z]."""
+        latents = self.latent(self.num_steps * batch_size, generator)
+        return None if latents is None else latents.view(self.num_steps, batch_size, -1)
+
+    def draw_classes(self, counts: Tensor | None) -> None:
+        """From now on let samples be of each class as often as `counts` [C] says, int64; None for no draws at all."""
+        self.class_counts = None if counts is None else counts.to(self.diffusion_step.device)
+
+    def labels(self, num: int, generator: torch.Generator) -> Tensor | None:
+        """Classes for `num` samples, [num], drawn with the frequencies of the data; None if the network knows none.
+
+        Raises:
+            UserError: the frequencies are unknown.
+        """
+        if self.network.classes == 0:
+            return None
+        if self.class_counts is None:
+            raise UserError(
+                f"The network knows {self.network.classes} classes, but how often samples are of each is unknown: "
+                "give a label for each sample."
+            )
+        bounds = self.class_counts.cumsum(0)
+        drawn = torch.randint(int(bounds[-1]), (num,), generator=generator, device=bounds.device)
+        return torch.searchsorted(bounds, drawn, right=True)
+
+    def _start(self, noise: Tensor) -> Tensor:
+        """x_0 from standard normal noise [B, *event]."""
+        return noise if self.start_sigma == 1.0 else noise * self.start_sigma
+
+    @torch.no_grad()
+    def rollout(self, noise: Tensor, labels: Tensor | None = None, latents: Tensor | None = None) -> Trajectory:
+        """Run the policy from noise[0], with noise[t + 1] in step t, without gradient.
+
+        Args:
+            noise: as `self.noise` makes it, [T+1, B, *event].
+            labels: [B], where the network knows classes.
+            latents: as `self.latents` makes them, [T, B, Z].
+        """
+        embeddings, log_sigma = self.embeddings(), self.log_sigma
+        states, means = [self._start(noise[0])], []
+        for t in range(self.num_steps):
+            given = Given(labels, None if latents is None else latents[t])
+            step = self.transition(states[-1], t, embeddings, log_sigma, given)
+            means.append(step.mean)
+            states.append(step.sample(noise[t + 1]))
+        sigma = log_sigma.exp()[:, None].expand(-1, noise.shape[1])
+        return Trajectory(torch.stack(states), torch.stack(means), sigma)
+
+    @torch.no_grad()
+    def walk(  # noqa: PLR0917
+        self,
+        num: int,
+        generator: torch.Generator,
+        guide: Guide | None = None,
+        guidance: float = 0.0,
+        labels: Tensor | None = None,
+        first: int | None = None,
+    ) -> Iterator[Tensor]:
+        """The states x_0 .. x_T of `num` rollouts one after the other, each [num, *event]; none is kept here.
+
+        Args:
+            num: how many.
+            generator: draws the start and then each step's noise.
+            guide: gradient of a value V(x, t); after each step x_{t+1} -= guidance * sigma_t * guide(x_{t+1}, t + 1).
+            guidance: strength, 0 for none. V is a cost, so a positive strength descends it.
+            labels: [num], where the network knows classes; by default those of `self.labels`.
+            first: walk only so many of them, on the noise that they have among all `num`.
+        """
+        labels = self.labels(num, generator) if labels is None else labels
+        embeddings, log_sigma = self.embeddings(), self.log_sigma
+        noise = torch.randn((num, *self.event), generator=generator, device=self.diffusion_step.device)
+        labels = labels if labels is None else labels[:first]
+        x = self._start(noise[:first].clone())
+        yield x
+        for t in range(self.num_steps):
+            latent = self.latent(num, generator)
+            given = Given(labels, latent if latent is None else latent[:first])
+            step = self.transition(x, t, embeddings, log_sigma, given)
+            x = step.sample(noise.normal_(generator=generator)[:first])
+            if guide is not None and guidance != 0.0:
+                x = x.addcmul(per_sample(step.sigma, x), guide(x, t + 1, labels), value=-guidance)
+            yield x
+
+    def sample(
+        self,
+        num: int,
+        generator: torch.Generator,
+        guide: Guide | None = None,
+        guidance: float = 0.0,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """The last state of `walk`: [num, *event]."""
+        return deque(self.walk(num, generator, guide, guidance, labels), maxlen=1).pop()

@@ -1,0 +1,81 @@
+"""Deterministic samplers of a pretrained model, to compare few-step policies with."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dxmi.diffusion.policy import Policy
+from dxmi.diffusion.schedules import StepSchedule
+from dxmi.diffusion.trajectory import Gaussian
+from dxmi.networks import Denoiser
+
+
+class DpmSolver(Policy):
+    """DPM-Solver++(2M) in data prediction (arXiv 2211.01095, algorithm 2), on trailing steps.
+
+    With a_t the scale of the data and s_t that of the noise (DDPM: a_t^2 = gbar_t, s_t^2 = 1 - gbar_t; EDM: a_t = 1),
+    l_t = log(a_t / s_t), h_t = l_{t+1} - l_t and the prediction D_t = (x_t - s_t eps(x_t)) / a_t of the data:
+
+        x_{t+1} = (s_{t+1} / s_t) x_t + a_{t+1} (1 - e^{-h_t}) (D_t + (h_t / (2 h_{t-1})) (D_t - D_{t-1}))
+
+    Without the second difference this is DDIM's step, of which it makes the whole first one, and the last, where h is
+    infinite; D_t is found from it. The prediction before is remembered, so that one object does one walk at a time.
+
+    Args:
+        network: predicts the noise.
+        schedule: without noise; a step is one network evaluation.
+        event: shape of one sample.
+    """
+
+    def __init__(self, network: Denoiser, schedule: StepSchedule, event: tuple[int, ...]) -> None:
+        super().__init__(network, schedule, event)
+        signal, noise = map(torch.from_numpy, schedule.signal_and_noise)
+        ratio = noise[1:] / noise[:-1]
+        h = (signal / noise).log().diff()
+        self._ratio: list[float] = ratio.tolist()
+        self._gain: list[float] = (signal[1:] - signal[:-1] * ratio).tolist()  # a_{t+1} (1 - e^{-h_t})
+        self._weight: list[float] = [0.0, *(h[1:] / (2.0 * h[:-1])).tolist()]
+        self._before: Tensor | None = None
+
+    def transition(self, x: Tensor, t: int | Tensor, *args: Any, **kwargs: Any) -> Gaussian:
+        """DDIM's step and the second difference: all samples are at the same step t, and come from step t - 1."""
+        assert isinstance(t, int)
+        step = super().transition(x, t, *args, **kwargs)
+        data = (step.mean - self._ratio[t] * x) / self._gain[t]
+        before, self._before = self._before, data
+        if t in (0, self.num_steps - 1):
+            return step
+        assert before is not None
+        return Gaussian(step.mean + self._gain[t] * self._weight[t] * (data - before), step.sigma)
+
+
+class HeunSolver(Policy):
+    """Heun's method on EDM's noise levels (arXiv 2206.00364, algorithm 1).
+
+    A step takes two network evaluations, the last one takes one. With d(x, s) = (x - D(x; s)) / s and Euler's step
+    x' = x_t + (s_{t+1} - s_t) d(x_t, s_t):
+
+        x_{t+1} = x_t + (s_{t+1} - s_t) (d(x_t, s_t) + d(x', s_{t+1})) / 2
+
+    The second slope is read off Euler's step from x' to level s_{t+2}; the last step, to level 0, is Euler's.
+
+    Args:
+        network: as for `Policy`.
+        schedule: of Euler's method.
+        event: shape of one sample.
+    """
+
+    def __init__(self, network: Denoiser, schedule: StepSchedule, event: tuple[int, ...]) -> None:
+        super().__init__(network, schedule, event)
+        change = torch.from_numpy(schedule.level).diff()
+        self._ratio: list[float] = (change[:-1] / change[1:]).tolist()
+
+    def transition(self, x: Tensor, t: int | Tensor, *args: Any, **kwargs: Any) -> Gaussian:
+        """The mean of Euler's step and the one with the slope at its end: all samples are at the same step t."""
+        assert isinstance(t, int)
+        euler = super().transition(x, t, *args, **kwargs)
+        if t == self.num_steps - 1:
+            return euler
+        further = super().transition(euler.mean, t + 1, *args, **kwargs)
+        return Gaussian(0.5 * (x + euler.mean + self._ratio[t] * (further.mean - euler.mean)), euler.sigma)

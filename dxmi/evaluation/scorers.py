@@ -1,0 +1,552 @@
+"""Scoring a policy's samples, and the energy beside them: distances to the data.
+
+Score keys of images (`X` is the data set whose classifier gives the features, never plain `fid`):
+
+    eval/fid_X               Frechet distance of features, lower is better
+    eval/kid_X               kernel distance of features, lower is better
+    eval/precision_X         share of samples that lie among the data
+    eval/recall_X            share of the data that lies among the samples
+    eval/sliced_wasserstein  on pixels in [-1, 1], order 2
+
+of images by InceptionV3 (`N` is the number of samples: 5k, 10k, 50k, or all its digits):
+
+    eval/fid_N               Frechet distance, which falls as N grows: compare equal N alone
+    eval/fid_infinity        the same, extrapolated to infinitely many samples
+    eval/kid                 kernel distance, whose expectation does not depend on N
+    eval/precision_N         share of samples that lie among the data, of 10,000 of each at most
+    eval/recall_N            share of the data that lies among the samples, likewise
+    eval/inception_score_N   higher is better; only if the weights hold InceptionV3's classes
+
+of points in the plane:
+
+    eval/sliced_wasserstein  to as many points of the data, order 2
+    eval/energy_auc          of -E telling the data from uniform noise on [-4, 4]^2: the area under the ROC curve
+    eval/energy_kl           KL(p | exp(-beta E) / Z) on a grid over that square, p the exact density, beta the best
+    eval/energy_beta         that beta, an inverse temperature
+
+and of both:
+
+    eval/num_samples         how many samples the scores beside it were computed from
+
+All that is drawn at random to compute a score (subsets, directions, uniform noise, held-out points of the plane) is
+named after the stream of the samples, like their noise. So runs that share a stream differ in their samples only, and
+the spread between streams is that of the whole measurement. What depends on the data alone (the images that samples
+are compared with) is the same for all.
+
+Why beta is fitted. With a fixed reference variance and cost_coef = entropy_coef = tau, the objective of the policy is
+E[E(x_T)] + (tau / D) KL(policy's path | x_T followed by the reference's noise), D the dimensions of a sample, since tau
+weighs means over dimensions. Where that bound is tight it is least for x_T of the density exp(-D E / tau) / Z. So an
+energy whose policy has learned the data has beta = D / tau, and a beta that differs says by how much it has not. With
+tau = 0 there is no such temperature, though E may well tell data from noise; fitted, runs of all tau can be compared.
+"""
+
+import functools
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dxmi.critics.energy import Energy
+from dxmi.data import SQUARE, DataConfig, Dataset, Images, Points
+from dxmi.distributed import ALONE, Workers
+from dxmi.errors import UserError
+from dxmi.evaluation.sampling import (
+    CLASSIFIER,
+    INCEPTION,
+    MIN_SAMPLES,
+    NUM_SAMPLES_KEY,
+    REPORT,
+    SCORING_VERSION,
+    EvaluateConfig,
+    Sampling,
+    generate,
+    measure,
+)
+from dxmi.metrics.classifier import CLASSIFIERS
+from dxmi.metrics.density import calibrated_kl, grid_log_density, roc_auc, square_grid
+from dxmi.metrics.fidelity import (
+    classifier_features,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from dxmi.metrics.gaussians import Gaussian, Moments
+from dxmi.metrics.inception import NETWORK, NUM_FEATURES, Inception, file_digest, find_weights, load_inception
+from dxmi.metrics.sliced_wasserstein import sliced_wasserstein
+from dxmi.persistence.cache import cached
+from dxmi.seeds import generator
+from dxmi.tensors import decode, require_finite, require_finite_metrics
+
+_CELLS = 160
+"""Of the grid over the square, a side: 0.05 wide, half of the narrowest distribution's standard deviation."""
+_FLOOR_SETS = 8
+"""Sets of data whose mean score is the floor."""
+_KEPT = 10_000
+"""Features of the data that are kept one by one, for the kernel distance, precision and recall."""
+_REFERENCE_BATCH = 500
+"""Images of the data whose features a worker computes at once."""
+
+Score = Callable[[Tensor], dict[str, float]]
+"""From samples as a data set stores them to scores by key."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one policy.
+
+    Attributes:
+        values: by key, `eval/num_samples` among them.
+        seconds_per_1000: wall time of generating 1,000 samples.
+    """
+
+    values: dict[str, float]
+    seconds_per_1000: float
+
+
+class Scorer(ABC):
+    """Scores samples against one data set.
+
+    Args:
+        config: what is scored.
+        workers: generate samples together; the first scores them.
+
+    Attributes:
+        metric: key of the score by which checkpoints and trials are compared, lower is better.
+        identity: of everything but the config that a score of samples depends on.
+        about: the same in words: the network that gives the features, its file's hash, and the data's.
+    """
+
+    metric: str
+    identity: str
+    about: dict[str, str]
+
+    def __init__(self, config: EvaluateConfig, workers: Workers) -> None:
+        self.config = config
+        self.workers = workers
+
+    @abstractmethod
+    def quick(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
+        """What the curve shows, `metric` among it."""
+
+    @abstractmethod
+    def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
+        """Every score that the module's docstring lists; those of the energy if there is one."""
+
+    @abstractmethod
+    def of_data(self, stream: str = REPORT) -> Scores | None:
+        """The score that the data itself has, where more of it can be drawn; `stream` as of the samples beside it."""
+
+    def _scores(self, sampling: Sampling, score: Score) -> Scores:
+        """All workers sample; the first computes the scores of the samples, and tells them."""
+        start = time.perf_counter()
+        samples = generate(replace(sampling, workers=self.workers), self.config.num_samples, self.config)
+        if samples.is_cuda:
+            torch.cuda.synchronize()
+        seconds = (time.perf_counter() - start) * 1000.0 / self.config.num_samples
+        return Scores(*self.workers.on_first(lambda: [self._checked(score(samples), sampling.step), seconds]))
+
+    def _checked(self, values: dict[str, float], step: int = 0) -> dict[str, float]:
+        """The scores of iteration `step`, all of them finite, with how many samples they are of."""
+        return require_finite_metrics(values, step) | {NUM_SAMPLES_KEY: float(self.config.num_samples)}
+
+    def _generator(self, stream: str, what: str) -> torch.Generator:
+        """Draws what a score of samples of that stream needs."""
+        return generator(self.config.seed, f"{stream}/{what}")
+
+    def _seed(self, stream: str, what: str) -> int:
+        """The same for a library that takes a seed, in 0..2^31 - 1."""
+        return int(torch.randint(2**31, (), generator=self._generator(stream, what)))
+
+    def _sliced_wasserstein(self, samples: Tensor, data: Tensor, stream: str) -> float:
+        """Distance of two sets as they are stored."""
+        directions = self._generator(stream, "projections")
+        projections = self.config.projections
+        return sliced_wasserstein(decode(samples.cpu()), decode(data), projections=projections, generator=directions)
+
+
+class _FeatureScorer(Scorer):
+    """Scores images by features of them and of all the data.
+
+    Args:
+        images: the data.
+        config: what is scored.
+        device: where samples are generated and features computed.
+        workers: generate samples together; the first scores them.
+
+    Raises:
+        UserError: there are too few images to score against.
+    """
+
+    def __init__(self, images: Images, config: EvaluateConfig, device: torch.device, workers: Workers) -> None:
+        super().__init__(config, workers)
+        if len(images) < MIN_SAMPLES:
+            raise UserError(f"The data set {images.name} holds {len(images)} images: scoring needs {MIN_SAMPLES}.")
+        self.images = images
+        self.device = device
+
+    def of_data(self, stream: str = REPORT) -> Scores | None:  # noqa: ARG002
+        """All images there are have been scored against: nothing is left to score."""
+        return None
+
+
+class ImageScorer(_FeatureScorer):
+    """Scores images, whose features are computed once and cached by signature.
+
+    Args:
+        images: the data.
+        config: what is scored.
+        cache: folder of cached features.
+        device: where samples are generated and features computed.
+        workers: generate samples together; the first scores them.
+
+    Raises:
+        UserError: there are too few images to score against.
+    """
+
+    def __init__(
+        self, images: Images, config: EvaluateConfig, cache: Path, device: torch.device, workers: Workers = ALONE
+    ) -> None:
+        super().__init__(images, config, device, workers)
+        self.name = images.name
+        self.metric = f"eval/fid_{self.name}"
+        self.identity = f"{images.signature}-{self.name}-{CLASSIFIERS[self.name].sha256[:12]}"
+        weights = CLASSIFIERS[self.name].sha256
+        self.about = {"features": f"dxmi-{self.name}", "weights": weights, "reference": images.signature}
+        path = cache / "features" / f"{self.identity}.cached"
+        self.reference = torch.empty(0)
+        workers.on_first(lambda: self._look_up(path))
+
+    def _look_up(self, path: Path) -> None:
+        """On the first worker; what goes wrong there is raised on all, so that none waits for it."""
+        self.reference = cached(path, self._reference_features)["features"]
+
+    def _reference_features(self) -> dict[str, Tensor]:
+        return {"features": classifier_features(self.name, self.images.pixels.to(self.device))}
+
+    def quick(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
+        """The Frechet distance alone: what the curve shows."""
+
+        def score(samples: Tensor) -> dict[str, float]:
+            return {self.metric: frechet_distance(classifier_features(self.name, samples), self.reference)}
+
+        return self._scores(sampling, score)
+
+    def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
+        """Every score of images."""
+        return self._scores(sampling, lambda samples: self._distances(samples, sampling.stream))
+
+    def _distances(self, samples: Tensor, stream: str) -> dict[str, float]:
+        config, features = self.config, classifier_features(self.name, samples)
+        precision, recall = precision_recall(features, self._neighbours(stream))
+        return {
+            self.metric: frechet_distance(features, self.reference),
+            f"eval/kid_{self.name}": kernel_distance(
+                features,
+                self.reference,
+                subsets=config.kid_subsets,
+                subset_size=config.kid_subset_size,
+                seed=self._seed(stream, "kid"),
+            ),
+            f"eval/precision_{self.name}": precision,
+            f"eval/recall_{self.name}": recall,
+            "eval/sliced_wasserstein": self._sliced_wasserstein(samples, self.images.pixels, stream),
+        }
+
+    def _neighbours(self, stream: str) -> Tensor:
+        """As many reference features as there are samples: comparing all pairs of a large data set takes minutes."""
+        return _some_rows(self.reference, self.config.num_samples, self._generator(stream, "neighbours"))
+
+
+def _some_rows(x: Tensor, num: int, generator: torch.Generator) -> Tensor:
+    """`num` random rows, or all if there are no more."""
+    return x if len(x) <= num else x[torch.randperm(len(x), generator=generator)[:num]]
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What is kept of the features of the data.
+
+    Attributes:
+        gaussian: fitted to all of them.
+        features: some, float32 on the host, [M, 2048].
+    """
+
+    gaussian: Gaussian
+    features: Tensor
+
+    def distance(self, features: Tensor) -> float:
+        """FID of features [N, 2048]."""
+        return self.gaussian.distance(features.to(self.gaussian.mean.device))
+
+
+class InceptionScorer(_FeatureScorer):
+    """Scores images by InceptionV3, one batch's features computed while the next one is drawn.
+
+    Args:
+        images: the data.
+        config: what is scored.
+        cache: folder of cached features.
+        device: where samples are generated and features computed.
+        workers: generate samples and compute features together; the first computes scores from them.
+
+    Raises:
+        UserError: there are too few images to score against, or the network's weights cannot be had.
+    """
+
+    def __init__(
+        self, images: Images, config: EvaluateConfig, cache: Path, device: torch.device, workers: Workers = ALONE
+    ) -> None:
+        super().__init__(images, config, device, workers)
+        if images.event[0] not in (1, 3):
+            raise UserError(f"The data set {images.name} has {images.event[0]} channels: InceptionV3 sees 1 or 3.")
+        workers.on_first(lambda: str(find_weights()))  # if it has to be fetched, once
+        self.weights = find_weights()
+        sha256 = workers.on_first(lambda: file_digest(self.weights))
+        self.size = count_name(config.num_samples)
+        self.metric = f"eval/fid_{self.size}"
+        self.identity = f"{images.signature}-{NETWORK}-{sha256[:12]}"
+        self.about = {"features": NETWORK, "weights": sha256, "reference": images.signature}
+        self.path = cache / "features" / f"{self.identity}-v{SCORING_VERSION}.cached"
+        self._reference: _Reference | None = None
+
+    def network(self) -> Inception:
+        """InceptionV3 on the device, which all scorers of this process share."""
+        return load_inception(self.weights, self.device)
+
+    def reference(self, on_step: Callable[[], None] | None = None) -> _Reference:
+        """Of the data, computed once by all workers together and cached by signature; `on_step` as of a sampling."""
+        if self._reference is None:
+            compute = functools.partial(self._reference_tensors, on_step)
+            tensors = cached(self.path, compute, self.workers, on_step)
+            gaussian = Gaussian(tensors["mean"].to(self.device), tensors["root"].to(self.device))
+            self._reference = _Reference(gaussian, tensors["features"])
+        return self._reference
+
+    def _reference_tensors(self, on_step: Callable[[], None] | None) -> dict[str, Tensor]:
+        num, moments, kept = len(self.images), None, []
+        chosen = torch.zeros(num, dtype=torch.bool)
+        chosen[torch.randperm(num, generator=generator(0, "reference"))[:_KEPT]] = True
+        for rows, features in self._data_features(on_step):
+            new = Moments.of(features.to(self.device))
+            moments = new if moments is None else moments.merged(new)
+            kept.append(features[chosen[rows]])
+        assert moments is not None
+        features = torch.cat(kept)
+        gaussian = Gaussian.fitted(moments) if num > len(features) else Gaussian.of(features.to(self.device))
+        return {"mean": gaussian.mean, "root": gaussian.root, "features": features}
+
+    def _data_features(self, on_step: Callable[[], None] | None) -> Iterator[tuple[slice, Tensor]]:
+        """Features of consecutive images, of which each worker computes a block at a time."""
+        num, together, network = len(self.images), _REFERENCE_BATCH * self.workers.size, self.network()
+        disable = None if self.workers.is_first else True
+        with tqdm(total=num, unit="images", desc="features of the data", leave=False, disable=disable) as bar:
+            for start in range(0, num, together):
+                first = start + _REFERENCE_BATCH * self.workers.rank
+                own = self.images.pixels[first : min(first + _REFERENCE_BATCH, num)]
+                block = torch.zeros(_REFERENCE_BATCH, NUM_FEATURES)
+                if len(own):
+                    block[: len(own)] = network(own, on_step).pool.cpu()
+                self._keep_step(on_step, len(own), _REFERENCE_BATCH)
+                count = min(together, num - start)
+                yield slice(start, start + count), torch.cat(self.workers.gather(block))[:count]
+                bar.update(count)
+
+    def quick(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
+        """The Frechet distance alone: what the curve shows."""
+        return self._measured(sampling, lambda reference, pool, _: {self.metric: reference.distance(pool)})
+
+    def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
+        """Every score of images."""
+        on_step = sampling.on_step if self.workers.size == 1 else None  # all workers would have to call it
+        return self._measured(sampling, functools.partial(self._distances, sampling.stream, on_step))
+
+    def _measured(self, sampling: Sampling, score: Callable[[_Reference, Tensor, Tensor], dict[str, float]]) -> Scores:
+        """All workers sample and compute features; the first computes scores from them, and tells them."""
+        reference, network = self.reference(sampling.on_step), self.network()
+        on_piece = sampling.on_step if self.device.type == "cpu" else None  # elsewhere a second thread does this, fast
+
+        def features(pixels: Tensor) -> Tensor:
+            found = torch.cat(network(pixels, on_piece), dim=1).cpu() if len(pixels) else torch.empty(0)
+            self._keep_step(on_piece, len(pixels), self.config.batch_size)
+            return found
+
+        measured = measure(replace(sampling, workers=self.workers), self.config.num_samples, self.config, features)
+        pool, logits = measured.features[:, :NUM_FEATURES], measured.features[:, NUM_FEATURES:]
+        values = self.workers.on_first(lambda: self._checked(score(reference, pool, logits), sampling.step))
+        return Scores(values, measured.seconds_per_1000)
+
+    def _keep_step(self, on_piece: Callable[[], None] | None, num: int, most: int) -> None:
+        """Call `on_piece`, after the pieces of `num` images, as often as a worker who has `most` of them."""
+        if on_piece is not None:
+            for _ in range(self.network().num_pieces(most) - self.network().num_pieces(num)):
+                on_piece()
+
+    def _distances(
+        self, stream: str, on_step: Callable[[], None] | None, reference: _Reference, pool: Tensor, logits: Tensor
+    ) -> dict[str, float]:
+        """Of features [N, 2048] and logits [N, 1008]."""
+        config, kept = self.config, reference.features
+        some = _some_rows(pool, _KEPT, self._generator(stream, "neighbours/samples"))
+        neighbours = _some_rows(kept, len(some), self._generator(stream, "neighbours"))
+        precision, recall = precision_recall(some, neighbours, on_step)
+        subsets, size = config.kid_subsets, config.kid_subset_size
+        values = {
+            self.metric: reference.distance(pool),
+            "eval/fid_infinity": reference.gaussian.distance_at_infinity(
+                pool.to(self.device), self._generator(stream, "extrapolation"), on_step
+            ),
+            "eval/kid": kernel_distance(
+                pool.double(),
+                kept.double(),
+                subsets=subsets,
+                subset_size=size,
+                seed=self._seed(stream, "kid"),
+                on_step=on_step,
+            ),
+            f"eval/precision_{self.size}": precision,
+            f"eval/recall_{self.size}": recall,
+        }
+        if logits.shape[1]:
+            values[f"eval/inception_score_{self.size}"] = inception_score(logits, self._seed(stream, "inception_score"))
+        return values
+
+
+def count_name(num: int) -> str:
+    """A number of samples as it stands in a key: 5k, 10k, 50k; 1234."""
+    return f"{num // 1000}k" if num % 1000 == 0 else str(num)
+
+
+class PlanarScorer(Scorer):
+    """Scores points in the plane, and the energy against the exact density.
+
+    Args:
+        points: the data, from whose distribution as many further points are drawn as there are samples.
+        config: what is scored.
+        workers: generate samples together; the first scores them.
+    """
+
+    metric = "eval/sliced_wasserstein"
+
+    def __init__(self, points: Points, config: EvaluateConfig, workers: Workers = ALONE) -> None:
+        super().__init__(config, workers)
+        self.points = points
+        self.identity = f"{points.signature}-{points.name}"
+        self.about = {"reference": points.signature}
+        self._held_out: tuple[str, Tensor] | None = None
+        self.cells = square_grid(SQUARE, _CELLS)
+
+    def reference(self, stream: str) -> Tensor:
+        """What samples of that stream are compared with: [num_samples, 2]. The last one is remembered."""
+        if self._held_out is None or self._held_out[0] != stream:
+            name = f"{self.config.seed}/{stream}"
+            self._held_out = stream, self.points.held_out(self.config.num_samples, f"test/{name}")
+        return self._held_out[1]
+
+    @property
+    def log_density(self) -> Tensor:
+        """Of the data in each cell of a grid, [G]."""
+        return grid_log_density(self.points.distribution, _CELLS)
+
+    def quick(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
+        """Every score: they are quick."""
+        return self.full(sampling, energy)
+
+    def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
+        """Every score of points."""
+        stream = sampling.stream
+
+        def score(samples: Tensor) -> dict[str, float]:
+            distance = {self.metric: self._sliced_wasserstein(samples, self.reference(stream), stream)}
+            return distance if energy is None else distance | self._energy_scores(energy, samples.device, sampling)
+
+        return self._scores(sampling, score)
+
+    def of_data(self, stream: str = REPORT) -> Scores | None:
+        """The floor, which is the mean over sets of fresh points, and the area under the curve of the exact density."""
+        start, reference = time.perf_counter(), self.reference(stream)
+        sets = [
+            self.points.held_out(self.config.num_samples, f"floor/{index}/{stream}") for index in range(_FLOOR_SETS)
+        ]
+        seconds = (time.perf_counter() - start) * 1000.0 / (self.config.num_samples * _FLOOR_SETS)
+        floor = sum(self._sliced_wasserstein(points, reference, stream) for points in sets) / _FLOOR_SETS
+        # The density, not its logarithm, which is minus infinity where there is none; ranks are the same.
+        exact = [self.points.distribution.log_density(points).exp() for points in (reference, self._uniform(stream))]
+        values = {self.metric: floor, "eval/energy_auc": roc_auc(*exact)}
+        return Scores(self._checked(values), seconds)
+
+    @torch.no_grad()
+    def _energy_scores(self, energy: Energy, device: torch.device, sampling: Sampling) -> dict[str, float]:
+        stream, step = sampling.stream, sampling.step
+
+        def score(points: Tensor) -> Tensor:
+            return require_finite(energy(points.to(device)).cpu(), f"the energy of iteration {step}", step)
+
+        calibrated = calibrated_kl(score(self.cells), self.log_density)
+        return {
+            "eval/energy_auc": roc_auc(-score(self.reference(stream)), -score(self._uniform(stream))),
+            "eval/energy_kl": calibrated.kl,
+            "eval/energy_beta": calibrated.beta,
+        }
+
+    def _uniform(self, stream: str) -> Tensor:
+        """Noise on the square, as much as there are samples: [num_samples, 2]."""
+        noise = torch.rand((self.config.num_samples, 2), generator=self._generator(stream, "uniform"))
+        return (2.0 * noise - 1.0) * SQUARE
+
+
+def build_scorer(
+    data: Dataset, config: EvaluateConfig, cache: Path, device: torch.device, workers: Workers = ALONE
+) -> Scorer:
+    """The scorer of the kind of samples that a data set holds.
+
+    Raises:
+        UserError: there are too few of them, or nothing gives features of them.
+    """
+    if isinstance(data, Points):
+        return PlanarScorer(data, config, workers)
+    assert isinstance(data, Images)
+    if config.reference_images is not None:
+        data = _some_images(data, config.reference_images)
+    scorer = InceptionScorer if features_of(data.name, config) == INCEPTION else ImageScorer
+    return scorer(data, config, cache, device, workers)
+
+
+def _some_images(images: Images, num: int) -> Images:
+    """`num` random images in their order, always the same ones, or all if there are no more."""
+    if len(images) <= num:
+        return images
+    rows = torch.randperm(len(images), generator=generator(0, "reference images"))[:num].sort().values
+    signature = f"{images.signature}-{num}"
+    return replace(images, pixels=images.pixels[rows], labels=images.labels[rows], signature=signature)
+
+
+def features_of(name: str, config: EvaluateConfig) -> str:
+    """What gives the features of the images of data set `name`.
+
+    Raises:
+        UserError: a classifier is asked for that does not exist.
+    """
+    features = config.features or (CLASSIFIER if name in CLASSIFIERS else INCEPTION)
+    if features == CLASSIFIER and name not in CLASSIFIERS:
+        known = ", ".join(CLASSIFIERS)
+        raise UserError(
+            f"evaluate.features is classifier, but there is none for {name}, only for {known}: make it null."
+        )
+    return features
+
+
+def score_keys(data: DataConfig, config: EvaluateConfig) -> list[str]:
+    """The keys of every score that a finished run has, the one by which it is compared first."""
+    if data.is_planar:
+        return [PlanarScorer.metric, *(f"eval/energy_{what}" for what in ("auc", "kl", "beta"))]
+    if features_of(data.name, config) == INCEPTION:
+        size = count_name(config.num_samples)
+        return [f"eval/fid_{size}", "eval/fid_infinity", "eval/kid", f"eval/precision_{size}", f"eval/recall_{size}"]
+    kinds = (f"eval/{kind}_{data.name}" for kind in ("fid", "kid", "precision", "recall"))
+    return [*kinds, "eval/sliced_wasserstein"]

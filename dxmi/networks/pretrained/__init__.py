@@ -1,0 +1,1 @@
+"""Public checkpoints: their files, their layouts, and folders of diffusers."""

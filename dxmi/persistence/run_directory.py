@@ -1,0 +1,195 @@
+"""A run's folder: its config, records, checkpoints and pictures.
+
+config.yaml      the resolved config
+metrics.jsonl    one row a logged step
+checkpoints/     the best, the last and the one before it
+samples/         grids from the same noise, one an evaluation; reference_*.png: real data and samples of references
+curves.png       scores against iterations, references as lines
+summary.json     what came out; it exists only when the run has finished
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from dxmi.errors import UserError
+from dxmi.persistence.files import require_target, write_atomic, write_json
+
+Row = dict[str, float | int | str]
+
+
+class RunDirectory:
+    """Reads and writes one run's folder.
+
+    Args:
+        path: the folder, which need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.curves = path / "curves.png"
+        self.summary = path / "summary.json"
+
+    def reference_picture(self, name: str) -> Path:
+        """The picture to compare samples with: data, full (the model with all of its steps) or few (the best
+        training-free sampler with no more network evaluations than the policy).
+        """
+        return self.samples / f"reference_{name}.png"
+
+    def create(self) -> None:
+        """Make the folders.
+
+        Raises:
+            UserError: they cannot be made or written, or one is a link that leads nowhere.
+        """
+        for folder in (self.path, self.checkpoints, self.samples):
+            require_target(folder, "The run folder")
+        try:
+            for folder in (self.path, self.checkpoints, self.samples):
+                folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK):
+                raise PermissionError(13, "Permission denied")
+        except OSError as error:
+            raise UserError(
+                f"The run folder {self.path} cannot be written: {error.strerror}. Choose another."
+            ) from error
+
+    def lock(self) -> FileLock:
+        """The exclusive right to write here, held until it is released or the process ends.
+
+        Raises:
+            UserError: another process has it.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"Another process is training in {self.path}: wait for it, or choose another out."
+            ) from error
+        return lock
+
+    def write_config(self, tree: Mapping[str, Any]) -> None:
+        """Record the resolved config."""
+        write_atomic(self.config, yaml.safe_dump(dict(tree), sort_keys=False))
+
+    def read_config(self) -> dict[str, Any]:
+        """The recorded config as a tree.
+
+        Raises:
+            UserError: there is none, or it is not plain YAML.
+        """
+        return read_yaml(self.config, f"{self.path} is not a run folder: it has no config.yaml.")
+
+    def write_summary(self, tree: Mapping[str, Any]) -> None:
+        """Record the result; after this the run counts as finished."""
+        write_json(self.summary, tree)
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The result, or None while there is none.
+
+        Raises:
+            UserError: it is not JSON.
+        """
+        try:
+            summary = json.loads(self.summary.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValueError:
+            summary = None
+        if not isinstance(summary, dict):
+            raise UserError(f"{self.summary} is damaged: delete it and resume the run to write it again.")
+        return summary
+
+    def append(self, rows: list[Row]) -> None:
+        """Add rows to metrics.jsonl, on disk when this returns."""
+        with self.metrics.open("a") as file:
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rows(self) -> list[Row]:
+        """The rows of metrics.jsonl; a last line that a killed writer cut short is left out.
+
+        Raises:
+            UserError: another line is no row.
+        """
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text(errors="replace").split("\n")
+        return [self._row(number, line) for number, line in enumerate(lines[:-1], start=1) if line]
+
+    def _row(self, number: int, line: str) -> Row:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{self.metrics} is damaged: line {number} is no row. Delete that line.")
+        return row
+
+    def forget_after(self, step: int) -> None:
+        """Drop the rows of later steps than `step`, which a resumed run will write again."""
+        kept = [row for row in self.rows() if int(row["step"]) <= step]
+        write_atomic(self.metrics, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+
+
+_MAX_YAML_BYTES = 1_000_000
+
+
+class _AliasError(Exception):
+    """A file holds an alias, by which a small one could become large in memory."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Stops at the first alias. Not LibYAML's: deeply nested files hold that up for minutes, or end the process."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise _AliasError
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: Path, missing: str) -> dict[str, Any]:
+    """A mapping of plain values from a YAML file: no object tags, no aliases, no more than a megabyte.
+
+    Raises:
+        UserError: with the sentence `missing` if there is no such file, or with what is wrong in it.
+    """
+    try:
+        size = path.stat().st_size
+        text = path.read_text() if size <= _MAX_YAML_BYTES else ""
+    except OSError as error:
+        raise UserError(missing) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a plain YAML config: it is not UTF-8 text.") from error
+    if size > _MAX_YAML_BYTES:
+        raise UserError(f"{path} has {size} bytes: a config has at most {_MAX_YAML_BYTES}.")
+    try:
+        tree = yaml.load(text, Loader=_PlainLoader)  # noqa: S506  (it is a safe loader)
+    except _AliasError as error:
+        raise UserError(f"{path} uses YAML aliases: write the values out.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = _reason(error)
+        raise UserError(f"{path} is not a plain YAML config: {reason}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is not a config: it holds no settings, which are lines of key: value.")
+    return tree
+
+
+def _reason(error: Exception) -> str:
+    """What a YAML error says, and where; of text with a colon, what to do about it."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem is None or mark is None:
+        return " ".join(str(error).split())
+    hint = ": text with a colon in it must be in quotes" if "mapping values" in problem else ""
+    return f"{problem} at line {mark.line + 1}, column {mark.column + 1}{hint}"

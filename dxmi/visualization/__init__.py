@@ -1,0 +1,1 @@
+"""Pictures of samples, curves, densities and values."""
