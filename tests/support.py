@@ -1,6 +1,7 @@
 """What several test files need: the smallest settings that train, waiting, ports, and the processes of a test."""
 
 import random
+import re
 import socket
 import struct
 import subprocess
@@ -21,6 +22,28 @@ def changed(settings: list[str], *overrides: str) -> list[str]:
     """Settings of a command line with other values for some keys, and further ones."""
     keys = {override.partition("=")[0] for override in overrides}
     return [setting for setting in settings if setting.partition("=")[0] not in keys] + list(overrides)
+
+
+def missing(facts: str, text: str) -> list[str]:
+    """Which of the facts, written `fact … fact`, a text does not state, in whatever words and order.
+
+    A fact is what identifies an error: a setting with its value, a file, a number, the cure. Part of a longer number,
+    name or setting does not count as it, so that `seed` is not found in `evaluate.seed`, nor `1` in `1.5`. A value may
+    be without its quotes, and as YAML writes it.
+    """
+    return [fact for fact in facts.split(" … ") if not re.search(_whole(fact), text)]
+
+
+def stating(facts: str) -> str:
+    """A regular expression for a text that states all these facts, as `missing` understands them."""
+    return r"(?s)\A" + "".join(f"(?=.*{_whole(fact)})" for fact in facts.split(" … "))
+
+
+def _whole(fact: str) -> str:
+    before = r"(?<![\w-])(?<!\w\.)" if re.match(r"\w", fact) else ""
+    after = r"(?!\w)(?![.,]\w)" if re.search(r"\w$", fact) else ""
+    text = re.escape(fact).replace("None", "(?:None|null)").replace("True", "[Tt]rue")
+    return before + re.sub(r"(?<!')'(?!')", "['\"]?", text) + after
 
 
 TINY = [

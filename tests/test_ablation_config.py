@@ -11,6 +11,7 @@ import yaml
 import tune.designs
 from dxmi.config import to_tree
 from dxmi.errors import UserError
+from support import missing, stating
 from tune.ablation_config import AblationConfig, SeedsConfig, parse_ablation
 from tune.configs import ComposedAblation, ablations, compose_ablation, compose_experiment, config_folder, groups
 from tune.designs import Arm, arms, two_level_design
@@ -228,7 +229,7 @@ def test_the_command_line_wins_over_a_files_baseline(file):
 
 
 def test_a_variant_that_the_command_line_makes_the_baseline_is_refused(file):
-    assert "ablation.variants.none equals the baseline" in refusal(file(FILE), f"{TAU}=0")
+    assert missing(f"ablation.variants.none … baseline … {TAU}", refusal(file(FILE), f"{TAU}=0")) == []
 
 
 @pytest.mark.parametrize(
@@ -236,17 +237,17 @@ def test_a_variant_that_the_command_line_makes_the_baseline_is_refused(file):
     [
         (
             "{algorithm.entropy_coef: 1}",
-            "ablation.baseline is {'algorithm.entropy_coef': 1}: it must be a list of overrides",
+            "ablation.baseline is {'algorithm.entropy_coef': 1}",
         ),
-        ("algorithm.entropy_coef=1", "it must be a list of overrides, like [algorithm.entropy_coef=1.0]."),
-        ("[1]", "it must be a list of overrides"),
-        ("[algorithm.entropy_coeff=1]", "did you mean entropy_coef?"),
-        ("['x=[']", "is not an override"),
-        ("[sweep=demo]", "sweep is not a setting"),
+        ("algorithm.entropy_coef=1", "ablation.baseline is 'algorithm.entropy_coef=1' … [algorithm.entropy_coef=1.0]"),
+        ("[1]", "ablation.baseline is [1]"),
+        ("[algorithm.entropy_coeff=1]", "algorithm.entropy_coeff … entropy_coef"),
+        ("['x=[']", "x=["),
+        ("[sweep=demo]", "sweep"),
     ],
 )
 def test_a_baseline_that_is_no_list_of_overrides_is_refused(file, baseline, words):
-    assert words in refusal(file(FILE + f"baseline: {baseline}\n"))
+    assert missing(words, refusal(file(FILE + f"baseline: {baseline}\n"))) == []
 
 
 # ----------------------------------------------------------------------------
@@ -286,76 +287,76 @@ def test_an_override_lands_where_it_should(override, key, value):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("ablation.seed=3", "ablation.seed is not a setting: did you mean seeds?"),
-        ("ablation.budget.trials=3", "ablation.budget.trials is not a setting"),
-        ("ablation.variants.tau_0.algorithm.entropy=3", "did you mean entropy_coef?"),
-        ("ablation.seeds=1", "ablation.seeds is 1: it must be in 2..1000."),
+        ("ablation.seed=3", "ablation.seed … seeds"),
+        ("ablation.budget.trials=3", "ablation.budget.trials"),
+        ("ablation.variants.tau_0.algorithm.entropy=3", "ablation.variants.tau_0.algorithm.entropy … entropy_coef"),
+        ("ablation.seeds=1", "ablation.seeds is 1 … 2..1000"),
         (
             "ablation.seeds=1.5",
-            "ablation.seeds is 1.5: write how many (6), which ([0, 1, 2]), auto, or {first: 3, cap: 12}",
+            "ablation.seeds is 1.5 … 6 … [0, 1, 2] … {first … 3 … 12}",
         ),
-        ("ablation.seeds=true", "ablation.seeds is True: write how many (6)"),
-        ("ablation.seeds=three", "ablation.seeds is 'three': write how many (6)"),
-        ("ablation.seeds=[1]", "ablation.seeds is [1]: write how many (6)"),
-        ("ablation.seeds=[1,1]", "ablation.seeds.values names a seed twice: keep one."),
-        ("ablation.seeds=[1,-1]", "ablation.seeds.values holds -1: a seed must be in 0..2^63 - 1."),
-        ("ablation.seeds=[1,x]", "ablation.seeds.values[1] is 'x': it must be a whole number."),
-        ("ablation.seeds={first:1}", "ablation.seeds.first is 1: it must be in 2..1000."),
-        ("ablation.seeds={first:5,cap:4}", "ablation.seeds.cap is 4: it must be at least first, 5, and at most 1000."),
-        ("ablation.seeds={frist:5}", "ablation.seeds.frist is not a setting: did you mean first?"),
-        ("ablation.seeds={values:[1,2]}", "ablation.seeds.values has 2 entries, but cap is 12: make them equal."),
-        ("ablation.generations=0", "ablation.generations is 0: it must be in 1..100."),
-        ("ablation.level=1", "ablation.level is 1.0: it must be above 0 and below 1."),
-        ("ablation.level=nan", "ablation.level is nan: it must be above 0 and below 1."),
+        ("ablation.seeds=true", "ablation.seeds is True … 6"),
+        ("ablation.seeds=three", "ablation.seeds is 'three' … 6"),
+        ("ablation.seeds=[1]", "ablation.seeds is [1] … 6"),
+        ("ablation.seeds=[1,1]", "ablation.seeds.values … twice"),
+        ("ablation.seeds=[1,-1]", "0..2^63 - 1 … ablation.seeds.values … -1"),
+        ("ablation.seeds=[1,x]", "ablation.seeds.values[1] is 'x'"),
+        ("ablation.seeds={first:1}", "ablation.seeds.first is 1 … 2..1000"),
+        ("ablation.seeds={first:5,cap:4}", "ablation.seeds.cap is 4 … 5 … 1000"),
+        ("ablation.seeds={frist:5}", "ablation.seeds.frist … first"),
+        ("ablation.seeds={values:[1,2]}", "ablation.seeds.values … 2 … 12"),
+        ("ablation.generations=0", "ablation.generations is 0 … 1..100"),
+        ("ablation.level=1", "ablation.level is 1.0 … 0 … 1"),
+        ("ablation.level=nan", "ablation.level is nan … 0 … 1"),
         (
             "ablation.design=factoral",
-            "ablation.design is 'factoral': it must be one of one_factor, list, leave_one_out",
+            "ablation.design is 'factoral' … one_factor … list … leave_one_out",
         ),
-        ("ablation.design=factorial", "ablation.variants has no effect with design=factorial, which takes factors"),
-        ("ablation.resolution=4", "ablation.resolution has no effect with design=one_factor: leave it out."),
-        ("ablation.all_off=true", "ablation.all_off has no effect with design=one_factor: leave it out."),
-        ("ablation.hypothesis=' '", "ablation.hypothesis is missing: say in a sentence what you expect, and why."),
-        ("ablation.hypothesis=3", "ablation.hypothesis is 3: it must be text."),
-        ("~ablation.hypothesis", "ablation.hypothesis is missing"),
-        ("~ablation.variants", "ablation.variants is empty"),
-        ("ablation.variants=3", "ablation.variants is 3: it must be a group"),
-        ("ablation.max_failures=-1", "ablation.max_failures is -1: it must be 0 or greater."),
-        ("ablation.max_concurrent=0", "ablation.max_concurrent is 0: it must be at least 1, or null."),
-        ("ablation.budget.disk_gb=0", "ablation.budget.disk_gb is 0.0: it must be a finite number above 0."),
+        ("ablation.design=factorial", "ablation.variants … design=factorial"),
+        ("ablation.resolution=4", "ablation.resolution … design=one_factor"),
+        ("ablation.all_off=true", "ablation.all_off … design=one_factor"),
+        ("ablation.hypothesis=' '", "ablation.hypothesis … missing"),
+        ("ablation.hypothesis=3", "ablation.hypothesis is 3"),
+        ("~ablation.hypothesis", "ablation.hypothesis … missing"),
+        ("~ablation.variants", "ablation.variants … empty"),
+        ("ablation.variants=3", "ablation.variants is 3"),
+        ("ablation.max_failures=-1", "ablation.max_failures is -1 … 0"),
+        ("ablation.max_concurrent=0", "ablation.max_concurrent is 0 … 1"),
+        ("ablation.budget.disk_gb=0", "ablation.budget.disk_gb is 0.0 … 0"),
         (
             "ablation.objective.direction=up",
-            "ablation.objective.direction is 'up': it must be one of minimize, maximize.",
+            "ablation.objective.direction is 'up' … minimize … maximize",
         ),
-        ("ablation.tuning={trials:0}", "ablation.tuning.trials is 0: it must be at least 1."),
-        ("ablation.tuning={seed:-1}", "ablation.tuning.seed is -1: it must be in 0..2^63 - 1."),
+        ("ablation.tuning={trials:0}", "ablation.tuning.trials is 0 … 1"),
+        ("ablation.tuning={seed:-1}", "ablation.tuning.seed is -1 … 0..2^63 - 1"),
         (
             "ablation.tuning={sampler:{kind:nsga2}}",
-            "ablation.tuning.sampler.kind is 'nsga2', which takes two objectives",
+            "ablation.tuning.sampler.kind is 'nsga2'",
         ),
-        ("ablation.tuning={space:3}", "ablation.tuning.space is 3: it must be a group"),
-        ("ablation.tuning={trails:3}", "ablation.tuning.trails is not a setting: did you mean trials?"),
-        ("ablation.tuning=3", "ablation.tuning is 3: it must be a group of settings."),
-        ("tracking.url=x", "tracking.url is not a setting: did you mean uri?"),
-        ("algorithm.entropy_coeff=1", "did you mean entropy_coef?"),
-        ("out=x", "a study lives in the folder of its name; give name=... instead."),
+        ("ablation.tuning={space:3}", "ablation.tuning.space is 3"),
+        ("ablation.tuning={trails:3}", "ablation.tuning.trails … trials"),
+        ("ablation.tuning=3", "ablation.tuning is 3"),
+        ("tracking.url=x", "tracking.url … uri"),
+        ("algorithm.entropy_coeff=1", "algorithm.entropy_coeff … entropy_coef"),
+        ("out=x", "name="),
         ("+name=x", "is not how a study is named"),
     ],
 )
 def test_a_bad_override_is_refused_in_a_sentence(override, words):
-    assert words in refusal("ablation=entropy", override)
+    assert missing(words, refusal("ablation=entropy", override)) == []
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ([], "Which ablation? Add ablation=NAME, one of dxmi_terms, entropy"),
-        (["ablation=entrpy"], "ablation 'entrpy' does not exist: did you mean entropy? A file ends in .yaml."),
-        (["ablation=nowhere.yaml"], "The ablation file nowhere.yaml cannot be read."),
-        (["ablation=entropy", "ablation=steps"], "ablation is given twice: keep one."),
+        ([], "dxmi_terms … entropy … ablation=NAME"),
+        (["ablation=entrpy"], "entropy … 'entrpy' … .yaml"),
+        (["ablation=nowhere.yaml"], "nowhere.yaml"),
+        (["ablation=entropy", "ablation=steps"], "ablation … twice"),
     ],
 )
 def test_an_ablation_that_is_none_is_refused(overrides, words):
-    assert words in refusal(*overrides)
+    assert missing(words, refusal(*overrides)) == []
 
 
 # ----------------------------------------------------------------------------
@@ -365,61 +366,61 @@ def test_an_ablation_that_is_none_is_refused(overrides, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (VARIANTS, "ablation.hypothesis is missing: say in a sentence what you expect, and why."),
-        ("hypothesis:\n" + VARIANTS, "ablation.hypothesis is None: it must be text."),
-        (HYPOTHESIS, "ablation.variants is empty: an ablation compares something; write {no_entropy:"),
-        (HYPOTHESIS + "variants:\n", "ablation.variants is None: it must be a group"),
-        (FILE + "varants: {}\n", "ablation.varants is not a setting: did you mean variants?"),
-        (FILE + "name: x\n", "ablation.name is not a setting"),
-        (FILE + VARIANTS, "names variants twice in one place"),
+        (VARIANTS, "ablation.hypothesis … missing"),
+        ("hypothesis:\n" + VARIANTS, "ablation.hypothesis is None"),
+        (HYPOTHESIS, "ablation.variants … empty … {no_entropy"),
+        (HYPOTHESIS + "variants:\n", "ablation.variants is None"),
+        (FILE + "varants: {}\n", "ablation.varants … variants"),
+        (FILE + "name: x\n", "ablation.name"),
+        (FILE + VARIANTS, "twice"),
         (
             HYPOTHESIS + "variants:\n  a: {algorithm.cost_coef: 0}\n  a: {algorithm.cost_coef: 1}\n",
-            "names a twice in one place",
+            "twice",
         ),
-        (HYPOTHESIS + "variants: {1: {}, '1': {}}\n", "names 1 twice"),
-        (HYPOTHESIS + "variants: {1: {}, yes: {}}\n", "names yes twice in one place, or what YAML takes for the same"),
+        (HYPOTHESIS + "variants: {1: {}, '1': {}}\n", "ablation.variants … 1 … twice"),
+        (HYPOTHESIS + "variants: {1: {}, yes: {}}\n", "twice … YAML"),
         (
             "hypothesis: Entropy: it matters\n" + VARIANTS,
-            "line 1, column 20: text with a colon in it must be in quotes",
+            "1 … 20",
         ),
         (
             HYPOTHESIS + "variants: {a: {algorithm.preset: x, algorithm: {preset: y}}}\n",
-            "ablation.variants.a names algorithm",
+            "ablation.variants.a",
         ),
         (
             HYPOTHESIS + "design: factorial\nfactors: {a: {on: {}, off: {algorithm.entropy_coef: 0}}}\n",
-            "ablation.factors.a has a name that YAML takes for true: write on, off, yes, no in quotes.",
+            "ablation.factors.a … YAML",
         ),
         (
             HYPOTHESIS + "variants: {no: {algorithm.entropy_coef: 0}}\n",
-            "ablation.variants has a name that YAML takes for false",
+            "ablation.variants … YAML",
         ),
         (
             HYPOTHESIS + "variants: {a: {schedule: step_lnear}}\n",
-            "schedule 'step_lnear' does not exist: did you mean step_linear?",
+            "step_linear … 'step_lnear'",
         ),
         (
             HYPOTHESIS + "variants: {a: {data: mnist}}\n",
-            "ablation.variants.a.data.name cannot vary: scores against other data",
+            "ablation.variants.a.data.name",
         ),
-        (HYPOTHESIS + "variants: {a: {experiment: mnist8}}\n", "ablation.variants.a.experiment is not a setting"),
+        (HYPOTHESIS + "variants: {a: {experiment: mnist8}}\n", "ablation.variants.a.experiment"),
         (HYPOTHESIS + "variants: {a: {algorithm.preset: '${x}'}}\n", "write the value out"),
-        (FILE + "_target_: os.system\n", "names a _target_"),
-        (FILE + "x: !!python/name:os.system ''\n", "is not a plain YAML config"),
-        (FILE + "budget: 3\n", "ablation.budget is 3: it must be a group of settings."),
+        (FILE + "_target_: os.system\n", "_target_"),
+        (FILE + "x: !!python/name:os.system ''\n", "YAML"),
+        (FILE + "budget: 3\n", "ablation.budget is 3"),
         (
             FILE + "tuning: {space: {algorithm.policy.lr: 3}}\n",
-            "ablation.tuning.space.algorithm.policy.lr is 3: write one of",
+            "ablation.tuning.space.algorithm.policy.lr is 3",
         ),
         (
             FILE + "tuning: {space: {seed: {choice: [1, 2]}, seed.x: {choice: [1]}}}\n",
-            "ablation.tuning.space names seed.x twice",
+            "ablation.tuning.space … seed.x … twice",
         ),
-        (FILE + "tuning: {sampler: 3}\n", "ablation.tuning.sampler is 3: it must be a group of settings."),
+        (FILE + "tuning: {sampler: 3}\n", "ablation.tuning.sampler is 3"),
     ],
 )
 def test_a_file_that_is_no_ablation_is_refused_in_a_sentence(file, text, words):
-    assert words in refusal(file(text))
+    assert missing(words, refusal(file(text))) == []
 
 
 def test_levels_may_be_called_on_and_off_in_quotes(file):
@@ -429,5 +430,5 @@ def test_levels_may_be_called_on_and_off_in_quotes(file):
 
 
 def test_what_is_no_tree_is_no_ablation():
-    with pytest.raises(UserError, match=r"ablation is 3: it must be a group of settings\."):
+    with pytest.raises(UserError, match=stating("ablation is 3 … group")):
         parse_ablation(3)

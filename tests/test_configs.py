@@ -17,7 +17,7 @@ from dxmi.data import Images
 from dxmi.errors import UserError
 from dxmi.networks import NETWORK_CONFIGS
 from dxmi.training.build import Experiment, ExperimentConfig
-from support import NARROW, NETWORK_OF
+from support import NARROW, NETWORK_OF, missing, stating
 from tune import configs
 from tune.configs import compose_ablation, compose_experiment, compose_sweep, config_folder, groups, overridden
 from tune.submit import entrypoint
@@ -119,80 +119,80 @@ def test_published_reproduction_is_as_design_lists_it():
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("algorithm.entropy_coeff=1", "algorithm.entropy_coeff is not a setting: did you mean entropy_coef?"),
-        ("experimnt=digits", "did you mean experiment?"),
-        ("experiment=digts", "did you mean digits?"),
-        ("network.denoiser.hiden=3", "did you mean hidden?"),
-        ("+algorithm.entropy=1", "did you mean entropy_coef?"),
-        ("seed.x=1", "seed is a value"),
-        ("algorithm.entropy_coef=abc", "must be a number"),
-        ("algorithm.entropy_coef=true", "must be a number"),
-        ("seed=1.5", "must be a whole number"),
-        ("algorithm.all_states=1", "must be true or false"),
-        ("algorithm.policy=3", "must be a group of settings"),
-        ("algorithm.policy_mask=1", "must be a list"),
-        ("network.denoiser.kind=transformer", "must be one of mlp"),
-        ("algorithm.policy.lr=-1e-5", "algorithm.policy.lr is -1e-05: it must be a finite number, 0 or greater"),
-        ("algorithm.critic.lr=nan", "must be a finite number"),
-        ("algorithm.critic.lr=inf", "must be a finite number"),
-        ("algorithm.critic.lr=1e999", "must be a finite number"),
-        ("algorithm.policy.max_grad_norm=0", "greater than 0"),
-        ("algorithm.preset=objektive", "must be one of as_released, objective"),
-        ("algorithm.reference_var=[0]", "greater than 0"),
-        ("algorithm.value_mask=[1,0]", "one for each of the 5 steps"),
-        ("algorithm.target_ema=1", "in [0, 1)"),
-        ("schedule.num_steps=0", "schedule.num_steps is 0: it must be in 1..1000"),
-        ("schedule.num_steps=-3", "must be in 1..1000"),
-        ("schedule.kappa=2", "must be in [0, 1]"),
-        ("schedule.kappa=0", "schedule.kappa is 0: a policy needs noise"),
-        ("schedule.final_sigma=0", "schedule.final_sigma is 0: a policy needs noise"),
-        ("data.label=10", "must be in 0..9"),
+        ("algorithm.entropy_coeff=1", "algorithm.entropy_coeff … entropy_coef"),
+        ("experimnt=digits", "experimnt … experiment"),
+        ("experiment=digts", "digits"),
+        ("network.denoiser.hiden=3", "network.denoiser.hiden … hidden"),
+        ("+algorithm.entropy=1", "algorithm.entropy … entropy_coef"),
+        ("seed.x=1", "seed.x"),
+        ("algorithm.entropy_coef=abc", "algorithm.entropy_coef is 'abc'"),
+        ("algorithm.entropy_coef=true", "algorithm.entropy_coef is True"),
+        ("seed=1.5", "seed is 1.5"),
+        ("algorithm.all_states=1", "algorithm.all_states is 1"),
+        ("algorithm.policy=3", "algorithm.policy is 3"),
+        ("algorithm.policy_mask=1", "algorithm.policy_mask is 1"),
+        ("network.denoiser.kind=transformer", "network.denoiser.kind is 'transformer' … mlp"),
+        ("algorithm.policy.lr=-1e-5", "algorithm.policy.lr is -1e-05 … 0"),
+        ("algorithm.critic.lr=nan", "algorithm.critic.lr is nan"),
+        ("algorithm.critic.lr=inf", "algorithm.critic.lr is inf"),
+        ("algorithm.critic.lr=1e999", "algorithm.critic.lr is inf"),
+        ("algorithm.policy.max_grad_norm=0", "algorithm.policy.max_grad_norm is 0.0 … 0"),
+        ("algorithm.preset=objektive", "algorithm.preset is 'objektive' … as_released … objective"),
+        ("algorithm.reference_var=[0]", "algorithm.reference_var is 0.0 … 0"),
+        ("algorithm.value_mask=[1,0]", "algorithm.value_mask … 5"),
+        ("algorithm.target_ema=1", "algorithm.target_ema is 1.0 … [0, 1)"),
+        ("schedule.num_steps=0", "schedule.num_steps is 0 … 1..1000"),
+        ("schedule.num_steps=-3", "schedule.num_steps is -3 … 1..1000"),
+        ("schedule.kappa=2", "schedule.kappa is 2.0 … [0, 1]"),
+        ("schedule.kappa=0", "schedule.kappa is 0 … noise"),
+        ("schedule.final_sigma=0", "schedule.final_sigma is 0 … noise"),
+        ("data.label=10", "data.label is 10 … 0..9"),
         ("data.num_points=0", "data.num_points is 0"),
-        ("train.batch_size=0", "must be at least 1"),
-        ("evaluate.num_samples=1", "must be at least 4"),
+        ("train.batch_size=0", "train.batch_size is 0 … 1"),
+        ("evaluate.num_samples=1", "evaluate.num_samples is 1 … 4"),
         ("seed=-1", "seed is -1"),
-        ("resources.device=gpu", "must be auto, cpu, cuda"),
-        ("algorithm.entropy_coef=0.1,0.2", "names several values"),
-        ("algorithm", "is not an override"),
-        ("algorithm.entropy_coef=[", "is not an override"),
-        ("out=", "must be the path of a folder"),
-        ("out=~nobody-here/run", "there is no such home folder"),
-        ("name=../x", "letters, digits, dots"),
-        ("name=''", "letters, digits, dots"),
+        ("resources.device=gpu", "resources.device is 'gpu'"),
+        ("algorithm.entropy_coef=0.1,0.2", "algorithm.entropy_coef=0.1,0.2 … several"),
+        ("algorithm", "algorithm"),
+        ("algorithm.entropy_coef=[", "algorithm.entropy_coef=["),
+        ("out=", "out is ''"),
+        ("out=~nobody-here/run", "out is ~nobody-here/run"),
+        ("name=../x", "name is '../x'"),
+        ("name=''", "name is ''"),
         ("evaluate.seed=-1", "evaluate.seed is -1"),
-        ("evaluate.kid_subset_size=1", "must be at least 2"),
-        ("evaluate.reference_steps=[5,5]", "names a number twice"),
-        ("evaluate.reference_images=3", "evaluate.reference_images is 3: it must be at least 4"),
-        ("evaluate.reference_steps=[]", "must be a list with something in it"),
-        ("resources.device='cuda:²'", "must be auto, cpu, cuda"),
+        ("evaluate.kid_subset_size=1", "evaluate.kid_subset_size is 1 … 2"),
+        ("evaluate.reference_steps=[5,5]", "evaluate.reference_steps is (5 … twice"),
+        ("evaluate.reference_images=3", "evaluate.reference_images is 3 … 4"),
+        ("evaluate.reference_steps=[]", "evaluate.reference_steps is []"),
+        ("resources.device='cuda:²'", "resources.device is 'cuda:²'"),
         ("resources.threads=3000000000", "resources.threads is 3000000000"),
-        ("network.denoiser.kind=[a]", "must be one of mlp"),
-        ("network.denoiser.hidden=100000000", "hidden is 100000000"),
+        ("network.denoiser.kind=[a]", "network.denoiser.kind is ['a'] … mlp"),
+        ("network.denoiser.hidden=100000000", "network.denoiser.hidden is 100000000"),
         ("algorithm.policy.lr=1" + 400 * "0", "too large a number"),
-        ("seed=" + 5000 * "1", "is not an override"),
+        ("seed=" + 5000 * "1", "seed=1111111111111111111111111111111111111111111111111111111..."),
     ],
 )
 def test_a_bad_override_is_refused_in_a_sentence(override, sentence):
     with pytest.raises(UserError) as refused:
         compose_experiment([override])
-    assert sentence in str(refused.value)
+    assert missing(sentence, str(refused.value)) == []
     assert "\n" not in str(refused.value)
 
 
 def test_out_takes_any_path_as_it_is_written():
     for path in ("runs/ünï", "a=b", "(x)", "with space", "{y}"):
         assert compose_experiment([f"out={path}"]).out == Path(path)
-    with pytest.raises(UserError, match="out is given twice"):
+    with pytest.raises(UserError, match=stating("out … twice")):
         compose_experiment(["out=a", "out=b"])
 
 
 def test_an_override_given_twice_is_refused():
-    with pytest.raises(UserError, match="seed is given twice"):
+    with pytest.raises(UserError, match=stating("seed … twice")):
         compose_experiment(["seed=1", "seed=2"])
 
 
 def test_a_reference_variance_that_would_do_nothing_is_refused():
-    with pytest.raises(UserError, match="no effect with running_cost=noise"):
+    with pytest.raises(UserError, match=stating("algorithm.reference_var … running_cost=noise")):
         compose_experiment(["algorithm.running_cost=noise", "algorithm.reference_var=[1.0]"])
 
 
@@ -200,7 +200,7 @@ def test_a_config_file_that_is_no_yaml_is_a_sentence(tmp_path, monkeypatch):
     copytree(config_folder(), tmp_path / "configs")
     (tmp_path / "configs" / "data" / "digits.yaml").write_text("name: digits\nname: mnist\n")
     monkeypatch.setattr(configs, "config_folder", lambda: tmp_path / "configs")
-    with pytest.raises(UserError, match=r"cannot be composed: .* duplicate key name"):
+    with pytest.raises(UserError, match=stating("digits.yaml … duplicate … name")):
         compose_experiment([])
 
 
@@ -219,7 +219,7 @@ def test_an_editors_lock_among_the_configs_does_no_harm(tmp_path, monkeypatch):
 
 
 def test_points_are_not_mirrored():
-    with pytest.raises(UserError, match=r"data\.flip is true, but moons has no images"):
+    with pytest.raises(UserError, match=stating("data.flip is true … moons")):
         compose_experiment(["data=moons", "data.flip=true"])
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from dxmi.config import build, to_tree
 from dxmi.errors import UserError
+from support import missing
 from tune.configs import ComposedSweep, compose_experiment, compose_sweep, config_folder, sweeps
 from tune.plans import Plan, plan_from
 from tune.space import flat
@@ -151,75 +152,75 @@ def test_a_range_of_a_shipped_space_can_be_overridden_or_dropped(override, bound
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("sweep.budget.trails=3", "sweep.budget.trails is not a setting: did you mean trials?"),
-        ("sweep.samplr.seed=3", "did you mean sampler?"),
-        ("sweep.sampler.knd=tpe", "did you mean kind?"),
-        ("+sweep.smapler=3", "did you mean sampler?"),
-        ("tracking.url=x", "tracking.url is not a setting: did you mean uri?"),
-        ("trackin.uri=none", "trackin.uri is not a setting"),
-        ("algorithm.entropy_coeff=1", "did you mean entropy_coef?"),
-        ("experiment=digts", "did you mean digits?"),
-        ("sweep.budget.trials.x=1", "sweep.budget.trials is a value"),
-        ("sweep.objectives.0.metric=score", "sweep.objectives is a value"),
-        ("sweep.budget.trials=0", "sweep.budget.trials is 0: it must be at least 1."),
-        ("sweep.budget.trials=many", "sweep.budget.trials is 'many': it must be a whole number."),
-        ("sweep.budget.trials=1.5", "must be a whole number"),
-        ("sweep.budget.trials=true", "must be a whole number"),
-        ("sweep.budget=3", "sweep.budget is 3: it must be a group of settings."),
-        ("sweep.budget.wall_minutes=0", "wall_minutes is 0.0: it must be a finite number above 0."),
-        ("sweep.budget.device_hours=-1", "device_hours is -1.0: it must be a finite number above 0."),
-        ("sweep.budget.trial_minutes=nan", "it must be a finite number above 0."),
-        ("sweep.budget.disk_gb=inf", "it must be a finite number above 0."),
-        ("sweep.budget.failed_trials=0", "failed_trials is 0: it must be at least 1."),
+        ("sweep.budget.trails=3", "sweep.budget.trails … trials"),
+        ("sweep.samplr.seed=3", "sweep.samplr.seed … sampler"),
+        ("sweep.sampler.knd=tpe", "sweep.sampler.knd … kind"),
+        ("+sweep.smapler=3", "sweep.smapler … sampler"),
+        ("tracking.url=x", "tracking.url … uri"),
+        ("trackin.uri=none", "trackin.uri"),
+        ("algorithm.entropy_coeff=1", "algorithm.entropy_coeff … entropy_coef"),
+        ("experiment=digts", "digits"),
+        ("sweep.budget.trials.x=1", "sweep.budget.trials.x"),
+        ("sweep.objectives.0.metric=score", "sweep.objectives.0.metric"),
+        ("sweep.budget.trials=0", "sweep.budget.trials is 0 … 1"),
+        ("sweep.budget.trials=many", "sweep.budget.trials is 'many'"),
+        ("sweep.budget.trials=1.5", "sweep.budget.trials is 1.5"),
+        ("sweep.budget.trials=true", "sweep.budget.trials is True"),
+        ("sweep.budget=3", "sweep.budget is 3"),
+        ("sweep.budget.wall_minutes=0", "sweep.budget.wall_minutes is 0.0 … 0"),
+        ("sweep.budget.device_hours=-1", "sweep.budget.device_hours is -1.0 … 0"),
+        ("sweep.budget.trial_minutes=nan", "sweep.budget.trial_minutes is nan … 0"),
+        ("sweep.budget.disk_gb=inf", "sweep.budget.disk_gb is inf … 0"),
+        ("sweep.budget.failed_trials=0", "sweep.budget.failed_trials is 0 … 1"),
         (
             "sweep.sampler.kind=magic",
-            "sweep.sampler.kind is 'magic': it must be one of tpe, sobol, random, grid, nsga2.",
+            "sweep.sampler.kind is 'magic' … tpe … sobol … random … grid … nsga2",
         ),
-        ("sweep.sampler.seed=-1", "sweep.sampler.seed is -1: it must be in 0..2^32 - 1."),
-        ("sweep.sampler.seed=4294967296", "it must be in 0..2^32 - 1."),
-        ("sweep.sampler.startup_trials=0", "startup_trials is 0: it must be at least 1."),
-        ("sweep.stopping.rule=asha2", "sweep.stopping.rule is 'asha2': it must be one of none, asha, median."),
-        ("sweep.stopping.factor=1", "sweep.stopping.factor is 1: it must be at least 2."),
-        ("sweep.stopping.first_step=0", "first_step is 0: it must be at least 1."),
-        ("sweep.stopping.min_trials=0", "min_trials is 0: it must be at least 1."),
-        ("sweep.max_failures=-1", "max_failures is -1: it must be 0 or greater."),
-        ("sweep.max_concurrent=0", "max_concurrent is 0: it must be at least 1, or null."),
+        ("sweep.sampler.seed=-1", "sweep.sampler.seed is -1 … 0..2^32 - 1"),
+        ("sweep.sampler.seed=4294967296", "sweep.sampler.seed is 4294967296 … 0..2^32 - 1"),
+        ("sweep.sampler.startup_trials=0", "sweep.sampler.startup_trials is 0 … 1"),
+        ("sweep.stopping.rule=asha2", "sweep.stopping.rule is 'asha2' … none … asha … median"),
+        ("sweep.stopping.factor=1", "sweep.stopping.factor is 1 … 2"),
+        ("sweep.stopping.first_step=0", "sweep.stopping.first_step is 0 … 1"),
+        ("sweep.stopping.min_trials=0", "sweep.stopping.min_trials is 0 … 1"),
+        ("sweep.max_failures=-1", "sweep.max_failures is -1 … 0"),
+        ("sweep.max_concurrent=0", "sweep.max_concurrent is 0 … 1"),
         ("sweep.objectives=[]", "sweep.objectives is []"),
-        ("sweep.objectives=[{metrc:score}]", "sweep.objectives[0].metrc is not a setting: did you mean metric?"),
-        ("sweep.objectives=[{direction:up}]", "direction is 'up': it must be one of minimize, maximize."),
-        ("sweep.objectives=[{metric:loss}]", "sweep.objectives[0].metric is 'loss', which no trial reports"),
-        ("~sweep.space", "sweep.space is empty"),
-        ("+sweep.space.algorithm.cost_coef={uniform:[1,0]}", "low is above high"),
-        ("+sweep.space.algorithm.cost_coeff={uniform:[0,1]}", "did you mean algorithm.cost_coef?"),
-        ("sweep.sampler.seed=1,2", "names several values"),
-        ("sweep.budget.trials=[", "is not an override"),
-        ("sweep.budget.trials", "is not an override"),
-        ("out=x", "a study lives in the folder of its name; give name=... instead."),
-        ("name=../x", "The study's name is '../x': it must be 1 to 100 letters"),
-        ("name=", "The study's name is ''"),
-        ("name=" + 300 * "x", "it must be 1 to 100 letters"),
-        ("tracking.experiment=' '", "must be a printable name"),
-        ("tracking.experiment='a\tb'", "must be a printable name"),
-        ("tracking.patience_seconds=-1", "patience_seconds is -1.0: it must be a finite number, 0 or greater."),
-        ("tracking.patience_seconds=nan", "it must be a finite number, 0 or greater."),
+        ("sweep.objectives=[{metrc:score}]", "sweep.objectives[0].metrc … metric"),
+        ("sweep.objectives=[{direction:up}]", "sweep.objectives[0].direction is 'up' … minimize … maximize"),
+        ("sweep.objectives=[{metric:loss}]", "sweep.objectives[0].metric is 'loss'"),
+        ("~sweep.space", "sweep.space … empty"),
+        ("+sweep.space.algorithm.cost_coef={uniform:[1,0]}", "sweep.space.algorithm.cost_coef.uniform is [1, 0]"),
+        ("+sweep.space.algorithm.cost_coeff={uniform:[0,1]}", "sweep.space.algorithm.cost_coeff … algorithm.cost_coef"),
+        ("sweep.sampler.seed=1,2", "sweep.sampler.seed=1,2 … several"),
+        ("sweep.budget.trials=[", "sweep.budget.trials=["),
+        ("sweep.budget.trials", "sweep.budget.trials"),
+        ("out=x", "name="),
+        ("name=../x", "name is '../x' … 1 … 100"),
+        ("name=", "name is ''"),
+        ("name=" + 300 * "x", "name is 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...' … 1 … 100"),
+        ("tracking.experiment=' '", "tracking.experiment is ' '"),
+        ("tracking.experiment='a\tb'", "tracking.experiment is 'a\\tb'"),
+        ("tracking.patience_seconds=-1", "tracking.patience_seconds is -1.0 … 0"),
+        ("tracking.patience_seconds=nan", "tracking.patience_seconds is nan … 0"),
     ],
 )
 def test_a_bad_override_is_refused_in_a_sentence(override, words):
-    assert words in refusal("sweep=demo", override)
+    assert missing(words, refusal("sweep=demo", override)) == []
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["sweep.sampler.seed=1", "sweep.sampler.seed=2"], "sweep.sampler.seed is given twice: keep one."),
-        (["name=a", "name=b"], "name is given twice: keep one."),
-        (["sweep=demo"], "sweep is given twice: keep one."),
-        (["seed=1", "seed=2"], "seed is given twice: keep one."),
-        (["tracking.uri=none", "tracking.uri=local"], "tracking.uri is given twice: keep one."),
+        (["sweep.sampler.seed=1", "sweep.sampler.seed=2"], "sweep.sampler.seed … twice"),
+        (["name=a", "name=b"], "name … twice"),
+        (["sweep=demo"], "sweep … twice"),
+        (["seed=1", "seed=2"], "seed … twice"),
+        (["tracking.uri=none", "tracking.uri=local"], "tracking.uri … twice"),
     ],
 )
 def test_an_override_given_twice_is_refused(overrides, words):
-    assert words in refusal("sweep=demo", *overrides)
+    assert missing(words, refusal("sweep=demo", *overrides)) == []
 
 
 @pytest.mark.parametrize("override", ["+name=x", "name", "name.x=y", "~name", "++name=x"])
@@ -230,17 +231,17 @@ def test_an_odd_override_of_the_name_is_refused_and_not_ignored(override):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ([], "Which sweep? Add sweep=NAME, one of coefficients, demo"),
+        ([], "coefficients … demo … sweep=NAME"),
         (["sweep"], "Which sweep?"),
-        (["sweep=dmo"], "sweep 'dmo' does not exist: did you mean demo? A file ends in .yaml."),
-        (["sweep="], "sweep '' does not exist"),
-        (["sweep=../sweep/demo"], "sweep '../sweep/demo' does not exist"),
-        (["sweep=nowhere.yaml"], "The sweep file nowhere.yaml cannot be read."),
-        (["sweep=~nobody-here/x.yaml"], "there is no such home folder"),
+        (["sweep=dmo"], "demo … 'dmo' … .yaml"),
+        (["sweep="], "''"),
+        (["sweep=../sweep/demo"], "'../sweep/demo'"),
+        (["sweep=nowhere.yaml"], "nowhere.yaml"),
+        (["sweep=~nobody-here/x.yaml"], "sweep is ~nobody-here/x.yaml"),
     ],
 )
 def test_a_sweep_that_is_none_is_refused(overrides, words):
-    assert words in refusal(*overrides)
+    assert missing(words, refusal(*overrides)) == []
 
 
 # ----------------------------------------------------------------------------
@@ -253,35 +254,38 @@ def test_a_sweep_that_is_none_is_refused(overrides, words):
         ("", "it holds no settings, which are lines of key: value."),
         ("- a\n", "it holds no settings, which are lines of key: value."),
         ("just text\n", "it holds no settings, which are lines of key: value."),
-        ("a: [\n", "is not a plain YAML config"),
-        ("\x00", "is not a plain YAML config"),
-        ("space: !!python/object/apply:os.system [echo hi]\n", "is not a plain YAML config"),
-        ("space: !!python/name:os.system ''\n", "is not a plain YAML config"),
-        (SPACE + "x: !include other.yaml\n", "is not a plain YAML config"),
-        (SPACE + "_target_: os.system\n", "names a _target_: a study's file holds values only"),
-        ("space: {algorithm.policy.lr: {choice: [{_target_: os.system, command: echo}]}}\n", "names a _target_"),
-        ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n", "uses YAML aliases: write the values out."),
-        ("space: &s {seed: {choice: [1]}}\nbudget: *s\n", "uses YAML aliases"),
-        (SPACE + "# " + 1_000_001 * "x", "bytes: a config has at most 1000000."),
-        (900 * "[", "is not a plain YAML config"),
-        (900 * "{", "is not a plain YAML config"),
-        ("space: 3\n", "sweep.space is 3: write one of {log_uniform"),
-        ("budget: {trials: 3}\n", "sweep.space is empty"),
-        (SPACE + "smapler: {}\n", "sweep.smapler is not a setting: did you mean sampler?"),
-        (SPACE + "1: 3\n", "sweep.1 is not a setting"),
-        (SPACE + "name: x\n", "sweep.name is not a setting"),
-        (SPACE + "tracking: {uri: none}\n", "sweep.tracking is not a setting"),
-        (SPACE + "budget: 3\n", "sweep.budget is 3: it must be a group of settings."),
-        (SPACE + "sampler:\n", "sweep.sampler is None: it must be a group of settings."),
-        (SPACE + "sampler: {sead: 1}\n", "sweep.sampler.sead is not a setting: did you mean seed?"),
-        (SPACE + "objectives: {metric: score}\n", "it must be a list"),
-        (SPACE + "budget: {wall_minutes: .nan}\n", "wall_minutes is nan: it must be a finite number above 0."),
-        ("space: {algorithm.policy.lr: {log_uniform: [1e-6, 1e-4]}}\n", "YAML takes 1e-6 for text: write 1.0e-6."),
+        ("a: [\n", "YAML"),
+        ("\x00", "YAML"),
+        ("space: !!python/object/apply:os.system [echo hi]\n", "YAML"),
+        ("space: !!python/name:os.system ''\n", "YAML"),
+        (SPACE + "x: !include other.yaml\n", "YAML"),
+        (SPACE + "_target_: os.system\n", "_target_"),
+        ("space: {algorithm.policy.lr: {choice: [{_target_: os.system, command: echo}]}}\n", "_target_"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n", "YAML … aliases"),
+        ("space: &s {seed: {choice: [1]}}\nbudget: *s\n", "YAML … aliases"),
+        (SPACE + "# " + 1_000_001 * "x", "bytes … 1000000"),
+        (900 * "[", "YAML"),
+        (900 * "{", "YAML"),
+        ("space: 3\n", "sweep.space is 3 … {log_uniform"),
+        ("budget: {trials: 3}\n", "sweep.space … empty"),
+        (SPACE + "smapler: {}\n", "sweep.smapler … sampler"),
+        (SPACE + "1: 3\n", "sweep.1"),
+        (SPACE + "name: x\n", "sweep.name"),
+        (SPACE + "tracking: {uri: none}\n", "sweep.tracking"),
+        (SPACE + "budget: 3\n", "sweep.budget is 3"),
+        (SPACE + "sampler:\n", "sweep.sampler is None"),
+        (SPACE + "sampler: {sead: 1}\n", "sweep.sampler.sead … seed"),
+        (SPACE + "objectives: {metric: score}\n", "sweep.objectives is {'metric': 'score'}"),
+        (SPACE + "budget: {wall_minutes: .nan}\n", "sweep.budget.wall_minutes is nan … 0"),
+        (
+            "space: {algorithm.policy.lr: {log_uniform: [1e-6, 1e-4]}}\n",
+            "sweep.space.algorithm.policy.lr.log_uniform is ['1e-6', '1e-4'] … YAML … 1e-6 … 1.0e-6",
+        ),
         ("space: {algorithm.preset: {choice: ['${missing}']}}\n", "write the value out"),
     ],
 )
 def test_a_file_that_is_no_sweep_is_refused_in_a_sentence(file, text, words):
-    assert words in refusal(file(text))
+    assert missing(words, refusal(file(text))) == []
 
 
 @pytest.mark.parametrize(
@@ -304,10 +308,10 @@ def test_a_file_with_values_that_hydra_cannot_hold_is_refused_in_a_sentence(file
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(b"\xff\xfe\x00")
-    assert "it is not UTF-8 text" in refusal(f"sweep={path}")
-    assert "cannot be read" in refusal(f"sweep={tmp_path / 'folder.yaml'}")
+    assert missing(f"{path} … UTF-8", refusal(f"sweep={path}")) == []
+    assert missing("folder.yaml … read", refusal(f"sweep={tmp_path / 'folder.yaml'}")) == []
     (tmp_path / "folder.yaml").mkdir()
-    assert "cannot be read" in refusal(f"sweep={tmp_path / 'folder.yaml'}")
+    assert missing("folder.yaml … read", refusal(f"sweep={tmp_path / 'folder.yaml'}")) == []
 
 
 # ----------------------------------------------------------------------------
@@ -317,22 +321,22 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"objectives": ["score", "num_steps", "seconds"]}, "objectives has 3 entries: it takes one or two."),
-        ({"objectives": ["score", "score"]}, "objectives names one metric twice: keep one."),
-        ({"objectives": ["score", "num_steps"]}, "nsga2 takes two objectives and tpe one."),
-        ({"objectives": ["score"], "sampler": {"kind": "nsga2"}}, "nsga2 takes two objectives and tpe one."),
+        ({"objectives": ["score", "num_steps", "seconds"]}, "sweep.objectives … 3"),
+        ({"objectives": ["score", "score"]}, "sweep.objectives … twice"),
+        ({"objectives": ["score", "num_steps"]}, "sweep.sampler.kind is 'tpe' … nsga2"),
+        ({"objectives": ["score"], "sampler": {"kind": "nsga2"}}, "sweep.sampler.kind is 'nsga2' … nsga2"),
         (
             {"objectives": ["score", "seconds"], "sampler": {"kind": "nsga2"}, "stopping": {"rule": "median"}},
-            "stopping.rule is 'median': with two objectives it must be none.",
+            "sweep.stopping.rule is 'median'",
         ),
-        ({"sampler": {"kind": "nsga2", "startup_trials": 1}}, "startup_trials is 1: it must be at least 2."),
+        ({"sampler": {"kind": "nsga2", "startup_trials": 1}}, "sweep.sampler.startup_trials is 1 … 2"),
     ],
 )
 def test_objectives_and_a_sampler_that_do_not_go_together_are_refused(config, words):
     objectives = [{"metric": metric} for metric in config.get("objectives", ["score"])]
     with pytest.raises(UserError) as refused:
         build(SweepConfig, {**config, "objectives": objectives}, "sweep")
-    assert words in str(refused.value)
+    assert missing(words, str(refused.value)) == []
 
 
 @pytest.mark.parametrize(
@@ -367,8 +371,7 @@ def test_a_place_to_track_is_taken(uri):
 def test_a_place_to_track_that_is_none_is_refused(uri):
     with pytest.raises(UserError) as refused:
         build(TrackingConfig, {"uri": uri}, "tracking")
-    words = f"tracking.uri is {uri!r}: it must be local, none, or http://host:port of an MLflow server."
-    assert str(refused.value) == words
+    assert missing(f"tracking.uri is {uri!r} … local … none … http://host:port", str(refused.value)) == []
 
 
 @pytest.mark.parametrize(
@@ -395,7 +398,7 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(uri):
     ):
         with pytest.raises(UserError) as refused:
             attempt()
-        assert "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in str(refused.value)
+        assert missing("MLFLOW_TRACKING_USERNAME … MLFLOW_TRACKING_PASSWORD", str(refused.value)) == []
         assert "hunter2" not in str(refused.value)
 
 
