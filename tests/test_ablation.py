@@ -26,21 +26,22 @@ from dxmi.training.build import Experiment
 from dxmi.visualization.pictures import save_grid
 from support import TINY, missing, stating
 from tune import Ablation
-from tune.ablation_config import parse_ablation
-from tune.ablation_figures import ablation_figures
-from tune.ablation_plan import AblationPlan, ablation_plan, any_plan_from
-from tune.ablation_results import arms_frame, arms_table, latex, p_label, p_note, results_of, write_tables
-from tune.cli import main
-from tune.configs import compose_experiment
-from tune.designs import arms
-from tune.plans import plan_from
-from tune.report import arm_matrix, verdict_sentences, write_report
-from tune.report_maps import arm_maps
-from tune.statistics import Bootstrap, Verdict, compare
-from tune.study import Outcome, Study, StudyFolder, TrialRecord, TrialState, completed, unfinished
-from tune.sweep import Sweep
-from tune.sweep_config import TrackingConfig
-from tune.tracking import Tracker
+from tune.api.sweep import Sweep
+from tune.cli.main import main
+from tune.config.ablation import parse_ablation
+from tune.config.compose import compose_experiment
+from tune.config.sweep import TrackingConfig
+from tune.integrations.mlflow_tracker import Tracker
+from tune.plans.ablation import AblationPlan, ablation_plan, any_plan_from
+from tune.plans.arms import arms
+from tune.plans.sweep import plan_from
+from tune.reporting.ablation_figures import ablation_figures
+from tune.reporting.maps import arm_maps
+from tune.reporting.report import arm_matrix, verdict_sentences, write_report
+from tune.reporting.study_tables import arms_table
+from tune.stats.statistics import Bootstrap, Verdict, compare
+from tune.studies.arm_results import arms_frame, latex, p_label, p_note, results_of, write_tables
+from tune.studies.study import Outcome, Study, StudyFolder, TrialRecord, TrialState, completed, unfinished
 
 TWO = {"no_entropy": {"algorithm.entropy_coef": 0}, "fast": {"algorithm.policy.lr": 3.0e-4}}
 FACTORS = {"entropy": {"own": {}, "none": {"algorithm.entropy_coef": 0}}, "rate": {"own": {}, "fast": TWO["fast"]}}

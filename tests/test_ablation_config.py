@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 import yaml
 
-import tune.designs
+import tune.plans.arms
 from dxmi.config import to_tree
 from dxmi.errors import UserError
 from support import missing, stating
-from tune.ablation_config import AblationConfig, SeedsConfig, parse_ablation
-from tune.configs import ComposedAblation, ablations, compose_ablation, compose_experiment, config_folder, groups
-from tune.designs import Arm, arms, two_level_design
-from tune.sweep_config import LimitsConfig, ObjectiveConfig, SamplerConfig, StoppingConfig
+from tune.config.ablation import AblationConfig, SeedsConfig, parse_ablation
+from tune.config.compose import ComposedAblation, ablations, compose_ablation, compose_experiment, config_folder, groups
+from tune.config.sweep import LimitsConfig, ObjectiveConfig, SamplerConfig, StoppingConfig
+from tune.plans.arms import Arm, arms, two_level_design
 
 HYPOTHESIS = "hypothesis: More entropy is better.\n"
 VARIANTS = "variants: {none: {algorithm.entropy_coef: 0}}\n"
 FILE = HYPOTHESIS + VARIANTS
 TAU = "algorithm.entropy_coef"
-look_at_effects = tune.designs.digests
+look_at_effects = tune.plans.arms.digests
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -29,8 +29,8 @@ def _each_experiment_is_composed_once() -> Iterator[None]:
     """Its composing is a pure function that takes half a second, and is tested elsewhere; so are effects."""
     once = functools.cache(compose_experiment)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tune.configs.compose_experiment", lambda overrides: once(tuple(overrides)))
-        patch.setattr("tune.designs.digests", lambda configs: defaultdict(lambda: None))
+        patch.setattr("tune.config.compose.compose_experiment", lambda overrides: once(tuple(overrides)))
+        patch.setattr("tune.plans.arms.digests", lambda configs: defaultdict(lambda: None))
         yield
 
 
@@ -75,7 +75,7 @@ def test_ablations_are_shipped_and_are_no_group_of_an_experiment():
 
 @pytest.mark.parametrize("name", ablations())
 def test_every_shipped_ablation_has_a_hypothesis_and_arms_that_its_experiment_accepts(name, monkeypatch):
-    monkeypatch.setattr("tune.designs.digests", look_at_effects)
+    monkeypatch.setattr("tune.plans.arms.digests", look_at_effects)
     written = yaml.safe_load((config_folder() / "ablation" / f"{name}.yaml").read_text())
     ablation, found, composed = read(f"ablation={name}")
     assert len(ablation.hypothesis.split()) > 10

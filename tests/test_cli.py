@@ -18,7 +18,7 @@ from PIL import Image
 from dxmi.data import DataConfig, load, some_of
 from support import TINY as SMALL
 from support import changed, missing
-from tune.cli import main
+from tune.cli.main import main
 
 TINY = changed(SMALL, "train.iterations=20", "evaluate.grid=64")
 
@@ -74,7 +74,7 @@ def test_resume_of_a_finished_run_shows_it(run, capsys):
 
 def test_ctrl_c_saves_says_how_to_resume_and_the_resume_ends_the_run(run, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "tune.cli", "train", *TINY, f"out={out}"]
+    command = [sys.executable, "-m", "tune.cli.main", "train", *TINY, f"out={out}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         next(line for line in process.stdout if "fine-tune: 0/20" in line)
         process.send_signal(signal.SIGINT)
@@ -164,7 +164,7 @@ def test_the_pictures_labels_are_the_names_of_the_classes(tmp_path, monkeypatch,
         "folder": (["data=imagenet64", f"data.folder={tmp_path / 'images'}", "data.size=8"], {"cats", "dogs"}),
     }[source]
     drawn = []
-    monkeypatch.setattr("tune.commands.save_labelled_grid", lambda *given: drawn.append(given))
+    monkeypatch.setattr("tune.cli.runs.save_labelled_grid", lambda *given: drawn.append(given))
     assert main(["data", *settings, "--grid", str(tmp_path / "grid.png")]) == 0
     ((path, pixels, labels),) = drawn
     assert path == tmp_path / "grid.png"
@@ -354,7 +354,7 @@ def test_a_run_from_a_gpu_is_sampled_and_resumed_on_a_cpu(run, tmp_path, capsys)
 
 def test_a_reader_that_leaves_does_not_stop_the_run(run, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "tune.cli", "train", *TINY, f"out={out}"]
+    command = [sys.executable, "-m", "tune.cli.main", "train", *TINY, f"out={out}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
         process.stdout.close()
@@ -365,7 +365,7 @@ def test_a_reader_that_leaves_does_not_stop_the_run(run, tmp_path):
 
 @pytest.mark.parametrize("seconds", [0.1, 0.5, 1.0])
 def test_ctrl_c_while_it_starts_is_no_traceback(tmp_path, seconds):
-    command = [sys.executable, "-m", "tune.cli", "train", *TINY, f"out={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "tune.cli.main", "train", *TINY, f"out={tmp_path / 'run'}"]
 
     def listen() -> None:  # a shell's background job ignores Ctrl-C, and so would its children
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -376,14 +376,14 @@ def test_ctrl_c_while_it_starts_is_no_traceback(tmp_path, seconds):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "Traceback" not in errors or "tune/cli.py" not in errors
+    assert "Traceback" not in errors or "tune/cli/main.py" not in errors
 
 
-@pytest.mark.parametrize("module", ["dxmi", "tune.machine", "tune.commands"])
+@pytest.mark.parametrize("module", ["dxmi", "tune.machine", "tune.cli.runs"])
 def test_ctrl_c_during_any_import_of_ours_is_no_traceback(module):
     program = f"""
 import sys
-from tune.cli import main
+from tune.cli.main import main
 class Interrupted:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
@@ -395,12 +395,12 @@ sys.exit(main(["--help"]))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "dxmi: stopped.\n")
 
 
-@pytest.mark.parametrize("module", ["dxmi.errors", "torch", "tune.commands"])
+@pytest.mark.parametrize("module", ["dxmi.errors", "torch", "tune.cli.runs"])
 def test_a_ctrl_c_that_an_import_swallows_is_not_lost(module):
     program = f"""
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-from tune.cli import main
+from tune.cli.main import main
 class Swallowing:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
@@ -417,7 +417,7 @@ sys.exit(main(["--help"]))
 
 def test_a_signal_that_is_ignored_stays_so():
     program = (
-        "import signal, sys; from tune.cli import main; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        "import signal, sys; from tune.cli.main import main; signal.signal(signal.SIGINT, signal.SIG_IGN);"
         "code = main(['--help']); sys.exit(code or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN)"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0

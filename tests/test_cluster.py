@@ -17,12 +17,13 @@ import ray
 from dxmi.errors import UserError
 from dxmi.training.build import ResourcesConfig
 from support import SLOWER, changed, free_port, wait_until
-from tune.cluster import file_system, is_loopback, is_network, require_fit
-from tune.devices import share_cluster
-from tune.ray_session import ray_session
-from tune.study import Study, StudyFolder, TrialState
-from tune.submit import Jobs, entrypoint, environment, survey
-from tune.sweep_config import TrackingConfig
+from tune.config.sweep import TrackingConfig
+from tune.execution.jobs import Jobs, entrypoint, environment, survey
+from tune.execution.preflight import file_system, is_network, require_fit
+from tune.execution.ray_runtime import ray_session
+from tune.execution.resources import share_cluster
+from tune.machine import is_loopback
+from tune.studies.study import Study, StudyFolder, TrialState
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = changed(SLOWER, "train.iterations=40", "evaluate.every=10")
@@ -72,7 +73,7 @@ def test_on_a_cluster_folders_are_absolute_and_servers_have_names(tmp_path, monk
 
 
 def test_sqlite_on_a_network_file_system_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("tune.cluster.file_system", lambda _: "nfs4")
+    monkeypatch.setattr("tune.execution.preflight.file_system", lambda _: "nfs4")
     with pytest.raises(UserError, match=r"tracking\.uri=http"):
         require_fit(tmp_path, TrackingConfig())
     require_fit(tmp_path, TrackingConfig(uri="none"))
@@ -133,7 +134,7 @@ def test_a_cluster_that_strangers_can_use_is_refused_unless_it_is_asked_for(monk
     Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     Jobs(address)  # nobody else reaches it
-    monkeypatch.setattr("tune.submit.is_loopback", lambda _: False)
+    monkeypatch.setattr("tune.execution.jobs.is_loopback", lambda _: False)
     with pytest.raises(UserError, match=r"asks for no token.*--no-token"):
         Jobs(address)
     Jobs(address, no_token=True)
@@ -180,7 +181,7 @@ def test_only_named_variables_go_along_and_no_secret(monkeypatch):
 
 
 def test_a_jobs_command_is_ours_and_quoted():
-    assert entrypoint(["sweep", "name=a b", "x=$(id)"]) == "python -m tune.cli sweep 'name=a b' 'x=$(id)'"
+    assert entrypoint(["sweep", "name=a b", "x=$(id)"]) == "python -m tune.cli.main sweep 'name=a b' 'x=$(id)'"
     for arguments in ([], ["rm"], ["ui"]):
         with pytest.raises(UserError, match="After -- comes a command"):
             entrypoint(arguments)
@@ -254,7 +255,7 @@ class Cluster:
                     os.killpg(process.pid, signal.SIGKILL)
 
     def start(self, *arguments: str, **changes: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tune.cli", "submit", "--address", self.address, *arguments]
+        command = [sys.executable, "-m", "tune.cli.main", "submit", "--address", self.address, *arguments]
         return subprocess.Popen(
             command,
             env=self.environment | changes,
@@ -324,7 +325,7 @@ def test_what_a_cluster_cannot_take_is_refused_with_a_sentence(cluster, tmp_path
     wrong = tmp_path / "wrong"
     wrong.write_text(secrets.token_hex(32))
     assert "wants a token" in cluster.submit("--", "config", code=2, RAY_AUTH_TOKEN_PATH=str(wrong))
-    command = [sys.executable, "-m", "tune.cli", "submit", "--address", "http://127.0.0.1:9", "--", "config"]
+    command = [sys.executable, "-m", "tune.cli.main", "submit", "--address", "http://127.0.0.1:9", "--", "config"]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, cwd=ROOT, env=cluster.environment, timeout=60
     )

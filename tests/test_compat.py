@@ -15,8 +15,8 @@ from ray.dashboard.modules.dashboard_sdk import SubmissionClient
 from dxmi.errors import UserError
 from dxmi.machine import available_cpus
 from tune import compat
-from tune.driver import StoppedAtOnceError
-from tune.ray_session import ray_session
+from tune.execution.ray_runtime import ray_session
+from tune.execution.ray_tune import StoppedAtOnceError
 
 PACKAGES = Path(__file__).parent.parent
 TOKEN = "ray._private.authentication.authentication_token_setup"
@@ -57,7 +57,7 @@ def test_an_mlflow_without_its_store_is_a_sentence(monkeypatch):
 
 
 def test_a_lean_ray_starts_no_processes_that_trials_do_not_need():
-    """`tune.ray_session` starts Ray like this; what is checked here is that the names still exist and come back."""
+    """`tune.execution.ray_runtime` starts Ray like this; the names must still exist and come back."""
     before = {name: getattr(Node, name) for name in ("start_monitor", "start_api_server", "start_log_monitor")}
     with compat.lean_ray(state_api=False):
         assert all(getattr(Node, name)() is None for name in before)

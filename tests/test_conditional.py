@@ -24,8 +24,8 @@ from dxmi.training.build import Experiment, NetworksConfig
 from dxmi.training.loading import Trained
 from dxmi.training.run import labels_text
 from support import TINY, changed
-from tune.cli import main
-from tune.configs import compose_experiment
+from tune.cli.main import main
+from tune.config.compose import compose_experiment
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 

@@ -15,13 +15,13 @@ from dxmi.config import build
 from dxmi.persistence import checkpoint
 from dxmi.training.build import ExperimentConfig
 from dxmi.training.run import Summary
-from tune.conductor import Conductor, Note, Order
-from tune.console import last_line
-from tune.devices import Slots
-from tune.plans import Plan
-from tune.study import Outcome, Study, StudyFolder, TrialRecord, TrialState
-from tune.sweep_config import BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig
-from tune.trial import BadReportError, checked
+from tune.config.sweep import BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig
+from tune.execution.controller import Conductor, Note, Order
+from tune.execution.resources import Slots
+from tune.execution.trial import BadReportError, checked
+from tune.messages import last_line
+from tune.plans.sweep import Plan
+from tune.studies.study import Outcome, Study, StudyFolder, TrialRecord, TrialState
 
 METRIC = "eval/fid_digits"
 SPACE = {"algorithm.policy.lr": {"log_uniform": [1e-6, 1e-4]}}

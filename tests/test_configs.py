@@ -18,10 +18,10 @@ from dxmi.errors import UserError
 from dxmi.networks import NETWORK_CONFIGS
 from dxmi.training.build import Experiment, ExperimentConfig
 from support import NARROW, NETWORK_OF, missing, stating
-from tune import configs
-from tune.configs import compose_ablation, compose_experiment, compose_sweep, config_folder, groups, overridden
-from tune.submit import entrypoint
-from tune.sweep_config import TrackingConfig
+from tune.config import compose as configs
+from tune.config.compose import compose_ablation, compose_experiment, compose_sweep, config_folder, groups, overridden
+from tune.config.sweep import TrackingConfig
+from tune.execution.jobs import entrypoint
 
 EXPERIMENTS = groups()["experiment"]
 EVENTS = {

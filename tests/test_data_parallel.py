@@ -15,9 +15,9 @@ import pytest
 from dxmi.errors import UserError
 from dxmi.training.build import ResourcesConfig
 from support import SLOWER, TINY, processes_with, wait_until
-from tune.cli import main
-from tune.devices import share
-from tune.study import Study, StudyFolder, TrialState
+from tune.cli.main import main
+from tune.execution.resources import share
+from tune.studies.study import Study, StudyFolder, TrialState
 
 GROUP = [*SLOWER, "resources.num_workers=2"]
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = os.environ | {"DXMI_CACHE": str(folder / "cache")}
     return subprocess.Popen(
-        [sys.executable, "-m", "tune.cli", *arguments],
+        [sys.executable, "-m", "tune.cli.main", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-import tune.designs
+import tune.plans.arms
 from dxmi.config import build, differences, to_tree
 from dxmi.errors import UserError
 from dxmi.networks import UnetConfig
 from dxmi.training.build import ExperimentConfig
 from support import missing, stating
-from tune.ablation_config import parse_ablation
-from tune.designs import MAX_ARMS, Arm, arms, tuning_axes, two_level_design
+from tune.config.ablation import parse_ablation
+from tune.plans.arms import MAX_ARMS, Arm, arms, tuning_axes, two_level_design
 
 SMALL = {"kind": "mlp", "hidden": 8, "layers": 3, "embedding": 4}
 EXPERIMENT = build(
@@ -29,19 +29,19 @@ EXPERIMENT = build(
 TAU, COST, L2 = "algorithm.entropy_coef", "algorithm.cost_coef", "algorithm.energy_l2"
 STEP_COST, SCALE = "algorithm.step_cost", "algorithm.step_cost_scale"
 ON_OFF = {"with": {}, "without": {TAU: 0}}
-look_at_effects = tune.designs.digests
+look_at_effects = tune.plans.arms.digests
 
 
 @pytest.fixture(autouse=True)
 def _no_effect_is_looked_at(monkeypatch):
     """Tests of tables need no updates of networks."""
-    monkeypatch.setattr("tune.designs.digests", lambda configs: defaultdict(lambda: None))
+    monkeypatch.setattr("tune.plans.arms.digests", lambda configs: defaultdict(lambda: None))
 
 
 @pytest.fixture
 def effects(monkeypatch, _no_effect_is_looked_at):
     """Whether a setting does anything is looked at after all."""
-    monkeypatch.setattr("tune.designs.digests", look_at_effects)
+    monkeypatch.setattr("tune.plans.arms.digests", look_at_effects)
 
 
 def arms_of(experiment: ExperimentConfig = EXPERIMENT, **ablation: Any) -> list[Arm]:

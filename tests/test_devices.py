@@ -7,7 +7,7 @@ import torch
 
 from dxmi.errors import UserError
 from dxmi.training.build import ResourcesConfig
-from tune.devices import Slots, find_slots, share
+from tune.execution.resources import Slots, find_slots, share
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from dxmi.networks.pretrained.public_files import read_public
 from dxmi.training.build import Experiment
 from dxmi.training.export import export_diffusers
 from dxmi.training.loading import Trained
-from tune.configs import compose_experiment
+from tune.config.compose import compose_experiment
 
 declare_torchvision_operators()
 diffusers = pytest.importorskip("diffusers", reason="the optional package diffusers is not installed")

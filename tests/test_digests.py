@@ -10,8 +10,8 @@ from dxmi.algorithms.ddpm import DDPM
 from dxmi.config import build, to_tree
 from dxmi.seeds import generator
 from dxmi.training.build import Experiment, ExperimentConfig
-from tune.digests import digests
-from tune.space import FIXED, configured, flat
+from tune.plans.inert_settings import digests
+from tune.search.space import FIXED, configured, flat
 
 Settings = dict[str, Any]
 KARRAS = (("rho", 5.0), ("sigma_min", 0.01), ("sigma_max", 70.0), ("noisy_end", True))

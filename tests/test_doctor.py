@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dxmi.errors import UserError
-from tune import doctor, ui
-from tune.doctor import Finding, Verdict, examine
+from tune.cli import doctor, ui
+from tune.cli.doctor import Finding, Verdict, examine
 
 
 def findings(studies) -> dict[str, Finding]:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from dxmi.errors import UserError
-from tune.effects import level_effects, two_level_effects
-from tune.statistics import Bootstrap, holm, mean_interval, sign_flip_p
+from tune.stats.effects import level_effects, two_level_effects
+from tune.stats.multiple_testing import holm, sign_flip_p
+from tune.stats.statistics import Bootstrap, mean_interval
 
 FAST = Bootstrap(resamples=400)
 SQUARE = [[-1, -1], [1, -1], [-1, 1], [1, 1]]

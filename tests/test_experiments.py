@@ -15,7 +15,7 @@ from dxmi.metrics.inception import Features
 from dxmi.training.build import Experiment, ExperimentConfig
 from dxmi.training.run import Summary, train
 from support import NARROW, NETWORK_OF, idx_bytes
-from tune.configs import compose_experiment
+from tune.config.compose import compose_experiment
 
 PUBLISHED = list(NETWORK_OF)
 

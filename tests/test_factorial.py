@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tune.factorial import MAX_FACTORS, TwoLevelDesign, smallest_fraction
+from tune.plans.factorial import MAX_FACTORS, TwoLevelDesign, smallest_fraction
 
 LETTERS = "ABCDEFGHJK"
 

@@ -20,7 +20,7 @@ from dxmi.errors import UserError
 from dxmi.seeds import generator
 from dxmi.training.build import Experiment
 from dxmi.training.run import _Run
-from tune.configs import compose_experiment
+from tune.config.compose import compose_experiment
 
 
 def save(path: Path, pixels: np.ndarray) -> None:

@@ -19,7 +19,7 @@ from dxmi.seeds import generator
 from dxmi.training.build import Experiment, ExperimentConfig
 from dxmi.training.run import Phase, train
 from support import NARROW, NETWORK_OF, TINY, changed
-from tune.configs import compose_experiment
+from tune.config.compose import compose_experiment
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make test-gpu"),

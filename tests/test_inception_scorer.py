@@ -23,9 +23,9 @@ from dxmi.seeds import generator
 from dxmi.training.build import Experiment
 from dxmi.training.run import Phase, train
 from support import TINY, changed
-from tune.configs import compose_experiment
-from tune.console import result_table
-from tune.plans import metrics_of
+from tune.config.compose import compose_experiment
+from tune.plans.sweep import metrics_of
+from tune.reporting.console import result_table
 
 CPU = torch.device("cpu")
 DIMS, CLASSES = 6, 3

@@ -14,7 +14,7 @@ from dxmi.data.known_files import CIFAR10, FASHION_MNIST, MNIST, require_publish
 from dxmi.errors import UserError
 from dxmi.training.build import ExperimentConfig
 from support import idx_bytes
-from tune.configs import compose_experiment
+from tune.config.compose import compose_experiment
 
 PARTS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 

@@ -9,8 +9,8 @@ from dxmi.errors import UserError
 from dxmi.persistence.cache import cache_root
 from dxmi.persistence.files import require_target
 from dxmi.training.build import Experiment
-from tune.cli import main
-from tune.configs import compose_experiment
+from tune.cli.main import main
+from tune.config.compose import compose_experiment
 
 
 @pytest.fixture

@@ -16,8 +16,10 @@ import requests
 from dxmi.data.images import data_root
 from dxmi.errors import UserError
 from dxmi.persistence.cache import cache_root
-from tune import doctor, machine, submit, ui
-from tune.doctor import Verdict
+from tune import machine
+from tune.cli import doctor, ui
+from tune.cli.doctor import Verdict
+from tune.execution import jobs as submit
 
 
 @pytest.fixture
@@ -156,7 +158,7 @@ def unknown(uid):
     raise KeyError(f"getpwuid(): uid not found: {uid}")
 pwd.getpwuid = unknown
 os.getuid = lambda: 54321
-from tune.cli import main
+from tune.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 """The command line as the system would answer a user whom it does not know."""

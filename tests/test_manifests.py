@@ -25,13 +25,13 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 
 from dxmi.config import to_tree
 from dxmi.errors import UserError
-from tune.commands import run
-from tune.configs import compose_experiment
-from tune.devices import share_cluster
-from tune.driver import _GRACE
-from tune.study import Study, StudyFolder, TrialState
-from tune.submit import LEFT_OUT
-from tune.sweep import Sweep
+from tune.api.sweep import Sweep
+from tune.cli.runs import run
+from tune.config.compose import compose_experiment
+from tune.execution.jobs import LEFT_OUT
+from tune.execution.ray_tune import _GRACE
+from tune.execution.resources import share_cluster
+from tune.studies.study import Study, StudyFolder, TrialState
 
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = ROOT / "cluster" / "rayjob.yaml"
@@ -432,7 +432,7 @@ def variables() -> dict[str, str]:
 
 
 def test_pods_outlive_a_sweep_that_is_told_to_end():
-    """It has the seconds of `tune.driver`, and Ray's job server waits as long as the variable says."""
+    """It has the seconds of `tune.execution.ray_tune`, and Ray's job server waits as long as the variable says."""
     waits = {}
     for name in ("head", "workers"):
         spec = PODS[name]["spec"]
@@ -529,10 +529,10 @@ def test_only_the_jobs_own_pods_and_the_operator_reach_them():
 def on_the_head(tmp_path, monkeypatch):
     """The job's command as it would be on a head, before there is any other node."""
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    monkeypatch.setattr("tune.devices.cluster_nodes", lambda: [(0, 0)])
+    monkeypatch.setattr("tune.execution.resources.cluster_nodes", lambda: [(0, 0)])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("tune.estimate._REPEATS", 1)
-    monkeypatch.setattr("tune.cluster.file_system", lambda _: "nfs4")
+    monkeypatch.setattr("tune.execution.estimate._REPEATS", 1)
+    monkeypatch.setattr("tune.execution.preflight.file_system", lambda _: "nfs4")
     return [argument.replace("/shared", str(tmp_path)) for argument in ARGUMENTS]
 
 

@@ -24,16 +24,16 @@ import pytest
 import yaml
 from pathspec import PathSpec
 
-import tune.tracking
+import tune.integrations.mlflow_tracker
 from dxmi.config import to_tree
 from dxmi.persistence.files import write_atomic
-from tune.configs import compose_experiment
-from tune.plans import Plan
-from tune.space import configured
-from tune.study import Outcome, StudyFolder, TrialRecord, TrialState
-from tune.submit import LEFT_OUT
-from tune.sweep_config import SweepConfig, TrackingConfig
-from tune.tracking import Tracker
+from tune.config.compose import compose_experiment
+from tune.config.sweep import SweepConfig, TrackingConfig
+from tune.execution.jobs import LEFT_OUT
+from tune.integrations.mlflow_tracker import Tracker
+from tune.plans.sweep import Plan
+from tune.search.space import configured
+from tune.studies.study import Outcome, StudyFolder, TrialRecord, TrialState
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "cluster" / "mlflow.sh"
@@ -278,8 +278,8 @@ def steps(server: Server) -> list[int]:
 
 
 def test_a_record_survives_a_kill_of_everything_and_goes_on(server, proxy, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune.tracking, "_PAUSE", 0.05)
-    monkeypatch.setattr(tune.tracking, "_LONGEST_DELAY", 0.5)
+    monkeypatch.setattr(tune.integrations.mlflow_tracker, "_PAUSE", 0.05)
+    monkeypatch.setattr(tune.integrations.mlflow_tracker, "_LONGEST_DELAY", 0.5)
     made = Made(tmp_path, proxy)
     tracker = made.tracker()
     tracker.update([made.record], running={0})
@@ -432,7 +432,7 @@ def test_if_the_script_alone_is_killed_both_end_and_a_start_right_after_waits_fo
 @pytest.mark.slow
 def test_dxmi_ui_listens_on_loopback_whatever_the_environment_says(tmp_path):
     port = free_port()
-    command = [sys.executable, "-m", "tune.cli", "ui", "--studies", str(tmp_path), "--port", str(port)]
+    command = [sys.executable, "-m", "tune.cli.main", "ui", "--studies", str(tmp_path), "--port", str(port)]
     everywhere = {"MLFLOW_HOST": "0.0.0.0", "UVICORN_HOST": "0.0.0.0", "MLFLOW_UVICORN_OPTS": "--host 0.0.0.0"}
     process = subprocess.Popen(
         command, env=os.environ | everywhere, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True

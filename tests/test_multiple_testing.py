@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from dxmi.errors import UserError
-from tune import multiple_testing
-from tune.multiple_testing import (
+from tune.stats import multiple_testing
+from tune.stats.multiple_testing import (
     Look,
     closed_p,
     holm,
@@ -17,7 +17,7 @@ from tune.multiple_testing import (
     sign_flip_p,
     smallest_sign_flip_p,
 )
-from tune.power import smallest_effect
+from tune.stats.power import smallest_effect
 
 NAN = math.nan
 

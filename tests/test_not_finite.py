@@ -29,7 +29,7 @@ from dxmi.training.build import Experiment
 from dxmi.training.loading import load_trained
 from dxmi.training.run import Progress, train
 from support import TINY, changed
-from tune.configs import compose_experiment
+from tune.config.compose import compose_experiment
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 

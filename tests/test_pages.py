@@ -14,25 +14,25 @@ from browser import Browser
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-import tune.pages
-import tune.sweep_commands
+import tune.cli.studies
+import tune.reporting.pages
 from dxmi.config import to_tree
 from dxmi.persistence.checkpoint import path_of
 from dxmi.visualization.pictures import save_grid
 from support import TINY, free_port
-from tune.ablation_config import parse_ablation
-from tune.ablation_plan import AblationPlan, ablation_plan
-from tune.cli import main
-from tune.configs import compose_experiment
-from tune.designs import arms
-from tune.pages import artifact_page, curves_page, newest_pages, study_pages, trials_page
-from tune.plans import Plan
-from tune.report import HtmlTable, breakable, write_report
-from tune.store import KIND_TAG, TRAINING_KIND, Ledger, experiment_id, open_ledger, open_store
-from tune.study import Study, StudyFolder, completed
-from tune.sweep import SweepResult
-from tune.sweep_config import BudgetConfig, SamplerConfig, SweepConfig, TrackingConfig
-from tune.tracking import Tracker
+from tune.api.sweep import SweepResult
+from tune.cli.main import main
+from tune.config.ablation import parse_ablation
+from tune.config.compose import compose_experiment
+from tune.config.sweep import BudgetConfig, SamplerConfig, SweepConfig, TrackingConfig
+from tune.integrations.mlflow_store import KIND_TAG, TRAINING_KIND, Ledger, experiment_id, open_ledger, open_store
+from tune.integrations.mlflow_tracker import Tracker
+from tune.plans.ablation import AblationPlan, ablation_plan
+from tune.plans.arms import arms
+from tune.plans.sweep import Plan
+from tune.reporting.pages import artifact_page, curves_page, newest_pages, study_pages, trials_page
+from tune.reporting.report import HtmlTable, breakable, write_report
+from tune.studies.study import Study, StudyFolder, completed
 
 RATE = {"algorithm.policy.lr": {"log_uniform": [1.0e-6, 1.0e-3]}}
 SERVER = "http://127.0.0.1:5000"
@@ -96,7 +96,7 @@ def studies(tmp_path_factory) -> Path:
     return root
 
 
-def pages_of(root: Path, name: str) -> tune.pages.StudyPages:
+def pages_of(root: Path, name: str) -> tune.reporting.pages.StudyPages:
     study = Study.read(StudyFolder(root / name))
     pages = study_pages(study.folder, study.plan, study.records(), SERVER)
     assert pages is not None
@@ -204,11 +204,11 @@ def test_an_ablations_chart_names_arm_and_seed(studies):
 
 
 def test_of_too_many_trials_the_best_are_shown_and_of_arms_the_first_seeds(studies, monkeypatch):
-    monkeypatch.setattr(tune.pages, "_MOST_CURVES", 2)
+    monkeypatch.setattr(tune.reporting.pages, "_MOST_CURVES", 2)
     pages = pages_of(studies, "lr-1")
     assert names_of(studies, pages.curves) == ["lr-1/0002", "lr-1/0001"]
     assert pages.about == "fid_digits of the best 2 of 3 trials"
-    monkeypatch.setattr(tune.pages, "_MOST_CURVES", 5)
+    monkeypatch.setattr(tune.reporting.pages, "_MOST_CURVES", 5)
     pages = pages_of(studies, "terms")
     assert names_of(studies, pages.curves) == [f"terms/{arm}/seed 0" for arm in ("baseline", "no_entropy", "free")]
     assert pages.about == "fid_digits of the first seeds of the arms (3 runs of 6)"
@@ -216,7 +216,7 @@ def test_of_too_many_trials_the_best_are_shown_and_of_arms_the_first_seeds(studi
 
 def test_a_study_on_a_server_has_addresses_there(studies, monkeypatch):
     local = open_ledger(studies, "local", "dxmi")
-    monkeypatch.setattr(tune.pages, "open_ledger", lambda *_: local)
+    monkeypatch.setattr(tune.reporting.pages, "open_ledger", lambda *_: local)
     study = Study.read(StudyFolder(studies / "lr-1"))
     plan = sweep_plan(uri="https://mlflow.example/lab")
     pages = study_pages(study.folder, plan, study.records(), SERVER)
@@ -235,7 +235,7 @@ def test_the_newest_studies_come_first_and_older_ones_are_counted(studies, monke
     lines = list(newest_pages(studies, SERVER))
     assert [line.rstrip(":") for line in lines if not line.startswith(" ")] == ["plane", "terms", "lr-1", "silent"]
     assert lines[-1] == "  not recorded in MLflow"
-    monkeypatch.setattr(tune.pages, "_MOST_STUDIES", 1)
+    monkeypatch.setattr(tune.reporting.pages, "_MOST_STUDIES", 1)
     assert list(newest_pages(studies, SERVER))[-1] == "and 3 older studies: dxmi ui STUDY"
 
 
@@ -260,7 +260,7 @@ def test_a_study_without_record_has_no_page(studies, capsys):
 @pytest.mark.parametrize("given", ["name", "path"])
 def test_dxmi_ui_serves_the_store_and_prints_the_studys_addresses(studies, capsys, monkeypatch, given):
     served = []
-    monkeypatch.setattr(tune.sweep_commands, "serve", lambda *arguments: served.append(arguments) or 0)
+    monkeypatch.setattr(tune.cli.studies, "serve", lambda *arguments: served.append(arguments) or 0)
     chosen = ["lr-1", "--studies", str(studies)] if given == "name" else [str(studies / "lr-1")]
     port = free_port()
     assert main(["ui", *chosen, "--port", str(port)]) == 0
@@ -285,12 +285,12 @@ def ended(root: Path, name: str, **changes) -> SweepResult:
 
 
 def test_the_end_of_a_study_names_its_addresses_and_what_serves_them(studies):
-    first, *pages = tune.sweep_commands._in_mlflow(sweep_plan(), ended(studies, "lr-1"))
+    first, *pages = tune.cli.studies._in_mlflow(sweep_plan(), ended(studies, "lr-1"))
     assert f"dxmi ui lr-1 --studies '{studies}'" in first
     assert [line.strip().partition(": ")[0] for line in pages] == [
         "fid_digits of all 3 trials", "best checkpoint", "all metrics",
     ]  # fmt: skip
-    assert tune.sweep_commands._in_mlflow(sweep_plan(uri="none"), ended(studies, "lr-1")) == []
+    assert tune.cli.studies._in_mlflow(sweep_plan(uri="none"), ended(studies, "lr-1")) == []
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_the_end_of_a_study_names_its_addresses_and_what_serves_them(studies):
 )
 def test_the_end_of_every_kind_of_study_names_them(studies, name, about):
     result = ended(studies, name)
-    first, *pages = tune.sweep_commands._in_mlflow(Study.read(result.folder).plan, result)
+    first, *pages = tune.cli.studies._in_mlflow(Study.read(result.folder).plan, result)
     assert f"dxmi ui {name} --studies" in first
     assert [line.strip().partition(": ")[0] for line in pages] == [about, "best checkpoint", "all metrics"]
 
@@ -308,13 +308,13 @@ def test_a_server_that_is_away_costs_the_addresses_only(studies, capsys, monkeyp
     def away(*_: object) -> Ledger:
         raise ConnectionError("Connection refused")
 
-    monkeypatch.setattr(tune.pages, "open_ledger", away)
+    monkeypatch.setattr(tune.reporting.pages, "open_ledger", away)
     plan = sweep_plan(uri="http://mlflow.example:5000")
-    (line,) = tune.sweep_commands._in_mlflow(plan, ended(studies, "lr-1"))
+    (line,) = tune.cli.studies._in_mlflow(plan, ended(studies, "lr-1"))
     assert "http://mlflow.example:5000" in line
     assert "Connection refused" in capsys.readouterr().err
     for why in ({"interrupted": True}, {"undelivered": 3}):
-        assert tune.sweep_commands._in_mlflow(plan, ended(studies, "lr-1", **why)) == [line]
+        assert tune.cli.studies._in_mlflow(plan, ended(studies, "lr-1", **why)) == [line]
     assert capsys.readouterr().err == "", "nobody has waited for it"
 
 
@@ -365,7 +365,7 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ui(studies):
     """What `dxmi ui` prints, by what it is called; the server runs meanwhile."""
-    command = [sys.executable, "-m", "tune.cli", "ui", "--studies", str(studies), "--port", str(free_port())]
+    command = [sys.executable, "-m", "tune.cli.main", "ui", "--studies", str(studies), "--port", str(free_port())]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         lines = []

@@ -20,8 +20,8 @@ from dxmi.training.build import Experiment
 from dxmi.training.run import Phase, train
 from dxmi.visualization.galleries import ImageGallery, PlanarGallery, build_gallery
 from dxmi.visualization.planar import energy_figure, samples_figure, shown_times, steps_figure, values_figure
-from tune.cli import main
-from tune.configs import compose_experiment
+from tune.cli.main import main
+from tune.config.compose import compose_experiment
 
 TINY = [
     "experiment=moons",

@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from dxmi.errors import UserError
-from tune.multiple_testing import sign_flip_p
-from tune.power import (
+from tune.stats.multiple_testing import sign_flip_p
+from tune.stats.power import (
     Correction,
     SeedRange,
     correction_of,

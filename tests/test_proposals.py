@@ -16,9 +16,9 @@ from scipy.stats import qmc
 from dxmi.config import build
 from dxmi.errors import UserError
 from dxmi.training.build import ExperimentConfig
-from tune.proposals import Proposal, defaults, num_planned, propose, template
-from tune.space import Axis, Value, parse_space
-from tune.sweep_config import BudgetConfig, ObjectiveConfig, SamplerConfig, SweepConfig
+from tune.config.sweep import BudgetConfig, ObjectiveConfig, SamplerConfig, SweepConfig
+from tune.search.samplers import Proposal, defaults, num_planned, propose, template
+from tune.search.space import Axis, Value, parse_space
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

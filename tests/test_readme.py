@@ -11,8 +11,8 @@ import yaml
 
 from dxmi.metrics.classifier import CLASSIFIERS
 from support import idx_bytes
-from tune.cli import main
-from tune.configs import sweeps
+from tune.cli.main import main
+from tune.config.compose import sweeps
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -18,7 +18,7 @@ from dxmi.evaluation.references import (
 )
 from dxmi.evaluation.sampling import SELECTION, EvaluateConfig, Sampling, generate, preview
 from dxmi.networks import Denoiser
-from tune.console import outdone, outdone_sentences
+from tune.studies.outdone import outdone, outdone_sentences
 
 KARRAS = ScheduleConfig(method="karras", num_steps=10)
 GAN = ScheduleConfig(method="ddgan", num_steps=4)

@@ -31,23 +31,24 @@ from dxmi.training.build import Experiment, ExperimentConfig
 from dxmi.training.run import train
 from dxmi.visualization.pictures import save_grid
 from support import TINY, changed, missing
-from tune import report
-from tune.configs import compose_experiment
-from tune.confirmation import _keep, confirmations, unconfirmed
-from tune.figures import Reference, importance_obstacle, importances, references, study_figures
-from tune.leaderboard import (
+from tune.config.compose import compose_experiment
+from tune.config.sweep import BudgetConfig, ObjectiveConfig, SamplerConfig, SweepConfig
+from tune.plans.sweep import Plan
+from tune.reporting import report
+from tune.reporting.figures import Reference, importance_obstacle, importances, references, study_figures
+from tune.reporting.report import course_sentences, result_sentences, sample_matrix, write_report
+from tune.reporting.study_tables import leaderboard_table
+from tune.studies.confirmation import confirmations, keep, unconfirmed
+from tune.studies.leaderboard import (
     changed_inputs,
     free_sampler_sentences,
     fresh_sentence,
     leaderboard,
-    leaderboard_table,
     short_names,
     write_best,
     write_leaderboard,
 )
-from tune.plans import Plan
-from tune.report import course_sentences, result_sentences, sample_matrix, write_report
-from tune.study import (
+from tune.studies.study import (
     Outcome,
     Study,
     StudyFolder,
@@ -58,7 +59,6 @@ from tune.study import (
     pareto_front,
     unfinished,
 )
-from tune.sweep_config import BudgetConfig, ObjectiveConfig, SamplerConfig, SweepConfig
 
 RATES = {
     "algorithm.policy.lr": {"log_uniform": [1.0e-6, 1.0e-3]},
@@ -192,7 +192,7 @@ def confirmed(sweep: Fabricated, *records: TrialRecord, shift: float = 0.5) -> N
     """Give complete trials scores on fresh noise."""
     for record in records:
         scores = {"eval/fid_digits": record.outcome.score + shift, "eval/precision_digits": 0.125}
-        _keep(sweep.study.folder, record, {"scores": scores})
+        keep(sweep.study.folder, record, {"scores": scores})
 
 
 def test_the_best_trial_and_each_of_a_front_are_to_be_confirmed_once(made):
@@ -262,7 +262,7 @@ def test_a_best_trial_without_a_fresh_score_is_said(made, problem):
     assert missing("not ended", fresh_sentence(sweep.study.plan, sweep.records)) == []
     shutil.rmtree(best.run.checkpoints)
     if problem:
-        _keep(sweep.study.folder, best, {"problem": problem})
+        keep(sweep.study.folder, best, {"problem": problem})
     sentence = fresh_sentence(sweep.study.plan, sweep.records)
     assert missing(f"Trial 0 … no score … {problem or 'checkpoint'}", sentence) == []
     assert sentence in sweep.report()
@@ -356,7 +356,7 @@ def test_a_negative_number_in_the_csv_stays_a_number(made, monkeypatch):
     sweep.complete(3.0)
     frame = leaderboard(sweep.study.plan, sweep.records)
     frame["score"] = -3.5
-    monkeypatch.setattr("tune.leaderboard.leaderboard", lambda *_: frame)
+    monkeypatch.setattr("tune.studies.leaderboard.leaderboard", lambda *_: frame)
     write_leaderboard(sweep.study, sweep.records)
     (row,) = csv.DictReader(io.StringIO(sweep.study.folder.leaderboard.read_text()))
     assert row["score"] == "-3.5"
@@ -550,11 +550,11 @@ def test_the_script_is_the_one_that_the_policy_allows(made):
 
 def test_two_writes_differ_in_the_time_only(made, monkeypatch):
     sweep = a_full_study(made())
-    monkeypatch.setattr("tune.report.timestamp", lambda: "2026-01-01 00:00:00 UTC")
+    monkeypatch.setattr("tune.reporting.report.timestamp", lambda: "2026-01-01 00:00:00 UTC")
     first = sweep.report()
     again = Study.read(sweep.study.folder)
     assert write_report(again, again.records()).read_text() == first
-    monkeypatch.setattr("tune.report.timestamp", lambda: "2026-01-01 00:00:01 UTC")
+    monkeypatch.setattr("tune.reporting.report.timestamp", lambda: "2026-01-01 00:00:01 UTC")
     later = sweep.report()
     assert later != first
     assert later.replace("00:00:01 UTC", "00:00:00 UTC") == first

@@ -25,7 +25,7 @@ from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.build import Experiment
 from dxmi.training.run import Phase, _Stopwatch, train
 from support import TINY, changed, locked_by_another
-from tune.configs import compose_experiment
+from tune.config.compose import compose_experiment
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -193,7 +193,7 @@ def test_a_stop_within_an_evaluation_loses_no_iteration(undisturbed, tmp_path, m
 
 
 def start(out: Path, cache: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tune.cli", "train", *TINY, f"out={out}"]
+    command = [sys.executable, "-m", "tune.cli.main", "train", *TINY, f"out={out}"]
     return subprocess.Popen(command, env={**os.environ, "DXMI_CACHE": str(cache)}, stdout=subprocess.PIPE, text=True)
 
 

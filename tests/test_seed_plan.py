@@ -9,10 +9,10 @@ import pytest
 from scipy import stats
 
 from dxmi.errors import UserError
-from tune import multiple_testing
-from tune.multiple_testing import closed_p, sign_flip_p
-from tune.seed_plan import SeedPlan, next_seeds, review, sequential_p
-from tune.statistics import Verdict
+from tune.stats import multiple_testing
+from tune.stats.multiple_testing import closed_p, sign_flip_p
+from tune.stats.sequential import SeedPlan, next_seeds, review, sequential_p
+from tune.stats.statistics import Verdict
 
 NAN = math.nan
 PLAN = SeedPlan(arms=1, cap=12)

@@ -15,7 +15,7 @@ from dxmi.config import build, differences, to_tree
 from dxmi.errors import UserError
 from dxmi.training.build import ExperimentConfig
 from support import missing, stating
-from tune.space import Axis, configured, flat, grid_points, parse_space, show, value_at
+from tune.search.space import Axis, configured, flat, grid_points, parse_space, show, value_at
 
 EXPERIMENT = ExperimentConfig()
 LR, STEPS, PRESET, MASK = "algorithm.policy.lr", "schedule.num_steps", "algorithm.preset", "algorithm.policy_mask"

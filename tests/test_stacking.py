@@ -19,7 +19,7 @@ from dxmi.training.build import Experiment, ExperimentConfig
 from dxmi.training.run import Member, Phase, train, train_stacked
 from dxmi.training.state import TrainingState
 from support import TINY, changed
-from tune.configs import compose_experiment
+from tune.config.compose import compose_experiment
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 

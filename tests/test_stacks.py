@@ -19,17 +19,17 @@ from dxmi.training.build import Experiment, ExperimentConfig, ResourcesConfig
 from dxmi.training.run import train
 from support import SLOWER, TINY, changed, processes_with, wait_until
 from tune import Ablation
-from tune.ablation_config import parse_ablation
-from tune.ablation_plan import AblationPlan, ablation_plan, any_plan_from
-from tune.cli import main
-from tune.conductor import Conductor
-from tune.configs import compose_experiment
-from tune.designs import arms
-from tune.devices import Slots
-from tune.stacks import fastest, seeds_together
-from tune.study import Study, StudyFolder, TrialState
-from tune.sweep_commands import _stack_text
-from tune.sweep_config import TrackingConfig
+from tune.cli.main import main
+from tune.cli.studies import _stack_text
+from tune.config.ablation import parse_ablation
+from tune.config.compose import compose_experiment
+from tune.config.sweep import TrackingConfig
+from tune.execution.controller import Conductor
+from tune.execution.resources import Slots
+from tune.execution.seed_batching import fastest, seeds_together
+from tune.plans.ablation import AblationPlan, ablation_plan, any_plan_from
+from tune.plans.arms import arms
+from tune.studies.study import Study, StudyFolder, TrialState
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -267,7 +267,7 @@ def test_a_stacked_ablation_leaves_the_solo_runs_and_one_bad_seed_fails_alone(tm
 def test_a_killed_program_goes_on_with_all_its_seeds(tmp_path):
     command = ablate(tmp_path, "resources.stack_seeds=3", settings=SLOWER)
     environment = os.environ | {"STACK_TEST": str(tmp_path)}
-    program = subprocess.Popen([sys.executable, "-m", "tune.cli", *command], env=environment)
+    program = subprocess.Popen([sys.executable, "-m", "tune.cli.main", *command], env=environment)
     folder = StudyFolder(tmp_path / "real")
     wait_until(lambda: len(list(folder.trials.glob("000[0-2]/checkpoints/step_00000010"))) == 3, 300)
     workers = processes_with(str(tmp_path), "ray::Implicit")

@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from dxmi.errors import UserError
-from tune.power import Correction, seeds_needed
-from tune.statistics import (
+from tune.stats.power import Correction, seeds_needed
+from tune.stats.statistics import (
     Bootstrap,
     Interval,
     Method,

@@ -9,8 +9,8 @@ import pytest
 from optuna.pruners import MedianPruner, SuccessiveHalvingPruner
 from optuna.trial import TrialState
 
-from tune.stopping import falls_behind
-from tune.sweep_config import StoppingConfig
+from tune.config.sweep import StoppingConfig
+from tune.search.pruners import falls_behind
 
 ASHA = StoppingConfig(rule="asha", first_step=1, factor=3)
 TO_STEP = 30

@@ -13,12 +13,13 @@ from dxmi.persistence import checkpoint
 from dxmi.training.build import Experiment
 from dxmi.training.run import train
 from support import TINY, changed
-from tune import Sweep, storage
-from tune.cli import main
-from tune.configs import compose_experiment
-from tune.mirror import Mirror
-from tune.storage import Remote, join, kept, light, node_folder, whole
-from tune.study import StudyFolder, TrialState
+from tune import Sweep
+from tune.cli.main import main
+from tune.config.compose import compose_experiment
+from tune.integrations import object_store as storage
+from tune.integrations.object_store import Remote, join, kept, light, node_folder, whole
+from tune.integrations.study_sync import Mirror
+from tune.studies.study import StudyFolder, TrialState
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -305,8 +306,8 @@ def test_two_histories_are_refused(tmp_path):
 
 
 def test_a_second_driver_is_refused_and_a_dead_one_is_waited_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("tune.mirror._POLL_SECONDS", 0.01)
-    monkeypatch.setattr("tune.mirror._LEASE_SECONDS", 0.1)
+    monkeypatch.setattr("tune.integrations.study_sync._POLL_SECONDS", 0.01)
+    monkeypatch.setattr("tune.integrations.study_sync._LEASE_SECONDS", 0.1)
     first = mirrored(tmp_path, "a\n", "a\n")
     lease = tmp_path / "kept" / "s" / ".driver.json"
     first.begin()
@@ -333,7 +334,7 @@ def test_a_copy_that_cannot_be_made_is_said_once_and_made_good(tmp_path, monkeyp
     mirror = mirrored(tmp_path, "a\n", "")
     mirror._complain = said.append
     mirror.begin()
-    monkeypatch.setattr("tune.mirror._SEND_EVERY", -1.0)
+    monkeypatch.setattr("tune.integrations.study_sync._SEND_EVERY", -1.0)
     replace = Remote._replace
     monkeypatch.setattr(Remote, "_replace", lambda *_: (_ for _ in ()).throw(OSError("no route")))
     for _ in range(3):

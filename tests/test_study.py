@@ -23,8 +23,9 @@ from dxmi.persistence import checkpoint
 from dxmi.training.build import Experiment, ExperimentConfig
 from dxmi.training.run import Summary
 from support import locked_by_another
-from tune.plans import Plan, metrics_of, plan_from, require_name
-from tune.study import (
+from tune.config.sweep import BudgetConfig, ObjectiveConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
+from tune.plans.sweep import Plan, metrics_of, plan_from, require_name
+from tune.studies.study import (
     Outcome,
     Study,
     StudyFolder,
@@ -37,7 +38,6 @@ from tune.study import (
     studies_in,
     unfinished,
 )
-from tune.sweep_config import BudgetConfig, ObjectiveConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
 
 METRIC = "eval/fid_digits"
 ITERATIONS = 300

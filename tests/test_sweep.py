@@ -24,9 +24,10 @@ from dxmi.data import LOADERS
 from dxmi.errors import UserError
 from support import TINY, changed, locked_by_another, processes_with, wait_until
 from tune import Sweep
-from tune.cli import main
-from tune.confirmation import chosen, confirmations, fresh_scores
-from tune.study import Study, StudyFolder, TrialState
+from tune.cli.main import main
+from tune.execution.confirmation import fresh_scores
+from tune.studies.confirmation import chosen, confirmations
+from tune.studies.study import Study, StudyFolder, TrialState
 
 QUIET = Console(quiet=True)
 
@@ -229,7 +230,7 @@ def test_bad_input_is_a_sentence_and_code_2_and_writes_nothing(tmp_path, monkeyp
 
 
 def test_a_full_or_unwritable_folder_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("tune.sweep.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 10**6))
+    monkeypatch.setattr("tune.api.sweep.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 10**6))
     assert main(["sweep", "sweep=demo", "--studies", str(tmp_path / "studies")]) == 2
     assert "free some space" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
@@ -341,7 +342,7 @@ def test_a_sweep_whose_every_trial_fails_says_so(studies):
 
 
 def start(studies: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tune.cli", "sweep", *arguments, "--studies", str(studies)]
+    command = [sys.executable, "-m", "tune.cli.main", "sweep", *arguments, "--studies", str(studies)]
     pipe, environment = subprocess.PIPE, os.environ | {"MARK": str(studies)}
     return subprocess.Popen(
         command, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment

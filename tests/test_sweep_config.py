@@ -11,10 +11,10 @@ import yaml
 from dxmi.config import build, to_tree
 from dxmi.errors import UserError
 from support import missing
-from tune.configs import ComposedSweep, compose_experiment, compose_sweep, config_folder, sweeps
-from tune.plans import Plan, plan_from
-from tune.space import flat
-from tune.sweep_config import BudgetConfig, ObjectiveConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
+from tune.config.compose import ComposedSweep, compose_experiment, compose_sweep, config_folder, sweeps
+from tune.config.sweep import BudgetConfig, ObjectiveConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
+from tune.plans.sweep import Plan, plan_from
+from tune.search.space import flat
 
 SPACE = "space: {algorithm.policy.lr: {log_uniform: [1.0e-6, 1.0e-4]}}\n"
 
@@ -24,7 +24,7 @@ def _each_experiment_is_composed_once() -> Iterator[None]:
     """Its composing is a pure function that takes half a second, and is tested elsewhere."""
     once = functools.cache(compose_experiment)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tune.configs.compose_experiment", lambda overrides: once(tuple(overrides)))
+        patch.setattr("tune.config.compose.compose_experiment", lambda overrides: once(tuple(overrides)))
         yield
 
 

@@ -11,10 +11,9 @@ from test_ablation import outcome, played, shifted
 from test_report import Fabricated, made
 
 from dxmi.data.description import ClassCount
-from tune.ablation_results import arms_table
-from tune.console import Terminal, _class_table, result_table
-from tune.leaderboard import leaderboard_table
-from tune.text_tables import TextTable
+from tune.reporting.console import Terminal, _class_table, result_table
+from tune.reporting.study_tables import arms_table, leaderboard_table
+from tune.reporting.text_tables import TextTable
 
 __all__ = ["Fabricated", "made", "played"]
 

@@ -19,20 +19,21 @@ from pathlib import Path
 import pytest
 import torch
 
-import tune.store
-import tune.tracking
+import tune.integrations.mlflow_store
+import tune.integrations.mlflow_tracker
 from dxmi.config import to_tree
 from dxmi.errors import UserError
 from dxmi.persistence import checkpoint
 from dxmi.persistence.files import write_atomic, write_json
 from dxmi.persistence.run_directory import RunDirectory
 from support import free_port, wait_until
-from tune.configs import compose_experiment
-from tune.plans import Plan
-from tune.space import configured, flat
-from tune.study import Outcome, StudyFolder, TrialRecord, TrialState
-from tune.sweep_config import ObjectiveConfig, SweepConfig, TrackingConfig
-from tune.tracking import Tracker, open_store
+from tune.config.compose import compose_experiment
+from tune.config.sweep import ObjectiveConfig, SweepConfig, TrackingConfig
+from tune.integrations.mlflow_store import open_store
+from tune.integrations.mlflow_tracker import Tracker
+from tune.plans.sweep import Plan
+from tune.search.space import configured, flat
+from tune.studies.study import Outcome, StudyFolder, TrialRecord, TrialState
 
 EXPERIMENT = compose_experiment(["train.iterations=40", "evaluate.every=10", "resources.threads=1"]).experiment
 SPACE = {"algorithm.policy.lr": {"log_uniform": [1e-6, 1e-4]}}
@@ -47,9 +48,9 @@ ENDS = {
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(tune.tracking, "_PAUSE", 0.01)
-    monkeypatch.setattr(tune.tracking, "_FIRST_DELAY", 0.02)
-    monkeypatch.setattr(tune.tracking, "_LONGEST_DELAY", 0.2)
+    monkeypatch.setattr(tune.integrations.mlflow_tracker, "_PAUSE", 0.01)
+    monkeypatch.setattr(tune.integrations.mlflow_tracker, "_FIRST_DELAY", 0.02)
+    monkeypatch.setattr(tune.integrations.mlflow_tracker, "_LONGEST_DELAY", 0.2)
 
 
 @pytest.fixture(scope="session")
@@ -143,7 +144,7 @@ class Made:
     @property
     def seen(self) -> "Seen":
         uri = self.plan.tracking.uri
-        return Seen(tune.store.store_address(self.folder.path.parent) if uri == "local" else uri)
+        return Seen(tune.integrations.mlflow_store.store_address(self.folder.path.parent) if uri == "local" else uri)
 
     def rows(self, number: int) -> list[tuple[str, int, float]]:
         """What of metrics.jsonl MLflow is to have."""
@@ -496,7 +497,7 @@ def test_files_that_a_killed_driver_did_not_send_are_sent_by_the_next(studies, m
     made = Made(studies)
     made.whole()
     with monkeypatch.context() as patch:
-        patch.setattr(tune.tracking._Recorder, "_upload", lambda *_: None)
+        patch.setattr(tune.integrations.mlflow_tracker._Recorder, "_upload", lambda *_: None)
         made.record()
     assert made.seen.child(0).info.status == "FINISHED"
     assert made.seen.files(made.seen.child(0)) == set()
@@ -582,7 +583,7 @@ class Flaky:
 @pytest.fixture
 def flaky(monkeypatch):
     """`flaky(fate)`: from now on every tracker's client is that `Flaky`."""
-    whole = tune.tracking._open_ledger
+    whole = tune.integrations.mlflow_tracker._open_ledger
 
     def make(fate):
         made = Flaky(None, fate)
@@ -592,7 +593,7 @@ def flaky(monkeypatch):
             made.client, ledger._client = ledger._client, made
             return ledger
 
-        monkeypatch.setattr(tune.tracking, "_open_ledger", open_ledger)
+        monkeypatch.setattr(tune.integrations.mlflow_tracker, "_open_ledger", open_ledger)
         return made
 
     return make
@@ -715,7 +716,7 @@ def test_a_server_that_takes_no_files_gets_all_else(studies, monkeypatch):
     for _ in range(5):
         made.whole()
     with monkeypatch.context() as patch:
-        patch.setattr(tune.store, "link", full)
+        patch.setattr(tune.integrations.mlflow_store, "link", full)
         assert made.record() >= 5
     seen = made.seen
     assert {run.info.status for run in (seen.parent, *seen.children.values())} == {"FINISHED"}
@@ -767,7 +768,7 @@ def test_an_impatient_end_does_not_wait(studies, flaky):
 
 def test_the_driver_is_never_blocked(studies, monkeypatch):
     held = threading.Event()
-    monkeypatch.setattr(tune.tracking, "_open_ledger", lambda *_: held.wait() and None)
+    monkeypatch.setattr(tune.integrations.mlflow_tracker, "_open_ledger", lambda *_: held.wait() and None)
     made = Made(studies)
     made.whole()
     began = time.monotonic()
@@ -781,14 +782,17 @@ def test_the_driver_is_never_blocked(studies, monkeypatch):
 def test_an_error_in_the_thread_is_said_once_and_survived(studies, monkeypatch):
     made = Made(studies)
     made.whole()
-    whole, failures = tune.tracking._open_ledger, iter([KeyError("odd"), KeyError("odd"), KeyError("odd")])
+    whole, failures = (
+        tune.integrations.mlflow_tracker._open_ledger,
+        iter([KeyError("odd"), KeyError("odd"), KeyError("odd")]),
+    )
 
     def sometimes(*args):
         for error in failures:
             raise error
         return whole(*args)
 
-    monkeypatch.setattr(tune.tracking, "_open_ledger", sometimes)
+    monkeypatch.setattr(tune.integrations.mlflow_tracker, "_open_ledger", sometimes)
     assert made.record() == 0
     assert len(made.said) == 1
     assert "odd" in made.said[0]
@@ -809,7 +813,7 @@ def test_trials_that_are_done_cost_nothing(studies, flaky, monkeypatch):
     before = client.calls.copy()
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "rows", lambda _: 1 / 0)  # nothing is read again that has not changed
-        patch.setattr(tune.store, "link", lambda *_: 1 / 0)
+        patch.setattr(tune.integrations.mlflow_store, "link", lambda *_: 1 / 0)
         for _ in range(5):
             tracker.update(made.records, running={8})
             wait_until(lambda: not tracker._something_new.is_set())
@@ -835,7 +839,7 @@ def test_no_secret_is_ever_shown(tmp_path, monkeypatch, capfd):
     def refuse(*_):
         raise PermissionError("401 for http://olga.researcher:hunter22@host with hunter22")
 
-    monkeypatch.setattr(tune.tracking, "_open_ledger", refuse)
+    monkeypatch.setattr(tune.integrations.mlflow_tracker, "_open_ledger", refuse)
     made.record()
     assert "401" in made.said[1]
     shown = "".join(made.said) + "".join(capfd.readouterr())
@@ -851,13 +855,13 @@ def test_no_secret_is_ever_shown(tmp_path, monkeypatch, capfd):
 FORKS = """
 import os, sys
 from pathlib import Path
-import tune.store
-tune.store.import_quietly()
+import tune.integrations.mlflow_store
+tune.integrations.mlflow_store.import_quietly()
 import mlflow.store.tracking.sqlalchemy_store
 for root in sys.stdin:
     pid = os.fork()
     if pid == 0:
-        print(os.getpid(), *tune.store.open_store(Path(root.strip()), "dxmi"), flush=True)
+        print(os.getpid(), *tune.integrations.mlflow_store.open_store(Path(root.strip()), "dxmi"), flush=True)
         os._exit(0)
     print(pid, flush=True)
 for _ in range(int(sys.argv[1])):

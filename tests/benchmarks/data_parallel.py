@@ -22,7 +22,7 @@ from dxmi.distributed import ALONE, Group, Workers
 from dxmi.optim.optimizer import Optimizer, OptimizerConfig, Part
 from dxmi.training.build import Experiment
 from iteration import PER_ROUND, ROUNDS, seconds_each
-from tune.configs import compose_experiment
+from tune.config.compose import compose_experiment
 
 _WARM_UP = 20
 _NVLINK, _ETHERNET = 300e9, 12.5e9

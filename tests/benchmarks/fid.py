@@ -24,7 +24,7 @@ from dxmi.diffusion.schedules import shorten
 from dxmi.evaluation.sampling import REPORT, EvaluateConfig, Sampling, measure
 from dxmi.metrics.inception import NETWORK, NUM_FEATURES, POOL, Inception, find_weights, load_inception
 from dxmi.training.build import Experiment
-from tune.configs import compose_experiment
+from tune.config.compose import compose_experiment
 
 EVENT = (3, 32, 32)
 

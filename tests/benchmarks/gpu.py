@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dxmi.data import Images
 from dxmi.training.build import Experiment
-from tune.configs import compose_experiment
+from tune.config.compose import compose_experiment
 
 WARM_UP, ROUNDS = 3, 10
 PUBLISHED = ["experiment=cifar10_t10", "pretrain.weights=null", "resources.device=cuda"]

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dxmi.algorithms.dxmi import DxMI
 from dxmi.training.build import Experiment
 from dxmi.training.state import TrainingState
-from tune.configs import compose_experiment
+from tune.config.compose import compose_experiment
 
 _WARM_UP, ROUNDS, PER_ROUND = 20, 15, 10
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)

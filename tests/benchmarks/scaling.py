@@ -24,17 +24,17 @@ import numpy as np
 from sweep_overhead import resident_megabytes
 
 from dxmi.config import to_tree
-from tune.conductor import Conductor
-from tune.configs import compose_experiment
-from tune.devices import Slots
-from tune.leaderboard import write_leaderboard
-from tune.plans import Plan
-from tune.proposals import propose
-from tune.report import write_report
-from tune.storage import Remote
-from tune.study import Study, StudyFolder, TrialRecord
-from tune.sweep_config import BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
-from tune.tracking import Tracker
+from tune.config.compose import compose_experiment
+from tune.config.sweep import BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
+from tune.execution.controller import Conductor
+from tune.execution.resources import Slots
+from tune.integrations.mlflow_tracker import Tracker
+from tune.integrations.object_store import Remote
+from tune.plans.sweep import Plan
+from tune.reporting.report import write_report
+from tune.search.samplers import propose
+from tune.studies.leaderboard import write_leaderboard
+from tune.studies.study import Study, StudyFolder, TrialRecord
 
 AT_ONCE, SCORES = 64, 8
 METRIC = "eval/fid_digits"

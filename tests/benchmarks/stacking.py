@@ -14,7 +14,7 @@ import torch
 
 from dxmi.algorithms.stacked import StackedDxMI
 from dxmi.training.build import Experiment
-from tune.configs import compose_experiment
+from tune.config.compose import compose_experiment
 
 ROUNDS, PER_ROUND = 7, 5
 

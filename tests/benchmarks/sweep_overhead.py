@@ -83,7 +83,7 @@ def training(folder: Path) -> None:
 
 def noop(folder: Path, trials: int) -> None:
     """Part 2."""
-    from tune.conductor import Conductor  # noqa: PLC0415
+    from tune.execution.controller import Conductor  # noqa: PLC0415
 
     marks: list[tuple[int, float, float]] = []
     finish = Conductor._finish

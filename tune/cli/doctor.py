@@ -1,0 +1,239 @@
+"""`dxmi doctor`: is this machine ready for a sweep, and if not, what is to be done?"""
+
+import os
+import platform
+import shutil
+import socket
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from dxmi.data.images import data_root
+from dxmi.errors import UserError
+from dxmi.persistence.cache import cache_root
+from dxmi.training.build import ResourcesConfig
+from tune.cli.ui import DEFAULT_PORT, HOST, is_free
+from tune.execution.jobs import UPLOAD_MEGABYTES, survey
+from tune.execution.resources import find_slots
+from tune.machine import ray_folder
+from tune.studies.study import studies_in
+
+_PACKAGES = ("torch", "torchvision", "ray", "optuna", "mlflow", "hydra-core", "torch-fidelity", "numpy", "scikit-learn")
+_OLDEST = {"ray": (2, 54), "mlflow": (3, 11), "torch": (2, 10), "hydra-core": (1, 3, 6)}
+"""Older ones have known holes."""
+_GB = 1e9
+_MIN_MEMORY, _MIN_SHARED_MEMORY, _MIN_DISK = 4 * _GB, 0.2 * _GB, 5 * _GB
+
+
+_OTHER_FOLDER = {
+    "disk for studies": "choose another folder by --studies.",
+    "disk for Ray": "set RAY_TMPDIR to another folder.",
+}
+
+
+class Verdict(StrEnum):
+    """How a finding is to be taken."""
+
+    GOOD = "ok"
+    WARNING = "look"
+    BAD = "bad"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        subject: what.
+        verdict: how it is.
+        text: what was found.
+        advice: what to do about it; empty if nothing.
+    """
+
+    subject: str
+    verdict: Verdict
+    text: str
+    advice: str = ""
+
+
+def examine(studies: Path) -> list[Finding]:
+    """Look at everything; starts nothing and writes nothing.
+
+    Args:
+        studies: the folder that holds studies.
+    """
+    checks: list[Callable[[Path], Iterator[Finding]]] = [
+        _versions, _devices, _memory, _disk, _caches, _store, _running, _addresses, _upload,
+    ]  # fmt: skip
+    return [finding for check in checks for finding in check(studies)]
+
+
+def _versions(_: Path) -> Iterator[Finding]:
+    found, old, missing = [f"Python {platform.python_version()}"], [], []
+    for package in _PACKAGES:
+        try:
+            installed = version(package)
+        except PackageNotFoundError:
+            missing.append(package)
+            continue
+        found.append(f"{package} {installed}")
+        if _numbers(installed) < _OLDEST.get(package, ()):
+            old.append(f"{package} {installed}")
+    advice = ""
+    if missing or old:
+        advice = f"missing or too old: {', '.join([*missing, *old])}. Run make setup."
+    yield Finding("versions", Verdict.BAD if advice else Verdict.GOOD, ", ".join(found), advice)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.partition("+")[0].split(".")
+    return tuple(int(part) for part in parts if part.isdigit())
+
+
+def _devices(_: Path) -> Iterator[Finding]:
+    try:
+        slots = find_slots(ResourcesConfig(), None)
+    except UserError as error:
+        yield Finding("devices", Verdict.BAD, str(error))
+        return
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    text = f"{', '.join(names) or 'no GPU'}; trials: {slots}"
+    unused = "PyTorch was built without CUDA, so a GPU would not be seen." if torch.version.cuda is None else ""
+    yield Finding("devices", Verdict.GOOD, text, unused if Path("/dev/nvidia0").exists() else "")
+
+
+def _memory(_: Path) -> Iterator[Finding]:
+    memory = _meminfo()
+    if memory:
+        low = memory["MemAvailable"] < _MIN_MEMORY
+        advice = "Ray and its workers want 4 GB: end other programs, or set sweep.max_concurrent=1." if low else ""
+        text = f"{memory['MemAvailable'] / _GB:.1f} of {memory['MemTotal'] / _GB:.1f} GB available"
+        yield Finding("memory", Verdict.WARNING if low else Verdict.GOOD, text, advice)
+    shared = Path("/dev/shm")  # noqa: S108  (Ray's object store lies there)
+    if shared.is_dir():
+        free = shutil.disk_usage(shared).free
+        low = free < _MIN_SHARED_MEMORY
+        advice = "Ray's object store wants 0.2 GB: in a container, start it with --shm-size=1g." if low else ""
+        yield Finding("shared memory", Verdict.BAD if low else Verdict.GOOD, f"{free / _GB:.1f} GB free", advice)
+
+
+def _meminfo() -> dict[str, float]:
+    """Bytes by name, from the kernel; empty where there is no such file."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return {}
+    return {line.split(":")[0]: float(line.split()[1]) * 1024.0 for line in lines}
+
+
+def _disk(studies: Path) -> Iterator[Finding]:
+    try:
+        folders = [("disk for studies", studies), ("disk for Ray", ray_folder())]
+    except UserError as error:
+        folders = [("disk for studies", studies)]
+        yield Finding("disk for Ray", Verdict.BAD, "no folder for its sockets", str(error))
+    for subject, folder in folders:
+        place = _existing(folder)
+        free = shutil.disk_usage(place).free
+        text = f"{free / _GB:.1f} GB free at {folder}"
+        if not os.access(place, os.W_OK):
+            yield Finding(subject, Verdict.BAD, f"{place} cannot be written", _OTHER_FOLDER[subject])
+        elif free < _MIN_DISK:
+            yield Finding(subject, Verdict.WARNING, text, "a study of 40 digits trials fills about 2 GB.")
+        else:
+            yield Finding(subject, Verdict.GOOD, text)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _caches(_: Path) -> Iterator[Finding]:
+    cache = cache_root()
+    kept = sum(1 for _ in cache.rglob("*.cached")) if cache.is_dir() else 0
+    yield Finding("cache", Verdict.GOOD, f"{kept} results, {_size(cache) / _GB:.2f} GB in {cache} (DXMI_CACHE)")
+    folders = data_root().iterdir() if data_root().is_dir() else iter(())
+    sets = sorted(path.name for path in folders if path.is_dir() and path.name != "cache")
+    text = f"{', '.join(sets) or 'no files'} in {data_root()} (DXMI_DATA); digits needs none"
+    yield Finding("data", Verdict.GOOD, text)
+
+
+def _store(studies: Path) -> Iterator[Finding]:
+    database = studies / "mlflow.db"
+    if not database.exists():
+        yield Finding("tracking store", Verdict.GOOD, f"none yet; the first sweep makes {database}")
+        return
+    try:
+        runs = _runs_in(database)
+    except sqlite3.Error as error:
+        advice = "if a sweep is writing, try again; else move the file away: the next resume writes it anew."
+        yield Finding("tracking store", Verdict.BAD, f"{database}: {error}", advice)
+        return
+    yield Finding("tracking store", Verdict.GOOD, f"{database}: {runs} runs; dxmi ui shows them")
+
+
+def _runs_in(database: Path) -> int:
+    """How many runs a whole tracking store holds; an SQLite error if it is not whole."""
+    with closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True, timeout=2.0)) as connection:
+        complaint = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if complaint != "ok":
+            raise sqlite3.DatabaseError(complaint)
+        return int(connection.execute("SELECT count(*) FROM runs").fetchone()[0])
+
+
+def _running(studies: Path) -> Iterator[Finding]:
+    names = [folder.path.name for folder in studies_in(studies)]
+    if names:
+        yield Finding("studies", Verdict.GOOD, f"{len(names)} in {studies}; dxmi studies lists them")
+
+
+def _addresses(_: Path) -> Iterator[Finding]:
+    taken = not is_free(DEFAULT_PORT)
+    advice = "dxmi ui then takes the next free port." if taken else ""
+    text = f"{HOST}:{DEFAULT_PORT} is {'taken' if taken else 'free'}"
+    yield Finding("MLflow UI", Verdict.WARNING if taken else Verdict.GOOD, text, advice)
+    cluster = os.environ.get("RAY_ADDRESS")
+    if cluster:
+        yield Finding(
+            "Ray",
+            Verdict.WARNING,
+            f"RAY_ADDRESS is {cluster}",
+            "sweeps and groups use that cluster; unset it to use this machine alone.",
+        )
+    try:
+        socket.getaddrinfo(socket.gethostname(), None)
+    except OSError:
+        advice = f"add {socket.gethostname()} to /etc/hosts: Ray looks its own name up."
+        yield Finding("host name", Verdict.WARNING, "does not resolve", advice)
+
+
+def _upload(_: Path) -> Iterator[Finding]:
+    tree = survey(Path.cwd())
+    text = f"{tree.bytes / 1e6:.1f} MB in {tree.folder} would go to a cluster"
+    if tree.bytes <= UPLOAD_MEGABYTES * 1e6:
+        yield Finding("upload", Verdict.GOOD, text)
+        return
+    advice = f"dxmi submit takes {UPLOAD_MEGABYTES} MB: move away, or list in .gitignore, {tree.biggest}."
+    yield Finding("upload", Verdict.WARNING, text, advice)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file or of everything in a folder; links are not followed."""
+    if path.is_symlink():
+        return 0
+    if path.is_file():
+        return path.stat().st_size
+    try:
+        return sum(_size(entry) for entry in path.iterdir())
+    except OSError:
+        return 0

@@ -1,0 +1,210 @@
+"""What an ablation is: a hypothesis, a design, seeds, tuning inside each arm, and when it ends.
+
+A file configs/ablation/NAME.yaml (or any .yaml that `ablation=` names) holds these, and the table of its design, which
+`tune.plans.arms` makes arms of:
+
+    design: one_factor                             also list: settings side by side
+    variants:                                      by name, what each changes of the baseline
+      no_entropy: {algorithm.entropy_coef: 0}
+      no_costs: {algorithm.entropy_coef: 0, algorithm.cost_coef: 0}
+
+    design: leave_one_out
+    components:                                    by name, what switches each of them off
+      entropy: {algorithm.entropy_coef: 0}
+
+    design: factorial                              also fractional: two levels a factor, and resolution: 3 or 4
+    factors:                                       by name, levels by name; the first is the baseline's own
+      method: {var: {}, step: {schedule.method: step}}
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dxmi.config import build
+from dxmi.errors import UserError
+from tune.config.sweep import LimitsConfig, ObjectiveConfig, SamplerConfig, StoppingConfig, require_attempts
+
+TABLES = {
+    "one_factor": "variants",
+    "list": "variants",
+    "leave_one_out": "components",
+    "factorial": "factors",
+    "fractional": "factors",
+}
+"""Designs, and the table that describes the arms of each."""
+RESOLUTIONS = (3, 4)
+_MIN_SEEDS, _MAX_SEEDS = 2, 1_000
+_MAX_GENERATIONS = 100
+_SEEDS_EXAMPLE = "write how many (6), which ([0, 1, 2]), auto, or {first: 3, cap: 12}, which is auto in other numbers"
+
+Table = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedsConfig:
+    """The seeds of every arm. A file says `seeds: 6`, `seeds: [0, 1, 2]`, `seeds: auto`, or auto's own numbers."""
+
+    first: int = 3
+    """How many at the beginning."""
+    cap: int = 12
+    """How many at most: more than `first` are added only where the verdict is still open."""
+    values: tuple[int, ...] | None = None
+    """These, in this order; null for the experiment's own seed and those after it."""
+
+    def __post_init__(self) -> None:
+        if not _MIN_SEEDS <= self.first <= _MAX_SEEDS:
+            raise ValueError(f"first is {self.first}: it must be in {_MIN_SEEDS}..{_MAX_SEEDS}")
+        if not self.first <= self.cap <= _MAX_SEEDS:
+            raise ValueError(f"cap is {self.cap}: it must be at least first, {self.first}, and at most {_MAX_SEEDS}")
+        if self.values is None:
+            return
+        for seed in self.values:
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"values holds {seed}: a seed must be in 0..2^63 - 1")
+        if len(set(self.values)) < len(self.values):
+            raise ValueError("values names a seed twice: keep one")
+        if len(self.values) != self.cap:
+            raise ValueError(f"values has {len(self.values)} entries, but cap is {self.cap}: make them equal")
+
+    def numbers(self, start: int) -> tuple[int, ...]:
+        """Every seed up to the cap, the first ones first; `start` is the experiment's own."""
+        return self.values or tuple(range(start, start + self.cap))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningConfig:
+    """A small sweep inside each arm over settings that are not under comparison, with equal budget."""
+
+    trials: int = 8
+    """Of each arm."""
+    seed: int = 1_000
+    """Of the trials' runs; none of those that are compared, on which a tuned arm would look too good."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    stopping: StoppingConfig = field(default_factory=StoppingConfig)
+    """Early stopping among the trials of one arm; it never compares two arms."""
+    space: Table = field(default_factory=dict)
+    """As in a sweep file, see `tune.search.space`."""
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise ValueError(f"trials is {self.trials}: it must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}: it must be in 0..2^63 - 1")
+        if self.sampler.kind == "nsga2":
+            raise ValueError("sampler.kind is 'nsga2', which takes two objectives: an ablation has one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationConfig:
+    """An ablation without its experiment, which is its baseline."""
+
+    hypothesis: str = ""
+    """What is expected, and why; required."""
+    design: str = "one_factor"
+    """one_factor, leave_one_out, factorial, fractional or list."""
+    variants: Table = field(default_factory=dict)
+    components: Table = field(default_factory=dict)
+    all_off: bool = False
+    """leave_one_out: one more arm, without any of the components."""
+    factors: Table = field(default_factory=dict)
+    resolution: int | None = None
+    """fractional: 3 (main effects clear of each other) or 4 (of interactions of two as well); null for 4."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    also: tuple[str, ...] | None = None
+    """Further scores, by their keys, whose means are shown beside the objective, and by which no verdict goes; null for
+    precision and recall where the data has them, [] for none."""
+    seeds: SeedsConfig = field(default_factory=SeedsConfig)
+    generations: int = 1
+    """Independent draws of the evaluation's noise for each trained run."""
+    level: float = 0.05
+    """Of the tests."""
+    tuning: TuningConfig | None = None
+    budget: LimitsConfig = field(default_factory=LimitsConfig)
+    max_failures: int = 2
+    """Times a crashed trial is started again."""
+    max_concurrent: int | None = None
+    """Trials at once; null for as many as the devices hold."""
+
+    def __post_init__(self) -> None:
+        if not self.hypothesis.strip():
+            raise ValueError("hypothesis is missing: say in a sentence what you expect, and why")
+        if self.design not in TABLES:
+            raise ValueError(f"design is {self.design!r}: it must be one of {', '.join(TABLES)}")
+        self._check_table()
+        if self.resolution is not None and self.resolution not in RESOLUTIONS:
+            raise ValueError(f"resolution is {self.resolution}: it must be 3 or 4")
+        if not 1 <= self.generations <= _MAX_GENERATIONS:
+            raise ValueError(f"generations is {self.generations}: it must be in 1..{_MAX_GENERATIONS}")
+        if not (math.isfinite(self.level) and 0.0 < self.level < 1.0):
+            raise ValueError(f"level is {self.level}: it must be above 0 and below 1")
+        require_attempts(self.max_failures, self.max_concurrent)
+
+    def _check_table(self) -> None:
+        """Refuse what another design would need: it would do nothing here."""
+        own = TABLES[self.design]
+        for name in dict.fromkeys(TABLES.values()):
+            if name != own and getattr(self, name):
+                raise ValueError(f"{name} has no effect with design={self.design}, which takes {own}: leave it out")
+        if self.all_off and self.design != "leave_one_out":
+            raise ValueError(f"all_off has no effect with design={self.design}: leave it out")
+        if self.resolution is not None and self.design != "fractional":
+            raise ValueError(f"resolution has no effect with design={self.design}: leave it out")
+
+    @property
+    def table(self) -> Table:
+        """What describes the arms: the variants, the components or the factors."""
+        table: Table = getattr(self, TABLES[self.design])
+        return table
+
+
+# ----------------------------------------------------------------------------
+# From a file
+
+
+def parse_ablation(tree: Any) -> AblationConfig:
+    """What an ablation file says; the inverse of `dxmi.config.to_tree`.
+
+    Raises:
+        UserError: something in it is wrong. Its table is checked by `tune.plans.arms`, which knows the experiment.
+    """
+    if not isinstance(tree, Mapping):
+        raise UserError(f"ablation is {tree!r}: it must be a group of settings.")
+    given = dict(tree)
+    variants, components, factors = (
+        _table(name, given.pop(name, {})) for name in ("variants", "components", "factors")
+    )
+    if "seeds" in given:
+        given["seeds"] = _seeds(given["seeds"])
+    space: Table = {}
+    if isinstance(given.get("tuning"), Mapping):
+        given["tuning"] = dict(given["tuning"])
+        space = _table("tuning.space", given["tuning"].pop("space", {}))
+    config = build(AblationConfig, given, "ablation")
+    tuning = None if config.tuning is None else replace(config.tuning, space=space)
+    try:
+        return replace(config, variants=variants, components=components, factors=factors, tuning=tuning)
+    except ValueError as error:
+        raise UserError(f"ablation.{error}.") from error
+
+
+def _table(name: str, given: Any) -> Table:
+    if not isinstance(given, Mapping):
+        raise UserError(f"ablation.{name} is {given!r}: it must be a group, see the files in configs/ablation.")
+    return given
+
+
+def _seeds(given: Any) -> dict[str, Any]:
+    """The tree of a `SeedsConfig` from any of the ways to write it."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    if given == "auto":
+        return {}
+    if isinstance(given, int) and not isinstance(given, bool):
+        if not _MIN_SEEDS <= given <= _MAX_SEEDS:
+            raise UserError(f"ablation.seeds is {given}: it must be in {_MIN_SEEDS}..{_MAX_SEEDS}.")
+        return {"first": given, "cap": given}
+    if isinstance(given, Sequence) and not isinstance(given, str) and len(given) >= _MIN_SEEDS:
+        return {"first": len(given), "cap": len(given), "values": list(given)}
+    raise UserError(f"ablation.seeds is {given!r}: {_SEEDS_EXAMPLE}.")

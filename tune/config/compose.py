@@ -1,0 +1,631 @@
+"""Where Hydra enters: from names and overrides to an `ExperimentConfig`.
+
+Hydra composes plain values; `dxmi.config.build` turns them into frozen dataclasses and refuses what is wrong.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from dxmi.config import build, places, to_tree, unknown_key
+from dxmi.errors import UserError
+from dxmi.persistence.files import require_target, user_path, user_text
+from dxmi.persistence.run_directory import read_yaml
+from dxmi.training.build import ExperimentConfig
+from tune.config.ablation import AblationConfig, SeedsConfig, TuningConfig
+from tune.config.sweep import (
+    KINDS,
+    BudgetConfig,
+    LimitsConfig,
+    ObjectiveConfig,
+    SamplerConfig,
+    StoppingConfig,
+    SweepConfig,
+    TrackingConfig,
+)
+
+_ROOT = "config"
+_ASIDE = "dxmi_text_put_aside_"
+_SHOWN = 60
+"""Characters of a bad override that are repeated to the user."""
+_DEFAULTS = "dxmi_defaults"
+_SWEEP, _ABLATION, _TRACKING = "sweep", "ablation", "tracking"
+_BASELINE = "baseline"
+_OF_ALL = ("experiment", "debug")
+"""Groups whose options change settings of any other."""
+_PLACES = frozenset(places(ExperimentConfig))
+_OF_STUDIES = frozenset(f"{_TRACKING}.{path}" for path in places(TrackingConfig))
+_OF_ABLATIONS = tuple(f"{_ABLATION}.{table}." for table in ("variants", "components", "factors"))
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed command.
+
+    Attributes:
+        experiment: what to run.
+        out: the folder that was asked for, if any.
+    """
+
+    experiment: ExperimentConfig
+    out: Path | None
+
+
+def config_folder() -> Path:
+    """configs/ beside the packages in a checkout, tune/_configs in an installed distribution."""
+    tune = Path(__file__).resolve().parents[1]
+    installed = tune / "_configs"
+    return installed if installed.is_dir() else tune.parent / "configs"
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups of an experiment and the names of their options."""
+    return {
+        folder.name: _options(folder)
+        for folder in sorted(config_folder().iterdir())
+        if folder.is_dir() and folder.name not in (_SWEEP, _ABLATION)
+    }
+
+
+def sweeps() -> list[str]:
+    """Names of the sweeps that are shipped."""
+    return _options(config_folder() / _SWEEP)
+
+
+def ablations() -> list[str]:
+    """Names of the ablations that are shipped."""
+    return _options(config_folder() / _ABLATION)
+
+
+def _options(folder: Path) -> list[str]:
+    return sorted(file.stem for file in folder.glob("*.yaml"))
+
+
+def compose_experiment(overrides: Sequence[str]) -> Composed:
+    """The config that `overrides` (Hydra's grammar) describe.
+
+    Raises:
+        UserError: an override is malformed, repeated, unknown or refused.
+    """
+    out = out_folder([o for o in overrides if o.startswith("out=")])
+    raw, rest = _raw_places([o for o in overrides if not o.startswith("out=")])
+    parsed, options = _parse(rest), groups()
+    chosen = [str(o.input_line) for o in parsed if _is_group(o, options)]
+    values = [o for o in parsed if not _is_group(o, options)]
+    for override in (o for o in parsed if _is_group(o, options)):
+        _check_option(override.key_or_group, override.value(), options)
+    known = _known(tuple(chosen), config_folder(), _last_change())
+    for override in values:
+        _check_path(override, known, options)
+    return Composed(build(ExperimentConfig, _with_places(_with_values(known, values), raw)), out)
+
+
+def out_folder(given: Sequence[str]) -> Path | None:
+    """The folder that out=DIR names, if it is given.
+
+    Raises:
+        UserError: it is given twice, or is no path.
+    """
+    text = _raw("out", given)
+    return None if text is None else require_target(user_path(text, "out"), "out")
+
+
+def _raw(key: str, given: Sequence[str]) -> str | None:
+    """The one value of key=VALUE, taken as it is written, since Hydra's grammar would want odd names quoted."""
+    if len(given) > 1:
+        raise UserError(f"{key} is given twice: keep one.")
+    return given[0].removeprefix(f"{key}=") if given else None
+
+
+# ----------------------------------------------------------------------------
+# Studies: sweeps and ablations
+
+
+@dataclass(frozen=True)
+class ComposedSweep:
+    """A composed sweep, as trees of plain values.
+
+    Attributes:
+        experiment: what each trial changes a little.
+        sweep: a sweep file's content with overrides, its space included.
+        tracking: where it is recorded.
+        name: of the study, if one was given.
+        source: name of the sweep file.
+    """
+
+    experiment: ExperimentConfig
+    sweep: dict[str, Any]
+    tracking: dict[str, Any]
+    name: str | None
+    source: str
+
+
+@dataclass(frozen=True)
+class ComposedAblation:
+    """A composed ablation, as trees of plain values.
+
+    Attributes:
+        experiment: the baseline.
+        ablation: an ablation file's content with overrides but for its baseline, which is in `experiment`;
+            `tune.config.ablation.parse_ablation` reads it.
+        tracking: where it is recorded.
+        name: of the study, if one was given.
+        source: name of the ablation file.
+    """
+
+    experiment: ExperimentConfig
+    ablation: dict[str, Any]
+    tracking: dict[str, Any]
+    name: str | None
+    source: str
+
+
+def compose_sweep(overrides: Sequence[str]) -> ComposedSweep:
+    """The sweep that `overrides` describe: sweep=NAME or sweep=FILE.yaml, name=STUDY, sweep.KEY=..., tracking.KEY=...,
+    and everything else as for one run.
+
+    Raises:
+        UserError: an override or the sweep file is refused.
+    """
+    asked = _asked(_SWEEP, sweeps(), overrides)
+    tree = overridden({_SWEEP: _whole_sweep(asked.content), _TRACKING: to_tree(TrackingConfig())}, asked.own)
+    experiment = compose_experiment(asked.rest).experiment
+    return ComposedSweep(experiment, tree[_SWEEP], tree[_TRACKING], asked.name, asked.source)
+
+
+def compose_ablation(overrides: Sequence[str]) -> ComposedAblation:
+    """The ablation that `overrides` describe: ablation=NAME or ablation=FILE.yaml, name=STUDY, ablation.KEY=...,
+    tracking.KEY=..., and everything else as for one run: it wins over the file's own baseline.
+
+    Raises:
+        UserError: an override or the ablation file is refused.
+    """
+    asked = _asked(_ABLATION, ablations(), overrides)
+    tree = overridden({_ABLATION: _whole_ablation(asked.content), _TRACKING: to_tree(TrackingConfig())}, asked.own)
+    ablation = tree[_ABLATION]
+    baseline = _baseline(ablation.pop(_BASELINE, []), asked.rest)
+    experiment = compose_experiment([*baseline, *asked.rest]).experiment
+    ablation = _with_settings(ablation, _with_options)
+    return ComposedAblation(experiment, ablation, tree[_TRACKING], asked.name, asked.source)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a study's overrides ask for.
+
+    Attributes:
+        name: of the study, if one was given.
+        source: name of the study's file.
+        content: of that file.
+        own: overrides of that content and of tracking.
+        rest: overrides of the experiment.
+    """
+
+    name: str | None
+    source: str
+    content: dict[str, Any]
+    own: list[str]
+    rest: list[str]
+
+
+def _asked(kind: str, shipped: list[str], overrides: Sequence[str]) -> _Asked:
+    """The overrides of a sweep or an ablation (`kind`), sorted, and its file."""
+
+    def belongs(override: str, *keys: str) -> bool:
+        key = _key(override)
+        return any(key == known or key.startswith(f"{known}.") for known in keys)
+
+    name = _raw("name", [o for o in overrides if o.startswith("name=")])
+    odd = [o for o in overrides if belongs(o, "name") and not o.startswith("name=")]
+    if odd:
+        raise UserError(f"{odd[0]!r} is not how a study is named: write name=STUDY.")
+    chosen = _raw(kind, [o for o in overrides if o.startswith(f"{kind}=")])
+    if chosen is None:
+        raise UserError(f"Which {kind}? Add {kind}=NAME, one of {', '.join(shipped)}, or {kind}=FILE.yaml.")
+    own = [o for o in overrides if belongs(o, kind, _TRACKING) and not o.startswith(f"{kind}=")]
+    rest = [o for o in overrides if not belongs(o, kind, _TRACKING, "name")]
+    if any(o.startswith("out=") for o in rest):
+        raise UserError("out is for one run: a study lives in the folder of its name; give name=... instead.")
+    return _Asked(name, Path(chosen).stem, _study_file(kind, chosen, shipped), own, rest)
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A tree with overrides in Hydra's grammar; paths and addresses are taken as they are written.
+
+    Raises:
+        UserError: one of them is malformed, repeated or unknown.
+    """
+    raw, rest = _raw_places(overrides)
+    values = _parse(rest)
+    for override in values:
+        _check_path(override, tree, {})
+    for key in (_key(o) for o in overrides if _is_place(o) and not o.startswith("+")):
+        _check_key(key, tree, {})
+    return _with_places(_with_values(tree, values), raw)
+
+
+def _whole_sweep(given: dict[str, Any]) -> dict[str, Any]:
+    """A sweep file's content with the defaults of what it leaves out, so that overrides find every key."""
+    whole = {"space": {}, **to_tree(SweepConfig()), **given}
+    whole["space"] = _nested("sweep.space", whole["space"], _is_group_of_axes)
+    for group, cls in (("sampler", SamplerConfig), ("stopping", StoppingConfig), ("budget", BudgetConfig)):
+        if isinstance(whole[group], dict):
+            whole[group] = {**to_tree(cls()), **whole[group]}
+    return whole
+
+
+def _whole_ablation(given: dict[str, Any]) -> dict[str, Any]:
+    """An ablation file's content with the defaults of what it leaves out, so that overrides find every key."""
+    defaults = to_tree(AblationConfig(hypothesis="none")) | {"hypothesis": "", "seeds": "auto"}
+    whole = {_BASELINE: [], **defaults, **given}
+    for group, cls in (
+        ("objective", ObjectiveConfig),
+        ("seeds", SeedsConfig),
+        ("budget", LimitsConfig),
+        ("tuning", TuningConfig),
+    ):
+        if isinstance(whole[group], dict):
+            whole[group] = {**to_tree(cls()), **whole[group]}
+    if isinstance(whole["tuning"], dict):
+        whole["tuning"] = _whole_tuning(whole["tuning"])
+    return _with_settings(whole, lambda where, settings: _nested(where, settings, _is_group_of_settings))
+
+
+def _whole_tuning(tuning: dict[str, Any]) -> dict[str, Any]:
+    whole = {**tuning, "space": _nested("ablation.tuning.space", tuning["space"], _is_group_of_axes)}
+    for group, cls in (("sampler", SamplerConfig), ("stopping", StoppingConfig)):
+        if isinstance(whole[group], dict):
+            whole[group] = {**to_tree(cls()), **whole[group]}
+    return whole
+
+
+def _baseline(given: Any, rest: Sequence[str]) -> list[str]:
+    """An ablation file's overrides of its experiment that `rest`, on the command line, does not name itself."""
+    if not isinstance(given, list) or not all(isinstance(override, str) for override in given):
+        raise UserError(
+            f"ablation.{_BASELINE} is {given!r}: it must be a list of overrides, like [algorithm.entropy_coef=1.0]."
+        )
+    keys = {_key(override) for override in rest}
+    return [override for override in given if _key(override) not in keys]
+
+
+Settings = Callable[[str, Any], Any]
+"""From where an entry stands and the settings that it names, to what they become."""
+
+
+def _with_settings(ablation: dict[str, Any], change: Settings) -> dict[str, Any]:
+    """An ablation with the settings of every entry of its tables changed; names that were numbers have become text."""
+    found = dict(ablation)
+    for table in ("variants", "components"):
+        found[table] = _named(f"ablation.{table}", found.get(table, {}), change)
+    found["factors"] = _named("ablation.factors", found.get("factors", {}), lambda w, levels: _named(w, levels, change))
+    return found
+
+
+def _named(where: str, table: Any, change: Settings) -> Any:
+    if not isinstance(table, dict):
+        return table
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(key, bool):
+            raise UserError(
+                f"{where} has a name that YAML takes for {str(key).lower()}: write on, off, yes, no in quotes."
+            )
+        if str(key) in found:
+            raise UserError(f"{where} names {key} twice: keep one.")
+        found[str(key)] = change(f"{where}.{key}", value)
+    return found
+
+
+def _with_options(where: str, settings: Any) -> Any:
+    """Settings in which the name of a config group's option has become what that option holds."""
+    if not isinstance(settings, dict):
+        return settings
+    options = {group: names for group, names in groups().items() if group not in _OF_ALL}
+    found = dict(settings)
+    for group in options.keys() & settings.keys():
+        if isinstance(settings[group], str):
+            _check_option(group, settings[group], options)
+            path = config_folder() / group / f"{settings[group]}.yaml"
+            found[group] = read_yaml(path, f"{where} names {path}, which has gone.")
+    return found
+
+
+def _nested(where: str, tree: Any, is_group: Callable[[Any], bool]) -> Any:
+    """A tree whose dotted keys have become groups, as overrides on the command line write them.
+
+    Raises:
+        UserError: a setting is named twice, or is a group of another.
+    """
+    if not is_group(tree):
+        return tree
+    groups: dict[Any, Any] = {}
+    for key, value in tree.items():
+        path = key.split(".") if isinstance(key, str) else [key]
+        group: Any = groups
+        for name in path[:-1]:
+            group = group.setdefault(name, {}) if is_group(group) else None
+        if not is_group(group) or path[-1] in group:
+            raise UserError(f"{where} names {key} twice, or inside another setting: keep one.")
+        group[path[-1]] = _nested(where, value, is_group)
+    return groups
+
+
+def _is_group_of_axes(tree: Any) -> bool:
+    return isinstance(tree, dict) and not any(kind in tree for kind in KINDS)
+
+
+def _is_group_of_settings(tree: Any) -> bool:
+    return isinstance(tree, dict)
+
+
+def _study_file(kind: str, chosen: str, shipped: list[str]) -> dict[str, Any]:
+    """The content of a shipped sweep or ablation, or of a user's own file."""
+    if chosen.endswith((".yaml", ".yml")):
+        path = require_target(user_path(chosen, kind), kind)
+        missing = f"The {kind} file {path} cannot be read."
+    else:
+        path = config_folder() / kind / f"{chosen}.yaml"
+        if chosen not in shipped:
+            raise UserError(f"{kind} {chosen!r} does not exist: {_nearest(chosen, shipped)} A file ends in .yaml.")
+        missing = f"The {kind} file {path} has gone."
+    tree = read_yaml(path, missing)
+    _refuse_double_keys(path)
+    if "${" in str(tree):
+        raise UserError(
+            f"{path} holds a ${{...}}: write the value out; a study's records must not depend on surroundings."
+        )
+    if "_target_" in str(tree):
+        raise UserError(f"{path} names a _target_: a study's file holds values only, nothing that is to be run.")
+    return tree
+
+
+def _refuse_double_keys(path: Path) -> None:
+    """Refuse a key that a YAML file gives twice in one place: only the last of them would be read."""
+    nodes: list[Any] = [yaml.compose(path.read_text(), Loader=yaml.SafeLoader)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        if isinstance(node, yaml.MappingNode):
+            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            values = [
+                yaml.safe_load(key.value) if key.style is None else key.value for key in keys
+            ]  # 1 is yes to Python
+            twice = next((key for index, key in enumerate(keys) if values[index] in values[:index]), None)
+            if twice is not None:
+                raise UserError(
+                    f"{path} names {twice.value} twice in one place, or what YAML takes for the same (yes, on and 1; "
+                    "no, off and 0): keep one, or put it in quotes."
+                )
+            nodes += [value for _, value in node.value]
+
+
+# ----------------------------------------------------------------------------
+# Paths and addresses, which are taken as they are written: Hydra's grammar gives a meaning to = , $ { [ ' and others
+
+
+def _is_place(override: str) -> bool:
+    """Whether an override gives a setting that holds a path or an address."""
+    key, found, _ = override.lstrip("+").partition("=")
+    if key.startswith(_OF_ABLATIONS):
+        return bool(found) and any(key.endswith(f".{place}") for place in _PLACES)
+    return bool(found) and (key in _PLACES or key in _OF_STUDIES)
+
+
+def _raw_places(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
+    """The paths and addresses among overrides, by their settings, and the other overrides.
+
+    Raises:
+        UserError: one is given twice.
+    """
+    raw: dict[str, str | None] = {}
+    for override in (o for o in overrides if _is_place(o)):
+        key, _, value = override.lstrip("+").partition("=")
+        if key in raw:
+            raise UserError(f"{key} is given twice: keep one.")
+        raw[key] = None if value == "null" else value
+        if value != "null":
+            user_text(value, key)
+    return raw, [o for o in overrides if not _is_place(o)]
+
+
+def _with_places(tree: dict[str, Any], raw: dict[str, str | None]) -> dict[str, Any]:
+    """A tree with the values of `raw` put in, by their paths."""
+    for key, value in raw.items():
+        *groups_above, name = key.split(".")
+        group: Any = tree
+        for above in groups_above:
+            group = group.setdefault(above, {})
+            if not isinstance(group, dict):
+                raise UserError(f"{key} is not a setting: {above} is a value.")
+        group[name] = value
+    return tree
+
+
+def _put_aside(tree: Any, texts: list[str]) -> Any:
+    """A tree in which a number stands for every text with a $, which Hydra would take for an interpolation."""
+    if isinstance(tree, dict):
+        return {key: _put_aside(value, texts) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_put_aside(value, texts) for value in tree]
+    if not isinstance(tree, str) or "$" not in tree:
+        return tree
+    texts.append(tree)
+    return f"{_ASIDE}{len(texts) - 1}"
+
+
+def _put_back(tree: Any, texts: list[str]) -> Any:
+    """The inverse of `_put_aside`."""
+    if isinstance(tree, dict):
+        return {str(key): _put_back(value, texts) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_put_back(value, texts) for value in tree]
+    return texts[int(tree.removeprefix(_ASIDE))] if isinstance(tree, str) and tree.startswith(_ASIDE) else tree
+
+
+# ----------------------------------------------------------------------------
+# Overrides
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except (HydraException, ValueError) as error:
+        bad = next((o for o in overrides if not _parses(o)), overrides[0])
+        shown = bad if len(bad) <= _SHOWN else bad[:_SHOWN] + "..."
+        raise UserError(
+            f"{shown!r} is not an override: write key=value, like algorithm.entropy_coef=0.03, "
+            "and odd characters in quotes."
+        ) from error
+    seen = set()
+    for override in parsed:
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line} names several values: one run has one value for each setting.")
+        if override.key_or_group in seen:
+            raise UserError(f"{override.key_or_group} is given twice: keep one.")
+        seen.add(override.key_or_group)
+    return parsed
+
+
+def _parses(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except (HydraException, ValueError):
+        return False
+    return True
+
+
+def _is_group(override: Override, options: dict[str, list[str]]) -> bool:
+    return override.key_or_group in options
+
+
+def _check_option(group: str, name: object, options: dict[str, list[str]]) -> None:
+    if name not in options[group]:
+        raise UserError(f"{group} {name!r} does not exist: {_nearest(str(name), options[group])}")
+
+
+def _check_path(override: Override, known: dict[str, Any], options: dict[str, list[str]]) -> None:
+    """Refuse a key that the composed config does not have; `+key` is left to the schema."""
+    if not override.is_add():
+        _check_key(override.key_or_group, known, options)
+
+
+def _check_key(key: str, known: dict[str, Any], options: dict[str, list[str]]) -> None:
+    tree: Any = known
+    parts = key.split(".")
+    for index, part in enumerate(parts):
+        if not isinstance(tree, dict) or part not in tree:
+            names = list(dict.fromkeys([*tree, *(options if index == 0 else ())])) if isinstance(tree, dict) else []
+            if not names:
+                raise UserError(f"{key} is not a setting: {'.'.join(parts[:index])} is a value.")
+            raise UserError(unknown_key(key, part, names))
+        tree = tree[part]
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    return unknown_key("", name, names).removeprefix(" is not a setting: ")
+
+
+@lru_cache(maxsize=64)
+def _known(chosen: tuple[str, ...], folder: Path, changed: int) -> dict[str, Any]:  # noqa: ARG001
+    """The settings that Hydra composes of these groups, only to be read.
+
+    Hydra looks for each file in several places and takes tenths of a second, so a process asks it once for the same
+    groups; `folder` had its last change at `changed`.
+    """
+    defaults = to_tree(ExperimentConfig())
+    del defaults["network"]  # a network's fields depend on its kind: its group lists them all
+    texts: list[str] = []
+    GlobalHydra.instance().clear()
+    ConfigStore.instance().store(name=_DEFAULTS, node=_put_aside(defaults, texts))
+    with _refusing(), initialize_config_dir(str(folder), version_base=None):
+        return _plain(compose(_ROOT, overrides=list(chosen)), texts)
+
+
+def _last_change() -> int:
+    """When a file of the configuration was last changed, in nanoseconds; editors' locks are links to nothing."""
+    return max((path.lstat().st_mtime_ns for path in config_folder().rglob("*")), default=0)
+
+
+def _with_values(tree: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
+    """A copy of a tree with the values of overrides, put in as Hydra does after it has composed the groups."""
+    texts: list[str] = []
+    with _refusing():
+        config = OmegaConf.create(_put_aside(tree, texts), flags={"struct": True})
+        for override in overrides:
+            _apply(config, override)
+        return _plain(config, texts)
+
+
+def _apply(config: DictConfig, override: Override) -> None:
+    """Set, add or delete one value."""
+    key, value = override.key_or_group, override.value()
+    if override.package is not None:
+        raise UserError(f"{override.input_line!r} is not an override: @ belongs to groups of settings, not to values.")
+    if override.is_delete():
+        _delete(config, key, value)
+        return
+    if override.is_add() and not isinstance(value, (dict, list)) and OmegaConf.select(config, key) is not None:
+        raise UserError(f"{override.input_line!r} adds a setting that is there: leave the + out.")
+    OmegaConf.update(config, key, value, merge=True, force_add=override.is_add() or override.is_force_add())
+
+
+def _delete(config: DictConfig, key: str, value: object) -> None:
+    group, _, name = key.rpartition(".")
+    above = OmegaConf.select(config, group) if group else config
+    if not isinstance(above, DictConfig) or name not in above:
+        raise UserError(f"~{key} leaves out a setting that an earlier value has removed: leave one of them out.")
+    if value is not None and above[name] != value:
+        raise UserError(f"{key} is {above[name]}, not {value}: to leave it out, write ~{key}.")
+    with open_dict(above):
+        del above[name]
+
+
+def _plain(config: DictConfig, texts: list[str]) -> dict[str, Any]:
+    """Its values, without interpolations, and with the texts that had been put aside."""
+    tree = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(tree, dict)
+    return {str(key): _put_back(value, texts) for key, value in tree.items()}
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Says in a sentence what Hydra and OmegaConf refuse."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError("The config cannot be composed: " + " ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise UserError("The config cannot be composed: its groups are nested too deeply.") from error
+
+
+def require_no_stack(config: ExperimentConfig, what: str) -> None:
+    """Refuse stacked seeds where there is one.
+
+    Raises:
+        UserError: they are asked for.
+    """
+    stack = config.resources.stack_seeds
+    if stack is not None and stack > 1:
+        raise UserError(
+            f"resources.stack_seeds is {stack}, but {what} trains each seed alone: leave it out, or use dxmi ablate, "
+            "which trains an arm's seeds together."
+        )

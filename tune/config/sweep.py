@@ -1,0 +1,185 @@
+"""What a sweep is: objectives, sampler, early stopping, budget, and where it is recorded.
+
+A file configs/sweep/NAME.yaml (or any .yaml that `sweep=` names) holds these, and the space, see `tune.search.space`.
+"""
+
+import math
+from dataclasses import dataclass, field
+from urllib.parse import unquote, urlsplit
+
+from dxmi.persistence.files import PLACE
+
+DIRECTIONS = ("minimize", "maximize")
+SAMPLERS = ("tpe", "sobol", "random", "grid", "nsga2")
+RULES = ("none", "asha", "median")
+KINDS = ("log_uniform", "uniform", "integer", "choice")
+"""Of a setting that varies, see `tune.search.space`."""
+_SEEDS = 2**32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What a trial is judged by."""
+
+    metric: str = "score"
+    """score: the experiment's own (eval/fid_X, in the plane eval/sliced_wasserstein; of the best checkpoint, on fresh
+    noise); any other eval/... key; num_steps: network evaluations a sample; seconds: of fine-tuning."""
+    direction: str = "minimize"
+    """minimize or maximize."""
+
+    def __post_init__(self) -> None:
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"direction is {self.direction!r}: it must be one of {', '.join(DIRECTIONS)}")
+
+    @property
+    def sign(self) -> float:
+        """1 if lower is better, else -1."""
+        return 1.0 if self.direction == "minimize" else -1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """Who proposes the next trial."""
+
+    kind: str = "tpe"
+    """tpe, sobol, random, grid, or nsga2 for two objectives."""
+    seed: int = 0
+    """Trial n of two sweeps with equal seed and equal results so far is the same."""
+    startup_trials: int = 10
+    """tpe: random trials before the model; nsga2: the population."""
+    start_with_defaults: bool = True
+    """Trial 0 has the experiment's own values, if the space contains them."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in SAMPLERS:
+            raise ValueError(f"kind is {self.kind!r}: it must be one of {', '.join(SAMPLERS)}")
+        if not 0 <= self.seed < _SEEDS:
+            raise ValueError(f"seed is {self.seed}: it must be in 0..2^32 - 1")
+        smallest = 2 if self.kind == "nsga2" else 1
+        if self.startup_trials < smallest:
+            raise ValueError(f"startup_trials is {self.startup_trials}: it must be at least {smallest}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppingConfig:
+    """Early stopping of trials that fall behind."""
+
+    rule: str = "none"
+    """none; asha: at each rung only the best 1/factor go on; median: stop below the median of the finished."""
+    first_step: int = 100
+    """Iteration of the first rung (asha), or before which nothing is stopped (median)."""
+    factor: int = 3
+    """asha: rungs are at first_step x factor^k, and the best 1/factor go on."""
+    min_trials: int = 3
+    """median: finished trials needed before any is stopped."""
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"rule is {self.rule!r}: it must be one of {', '.join(RULES)}")
+        for name, smallest in (("first_step", 1), ("factor", 2), ("min_trials", 1)):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {smallest}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    """When a study ends before its last trial. Whichever comes first; running trials then save and return."""
+
+    wall_minutes: float | None = None
+    """Wall time of the study, over all its sessions."""
+    device_hours: float | None = None
+    """Hours of trials, each times the GPUs (on a CPU: times the threads) that it holds."""
+    failed_trials: int | None = None
+    """Trials that failed or diverged."""
+    trial_minutes: float | None = None
+    """Wall time of one trial in one session; that trial alone is stopped."""
+    disk_gb: float = 100.0
+    """10^9 bytes of the study's trials; each keeps its best and its last checkpoint, which are never deleted."""
+
+    def __post_init__(self) -> None:
+        if self.failed_trials is not None and self.failed_trials < 1:
+            raise ValueError(f"failed_trials is {self.failed_trials}: it must be at least 1")
+        for name in ("wall_minutes", "device_hours", "trial_minutes", "disk_gb"):
+            limit = getattr(self, name)
+            if limit is not None and not (math.isfinite(limit) and limit > 0.0):
+                raise ValueError(f"{name} is {limit}: it must be a finite number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig(LimitsConfig):
+    """When a sweep ends."""
+
+    trials: int = 20
+    """Trials, whatever becomes of them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trials < 1:
+            raise ValueError(f"trials is {self.trials}: it must be at least 1")
+
+
+def require_attempts(max_failures: int, max_concurrent: int | None) -> None:
+    """Raise a ValueError with a sentence unless both are numbers that a study can go by."""
+    if max_failures < 0:
+        raise ValueError(f"max_failures is {max_failures}: it must be 0 or greater")
+    if max_concurrent is not None and max_concurrent < 1:
+        raise ValueError(f"max_concurrent is {max_concurrent}: it must be at least 1, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A sweep without its space. Everything but `budget`, `max_failures` and `max_concurrent` enters its signature."""
+
+    objectives: tuple[ObjectiveConfig, ...] = (ObjectiveConfig(),)
+    """One, or two for a Pareto front; the first ranks the leaderboard."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    stopping: StoppingConfig = field(default_factory=StoppingConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    max_failures: int = 2
+    """Times a crashed trial is started again."""
+    max_concurrent: int | None = None
+    """Trials at once; null for as many as the devices hold."""
+
+    def __post_init__(self) -> None:
+        if len(self.objectives) > 2:
+            raise ValueError(f"objectives has {len(self.objectives)} entries: it takes one or two")
+        if len({objective.metric for objective in self.objectives}) < len(self.objectives):
+            raise ValueError("objectives names one metric twice: keep one")
+        if len(self.objectives) == 2 and self.stopping.rule != "none":
+            raise ValueError(f"stopping.rule is {self.stopping.rule!r}: with two objectives it must be none")
+        if (self.sampler.kind == "nsga2") != (len(self.objectives) == 2) and self.sampler.kind in ("nsga2", "tpe"):
+            raise ValueError(f"sampler.kind is {self.sampler.kind!r}: nsga2 takes two objectives and tpe one")
+        require_attempts(self.max_failures, self.max_concurrent)
+
+
+def _is_server(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets or a port that are none
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where MLflow records the study."""
+
+    uri: str = field(default="local", metadata=PLACE)
+    """local: an SQLite file beside the study; http(s)://...: a server; none: no record."""
+    experiment: str = "dxmi"
+    """MLflow's experiment, which holds the studies."""
+    patience_seconds: float = 60.0
+    """How long the end of a sweep waits for a server that is away; the next resume delivers what is then left."""
+
+    def __post_init__(self) -> None:
+        if set("@?#") & set(unquote(self.uri)):  # first, since the next sentence repeats it
+            raise ValueError(
+                "uri holds a user name, a password or a query: set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, instead"
+            )
+        if self.uri not in ("local", "none") and not _is_server(self.uri):
+            raise ValueError(f"uri is {self.uri!r}: it must be local, none, or http://host:port of an MLflow server")
+        if not self.experiment.strip() or not self.experiment.isprintable():
+            raise ValueError(f"experiment is {self.experiment!r}: it must be a printable name")
+        if not (math.isfinite(self.patience_seconds) and self.patience_seconds >= 0.0):
+            raise ValueError(f"patience_seconds is {self.patience_seconds}: it must be a finite number, 0 or greater")

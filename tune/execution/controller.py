@@ -1,0 +1,380 @@
+"""The decisions of a sweep: which trial is next, which one stops, when all is over. Nothing here knows Ray.
+
+The driver tells the conductor what happens; the conductor records it in the study and says what is to be done. It can
+be tested with a made-up clock and made-up trials.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from dxmi.errors import UserError
+from dxmi.formatting import score_text
+from tune.execution.resources import Slots
+from tune.messages import last_line
+from tune.studies.study import (
+    Outcome,
+    Study,
+    TrialRecord,
+    TrialState,
+    completed,
+    fallen_behind,
+    unfinished,
+)
+
+_ALL_ENDED = "every planned trial has ended"
+_PROGRESS_EVERY = 15.0
+"""Seconds between two writes of the study's wall time."""
+
+
+class Order(StrEnum):
+    """Why a trial is told to stop."""
+
+    PRUNE = "fell behind"
+    TRIAL_TIME = "trial time used up"
+    BUDGET = "budget used up"
+    INTERRUPT = "interrupted"
+
+
+@dataclass
+class Live:
+    """A trial that runs now.
+
+    Attributes:
+        record: what it is.
+        total: its iterations.
+        since: when this session began with it, on the conductor's clock.
+        phase: what it does.
+        step: how far in that phase.
+        phase_total: steps of that phase.
+        score: the newest.
+        best: the best so far.
+        order: why it was told to stop, if it was.
+        told: when it was told.
+        attempts: times it was started in this session.
+        together: trials that were begun in the same program, this one included.
+        program: the number of the first of them.
+    """
+
+    record: TrialRecord
+    total: int
+    since: float
+    phase: str = "starting"
+    step: int = 0
+    phase_total: int = 0
+    phase_since: float = 0.0
+    phase_start: int = 0
+    score: float | None = None
+    best: float | None = None
+    order: Order | None = None
+    told: float = 0.0
+    attempts: int = 0
+    together: int = 1
+    program: int = -1
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that happened, for people.
+
+    Attributes:
+        text: one line.
+        number: of the trial, if it is about one.
+        bad: whether it belongs on the error stream.
+        minor: whether a live table shows it anyway.
+    """
+
+    text: str
+    number: int | None = None
+    bad: bool = False
+    minor: bool = False
+
+
+@dataclass
+class Conductor:
+    """One session of a study.
+
+    Args:
+        study: driven by this process.
+        slots: of the machine.
+        clock: seconds that only grow.
+        note: hears what happens.
+
+    Attributes:
+        live: the trials that run now.
+        ending: why no more trials are begun, if so.
+        interrupted: whether the session ends before the study does.
+        stack: how many seeds are trained in one program.
+    """
+
+    study: Study
+    slots: Slots
+    clock: Callable[[], float] = time.monotonic
+    note: Callable[[Note], None] = lambda _: None
+    live: dict[int, Live] = field(default_factory=dict)
+    ending: str = ""
+    interrupted: bool = False
+    stack: int = 1
+
+    def __post_init__(self) -> None:
+        self.plan = self.study.plan
+        self.budget = self.plan.sweep.budget
+        self._began = self.clock()
+        progress = self.study.folder.read_progress()
+        self._earlier = float(progress["seconds"])
+        self._written = self._began
+        self._waiting = self.study.reconcile()
+        self._orders: dict[int, Order] = {}
+        ended = [r for r in self.study.records() if r.state is not TrialState.RUNNING]
+        self.states = [r.state for r in ended]
+        self.ended_before = len(ended)
+        # The journal knows of ended trials only, and progress.json may be older than a kill.
+        seconds_ended = sum(r.outcome.seconds for r in ended) * self.slots.devices_of_a_trial
+        self._device_seconds = max(float(progress["device_seconds"]), seconds_ended)
+        self._bytes = sum(self.study.tidy(r.number) for r in ended)
+        self._changed = True
+        self._stopping = False
+
+    # ------------------------------------------------------------------------
+    # Launching
+
+    def next(self) -> TrialRecord | None:
+        """The trial to start now, or None if there is none or no room."""
+        if self.ending or len({trial.program for trial in self.live.values()}) >= self.slots.concurrent:
+            return None
+        record = self._waiting.pop(0) if self._waiting else self.study.add()
+        if record is None:
+            if self.study.is_done:
+                self.ending = _ALL_ENDED
+            return None
+        self._begin(record, record.number)
+        return record
+
+    def stack_seeds(self, number: int) -> None:
+        """Train that many seeds of an arm in one program from here on, and keep that in the study's plan."""
+        self.stack = number
+        self.study.record_stack(number)
+        if number > 1:
+            self.note(Note(f"{number} seeds of an arm are trained together, as one program"))
+
+    def next_together(self) -> list[TrialRecord]:
+        """The trials to start now in one program: one, and others that differ from it in their seeds alone."""
+        first = self.next()
+        if first is None:
+            return []
+        together = [first]
+        while len(together) < self.stack and (record := self._next_beside(first)) is not None:
+            self._begin(record, first.number)
+            together.append(record)
+        for record in together:
+            self.live[record.number].together = len(together)
+        return together
+
+    def _next_beside(self, first: TrialRecord) -> TrialRecord | None:
+        """A trial that waits or is new, and belongs into the program of `first`."""
+        for record in self._waiting:
+            if self.plan.share_program(record.values, first.values, self.stack):
+                self._waiting.remove(record)
+                return record
+        return self.study.add_beside(first, self.stack)
+
+    def _begin(self, record: TrialRecord, program: int) -> None:
+        self.live[record.number] = Live(record, self._iterations(record), self.clock(), program=program)
+
+    def _iterations(self, record: TrialRecord) -> int:
+        try:
+            return self.study.config(record).train.iterations
+        except UserError:
+            return 0
+
+    @property
+    def has_nothing_to_do(self) -> bool:
+        """Whether the study had ended before."""
+        return not self._waiting and self.study.is_done
+
+    def changed(self) -> bool:
+        """Whether there is something new to record since the last call."""
+        changed, self._changed = self._changed, False
+        return changed
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing runs and nothing more will be begun."""
+        return bool(self.ending) and not self.live
+
+    # ------------------------------------------------------------------------
+    # What trials tell
+
+    def started(self, number: int) -> None:
+        """A trial's process took it up, perhaps again."""
+        trial = self.live[number]
+        trial.attempts += 1
+        if trial.attempts == 1:
+            self._say(trial, "started", minor=True)
+
+    def scored(self, number: int, step: int, metrics: Mapping[str, float]) -> None:
+        """A trial evaluated its policy."""
+        trial, score = self.live[number], metrics[self.plan.metric]
+        self.study.score(number, step, score)
+        trial.score = score
+        trial.best = score if trial.best is None else min(trial.best, score)
+        self._say(trial, f"iteration {step}/{trial.total}, {self._label} {score_text(score)}", minor=True)
+        if self.study.falls_behind(number, step):
+            self._order(trial, Order.PRUNE)
+
+    @property
+    def _label(self) -> str:
+        return self.plan.metric.removeprefix("eval/")
+
+    def beat(self, number: int, phase: str, step: int, total: int) -> None:
+        """A trial goes on; for the eye only."""
+        trial = self.live.get(number)
+        if trial is None:
+            return
+        if trial.phase != phase:
+            trial.phase, trial.phase_since, trial.phase_start = phase, self.clock(), step
+        trial.step, trial.phase_total = step, total
+
+    def noted(self, number: int, text: str) -> None:
+        """A trial has something to say to a person."""
+        self.note(Note(text, number, bad=True))
+
+    def ended(self, number: int, result: Mapping[str, Any]) -> None:
+        """A trial returned: with its summary, or because it was told to, or with what was wrong."""
+        trial = self.live[number]
+        if result.get("disk_full"):
+            self.stop_all(Order.INTERRUPT, f"the disk is full ({result['reason']}); free some space")
+        outcome = self._outcome(trial, result)
+        if outcome is not None:
+            self._finish(trial, outcome)
+        else:
+            self._say(trial, "interrupted; the next resume goes on with it")
+            self._leave(trial)
+
+    def _outcome(self, trial: Live, result: Mapping[str, Any]) -> Outcome | None:
+        """How it ended; None if it has not, and a resume is to go on with it."""
+        seconds, curve = self._seconds(trial), self.study.curves().get(trial.record.number, {})
+        if result.get("summary") is not None:
+            return completed(self.plan, result["summary"], seconds)
+        if "state" in result:
+            return unfinished(curve, TrialState(result["state"]), str(result["reason"]), seconds)
+        if trial.order is Order.PRUNE:
+            return fallen_behind(curve, max(curve), seconds)
+        if trial.order in (Order.TRIAL_TIME, Order.BUDGET):
+            return unfinished(curve, TrialState.STOPPED, trial.order.value, seconds)
+        return None
+
+    def crashed(self, number: int, error: str, *, again: bool) -> None:
+        """A trial's process raised or died; `again` if it is started once more."""
+        trial, reason = self.live[number], last_line(error)
+        if again and trial.order is None:
+            self._say(trial, f"crashed ({reason}) and is started again", bad=True)
+            return
+        if trial.order is not None or self.interrupted:  # it was to stop anyway, and its checkpoints are whole
+            self.ended(number, {})
+            return
+        curve = self.study.curves().get(number, {})
+        self._finish(trial, unfinished(curve, TrialState.FAILED, reason, self._seconds(trial)))
+
+    def _wall(self, trial: Live) -> float:
+        return self.clock() - trial.since
+
+    def _seconds(self, trial: Live) -> float:
+        """What a trial has cost in this session: of a program, its part."""
+        return self._wall(trial) / trial.together
+
+    def _finish(self, trial: Live, outcome: Outcome) -> None:
+        self.study.finish(trial.record.number, outcome)
+        self._leave(trial)
+        self.states.append(outcome.state)
+        self._bytes += self.study.tidy(trial.record.number)
+        score = (
+            f", {self._label} {score_text(outcome.score)} at iteration {outcome.step}"
+            if outcome.score is not None
+            else ""
+        )
+        reason = f": {outcome.reason}" if outcome.reason else ""
+        text = f"{outcome.state.value}{reason}{score} ({outcome.seconds:.0f} s)"
+        self._say(trial, text, bad=outcome.state.is_failure)
+
+    def _leave(self, trial: Live) -> None:
+        """A trial holds its devices no longer."""
+        del self.live[trial.record.number]
+        self._device_seconds += self._seconds(trial) * self.slots.devices_of_a_trial
+
+    def _say(self, trial: Live, text: str, *, bad: bool = False, minor: bool = False) -> None:
+        self._changed = True
+        self.note(Note(text, trial.record.number, bad, minor))
+
+    # ------------------------------------------------------------------------
+    # Budgets and stops
+
+    def tick(self) -> None:
+        """Look at the clock and at the budgets."""
+        if self.clock() - self._written > _PROGRESS_EVERY:
+            self.write_progress()
+        for trial in self.live.values():
+            limit = self.budget.trial_minutes
+            if limit is not None and self._wall(trial) > limit * 60.0:
+                self._order(trial, Order.TRIAL_TIME)
+        used_up = self._used_up()
+        if used_up and not self._stopping:
+            self.stop_all(Order.BUDGET, used_up)
+
+    def _used_up(self) -> str:
+        """Which budget is used up, in words; empty if none is."""
+        budget, failed = self.budget, sum(state.is_failure for state in self.states)
+        device_hours = self.device_seconds / 3600.0
+        if budget.wall_minutes is not None and self.wall_seconds > budget.wall_minutes * 60.0:
+            return f"the budget of {budget.wall_minutes:g} minutes is used up"
+        if budget.device_hours is not None and device_hours > budget.device_hours:
+            return f"the budget of {budget.device_hours:g} device hours is used up"
+        if self._bytes > budget.disk_gb * 1e9:
+            return f"the study fills {self._bytes / 1e9:.1f} GB of a budget of {budget.disk_gb:g}"
+        if budget.failed_trials is not None and failed >= budget.failed_trials:
+            return f"{failed} trials have failed, which is the budget"
+        return ""
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of the study, over all its sessions."""
+        return self._earlier + self.clock() - self._began
+
+    @property
+    def device_seconds(self) -> float:
+        """Seconds of trials times the devices that they hold, over all sessions."""
+        running = sum(self._seconds(trial) for trial in self.live.values())
+        return self._device_seconds + running * self.slots.devices_of_a_trial
+
+    @property
+    def session_seconds(self) -> float:
+        """Of this session."""
+        return self.clock() - self._began
+
+    def stop_all(self, order: Order, why: str) -> None:
+        """Begin nothing more, and tell every trial to save and return."""
+        self._stopping = True
+        self.ending = why
+        self.interrupted = self.interrupted or order is Order.INTERRUPT
+        self.note(Note(f"{why}: no more trials are begun" + (", those that run save and stop" if self.live else "")))
+        for trial in self.live.values():
+            self._order(trial, order)
+
+    def _order(self, trial: Live, order: Order) -> None:
+        if trial.order is None:
+            trial.order, trial.told = order, self.clock()
+            self._orders[trial.record.number] = order
+
+    def take_orders(self) -> dict[int, Order]:
+        """Orders that were given since the last call, for the driver to pass on."""
+        orders, self._orders = self._orders, {}
+        return orders
+
+    def write_progress(self) -> None:
+        """Record the study's wall time, and why the session ended if it has."""
+        self._written = self.clock()
+        was_over = _ALL_ENDED if self.has_nothing_to_do and not self.live else ""
+        ended = self.ending if self.is_over else was_over
+        self.study.folder.write_progress(self.wall_seconds, ended, self.device_seconds)

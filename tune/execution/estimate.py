@@ -1,0 +1,120 @@
+"""How long a sweep will take and how much disk it will fill, from a second or two of the real work."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from dxmi.evaluation.references import references
+from dxmi.evaluation.sampling import SELECTION, Sampling, generate
+from dxmi.persistence.cache import cache_root
+from dxmi.training.build import Experiment, ExperimentConfig
+from tune.execution.resources import Slots
+
+_REPEATS = 3
+_SCORING = 1.5
+"""Generating samples and scoring them, over generating them alone."""
+_OTHER_BYTES = 1_000_000
+"""Pictures and records of a run."""
+_CHECKPOINTS = 2
+"""Best and last."""
+_START_SECONDS = 10.0
+"""Starting Ray, and PyTorch in its workers."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a sweep costs.
+
+    Attributes:
+        shared_seconds: pretraining and references, once; 0 if they are cached.
+        trial_seconds: of each trial that runs to its end.
+        trial_bytes: of each trial's folder.
+        trials: planned.
+        concurrent: trials at once.
+        elsewhere: whether trials get GPUs of other machines, while this one's CPU was timed.
+    """
+
+    shared_seconds: float
+    trial_seconds: float
+    trial_bytes: int
+    trials: int
+    concurrent: int
+    elsewhere: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole sweep, if no trial is stopped early."""
+        return _START_SECONDS + self.shared_seconds + self.trials * self.trial_seconds / self.concurrent
+
+    @property
+    def bytes(self) -> int:
+        """Of the study's folder."""
+        return self.trials * self.trial_bytes
+
+
+def estimate(config: ExperimentConfig, slots: Slots, trials: int) -> Estimate:
+    """Time a few iterations of each phase with one trial's threads.
+
+    A cluster's GPUs may be on other nodes, or on none yet: without one here, the CPU is timed.
+
+    Raises:
+        UserError: the data cannot be read.
+    """
+    elsewhere = slots.gpu_share > 0.0 and not torch.cuda.is_available()
+    if elsewhere:
+        config = replace(config, resources=replace(config.resources, device="cpu"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(slots.threads)
+    try:
+        return replace(_measured(Experiment(config), slots, trials), elsewhere=elsewhere)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured(experiment: Experiment, slots: Slots, trials: int) -> Estimate:
+    config, train = experiment.config, experiment.config.train
+    ddpm, pretraining = experiment.build_pretraining()
+    dxmi, state = experiment.build_finetuning(experiment.build_denoiser())
+    noise, states = state.generators["noise"], state.generators["states"]
+    stream = state.stream
+    iteration = _seconds(lambda: dxmi.update(stream.next(), 0, noise, states, labels=stream.labels))
+    batch = _seconds(lambda: generate(Sampling(dxmi.policy, SELECTION), config.evaluate.batch_size, config.evaluate))
+    sampling = batch * config.evaluate.num_samples / config.evaluate.batch_size
+    shared = 0.0
+    cached = cache_root() / "pretrained" / f"{experiment.pretraining_signature}.cached"
+    if not cached.exists():
+        data, generator = pretraining.stream.next(), pretraining.generators["noise"]
+        labels = pretraining.stream.labels
+        shared += config.pretrain.iterations * _seconds(lambda: ddpm.update(data, 0, generator, labels=labels))
+        shared += sampling * _reference_evaluations(config) / config.schedule.num_steps
+    evaluations = train.iterations / config.evaluate.every + 3
+    seconds = train.iterations * iteration + evaluations * sampling * _SCORING
+    return Estimate(shared, seconds, _bytes(state.groups()), trials, slots.concurrent)
+
+
+def _reference_evaluations(config: ExperimentConfig) -> int:
+    """Network evaluations of all references, for one sample of each."""
+    full, steps = config.evaluate.full_reference, config.evaluate.reference_steps or ()
+    return sum(reference.evaluations for reference in references(config.schedule, full=full, steps=steps))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The shortest of a few calls."""
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _bytes(groups: object) -> int:
+    return _CHECKPOINTS * _tensor_bytes(groups) + _OTHER_BYTES
+
+
+def _tensor_bytes(tree: object) -> int:
+    if isinstance(tree, torch.Tensor):
+        return tree.numel() * tree.element_size()
+    return sum(_tensor_bytes(value) for value in tree.values()) if isinstance(tree, dict) else 0

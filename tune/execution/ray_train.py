@@ -1,0 +1,310 @@
+"""Ray Train around `dxmi.training.run`: one run on several workers.
+
+Each worker calls the same `train`, with a `Group` that says which rows of each batch are its own. The first worker's
+reports come back to the caller through an actor, one at a time, and the answer, whether to stop, goes the same way and
+from the first worker to the others: a run ends because every worker returns, never because somebody kills it.
+A worker that is lost, or hangs, takes its group down; Ray Train starts the group again, from the run folder's last
+checkpoint, of which Ray Train knows where it lies.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
+
+from dxmi.config import build, to_tree
+from dxmi.distributed import Group
+from dxmi.errors import DivergedError, UserError, WorkersLostError
+from dxmi.persistence.checkpoint import steps_in
+from dxmi.persistence.run_directory import RunDirectory
+from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.run import Phase, Progress, Reporter, Saved, Summary, train
+from tune.execution.control_channel import Line
+from tune.execution.ray_runtime import actor_here, ray_session
+from tune.execution.resources import find_slots
+from tune.integrations.object_store import Remote, join, kept
+from tune.messages import last_line
+
+_POLL_SECONDS = 0.5
+_LATE_SECONDS = 60.0
+"""In which a network file system has shown a file to every node."""
+_NOTE = "placement_group"
+_POINTER = "checkpoint.json"
+_CONTROLLER_FAILURES = 2
+
+
+def train_on_workers(
+    config: ExperimentConfig, *, out: Path, report: Reporter | None = None, address: str | None = None
+) -> Summary | None:
+    """`dxmi.training.run.train` on `resources.num_workers` workers of the Ray that this process is connected to.
+
+    Args:
+        config: what to run.
+        out: the run's folder, which the first worker must be able to reach wherever it runs, unless there is an
+            address.
+        report: as for `train`; called in this process.
+        address: where the run is kept instead, see `tune.integrations.object_store.kept`.
+
+    Returns:
+        The summary, or None if `report` asked for a stop.
+
+    Raises:
+        UserError: as `train`.
+        DivergedError: as `train`.
+        WorkersLostError: the group was lost too often.
+    """
+    # The other workers notice a hung one in their collectives; Ray Train, when they all are.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.resources.worker_timeout)
+    line = actor_here(Line)
+    serving = _Serving(line, report or (lambda _: None))
+    place = address or str(out.resolve())
+    release_lost_group(place)
+    state = _state(place)
+    state.clear()  # or Ray Train would go on with what a killed caller left
+    try:
+        trainer: Any = _trainer(config, {"out": str(out.resolve()), "line": line, "address": address}, state)
+        ended = serving.until_returned(lambda: trainer.fit().return_value)
+    finally:
+        ray.kill(line)
+        state.remove()
+    return _summary(ended)
+
+
+def _state(place: str) -> Remote:
+    """What Ray Train writes down of the group of the run that is kept there; needed only while the group lives."""
+    return Remote(join(place, ".ray_train"))
+
+
+def release_lost_group(place: str) -> None:
+    """Free the devices of a group whose caller was killed, which Ray itself would hold until the session ends."""
+    state = _state(place)
+    note = state.read(_NOTE)
+    try:
+        group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex((note or b"").decode())))
+    except ValueError:
+        return
+    remove_placement_group(group)
+    state.delete(_NOTE)
+
+
+def _note_group(place: str) -> None:
+    """Write down which devices this worker's group holds, for `release_lost_group`."""
+    group = get_current_placement_group()
+    if group is not None:
+        _state(place).write(_NOTE, group.id.hex().encode())
+
+
+def _trainer(config: ExperimentConfig, loop_config: dict[str, Any], state: Remote) -> TorchTrainer:
+    resources = config.resources
+    file_system, path = state.for_ray
+    on_gpu = resources.device == "cuda" or (resources.device == "auto" and _cluster_has_gpus())
+    return TorchTrainer(
+        _work,  # type: ignore[arg-type]
+        train_loop_config={"tree": json.dumps(to_tree(config)), **loop_config},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=int(resources.worker_timeout)),
+        scaling_config=ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": resources.threads or 1, **({"GPU": 1} if on_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name="group",
+            storage_path=path,
+            storage_filesystem=file_system,
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=resources.max_restarts, controller_failure_limit=_CONTROLLER_FAILURES
+            ),
+        ),
+    )
+
+
+def _cluster_has_gpus() -> bool:
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources.get("GPU", 0.0) > 0.0
+
+
+class _Serving:
+    """Answers the first worker while a group works."""
+
+    def __init__(self, line: Any, report: Reporter) -> None:
+        self._line, self._report = line, report
+        self._error: Exception | None = None
+        self._stopping = False
+
+    def until_returned(self, fit: Callable[[], Any]) -> Any:
+        """What `fit` returns, which runs in a thread of its own.
+
+        Raises:
+            Exception: the reporter's, or `fit`'s.
+        """
+        result: dict[str, Any] = {}
+
+        def run() -> None:
+            try:
+                result["returned"] = fit()
+            except Exception as error:  # noqa: BLE001  (raised below, in the caller's thread)
+                result["error"] = error
+
+        thread = threading.Thread(target=run, name="ray-train", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            message = ray.get(self._line.next.remote())
+            if message is not None:
+                ray.get(self._line.answer.remote(self._answer(message)))
+        if self._error is not None:
+            raise self._error
+        if "error" in result:
+            raise _cause(result["error"])
+        return result["returned"]
+
+    def _answer(self, message: str) -> bool:
+        """Whether the group is to stop; once it is, it always is."""
+        tree = json.loads(message)
+        try:
+            progress = Progress(**{**tree, "phase": Phase(tree["phase"])})
+            self._stopping = bool(self._report(progress)) or self._stopping
+        except Exception as error:  # noqa: BLE001  (raised when the workers have returned)
+            self._error, self._stopping = error, True
+        return self._stopping
+
+
+def _cause(error: Exception) -> Exception:
+    """What a failed `fit` is to be reported as."""
+    if isinstance(error, WorkerGroupError):
+        for failure in error.worker_failures.values():
+            if isinstance(failure, UserError | OSError):
+                return failure
+    return WorkersLostError(_reason(error), str(error)) if isinstance(error, TrainingFailedError) else error
+
+
+def _reason(error: TrainingFailedError) -> str:
+    """One line about the worker that is most likely to blame: another one's lost connection is a consequence."""
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else (error,)
+    lines = [f"{type(failure).__name__}: {last_line(str(failure))}" for failure in failures]
+    return next((line for line in lines if "ActorDied" in line or "Timeout" in line), lines[0])
+
+
+def _summary(ended: Mapping[str, Any] | None) -> Summary | None:
+    """The first worker's result, from what it returned."""
+    if ended is None:
+        return None
+    if "diverged" in ended:
+        raise DivergedError(**ended["diverged"])
+    if "refused" in ended:
+        raise UserError(ended["refused"])
+    return Summary(**ended["summary"])
+
+
+# ----------------------------------------------------------------------------
+# In a worker
+
+
+def _work(loop_config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The function that Ray Train runs in every worker; the first one's result is the group's."""
+    config = build(ExperimentConfig, json.loads(loop_config["tree"]))
+    config = replace(config, resources=_own_resources(config))
+    group = Group(config.resources.worker_timeout)
+    report = _asking(loop_config["line"]) if group.is_first else None
+    try:
+        with _run_folder(group, loop_config["address"], Path(loop_config["out"])) as (out, saved):
+            summary = train(Experiment(config, workers=group), out=out, report=report, saved=saved)
+    except DivergedError as error:  # on all workers alike: starting again would not mend it
+        return {"diverged": error.tree()}
+    except UserError as error:
+        return {"refused": str(error)}
+    return None if summary is None else {"summary": asdict(summary)}
+
+
+@contextmanager
+def _run_folder(group: Group, address: str | None, out: Path) -> Iterator[tuple[Path, Saved]]:
+    """Where the first worker writes, and what every worker calls when a checkpoint is whole."""
+    if not group.is_first:
+        yield out, _report_checkpoint
+        return
+    _note_group(address or str(out))
+    with kept(address, out) as (here, keep):
+        _await_checkpoint(RunDirectory(here).checkpoints, None if address is None else Remote(address))
+
+        def saved(step: int) -> None:
+            keep()
+            _report_checkpoint(step, {"place": address or str(out), "step": step})
+
+        yield here, saved
+
+
+def _report_checkpoint(step: int, about: dict[str, Any] | None = None) -> None:
+    """Tell Ray Train of a checkpoint, as all workers must; the first says where it lies."""
+    with TemporaryDirectory() as folder:
+        if about is not None:
+            (Path(folder) / _POINTER).write_text(json.dumps(about))
+        pointer = None if about is None else ray.train.Checkpoint.from_directory(folder)
+        ray.train.report({"step": step}, checkpoint=pointer, checkpoint_dir_name=f"step_{step:08d}")
+
+
+def _await_checkpoint(checkpoints: Path, remote: Remote | None) -> None:
+    """After a restart, wait until this node sees the last checkpoint that Ray Train knows of.
+
+    A network file system may show another node's files late; without them more than one interval would be lost.
+    """
+    pointer = ray.train.get_checkpoint()
+    if pointer is None:
+        return
+    with pointer.as_directory() as folder:
+        step = json.loads((Path(folder) / _POINTER).read_text())["step"]
+    deadline = time.monotonic() + _LATE_SECONDS
+    while max(steps_in(checkpoints), default=-1) < step and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        if remote is not None:
+            remote.pull(checkpoints.parent)
+
+
+def _own_resources(config: ExperimentConfig) -> Any:
+    """With this worker's device and threads."""
+    device = get_device() if torch.cuda.is_available() and config.resources.device != "cpu" else torch.device("cpu")
+    return replace(config.resources, device=str(device), threads=config.resources.threads or 1)
+
+
+def _asking(line: Any) -> Reporter:
+    """A reporter that asks the caller and waits."""
+
+    def report(progress: Progress) -> bool:
+        return bool(ray.get(line.ask.remote(json.dumps(asdict(progress)))))
+
+    return report
+
+
+# ----------------------------------------------------------------------------
+# A Ray for one run
+
+
+@contextmanager
+def ray_for(config: ExperimentConfig) -> Iterator[None]:
+    """The cluster, or a Ray of this run's own on this machine.
+
+    Raises:
+        UserError: the machine has not what the workers need.
+    """
+    slots = find_slots(config.resources, max_concurrent=1)
+    with ray_session(slots.cpus, slots.gpus, groups=True):
+        yield

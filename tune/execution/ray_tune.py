@@ -1,0 +1,362 @@
+"""Ray Tune as the hands of the conductor: it starts trials, restarts crashed ones, and brings their reports.
+
+Tune's own records are scratch: a resume reads the study's journal and run folders, never Tune's state.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune as ray_tune
+from ray.tune.experiment import Trial
+from ray.tune.search import Searcher
+from rich.text import Text
+
+from dxmi.training.run import train
+from tune.execution.confirmation import confirm
+from tune.execution.control_channel import Mailbox
+from tune.execution.controller import Conductor, Order
+from tune.execution.ray_runtime import actor_here, ray_session
+from tune.execution.resources import Slots
+from tune.execution.seed_batching import seeds_together
+from tune.execution.signals import gentle_stop
+from tune.execution.trial import END, SCORE, STEP, Trainer, run_trials
+from tune.integrations.study_sync import Mirror
+from tune.studies.study import Study, TrialRecord
+
+_GRACE = 7.0
+"""Seconds that an interrupted trial has to save; its last checkpoint is whole in any case. Ray needs some to end, and
+the user waits ten in all."""
+_COLLECT_EVERY = 0.5
+_WAITING_BYTES = 200_000_000
+"""Of memory, which every node has, for a process that must hold something but no device."""
+_ON_HEAD = {"node:__internal_head__": 0.001}
+"""So little of a resource that only the head node has, which ends with the session anyway: the controller of a group
+runs where the process that waits for it does, and if its node is lost while the workers start, Ray moves their
+reservation to another node and never frees it."""
+_TRIALS = "trials"
+"""The key of what `run_trials` wants to know."""
+_NEVER = "1000000000"
+_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the first Ctrl-C saves, see tune.execution.signals
+    "TUNE_GLOBAL_CHECKPOINT_S": _NEVER,  # its state is never read
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": _NEVER,
+    "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": _NEVER,
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "10",
+}
+
+
+class StoppedAtOnceError(BaseException):
+    """A second Ctrl-C, or trials that did not stop in time. No Exception, so that Tune does not wrap it."""
+
+
+def drive(
+    conductor: Conductor,
+    *,
+    mirror: Mirror,
+    look: Callable[[Conductor], None],
+    trainer: Trainer = train,
+) -> None:
+    """Run a session of a study until the conductor says that it is over.
+
+    Args:
+        conductor: decides.
+        mirror: of the study.
+        look: called several times a second, to draw and to record.
+        trainer: trains a trial.
+
+    Raises:
+        StoppedAtOnceError: the user, or the grace period, ended it; the study can be resumed.
+    """
+    os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(conductor.slots.concurrent)  # or their processes start in turn
+    scratch = conductor.study.folder.scratch
+    shutil.rmtree(scratch, ignore_errors=True)
+    control = _Control(conductor)
+    try:
+        slots = conductor.slots
+        # Twice, since Ray's start takes SIGTERM for itself.
+        own_ray = ray_session(slots.cpus, slots.gpus, groups=slots.workers > 1, before_try=control.give_up_if_stopped)
+        with control.listening(), own_ray, control.listening():
+            control.checkpoint()
+            if not conductor.has_nothing_to_do:
+                _run_trials(conductor, mirror, look, control, trainer)
+            if trainer is train and not conductor.interrupted:
+                confirm(conductor.study, slots, mirror.address, control.is_stopped)
+                control.checkpoint()
+    except StoppedAtOnceError:
+        if control.error is not None:
+            raise control.error from None
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run_trials(
+    conductor: Conductor,
+    mirror: Mirror,
+    look: Callable[[Conductor], None],
+    control: "_Control",
+    trainer: Trainer,
+) -> None:
+    """Tune's loop, until the conductor says that all is over."""
+    if trainer is train:
+        together = seeds_together(conductor.plan, conductor.slots, control.give_up_if_stopped)
+        if together is not None:
+            conductor.stack_seeds(together)
+        control.checkpoint()
+    mailbox = actor_here(Mailbox)
+    hands = _Hands(conductor, mirror, mailbox, look, control)
+    trainable = _trainable(conductor.slots, mailbox, trainer)
+    _tuner(trainable, conductor, mirror, hands, control).fit()
+
+
+class _Control:
+    """How a session is ended from inside Tune's loop, which would wrap an exception beyond recognition.
+
+    Attributes:
+        error: what the conductor raised, if it did.
+    """
+
+    def __init__(self, conductor: Conductor) -> None:
+        self.error: Exception | None = None
+        self._conductor = conductor
+        self._at_once = False
+        self._deadline = math.inf
+
+    def listening(self) -> AbstractContextManager[None]:
+        """While it lasts, signals come here."""
+        return gentle_stop(self._stop_gently, self._stop_at_once)
+
+    def _stop_gently(self, signal_name: str) -> None:
+        """The first signal: trials save and return, or are given up after a while; their last checkpoints are whole."""
+        self._deadline = time.monotonic() + _GRACE
+        self._conductor.stop_all(Order.INTERRUPT, f"stopped by {signal_name}")
+
+    def _stop_at_once(self) -> None:
+        """The second signal."""
+        self._at_once = True
+
+    def is_stopped(self) -> bool:
+        """Whether a signal has come."""
+        return self._at_once or self._conductor.interrupted
+
+    def give_up_if_stopped(self) -> None:
+        """End the session here if a signal has come; called where nothing has begun."""
+        if self.is_stopped():
+            raise StoppedAtOnceError
+
+    def checkpoint(self) -> None:
+        """End the session here if that was asked for; called where an exception does no harm."""
+        if self._at_once or time.monotonic() > self._deadline:
+            raise StoppedAtOnceError
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Turn an error into an end of the session."""
+        self.checkpoint()
+        try:
+            yield
+        except Exception as error:
+            self.error = error
+            raise StoppedAtOnceError from error
+
+
+def _trainable(slots: Slots, mailbox: Any, trainer: Trainer) -> Any:
+    """`run_trials` with what every trial shares."""
+    function = ray_tune.with_parameters(run_trials, mailbox=mailbox, trainer=trainer)
+    if slots.workers > 1:  # its workers hold the devices; this process only waits for them
+        return ray_tune.with_resources(function, {"cpu": 0, "memory": _WAITING_BYTES, **_ON_HEAD})
+    return ray_tune.with_resources(function, {"cpu": slots.threads, "gpu": slots.gpu_share})
+
+
+def _tuner(trainable: Any, conductor: Conductor, mirror: Mirror, hands: "_Hands", control: _Control) -> ray_tune.Tuner:
+    scratch = conductor.study.folder.scratch.resolve()
+    return ray_tune.Tuner(
+        trainable,
+        tune_config=ray_tune.TuneConfig(
+            search_alg=_Search(conductor, mirror, control), num_samples=-1, reuse_actors=True, metric=STEP, mode="max"
+        ),
+        run_config=ray_tune.RunConfig(
+            name="tune",
+            storage_path=str(scratch),
+            verbose=0,
+            callbacks=[hands],
+            failure_config=ray_tune.FailureConfig(max_failures=conductor.plan.sweep.max_failures),
+        ),
+    )
+
+
+class _Unsaved:
+    """Tune pickles what it is given, for a restore that never comes; nothing of it is to be in the study's folder."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Search(_Unsaved, Searcher):
+    """Tune's searcher: whatever the conductor says."""
+
+    def __init__(self, conductor: Conductor, mirror: Mirror, control: _Control) -> None:
+        super().__init__(metric=STEP, mode="max")
+        self._conductor, self._mirror, self._control = conductor, mirror, control
+
+    def suggest(self, trial_id: str) -> Any:  # noqa: ARG002
+        """A trial's arguments; None while there is no room; FINISHED when there are no more."""
+        with self._control.watched():
+            together = self._conductor.next_together()
+            if together:
+                arguments = [_arguments(self._conductor, self._mirror, record) for record in together]
+                return {_TRIALS: json.dumps(arguments)}
+            return Searcher.FINISHED if self._conductor.ending else None
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing: the conductor has heard of it."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the journal holds everything."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: Tune's state is never read."""
+
+
+def _arguments(conductor: Conductor, mirror: Mirror, record: TrialRecord) -> dict[str, Any]:
+    """What `run_trials` wants to know of one."""
+    study, slots = conductor.study, conductor.slots
+
+    def place(number: int) -> str:
+        return mirror.address(number) or str(study.folder.run(number).path.resolve())
+
+    return {
+        "number": record.number,
+        "tree": trial_tree(study, record, slots),
+        "out": str(record.run.path.resolve()),
+        "address": mirror.address(record.number),
+        "metric": study.plan.metric,
+        "same_as": None if record.same_as is None else place(record.same_as),
+    }
+
+
+def trial_tree(study: Study, record: TrialRecord, slots: Slots) -> dict[str, Any]:
+    """A trial's whole config as a tree, with the threads that it really gets, to be run alone as well."""
+    tree = study.plan.tree_of(record.values)
+    tree["resources"] |= {"threads": slots.threads, "stack_seeds": None}
+    return tree
+
+
+def _numbers(trial: Trial) -> list[int]:
+    """The trials of the study that one of Tune's runs."""
+    return [arguments["number"] for arguments in json.loads(trial.config[_TRIALS])]
+
+
+def _traceback(trial: Trial) -> str:
+    """What Tune wrote down when a trial crashed, without colours."""
+    try:
+        return Text.from_ansi(Path(trial.error_file).read_text(errors="replace")).plain
+    except (OSError, TypeError):
+        return ""
+
+
+class _Hands(_Unsaved, ray_tune.Callback):
+    """Tune's callback: carries reports to the conductor and its orders to the trials."""
+
+    def __init__(
+        self, conductor: Conductor, mirror: Mirror, mailbox: Any, look: Callable[[Conductor], None], control: _Control
+    ) -> None:
+        self._conductor, self._mirror, self._mailbox = conductor, mirror, mailbox
+        self._look, self._control = look, control
+        self._collected = 0.0
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:  # noqa: ARG002
+        """A trial's actor took it up."""
+        with self._control.watched():
+            for number in _numbers(trial):
+                if number in self._conductor.live:
+                    self._conductor.started(number)
+
+    def on_trial_result(
+        self,
+        iteration: int,  # noqa: ARG002
+        trials: list[Trial],  # noqa: ARG002
+        trial: Trial,  # noqa: ARG002
+        result: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        """A trial reported. It waits until this returns, so orders to it are passed on before."""
+        with self._control.watched():
+            message = json.loads(result["message"])
+            number = message["number"]
+            if number not in self._conductor.live:  # it crashed after its end was decided
+                return
+            self._mirror.fetch(number, ended=message["kind"] == END)
+            if message["kind"] == SCORE:
+                self._conductor.scored(number, message["step"], message["metrics"])
+            elif message["kind"] == END:
+                self._conductor.ended(number, message)
+                self._mirror.send(number)
+            self._pass_on()
+            self._look(self._conductor)
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:  # noqa: ARG002
+        """A trial crashed, and Tune starts it again."""
+        self._crashed(trial, again=True)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:  # noqa: ARG002
+        """A trial crashed for the last time."""
+        self._crashed(trial, again=False)
+
+    def _crashed(self, trial: Trial, *, again: bool) -> None:
+        error = _traceback(trial)
+        with self._control.watched():
+            for number in _numbers(trial):
+                if len(_numbers(trial)) == 1 or number in self._conductor.live:  # of several, some may have ended
+                    self._crashed_one(number, error, again=again)
+            self._look(self._conductor)
+
+    def _crashed_one(self, number: int, error: str, *, again: bool) -> None:
+        self._mirror.fetch(number, ended=not again)
+        self._conductor.study.folder.write_error(number, error)
+        if self._conductor.slots.workers > 1:
+            from tune.execution.ray_train import release_lost_group  # noqa: PLC0415  (Ray Train takes seconds)
+
+            run = self._conductor.study.folder.run(number).path
+            release_lost_group(self._mirror.address(number) or str(run.resolve()))
+        if number in self._conductor.live:  # it had not reported its end
+            self._conductor.crashed(number, error, again=again)
+        if not again:
+            self._mirror.send(number)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:  # noqa: ARG002
+        """Several times a second."""
+        self._control.checkpoint()
+        now = time.monotonic()
+        if now - self._collected < _COLLECT_EVERY:
+            return
+        self._collected = now
+        with self._control.watched():
+            self._collect()
+            self._conductor.tick()
+            self._pass_on()
+            self._look(self._conductor)
+
+    def _collect(self) -> None:
+        beats, notes = ray.get(self._mailbox.collect.remote())
+        for number, (phase, step, total) in beats.items():
+            self._conductor.beat(number, phase, step, total)
+        for number, text in notes:
+            self._conductor.noted(number, text)
+
+    def _pass_on(self) -> None:
+        orders = self._conductor.take_orders()
+        if orders:
+            ray.get(self._mailbox.order.remote(list(orders)))

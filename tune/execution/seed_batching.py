@@ -1,0 +1,133 @@
+"""How many seeds of an arm are trained in one program: as asked for, as the study did before, or what is fastest.
+
+The number changes results by rounding, so a choice by measurement is made once, and recorded in the study's plan.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+
+from dxmi.config import build, to_tree
+from dxmi.networks import NcsnppGanConfig
+from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.phase import Stretch, train_together
+from tune.execution.resources import Slots
+from tune.plans.ablation import AblationPlan
+from tune.plans.sweep import Plan
+
+_MOST_ON_CPU, _MOST_ON_GPU = 8, 64
+_MIN_GAIN = 1.05
+"""Times as fast as in turn that a stack has to be; below that it is not worth having."""
+_ITERATIONS = 4
+"""Timed at a time; the shortest of some times counts."""
+_REPEATS = 3
+_POLL_SECONDS = 0.25
+_ENOUGH_SECONDS = 5.0
+"""Of timing one number of seeds."""
+
+
+def seeds_together(plan: Plan, slots: Slots, on_wait: Callable[[], None] = lambda: None) -> int | None:
+    """Seeds that each program of a study trains; while Ray runs, since the measurement is made where trials are run.
+
+    What was asked for or recorded is taken whatever the machine; of a measurement, no more than leave every slot
+    something to do.
+
+    Args:
+        plan: of the study.
+        slots: how the devices are shared.
+        on_wait: called several times a second while it is measured; may raise to give up.
+
+    Returns:
+        How many; None if the measurement failed, after which each trial is trained alone.
+    """
+    resources, known = plan.experiment.resources, known_stack(plan)
+    if known is not None:
+        return known
+    most = min(plan.seeds_at_once, math.ceil(plan.num_trials / slots.concurrent), _most(slots))
+    if most == 1:
+        return 1
+    measure = ray.remote(num_cpus=slots.threads, num_gpus=slots.gpu_share)(_seconds_by_number)
+    tree = to_tree(replace(plan.experiment, resources=replace(resources, threads=slots.threads)))
+    measured = measure.remote(tree, _numbers(most))
+    while not ray.wait([measured], timeout=_POLL_SECONDS)[0]:
+        on_wait()
+    try:
+        seconds: dict[int, float] = ray.get(measured)
+    except RayError:  # whatever it was, each trial meets it too, and says so where it belongs
+        return None
+    return fastest(seconds)
+
+
+def known_stack(plan: Plan) -> int | None:
+    """Seeds that each program of a study trains, if that takes no measurement."""
+    asked = plan.experiment.resources.stack_seeds
+    if not _can_be_stacked(plan.experiment):
+        return 1
+    if asked is not None:
+        return min(asked, plan.seeds_at_once)
+    return plan.stacked if isinstance(plan, AblationPlan) else None
+
+
+def _most(slots: Slots) -> int:
+    return _MOST_ON_GPU if slots.gpu_share else _MOST_ON_CPU
+
+
+def _can_be_stacked(config: ExperimentConfig) -> bool:
+    """One process in one piece, and networks that need neither labels nor latents."""
+    denoiser = config.network.denoiser
+    plain = denoiser.classes == 0 and not isinstance(denoiser, NcsnppGanConfig)
+    return plain and config.resources.can_stack_seeds
+
+
+def _numbers(most: int) -> list[int]:
+    """1, and the numbers from `most` down by halves that are worth trying."""
+    return sorted({1, most, *([most // 2] if most >= 4 else [])})
+
+
+def fastest(seconds: dict[int, float]) -> int:
+    """The number of seeds with the least seconds a seed, from those of one iteration of all; 1 unless another gains."""
+    best = min(seconds, key=lambda number: seconds[number] / number)
+    return best if seconds[1] * best > _MIN_GAIN * seconds[best] else 1
+
+
+def _seconds_by_number(tree: dict[str, Any], numbers: Sequence[int]) -> dict[int, float]:
+    """Seconds of an iteration of that many seeds in one program; infinite where memory does not suffice."""
+    config = build(ExperimentConfig, tree)
+    return {number: _seconds(config, number) for number in numbers}
+
+
+def _seconds(config: ExperimentConfig, number: int) -> float:
+    try:
+        group = {k: _stretch(Experiment(replace(config, seed=config.seed + k))) for k in range(number)}
+        times, began = [], time.perf_counter()
+        for _ in range(1 + _REPEATS):  # the first is longer than the others
+            for stretch in group.values():
+                stretch.iteration, stretch.total = 0, _ITERATIONS
+            start = time.perf_counter()
+            train_together(group, _ITERATIONS)
+            _wait(next(iter(group.values())))
+            times.append((time.perf_counter() - start) / _ITERATIONS)
+            if time.perf_counter() - began > _ENOUGH_SECONDS:
+                break
+        return min(times)
+    except torch.OutOfMemoryError:
+        return math.inf
+
+
+def _stretch(experiment: Experiment) -> Stretch:
+    experiment.use_threads()
+    experiment.choose_kernels()
+    dxmi, state = experiment.build_finetuning(experiment.build_denoiser())
+    return Stretch(dxmi, state, 0, _ITERATIONS, experiment.precision, lambda _, __: None, lambda _: None)
+
+
+def _wait(stretch: Stretch) -> None:
+    """Until the device has done what it was told."""
+    if next(stretch.algorithm.parameters()).is_cuda:
+        torch.cuda.synchronize()

@@ -1,0 +1,647 @@
+"""A study's record in MLflow: one parent run a study, one child run a trial, written by a thread of the driver.
+
+The study folder is the truth and holds everything, so nothing is queued: whatever MLflow lacks is read from there. What
+it has is remembered; after a restart or an error it is asked. Nothing is therefore lost or written twice, whoever was
+killed or away in between.
+
+    tags of a run   study, signature, git_revision; of a trial's also arm, seed, trial_id, state, reason, artifacts
+    parameters      every setting of the trial's config, by its path, but for resources
+    metrics         the rows of metrics.jsonl; best/... and last/... from its summary; of a study fresh/..., its best
+                    trial's scores on noise that took no part in choosing it
+    artifacts       config.yaml, samples/, curves.png, summary.json, error.txt, checkpoints/
+"""
+
+import json
+import math
+import os
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dxmi.config import to_tree
+from dxmi.errors import UserError
+from dxmi.persistence.checkpoint import path_of, steps_in
+from dxmi.persistence.provenance import git_revision
+from dxmi.persistence.run_directory import Row
+from tune.integrations.mlflow_store import Ledger, Point, Run, missing, open_ledger, open_store, store_address
+from tune.messages import complain
+from tune.plans.ablation import ARM, AblationPlan
+from tune.plans.arms import Arm
+from tune.plans.sweep import Plan
+from tune.search.space import flat
+from tune.studies.arm_results import results_of, verdict_text
+from tune.studies.confirmation import chosen, confirmations
+from tune.studies.study import StudyFolder, TrialRecord, TrialState
+
+__all__ = ["Tracker", "open_store"]
+
+T = TypeVar("T")
+
+_STATUS = {
+    TrialState.RUNNING: "RUNNING",
+    TrialState.COMPLETE: "FINISHED",
+    TrialState.PRUNED: "KILLED",
+    TrialState.STOPPED: "KILLED",
+    TrialState.DIVERGED: "FAILED",
+    TrialState.FAILED: "FAILED",
+}
+_INTERRUPTED = "interrupted"
+_DELIVERED = {"artifacts": "complete"}
+"""The last tag of an ended trial: its run has everything."""
+_PAUSE = 1.0
+"""Seconds between two looks at what is new; many trials may begin and end meanwhile."""
+_FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0
+"""Seconds between two tries, doubled after each that fails."""
+_MAX_FAILURES = 3
+"""Trials of a pass that cannot be recorded, after which the others are not tried: the server is away."""
+_HANG_SECONDS = 300.0
+"""At the end of a study: how long a trial may take to be recorded, its files included."""
+_AT_ONCE_SECONDS = 5.0
+"""The same if the user is in a hurry."""
+_SHOWN = 300
+"""Characters of an error that are repeated to the user."""
+
+
+@dataclass(frozen=True)
+class _News:
+    """A study at one moment.
+
+    Attributes:
+        records: its trials.
+        running: numbers of those that run now.
+    """
+
+    records: Sequence[TrialRecord] = ()
+    running: frozenset[int] = frozenset()
+
+
+# ----------------------------------------------------------------------------
+# What a run is to hold
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _params(plan: Plan, record: TrialRecord) -> dict[str, str]:
+    try:
+        settings = flat(to_tree(plan.config_of(record.values)))
+    except UserError:  # together they were refused, and the trial failed
+        settings = flat(to_tree(plan.experiment)) | dict(record.values)
+    return {path: _text(value) for path, value in settings.items() if not path.startswith("resources.")}
+
+
+def _numbers(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """What of a row MLflow can draw, under `prefix` instead of eval/ if there is one."""
+    return {
+        prefix + key.removeprefix("eval/") if prefix else key: float(value)
+        for key, value in row.items()
+        if key != "step" and isinstance(value, (int, float)) and math.isfinite(value)
+    }
+
+
+def _results(record: TrialRecord) -> list[tuple[int, dict[str, float]]]:
+    """(step, metrics) of what came out of a trial that has ended."""
+    outcome = record.outcome
+    summary = record.run.read_summary() if outcome.state is TrialState.COMPLETE else None
+    if summary is not None:
+        names = [name for name in ("best", "last") if name in summary and name in summary["scores"]]
+        return [(int(summary[name]["step"]), _numbers(summary["scores"][name], f"{name}/")) for name in names]
+    return [] if outcome.score is None else [(outcome.step or 0, _numbers({"score": outcome.score}, "best/"))]
+
+
+def _files(folder: StudyFolder, record: TrialRecord) -> Iterator[tuple[Path, str]]:
+    """(file, folder among the artifacts) of what there is; of an ended trial also what does not change any more."""
+    run = record.run
+    yield run.config, ""
+    pictures = (run.samples.glob(pattern) for pattern in ("reference_*.png", "step*.png"))
+    yield from ((path, "samples") for found in pictures for path in sorted(found))
+    if record.state is TrialState.RUNNING:
+        return
+    yield from ((path, "") for path in (run.curves, run.summary, folder.error(record.number)))
+    saved = steps_in(run.checkpoints)
+    for step in (step for step in saved if step in (record.outcome.step, saved[-1])):
+        checkpoint = path_of(run.checkpoints, step)
+        yield from ((path, f"checkpoints/{checkpoint.name}") for path in sorted(checkpoint.glob("*")))
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _written(path: Path) -> int | None:
+    """When a file was last written, in milliseconds."""
+    try:
+        return path.stat().st_mtime_ns // 1_000_000
+    except OSError:
+        return None
+
+
+def _span(record: TrialRecord) -> tuple[int, int]:
+    """When a trial began and when it last wrote anything, in milliseconds."""
+    run = record.run
+    files = [run.config, run.metrics, run.summary, run.curves, *run.samples.glob("step*.png")]
+    times = [written for written in map(_written, files) if written is not None]
+    if not times or record.same_as is not None:  # a copy's files are as old as the first trial's
+        return _now(), _now()
+    return min(times), max(times)
+
+
+def _num_ended(records: Iterable[TrialRecord]) -> int:
+    """The step of what is known of a study: of a metric, MLflow is sent nothing but newer steps."""
+    return sum(record.state is not TrialState.RUNNING for record in records)
+
+
+class _Tally:
+    """The trials that have ended, each counted once.
+
+    Args:
+        plan: of the study.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._counted: set[int] = set()
+        self._states: Counter[TrialState] = Counter()
+        self._best: dict[str, float] = {}
+        self._references: dict[str, float] = {}
+
+    def count(self, record: TrialRecord) -> None:
+        """Take a trial into account."""
+        if record.state is TrialState.RUNNING or record.number in self._counted:
+            return
+        self._counted.add(record.number)
+        self._states[record.state] += 1
+        if record.state is not TrialState.COMPLETE:
+            return
+        for objective, value in zip(self._plan.sweep.objectives, record.outcome.objectives, strict=True):
+            key, better = objective.metric.removeprefix("eval/"), min if objective.sign > 0 else max
+            self._best[key] = better(value, self._best.get(key, value))
+        if not self._references:
+            with suppress(UserError):
+                self._references = (record.run.read_summary() or {}).get("reference", {})
+
+    def points(self, trials: int) -> list[Point]:
+        """The study's metrics; their step is the number of trials that have ended."""
+        ended, now = self._states.total(), _now()
+        if not ended:
+            return []
+        counts = {state.value: self._states[state] for state in TrialState} | {"running": trials - ended}
+        metrics = {**_numbers(self._best, "best/"), **_numbers(counts, "trials/")}
+        references = _numbers(self._references, "reference/")
+        return [
+            *(Point(key, value, ended, now) for key, value in metrics.items()),
+            *(Point(key, value, 0, now) for key, value in references.items()),
+        ]
+
+
+# ----------------------------------------------------------------------------
+# Recording
+
+
+class _Recorder:
+    """Brings MLflow up to date with a study, pass by pass.
+
+    Args:
+        folder: of the study.
+        plan: of the study.
+        complain: hears a sentence about a file that cannot be read.
+
+    Attributes:
+        progress: when a trial was last recorded, on the monotonic clock.
+        given_up: set it, and a pass ends after the present trial.
+    """
+
+    def __init__(self, folder: StudyFolder, plan: Plan, complain: Callable[[str], None]) -> None:
+        self.progress = time.monotonic()
+        self.given_up = threading.Event()
+        self._folder = folder
+        self._plan = plan
+        self._complain = complain
+        self._ledger: Ledger | None = None
+        self._parent: Run | None = None
+        self._arms: dict[str, Run] = {}
+        """In an ablation, the run of each arm."""
+        self._damaged: set[int] = set()
+        self._times: dict[int, dict[int, int]] = {}
+        """When each step of a trial was first seen: a point that is sent again must be the same point."""
+        self._forget_trials()
+
+    def _forget_trials(self) -> None:
+        self._tally = _Tally(self._plan)
+        self._closed: set[int] = set()
+        """Trials that have ended and whose runs have everything."""
+        self._first = 0
+        """All trials before it are closed."""
+        self._found: dict[str, Run] = {}
+        """Runs of an earlier session by trial_id, until they are looked at."""
+        self._runs: dict[int, Run] = {}
+        self._doubtful: set[int] = set()
+        """Trials of which an error has left open what MLflow has."""
+        self._sent: dict[int, object] = {}
+        """How a trial looked when all its rows had been sent."""
+
+    def update(self, news: _News, ended: str | None) -> list[Exception]:
+        """Send what is new; returns what went wrong with single trials.
+
+        Args:
+            news: the study now.
+            ended: None while it goes on; see `Tracker.finish`.
+
+        Raises:
+            Exception: the server is away, or something else that concerns all trials.
+        """
+        try:
+            if self._ledger is None:
+                self._ledger = _open_ledger(self._folder, self._plan)
+            if self._parent is None:
+                self._parent = self._begin_study(self._ledger)
+            return self._send(self._ledger, self._parent, news, ended)
+        except Exception:
+            self._ledger = self._parent = None  # to be found again, since nothing is sure now
+            raise
+
+    def _send(self, ledger: Ledger, parent: Run, news: _News, ended: str | None) -> list[Exception]:
+        records = self._open(news)
+        for record in records:
+            self._tally.count(record)
+        failed = self._each(records, lambda record: self._record(ledger, parent, record, news, ended is not None))
+        self._doubtful |= {record.number for record, _ in failed}
+        if len(failed) == _MAX_FAILURES:
+            raise failed[-1][1]
+        ledger.log(parent, self._tally.points(len(news.records)))
+        if ended is not None:
+            self._end_arms(ledger, news.records, "KILLED" if ended else "FINISHED")
+            ledger.log(parent, self._fresh_points(news.records))
+            ledger.end(parent, "KILLED" if ended else "FINISHED", {"ended": ended}, _now())
+        # Files come last, since they may be large and a server may refuse them; one that is sent twice does no harm.
+        unsent = self._each([parent], lambda run: self._upload_study(ledger, run, ended is not None))
+        refused = self._each(records, lambda record: self._upload(ledger, record))
+        while self._first < len(news.records) and news.records[self._first].number in self._closed:
+            self._first += 1
+        return [error for _, error in (*failed, *unsent, *refused)]
+
+    def _fresh_points(self, records: Sequence[TrialRecord]) -> list[Point]:
+        """The scores on noise that took no part in choosing a trial: of the best, and of each on a Pareto front."""
+        picked, ended, now = chosen(self._plan, records), _num_ended(records), _now()
+        known = confirmations(self._folder, records)
+        points = []
+        for place, record in enumerate(picked):
+            names = ([] if place else ["fresh/"]) + ([f"fresh/trial_{record.number:04d}/"] if len(picked) > 1 else [])
+            scores = known[record.number].scores if record.number in known else {}
+            points += [Point(key, value, ended, now) for name in names for key, value in _numbers(scores, name).items()]
+        return points
+
+    def _open(self, news: _News) -> list[TrialRecord]:
+        return [record for record in news.records[self._first :] if record.number not in self._closed]
+
+    def _each(self, items: Iterable[T], action: Callable[[T], None]) -> list[tuple[T, Exception]]:
+        """Do it for every item, so that one that fails does not cost the others; returns those that did."""
+        failed: list[tuple[T, Exception]] = []
+        for item in items:
+            if self.given_up.is_set() or len(failed) == _MAX_FAILURES:
+                break
+            try:
+                action(item)
+            except Exception as error:  # noqa: BLE001  (MLflow raises anything; it is reported and tried again)
+                failed.append((item, error))
+            else:
+                self.progress = time.monotonic()
+        return failed
+
+    def left(self, news: _News) -> int:
+        """Rows, and trials without any, that MLflow has not got."""
+        return sum(map(self._left, self._open(news)))
+
+    def _left(self, record: TrialRecord) -> int:
+        run = self._runs.get(record.number)
+        if run is None:
+            return max(1, len(self._rows(record)))
+        steps = {point.step for point in missing(run, self._points(record))}
+        is_recorded = record.state is TrialState.RUNNING and run.tags.get("state") == _INTERRUPTED
+        return len(steps) or int(not is_recorded)
+
+    # ------------------------------------------------------------------------
+    # The study
+
+    def _begin_study(self, ledger: Ledger) -> Run:
+        """The parent run, running; what MLflow has of its trials is found again in one search."""
+        plan = self._plan
+        identity = {"study": plan.name, "signature": plan.signature}
+        runs, children = ledger.find(identity), []
+        if runs:
+            run = runs[0]
+            children = ledger.find({"mlflow.parentRunId": run.id})
+        else:
+            tags = {"mlflow.runName": plan.name, **identity, "git_revision": git_revision() or "unknown"}
+            run = ledger.create(tags, _written(self._folder.plan) or _now())
+        self._forget_trials()
+        if isinstance(plan, AblationPlan):
+            self._arms = {arm.name: self._begin_arm(ledger, run, arm, children) for arm in plan.arms}
+            children = [child for arm in self._arms.values() for child in ledger.find({"mlflow.parentRunId": arm.id})]
+        self._found = {child.tags.get("trial_id", ""): child for child in children}
+        kind = "ablation" if isinstance(plan, AblationPlan) else "sweep"
+        ledger.describe(run, {path: _text(value) for path, value in flat({kind: plan.identity[kind]}).items()})
+        ledger.begin(run, {"planned_trials": str(plan.num_trials), "ended": ""})
+        return run
+
+    def _begin_arm(self, ledger: Ledger, parent: Run, arm: Arm, children: Sequence[Run]) -> Run:
+        """An arm's run, between the study's and those of its seeds."""
+        run = next((child for child in children if child.tags.get("arm") == arm.name), None)
+        if run is None:
+            plan = self._plan
+            tags = {
+                "mlflow.parentRunId": parent.id,
+                "mlflow.runName": f"{plan.name}/{arm.name}",
+                "study": plan.name,
+                "arm": arm.name,
+            }
+            run = ledger.create(tags, _written(self._folder.plan) or _now())
+        ledger.describe(run, {path: _text(value) for path, value in arm.changes.items()})
+        ledger.begin(run, {})
+        return run
+
+    def _end_arms(self, ledger: Ledger, records: Sequence[TrialRecord], status: str) -> None:
+        """What each arm came to: the mean of its scores, and how it compares with the baseline."""
+        if not isinstance(self._plan, AblationPlan):
+            return
+        results = results_of(self._plan, self._folder, records)
+        compared = {comparison.arm: comparison for comparison in results.comparisons}
+        for name, run in self._arms.items():
+            summary, comparison = results.summaries[name], compared.get(name)
+            numbers = {"arm/mean": summary.mean.estimate, "arm/seeds": float(summary.seeds)}
+            runs = results.runs[name]
+            numbers |= {"arm/missing": float(runs.missing), "arm/lost": float(runs.lost)}
+            numbers |= {
+                f"arm/{key.removeprefix('eval/')}": own[name].mean.estimate for key, own in results.others.items()
+            }
+            if comparison is not None:
+                numbers |= {"arm/difference": comparison.difference.estimate, "arm/p_adjusted": comparison.p_adjusted}
+            finite = _numbers(numbers)
+            ended = _num_ended(records)  # as p-values are of all arms together, they change when any run has ended
+            ledger.log(run, [Point(key, value, ended, _now()) for key, value in finite.items()])
+            tags = {"verdict": verdict_text(results, name, comparison), "missing": str(runs)}
+            ledger.end(run, status, tags, _now())
+
+    def _upload_study(self, ledger: Ledger, run: Run, ending: bool) -> None:
+        folder = self._folder
+        tables = (folder.path / "ablation.csv", folder.path / "ablation.tex")
+        results = (folder.leaderboard, folder.best, folder.report, *tables) if ending else ()
+        ledger.upload(run, [(path, "") for path in (folder.plan, *results)], again=ending)
+
+    # ------------------------------------------------------------------------
+    # A trial
+
+    def _record(self, ledger: Ledger, parent: Run, record: TrialRecord, news: _News, ending: bool) -> None:
+        """Everything but its files."""
+        is_unfinished = record.state is TrialState.RUNNING
+        runs_now = is_unfinished and record.number in news.running and not ending
+        parent = self._arms.get(str(record.values.get(ARM)), parent)
+        run = self._run(ledger, parent, record)
+        if run is not None and _is_closed(run, record):
+            self._close(record.number)
+            return
+        if run is None:
+            if is_unfinished and not runs_now and not ending:
+                return  # it has not begun
+            run = ledger.create(self._tags(parent, record), _span(record)[0])
+        self._runs[record.number] = run
+        if not run.is_described:
+            ledger.describe(run, _params(self._plan, record))
+        if runs_now:
+            ledger.begin(run, {"state": record.state.value})
+        self._send_rows(ledger, run, record)
+        if not is_unfinished:
+            reason = {"reason": record.outcome.reason} if record.outcome.reason else {}
+            ledger.end(run, _STATUS[record.state], {"state": record.state.value, **reason}, _span(record)[1])
+        elif not runs_now:
+            ledger.end(run, "KILLED", {"state": _INTERRUPTED}, _now())
+
+    def _upload(self, ledger: Ledger, record: TrialRecord) -> None:
+        run = self._runs.get(record.number)
+        if run is None or record.number in self._doubtful:
+            return
+        ledger.upload(run, _files(self._folder, record))
+        if record.state is not TrialState.RUNNING:
+            ledger.mark(run, _DELIVERED)
+            self._close(record.number)
+
+    def _close(self, number: int) -> None:
+        self._closed.add(number)
+        for memory in (self._runs, self._times, self._sent):
+            memory.pop(number, None)
+
+    def _run(self, ledger: Ledger, parent: Run, record: TrialRecord) -> Run | None:
+        """A trial's run, if there is one."""
+        number, trial = record.number, self._trial_id(record)
+        if number in self._doubtful:
+            runs = ledger.find({"mlflow.parentRunId": parent.id, "trial_id": trial})
+            for memory in (self._runs, self._sent):
+                memory.pop(number, None)
+            self._doubtful.discard(number)
+            return runs[0] if runs else None
+        return self._runs.get(number) or self._found.pop(trial, None)
+
+    def _trial_id(self, record: TrialRecord) -> str:
+        return f"{self._plan.name}/{record.number:04d}"
+
+    def _run_name(self, record: TrialRecord) -> str:
+        """What stands beside a curve: of an ablation's trial its arm and seed."""
+        if isinstance(self._plan, AblationPlan):
+            return f"{self._plan.name}/{record.values[ARM]}/seed {record.seed}"
+        return self._trial_id(record)
+
+    def _tags(self, parent: Run, record: TrialRecord) -> dict[str, str]:
+        return {
+            "mlflow.parentRunId": parent.id,
+            "mlflow.runName": self._run_name(record),
+            "trial_id": self._trial_id(record),
+            "study": self._plan.name,
+            "signature": record.signature,
+            "git_revision": git_revision() or "unknown",
+            "arm": str(record.values.get(ARM, "sweep")),
+            "seed": str(record.seed),
+            "state": record.state.value,
+        }
+
+    def _send_rows(self, ledger: Ledger, run: Run, record: TrialRecord) -> None:
+        look = _look(record)
+        if self._sent.get(record.number) != look:
+            ledger.log(run, self._points(record))
+            self._sent[record.number] = look
+
+    def _points(self, record: TrialRecord) -> Iterator[Point]:
+        times = self._times.setdefault(record.number, {})
+        seen = _written(record.run.metrics) or _now()
+        rows = [(int(row["step"]), _numbers(row)) for row in self._rows(record)]
+        if record.state is not TrialState.RUNNING:
+            rows += self._readable(record, lambda: _results(record))
+        for step, metrics in rows:
+            for key, value in metrics.items():
+                yield Point(key, value, step, times.setdefault(step, seen))
+
+    def _rows(self, record: TrialRecord) -> list[Row]:
+        return self._readable(record, record.run.rows)
+
+    def _readable(self, record: TrialRecord, read: Callable[[], list[T]]) -> list[T]:
+        """What `read` returns; nothing, and a sentence, if the file is damaged: the rest is recorded without it."""
+        try:
+            return read()
+        except UserError as error:
+            if record.number not in self._damaged:
+                self._damaged.add(record.number)
+                self._complain(f"Trial {record.number} is recorded in MLflow without what this file holds: {error}")
+            return []
+
+
+def _look(record: TrialRecord) -> object:
+    try:
+        stat = record.run.metrics.stat()
+    except OSError:
+        return record.state
+    return record.state, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _is_closed(run: Run, record: TrialRecord) -> bool:
+    wanted = {"state": record.state.value, **_DELIVERED}
+    has_ended = record.state is not TrialState.RUNNING and run.status == _STATUS[record.state]
+    return has_ended and wanted.items() <= run.tags.items()
+
+
+def _open_ledger(folder: StudyFolder, plan: Plan) -> Ledger:
+    return open_ledger(folder.path.parent, plan.tracking.uri, plan.tracking.experiment)
+
+
+# ----------------------------------------------------------------------------
+# The thread
+
+
+class Tracker:
+    """Records a study in MLflow from a thread of the driver, which waits for it only at the end.
+
+    With tracking.uri=none it does nothing.
+
+    Args:
+        folder: of the study.
+        plan: of the study.
+        complain: hears a sentence when something goes wrong; called from the thread.
+    """
+
+    def __init__(self, folder: StudyFolder, plan: Plan, complain: Callable[[str], None] = complain) -> None:
+        self._folder = folder
+        self._plan = plan
+        self._complain = complain
+        self._recorder = _Recorder(folder, plan, self._say)
+        self._news = _News()
+        self._ended = ""
+        self._deadline = math.inf
+        self._left = 0
+        self._said: set[str] = set()
+        self._something_new = threading.Event()
+        self._ending = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def address(self) -> str:
+        """What a user opens: the URI of an SQLite file or of a server; empty if nothing is recorded."""
+        uri = self._plan.tracking.uri
+        if uri == "none":
+            return ""
+        return store_address(self._folder.path.parent) if uri == "local" else uri
+
+    def start(self) -> None:
+        """Begin to record; returns at once."""
+        if self._plan.tracking.uri != "none":
+            self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+            self._thread.start()
+
+    def update(self, records: Sequence[TrialRecord], *, running: Collection[int]) -> None:
+        """Tell how the study stands; returns at once. Only the newest counts.
+
+        Args:
+            records: all trials, in the order of their numbers.
+            running: numbers of those that really run now; others in the running state wait for a resume.
+        """
+        self._news = _News(tuple(records), frozenset(running))
+        self._something_new.set()
+
+    def finish(self, ended: str, *, patient: bool = True) -> int:
+        """Deliver what is left, close all runs and end the thread.
+
+        Args:
+            ended: empty for a study that ran all its trials or used up its budget, else why it was interrupted.
+            patient: whether a server that is away is waited for, for tracking.patience_seconds.
+
+        Returns:
+            How many rows and trials could not be delivered; the next session of the study delivers them.
+        """
+        if self._thread is None:
+            return 0
+        self._recorder.progress = time.monotonic()
+        self._deadline = time.monotonic() + (self._plan.tracking.patience_seconds if patient else 0.0)
+        self._ended = ended
+        self._ending.set()
+        self._something_new.set()
+        hang = _HANG_SECONDS if patient else _AT_ONCE_SECONDS
+        while self._thread.is_alive() and time.monotonic() < max(self._deadline, self._recorder.progress + hang):
+            self._thread.join(0.1)
+        self._recorder.given_up.set()
+        return max(1, self._recorder.left(self._news)) if self._thread.is_alive() else self._left
+
+    def _work(self) -> None:
+        delay = _FIRST_DELAY
+        while not self._recorder.given_up.is_set():
+            is_last = self._ending.is_set()
+            self._something_new.clear()
+            if self._attempt(self._ended if is_last else None):
+                if is_last:
+                    return
+                delay = _FIRST_DELAY
+                self._ending.wait(_PAUSE)
+                self._something_new.wait()
+                continue
+            if is_last and time.monotonic() > self._deadline:
+                self._left = max(1, self._recorder.left(self._news))
+                return
+            (self._recorder.given_up if is_last else self._ending).wait(delay)
+            delay = min(2 * delay, _LONGEST_DELAY)
+
+    def _attempt(self, ended: str | None) -> bool:
+        """Whether all that there is has been delivered."""
+        try:
+            errors = self._recorder.update(self._news, ended)
+        except Exception as error:  # noqa: BLE001  (no error in here may cost the sweep: it is said, and tried again)
+            errors = [error]
+        if errors:
+            self._say(
+                f"MLflow ({self.address}) does not take all records of the study {self._plan.name}: "
+                f"{reason_of(errors[0])}. The sweep goes on, and they are sent again until they arrive."
+            )
+        else:
+            self._said.clear()
+        return not errors
+
+    def _say(self, sentence: str) -> None:
+        """Say it once until all is well again."""
+        if sentence not in self._said:
+            self._said.add(sentence)
+            with suppress(OSError):  # whoever read it has left
+                self._complain(sentence)
+
+
+def reason_of(error: BaseException) -> str:
+    """The innermost reason of an error in a line, without anything secret."""
+    while not isinstance(error, UserError) and (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME"):
+        secret = os.environ.get(name)
+        text = text.replace(secret, "***") if secret else text
+    text = re.sub(r"//[^/@\s]*@", "//***@", " ".join(text.split())).rstrip(".")
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

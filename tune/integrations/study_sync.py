@@ -1,0 +1,150 @@
+"""A study's copy at `resources.storage_path`, where trials on nodes without a common file system leave their runs.
+
+The driver's folder stays what all else reads. A trial writes to its own node and to the copy; the driver fetches a run
+from there when the trial reports, and sends its own files. A study can be gone on with from the copy alone.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dxmi.errors import UserError
+from tune.integrations.object_store import Remote, join, light, whole
+from tune.studies.study import StudyFolder
+
+_SEND_EVERY = 5.0
+"""Seconds between two copies of the study's own files."""
+_LEASE_SECONDS = 30.0
+_LEASE = ".driver.json"
+_POLL_SECONDS = 1.0
+Complain = Callable[[str], None]
+
+
+class Mirror:
+    """The copy of a study that is driven by this process; without a storage path nothing is done.
+
+    Args:
+        folder: the study's.
+        storage_path: where studies are kept, or None.
+        complain: hears when the copy cannot be made for the time being.
+
+    Raises:
+        UserError: the storage path is no place to keep anything.
+    """
+
+    def __init__(self, folder: StudyFolder, storage_path: str | None, complain: Complain) -> None:
+        self._folder = folder
+        self._address = None if storage_path is None else join(storage_path, folder.path.name)
+        self._study = None if self._address is None else Remote(self._address)
+        self._trials: dict[int, Remote] = {}
+        self._complain = complain
+        self._sent = -_SEND_EVERY
+        self._failing = False
+        self._me = {"host": socket.gethostname(), "pid": os.getpid()}
+
+    def address(self, number: int) -> str | None:
+        """Where a trial's run is kept; None if in its run folder."""
+        return None if self._address is None else join(self._address, "trials", f"{number:04d}")
+
+    def begin(self) -> None:
+        """Become the study's one driver, and fetch what the copy has and this folder has not.
+
+        Raises:
+            UserError: another process drives it, or the two went on separately.
+        """
+        if self._study is None:
+            return
+        self._await_lease(self._study)
+        theirs, ours = self._study.read(self._folder.journal.name) or b"", _read(self._folder)
+        if not theirs.startswith(ours) and not ours.startswith(theirs):
+            raise UserError(
+                f"The study in {self._folder.path} and its copy at {self._address} went on separately: delete the "
+                "one that is not to be kept, or choose another name."
+            )
+        if len(theirs) >= len(ours) and theirs:
+            self._study.pull(self._folder.path)
+
+    def fetch(self, number: int, *, ended: bool) -> None:
+        """Bring a trial's records and pictures here; its checkpoints too when it has ended."""
+        if self._study is not None:
+            self._remote(number).pull(self._folder.run(number).path, whole if ended else light)
+
+    def send(self, number: int) -> None:
+        """Make the copy of an ended trial equal to its run folder, which is tidied by now."""
+        if self._study is not None:
+            self._remote(number).push(self._folder.run(number).path)
+
+    def send_study(self) -> None:
+        """Copy the study's own files, now and then; a failure is said once and made good later."""
+        if self._study is not None and time.monotonic() - self._sent > _SEND_EVERY:
+            self._send(self._study)
+
+    def finish(self) -> None:
+        """Copy what is left, and let others drive the study."""
+        if self._study is None:
+            return
+        self._send(self._study)
+        if self._failing:
+            self._complain(f"the copy at {self._address} is not complete; the study in {self._folder.path} is.")
+            return
+        self._study.delete(_LEASE)
+
+    def _remote(self, number: int) -> Remote:
+        address = self.address(number)
+        if number not in self._trials and address is not None:
+            self._trials[number] = Remote(address)
+        return self._trials[number]
+
+    def _send(self, study: Remote) -> None:
+        self._sent = time.monotonic()
+        try:
+            study.push(self._folder.path, _own)
+            self._hold_lease(study)
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                self._complain(f"the study cannot be copied to {self._address} now ({error}); it goes on here.")
+            self._failing = True
+
+    # ------------------------------------------------------------------------
+    # One driver at a time, as far as a store without locks can tell
+
+    def _await_lease(self, study: Remote) -> None:
+        """Wait until the last driver has been silent for long enough, if it did not say that it left."""
+        held, since = study.read(_LEASE), time.monotonic()
+        while held is not None and time.monotonic() - since < _LEASE_SECONDS:
+            time.sleep(_POLL_SECONDS)
+            now = study.read(_LEASE)
+            if now is not None and now != held:
+                raise UserError(
+                    f"Another process drives the study at {self._address} ({_holder(now)}): wait for it, or choose "
+                    "another name."
+                )
+            held = now
+        self._hold_lease(study)
+
+    def _hold_lease(self, study: Remote) -> None:
+        study.write(_LEASE, json.dumps({**self._me, "time": time.time()}).encode())
+
+
+def _own(name: str) -> bool:
+    """The study's own files, without its trials'."""
+    return whole(name) and not name.startswith("trials/")
+
+
+def _read(folder: StudyFolder) -> bytes:
+    try:
+        return folder.journal.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _holder(lease: bytes) -> str:
+    try:
+        tree: dict[str, Any] = json.loads(lease)
+        return f"process {tree['pid']} on {tree['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "which one it does not say"

@@ -1,0 +1,278 @@
+"""An ablation's plan: which arm is run with which seed, in which order, and when a verdict needs no more seeds."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
+
+from dxmi.config import build, to_tree
+from dxmi.errors import UserError
+from dxmi.evaluation.scorers import score_keys
+from dxmi.training.build import ExperimentConfig
+from tune.config.ablation import AblationConfig, parse_ablation
+from tune.config.sweep import BudgetConfig, SamplerConfig, SweepConfig, TrackingConfig
+from tune.plans.arms import BASELINE, Arm
+from tune.plans.sweep import FORMAT, Plan, fidelity_keys, plan_from, require_metric
+from tune.search.samplers import Proposal
+from tune.search.space import Axis, Value, tree_with
+from tune.stats.sequential import SeedPlan, next_seeds
+
+ARM, SEED = "arm", "seed"
+"""What varies from trial to trial."""
+Cell = tuple[str, int]
+"""An arm and a seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationPlan(Plan):
+    """A study that compares arms with a baseline, seed by seed.
+
+    Attributes:
+        ablation: what is compared, and how.
+        arms: the baseline first.
+        tuned: by arm, what came out of the sweep inside it, by path; empty without one.
+        stacked: how many seeds of an arm each program trains, as was chosen when the first of them began; None before.
+            A resumed or repeated study repeats the choice, since it changes results by rounding.
+    """
+
+    ablation: AblationConfig
+    arms: tuple[Arm, ...]
+    tuned: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
+    stacked: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for index, metric in enumerate(self.ablation.also or ()):
+            keys = score_keys(self.experiment.data, self.experiment.evaluate)
+            require_metric(f"ablation.also[{index}]", metric, keys)
+
+    command: ClassVar[str] = "ablate"
+
+    @cached_property
+    def also(self) -> tuple[str, ...]:
+        """The further scores that are shown beside the objective."""
+        if self.ablation.also is not None:
+            return self.ablation.also
+        return tuple(key for key in fidelity_keys(self.experiment) if key != self.ablation.objective.metric)
+
+    @cached_property
+    def seeds(self) -> tuple[int, ...]:
+        """Every seed that an arm may get, in the order in which it gets them."""
+        return self.ablation.seeds.numbers(self.experiment.seed)
+
+    @cached_property
+    def seed_plan(self) -> SeedPlan | None:
+        """When to look at the scores; None if every arm gets the same number of seeds whatever they are.
+
+        Raises:
+            UserError: no verdict is possible with so few seeds, or looking takes too many.
+        """
+        seeds = self.ablation.seeds
+        if seeds.first == seeds.cap:
+            return None
+        return SeedPlan(len(self.arms) - 1, start=seeds.first, cap=seeds.cap, error_rate=self.ablation.level)
+
+    @cached_property
+    def axes(self) -> tuple[Axis, ...]:
+        """The arm and the seed."""
+        names = tuple(arm.name for arm in self.arms)
+        return Axis(ARM, "choice", choices=names), Axis(SEED, "choice", choices=self.seeds)
+
+    @cached_property
+    def num_trials(self) -> int:
+        """Trials at most."""
+        _ = self.seed_plan  # which may be refused
+        return len(self.arms) * len(self.seeds)
+
+    def tree_of(self, values: Mapping[str, Value]) -> dict[str, Any]:
+        """The config of an arm with a seed, as a tree."""
+        arm = next(arm for arm in self.arms if arm.name == values[ARM])
+        return tree_with(self.experiment, {**arm.changes, **self.tuned.get(arm.name, {}), SEED: values[SEED]})
+
+    # ------------------------------------------------------------------------
+    # The order of the trials
+
+    def propose(self, history: Sequence[FrozenTrial]) -> Proposal | None:
+        """The next arm and seed, seed by seed; None if none can be begun now."""
+        found = _by_cell(history)
+        return _proposal(cell for cell in self._wanted(found) if cell not in found)
+
+    @property
+    def seeds_at_once(self) -> int:
+        """The seeds that an arm gets in any case."""
+        return self.ablation.seeds.first
+
+    def propose_beside(
+        self, history: Sequence[FrozenTrial], values: Mapping[str, Value], number: int
+    ) -> Proposal | None:
+        """The next seed of the same arm and program."""
+        found = _by_cell(history)
+        wanted = (cell for cell in self._wanted(found) if cell not in found)
+        return _proposal(cell for cell in wanted if self.share_program({ARM: cell[0], SEED: cell[1]}, values, number))
+
+    def share_program(self, one: Mapping[str, Value], other: Mapping[str, Value], number: int) -> bool:
+        """Whether they are of one arm, and their seeds of one block of `number` consecutive ones."""
+        blocks = {self.seeds.index(int(str(values[SEED]))) // number for values in (one, other)}
+        return one[ARM] == other[ARM] and len(blocks) == 1
+
+    def is_done(self, history: Sequence[FrozenTrial]) -> bool:
+        """Whether every trial that is needed has been begun, and none that runs can call for more."""
+        found = _by_cell(history)
+        wanted = self._wanted(found)
+        return all(cell in found for cell in wanted) and (
+            self.seed_plan is None or all(found[cell].state.is_finished() for cell in wanted)
+        )
+
+    def _wanted(self, found: Mapping[Cell, FrozenTrial]) -> list[Cell]:
+        """Every cell that the scores so far ask for, in the order in which they are run."""
+        targets = self._targets(found)
+        return [(arm, seed) for k, seed in enumerate(self.seeds) for arm, count in targets.items() if k < count]
+
+    def _targets(self, found: Mapping[Cell, FrozenTrial]) -> dict[str, int]:
+        """How many seeds each arm gets, as far as can be told now.
+
+        The decisions are taken again from the first look on, so that they are the same whoever takes them, and when.
+        """
+        targets = {arm.name: self.ablation.seeds.first for arm in self.arms}
+        while self.seed_plan is not None and _have_ended(found, targets, self.seeds):
+            more = next_seeds(_scores(found, targets, self.seeds), BASELINE, self.seed_plan)
+            if not more:
+                break
+            targets |= {**more, BASELINE: max(targets[BASELINE], *more.values())}
+        return targets
+
+    # ------------------------------------------------------------------------
+    # Identity
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the trials, their results and the verdicts."""
+        ablation = to_tree(self.ablation)
+        for free in ("also", "budget", "max_failures", "max_concurrent"):
+            del ablation[free]
+        return {"experiment": self.experiment.identity, "ablation": ablation, "arms": self._arms()}
+
+    def tree(self) -> dict[str, Any]:
+        """What study.yaml holds."""
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "signature": self.signature,
+            "experiment": to_tree(self.experiment),
+            "ablation": json.loads(json.dumps(to_tree(self.ablation))),
+            "arms": self._arms(),
+            "tuned": json.loads(json.dumps(self.tuned)),
+            **({} if self.stacked is None else {"stacked": self.stacked}),
+            "tracking": to_tree(self.tracking),
+        }
+
+    def _arms(self) -> list[dict[str, Any]]:
+        arms: list[dict[str, Any]] = json.loads(json.dumps([asdict(arm) for arm in self.arms]))
+        return arms
+
+
+def ablation_plan(
+    name: str,
+    experiment: ExperimentConfig,
+    ablation: AblationConfig,
+    arms: Sequence[Arm],
+    *,
+    tracking: TrackingConfig,
+    tuned: Mapping[str, Mapping[str, Value]] | None = None,
+    stacked: int | None = None,
+) -> AblationPlan:
+    """The plan of an ablation whose arms are known.
+
+    Raises:
+        UserError: its name, its objective or its seeds are refused.
+    """
+    trials = len(arms) * len(ablation.seeds.numbers(experiment.seed))
+    sweep = SweepConfig(
+        objectives=(ablation.objective,),
+        sampler=SamplerConfig(kind="grid"),
+        budget=build(BudgetConfig, {**to_tree(ablation.budget), "trials": trials}),
+        max_failures=ablation.max_failures,
+        max_concurrent=ablation.max_concurrent,
+    )
+    return AblationPlan(
+        name,
+        replace(experiment, evaluate=replace(experiment.evaluate, generations=ablation.generations)),
+        sweep,
+        {},
+        tracking,
+        ablation=ablation,
+        arms=tuple(arms),
+        tuned=tuned or {},
+        stacked=stacked,
+    )
+
+
+def any_plan_from(tree: Mapping[str, Any]) -> Plan:
+    """The plan of a sweep or of an ablation, from what its study.yaml holds.
+
+    Raises:
+        UserError: something in it is wrong.
+    """
+    if "ablation" not in tree:
+        return plan_from(tree)
+    return ablation_plan(
+        str(tree.get("name")),
+        build(ExperimentConfig, tree.get("experiment", {}), "experiment"),
+        parse_ablation(tree["ablation"]),
+        [Arm(arm["name"], arm["changes"], arm["levels"]) for arm in tree["arms"]],
+        tracking=build(TrackingConfig, tree.get("tracking", {}), "tracking"),
+        tuned=tree.get("tuned", {}),
+        stacked=_stacked(tree.get("stacked")),
+    )
+
+
+def _stacked(recorded: Any) -> int | None:
+    if recorded is not None and not (type(recorded) is int and recorded >= 1):
+        raise UserError(f"stacked is {recorded!r}: it must be a number of seeds, at least 1.")
+    return recorded
+
+
+# ----------------------------------------------------------------------------
+# Trials by arm and seed
+
+
+def _proposal(open_cells: Iterator[Cell]) -> Proposal | None:
+    cell = next(open_cells, None)
+    return None if cell is None else Proposal({ARM: cell[0], SEED: cell[1]})
+
+
+def _by_cell(history: Sequence[FrozenTrial]) -> dict[Cell, FrozenTrial]:
+    return {(trial.params[ARM], trial.params[SEED]): trial for trial in history}
+
+
+def _cells(targets: Mapping[str, int], seeds: Sequence[int]) -> list[Cell]:
+    return [(arm, seed) for arm, count in targets.items() for seed in seeds[:count]]
+
+
+def _have_ended(found: Mapping[Cell, FrozenTrial], targets: Mapping[str, int], seeds: Sequence[int]) -> bool:
+    return all(cell in found and found[cell].state.is_finished() for cell in _cells(targets, seeds))
+
+
+def _scores(
+    found: Mapping[Cell, FrozenTrial], targets: Mapping[str, int], seeds: Sequence[int]
+) -> dict[str, list[float]]:
+    def score(arm: str, seed: int) -> float:
+        trial = found.get((arm, seed))
+        is_complete = trial is not None and trial.state is OptunaState.COMPLETE
+        return float(trial.values[0]) if trial is not None and is_complete else math.nan
+
+    scores = {arm: [score(arm, seed) for seed in seeds[:count]] for arm, count in targets.items()}
+    return {arm: own if arm == BASELINE else _testable(own, scores[BASELINE]) for arm, own in scores.items()}
+
+
+def _testable(ours: list[float], theirs: list[float]) -> list[float]:
+    """The scores of an arm, or nothing but NaN if a run of it or of the baseline failed: no verdict is possible then,
+    see `tune.studies.arm_results`, and the arm gets no more seeds.
+    """
+    is_whole = not any(map(math.isnan, [*ours, *theirs[: len(ours)]]))
+    return ours if is_whole else [math.nan] * len(ours)

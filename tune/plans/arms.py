@@ -1,0 +1,388 @@
+"""From an ablation's table to its arms, each of which is the baseline with some settings changed.
+
+What could only mislead is refused here, before anything runs: a change of nothing, the same arm twice, a setting that
+does nothing under this baseline, and whatever would make two arms incomparable.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dxmi.config import to_tree
+from dxmi.errors import UserError
+from dxmi.training.build import ExperimentConfig
+from tune.config.ablation import TABLES, AblationConfig, Table
+from tune.plans.factorial import MAX_FACTORS, TwoLevelDesign, smallest_fraction
+from tune.plans.inert_settings import Digest, digests
+from tune.search.space import FIXED, Axis, Value, configured, flat, parse_space, require_setting, show, value_at
+
+BASELINE = "baseline"
+MAX_ARMS = 64
+_ALL_OFF = "without_all"
+_SHOWN = 80
+"""Characters of a bad name that are repeated to the user."""
+_FIXED = {
+    **FIXED,
+    "seed": "every arm is run with the same seeds",
+    "data": "scores against other data cannot be compared",
+}
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}")
+_EXAMPLES = {
+    "variants": "{no_entropy: {algorithm.entropy_coef: 0}}",
+    "components": "{entropy: {algorithm.entropy_coef: 0}}",
+    "factors": "{method: {var: {}, step: {schedule.method: step}}}",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting under comparison.
+
+    Attributes:
+        name: a plain word.
+        changes: of the baseline, by path; empty for the baseline itself. A value is a group only where a network's kind
+            changes, whose settings then are all there.
+        levels: in a factorial design, the name of each factor's level; else empty.
+    """
+
+    name: str
+    changes: Mapping[str, Value] = field(default_factory=dict)
+    levels: Mapping[str, str] = field(default_factory=dict)
+
+    def config(self, experiment: ExperimentConfig) -> ExperimentConfig:
+        """The baseline with this arm's changes."""
+        return configured(experiment, self.changes)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What one entry of the table changes.
+
+    Attributes:
+        where: the entry, for messages.
+        name: of the entry; of a level, the level's.
+        settings: by path, those that the baseline has otherwise.
+        factor: of a level.
+    """
+
+    where: str
+    name: str
+    settings: Mapping[str, Value]
+    factor: str = ""
+
+
+def arms(config: AblationConfig, experiment: ExperimentConfig) -> list[Arm]:
+    """The arms of an ablation of `experiment`, the baseline first.
+
+    Raises:
+        UserError: the table is empty or too large, a name is no plain word, a setting is unknown, of the wrong type or
+            may not vary, an arm equals the baseline or another arm, or a setting does nothing.
+    """
+    changes = _changes(config, experiment)
+    found = _combined(config, changes)
+    _require_distinct(found, experiment)
+    _require_effects(changes, found, experiment)
+    _check_tuning(config, experiment, found)
+    return found
+
+
+def two_level_design(config: AblationConfig) -> TwoLevelDesign | None:
+    """The design behind a factorial or fractional ablation whose factors have two levels each, with its coded matrix,
+    whose rows are the arms in their order, and its aliases; None for any other ablation. Its table is an accepted one.
+    """
+    factors = list(config.factors)
+    if config.design == "fractional":
+        return smallest_fraction(factors, config.resolution or 4)
+    is_two_level = config.design == "factorial" and all(len(levels) == 2 for levels in config.factors.values())
+    return TwoLevelDesign(tuple(factors)) if is_two_level else None
+
+
+def tuning_axes(config: AblationConfig, arm: ExperimentConfig) -> tuple[Axis, ...]:
+    """What is tuned inside an arm; empty if nothing is.
+
+    Raises:
+        UserError: the space is refused.
+    """
+    if config.tuning is None:
+        return ()
+    try:
+        return parse_space(config.tuning.space, arm)
+    except UserError as error:  # the space is a sweep's, but it stands elsewhere in the file
+        raise UserError(str(error).replace("sweep.space", "ablation.tuning.space")) from error
+
+
+# ----------------------------------------------------------------------------
+# Entries of the table
+
+
+def _changes(config: AblationConfig, experiment: ExperimentConfig) -> list[_Change]:
+    """What each entry changes, of a factor the levels but the first, which is the baseline's."""
+    table = TABLES[config.design]
+    if not config.table:
+        raise UserError(f"ablation.{table} is empty: an ablation compares something; write {_EXAMPLES[table]}.")
+    if table == "factors":
+        _check_factors(config)
+        return [change for name, levels in config.factors.items() for change in _levels(name, levels, experiment)]
+    found = []
+    for name, given in config.table.items():
+        where = f"ablation.{table}.{name}"
+        _require_name(where, name)
+        change = _Change(where, str(name), _settings(where, given, experiment))
+        _require_changed(change, given)
+        found.append(change)
+    return found
+
+
+def _require_name(where: str, name: object) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        shown = " ".join(where.split())[:_SHOWN]
+        raise UserError(f"{shown} is no name for an arm: use 1 to 40 letters, digits, dots, dashes or underscores.")
+    if name == BASELINE:
+        raise UserError(f"{where} is the name of the arm that changes nothing: choose another.")
+
+
+def _check_factors(config: AblationConfig) -> None:
+    if config.design == "fractional" and len(config.factors) > MAX_FACTORS:
+        raise UserError(f"ablation.factors has {len(config.factors)} entries: a fraction takes at most {MAX_FACTORS}.")
+    for name, levels in config.factors.items():
+        where = f"ablation.factors.{name}"
+        _require_name(where, name)
+        if not isinstance(levels, Mapping):
+            raise UserError(f"{where} is {levels!r}: it must be a group of levels, like {_EXAMPLES['factors']}.")
+        if len(levels) < 2:
+            raise UserError(f"{where} has fewer than two levels: name the baseline's own first, like {{own: {{}}}}.")
+        if config.design == "fractional" and len(levels) != 2:
+            raise UserError(f"{where} has {len(levels)} levels: a fraction takes two; use design=factorial.")
+        for level in levels:
+            _require_name(f"{where}.{level}", level)
+    if (
+        config.design == "fractional"
+        and smallest_fraction(list(config.factors), config.resolution or 4).resolution is None
+    ):
+        raise UserError(
+            f"ablation.factors has {len(config.factors)} entries, of which no part has resolution "
+            f"{config.resolution or 4}: use design=factorial, which runs every combination, or name more factors."
+        )
+
+
+def _levels(factor: str, levels: Table, experiment: ExperimentConfig) -> Iterator[_Change]:
+    for index, (level, given) in enumerate(levels.items()):
+        where = f"ablation.factors.{factor}.{level}"
+        change = _Change(where, level, _settings(where, given, experiment), factor)
+        if index:
+            _require_changed(change, given)
+            yield change
+        elif change.settings:
+            path, value = next(iter(change.settings.items()))
+            raise UserError(
+                f"{where} is the first level, which must be the baseline's own, but it changes {path} from "
+                f"{show(value_at(experiment, path))} to {show(value)}: put the baseline's level first, or write {{}}."
+            )
+
+
+def _require_changed(change: _Change, given: Mapping[str, Any]) -> None:
+    if change.settings:
+        return
+    if not given:
+        raise UserError(f"{change.where} equals the baseline, since it changes nothing: name a setting.")
+    path, value = next(iter(flat(given).items()))
+    raise UserError(f"{change.where} equals the baseline, where {path} is {show(value)} already: leave it out.")
+
+
+def _settings(where: str, given: Any, experiment: ExperimentConfig) -> dict[str, Value]:
+    """The settings that an entry names, without those that the baseline has already, as the experiment writes them.
+
+    A group of settings means those that are named in it; the others stay as they are.
+    """
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where} is {given!r}: it must be a group of settings, like {{algorithm.entropy_coef: 0}}.")
+    known, named = to_tree(experiment), {}
+    for path, value in _leaves(given):
+        if path in named:
+            raise UserError(f"{where} names {path} twice: keep one.")
+        named[path] = value
+    named = _with_whole_networks(named, known)
+    for path, value in named.items():
+        if not (value and isinstance(value, Mapping)):  # a whole network is left to its own schema
+            require_setting(f"{where}.{path}", path, known, _FIXED)
+    try:
+        built = configured(experiment, named)
+    except UserError as error:
+        raise UserError(f"{where} is refused: {error}") from error
+    new, old = to_tree(built), to_tree(experiment)
+    return {path: _at(new, path) for path in named if _at(new, path) != _at(old, path)}
+
+
+def _leaves(tree: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Value]]:
+    """(path, value) of each setting; groups may be nested or written with dots."""
+    for key, value in tree.items():
+        where = f"{path}.{key}" if path else str(key)
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, where)
+        else:
+            yield where, value
+
+
+def _with_whole_networks(named: Mapping[str, Value], known: Mapping[str, Any]) -> dict[str, Value]:
+    """Settings of a network of another kind as one value, since its fields are others than the baseline's."""
+    found = dict(named)
+    for name, network in known["network"].items():
+        group = f"network.{name}"
+        if found.get(f"{group}.kind", network["kind"]) != network["kind"]:
+            own = [path for path in found if path.startswith(f"{group}.")]
+            found[group] = {path.removeprefix(f"{group}."): found.pop(path) for path in own}
+    return found
+
+
+def _at(tree: Mapping[str, Any], path: str) -> Value:
+    value: Any = tree
+    for name in path.split("."):
+        value = value[name]
+    return value
+
+
+# ----------------------------------------------------------------------------
+# Arms
+
+
+def _combined(config: AblationConfig, changes: Sequence[_Change]) -> list[Arm]:
+    """The baseline and the arms that the design makes of the changes."""
+    if config.design in ("factorial", "fractional"):
+        return _cells(config, changes)
+    if config.design == "leave_one_out":
+        found = [Arm(f"without_{change.name}", change.settings) for change in changes]
+        found += [Arm(_ALL_OFF, _union(changes))] if config.all_off else []
+    else:
+        found = [Arm(change.name, change.settings) for change in changes]
+    _require_number(len(found) + 1)
+    return [Arm(BASELINE), *found]
+
+
+def _cells(config: AblationConfig, changes: Sequence[_Change]) -> list[Arm]:
+    """A combination of levels each; the first is the baseline."""
+    by_level = {(change.factor, change.name): change for change in changes}
+    design = two_level_design(config)
+    _require_number(math.prod(map(len, config.factors.values())) if design is None else design.num_arms)
+    names = [list(levels) for levels in config.factors.values()]
+    if design is None:
+        cells = list(itertools.product(*names))
+    else:
+        cells = [tuple(pair[int(sign < 0)] for pair, sign in zip(names, row, strict=True)) for row in design.matrix]
+    found = []
+    for cell in cells:
+        levels = dict(zip(config.factors, cell, strict=True))
+        changed = [by_level[level] for level in levels.items() if level in by_level]
+        name = ".".join(f"{change.factor}-{change.name}" for change in changed)
+        found.append(Arm(name or BASELINE, _union(changed), levels))
+    return found
+
+
+def _require_number(number: int) -> None:
+    if number > MAX_ARMS:
+        raise UserError(f"The ablation has {number} arms, the baseline included: at most {MAX_ARMS} are allowed.")
+
+
+def _union(changes: Sequence[_Change]) -> dict[str, Value]:
+    """All changes at once."""
+    found: dict[str, Value] = {}
+    for change in changes:
+        for path in change.settings:
+            if any(_overlap(path, other) for other in found):
+                raise UserError(f"{change.where} changes {path}, which another entry changes too: keep one.")
+        found |= change.settings
+    return found
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two paths are one, or one is inside the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+# ----------------------------------------------------------------------------
+# Refusals
+
+
+def _require_distinct(found: Sequence[Arm], experiment: ExperimentConfig) -> None:
+    """No name twice, whatever the case of its letters, and no config; every combination of changes builds."""
+    names: dict[str, str] = {}
+    owners: dict[str, str] = {}
+    for arm in found:
+        if (other := names.get(arm.name.casefold())) is not None:
+            called = arm.name if arm.name == other else f"{other} and {arm.name}, which differ in case alone"
+            raise UserError(f"Two arms of the ablation are called {called}: rename one.")
+        names[arm.name.casefold()] = arm.name
+        try:
+            signature = arm.config(experiment).signature
+        except UserError as error:
+            raise UserError(f"The arm {arm.name} of the ablation is refused: {error}") from error
+        owner = owners.setdefault(signature, arm.name)
+        if owner != arm.name:
+            raise UserError(f"The arms {owner} and {arm.name} of the ablation are equal: leave one of them out.")
+
+
+def _require_effects(changes: Sequence[_Change], found: Sequence[Arm], experiment: ExperimentConfig) -> None:
+    """Refuse a change that does nothing under this baseline, a part of a change that does nothing beside the rest, and
+    two arms that come to the same.
+    """
+    alone = [configured(experiment, change.settings) for change in changes]
+    whole = [arm.config(experiment) for arm in found]
+    parts = [list(_without_one(change, experiment)) for change in changes]
+    told = digests([experiment, *alone, *whole, *(config for rest in parts for _, config in rest)])
+    for change, config, rest in zip(changes, alone, parts, strict=True):
+        own = told[config.signature]
+        if _same(own, told[experiment.signature]):
+            raise UserError(
+                f"{change.where} has no effect under this baseline: training is the same, bit for bit, whatever "
+                f"{' and '.join(change.settings)} {'is' if len(change.settings) == 1 else 'are'}. Leave it out."
+            )
+        for path, without in rest:
+            if _same(own, told[without.signature]):
+                raise UserError(f"{change.where}.{path} has no effect beside its other changes: leave it out.")
+    _require_different(found, [told[config.signature] for config in whole])
+
+
+def _without_one(change: _Change, experiment: ExperimentConfig) -> Iterator[tuple[str, ExperimentConfig]]:
+    """For each setting of several, the config with all the others."""
+    for path in change.settings if len(change.settings) > 1 else ():
+        others = {other: value for other, value in change.settings.items() if other != path}
+        try:
+            yield path, configured(experiment, others)
+        except UserError:  # the others need it, so it does something
+            continue
+
+
+def _require_different(found: Sequence[Arm], told: Sequence[Digest]) -> None:
+    for (one, a), (other, b) in itertools.combinations(zip(found, told, strict=True), 2):
+        if _same(a, b):
+            raise UserError(
+                f"The arms {one.name} and {other.name} of the ablation train the same, bit for bit, since nothing that "
+                "differs between them has an effect in both: leave one of them out."
+            )
+
+
+def _same(one: Digest, other: Digest) -> bool:
+    return one is not None and one == other
+
+
+def _check_tuning(config: AblationConfig, experiment: ExperimentConfig, found: Sequence[Arm]) -> None:
+    if config.tuning is None:
+        return
+    for axis in tuning_axes(config, experiment):
+        where = f"ablation.tuning.space.{axis.path}"
+        if axis.path.partition(".")[0] in _FIXED:
+            raise UserError(f"{where} cannot vary: {_FIXED[axis.path.partition('.')[0]]}.")
+        for arm in found:
+            if any(_overlap(axis.path, path) for path in arm.changes):
+                raise UserError(f"{where} would undo what the arm {arm.name} changes: tune another setting.")
+    for arm in found:
+        try:
+            tuning_axes(config, arm.config(experiment))
+        except UserError as error:
+            raise UserError(f"The arm {arm.name} of the ablation cannot be tuned: {error}") from error
+    if config.tuning.seed in config.seeds.numbers(experiment.seed):
+        raise UserError(
+            f"ablation.tuning.seed is {config.tuning.seed}, one of the seeds that are compared: choose another."
+        )

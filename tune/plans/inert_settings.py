@@ -1,0 +1,149 @@
+"""Whether a setting does anything: two configs that train the same, bit for bit, differ in nothing that counts.
+
+Each config is trained for a few iterations on a small copy of itself. The iterations are taken from all over the run
+(the first, the last, and some between), so that a warm-up, a decay or a moving average acts as it would. Where that
+cannot be done quickly, or ends in a number that is none, nothing is claimed.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dxmi.algorithms.ddpm import DDPM
+from dxmi.config import build, to_tree
+from dxmi.diffusion.schedules import noising
+from dxmi.networks import Denoiser, MlpConfig
+from dxmi.seeds import generator
+from dxmi.training.build import Experiment, ExperimentConfig, ResourcesConfig
+from tune.search.space import flat, tree_with
+
+_EVENT = (1, 8, 8)
+"""Shape of a sample; whether a setting does anything does not depend on it, and so no data are read."""
+_HIDDEN = 8
+_SIZES = {"lr": 1e-2, "sigma_lr": 1e-2, "max_grad_norm": 1e-6}
+"""Of settings whose own size could hide an effect in a few float32 updates: a rate is large, a limit always binds."""
+_STATES_PER_STEP = 4
+"""B / T: each draw of B from the T x B states then misses a step with probability e^-4."""
+_MIN_BATCH, _MAX_STEPS = 16, 50
+
+Digest = str | None
+
+
+def digests(configs: Sequence[ExperimentConfig]) -> dict[str, Digest]:
+    """By the signature of each config, a text that it shares with those that train the same; None where that cannot be
+    told.
+
+    Two of them are comparable only if they come from one call, since the small copies depend on what varies.
+    """
+    trees = [flat(to_tree(config)) for config in configs]
+    sizes = _sizes(trees)
+    narrow = {path: _HIDDEN for path in _common(trees) if path.startswith("network.") and path.endswith(".hidden")}
+    found: dict[str, Digest] = {}
+    for config, tree in zip(configs, trees, strict=True):
+        if config.signature not in found:
+            small = narrow | {path: sizes[path].get(value, value) for path, value in tree.items() if path in sizes}
+            copy = tree_with(config, small) | {"resources": to_tree(ResourcesConfig(device="cpu"))}
+            found[config.signature] = _digest(build(ExperimentConfig, copy))
+    return found
+
+
+def _common(trees: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Settings that all configs have, and have in common."""
+    return [path for path, value in trees[0].items() if all(path in tree and tree[path] == value for tree in trees)]
+
+
+def _sizes(trees: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, float]]:
+    """For each path in question, what stands for each of its values; equal values are stood for by equal ones."""
+    values: dict[str, set[float]] = {}
+    for tree in trees:
+        for path, value in tree.items():
+            if path.rpartition(".")[2] in _SIZES:
+                values.setdefault(path, set()).update([value] if value else [])
+    return {
+        path: {
+            value: _SIZES[path.rpartition(".")[2]] * (1.0 + rank / len(given))
+            for rank, value in enumerate(sorted(given))
+        }
+        for path, given in values.items()
+    }
+
+
+@lru_cache(maxsize=1024)
+def _digest(config: ExperimentConfig) -> Digest:
+    """Of a small copy, which is not trained twice in a process."""
+    networks = (config.network.denoiser, config.network.energy, config.network.value)
+    if config.schedule.num_steps > _MAX_STEPS or not all(isinstance(network, MlpConfig) for network in networks):
+        return None  # it would not be quick
+    if config.pretrain.weights is not None:
+        return None
+    experiment = Experiment(config, event=_EVENT)
+    with experiment.precision():
+        tensors = _finetuned(experiment, _pretrained(experiment))
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        return None
+    return _hash([*_lengths(config), *(tuple(tensor.shape) for tensor in tensors)], tensors)
+
+
+def _lengths(config: ExperimentConfig) -> list[int]:
+    """Of the two phases, and the batches of those that have a length: each of these always has an effect."""
+    phases = (
+        (config.pretrain.iterations, config.pretrain.batch_size),
+        (config.train.iterations, config.train.batch_size),
+    )
+    return [number for length, batch in phases for number in (length, batch if length else 0)]
+
+
+def _hash(facts: Iterable[object], tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256(repr(list(facts)).encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------
+# A short run
+
+
+def _iterations(total: int) -> list[int]:
+    """Which of `total` iterations are gone through, ascending.
+
+    At least six if there are as many, since before its sixth RAdam does not look at its second moment; the last two,
+    since a moving average's decay comes into force late and a target network acts one iteration after it has moved.
+    """
+    wanted = (0, 1, 2, 3, total // 4, 2 * total // 3, total - 2, total - 1)
+    return sorted({iteration for iteration in wanted if 0 <= iteration < total})
+
+
+def _data(num: int, iteration: int) -> Tensor:
+    return 2.0 * torch.rand((num, *_EVENT), generator=generator(iteration, "effects/data")) - 1.0
+
+
+def _labels(num: int, denoiser: Denoiser) -> Tensor | None:
+    return torch.arange(num) % denoiser.classes if denoiser.classes else None
+
+
+def _pretrained(experiment: Experiment) -> Denoiser:
+    """What a few iterations of pretraining make of the denoiser."""
+    config = experiment.config
+    denoiser, noise = experiment.build_denoiser(), generator(config.seed, "effects/pretrain")
+    ddpm = DDPM(config.pretrain, denoiser, noising=noising(config.schedule))
+    for iteration in _iterations(config.pretrain.iterations):
+        ddpm.update(_data(_MIN_BATCH, iteration), iteration, noise, labels=_labels(_MIN_BATCH, denoiser))
+    denoiser.load_state_dict(ddpm.average.state_dict())
+    return denoiser
+
+
+def _finetuned(experiment: Experiment, denoiser: Denoiser) -> list[Tensor]:
+    """What a few iterations of fine-tuning leave: everything that a run is judged by."""
+    config, dxmi = experiment.config, experiment.build_dxmi(denoiser)
+    noise, states = generator(config.seed, "effects/noise"), generator(config.seed, "effects/states")
+    num = max(_MIN_BATCH, _STATES_PER_STEP * config.schedule.num_steps)
+    for iteration in _iterations(config.train.iterations):
+        dxmi.update(_data(num, iteration), iteration, noise, states, labels=_labels(num, denoiser))
+    judged: list[nn.Module] = [dxmi.evaluated, dxmi.policy, dxmi.value]
+    schedule = [dxmi.policy.diffusion_step, dxmi.policy.signal_scale, dxmi.policy.noise_scale, dxmi.policy.log_sigma]
+    return [*schedule, *(parameter.detach() for module in judged for parameter in module.parameters())]

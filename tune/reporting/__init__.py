@@ -1,0 +1,1 @@
+"""What people read: tables, figures, the report, MLflow pages, and the display of a running study."""

@@ -1,0 +1,179 @@
+"""What an ablation looks like: a forest of differences, curves with bands arm by arm, interactions of factors.
+
+Colours mean what they mean in `tune.reporting.figures`; the baseline is grey, and an arm has the colour of its verdict.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
+
+from tune.plans.arms import BASELINE
+from tune.reporting.figures import ASIDE, BEST, COMPLETE, INK, MUTED, NORMAL, SMALL, WIDTH, score_label, styled
+from tune.stats.statistics import Comparison, Interval, Verdict, mean_interval, p_text
+from tune.studies.arm_results import Results
+
+_COLOURS = {
+    Verdict.BETTER: COMPLETE,
+    Verdict.WORSE: BEST,
+    Verdict.NO_DIFFERENCE: MUTED,
+    Verdict.TOO_FEW_SEEDS: "#b08800",
+    Verdict.FAILED: BEST,
+    Verdict.UNFINISHED: "#b08800",
+}
+_COLUMNS = 3
+Curve = Mapping[int, float]
+
+
+def ablation_figures(results: Results, curves: Mapping[int, Curve]) -> dict[str, Figure]:
+    """The figures that make sense for an ablation: forest, arms, interactions."""
+    figures = {}
+    if results.comparisons:
+        figures["forest"] = forest(results)
+    if any(curves.values()):
+        figures["arms"] = arm_curves(results, curves)
+    if results.effects:
+        figures["interactions"] = interactions(results)
+    return figures
+
+
+# ----------------------------------------------------------------------------
+# Differences
+
+
+def forest(results: Results) -> Figure:
+    """Each arm's difference to the baseline with its interval, and what it comes to."""
+    found = results.comparisons
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.36 * len(found)), layout="constrained")
+    axes = styled(figure.subplots(), grid="x")
+    for row, comparison in enumerate(found):
+        _draw_difference(axes, row, comparison)
+    axes.axvline(0.0, color=INK, linewidth=0.9, zorder=2)
+    axes.set_yticks(range(len(found)), [comparison.arm for comparison in found])
+    axes.tick_params(axis="y", labelsize=NORMAL, labelcolor=INK, length=0)
+    axes.set_ylim(len(found) - 0.4, -0.6)
+    objective = results.plan.sweep.objectives[0]
+    axes.set_xlabel(
+        f"{score_label(results.plan, objective)}: arm minus baseline, with {_percent(found[0].difference)} interval"
+    )
+    figure.set_label("; ".join(f"{comparison.arm}: {comparison}" for comparison in found))
+    return figure
+
+
+def _draw_difference(axes: Axes, row: int, comparison: Comparison) -> None:
+    interval, colour = comparison.difference, _COLOURS[comparison.verdict]
+    if math.isfinite(interval.low) and math.isfinite(interval.high):
+        axes.plot(
+            [interval.low, interval.high], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt", zorder=3
+        )
+    if math.isfinite(interval.estimate):
+        axes.plot(interval.estimate, row, "o", color=colour, markersize=6, zorder=4)
+    tested = "" if comparison.gaps else f" ({p_text(comparison.p_adjusted)}, {comparison.seeds} seeds)"
+    text = f"{comparison.verdict_text}{tested}"
+    axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=SMALL, color=colour)
+
+
+def _percent(interval: Interval) -> str:
+    return f"{100.0 * interval.level:g} %"
+
+
+# ----------------------------------------------------------------------------
+# Curves
+
+
+def arm_curves(results: Results, curves: Mapping[int, Curve]) -> Figure:
+    """A panel an arm: its mean score over the seeds against iterations with an interval, the baseline's behind it."""
+    arms = [arm.name for arm in results.plan.arms if arm.name != BASELINE]
+    columns = min(_COLUMNS, max(1, len(arms)))
+    rows = math.ceil(max(1, len(arms)) / columns)
+    figure = Figure(figsize=(WIDTH, 0.5 + 2.1 * rows), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(rows, columns, sharex=True, sharey=True)).ravel()
+    colours = {comparison.arm: _COLOURS[comparison.verdict] for comparison in results.comparisons}
+    baseline = _of_arm(results, curves, BASELINE)
+    for panel, name in itertools.zip_longest(panels, arms):
+        if name is None:
+            panel.set_visible(False)
+            continue
+        styled(panel)
+        _draw_band(panel, baseline, ASIDE)
+        _draw_band(panel, _of_arm(results, curves, name), colours.get(name, COMPLETE))
+        gaps = results.gaps.get(name, "")
+        panel.set_title(f"{name}\n{gaps}" if gaps else name, fontsize=NORMAL, color=INK, loc="left")
+    scores = [score for curve in curves.values() for score in curve.values()]
+    if scores and min(scores) > 0.0 and max(scores) > 2.0 * min(scores):
+        panels[0].set_yscale("log")
+        panels[0].yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    figure.supxlabel("DxMI iteration", fontsize=NORMAL, color=INK)
+    figure.supylabel(results.plan.metric.removeprefix("eval/"), fontsize=NORMAL, color=INK)
+    figure.set_label(
+        f"mean {results.plan.metric.removeprefix('eval/')} over the seeds against iterations, {len(arms)} arms"
+    )
+    return figure
+
+
+def _of_arm(results: Results, curves: Mapping[int, Curve], arm: str) -> list[Curve]:
+    """The curves of an arm's seeds."""
+    records = (results.records.get((arm, seed)) for seed in results.seeds)
+    return [curves[record.number] for record in records if record is not None and curves.get(record.number)]
+
+
+def _draw_band(axes: Axes, curves: Sequence[Curve], colour: str) -> None:
+    """The mean at the iterations that all have, and its interval if there are two seeds."""
+    if not curves:
+        return
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    values = np.array([[curve[step] for step in steps] for curve in curves])  # [seeds, steps]
+    axes.plot(steps, values.mean(axis=0), color=colour, linewidth=1.6, zorder=4)
+    if len(curves) > 1:
+        intervals = [mean_interval(values[:, index]) for index in range(len(steps))]
+        low = [max(interval.low, 0.2 * interval.estimate) for interval in intervals]  # a log axis has no 0
+        axes.fill_between(steps, low, [interval.high for interval in intervals], color=colour, alpha=0.2, linewidth=0)
+
+
+# ----------------------------------------------------------------------------
+# Interactions
+
+
+def interactions(results: Results) -> Figure:
+    """A panel for each pair of factors: mean scores by the levels of one, a line for each level of the other."""
+    factors = list(results.plan.ablation.factors)
+    pairs = list(itertools.combinations(factors, 2)) or [(factors[0], factors[0])]
+    columns = min(_COLUMNS, len(pairs))
+    rows = math.ceil(len(pairs) / columns)
+    figure = Figure(figsize=(WIDTH, 0.5 + 2.4 * rows), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(rows, columns, sharey=True)).ravel()
+    for panel, pair in itertools.zip_longest(panels, pairs):
+        if pair is None:
+            panel.set_visible(False)
+        else:
+            _draw_interaction(styled(panel), results, *pair)
+    figure.supylabel(score_label(results.plan, results.plan.sweep.objectives[0]), fontsize=NORMAL, color=INK)
+    effect = results.effects[0]
+    if effect.left_out:
+        missing = f"means over the {effect.seeds} of {effect.seeds + effect.left_out} seeds at which no run is missing"
+        figure.supxlabel(missing, fontsize=SMALL, color=INK)
+    figure.set_label("; ".join(str(effect) for effect in results.effects))
+    return figure
+
+
+def _draw_interaction(axes: Axes, results: Results, across: str, lines: str) -> None:
+    factors = results.plan.ablation.factors
+    levels = list(factors[across])
+    for index, level in enumerate(factors[lines]):
+        means = [_mean(results, {across: other, lines: level}) for other in levels]
+        colour = (COMPLETE, BEST, MUTED, "#009e73", "#cc79a7")[index % 5]
+        axes.plot(range(len(levels)), means, "o-", color=colour, linewidth=1.4, markersize=4, label=f"{lines} {level}")
+    axes.set_xticks(range(len(levels)), levels)
+    axes.set_xlabel(across)
+    axes.legend(frameon=False, fontsize=SMALL, labelcolor=INK)
+
+
+def _mean(results: Results, levels: Mapping[str, str]) -> float:
+    """The mean score of the runs at some levels, at the seeds at which no run of the design is missing."""
+    chosen = [arm.name for arm in results.plan.arms if levels.items() <= arm.levels.items()]
+    scores = [results.scores[name][results.complete] for name in chosen]
+    return float(np.mean(scores)) if chosen and results.complete.any() else math.nan

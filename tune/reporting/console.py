@@ -1,0 +1,239 @@
+"""What a person sees: progress while a run goes on, tables at its end, sentences when something is wrong."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from dxmi.data import ClassCount, Description
+from dxmi.evaluation.references import best_reference, scored_references
+from dxmi.evaluation.sampling import NUM_SAMPLES_KEY
+from dxmi.formatting import score_text
+from dxmi.persistence.run_directory import RunDirectory
+from dxmi.training.run import Phase, Summary
+from dxmi.training.run import Progress as Event
+from tune.messages import complain, discard_output
+from tune.reporting.text_tables import TextTable
+from tune.studies.outdone import outdone, outdone_sentences
+
+_LABELS = {
+    Phase.PRETRAIN: "pretrain",
+    Phase.REFERENCES: "score references",
+    Phase.FINETUNE: "fine-tune",
+    Phase.REPORT: "final scores",
+}
+_UNITS = {
+    Phase.PRETRAIN: "iterations",
+    Phase.REFERENCES: "network evaluations",
+    Phase.FINETUNE: "iterations",
+    Phase.REPORT: "policies",
+}
+_FILE_COLUMNS = 160
+_PLAIN_LINES = 10
+"""Lines a phase prints when the output is no terminal, evaluations aside."""
+
+
+class Terminal(Console):
+    """A console whose reader may leave: the output ends, the work does not. In a file, tables have room.
+
+    Text is shown as it is written: brackets are no markup and colons no emoji.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(markup=False, emoji=False)
+        if not self.is_terminal and "COLUMNS" not in os.environ:
+            self.width = _FILE_COLUMNS
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich, whose own way is to exit."""
+        self.quiet = True
+        discard_output()
+
+
+class _RateColumn(ProgressColumn):
+    """Steps a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f}/s" if speed else "", style="dim")
+
+
+class ProgressReporter:
+    """Shows a run's progress: bars on a terminal, plain lines elsewhere. Call it as `train`'s reporter.
+
+    Args:
+        console: where to.
+
+    Attributes:
+        stop: set it, and the run stops at the next report.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.stop = False
+        self._tasks: dict[Phase, TaskID] = {}
+        self._printed: dict[Phase, int] = {}
+        self._bars = Progress(
+            TextColumn("{task.description:<17}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            _RateColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "ProgressReporter":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def ask_to_stop(self, _signal: str) -> None:
+        """Let the run save and stop at its next report."""
+        self.stop = True
+        complain("saving, then stopping; once more to stop at once.")
+
+    def __call__(self, event: Event) -> bool:
+        """Show one event; returns whether a stop was asked for."""
+        if event.note:
+            complain(event.note)
+            return self.stop
+        score = _score_note(event.metrics)
+        if self.console.is_terminal:
+            self._advance(event, score)
+        else:
+            self._print(event, score)
+        return self.stop
+
+    def _advance(self, event: Event, score: str) -> None:
+        if event.phase not in self._tasks:
+            # Started by the first report, so that a resumed run's rate counts only its own steps.
+            task = self._bars.add_task(_LABELS[event.phase], total=event.total, completed=event.step, note="")
+            self._tasks[event.phase] = task
+        task = self._tasks[event.phase]
+        self._bars.update(task, completed=event.step)
+        if score:
+            self._bars.update(task, note=score)
+
+    def _print(self, event: Event, score: str) -> None:
+        part = event.step * _PLAIN_LINES // max(event.total, 1)
+        if not score and self._printed.get(event.phase, 0) == part:
+            return
+        self._printed[event.phase] = part
+        line = f"{_LABELS[event.phase]}: {event.step}/{event.total} {_UNITS[event.phase]}"
+        self.console.out(f"{line}, {score}" if score else line, highlight=False)
+
+
+def _score_note(metrics: Mapping[str, float]) -> str:
+    """The evaluation score among `metrics` in words, if there is one."""
+    scores = (key for key in metrics if key.startswith("eval/") and key != NUM_SAMPLES_KEY)
+    first = next(scores, None)  # the one that runs are compared by
+    return "" if first is None else f"{first.removeprefix('eval/')} {score_text(metrics[first])}"
+
+
+_BESIDE = ("eval/precision_", "eval/recall_", "eval/energy_auc")
+"""How the keys of scores begin that a table shows beside the one that runs are compared by."""
+_NOT_COMPUTED = "-"
+
+
+def result_table(summary: Summary) -> TextTable:
+    """The samplers of a finished run side by side: network evaluations, score, seconds for 1,000 samples.
+
+    The best of those with no more evaluations than the policy is bold, whether it is fine-tuned or not.
+    """
+    steps, metric = summary.num_steps, summary.metric.removeprefix("eval/")
+    others = [key for key in summary.scores["best"] if key.startswith(_BESIDE)]
+    references = scored_references(vars(summary))
+    bold = best_reference(references, steps)
+    best = bold.key if bold is not None and bold.score < summary.best["value"] else "best"
+    after = f"{steps} step{'s' if steps > 1 else ''}, after (iteration {summary.best['step']})"
+    rows = [(reference.label, str(reference.evaluations), reference.key) for reference in references]
+    rows += [(after, str(steps), "best"), ("the data itself", "", "data")]
+    draws = len(summary.generations)
+    generations = f"; the best is the mean over {draws} draws of the noise" if draws > 1 else ""
+    table = TextTable(
+        caption=f"Network evaluations a sample; {metric} of {summary.num_samples:,} samples each, lower is better; "
+        f"seconds for 1,000 samples{generations}; {_NOT_COMPUTED} not computed. Bold: the best with at most {steps} "
+        "evaluations."
+    )
+    headings = [key.removeprefix("eval/") for key in others]
+    for heading in ("sampler", "evaluations", metric, *headings, "seconds for 1,000"):
+        table.add_column(heading, justify="left" if heading == "sampler" else "right")
+    for label, evaluations, name in rows:
+        if name not in summary.scores:
+            continue
+        scores = summary.scores[name]
+        shown = [score_text(scores[key]) if key in scores else _NOT_COMPUTED for key in (summary.metric, *others)]
+        seconds = f"{summary.seconds_per_1000_images[name]:.3f}"
+        table.add_row(label, evaluations, *shown, seconds, style="bold" if name == best else None)
+    return table
+
+
+def show_result(console: Console, run: RunDirectory, summary: Summary) -> None:
+    """The table, whether a training-free sampler is better, and where the pictures are."""
+    console.print(result_table(summary))
+    if summary.labels:
+        console.out(f"labels: {summary.labels}", highlight=False)
+    found = outdone("this run", summary.best["value"], scored_references(vars(summary)), summary.num_steps)
+    for sentence in outdone_sentences(summary.metric, [found]):
+        console.print(Text(sentence), highlight=False)
+    for label, path in (
+        ("curve", run.curves),
+        ("samples, step by step", run.samples / "steps.png"),
+        ("everything else", run.summary),
+    ):
+        _say_path(console, label, path)
+
+
+def show_data(console: Console, found: Description, labels: str) -> None:
+    """What a data set holds.
+
+    Args:
+        console: where to.
+        found: the data set.
+        labels: what becomes of its labels; nothing if it has none.
+    """
+    facts = found.facts | ({"labels": labels} if labels else {})
+    for name, text in facts.items():
+        console.out(f"{name + ':':<12}{text}", highlight=False)
+    for note in found.notes:
+        console.out(f"{'note:':<12}{note}", highlight=False)
+    if found.classes:
+        console.print(_class_table(found.classes))
+
+
+def _class_table(classes: Sequence[ClassCount]) -> TextTable:
+    total, hidden = sum(row.count for row in classes), classes[_CLASSES:]
+    caption = None
+    if hidden:
+        fewest, most = min(row.count for row in hidden), max(row.count for row in hidden)
+        caption = f"and {len(hidden):,} more classes, of {fewest:,} to {most:,} samples"
+    table = TextTable(caption=caption)
+    for heading in ("label", "class", "samples", "share"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for row in classes[:_CLASSES]:
+        table.add_row(str(row.number), row.name, f"{row.count:,}", f"{row.count / total:.2%}")
+    return table
+
+
+def _say_path(console: Console, label: str, path: Path) -> None:
+    console.out(f"{label + ':':<23}{path}", highlight=False)
+
+
+_CLASSES = 100
+"""Classes that a table shows."""

@@ -1,0 +1,119 @@
+"""What a person sees while a sweep goes on: a live table on a terminal, one plain line an event elsewhere."""
+
+import time
+from collections import Counter
+
+from rich.console import Console
+from rich.live import Live as LiveDisplay
+from rich.text import Text
+
+from dxmi.formatting import score_text
+from tune.execution.controller import Conductor, Live, Note
+from tune.messages import complain, duration
+from tune.reporting.text_tables import TextTable
+from tune.search.space import show
+from tune.studies.leaderboard import short_names
+from tune.studies.study import TrialState
+
+_REFRESH = 0.5
+_BEATS_EVERY = 60.0
+"""Seconds between two plain lines that say how far trials are."""
+
+
+class SweepView:
+    """Shows a session. Call `note` for events, and the view itself whenever time has passed.
+
+    Args:
+        console: where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._display = LiveDisplay(console=console, auto_refresh=False, transient=True)
+        self._drawn = 0.0
+        self._said = time.monotonic()
+
+    def __enter__(self) -> "SweepView":
+        if self.console.is_terminal:
+            self._display.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self._display.stop()
+
+    def note(self, note: Note) -> None:
+        """One event: a line above the table, or just a line."""
+        line = note.text if note.number is None else f"trial {note.number}: {note.text}"
+        if self.console.is_terminal:
+            if not note.minor:
+                self.console.print(Text(line, style="red" if note.bad else ""))
+        elif note.bad:
+            complain(line)
+        else:
+            self.console.out(line, highlight=False)
+
+    def __call__(self, conductor: Conductor) -> None:
+        """Draw, if it is time."""
+        now = time.monotonic()
+        if self.console.is_terminal and now - self._drawn > _REFRESH:
+            self._drawn = now
+            self._display.update(_table(conductor), refresh=True)
+        elif not self.console.is_terminal and now - self._said > _BEATS_EVERY:
+            self._said = now
+            for trial in conductor.live.values():
+                self.console.out(f"trial {trial.record.number}: {_where(trial)}", highlight=False)
+
+
+def _where(trial: Live) -> str:
+    return f"{trial.phase} {trial.step}/{trial.phase_total}" if trial.phase_total else trial.phase
+
+
+def _table(conductor: Conductor) -> TextTable:
+    """The trials that run, under a line about the whole."""
+    table = TextTable(title=_headline(conductor), title_justify="left", expand=False)
+    names = ", ".join(short_names(conductor.plan).values())
+    for heading, justify in (
+        ("trial", "right"), (names, "left"), ("doing", "left"), ("step", "right"),
+        ("score", "right"), ("best", "right"), ("rate", "right"), ("left", "right"),
+    ):  # fmt: skip
+        table.add_column(heading, justify=justify)
+    now = conductor.clock()
+    for trial in conductor.live.values():
+        rate = _rate(trial, now)
+        table.add_row(
+            str(trial.record.number),
+            ", ".join(show(value) for value in trial.record.values.values()),
+            trial.order.value if trial.order else trial.phase,
+            f"{trial.step}/{trial.phase_total}" if trial.phase_total else "",
+            "" if trial.score is None else score_text(trial.score),
+            "" if trial.best is None else score_text(trial.best),
+            f"{rate:,.1f}/s" if rate else "",
+            duration((trial.phase_total - trial.step) / rate) if rate else "",
+        )
+    return table
+
+
+def _rate(trial: Live, now: float) -> float:
+    """Steps a second in this phase."""
+    passed = now - trial.phase_since
+    return (trial.step - trial.phase_start) / passed if passed > 1.0 else 0.0
+
+
+def _headline(conductor: Conductor) -> str:
+    counts = Counter(conductor.states)
+    done = ", ".join(f"{counts[state]} {state.value}" for state in TrialState if counts[state])
+    planned = conductor.plan.num_trials
+    parts = [f"{conductor.plan.name}: {len(conductor.states)}/{planned} trials", done, _left(conductor)]
+    return " · ".join(part for part in parts if part)
+
+
+def _left(conductor: Conductor) -> str:
+    """Time left, if every trial to come takes as long as those of this session."""
+    ended = len(conductor.states) - conductor.ended_before
+    if conductor.ending:
+        return conductor.ending
+    if not ended:
+        return ""
+    passed = conductor.session_seconds
+    return f"about {duration(passed * (conductor.plan.num_trials - len(conductor.states)) / ended)} left"

@@ -1,0 +1,72 @@
+"""Maps of energies and values for a report, of studies in the plane: what the runs drew, made small."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from tune.plans.sweep import Plan
+from tune.studies.arm_results import Results
+from tune.studies.leaderboard import best_of
+from tune.studies.study import TrialRecord, TrialState
+
+_SHRINK = 0.8
+_COLOURS = 256
+"""Of a map as it is embedded, spread over all that it has: a quarter of the bytes, and no steps in its colours."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What one run learned of the plane.
+
+    Attributes:
+        name: of the arm or trial.
+        note: which of its runs.
+        energy: a data URI of the figure that has the energy beside the data's -log p.
+        values: a data URI of the figure that has V(x, t).
+    """
+
+    name: str
+    note: str
+    energy: str
+    values: str
+
+
+def trial_maps(plan: Plan, records: Sequence[TrialRecord]) -> list[Maps]:
+    """Of the best trial, if it has drawn some."""
+    best = best_of(plan, records)
+    return [] if best is None else _drawn(f"trial {best.number}", "the best", best)
+
+
+def arm_maps(results: Results) -> list[Maps]:
+    """Of each arm at its first seed, where an energy was trained."""
+    found = []
+    for arm in results.plan.arms:
+        runs = [(seed, results.records.get((arm.name, seed))) for seed in results.seeds]
+        complete = [(seed, run) for seed, run in runs if run is not None and run.state is TrialState.COMPLETE]
+        for seed, run in complete[:1]:
+            found += _drawn(arm.name, f"seed {seed}", run)
+    return found
+
+
+def _drawn(name: str, note: str, record: TrialRecord) -> list[Maps]:
+    """The maps of a run; none of images, which have no map, or if a picture is damaged."""
+    energy, values = (_embedded(record.run.samples / f"{what}.png") for what in ("energy", "values"))
+    return [Maps(name, note, energy, values)] if energy and values else []
+
+
+def _embedded(path: Path) -> str:
+    """A picture as a data URI, smaller and in fewer colours; empty if it cannot be read."""
+    buffer = io.BytesIO()
+    try:
+        with Image.open(path) as picture:
+            size = (round(_SHRINK * picture.width), round(_SHRINK * picture.height))
+            small = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+            few = small.quantize(_COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            few.save(buffer, format="png", optimize=True)
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

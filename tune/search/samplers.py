@@ -1,0 +1,110 @@
+"""The next trial: a pure function of the sampler's seed and of the trials so far.
+
+Each proposal is drawn by a fresh sampler whose seed is made of the sweep's and of the trial's number, so that a sweep
+that was killed and resumed proposes what it would have proposed.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+from optuna.trial import FrozenTrial, create_trial
+from scipy.stats import qmc
+
+from dxmi.training.build import ExperimentConfig
+from tune.config.sweep import SweepConfig
+from tune.search.space import Axis, Value, grid_points, value_at
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Values for one trial.
+
+    Attributes:
+        values: by path.
+        system_attrs: what the sampler wants to be stored with the trial.
+    """
+
+    values: dict[str, Value]
+    system_attrs: dict[str, Any] = field(default_factory=dict)
+
+
+def defaults(axes: Sequence[Axis], experiment: ExperimentConfig) -> dict[str, Value] | None:
+    """The experiment's own values, or None if the space does not contain them."""
+    values = {axis.path: value_at(experiment, axis.path) for axis in axes}
+    return values if all(axis.contains(values[axis.path]) for axis in axes) else None
+
+
+def num_planned(sweep: SweepConfig, axes: Sequence[Axis]) -> int:
+    """Trials of the whole sweep: the budget's, or the grid's if that is smaller."""
+    budget = sweep.budget.trials
+    return min(budget, len(grid_points(axes))) if sweep.sampler.kind == "grid" else budget
+
+
+def propose(
+    sweep: SweepConfig, axes: Sequence[Axis], experiment: ExperimentConfig, history: Sequence[FrozenTrial]
+) -> Proposal:
+    """The trial that follows `history`, whose length is its number."""
+    number, sampler = len(history), sweep.sampler
+    if sampler.kind == "grid":  # it holds the defaults or it does not; all of it is run
+        return Proposal(grid_points(axes)[number])
+    first = defaults(axes, experiment) if sampler.start_with_defaults else None
+    if first is not None and number == 0:
+        attrs = _from_model(sweep, axes, history).system_attrs if sampler.kind == "nsga2" else {}
+        return Proposal(first, attrs)  # nsga2: of the first generation, like those after it
+    if sampler.kind in ("sobol", "random"):
+        index = number - (first is not None)
+        units = (_sobol if sampler.kind == "sobol" else _random)(sampler.seed, index, len(axes))
+        return Proposal({axis.path: axis.at(unit) for axis, unit in zip(axes, units, strict=True)})
+    return _from_model(sweep, axes, history)
+
+
+def _sobol(seed: int, index: int, dimensions: int) -> list[float]:
+    """Point `index` of a scrambled Sobol sequence in [0, 1)^d."""
+    engine = qmc.Sobol(dimensions, scramble=True, rng=seed)
+    if index:
+        engine.fast_forward(index)
+    with warnings.catch_warnings():  # SciPy warns that one point is no balanced set: the sequence goes on
+        warnings.simplefilter("ignore", UserWarning)
+        return [float(unit) for unit in engine.random(1)[0]]
+
+
+def _random(seed: int, index: int, dimensions: int) -> list[float]:
+    return [float(unit) for unit in np.random.default_rng([seed, index]).random(dimensions)]
+
+
+def _from_model(sweep: SweepConfig, axes: Sequence[Axis], history: Sequence[FrozenTrial]) -> Proposal:
+    """What Optuna's sampler asks for, in a study in memory that holds the history."""
+    directions: list[Any] = [objective.direction for objective in sweep.objectives]
+    study = optuna.create_study(directions=directions, sampler=_sampler(sweep, len(history)))
+    study.add_trials(history)
+    asked = study.ask({axis.path: axis.distribution for axis in axes})
+    system_attrs = study.trials[-1].system_attrs
+    return Proposal({axis.path: axis.value(asked.params[axis.path]) for axis in axes}, system_attrs)
+
+
+def _sampler(sweep: SweepConfig, number: int) -> BaseSampler:
+    config = sweep.sampler
+    seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        if config.kind == "nsga2":
+            return NSGAIISampler(population_size=config.startup_trials, seed=seed)
+        # constant_liar: trials that still run count as bad, so that two at once are not asked to try the same.
+        return TPESampler(n_startup_trials=config.startup_trials, multivariate=True, constant_liar=True, seed=seed)
+
+
+def template(axes: Sequence[Axis], proposal: Proposal, user_attrs: dict[str, Any]) -> FrozenTrial:
+    """A running trial for Optuna's storage, whole: it is there with all its values or not at all."""
+    return create_trial(
+        state=optuna.trial.TrialState.RUNNING,
+        params={axis.path: axis.param(proposal.values[axis.path]) for axis in axes},
+        distributions={axis.path: axis.distribution for axis in axes},
+        user_attrs=user_attrs,
+        system_attrs=proposal.system_attrs,
+    )

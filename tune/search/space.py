@@ -1,0 +1,319 @@
+"""The search space: which settings a sweep varies, and over what.
+
+A sweep file writes one line a setting, by its path in the experiment's config:
+
+    algorithm.policy.lr: {log_uniform: [1.0e-6, 1.0e-4]}
+    algorithm.entropy_coef: {uniform: [0, 1]}
+    schedule.num_steps: {integer: [3, 8]}
+    algorithm.preset: {choice: [as_released, objective]}
+
+A grid needs finitely many values, so there a range says how many: {log_uniform: [1.0e-6, 1.0e-4], points: 5}.
+"""
+
+import copy
+import difflib
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from dxmi.config import build, to_tree, unknown_key
+from dxmi.errors import UserError
+from dxmi.training.build import ExperimentConfig
+from tune.config.sweep import KINDS
+
+_EXAMPLE = "write one of {log_uniform: [1.0e-6, 1.0e-4]}, {uniform: [0, 1]}, {integer: [3, 8]}, {choice: [a, b]}"
+FIXED = {
+    "resources": "it changes no result",
+    "evaluate": "trials that are measured differently cannot be compared",
+    "name": "it changes no result",
+}
+"""Groups that no study varies, and why."""
+_MAX_GRID = 100_000
+
+Value = Any
+Param = str | float | int | bool | None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One setting that varies.
+
+    Attributes:
+        path: of the setting, like algorithm.policy.lr.
+        kind: one of KINDS.
+        low: of a range.
+        high: of a range, itself included.
+        choices: values of a choice, in the order of the file.
+        points: how many values of a range a grid takes; 0 if the file does not say.
+    """
+
+    path: str
+    kind: str
+    low: float = 0.0
+    high: float = 0.0
+    choices: tuple[Value, ...] = ()
+    points: int = 0
+
+    @property
+    def distribution(self) -> BaseDistribution:
+        """What Optuna calls it."""
+        if self.kind == "choice":
+            return CategoricalDistribution([self.param(value) for value in self.choices])
+        if self.kind == "integer":
+            return IntDistribution(int(self.low), int(self.high))
+        return FloatDistribution(self.low, self.high, log=self.kind == "log_uniform")
+
+    def param(self, value: Value) -> Param:
+        """How Optuna stores a value: itself, or JSON text if it is a list, with the numbers as in the file."""
+        if value is None or isinstance(value, (str, int, float, bool)):
+            return value
+        return json.dumps(next(choice for choice in self.choices if _same(choice, value)))
+
+    def value(self, param: Param) -> Value:
+        """The inverse of `param`."""
+        if self.kind != "choice":
+            return param
+        return next(value for value in self.choices if _same(self.param(value), param))
+
+    def contains(self, value: Value) -> bool:
+        """Whether a trial could have this value."""
+        if self.kind == "choice":
+            return any(_same(choice, value) for choice in self.choices)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_inside = is_number and self.low <= value <= self.high
+        return is_inside and (self.kind != "integer" or value == int(value))
+
+    def at(self, unit: float) -> Value:
+        """The value at a place in [0, 1): uniform places give values as the kind says."""
+        if self.kind == "choice":
+            return self.choices[int(unit * len(self.choices))]
+        if self.kind == "integer":
+            return int(self.low) + int(unit * (int(self.high) - int(self.low) + 1))
+        if self.kind == "log_uniform":
+            value = self.low ** (1.0 - unit) * self.high**unit
+        else:
+            value = self.low * (1.0 - unit) + self.high * unit
+        return min(max(value, self.low), self.high)  # rounding may lead out
+
+    def grid(self) -> list[Value]:
+        """The values that a grid takes.
+
+        Raises:
+            UserError: there are infinitely many, and the file does not say how many to take; or too many to list.
+        """
+        if self.kind == "choice":
+            return list(self.choices)
+        if self.kind != "integer" and not self.points:
+            raise UserError(
+                f"sweep.space.{self.path} has infinitely many values: a grid needs points, "
+                f"like {{{self.kind}: [{self.low:g}, {self.high:g}], points: 5}}."
+            )
+        count = self.points or int(self.high) - int(self.low) + 1
+        if count > _MAX_GRID:
+            raise UserError(f"sweep.space.{self.path} has {count:,} values: a grid may have at most {_MAX_GRID:,}.")
+        if not self.points:
+            return list(range(int(self.low), int(self.high) + 1))
+        units = [index / (self.points - 1) for index in range(self.points)] if self.points > 1 else [0.5]
+        if self.kind == "integer":
+            return list(dict.fromkeys(round(self.low + (self.high - self.low) * unit) for unit in units))
+        return [self.at(unit) for unit in units]
+
+    def __str__(self) -> str:
+        if self.kind == "choice":
+            return "one of " + ", ".join(show(value) for value in self.choices)
+        return f"{self.kind.replace('_', '-')} in [{self.low:g}, {self.high:g}]"
+
+
+def show(value: Value) -> str:
+    """A value for people: short numbers, text without quotes."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _same(one: Value, other: Value) -> bool:
+    """Equal, and not merely as True equals 1."""
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+
+
+# ----------------------------------------------------------------------------
+# From a sweep file
+
+
+def parse_space(tree: Any, experiment: ExperimentConfig) -> tuple[Axis, ...]:
+    """The axes that a sweep file's `space` describes, in its order.
+
+    Raises:
+        UserError: a path is no setting of the experiment (the nearest is named), a range is empty or reversed, a log
+            range reaches 0, a choice is empty, or a bound is a value that the experiment refuses.
+    """
+    specs: dict[str, Mapping[str, Any]] = {}
+    for path, spec in _specs(tree, ""):
+        if path in specs:
+            raise UserError(f"sweep.space.{path} is given twice: keep one.")
+        specs[path] = spec
+    if not specs:
+        raise UserError(f"sweep.space is empty: a sweep varies at least one setting; {_EXAMPLE}.")
+    known = to_tree(experiment)
+    axes = []
+    for path, spec in specs.items():
+        require_setting(f"sweep.space.{path}", path, known)
+        axis = _axis(path, spec)
+        _check_values(axis, experiment)
+        axes.append(axis)
+    return tuple(axes)
+
+
+def _specs(tree: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(path, spec) of each setting; groups may be nested or written with dots."""
+    where = f"sweep.space.{path}".rstrip(".")
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{where} is {tree!r}: {_EXAMPLE}.")
+    if any(kind in tree for kind in KINDS):
+        yield path, tree
+        return
+    for key, value in tree.items():
+        yield from _specs(value, f"{path}.{key}" if path else str(key))
+
+
+def require_setting(where: str, path: str, known: Mapping[str, Any], fixed: Mapping[str, str] = FIXED) -> None:
+    """Check that `path` is one setting of an experiment, and that it may vary.
+
+    Args:
+        where: of the path in a file, for messages.
+        path: with dots.
+        known: the experiment as a tree.
+        fixed: groups that may not vary, and why.
+
+    Raises:
+        UserError: it is none (the nearest is named), a group of them, or fixed.
+    """
+    tree: Any = known
+    group = path.partition(".")[0]
+    if group in fixed:
+        raise UserError(f"{where} cannot vary: {fixed[group]}.")
+    for part in path.split("."):
+        if not isinstance(tree, Mapping) or part not in tree:
+            every = [name for name in flat(known) if name.partition(".")[0] not in fixed]
+            near = difflib.get_close_matches(path, every, n=1, cutoff=0.5)
+            groups = [name for name in known if name not in fixed]
+            raise UserError(unknown_key(where, path, near or groups))
+        tree = tree[part]
+    if isinstance(tree, Mapping):
+        raise UserError(f"{where} is a group of settings: name one of them, like {path}.{next(iter(tree))}.")
+
+
+def _axis(path: str, spec: Mapping[str, Any]) -> Axis:
+    where = f"sweep.space.{path}"
+    kinds = [kind for kind in KINDS if kind in spec]
+    extra = [str(key) for key in spec if key not in (*KINDS, "points")]
+    if len(kinds) != 1 or extra:
+        raise UserError(f"{where} is {dict(spec)!r}: {_EXAMPLE}.")
+    kind, body = kinds[0], spec[kinds[0]]
+    if not isinstance(body, Sequence) or isinstance(body, str):
+        raise UserError(f"{where}.{kind} is {body!r}: it must be a list.")
+    if kind == "choice":
+        return Axis(path, kind, choices=_choices(where, body, spec))
+    low, high = _bounds(f"{where}.{kind}", kind, body)
+    points = spec.get("points", 0)
+    if not isinstance(points, int) or isinstance(points, bool) or not (points >= 1 or "points" not in spec):
+        raise UserError(f"{where}.points is {points!r}: it must be a whole number of at least 1.")
+    return Axis(path, kind, low, high, points=points)
+
+
+def _choices(where: str, body: Sequence[Any], spec: Mapping[str, Any]) -> tuple[Value, ...]:
+    if "points" in spec:
+        raise UserError(f"{where}.points has no effect on a choice: leave it out.")
+    if not body:
+        raise UserError(f"{where}.choice is empty: name at least one value.")
+    for index, value in enumerate(body):
+        if any(_same(value, other) for other in body[:index]):
+            raise UserError(f"{where}.choice names {value!r} twice.")
+    return tuple(copy.deepcopy(list(body)))
+
+
+def _bounds(where: str, kind: str, body: Sequence[Any]) -> tuple[float, float]:
+    largest = sys.float_info.max
+    numbers = [n for n in body if isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) <= largest]
+    if len(body) != 2 or len(numbers) != 2:
+        hint = " YAML takes 1e-6 for text: write 1.0e-6." if any(isinstance(n, str) for n in body) else ""
+        raise UserError(f"{where} is {list(body)!r}: it must be [low, high], two finite numbers.{hint}")
+    low, high = numbers
+    if low > high:
+        raise UserError(f"{where} is [{low}, {high}]: low is above high.")
+    if low == high:
+        raise UserError(f"{where} is [{low}, {high}]: one value is no range; set it as an override instead.")
+    if kind == "log_uniform" and low <= 0:
+        raise UserError(f"{where} is [{low}, {high}]: a log range must begin above 0.")
+    if kind == "integer" and (low != int(low) or high != int(high)):
+        raise UserError(f"{where} is [{low}, {high}]: both must be whole numbers.")
+    return (int(low), int(high)) if kind == "integer" else (float(low), float(high))
+
+
+def _check_values(axis: Axis, experiment: ExperimentConfig) -> None:
+    """Let the experiment's own checks refuse a bound or a choice, before any trial does."""
+    for value in axis.choices or (axis.low, axis.high):
+        try:
+            configured(experiment, {axis.path: value})
+        except UserError as error:
+            raise UserError(f"sweep.space.{axis.path} cannot take {show(value)}: {error}") from error
+
+
+# ----------------------------------------------------------------------------
+# Values in a config
+
+
+def flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Every setting by its dotted path."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        where = f"{path}.{key}" if path else str(key)
+        found |= flat(value, where) if isinstance(value, Mapping) else {where: value}
+    return found
+
+
+def configured(experiment: ExperimentConfig, values: Mapping[str, Value]) -> ExperimentConfig:
+    """The experiment with other values at some paths.
+
+    Raises:
+        UserError: it refuses one of them.
+    """
+    return build(ExperimentConfig, tree_with(experiment, values))
+
+
+def tree_with(experiment: ExperimentConfig, values: Mapping[str, Value]) -> dict[str, Any]:
+    """The experiment's tree with other values at some paths, which it may still refuse."""
+    tree = to_tree(experiment)
+    for path, value in values.items():
+        *groups, last = path.split(".")
+        group = tree
+        for name in groups:
+            group = group[name]
+        group[last] = value
+    return tree
+
+
+def value_at(experiment: ExperimentConfig, path: str) -> Value:
+    """The experiment's own value of a setting."""
+    return flat(to_tree(experiment))[path]
+
+
+def grid_points(axes: Sequence[Axis]) -> list[dict[str, Value]]:
+    """Every combination of the axes' grid values, the last axis fastest.
+
+    Raises:
+        UserError: there are too many to list.
+    """
+    lists = [axis.grid() for axis in axes]
+    size = math.prod(len(values) for values in lists)
+    if size > _MAX_GRID:
+        raise UserError(f"The grid of sweep.space has {size:,} points: at most {_MAX_GRID:,} are allowed.")
+    points: list[dict[str, Value]] = [{}]
+    for axis, values in zip(axes, lists, strict=True):
+        points = [{**point, axis.path: value} for point in points for value in values]
+    return points

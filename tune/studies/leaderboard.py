@@ -1,0 +1,324 @@
+"""The leaderboard of a study: a data frame, leaderboard.csv, and best.yaml.
+
+Only complete trials have a rank. The score of any other is on the noise that chose its checkpoint, which flatters it.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from dxmi.config import to_tree
+from dxmi.errors import UserError
+from dxmi.evaluation.references import scored_references
+from dxmi.formatting import score_text
+from dxmi.persistence.checkpoint import path_of
+from dxmi.persistence.files import write_atomic
+from tune.config.sweep import ObjectiveConfig
+from tune.plans.ablation import AblationPlan
+from tune.plans.sweep import Plan, fidelity_keys
+from tune.search.space import flat, show
+from tune.studies.confirmation import Confirmation, confirmations, obstacle
+from tune.studies.outdone import Outdone, outdone, outdone_sentences
+from tune.studies.study import Study, StudyFolder, TrialRecord, TrialState, pareto_front, ranked
+
+NOT_COMPARABLE = "*"
+"""Follows a score on the noise that chose the checkpoint."""
+NOT_COMPUTED = "-"
+"""Stands in a table where a score was not computed."""
+FRESH = "fresh_"
+"""Begins the name of a column with scores on noise that took no part in choosing the trial."""
+_OWN_COLUMNS = ("rank", "trial", "state", "score", "step", "seconds", "checkpoint", "reason")
+_LONGEST_REASON = 400
+_NEEDED = {"reference", "num_steps", "num_samples", "device", "threads", "versions"}
+"""What a report reads in a summary."""
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+# ----------------------------------------------------------------------------
+# Words
+
+
+def short_names(plan: Plan) -> dict[str, str]:
+    """Each varying path to its shortest end that means no other setting and no column, like policy.lr."""
+    known = [*flat(to_tree(plan.experiment))]
+    taken = {*_OWN_COLUMNS, *objective_columns(plan)}
+
+    def shortest(path: str) -> str:
+        parts = path.split(".")
+        ends = [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+        clear = (end for end in ends if end not in taken and not any(_ends_so(p, end) for p in known if p != path))
+        return next(clear, path)
+
+    return {axis.path: shortest(axis.path) for axis in plan.axes}
+
+
+def _ends_so(path: str, end: str) -> bool:
+    return path == end or path.endswith(f".{end}")
+
+
+def objective_columns(plan: Plan) -> list[str]:
+    """One column an objective; `seconds` is there already, and means the whole trial."""
+    return [
+        "finetune_seconds" if objective.metric == "seconds" else objective.metric for objective in plan.sweep.objectives
+    ]
+
+
+def fidelity_columns(plan: Plan) -> list[str]:
+    """Precision and recall, but for those that are objectives."""
+    return [key for key in fidelity_keys(plan.experiment) if key not in objective_columns(plan)]
+
+
+def metric_label(plan: Plan, objective: ObjectiveConfig) -> str:
+    """What an objective measures, for people."""
+    if objective.metric == "score":
+        return plan.metric.removeprefix("eval/")
+    return "seconds of fine-tuning" if objective.metric == "seconds" else objective.metric.removeprefix("eval/")
+
+
+def better(objective: ObjectiveConfig) -> str:
+    """Which way is up."""
+    return "lower is better" if objective.direction == "minimize" else "higher is better"
+
+
+def number(value: float, metric: str = "score") -> str:
+    """A measured number for people: a count as it is, else two decimals, or three digits if it is small."""
+    if metric == "num_steps":
+        return f"{value:g}"
+    return score_text(value)
+
+
+def settings(plan: Plan, record: TrialRecord) -> list[str]:
+    """What varies in a trial, in words."""
+    return [f"{name} {show(record.values[path])}" for path, name in short_names(plan).items()]
+
+
+def summary_of(record: TrialRecord) -> Mapping[str, Any]:
+    """What the run came to; empty if that is gone or damaged, since a report is made of what there is."""
+    try:
+        summary = record.run.read_summary() or {}
+    except UserError:
+        return {}
+    return summary if summary.keys() >= _NEEDED else {}
+
+
+def best_of(plan: Plan, records: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The first of the leaderboard, if a trial is complete."""
+    first = next(iter(ranked(plan, records)), None)
+    return first if first is not None and first.state is TrialState.COMPLETE else None
+
+
+def fresh_scores_of(records: Sequence[TrialRecord]) -> dict[int, Confirmation]:
+    """What is known of the trials on noise that took no part in choosing them, by number."""
+    return confirmations(StudyFolder(records[0].run.path.parent.parent), records) if records else {}
+
+
+def fresh_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
+    """How the best trial scores on noise that took no part in choosing it; empty if no trial is complete."""
+    best = best_of(plan, records)
+    if best is None or isinstance(plan, AblationPlan):
+        return ""
+    fresh = fresh_scores_of(records).get(best.number)
+    if fresh is None or not fresh.scores:
+        why = obstacle(StudyFolder(best.run.path.parent.parent), best, records).rstrip(".")
+        return f"Trial {best.number} has no score on fresh noise ({why}): as the first of many it may look too good."
+    values = (
+        f"{metric_label(plan, o)} {number(value, o.metric)}"
+        for o in plan.sweep.objectives
+        if (value := fresh.value(plan, o)) is not None
+    )
+    text = ", ".join(values) or f"{plan.metric.removeprefix('eval/')} {number(fresh.scores[plan.metric])}"
+    return f"On fresh noise, which took no part in choosing it, trial {best.number} has {text}."
+
+
+def free_sampler_sentences(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
+    """Whether training-free samplers are better than the best trial, or than trials on the Pareto front."""
+    best = best_of(plan, records)
+    results = pareto_front(plan, records) if len(plan.sweep.objectives) > 1 else [best]
+    return outdone_sentences(plan.metric, [_outdone(record) for record in results if record is not None])
+
+
+def _outdone(record: TrialRecord) -> Outdone | None:
+    summary, score = summary_of(record), record.outcome.score
+    if not summary or score is None:
+        return None
+    return outdone(f"trial {record.number}", score, scored_references(summary), summary["num_steps"])
+
+
+# ----------------------------------------------------------------------------
+# The data frame
+
+
+def leaderboard(plan: Plan, records: Sequence[TrialRecord]) -> pd.DataFrame:
+    """One row a trial, in rank order.
+
+    Returns:
+        Columns rank (of complete trials), trial, state, each objective but the score, score, precision and recall where
+        the data has them, fresh_X for each objective X by which the chosen trials have been scored once more, see
+        `tune.studies.confirmation`, step (of the best checkpoint), each parameter by its path, seconds, signature,
+        checkpoint (relative to the study, if it is still there) and reason (one line).
+    """
+    rows = ranked(plan, records)
+    ranks = [place if record.state is TrialState.COMPLETE else None for place, record in enumerate(rows, start=1)]
+    columns: dict[str, Any] = {
+        "rank": pd.array(ranks, dtype="Int64"),
+        "trial": [record.number for record in rows],
+        "state": [record.state.value for record in rows],
+    }
+    for index, name in enumerate(objective_columns(plan)):
+        columns[name] = pd.array([_objective(record, index) for record in rows], dtype="Float64")
+    columns.pop("score", None)
+    columns["score"] = pd.array([record.outcome.score for record in rows], dtype="Float64")
+    for name in fidelity_columns(plan):
+        columns[name] = pd.array([_fidelity(record, name) for record in rows], dtype="Float64")
+    fresh = fresh_scores_of(rows)
+    for objective, name in zip(plan.sweep.objectives, objective_columns(plan), strict=True):
+        values = [fresh[r.number].value(plan, objective) if r.number in fresh else None for r in rows]
+        if any(value is not None for value in values):
+            columns[f"{FRESH}{name.removeprefix('eval/')}"] = pd.array(values, dtype="Float64")
+    columns["step"] = pd.array([record.outcome.step for record in rows], dtype="Int64")
+    for axis in plan.axes:
+        values = [record.values[axis.path] for record in rows]
+        columns[axis.path] = pd.Series(values, dtype=object) if axis.kind == "choice" else values
+    columns["seconds"] = pd.array([_seconds(record) for record in rows], dtype="Float64")
+    columns["signature"] = [record.signature for record in rows]
+    columns["checkpoint"] = [_checkpoint(record) for record in rows]
+    columns["reason"] = [_reason(record) for record in rows]
+    return pd.DataFrame(columns)
+
+
+def _objective(record: TrialRecord, index: int) -> float | None:
+    return record.outcome.objectives[index] if record.state is TrialState.COMPLETE else None
+
+
+def _fidelity(record: TrialRecord, key: str) -> float | None:
+    if record.state is not TrialState.COMPLETE:
+        return None
+    value = summary_of(record).get("scores", {}).get("best", {}).get(key)
+    return None if value is None else float(value)
+
+
+def _seconds(record: TrialRecord) -> float | None:
+    return None if record.state is TrialState.RUNNING else record.outcome.seconds
+
+
+def _checkpoint(record: TrialRecord) -> str:
+    if record.outcome.step is None:
+        return ""
+    path = path_of(record.run.checkpoints, record.outcome.step)
+    return path.relative_to(record.run.path.parent.parent).as_posix() if path.is_dir() else ""
+
+
+def _reason(record: TrialRecord) -> str:
+    """One printable line: it may be the end of somebody's traceback."""
+    if record.same_as is not None and not record.outcome.reason:
+        return f"same config as trial {record.same_as}"
+    text = "".join(character if character.isprintable() else " " for character in record.outcome.reason)
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 1] + "…"
+
+
+# ----------------------------------------------------------------------------
+# The terminal
+
+
+def changed_inputs(plan: Plan, records: Sequence[TrialRecord]) -> str:
+    """Sentences if trials that should share data or public weights did not: files changed while the study went on.
+
+    A trial that is gone on with notices by itself; one that is begun afterwards takes the files as they then are.
+    """
+    summaries = {record.number: summary for record in records if (summary := summary_of(record))}
+    configs = {record.number: plan.tree_of(record.values) for record in records if record.number in summaries}
+    data = {number: (_scored_with(summary), configs[number]["data"]) for number, summary in summaries.items()}
+    weights = {
+        number: (dict(summary.get("inputs") or {}).get("weights"), configs[number]["pretrain"]["weights"])
+        for number, summary in summaries.items()
+    }
+    found = {"The data": _course(data), "The files of pretrain.weights": _course(weights)}
+    return " ".join(
+        f"{what} changed while this study went on ({course}): scores of trials before and after do not compare."
+        for what, course in found.items()
+        if course
+    )
+
+
+def _course(seen: Mapping[int, tuple[str | None, Any]]) -> str:
+    """Which signature is that of which trials, where trials with the same setting have several.
+
+    Args:
+        seen: by trial, the signature of what it read, and the setting that names it.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for number, (signature, setting) in seen.items():
+        if signature is not None:
+            found.setdefault(json.dumps(setting, sort_keys=True), {}).setdefault(signature, number)
+    changed = next((same for same in found.values() if len(same) > 1), {})
+    return ", ".join(f"{signature[:12]} from trial {number} on" for signature, number in changed.items())
+
+
+def _scored_with(summary: Mapping[str, Any]) -> str | None:
+    """The signature of the data that a trial was scored with, if it tells."""
+    about = summary.get("scored_with")
+    reference = about.get("reference") if isinstance(about, dict) else None
+    return reference if isinstance(reference, str) else None
+
+
+# ----------------------------------------------------------------------------
+# Files
+
+
+def write_leaderboard(study: Study, records: Sequence[TrialRecord]) -> None:
+    """Write leaderboard.csv: one line a trial, numbers in full."""
+    frame = leaderboard(study.plan, records)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(frame.columns)
+    writer.writerows(map(_cell, row) for row in zip(*(frame[name].tolist() for name in frame), strict=True))
+    write_atomic(study.folder.leaderboard, buffer.getvalue())
+
+
+def _cell(value: Any) -> str:
+    """As CSV text; what a spreadsheet would run as a formula is quoted by an apostrophe."""
+    if isinstance(value, str):
+        return "'" + value if value.startswith(_FORMULA) else value
+    if value is pd.NA:
+        return ""
+    return repr(value) if isinstance(value, float) else json.dumps(value)
+
+
+def write_best(study: Study, records: Sequence[TrialRecord]) -> Path | None:
+    """Write best.yaml: the whole config of the best complete trial, for `dxmi train --config best.yaml`.
+
+    Returns:
+        Where it is, or None if no trial is complete.
+    """
+    best = best_of(study.plan, records)
+    if best is None:
+        return None
+    tree = to_tree(study.config(best))
+    tree["resources"] = _resources(best, tree["resources"])
+    objective = study.plan.sweep.objectives[0]
+    header = [
+        f"study {study.plan.name}, trial {best.number}",
+        f"{objective.metric} {best.outcome.objectives[0]:.6g} ({metric_label(study.plan, objective)}, "
+        f"{better(objective)}), best checkpoint at iteration {best.outcome.step}",
+        f"signature {best.signature}",
+        *([fresh] if (fresh := fresh_sentence(study.plan, records)) else []),
+        "again: dxmi train --config best.yaml",
+    ]
+    text = "".join(f"# {line}\n" for line in header) + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    write_atomic(study.folder.best, text)
+    return study.folder.best
+
+
+def _resources(record: TrialRecord, planned: dict[str, Any]) -> dict[str, Any]:
+    """Those of the run: the sums of a network's layers, and so the bits, depend on the number of threads."""
+    if not record.run.config.exists():
+        return planned
+    resources: dict[str, Any] = record.run.read_config().get("resources", planned)
+    return resources
