@@ -1,7 +1,8 @@
 """From a tree of plain values to frozen dataclasses and back, with a sentence for every mistake.
 
-A config is a dataclass beside its owner, whose `__post_init__` raises a ValueError that begins with the field's name.
-`build` turns nested mappings (from YAML, from Hydra) into such an object and names the full path of what is wrong.
+A config is a frozen dataclass in a module that does not import PyTorch; its `__post_init__` raises a ValueError that
+begins with the field's name. `build` turns nested mappings (from YAML, from Hydra) into such an object and names the
+full path of what is wrong.
 """
 
 import difflib
@@ -10,11 +11,11 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from typing import Any, TypeVar
 
 from dxmi.errors import UserError
-from dxmi.networks import NETWORK_CONFIGS, NetworkConfig
+from dxmi.registry import Registry, registry_of
 
 T = TypeVar("T")
 
@@ -34,15 +35,17 @@ def build(cls: type[T], tree: Any, path: str = "") -> T:
     """
     if not isinstance(tree, Mapping):
         raise UserError(f"{path or 'The config'} is {tree!r}: it must be a group of settings.")
-    chosen = _kind(cls, tree, path)
-    hints = typing.get_type_hints(chosen)
-    known = [f.name for f in fields(chosen)]  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for key in tree:
         if key not in known:
-            raise UserError(unknown_key(f"{path}.{key}" if path else str(key), str(key), known))
-    values = {key: _value(hints[key], value, f"{path}.{key}" if path else key) for key, value in tree.items()}
+            raise UserError(unknown_key(f"{path}.{key}" if path else str(key), str(key), list(known)))
+    values = {
+        key: _field_value(known[key], hints[key], value, f"{path}.{key}" if path else key)
+        for key, value in tree.items()
+    }
     try:
-        return chosen(**values)
+        return cls(**values)
     except ValueError as error:
         raise UserError(f"{path}.{error}." if path else f"{error}.") from error
 
@@ -54,14 +57,30 @@ def unknown_key(where: str, key: str, known: list[str]) -> str:
     return f"{where} is not a setting: {hint}"
 
 
-def _kind(cls: type[T], tree: Mapping[str, Any], path: str) -> type[T]:
-    """The class that `kind` names where a field may hold one of several, else `cls` itself."""
-    if cls is not NetworkConfig:
-        return cls
-    kind = tree.get("kind", NetworkConfig.kind)
-    if not isinstance(kind, str) or kind not in NETWORK_CONFIGS:
-        raise UserError(f"{path}.kind is {kind!r}: it must be one of {', '.join(NETWORK_CONFIGS)}.")
-    return typing.cast("type[T]", NETWORK_CONFIGS[kind])
+def _field_value(own: Field[Any], hint: Any, value: Any, path: str) -> Any:
+    """`value` as the field asks for it; where it names a registry, as the class of its tree's `kind`."""
+    registry = registry_of(own.metadata)
+    if registry is None:
+        return _value(hint, value, path)
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path} is {value!r}: it must be a group of settings.")
+    return build(kind_class(registry, value.get("kind", default_of(own).kind), path), value, path)
+
+
+def default_of(own: Field[Any]) -> Any:
+    """The default of a config's field."""
+    return own.default if own.default_factory is MISSING else own.default_factory()
+
+
+def kind_class(registry: Registry[Any], kind: object, path: str) -> type[Any]:
+    """The config class that `kind`, which stands at `path`, names.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    if not isinstance(kind, str) or kind not in registry.kinds():
+        raise UserError(f"{registry.refusal(f'{path}.kind', kind)}.")
+    return registry.config_class(kind)
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:

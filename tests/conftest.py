@@ -19,12 +19,15 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dxmi.algorithms.dxmi import DxMI, DxMIConfig
+from dxmi.algorithms.configs import DxMIConfig
+from dxmi.algorithms.dxmi import DxMI
 from dxmi.critics.energy import Energy
 from dxmi.critics.value import SeparateValue, SharedValue
 from dxmi.diffusion.policy import Policy
-from dxmi.diffusion.schedules import ScheduleConfig, shorten
-from dxmi.networks import MlpConfig, build_critic, build_denoiser, build_timed_critic
+from dxmi.diffusion.schedules.build import shorten
+from dxmi.diffusion.schedules.configs import ScheduleConfig
+from dxmi.networks.configs import MlpConfig
+from dxmi.networks.registry import build_critic, build_denoiser, build_timed_critic
 
 NETWORK = MlpConfig(hidden=16, layers=3, embedding=8)
 

@@ -11,27 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dxmi.algorithms.configs import DDPMConfig, DxMIConfig
 from dxmi.algorithms.costs import ReferenceVariance, running_cost, squared_noise, squared_step, step_costs
-from dxmi.algorithms.ddpm import DDPMConfig
-from dxmi.algorithms.dxmi import DxMI, DxMIConfig, draw_states
+from dxmi.algorithms.dxmi import DxMI, draw_states
 from dxmi.algorithms.losses import energy_loss
 from dxmi.critics.energy import Energy
 from dxmi.critics.value import SeparateValue, SharedValue
-from dxmi.diffusion.schedules import ScheduleConfig
+from dxmi.diffusion.schedules.configs import ScheduleConfig
 from dxmi.distributed import ALONE, Share
 from dxmi.errors import UserError
-from dxmi.networks import Critic, MlpConfig, TimedCritic
-from dxmi.optim.optimizer import (
-    DECAYS,
-    KINDS,
-    MovingAverage,
-    Optimizer,
-    OptimizerConfig,
-    Part,
-    PolicyOptimizerConfig,
-    lr_factor,
-)
-from dxmi.training.build import Experiment, ExperimentConfig, NetworksConfig
+from dxmi.networks.base import Critic, TimedCritic
+from dxmi.networks.configs import MlpConfig
+from dxmi.optim.config import DECAYS, KINDS, OptimizerConfig, PolicyOptimizerConfig, lr_factor
+from dxmi.optim.optimizer import MovingAverage, Optimizer, Part
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig, NetworksConfig
 
 T, B, EVENT = 4, 6, (3,)
 PRESETS, VALUES = ("as_released", "objective"), ("shared", "separate")
@@ -793,7 +787,7 @@ DDPM: Perturbations = {
 @pytest.mark.parametrize(("config", "perturbations"), [(DxMIConfig, DXMI), (DDPMConfig, DDPM)])
 def test_every_setting_has_a_perturbation(config, perturbations):
     """A new field fails here until the tests below try it."""
-    assert set(leaves(config)) - {"weights"} == set(perturbations)  # those are read by the experiment: test_conditional
+    assert set(leaves(config)) - {"kind", "weights"} == set(perturbations)  # weights: in test_conditional
 
 
 def evaluated_and_value(dxmi: DxMI) -> list[Tensor]:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dxmi.data import DataConfig, data_root, load
 from dxmi.data.cifar import read_binary_batch, read_python_batch
+from dxmi.data.configs import DataConfig
+from dxmi.data.images import data_root
+from dxmi.data.loading import load
 from dxmi.errors import UserError
 
 ROWS = 6

@@ -15,7 +15,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from dxmi.data import DataConfig, load, some_of
+from dxmi.data.configs import DataConfig
+from dxmi.data.description import some_of
+from dxmi.data.loading import load
 from support import TINY as SMALL
 from support import changed, missing
 from tune.cli.main import main

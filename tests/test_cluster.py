@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from dxmi.errors import UserError
-from dxmi.training.build import ResourcesConfig
+from dxmi.training.config import ResourcesConfig
 from support import SLOWER, changed, free_port, wait_until
 from tune.config.sweep import TrackingConfig
 from tune.execution.jobs import Jobs, entrypoint, environment, survey

@@ -9,18 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from dxmi.algorithms.dxmi import DxMIConfig
-from dxmi.data import LOADERS, DataConfig, Images, load
+from dxmi.algorithms.configs import DxMIConfig
+from dxmi.data.configs import DataConfig
+from dxmi.data.images import LOADERS, Images
+from dxmi.data.loading import load
 from dxmi.diffusion.policy import Policy
-from dxmi.diffusion.schedules import shorten
+from dxmi.diffusion.schedules.build import shorten
 from dxmi.diffusion.trajectory import Gaussian
 from dxmi.errors import UserError
-from dxmi.evaluation.sampling import EvaluateConfig, Sampling
+from dxmi.evaluation.config import EvaluateConfig
+from dxmi.evaluation.sampling import Sampling
 from dxmi.evaluation.scorers import ImageScorer
-from dxmi.networks import NOTHING, Given, IgebmConfig, UnetConfig
+from dxmi.networks.base import NOTHING, Given
+from dxmi.networks.configs import IgebmConfig, UnetConfig
 from dxmi.networks.pretrained.layouts import to_public
 from dxmi.tensors import decode
-from dxmi.training.build import Experiment, NetworksConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import NetworksConfig
 from dxmi.training.loading import Trained
 from dxmi.training.run import labels_text
 from support import TINY, changed

@@ -13,7 +13,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from dxmi.config import build
 from dxmi.persistence import checkpoint
-from dxmi.training.build import ExperimentConfig
+from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import Summary
 from tune.config.sweep import BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig
 from tune.execution.controller import Conductor, Note, Order

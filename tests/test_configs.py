@@ -13,10 +13,11 @@ import yaml
 
 from dxmi.compat import declare_torchvision_operators
 from dxmi.config import build, differences, places, to_tree
-from dxmi.data import Images
+from dxmi.data.images import Images
 from dxmi.errors import UserError
-from dxmi.networks import NETWORK_CONFIGS
-from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.networks.registry import CRITICS, DENOISERS, TIMED_CRITICS
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig
 from support import NARROW, NETWORK_OF, missing, stating
 from tune.config import compose as configs
 from tune.config.compose import compose_ablation, compose_experiment, compose_sweep, config_folder, groups, overridden
@@ -67,8 +68,8 @@ def test_every_yaml_composes_builds_and_steps(group, name):
 def test_a_network_file_lists_every_field_of_its_kind(name):
     tree = yaml.safe_load((config_folder() / "network" / f"{name}.yaml").read_text())
     assert set(tree) == {"denoiser", "energy", "value"}
-    for network in tree.values():
-        assert set(network) == {field.name for field in dataclasses.fields(NETWORK_CONFIGS[network["kind"]])}
+    for network, registry in zip(tree.values(), (DENOISERS, CRITICS, TIMED_CRITICS), strict=True):
+        assert set(network) == {field.name for field in dataclasses.fields(registry.config_class(network["kind"]))}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -10,9 +10,10 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
 from dxmi.errors import UserError
-from dxmi.networks import IgebmConfig, MlpConfig, NetworkConfig, WideResNetConfig, build_critic, build_timed_critic
+from dxmi.networks.configs import IgebmConfig, MlpConfig, NetworkConfig, WideResNetConfig
 from dxmi.networks.layers import spectral
 from dxmi.networks.pretrained.layouts import load_public
+from dxmi.networks.registry import build_critic, build_timed_critic
 
 EVENT = (3, 16, 16)
 SMALL: list[NetworkConfig] = [IgebmConfig(channels=8, embedding=6), WideResNetConfig(depth=10, width=1, embedding=6)]

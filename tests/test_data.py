@@ -8,8 +8,11 @@ import sklearn.datasets
 import torch
 from PIL import Image
 
-from dxmi.data import BatchStream, DataConfig, data_root, load
+from dxmi.data.configs import DataConfig
+from dxmi.data.dataset import BatchStream
 from dxmi.data.idx import read_idx
+from dxmi.data.images import data_root
+from dxmi.data.loading import load
 from dxmi.errors import UserError
 from dxmi.seeds import generator
 from dxmi.tensors import from_uint8

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dxmi.errors import UserError
-from dxmi.training.build import ResourcesConfig
+from dxmi.training.config import ResourcesConfig
 from support import SLOWER, TINY, processes_with, wait_until
 from tune.cli.main import main
 from tune.execution.resources import share

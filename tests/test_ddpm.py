@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dxmi.algorithms.ddpm import DDPM, DDPMConfig
-from dxmi.networks import Denoiser, MlpConfig, build_denoiser
-from dxmi.optim.optimizer import OptimizerConfig
+from dxmi.algorithms.configs import DDPMConfig
+from dxmi.algorithms.ddpm import DDPM
+from dxmi.networks.base import Denoiser
+from dxmi.networks.configs import MlpConfig
+from dxmi.networks.registry import build_denoiser
+from dxmi.optim.config import OptimizerConfig
 
 BETAS = np.linspace(1e-4, 0.02, 1000)
 LEVELS = np.cumprod(1.0 - BETAS)

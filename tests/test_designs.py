@@ -10,8 +10,8 @@ import pytest
 import tune.plans.arms
 from dxmi.config import build, differences, to_tree
 from dxmi.errors import UserError
-from dxmi.networks import UnetConfig
-from dxmi.training.build import ExperimentConfig
+from dxmi.networks.configs import UnetConfig
+from dxmi.training.config import ExperimentConfig
 from support import missing, stating
 from tune.config.ablation import parse_ablation
 from tune.plans.arms import MAX_ARMS, Arm, arms, tuning_axes, two_level_design

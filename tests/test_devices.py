@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dxmi.errors import UserError
-from dxmi.training.build import ResourcesConfig
+from dxmi.training.config import ResourcesConfig
 from tune.execution.resources import Slots, find_slots, share
 
 

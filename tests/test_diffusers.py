@@ -9,17 +9,11 @@ from torch import Tensor
 
 from dxmi.compat import declare_torchvision_operators
 from dxmi.errors import UserError
-from dxmi.networks import (
-    DiffusersConfig,
-    EdmUnetConfig,
-    MlpConfig,
-    NetworkConfig,
-    UnetConfig,
-    build_denoiser,
-)
+from dxmi.networks.configs import DiffusersConfig, EdmUnetConfig, MlpConfig, NetworkConfig, UnetConfig
 from dxmi.networks.pretrained.diffusers_folder import config_of_folder, write_folder
 from dxmi.networks.pretrained.layouts import load_public, to_public
 from dxmi.networks.pretrained.public_files import read_public
+from dxmi.networks.registry import build_denoiser
 from dxmi.training.build import Experiment
 from dxmi.training.export import export_diffusers
 from dxmi.training.loading import Trained

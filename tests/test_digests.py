@@ -9,7 +9,8 @@ from torch import Tensor
 from dxmi.algorithms.ddpm import DDPM
 from dxmi.config import build, to_tree
 from dxmi.seeds import generator
-from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig
 from tune.plans.inert_settings import digests
 from tune.search.space import FIXED, configured, flat
 
@@ -167,6 +168,7 @@ def test_every_setting_that_may_vary_is_tried():
     """A new setting fails here until a case above has it."""
     free = {path for path in flat(to_tree(BASE)) if path.partition(".")[0] not in (*FIXED, "seed", "data")}
     free -= {f"network.{network}.kind" for network in ("denoiser", "energy", "value")}  # only MLPs are tried
+    free -= {"algorithm.kind"}  # there is one
     free -= {"pretrain.weights"}  # nothing is claimed of a run that starts from a file
     dead = {"train.log_every", "network.energy.embedding"}
     assert {path for _, path, _ in ALIVE} == free - dead

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dxmi.data.loading import PUBLISHED as NOT_OF_THE_AUTHORS
+from dxmi.data.configs import PUBLISHED as NOT_OF_THE_AUTHORS
 from dxmi.errors import UserError
 from dxmi.evaluation import scorers
 from dxmi.metrics.inception import Features
-from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import Summary, train
 from support import NARROW, NETWORK_OF, idx_bytes
 from tune.config.compose import compose_experiment

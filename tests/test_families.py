@@ -7,17 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dxmi.algorithms.ddpm import DDPM, DDPMConfig
+from dxmi.algorithms.configs import DDPMConfig
+from dxmi.algorithms.ddpm import DDPM
 from dxmi.diffusion.policy import Policy
-from dxmi.diffusion.schedules import (
-    NUM_DIFFUSION_STEPS,
-    ScheduleConfig,
-    gan_levels,
-    karras_levels,
-    noising,
-    shorten,
-)
-from dxmi.networks import Denoiser
+from dxmi.diffusion.schedules.build import noising, shorten
+from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, ScheduleConfig
+from dxmi.diffusion.schedules.ddgan import gan_levels
+from dxmi.diffusion.schedules.edm import karras_levels
+from dxmi.networks.base import Denoiser
 
 KARRAS = ScheduleConfig(num_steps=10, method="karras")
 GAN = ScheduleConfig(num_steps=4, method="ddgan")

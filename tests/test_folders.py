@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dxmi.data import LOADERS, BatchStream, DataConfig, load
-from dxmi.data.dataset import content_signature, labelled_signature
+from dxmi.data.configs import DataConfig
+from dxmi.data.dataset import BatchStream, content_signature, labelled_signature
 from dxmi.data.folders import central_square, list_images, open_folder, read_square
+from dxmi.data.images import LOADERS
+from dxmi.data.loading import load
 from dxmi.distributed import ALONE
 from dxmi.errors import UserError
 from dxmi.seeds import generator

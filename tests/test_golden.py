@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dxmi.config import build
-from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig
 
 GOLDEN = Path(__file__).with_name("golden.json")
 ITERATIONS = 5

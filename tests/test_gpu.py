@@ -8,15 +8,17 @@ import torch
 
 from dxmi.algorithms.stacked import StackedDxMI
 from dxmi.config import build
-from dxmi.data import Images
+from dxmi.data.images import Images
 from dxmi.diffusion.cuda_graphs import GraphedRollout
 from dxmi.errors import DivergedError
-from dxmi.evaluation.sampling import REPORT, EvaluateConfig, Sampling, generate
+from dxmi.evaluation.config import REPORT, EvaluateConfig
+from dxmi.evaluation.sampling import Sampling, generate
 from dxmi.metrics.gaussians import Gaussian
 from dxmi.persistence import checkpoint
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.seeds import generator
-from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import Phase, train
 from support import NARROW, NETWORK_OF, TINY, changed
 from tune.config.compose import compose_experiment

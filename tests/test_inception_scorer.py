@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dxmi.data import DataConfig, Images, load
+from dxmi.data.configs import DataConfig
+from dxmi.data.images import Images
+from dxmi.data.loading import load
 from dxmi.distributed import Workers
 from dxmi.errors import UserError
 from dxmi.evaluation import scorers
-from dxmi.evaluation.sampling import EvaluateConfig, Sampling, generate, measure
+from dxmi.evaluation.config import EvaluateConfig
+from dxmi.evaluation.sampling import Sampling, generate, measure
 from dxmi.evaluation.scorers import ImageScorer, InceptionScorer, build_scorer, count_name, score_keys
 from dxmi.metrics.fidelity import frechet_distance, inception_score, kernel_distance, precision_recall
 from dxmi.metrics.inception import Features

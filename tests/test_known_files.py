@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dxmi.data import DataConfig, data_root, known_files, load
+from dxmi.data import known_files
 from dxmi.data.cifar import BINARY, PYTHON, binary_rows, read_binary_batch
+from dxmi.data.configs import DataConfig
+from dxmi.data.images import data_root
 from dxmi.data.known_files import CIFAR10, FASHION_MNIST, MNIST, require_published
+from dxmi.data.loading import load
 from dxmi.errors import UserError
-from dxmi.training.build import ExperimentConfig
+from dxmi.training.config import ExperimentConfig
 from support import idx_bytes
 from tune.config.compose import compose_experiment
 

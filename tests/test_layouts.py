@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dxmi.errors import UserError
-from dxmi.networks import EdmUnetConfig, MlpConfig, UnetConfig, build_denoiser
+from dxmi.networks.configs import EdmUnetConfig, MlpConfig, UnetConfig
 from dxmi.networks.pretrained.layouts import digest, load_public, public_log_sigma, to_public
 from dxmi.networks.pretrained.public_files import read_public
+from dxmi.networks.registry import build_denoiser
 from dxmi.networks.unet import Unet
 
 SHAPE = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "groups": 8}

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from dxmi.distributed import Alone
 from dxmi.errors import UserError
-from dxmi.optim.optimizer import KINDS, Optimizer, OptimizerConfig, Part
+from dxmi.optim.config import KINDS, OptimizerConfig
+from dxmi.optim.optimizer import Optimizer, Part
 from dxmi.optim.stacking import Stack
 from dxmi.tensors import laid_out_as, pack, unpack
 

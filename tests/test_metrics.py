@@ -15,9 +15,9 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from dxmi.compat import torch_fidelity
-from dxmi.data import data_root
+from dxmi.data.images import data_root
 from dxmi.errors import UserError
-from dxmi.evaluation.sampling import EvaluateConfig
+from dxmi.evaluation.config import EvaluateConfig
 from dxmi.metrics import classifier
 from dxmi.metrics.classifier import CLASSIFIERS, load_classifier
 from dxmi.metrics.fidelity import classifier_features, frechet_distance, kernel_distance, precision_recall

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from dxmi.errors import UserError
-from dxmi.networks import NcsnppGanConfig, build_denoiser
+from dxmi.networks.configs import NcsnppGanConfig
 from dxmi.networks.ncsnpp import NcsnppGan, fir_double, fir_half
 from dxmi.networks.pretrained.layouts import load_public
+from dxmi.networks.registry import build_denoiser
 
 SHAPE = {"channels": 8, "multipliers": (1, 2, 2), "blocks": 2, "attention": (4,)}
 LATENT = {"latent": 5, "latent_embedding": 12, "latent_layers": 2}

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dxmi.networks import MlpConfig, build_critic, build_denoiser, build_timed_critic
 from dxmi.networks.base import SinusoidalEmbedding
+from dxmi.networks.configs import MlpConfig
+from dxmi.networks.registry import build_critic, build_denoiser, build_timed_critic
 from dxmi.tensors import event_mean, event_sum, from_uint8, per_sample, to_uint8
 
 CONFIG = MlpConfig(hidden=24, layers=4, embedding=10)

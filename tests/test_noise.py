@@ -8,17 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dxmi.data import DataConfig, load
-from dxmi.evaluation.sampling import (
-    CONFIRMATION,
-    PICTURES,
-    REPORT,
-    SELECTION,
-    EvaluateConfig,
-    Sampling,
-    generate,
-    stream_of,
-)
+from dxmi.data.configs import DataConfig
+from dxmi.data.loading import load
+from dxmi.evaluation.config import CONFIRMATION, PICTURES, REPORT, SELECTION, EvaluateConfig
+from dxmi.evaluation.sampling import Sampling, generate, stream_of
 from dxmi.evaluation.scorers import ImageScorer, PlanarScorer, Score, Scores
 from dxmi.metrics.fidelity import classifier_features, precision_recall
 from dxmi.seeds import generator

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from dxmi.critics.energy import Energy
-from dxmi.data import Points
-from dxmi.data.planar import load_points
+from dxmi.data.planar import Points, load_points
 from dxmi.distributed import Alone, Workers
 from dxmi.errors import DivergedError, UserError
-from dxmi.evaluation.sampling import REPORT, EvaluateConfig, Sampling, generate, generate_states, measure
+from dxmi.evaluation.config import REPORT, EvaluateConfig
+from dxmi.evaluation.sampling import Sampling, generate, generate_states, measure
 from dxmi.evaluation.scorers import PlanarScorer
 from dxmi.metrics.density import calibrated_kl, roc_auc
 from dxmi.metrics.fidelity import frechet_distance, inception_score, kernel_distance, precision_recall

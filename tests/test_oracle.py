@@ -13,15 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dxmi.algorithms.configs import DxMIConfig
 from dxmi.algorithms.costs import running_cost, squared_step
-from dxmi.algorithms.dxmi import DxMI, DxMIConfig
+from dxmi.algorithms.dxmi import DxMI
 from dxmi.algorithms.losses import control_cost, policy_loss, td_target, value_loss
 from dxmi.critics.energy import Energy
 from dxmi.critics.value import SeparateValue
 from dxmi.diffusion.policy import Policy
-from dxmi.diffusion.schedules import ScheduleConfig, StepSchedule, shorten
-from dxmi.networks import Critic, Denoiser, TimedCritic
-from dxmi.optim.optimizer import OptimizerConfig, PolicyOptimizerConfig
+from dxmi.diffusion.schedules.base import StepSchedule
+from dxmi.diffusion.schedules.build import shorten
+from dxmi.diffusion.schedules.configs import ScheduleConfig
+from dxmi.networks.base import Critic, Denoiser, TimedCritic
+from dxmi.optim.config import OptimizerConfig, PolicyOptimizerConfig
 
 V, W, S2, TAU, T = 0.5, 1.0, 0.3, 0.2, 4
 ENTROPY_CONSTANT = 0.5 * math.log(2.0 * math.pi * math.e)

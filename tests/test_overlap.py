@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dxmi.evaluation.config import EvaluateConfig
 from dxmi.evaluation.overlap import DEPTH, Beside
-from dxmi.evaluation.sampling import EvaluateConfig, Sampling, generate, measure
+from dxmi.evaluation.sampling import Sampling, generate, measure
 
 CPU = torch.device("cpu")
 TICK = 0.03

@@ -12,11 +12,15 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from dxmi.critics.energy import Energy
-from dxmi.data import DISTRIBUTIONS, SQUARE, BatchStream, DataConfig, Points, load
-from dxmi.evaluation.sampling import NUM_SAMPLES_KEY, REPORT, EvaluateConfig, Sampling, generate
+from dxmi.data.configs import DataConfig
+from dxmi.data.dataset import BatchStream
+from dxmi.data.loading import load
+from dxmi.data.planar import DISTRIBUTIONS, SQUARE, Points
+from dxmi.evaluation.config import NUM_SAMPLES_KEY, REPORT, EvaluateConfig
+from dxmi.evaluation.sampling import Sampling, generate
 from dxmi.evaluation.scorers import PlanarScorer, build_scorer
 from dxmi.metrics.density import calibrated_kl, roc_auc, square_grid
-from dxmi.networks import Critic
+from dxmi.networks.base import Critic
 from dxmi.seeds import generator
 from dxmi.tensors import decode, encode
 

@@ -11,9 +11,10 @@ from PIL import Image
 
 from dxmi.critics.energy import Energy
 from dxmi.critics.value import SharedValue
-from dxmi.data import DISTRIBUTIONS, SQUARE
+from dxmi.data.planar import DISTRIBUTIONS, SQUARE
 from dxmi.metrics.density import square_grid
-from dxmi.networks import MlpConfig, build_critic
+from dxmi.networks.configs import MlpConfig
+from dxmi.networks.registry import build_critic
 from dxmi.persistence import checkpoint
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.build import Experiment

@@ -15,7 +15,7 @@ from scipy.stats import qmc
 
 from dxmi.config import build
 from dxmi.errors import UserError
-from dxmi.training.build import ExperimentConfig
+from dxmi.training.config import ExperimentConfig
 from tune.config.sweep import BudgetConfig, ObjectiveConfig, SamplerConfig, SweepConfig
 from tune.search.samplers import Proposal, defaults, num_planned, propose, template
 from tune.search.space import Axis, Value, parse_space

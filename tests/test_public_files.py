@@ -15,10 +15,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dxmi.data import DataConfig, load
-from dxmi.diffusion.schedules import forward_betas
+from dxmi.data.configs import DataConfig
+from dxmi.data.loading import load
+from dxmi.diffusion.schedules.ddpm import forward_betas
 from dxmi.errors import UserError
-from dxmi.networks import EdmUnetConfig, UnetConfig, build_denoiser
+from dxmi.networks.configs import EdmUnetConfig, UnetConfig
 from dxmi.networks.pretrained.diffusers_folder import (
     require_same_model,
     require_same_noise,
@@ -27,6 +28,7 @@ from dxmi.networks.pretrained.diffusers_folder import (
 )
 from dxmi.networks.pretrained.layouts import digest, load_public, public_log_sigma, to_public
 from dxmi.networks.pretrained.public_files import read_public
+from dxmi.networks.registry import build_denoiser
 from dxmi.networks.unet import Unet
 from support import fuzzed, idx_bytes
 

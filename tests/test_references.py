@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from dxmi.diffusion.policy import Policy
-from dxmi.diffusion.schedules import ScheduleConfig, ancestral_schedule
+from dxmi.diffusion.schedules.configs import ScheduleConfig
+from dxmi.diffusion.schedules.ddpm import ancestral_schedule
+from dxmi.evaluation.config import SELECTION, EvaluateConfig
 from dxmi.evaluation.references import (
     Role,
     best_reference,
@@ -16,8 +18,8 @@ from dxmi.evaluation.references import (
     references,
     scored_references,
 )
-from dxmi.evaluation.sampling import SELECTION, EvaluateConfig, Sampling, generate, preview
-from dxmi.networks import Denoiser
+from dxmi.evaluation.sampling import Sampling, generate, preview
+from dxmi.networks.base import Denoiser
 from tune.studies.outdone import outdone, outdone_sentences
 
 KARRAS = ScheduleConfig(method="karras", num_steps=10)

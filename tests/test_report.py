@@ -21,13 +21,14 @@ from PIL import Image
 from rich.console import Console
 
 from dxmi.config import build, to_tree
-from dxmi.diffusion.schedules import ScheduleConfig
+from dxmi.diffusion.schedules.configs import ScheduleConfig
 from dxmi.evaluation.references import Role
 from dxmi.evaluation.references import references as of_steps
 from dxmi.persistence import checkpoint
 from dxmi.persistence.files import write_json
 from dxmi.persistence.run_directory import read_yaml
-from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import train
 from dxmi.visualization.pictures import save_grid
 from support import TINY, changed, missing

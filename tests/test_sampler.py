@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dxmi.algorithms.dxmi import DxMIConfig
+from dxmi.algorithms.configs import DxMIConfig
 from dxmi.diffusion.policy import Policy
-from dxmi.diffusion.schedules import ScheduleConfig, ancestral_schedule, forward_levels, shorten
-from dxmi.networks import Denoiser
+from dxmi.diffusion.schedules.build import shorten
+from dxmi.diffusion.schedules.configs import ScheduleConfig
+from dxmi.diffusion.schedules.ddpm import ancestral_schedule, forward_levels
+from dxmi.networks.base import Denoiser
 
 EVENT = (2, 3)
 SHAPES = [(4, 5), (4, 1), (1, 5), (1, 1)]  # (T, B)

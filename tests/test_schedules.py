@@ -8,23 +8,18 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from dxmi.diffusion.schedules import (
-    NUM_DIFFUSION_STEPS,
-    SHAPES,
-    SHORTENINGS,
-    ScheduleConfig,
+from dxmi.diffusion.schedules.build import shorten
+from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, SHAPES, SHORTENINGS, ScheduleConfig, timestep_subset
+from dxmi.diffusion.schedules.ddpm import (
     ancestral_schedule,
     bisect,
-    chosen_steps,
     continuous_level,
     continuous_step,
     ddim_schedule,
     forward_levels,
-    karras_levels,
-    karras_schedule,
-    shorten,
     variances,
 )
+from dxmi.diffusion.schedules.edm import karras_levels, karras_schedule
 
 K = NUM_DIFFUSION_STEPS
 ALL = [(method, shape) for method in SHORTENINGS for shape in SHAPES]
@@ -193,8 +188,8 @@ def test_first_sigma_and_eta_of_ten_quadratic_steps():
 
 
 def test_linear_subset_is_even_and_quadratic_subset_is_squares():
-    assert chosen_steps(4, "linear").tolist() == [0, 333, 666, 999]
-    assert chosen_steps(5, "quadratic").tolist() == [0, 50, 200, 450, 800]
+    assert timestep_subset(4, "linear") == [0, 333, 666, 999]
+    assert timestep_subset(5, "quadratic") == [0, 50, 200, 450, 800]
     s = shorten(ScheduleConfig(num_steps=5, method="step", shape="quadratic"))
     np.testing.assert_allclose(s.level[:-1], LEVELS[[800, 450, 200, 50, 0]], rtol=1e-13)
 
@@ -266,7 +261,7 @@ def test_a_policy_can_take_the_trailing_steps_too(num_steps, kappa):
 
 @pytest.mark.parametrize("num_steps", [7, 64, 333, 400, 750, 999])
 def test_trailing_steps_are_distinct_and_start_at_the_last(num_steps):
-    steps = chosen_steps(num_steps, "trailing")
+    steps = timestep_subset(num_steps, "trailing")
     assert len(np.unique(steps)) == num_steps
     assert steps[-1] == 999
     assert steps[0] >= 1000 // num_steps - 1
@@ -323,7 +318,7 @@ def test_a_bad_setting_is_refused_by_name(setting):
 
 def test_more_squares_than_there_are_distinct_steps_are_refused():
     """(28.28 i / (T-1))^2 at i = 1 is below 1 from T = 30 on, and step 0 would be chosen twice."""
-    assert chosen_steps(29, "quadratic")[:2].tolist() == [0, 1]
+    assert timestep_subset(29, "quadratic")[:2] == [0, 1]
     with pytest.raises(ValueError, match="num_steps is 30"):
         shorten(ScheduleConfig(num_steps=30, method="step", shape="quadratic"))
 

@@ -8,18 +8,13 @@ import torch
 from torch import Tensor
 
 from dxmi.diffusion.policy import Policy
-from dxmi.diffusion.schedules import (
-    NUM_DIFFUSION_STEPS,
-    SIGMA_DATA,
-    ScheduleConfig,
-    StepSchedule,
-    ddim_schedule,
-    forward_levels,
-    karras_schedule,
-    shorten,
-)
+from dxmi.diffusion.schedules.base import StepSchedule
+from dxmi.diffusion.schedules.build import shorten
+from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, ScheduleConfig
+from dxmi.diffusion.schedules.ddpm import ddim_schedule, forward_levels
+from dxmi.diffusion.schedules.edm import SIGMA_DATA, karras_schedule
 from dxmi.diffusion.solvers import DpmSolver, HeunSolver
-from dxmi.networks import Denoiser
+from dxmi.networks.base import Denoiser
 
 STD = 0.5
 EDM_STD = 1.0

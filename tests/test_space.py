@@ -13,7 +13,7 @@ from scipy.stats import loguniform, uniform
 
 from dxmi.config import build, differences, to_tree
 from dxmi.errors import UserError
-from dxmi.training.build import ExperimentConfig
+from dxmi.training.config import ExperimentConfig
 from support import missing, stating
 from tune.search.space import Axis, configured, flat, grid_points, parse_space, show, value_at
 

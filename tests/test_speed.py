@@ -8,9 +8,10 @@ import torch
 
 from dxmi.config import build
 from dxmi.errors import UserError
-from dxmi.networks import Critic, Denoiser
+from dxmi.networks.base import Critic, Denoiser
 from dxmi.persistence.cache import cache_root
-from dxmi.training.build import Experiment, ExperimentConfig, ResourcesConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig, ResourcesConfig
 
 NETWORK = {"kind": "mlp", "hidden": 32, "layers": 3, "embedding": 16}
 

@@ -11,11 +11,13 @@ from dxmi.algorithms.dxmi import DxMI
 from dxmi.algorithms.stacked import StackedDDPM, StackedDxMI
 from dxmi.config import build
 from dxmi.errors import DivergedError, UserError
-from dxmi.optim.optimizer import Optimizer, OptimizerConfig, Part
+from dxmi.optim.config import OptimizerConfig
+from dxmi.optim.optimizer import Optimizer, Part
 from dxmi.optim.stacking import Stack, StackedOptimizer
 from dxmi.persistence.checkpoint import Checkpoint, load, path_of, steps_in
 from dxmi.persistence.run_directory import RunDirectory
-from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import Member, Phase, train, train_stacked
 from dxmi.training.state import TrainingState
 from support import TINY, changed

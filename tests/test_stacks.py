@@ -15,7 +15,8 @@ import yaml
 from dxmi.config import build
 from dxmi.errors import UserError
 from dxmi.persistence.checkpoint import load, path_of
-from dxmi.training.build import Experiment, ExperimentConfig, ResourcesConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig, ResourcesConfig
 from dxmi.training.run import train
 from support import SLOWER, TINY, changed, processes_with, wait_until
 from tune import Ablation

@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from dxmi.data import BatchStream, dataset
+from dxmi.data import dataset
+from dxmi.data.dataset import BatchStream
 from dxmi.distributed import Share, Workers
 from dxmi.seeds import generator
 from dxmi.tensors import from_uint8

@@ -17,10 +17,12 @@ from optuna.storages.journal import JournalFileBackend
 
 from dxmi.config import build
 from dxmi.errors import UserError
-from dxmi.evaluation.sampling import NUM_SAMPLES_KEY, REPORT, Sampling
+from dxmi.evaluation.config import NUM_SAMPLES_KEY, REPORT
+from dxmi.evaluation.sampling import Sampling
 from dxmi.evaluation.scorers import build_scorer
 from dxmi.persistence import checkpoint
-from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import Summary
 from support import locked_by_another
 from tune.config.sweep import BudgetConfig, ObjectiveConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig

@@ -20,7 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 
-from dxmi.data import LOADERS
+from dxmi.data.images import LOADERS
 from dxmi.errors import UserError
 from support import TINY, changed, locked_by_another, processes_with, wait_until
 from tune import Sweep

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from dxmi.errors import UserError
-from dxmi.networks import EdmUnetConfig, UnetConfig, build_denoiser
+from dxmi.networks.configs import EdmUnetConfig, UnetConfig
 from dxmi.networks.layers import dropout_mask
 from dxmi.networks.pretrained.layouts import load_public
+from dxmi.networks.registry import build_denoiser
 from dxmi.networks.unet import Unet
 
 SMALL = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "groups": 8}

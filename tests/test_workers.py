@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dxmi.data import DataConfig, load
+from dxmi.data.configs import DataConfig
+from dxmi.data.loading import load
 from dxmi.distributed import ALONE, Alone, Pace, Share
 from dxmi.errors import UserError
-from dxmi.evaluation.sampling import EvaluateConfig
+from dxmi.evaluation.config import EvaluateConfig
 from dxmi.evaluation.scorers import build_scorer
 from dxmi.tensors import chunks
 from support import FirstOfTwo, free_port

@@ -6,9 +6,6 @@ from torch import Tensor, nn
 from dxmi.diffusion.trajectory import Gaussian
 from dxmi.tensors import event_mean
 
-STEP_COSTS = ("none", "linear", "sigmoid")
-RUNNING_COSTS = ("transition", "noise")
-
 
 def squared_step(x: Tensor, x_next: Tensor) -> Tensor:
     """mean_dims (x_{t+1} - x_t)^2 of states [B, *event]: [B]."""

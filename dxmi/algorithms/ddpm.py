@@ -10,43 +10,19 @@ Logged metrics:
 """
 
 import copy
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dxmi.algorithms.configs import DDPMConfig
 from dxmi.algorithms.losses import denoising_loss
-from dxmi.diffusion.schedules import Noising, ddpm_noising
+from dxmi.diffusion.schedules.base import Noising
+from dxmi.diffusion.schedules.ddpm import ddpm_noising
 from dxmi.distributed import ALONE, Share, Workers
-from dxmi.networks import NOTHING, Denoiser, Given, conditioned
-from dxmi.optim.optimizer import Descent, MovingAverage, Optimizer, OptimizerConfig, Part
-from dxmi.persistence.files import PLACE
+from dxmi.networks.base import NOTHING, Denoiser, Given, conditioned
+from dxmi.optim.optimizer import Descent, MovingAverage, Optimizer, Part
 from dxmi.tensors import chunks, per_sample
-
-
-@dataclass(frozen=True, kw_only=True)
-class DDPMConfig:
-    """Pretraining."""
-
-    iterations: int = 10_000
-    """Optimiser steps; 0 starts from a random network."""
-    batch_size: int = 128
-    """Images in each."""
-    ema: float = 0.999
-    """Decay of the moving average of the weights, which is the pretrained model."""
-    weights: str | None = field(default=None, metadata=PLACE)
-    """A public checkpoint to start from, with `iterations=0` to go no further: a file, or a folder of diffusers."""
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
-    """Of the denoiser."""
-
-    def __post_init__(self) -> None:
-        if self.iterations < 0:
-            raise ValueError(f"iterations is {self.iterations}: it must be 0 or greater")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}: it must be at least 1")
-        if not 0.0 <= self.ema < 1.0:
-            raise ValueError(f"ema is {self.ema}: it must be in [0, 1)")
 
 
 class DDPM(nn.Module):

@@ -22,20 +22,12 @@ Logged metrics (means over the batch, of the last update of the iteration):
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from dxmi.algorithms.costs import (
-    RUNNING_COSTS,
-    STEP_COSTS,
-    ReferenceVariance,
-    running_cost,
-    squared_noise,
-    squared_step,
-    step_costs,
-)
+from dxmi.algorithms.configs import DxMIConfig, require_per_step
+from dxmi.algorithms.costs import ReferenceVariance, running_cost, squared_noise, squared_step, step_costs
 from dxmi.algorithms.losses import control_cost, energy_loss, policy_loss, td_target, value_loss
 from dxmi.critics.energy import Energy
 from dxmi.critics.value import SeparateValue, Value
@@ -44,94 +36,10 @@ from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.trajectory import Gaussian, Trajectory
 from dxmi.distributed import ALONE, Share, Workers
 from dxmi.errors import UserError
-from dxmi.networks import NOTHING, Given
-from dxmi.optim.optimizer import (
-    Descent,
-    MovingAverage,
-    Optimizer,
-    OptimizerConfig,
-    Part,
-    PolicyOptimizerConfig,
-    require_rate,
-)
+from dxmi.networks.base import NOTHING, Given
+from dxmi.optim.config import OptimizerConfig
+from dxmi.optim.optimizer import Descent, MovingAverage, Optimizer, Part
 from dxmi.tensors import chunks
-
-PRESETS = ("as_released", "objective")
-VALUES = ("shared", "separate")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DxMIConfig:
-    """Everything that one DxMI iteration depends on."""
-
-    preset: str = "as_released"
-    """as_released: entropy and cost enter the policy update alone; objective: the value's target too (m_v = 1)."""
-    entropy_coef: float = 0.1
-    """tau: weight of the policy's entropy, per dimension."""
-    cost_coef: float = 0.01
-    """Weight of the running cost, per dimension."""
-    energy_l2: float = 1.0
-    """Weight of the squared-energy regulariser."""
-    running_cost: str = "transition"
-    """transition: (x_{t+1} - x_t)^2 / (2 s_t^2), the method's; noise: of the standardised noise, the reproduction's."""
-    step_cost: str = "none"
-    """Time-dependent cost in the TD target: none, linear or sigmoid."""
-    step_cost_scale: float = 1.0
-    """Height of the step cost; without one it has nothing to scale."""
-    reference_var: tuple[float, ...] | None = None
-    """s_t^2 at the start: null for the schedule's eta, one number for all steps, or T numbers."""
-    reference_var_ema: float = 0.99
-    """Decay of the adaptive s_t^2 (AVR); 1 keeps the start. There is no s_t^2 with running_cost=noise."""
-    value_mask: tuple[float, ...] | None = None
-    """m_v: null for the preset's, one number for all steps, or T numbers."""
-    policy_mask: tuple[float, ...] = (1.0,)
-    """m_p: one number for all steps, or T numbers."""
-    value: str = "shared"
-    """shared: the energy is the value; separate: a time-conditioned network of its own."""
-    energy_updates: int = 1
-    """Energy steps in an iteration; more than one where the T value steps smooth a shared energy too much."""
-    value_updates: int = 1
-    """Sweeps over t = T-1 .. 0 in an iteration."""
-    policy_updates: int = 1
-    """Draws of stored states in an iteration."""
-    all_states: bool = False
-    """Use all T x B stored states in minibatches of B in each draw, not only B of them."""
-    resample_next: bool = False
-    """Take a fresh next state for the TD target instead of the stored one."""
-    target_ema: float | None = None
-    """Decay of the Polyak-averaged value used in the TD target, from the first iteration on; null for none. The
-    published Polyak .005 is .995."""
-    policy_ema: float | None = 0.999
-    """Decay of the policy's moving average, which is what is evaluated; null to evaluate the policy itself."""
-    policy: PolicyOptimizerConfig = field(default_factory=PolicyOptimizerConfig)
-    """Optimiser of the denoiser and the log sigmas."""
-    critic: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Optimiser of the value; of the energy too when it is shared."""
-    energy: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Optimiser of a separate energy; unused when it is shared."""
-
-    def __post_init__(self) -> None:
-        named = {"preset": PRESETS, "running_cost": RUNNING_COSTS, "step_cost": STEP_COSTS, "value": VALUES}
-        for name, choices in named.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
-        for name in ("entropy_coef", "cost_coef", "energy_l2", "step_cost_scale"):
-            require_rate(f"{name}", getattr(self, name))
-        for name in ("energy_updates", "value_updates", "policy_updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if not 0.0 <= self.reference_var_ema <= 1.0:
-            raise ValueError(f"reference_var_ema is {self.reference_var_ema}: it must be in [0, 1]")
-        for name in ("target_ema", "policy_ema"):
-            decay = getattr(self, name)
-            if decay is not None and not 0.0 <= decay < 1.0:
-                raise ValueError(f"{name} is {decay}: it must be in [0, 1), or null")
-        if self.running_cost == "noise" and self.reference_var is not None:
-            raise ValueError("reference_var has no effect with running_cost=noise: leave it null")
-        for number in self.reference_var or ():
-            require_rate("reference_var", number, positive=True)
-        for number in (*(self.value_mask or ()), *self.policy_mask):
-            require_rate("a mask of the algorithm", number)
 
 
 def per_step_numbers(name: str, numbers: tuple[float, ...], num_steps: int) -> Tensor:
@@ -140,11 +48,7 @@ def per_step_numbers(name: str, numbers: tuple[float, ...], num_steps: int) -> T
     Raises:
         ValueError: there are neither one nor T of them.
     """
-    if len(numbers) not in (1, num_steps):
-        raise ValueError(
-            f"{name} has {len(numbers)} entries: it takes one number, or one for each of the "
-            f"{num_steps} steps of schedule.num_steps"
-        )
+    require_per_step(name, numbers, num_steps)
     return torch.tensor(numbers, dtype=torch.float32).expand(num_steps).clone()
 
 

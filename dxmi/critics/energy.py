@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from dxmi.networks import Critic
+from dxmi.networks.base import Critic
 
 
 class Energy(nn.Module):

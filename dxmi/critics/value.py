@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dxmi.critics.energy import Energy
-from dxmi.networks import TimedCritic
+from dxmi.networks.base import TimedCritic
 
 
 class Value(nn.Module, ABC):

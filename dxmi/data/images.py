@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dxmi.compat import package_folder
 from dxmi.data import cifar, known_files
+from dxmi.data.configs import FOLDER
 from dxmi.data.dataset import Dataset, content_signature, labelled_signature
 from dxmi.data.folders import open_folder
 from dxmi.data.idx import idx_content, parsed_idx
@@ -20,8 +21,6 @@ from dxmi.persistence.files import require_target, user_path, variable_folder
 from dxmi.persistence.tensor_files import printable
 
 MNIST8_IMAGES = 20_000
-FOLDER = "image_folder"
-"""The name of every data set that is a folder of images."""
 _DIGITS = "datasets/data/digits.csv.gz"
 """In scikit-learn, whose own `load_digits` takes seconds to import."""
 _MNIST_FOLDER, _FASHION_FOLDER = "MNIST", "FashionMNIST"

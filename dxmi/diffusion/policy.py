@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from dxmi.diffusion.schedules import StepSchedule
+from dxmi.diffusion.schedules.base import StepSchedule
 from dxmi.diffusion.trajectory import Gaussian, Trajectory
 from dxmi.errors import UserError
-from dxmi.networks import NOTHING, Denoiser, Given, conditioned
+from dxmi.networks.base import NOTHING, Denoiser, Given, conditioned
 from dxmi.tensors import per_sample
 
 Guide = Callable[[Tensor, int, Tensor | None], Tensor]

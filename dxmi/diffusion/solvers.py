@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dxmi.diffusion.policy import Policy
-from dxmi.diffusion.schedules import StepSchedule
+from dxmi.diffusion.schedules.base import StepSchedule
 from dxmi.diffusion.trajectory import Gaussian
-from dxmi.networks import Denoiser
+from dxmi.networks.base import Denoiser
 
 
 class DpmSolver(Policy):

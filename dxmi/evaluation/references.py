@@ -12,16 +12,11 @@ from enum import StrEnum
 from typing import Any
 
 from dxmi.diffusion.policy import Policy
-from dxmi.diffusion.schedules import (
-    NUM_DIFFUSION_STEPS,
-    VARIANCES,
-    ScheduleConfig,
-    StepSchedule,
-    ancestral_schedule,
-    ddim_schedule,
-    karras_schedule,
-    shorten,
-)
+from dxmi.diffusion.schedules.base import StepSchedule
+from dxmi.diffusion.schedules.build import shorten
+from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, VARIANCES, ScheduleConfig
+from dxmi.diffusion.schedules.ddpm import ancestral_schedule, ddim_schedule
+from dxmi.diffusion.schedules.edm import karras_schedule
 from dxmi.diffusion.solvers import DpmSolver, HeunSolver
 
 SHORTENED, DATA = "shortened", "data"

@@ -52,10 +52,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dxmi.critics.energy import Energy
-from dxmi.data import SQUARE, DataConfig, Dataset, Images, Points
+from dxmi.data.configs import DataConfig
+from dxmi.data.dataset import Dataset
+from dxmi.data.images import Images
+from dxmi.data.planar import SQUARE, Points
 from dxmi.distributed import ALONE, Workers
 from dxmi.errors import UserError
-from dxmi.evaluation.sampling import (
+from dxmi.evaluation.config import (
     CLASSIFIER,
     INCEPTION,
     MIN_SAMPLES,
@@ -63,10 +66,8 @@ from dxmi.evaluation.sampling import (
     REPORT,
     SCORING_VERSION,
     EvaluateConfig,
-    Sampling,
-    generate,
-    measure,
 )
+from dxmi.evaluation.sampling import Sampling, generate, measure
 from dxmi.metrics.classifier import CLASSIFIERS
 from dxmi.metrics.density import calibrated_kl, grid_log_density, roc_auc, square_grid
 from dxmi.metrics.fidelity import (

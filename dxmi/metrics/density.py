@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dxmi.data import SQUARE, Distribution
+from dxmi.data.planar import SQUARE, Distribution
 from dxmi.tensors import require_finite
 
 _STEEPEST = 1e6

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dxmi.compat import torch_fidelity
-from dxmi.data import data_root
+from dxmi.data.images import data_root
 from dxmi.errors import UserError
 from dxmi.persistence.files import require_target, user_path
 from dxmi.persistence.tensor_files import read_tensor_file

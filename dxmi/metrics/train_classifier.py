@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from dxmi.data import LOADERS
+from dxmi.data.images import LOADERS
 from dxmi.metrics.classifier import SmallClassifier
 
 _HELD_OUT = 5

@@ -2,15 +2,12 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dxmi.errors import UserError
-
-_MAX_CLASSES = 100_000
 
 
 class Denoiser(nn.Module, ABC):
@@ -120,20 +117,6 @@ class TimedCritic(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, embedding: Tensor, labels: Tensor | None = None) -> Tensor:
         """The score of `x` [B, *event], given embeddings [1, E] or [B, E], and labels [B] if it has classes: [B]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
-    """The part of a network's config that all kinds share."""
-
-    kind: str = "mlp"
-    """Which network: the key of its config class in the registry."""
-    classes: int = 0
-    """Classes that it is conditioned on; 0 for none."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.classes <= _MAX_CLASSES:
-            raise ValueError(f"classes is {self.classes}: it must be in 0..{_MAX_CLASSES}")
 
 
 class SinusoidalEmbedding(nn.Module):

@@ -1,6 +1,6 @@
 """diffusers' UNet2DModel as a denoiser."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import cast
 
 import torch
@@ -8,53 +8,9 @@ from torch import Tensor, nn
 
 from dxmi.compat import diffusers
 from dxmi.errors import UserError
-from dxmi.networks.base import Denoiser, NetworkConfig
+from dxmi.networks.base import Denoiser
+from dxmi.networks.configs import DiffusersConfig
 from dxmi.networks.layers import fan_in_uniform, image_event
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffusersConfig(NetworkConfig):
-    """UNet2DModel under its own argument names; the defaults are those of google/ddpm-cifar10-32."""
-
-    kind: str = "diffusers"
-    block_out_channels: tuple[int, ...] = (128, 256, 256, 256)
-    """C of each level, highest resolution first."""
-    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
-    """Of each level on the way down."""
-    up_block_types: tuple[str, ...] = ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-    """Of each level on the way up."""
-    layers_per_block: int = 2
-    """Residual blocks a level on the way down."""
-    downsample_padding: int = 0
-    """0 pads at the right and at the bottom alone."""
-    downsample_type: str = "conv"
-    """conv or resnet."""
-    upsample_type: str = "conv"
-    """conv or resnet."""
-    act_fn: str = "silu"
-    """Activation function."""
-    attention_head_dim: int | None = None
-    """Channels of an attention head; null for a single head."""
-    norm_num_groups: int = 32
-    """Of each GroupNorm."""
-    attn_norm_num_groups: int | None = None
-    """Of the GroupNorm before the attention in the middle; null for diffusers' own choice."""
-    norm_eps: float = 1e-6
-    """Of each GroupNorm."""
-    resnet_time_scale_shift: str = "default"
-    """default or scale_shift."""
-    freq_shift: int = 1
-    """1 reaches the frequency 1 / 10,000."""
-    flip_sin_to_cos: bool = False
-    """Cosines before sines."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        lengths = {len(self.block_out_channels), len(self.down_block_types), len(self.up_block_types)}
-        if len(lengths) > 1:
-            raise ValueError("block_out_channels, down_block_types and up_block_types must have as many entries each")
-        if min(self.block_out_channels) < 1:
-            raise ValueError(f"block_out_channels is {list(self.block_out_channels)}: they must be positive")
 
 
 class DiffusersDenoiser(Denoiser):

@@ -6,13 +6,12 @@ a linear map to one number, and one more scale and shift of that number, which i
 Axis letters: B batch, C channels, H height, W width, E embedding.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dxmi.networks.base import Critic, NetworkConfig, TimedCritic
+from dxmi.networks.base import Critic, TimedCritic
+from dxmi.networks.configs import IgebmConfig
 from dxmi.networks.layers import (
     StepMlp,
     as_map,
@@ -24,32 +23,7 @@ from dxmi.networks.layers import (
     spectral_convs,
 )
 
-_MAX_CHANNELS = 4096
 _SLOPE = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class IgebmConfig(NetworkConfig):
-    """The energy of the published image experiments."""
-
-    kind: str = "igebm"
-    channels: int = 128
-    """C of the first two blocks; the others have twice as many."""
-    spectral_norm: bool = False
-    """Divide the weights of each convolution by their largest singular value."""
-    output_scale: bool = True
-    """Learn a scale and a shift of the output."""
-    embedding: int = 128
-    """Width of the sinusoidal step embedding of a value; an energy, which knows no time, ignores it."""
-    channels_last: bool = False
-    """Keep C last in memory, which is faster on GPUs with tensor cores."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.channels <= _MAX_CHANNELS:
-            raise ValueError(f"channels is {self.channels}: it must be in 1..{_MAX_CHANNELS}")
-        if not 2 <= self.embedding <= _MAX_CHANNELS or self.embedding % 2:
-            raise ValueError(f"embedding is {self.embedding}: it must be even and in 2..{_MAX_CHANNELS}")
 
 
 class _Block(nn.Module):

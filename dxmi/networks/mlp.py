@@ -4,43 +4,14 @@ Axis letters: B batch, D event dimensions flattened, H hidden units, E embedding
 """
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from dxmi.networks.base import Critic, Denoiser, NetworkConfig, SinusoidalEmbedding, TimedCritic
+from dxmi.networks.base import Critic, Denoiser, SinusoidalEmbedding, TimedCritic
+from dxmi.networks.configs import MlpConfig
 from dxmi.networks.layers import label_table, linear, require_labels
-
-_MAX_WIDTH, _MAX_LAYERS, _MAX_GAIN = 16_384, 256, 1e3
-
-
-@dataclass(frozen=True, kw_only=True)
-class MlpConfig(NetworkConfig):
-    """A plain MLP with SiLU between its layers."""
-
-    kind: str = "mlp"
-    hidden: int = 512
-    """Units of each hidden layer."""
-    layers: int = 5
-    """Linear layers, the output layer included."""
-    embedding: int = 100
-    """Width of the sinusoidal time embedding; an energy, which knows no time, ignores it."""
-    first_gain: float = 1.0
-    """Factor of the first layer's initial weights. In the plane an MLP at 1 is slow to learn anything but the broadest
-    features of a density; at 3 it learns the eight Gaussians within a few hundred iterations."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.hidden <= _MAX_WIDTH:
-            raise ValueError(f"hidden is {self.hidden}: it must be in 1..{_MAX_WIDTH}")
-        if not 2 <= self.layers <= _MAX_LAYERS:
-            raise ValueError(f"layers is {self.layers}: it must be in 2..{_MAX_LAYERS}")
-        if not 2 <= self.embedding <= _MAX_WIDTH or self.embedding % 2:
-            raise ValueError(f"embedding is {self.embedding}: it must be even and in 2..{_MAX_WIDTH}")
-        if not 0.0 < self.first_gain <= _MAX_GAIN:
-            raise ValueError(f"first_gain is {self.first_gain}: it must be greater than 0 and at most {_MAX_GAIN:g}")
 
 
 def _linear(

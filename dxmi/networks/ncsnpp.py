@@ -9,7 +9,6 @@ Axis letters: B batch, C channels, H height, W width, E embedding (of the step, 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -19,53 +18,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dxmi.errors import UserError
-from dxmi.networks.base import Denoiser, NetworkConfig, SinusoidalEmbedding
+from dxmi.networks.base import Denoiser, SinusoidalEmbedding
+from dxmi.networks.configs import NcsnppGanConfig
 from dxmi.networks.layers import Attention, as_map, conv, image_event, linear, silu, zero
 
-_MAX_CHANNELS, _MAX_BLOCKS, _MAX_LEVELS, _MAX_LATENT, _MAX_LAYERS = 4096, 64, 12, 65_536, 64
 _EPS = 1e-6
 _ROOT_HALF = math.sqrt(0.5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NcsnppGanConfig(NetworkConfig):
-    """The generator of a denoising-diffusion GAN; the defaults are those for CIFAR-10."""
-
-    kind: str = "ncsnpp_gan"
-    channels: int = 128
-    """C at the highest resolution, and the width of the sinusoidal step embedding."""
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    """C of each level, highest resolution first, as multiples of `channels`; each level has half the one before."""
-    blocks: int = 2
-    """Residual blocks a level on the way down; one more on the way up."""
-    attention: tuple[int, ...] | None = (16,)
-    """Heights of the levels with attention; null for none. The middle always has it."""
-    latent: int = 100
-    """Z: numbers in a latent."""
-    latent_embedding: int = 256
-    """Width of the embedded latent."""
-    latent_layers: int = 4
-    """Layers after the first one of the latent's MLP."""
-    channels_last: bool = False
-    """Keep C last in memory, which is faster on GPUs with tensor cores."""
-    recompute: bool = False
-    """Recompute each block's activations for the gradient instead of keeping them: less memory, a third more time."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= len(self.multipliers) <= _MAX_LEVELS or min(self.multipliers) < 1:
-            raise ValueError(f"multipliers is {list(self.multipliers)}: it must be 1 to {_MAX_LEVELS} positive numbers")
-        if not 4 <= self.channels <= _MAX_CHANNELS or self.channels % 4:
-            raise ValueError(f"channels is {self.channels}: it must be a multiple of 4, at most {_MAX_CHANNELS}")
-        if not 1 <= self.blocks <= _MAX_BLOCKS:
-            raise ValueError(f"blocks is {self.blocks}: it must be in 1..{_MAX_BLOCKS}")
-        super().__post_init__()
-        if self.classes:
-            raise ValueError(f"classes is {self.classes}: this generator knows none, so make it 0")
-        for name in ("latent", "latent_embedding"):
-            if not 1 <= getattr(self, name) <= _MAX_LATENT:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be in 1..{_MAX_LATENT}")
-        if not 0 <= self.latent_layers <= _MAX_LAYERS:
-            raise ValueError(f"latent_layers is {self.latent_layers}: it must be in 0..{_MAX_LAYERS}")
 
 
 # ----------------------------------------------------------------------------

@@ -1,59 +1,56 @@
-"""From a network config to a network. `kind` names the config class, the config class names the network."""
+"""The networks, one registry for each role. Nothing here imports PyTorch: see `dxmi.registry`."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING
 
-import torch
+from dxmi.registry import Registry
 
-from dxmi.networks.base import Critic, Denoiser, NetworkConfig, TimedCritic
-from dxmi.networks.diffusers_unet import DiffusersConfig, DiffusersDenoiser
-from dxmi.networks.igebm import IgebmConfig, IgebmCritic, IgebmTimedCritic
-from dxmi.networks.mlp import MlpConfig, MlpCritic, MlpDenoiser, MlpTimedCritic
-from dxmi.networks.ncsnpp import NcsnppGan, NcsnppGanConfig
-from dxmi.networks.unet import EdmUnetConfig, Unet, UnetConfig
-from dxmi.networks.wide_resnet import WideResNetConfig, WideResNetCritic, WideResNetTimedCritic
+if TYPE_CHECKING:
+    import torch
 
-Event = tuple[int, ...]
-NetworkT = TypeVar("NetworkT")
-Builder = Callable[[Any, Event, torch.Generator], NetworkT]
+    from dxmi.networks.base import Critic, Denoiser, TimedCritic
+    from dxmi.networks.configs import NetworkConfig
 
-_DENOISERS: dict[type[NetworkConfig], Builder[Denoiser]] = {
-    MlpConfig: MlpDenoiser,
-    UnetConfig: Unet,
-    EdmUnetConfig: Unet,
-    NcsnppGanConfig: NcsnppGan,
-    DiffusersConfig: DiffusersDenoiser,
-}
-_CRITICS: dict[type[NetworkConfig], Builder[Critic]] = {
-    MlpConfig: MlpCritic,
-    IgebmConfig: IgebmCritic,
-    WideResNetConfig: WideResNetCritic,
-}
-_TIMED_CRITICS: dict[type[NetworkConfig], Builder[TimedCritic]] = {
-    MlpConfig: MlpTimedCritic,
-    IgebmConfig: IgebmTimedCritic,
-    WideResNetConfig: WideResNetTimedCritic,
-}
-_ROLES: dict[str, Iterable[type[NetworkConfig]]] = {"denoiser": _DENOISERS, "energy": _CRITICS, "value": _TIMED_CRITICS}
+_CONFIGS = "dxmi.networks.configs"
+_MLP, _IGEBM, _WIDE = f"{_CONFIGS}:MlpConfig", f"{_CONFIGS}:IgebmConfig", f"{_CONFIGS}:WideResNetConfig"
 
-NETWORK_CONFIGS: dict[str, type[NetworkConfig]] = {config.kind: config for role in _ROLES.values() for config in role}
-
-
-def kinds(role: str) -> list[str]:
-    """Which networks can be the `denoiser`, the `energy` or the `value`."""
-    return [config.kind for config in _ROLES[role]]
+DENOISERS: Registry["Denoiser"] = Registry(
+    "denoiser",
+    {
+        "mlp": (_MLP, "dxmi.networks.mlp:MlpDenoiser"),
+        "unet": (f"{_CONFIGS}:UnetConfig", "dxmi.networks.unet:Unet"),
+        "edm_unet": (f"{_CONFIGS}:EdmUnetConfig", "dxmi.networks.unet:Unet"),
+        "ncsnpp_gan": (f"{_CONFIGS}:NcsnppGanConfig", "dxmi.networks.ncsnpp:NcsnppGan"),
+        "diffusers": (f"{_CONFIGS}:DiffusersConfig", "dxmi.networks.diffusers_unet:DiffusersDenoiser"),
+    },
+)
+CRITICS: Registry["Critic"] = Registry(
+    "energy network",
+    {
+        "mlp": (_MLP, "dxmi.networks.mlp:MlpCritic"),
+        "igebm": (_IGEBM, "dxmi.networks.igebm:IgebmCritic"),
+        "wide_resnet": (_WIDE, "dxmi.networks.wide_resnet:WideResNetCritic"),
+    },
+)
+TIMED_CRITICS: Registry["TimedCritic"] = Registry(
+    "value network",
+    {
+        "mlp": (_MLP, "dxmi.networks.mlp:MlpTimedCritic"),
+        "igebm": (_IGEBM, "dxmi.networks.igebm:IgebmTimedCritic"),
+        "wide_resnet": (_WIDE, "dxmi.networks.wide_resnet:WideResNetTimedCritic"),
+    },
+)
 
 
-def build_denoiser(config: NetworkConfig, event: Event, generator: torch.Generator) -> Denoiser:
+def build_denoiser(config: "NetworkConfig", event: tuple[int, ...], generator: "torch.Generator") -> "Denoiser":
     """A noise predictor for events of shape `event`, initialised from `generator`."""
-    return _DENOISERS[type(config)](config, event, generator)
+    return DENOISERS.build(config, event, generator)
 
 
-def build_critic(config: NetworkConfig, event: Event, generator: torch.Generator) -> Critic:
+def build_critic(config: "NetworkConfig", event: tuple[int, ...], generator: "torch.Generator") -> "Critic":
     """A time-independent score for events of shape `event`, initialised from `generator`."""
-    return _CRITICS[type(config)](config, event, generator)
+    return CRITICS.build(config, event, generator)
 
 
-def build_timed_critic(config: NetworkConfig, event: Event, generator: torch.Generator) -> TimedCritic:
+def build_timed_critic(config: "NetworkConfig", event: tuple[int, ...], generator: "torch.Generator") -> "TimedCritic":
     """A time-conditioned score for events of shape `event`, initialised from `generator`."""
-    return _TIMED_CRITICS[type(config)](config, event, generator)
+    return TIMED_CRITICS.build(config, event, generator)

@@ -10,7 +10,6 @@ Axis letters: B batch, C channels, H height, W width, E embedding.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -20,7 +19,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dxmi.errors import UserError
-from dxmi.networks.base import Denoiser, NetworkConfig, SinusoidalEmbedding
+from dxmi.networks.base import Denoiser, SinusoidalEmbedding
+from dxmi.networks.configs import EdmUnetConfig, UnetConfig
 from dxmi.networks.layers import (
     Attention,
     Dropout,
@@ -34,85 +34,8 @@ from dxmi.networks.layers import (
     zero,
 )
 
-_MAX_CHANNELS, _MAX_BLOCKS, _MAX_LEVELS, _MAX_PATCH = 4096, 64, 12, 64
-
-
 # ----------------------------------------------------------------------------
 # Configs.
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnetConfig(NetworkConfig):
-    """DDPM's U-Net; the defaults are those for CIFAR-10."""
-
-    kind: str = "unet"
-    channels: int = 128
-    """C at the highest resolution, and the width of the sinusoidal step embedding."""
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    """C of each level, highest resolution first, as multiples of `channels`; each level has half the one before."""
-    blocks: int = 2
-    """Residual blocks a level on the way down; one more on the way up."""
-    attention: tuple[int, ...] | None = (16,)
-    """Heights, in patches, of the levels with attention after each block; null for none. The middle always has it."""
-    head_channels: int | None = None
-    """Channels of an attention head; null for a single head."""
-    groups: int = 32
-    """Of each GroupNorm."""
-    dropout: float = 0.1
-    """Share of activations that pretraining drops in each residual block; fine-tuning and sampling drop none."""
-    channels_last: bool = False
-    """Keep C last in memory, which is faster on GPUs with tensor cores."""
-    patch: int = 1
-    """Side of the squares of pixels that are taken together as channels: 2 quarters the work and the memory."""
-    recompute: bool = False
-    """Recompute each block's activations for the gradient instead of keeping them: less memory, a third more time."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= len(self.multipliers) <= _MAX_LEVELS or min(self.multipliers) < 1:
-            raise ValueError(f"multipliers is {list(self.multipliers)}: it must be 1 to {_MAX_LEVELS} positive numbers")
-        if not 1 <= self.channels * max(self.multipliers) <= _MAX_CHANNELS or self.channels % 2:
-            raise ValueError(
-                f"channels is {self.channels}: it must be even, and at most {_MAX_CHANNELS} over the largest multiplier"
-            )
-        if not 1 <= self.blocks <= _MAX_BLOCKS:
-            raise ValueError(f"blocks is {self.blocks}: it must be in 1..{_MAX_BLOCKS}")
-        if self.groups < 1 or self.channels % self.groups:
-            raise ValueError(f"groups is {self.groups}: it must divide channels, which is {self.channels}")
-        if self.head_channels is not None and (self.head_channels < 1 or self.channels % self.head_channels):
-            raise ValueError(
-                f"head_channels is {self.head_channels}: it must divide channels, which is {self.channels}"
-            )
-        if not 1 <= self.patch <= _MAX_PATCH:
-            raise ValueError(f"patch is {self.patch}: it must be in 1..{_MAX_PATCH}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}: it must be in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EdmUnetConfig(UnetConfig):
-    """The ADM U-Net; the defaults are those of EDM for ImageNet-64."""
-
-    kind: str = "edm_unet"
-    channels: int = 192
-    multipliers: tuple[int, ...] = (1, 2, 3, 4)
-    blocks: int = 3
-    attention: tuple[int, ...] | None = (32, 16, 8)
-    head_channels: int | None = 64
-    dropout: float = 0.0
-    scale_shift: bool = True
-    """The embedding scales and shifts each block's second norm, instead of being added before it."""
-    resample_in_blocks: bool = True
-    """Residual blocks change the resolution, instead of strided convolutions."""
-    step_scale: float = 1.0
-    """What diffusion steps are multiplied by before they are embedded. The Karras schedule tells a network 250 log
-    sigma, as OpenAI's were told; NVIDIA's were told a thousandth of that.
-    """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 < self.step_scale <= 1e6:
-            raise ValueError(f"step_scale is {self.step_scale}: it must be in (0, 1e6]")
 
 
 class Style(NamedTuple):

@@ -7,13 +7,12 @@ a linear map to one number.
 Axis letters: B batch, C channels, H height, W width, E embedding.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dxmi.networks.base import Critic, NetworkConfig, TimedCritic
+from dxmi.networks.base import Critic, TimedCritic
+from dxmi.networks.configs import WideResNetConfig
 from dxmi.networks.layers import (
     StepMlp,
     as_map,
@@ -25,36 +24,7 @@ from dxmi.networks.layers import (
     require_labels,
 )
 
-_MAX_DEPTH, _MAX_WIDTH = 1000, 100
 _SLOPE = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class WideResNetConfig(NetworkConfig):
-    """A wide residual network; the defaults are those of the published LSUN energy."""
-
-    kind: str = "wide_resnet"
-    depth: int = 16
-    """Convolutions: 6 n + 4 for n blocks a group."""
-    width: int = 10
-    """k: multiplies the 16, 32 and 64 channels of the groups."""
-    groups: int = 4
-    """Of each GroupNorm; 0 for no normalisation."""
-    embedding: int = 128
-    """Width of the sinusoidal step embedding of a value; an energy, which knows no time, ignores it."""
-    channels_last: bool = False
-    """Keep C last in memory, which is faster on GPUs with tensor cores."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 10 <= self.depth <= _MAX_DEPTH or (self.depth - 4) % 6:
-            raise ValueError(f"depth is {self.depth}: it must be 10, 16, 22 and so on, at most {_MAX_DEPTH}")
-        if not 1 <= self.width <= _MAX_WIDTH:
-            raise ValueError(f"width is {self.width}: it must be in 1..{_MAX_WIDTH}")
-        if self.groups < 0 or (self.groups and 16 % self.groups):
-            raise ValueError(f"groups is {self.groups}: it must be 0, or divide 16")
-        if not 2 <= self.embedding <= 4096 or self.embedding % 2:
-            raise ValueError(f"embedding is {self.embedding}: it must be even and in 2..4096")
 
 
 class _Block(nn.Module):

@@ -5,9 +5,7 @@ asked for, and nothing has to be zeroed or frozen.
 """
 
 import inspect
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
@@ -16,78 +14,8 @@ from torch import Tensor, nn
 from dxmi.compat import spare_dynamo
 from dxmi.distributed import ALONE, Workers
 from dxmi.errors import UserError
+from dxmi.optim.config import OptimizerConfig, lr_factor
 from dxmi.tensors import laid_out_as
-
-KINDS = ("adam", "adamw", "radam")
-DECAYS = ("constant", "linear", "cosine")
-
-
-def require_rate(name: str, value: float, *, positive: bool = False) -> None:
-    """Raise a ValueError with a sentence unless `value` is finite and not negative (or zero, with `positive`)."""
-    if not math.isfinite(value) or value < 0.0 or (positive and value == 0.0):
-        bound = "greater than 0" if positive else "0 or greater"
-        raise ValueError(f"{name} is {value}: it must be a finite number, {bound}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """One network's optimiser."""
-
-    kind: str = "adam"
-    """adam, adamw or radam."""
-    lr: float = 1e-4
-    """Learning rate after the warm-up."""
-    beta1: float = 0.9
-    """Decay of the mean of the gradient."""
-    beta2: float = 0.999
-    """Decay of the mean of the squared gradient."""
-    weight_decay: float = 0.0
-    """Added to the gradient by adam and radam, decoupled from it by adamw."""
-    max_grad_norm: float | None = None
-    """Clip the norm of all of this optimiser's gradients together; null for no clipping."""
-    warmup: int = 0
-    """Iterations over which the learning rate rises linearly from lr / warmup to lr."""
-    decay: str = "constant"
-    """After the warm-up: constant, or linear or cosine down to 0, which the iteration after the last would have."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind is {self.kind!r}: it must be one of {', '.join(KINDS)}")
-        if self.decay not in DECAYS:
-            raise ValueError(f"decay is {self.decay!r}: it must be one of {', '.join(DECAYS)}")
-        require_rate("lr", self.lr)
-        require_rate("weight_decay", self.weight_decay)
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
-        if self.max_grad_norm is not None:
-            require_rate("max_grad_norm", self.max_grad_norm, positive=True)
-        if self.warmup < 0:
-            raise ValueError(f"warmup is {self.warmup}: it must be 0 or greater")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyOptimizerConfig(OptimizerConfig):
-    """The policy's optimiser: the denoiser and the log sigmas have a learning rate each and are clipped together."""
-
-    lr: float = 1e-5
-    sigma_lr: float = 1e-4
-    """Learning rate of the log sigmas; 0 keeps the schedule's."""
-    max_grad_norm: float | None = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_rate("sigma_lr", self.sigma_lr)
-
-
-def lr_factor(config: OptimizerConfig, iteration: int, total: int) -> float:
-    """What the learning rate is multiplied by in `iteration` (from 0) of `total`."""
-    if iteration < config.warmup:
-        return (iteration + 1) / config.warmup
-    if config.decay == "constant" or total <= config.warmup:
-        return 1.0
-    progress = min((iteration - config.warmup) / (total - config.warmup), 1.0)
-    return 1.0 - progress if config.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 class Part(NamedTuple):

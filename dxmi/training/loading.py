@@ -9,14 +9,16 @@ from torch import Tensor
 
 from dxmi.algorithms.dxmi import DxMI
 from dxmi.errors import UserError
-from dxmi.evaluation.sampling import REPORT, EvaluateConfig, Sampling, generate_states, stream_of
+from dxmi.evaluation.config import REPORT, EvaluateConfig
+from dxmi.evaluation.sampling import Sampling, generate_states, stream_of
 from dxmi.evaluation.scorers import Scores, build_scorer
 from dxmi.persistence import checkpoint
 from dxmi.persistence.cache import cache_root
 from dxmi.persistence.checkpoint import Checkpoint
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.tensors import require_finite_state
-from dxmi.training.build import Experiment, ExperimentConfig, require_signature
+from dxmi.training.build import Experiment, require_signature
+from dxmi.training.config import ExperimentConfig
 from dxmi.training.state import ALGORITHM
 
 CHECKPOINTS = ("best", "last")

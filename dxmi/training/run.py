@@ -24,6 +24,7 @@ from dxmi.critics.energy import Energy
 from dxmi.diffusion.policy import Policy
 from dxmi.distributed import Pace, Workers
 from dxmi.errors import UserError
+from dxmi.evaluation.config import PICTURES, REPORT, SCORING_VERSION, SELECTION
 from dxmi.evaluation.references import (
     DATA,
     Reference,
@@ -34,19 +35,9 @@ from dxmi.evaluation.references import (
     references,
     scored_references,
 )
-from dxmi.evaluation.sampling import (
-    PICTURES,
-    REPORT,
-    SCORING_VERSION,
-    SELECTION,
-    Sampling,
-    generate,
-    generate_states,
-    preview,
-    stream_of,
-)
+from dxmi.evaluation.sampling import Sampling, generate, generate_states, preview, stream_of
 from dxmi.evaluation.scorers import Scorer, Scores, build_scorer
-from dxmi.networks import Denoiser
+from dxmi.networks.base import Denoiser
 from dxmi.persistence import checkpoint
 from dxmi.persistence.cache import cache_root, cached, entry
 from dxmi.persistence.checkpoint import Checkpoint, DamagedCheckpointError
@@ -54,7 +45,8 @@ from dxmi.persistence.provenance import device_name, git_revision, versions
 from dxmi.persistence.run_directory import Row, RunDirectory
 from dxmi.seeds import generator
 from dxmi.tensors import require_finite_metrics, require_finite_state
-from dxmi.training.build import PRETRAINING_VERSION, Experiment, ExperimentConfig, require_signature
+from dxmi.training.build import PRETRAINING_VERSION, Experiment, require_signature
+from dxmi.training.config import ExperimentConfig
 from dxmi.training.phase import Story, Stretch, tell, tell_together
 from dxmi.training.state import ALGORITHM, TrainingState
 from dxmi.visualization.galleries import build_gallery

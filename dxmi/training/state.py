@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dxmi.data import BatchStream
+from dxmi.data.dataset import BatchStream
 from dxmi.optim.optimizer import Optimizer
 from dxmi.persistence import checkpoint
 from dxmi.persistence.checkpoint import Checkpoint, DamagedCheckpointError

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dxmi.critics.value import Value
-from dxmi.data import DISTRIBUTIONS, SQUARE, Distribution
+from dxmi.data.planar import DISTRIBUTIONS, SQUARE, Distribution
 from dxmi.metrics.density import calibrated_kl, grid_log_density, square_grid
 from dxmi.tensors import require_finite
 from dxmi.visualization.pictures import save_figure, save_grid, save_steps_grid

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from dxmi.data import SQUARE
+from dxmi.data.planar import SQUARE
 
 _VIEW = 1.15 * SQUARE
 """Half the side of what is shown: a little more than the square, for samples that stray."""

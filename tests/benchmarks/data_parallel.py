@@ -19,7 +19,8 @@ from torch import nn
 
 from dxmi.algorithms.dxmi import DxMI
 from dxmi.distributed import ALONE, Group, Workers
-from dxmi.optim.optimizer import Optimizer, OptimizerConfig, Part
+from dxmi.optim.config import OptimizerConfig
+from dxmi.optim.optimizer import Optimizer, Part
 from dxmi.training.build import Experiment
 from iteration import PER_ROUND, ROUNDS, seconds_each
 from tune.config.compose import compose_experiment

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from dxmi.compat import torch_fidelity
 from dxmi.diffusion.policy import Policy
-from dxmi.diffusion.schedules import shorten
-from dxmi.evaluation.sampling import REPORT, EvaluateConfig, Sampling, measure
+from dxmi.diffusion.schedules.build import shorten
+from dxmi.evaluation.config import REPORT, EvaluateConfig
+from dxmi.evaluation.sampling import Sampling, measure
 from dxmi.metrics.inception import NETWORK, NUM_FEATURES, POOL, Inception, find_weights, load_inception
 from dxmi.training.build import Experiment
 from tune.config.compose import compose_experiment

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dxmi.data import Images
+from dxmi.data.images import Images
 from dxmi.training.build import Experiment
 from tune.config.compose import compose_experiment
 

@@ -23,7 +23,8 @@ from rich.console import Console
 from dxmi.config import to_tree
 from dxmi.errors import UserError
 from dxmi.persistence.files import require_target
-from dxmi.training.build import Experiment, ResourcesConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import ResourcesConfig
 from dxmi.training.run import changed_inputs, train
 from tune.config.compose import ComposedSweep, compose_sweep, overridden, require_no_stack
 from tune.execution.controller import Conductor

@@ -17,7 +17,7 @@ import torch
 from dxmi.data.images import data_root
 from dxmi.errors import UserError
 from dxmi.persistence.cache import cache_root
-from dxmi.training.build import ResourcesConfig
+from dxmi.training.config import ResourcesConfig
 from tune.cli.ui import DEFAULT_PORT, HOST, is_free
 from tune.execution.jobs import UPLOAD_MEGABYTES, survey
 from tune.execution.resources import find_slots

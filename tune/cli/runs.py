@@ -16,12 +16,16 @@ from tqdm import tqdm
 
 from dxmi import __version__
 from dxmi.config import build, to_tree
-from dxmi.data import DataConfig, Dataset, Images, describe, some_of
+from dxmi.data.configs import DataConfig
+from dxmi.data.dataset import Dataset
+from dxmi.data.description import describe, some_of
+from dxmi.data.images import Images
 from dxmi.errors import DivergedError, UserError, WorkersLostError
 from dxmi.persistence.checkpoint import steps_in
 from dxmi.persistence.files import require_target, write_atomic, write_json
 from dxmi.persistence.run_directory import RunDirectory, read_yaml
-from dxmi.training.build import Experiment, ExperimentConfig, ResourcesConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig, ResourcesConfig
 from dxmi.training.export import FORMATS, export_diffusers
 from dxmi.training.loading import CHECKPOINTS, Trained, load_trained
 from dxmi.training.run import Summary, labels_text, train

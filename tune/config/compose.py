@@ -24,7 +24,7 @@ from dxmi.config import build, places, to_tree, unknown_key
 from dxmi.errors import UserError
 from dxmi.persistence.files import require_target, user_path, user_text
 from dxmi.persistence.run_directory import read_yaml
-from dxmi.training.build import ExperimentConfig
+from dxmi.training.config import ExperimentConfig
 from tune.config.ablation import AblationConfig, SeedsConfig, TuningConfig
 from tune.config.sweep import (
     KINDS,

@@ -11,9 +11,9 @@ from typing import Any
 
 from dxmi.config import build
 from dxmi.errors import UserError
-from dxmi.evaluation.sampling import CONFIRMATION
+from dxmi.evaluation.config import CONFIRMATION
 from dxmi.persistence.run_directory import RunDirectory
-from dxmi.training.build import ExperimentConfig
+from dxmi.training.config import ExperimentConfig
 from dxmi.training.loading import load_trained
 from tune.execution.ray_runtime import on_cluster
 from tune.execution.resources import Slots

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dxmi.evaluation.config import SELECTION
 from dxmi.evaluation.references import references
-from dxmi.evaluation.sampling import SELECTION, Sampling, generate
+from dxmi.evaluation.sampling import Sampling, generate
 from dxmi.persistence.cache import cache_root
-from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig
 from tune.execution.resources import Slots
 
 _REPEATS = 3

@@ -37,7 +37,8 @@ from dxmi.distributed import Group
 from dxmi.errors import DivergedError, UserError, WorkersLostError
 from dxmi.persistence.checkpoint import steps_in
 from dxmi.persistence.run_directory import RunDirectory
-from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import Phase, Progress, Reporter, Saved, Summary, train
 from tune.execution.control_channel import Line
 from tune.execution.ray_runtime import actor_here, ray_session

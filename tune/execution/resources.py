@@ -7,7 +7,7 @@ import torch
 
 from dxmi.errors import UserError
 from dxmi.machine import available_cpus
-from dxmi.training.build import ResourcesConfig
+from dxmi.training.config import ResourcesConfig
 from tune.execution.ray_runtime import cluster_nodes, on_cluster
 
 

@@ -14,8 +14,9 @@ import torch
 from ray.exceptions import RayError
 
 from dxmi.config import build, to_tree
-from dxmi.networks import NcsnppGanConfig
-from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.networks.configs import NcsnppGanConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig
 from dxmi.training.phase import Stretch, train_together
 from tune.execution.resources import Slots
 from tune.plans.ablation import AblationPlan

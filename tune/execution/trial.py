@@ -22,7 +22,8 @@ from typing import Any, Protocol
 
 from dxmi.config import build
 from dxmi.errors import DivergedError, UserError, WorkersLostError
-from dxmi.training.build import Experiment, ExperimentConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import Member, Progress, Reporter, Saved, Summary, train, train_stacked
 from tune.integrations.object_store import Remote, kept, node_folder
 

@@ -13,7 +13,7 @@ from optuna.trial import TrialState as OptunaState
 from dxmi.config import build, to_tree
 from dxmi.errors import UserError
 from dxmi.evaluation.scorers import score_keys
-from dxmi.training.build import ExperimentConfig
+from dxmi.training.config import ExperimentConfig
 from tune.config.ablation import AblationConfig, parse_ablation
 from tune.config.sweep import BudgetConfig, SamplerConfig, SweepConfig, TrackingConfig
 from tune.plans.arms import BASELINE, Arm

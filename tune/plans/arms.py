@@ -13,7 +13,7 @@ from typing import Any
 
 from dxmi.config import to_tree
 from dxmi.errors import UserError
-from dxmi.training.build import ExperimentConfig
+from dxmi.training.config import ExperimentConfig
 from tune.config.ablation import TABLES, AblationConfig, Table
 from tune.plans.factorial import MAX_FACTORS, TwoLevelDesign, smallest_fraction
 from tune.plans.inert_settings import Digest, digests

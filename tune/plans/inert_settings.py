@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from dxmi.algorithms.ddpm import DDPM
 from dxmi.config import build, to_tree
-from dxmi.diffusion.schedules import noising
-from dxmi.networks import Denoiser, MlpConfig
+from dxmi.diffusion.schedules.build import noising
+from dxmi.networks.base import Denoiser
+from dxmi.networks.configs import MlpConfig
 from dxmi.seeds import generator
-from dxmi.training.build import Experiment, ExperimentConfig, ResourcesConfig
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig, ResourcesConfig
 from tune.search.space import flat, tree_with
 
 _EVENT = (1, 8, 8)

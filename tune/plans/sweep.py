@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 from dxmi.config import build, signature, to_tree
 from dxmi.errors import UserError
 from dxmi.evaluation.scorers import score_keys
-from dxmi.training.build import ExperimentConfig
+from dxmi.training.config import ExperimentConfig
 from tune.config.sweep import SweepConfig, TrackingConfig
 from tune.search.samplers import Proposal, num_planned, propose
 from tune.search.space import Axis, Value, parse_space, tree_with

@@ -17,9 +17,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from dxmi.data import ClassCount, Description
+from dxmi.data.description import ClassCount, Description
+from dxmi.evaluation.config import NUM_SAMPLES_KEY
 from dxmi.evaluation.references import best_reference, scored_references
-from dxmi.evaluation.sampling import NUM_SAMPLES_KEY
 from dxmi.formatting import score_text
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.run import Phase, Summary

@@ -16,7 +16,7 @@ from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.trial import FrozenTrial, create_trial
 from scipy.stats import qmc
 
-from dxmi.training.build import ExperimentConfig
+from dxmi.training.config import ExperimentConfig
 from tune.config.sweep import SweepConfig
 from tune.search.space import Axis, Value, grid_points, value_at
 

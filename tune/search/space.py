@@ -23,7 +23,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from dxmi.config import build, to_tree, unknown_key
 from dxmi.errors import UserError
-from dxmi.training.build import ExperimentConfig
+from dxmi.training.config import ExperimentConfig
 from tune.config.sweep import KINDS
 
 _EXAMPLE = "write one of {log_uniform: [1.0e-6, 1.0e-4]}, {uniform: [0, 1]}, {integer: [3, 8]}, {choice: [a, b]}"

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dxmi.evaluation.sampling import SCORING_VERSION
+from dxmi.evaluation.config import SCORING_VERSION
 from dxmi.persistence.checkpoint import path_of
 from dxmi.persistence.files import write_json
 from tune.config.sweep import ObjectiveConfig

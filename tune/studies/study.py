@@ -37,7 +37,7 @@ from dxmi.errors import UserError
 from dxmi.persistence.checkpoint import newest, prune
 from dxmi.persistence.files import write_atomic, write_json
 from dxmi.persistence.run_directory import RunDirectory, read_yaml
-from dxmi.training.build import ExperimentConfig
+from dxmi.training.config import ExperimentConfig
 from tune.compat import set_intermediate_value, set_user_attribute
 from tune.plans.ablation import AblationPlan, any_plan_from
 from tune.plans.sweep import FORMAT, Plan

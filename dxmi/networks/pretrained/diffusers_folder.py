@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from dxmi.errors import UserError
 from dxmi.networks.base import Denoiser
-from dxmi.networks.diffusers_unet import DiffusersConfig, DiffusersDenoiser
+from dxmi.networks.configs import DiffusersConfig
+from dxmi.networks.diffusers_unet import DiffusersDenoiser
 from dxmi.networks.pretrained.layouts import DIFFUSERS_WEIGHTS, to_public
 from dxmi.networks.unet import Unet
 

@@ -1,0 +1,86 @@
+"""Settings of the schedules. Nothing here imports NumPy or PyTorch."""
+
+import math
+from dataclasses import dataclass
+
+NUM_DIFFUSION_STEPS = 1000
+SHORTENINGS = ("var", "step")
+METHODS = (*SHORTENINGS, "karras", "ddgan")
+SHAPES = ("linear", "quadratic")
+STEP_SHAPES = (*SHAPES, "trailing")
+"""Of method=step."""
+VARIANCES = ("small", "large")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How the 1000-step model is cut to a few steps."""
+
+    num_steps: int = 5
+    """T, the number of policy steps."""
+    method: str = "var"
+    """var: T new noise levels; step: a subset of the 1000 steps; karras: EDM's levels; ddgan: a diffusion GAN's."""
+    shape: str = "quadratic"
+    """linear or quadratic spacing of the noise levels (var) or of the chosen steps (step); trailing, of step only: even
+    spacing down from the last step, 999 - 1000 t / T, so that no evaluation is spent on almost clean data."""
+    kappa: float = 1.0
+    """Stochasticity of the initial sigmas: 1 is the DDPM posterior or the ancestral step, 0 is DDIM or Euler."""
+    final_sigma: float = 1e-3
+    """Standard deviation of the last step, which is never learned."""
+    rho: float = 7.0
+    """karras: levels are evenly spaced in sigma^(1 / rho)."""
+    sigma_min: float = 0.002
+    """karras: the lowest level."""
+    sigma_max: float = 80.0
+    """karras: the level of the start."""
+    noisy_end: bool = False
+    """karras: the last step leads to `sigma_min`, the last of T + 1 levels, and not from it, the last of T, to 0."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_steps <= NUM_DIFFUSION_STEPS:
+            raise ValueError(f"num_steps is {self.num_steps}: it must be in 1..{NUM_DIFFUSION_STEPS}")
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}: it must be one of {', '.join(METHODS)}")
+        shapes = SHAPES if self.method == "var" else STEP_SHAPES
+        if self.shape not in shapes:
+            raise ValueError(
+                f"shape is {self.shape!r}: with method={self.method} it must be one of {', '.join(shapes)}"
+            )
+        if not 0.0 <= self.kappa <= 1.0:
+            raise ValueError(f"kappa is {self.kappa}: it must be in [0, 1]")
+        if not 0.0 <= self.final_sigma < 1.0:
+            raise ValueError(f"final_sigma is {self.final_sigma}: it must be in [0, 1)")
+        if not 1.0 <= self.rho <= 100.0:
+            raise ValueError(f"rho is {self.rho}: it must be in [1, 100]")
+        if not 0.0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min is {self.sigma_min}: it must be greater than 0 and less than sigma_max")
+        if not self.sigma_max < math.inf:
+            raise ValueError(f"sigma_max is {self.sigma_max}: it must be finite")
+        if self.method == "step" and len(set(timestep_subset(self.num_steps, self.shape))) < self.num_steps:
+            raise ValueError(
+                f"num_steps is {self.num_steps}: shape={self.shape} has fewer distinct steps; use shape=linear or "
+                "fewer num_steps"
+            )
+
+    @property
+    def family(self) -> str:
+        """Which models it cuts: those of one family are pretrained alike."""
+        return {"karras": "edm", "ddgan": f"ddgan-{self.num_steps}"}.get(self.method, "ddpm")
+
+
+def timestep_subset(num_steps: int, shape: str) -> list[int]:
+    """STEP: which of the K diffusion steps are kept, least noisy first, [T].
+
+    Linear: evenly over 0..999. Quadratic: squares, evenly over 0..sqrt(800), some of them equal if T is large. With
+    T = 1 it is the noisiest of these. Trailing: round(1000 i / T) - 1 for i = 1..T, which is
+    `timestep_spacing="trailing"` of diffusers.
+    """
+    if shape == "trailing":
+        return [round(NUM_DIFFUSION_STEPS * i / num_steps) - 1 for i in range(1, num_steps + 1)]
+    last, root = NUM_DIFFUSION_STEPS - 1, math.sqrt(0.8 * NUM_DIFFUSION_STEPS)
+    if num_steps == 1:
+        return [last if shape == "linear" else math.floor(root**2 + 1e-9)]
+    if shape == "linear":
+        return [i * last // (num_steps - 1) for i in range(num_steps)]
+    fractions = [i * (root / (num_steps - 1)) for i in range(num_steps - 1)] + [root]
+    return [math.floor(fraction**2 + 1e-9) for fraction in fractions]

@@ -1,0 +1,38 @@
+"""Denoising-diffusion GAN (Xiao et al., arXiv 2112.07804): T large steps; the network predicts the image."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from dxmi.diffusion.schedules.base import Array, Noising, StepSchedule, noised
+from dxmi.diffusion.schedules.configs import ScheduleConfig
+
+_GAN_BETA_MIN, _GAN_BETA_MAX, _GAN_FIRST_TIME = 0.1, 20.0, 1e-3
+
+
+def gan_levels(num_steps: int) -> Array:
+    """gbar_1..gbar_T: those of the variance-preserving SDE with beta from 0.1 to 20 at T + 1 even times, relative to
+    the first of them, [T].
+    """
+    time = _GAN_FIRST_TIME + np.linspace(0.0, 1.0, num_steps + 1) * (1.0 - _GAN_FIRST_TIME)
+    log_level = -0.5 * time**2 * (_GAN_BETA_MAX - _GAN_BETA_MIN) - time * _GAN_BETA_MIN
+    levels: Array = np.exp(log_level[1:] - log_level[0])
+    return levels
+
+
+def ddgan_steps(config: ScheduleConfig) -> StepSchedule:
+    """The posterior of x_{t+1} given x_t and the image (DDPM, equation 7; of variance kappa^2 times that)."""
+    level = np.append(gan_levels(config.num_steps)[::-1], 1.0)
+    g, g_next = level[:-1], level[1:]
+    sigma = config.kappa * np.sqrt((1.0 - g_next) / (1.0 - g) * (1.0 - g / g_next))
+    signal_scale = np.sqrt((1.0 - g_next - sigma**2) / (1.0 - g))
+    image_scale = np.sqrt(g_next) - np.sqrt(g) * signal_scale
+    sigma[-1] = config.final_sigma
+    steps = np.arange(config.num_steps - 1.0, -1.0, -1.0)
+    return StepSchedule(level, steps, signal_scale, image_scale, sigma, 1.0 - g / g_next)
+
+
+def ddgan_noising(num_steps: int) -> Noising:
+    """The image at each of the T levels."""
+    levels = gan_levels(num_steps)
+    return replace(noised(levels), data_part=np.ones_like(levels), noise_part=np.zeros_like(levels))

@@ -1,0 +1,146 @@
+"""DDPM (Ho et al., arXiv 2006.11239): beta linear in k, x_k = sqrt(abar_k) x + sqrt(1 - abar_k) eps; and how its 1000
+steps are cut to a few (FastDPM, arXiv 2106.00132).
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from scipy.special import gammaln
+
+from dxmi.diffusion.schedules.base import Array, Noising, StepSchedule, noised
+from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, ScheduleConfig, timestep_subset
+
+BETA_FIRST, BETA_LAST = 1e-4, 0.02
+_ROOT_TOLERANCE, _ROOT_PRECISION = 1e-12, 4.0 * sys.float_info.epsilon
+
+
+def forward_betas() -> Array:
+    """beta_k of the forward process, [K]."""
+    return np.linspace(BETA_FIRST, BETA_LAST, NUM_DIFFUSION_STEPS, dtype=np.float64)
+
+
+def forward_levels() -> Array:
+    """abar_k = prod_{j<=k} (1 - beta_j), [K]."""
+    return np.cumprod(1.0 - forward_betas(), dtype=np.float64)
+
+
+def continuous_level(step: float) -> float:
+    """Abar at a fractional diffusion step in [0, K - 1] (FastDPM, section 3.2); equals `forward_levels` at integers."""
+    delta = (BETA_LAST - BETA_FIRST) / (NUM_DIFFUSION_STEPS - 1)
+    c = (1.0 - BETA_FIRST) / delta
+    return float(np.exp((step + 1.0) * math.log(delta) + gammaln(c + 1.0) - gammaln(c - step)))
+
+
+def bisect(function: Callable[[float], float], low: float, high: float) -> float:
+    """A root of a function with different signs at both ends, equal to the bit to `scipy.optimize.bisect`.
+
+    Every command computes a schedule, and the import of scipy.optimize takes most of a second.
+    """
+    at_low, width = function(low), high - low
+    if at_low == 0.0:
+        return low
+    while True:
+        width *= 0.5
+        middle = low + width
+        value = function(middle)
+        if value * at_low > 0.0:
+            low = middle
+        if value == 0.0 or abs(width) < _ROOT_TOLERANCE + _ROOT_PRECISION * abs(middle):
+            return middle
+
+
+def continuous_step(level: float) -> float:
+    """The fractional diffusion step k at which `continuous_level(k)` is `level`; clipped to [0, K - 1]."""
+    last = NUM_DIFFUSION_STEPS - 1.0
+    if level >= continuous_level(0.0):
+        return 0.0
+    if level <= continuous_level(last):
+        return last
+    log_level = math.log(level)
+    return bisect(lambda k: math.log(continuous_level(k)) - log_level, 0.0, last)
+
+
+def ddpm_steps(config: ScheduleConfig) -> StepSchedule:
+    """The T steps that a 1000-step model is cut to."""
+    if config.method == "step":
+        steps = np.array(timestep_subset(config.num_steps, config.shape))
+        levels, diffusion_steps = forward_levels()[steps], steps.astype(np.float64)
+    else:
+        levels = np.cumprod(1.0 - variances(config.num_steps, config.shape), dtype=np.float64)
+        diffusion_steps = np.array([continuous_step(level) for level in levels])
+    return _tables(levels, diffusion_steps, config.kappa, config.final_sigma)
+
+
+def _tables(levels: Array, diffusion_steps: Array, kappa: float, final_sigma: float) -> StepSchedule:
+    """Generation-order tables from gbar_1..gbar_T and their diffusion steps (FastDPM, equations 9 and 12)."""
+    level = np.append(levels[::-1], 1.0)
+    g, g_next = level[:-1], level[1:]
+    sigma = kappa * np.sqrt((1.0 - g_next) / (1.0 - g) * (1.0 - g / g_next))
+    signal_scale = np.sqrt(g_next / g)
+    noise_scale = np.sqrt(1.0 - g_next - sigma**2) - np.sqrt(1.0 - g) * signal_scale
+    sigma[-1] = final_sigma
+    return StepSchedule(level, diffusion_steps[::-1].copy(), signal_scale, noise_scale, sigma, 1.0 - g / g_next)
+
+
+def variances(num_steps: int, shape: str) -> Array:
+    """VAR: noise variances eta_1..eta_T whose product of (1 - eta) is the forward process's last level, [T].
+
+    Linear: eta from beta_0 to v. Quadratic: eta_i = beta_0 (1 + i v)^2, with v capped at 0.95 / (sqrt(beta_0) T) so
+    that no eta passes 1; for small T the cap binds and gbar_T stays above the target (.343, .220, .0208 at T = 4, 5,
+    10). With T = 1 both shapes are the one level that reaches the target.
+    """
+    target = float(forward_levels()[-1])
+    if num_steps == 1:
+        return np.array([1.0 - target])
+    index = np.arange(num_steps, dtype=np.float64)
+
+    def linear(v: float) -> Array:
+        return np.linspace(BETA_FIRST, v, num_steps, dtype=np.float64)
+
+    def quadratic(v: float) -> Array:
+        eta: Array = BETA_FIRST * (1.0 + index * v) ** 2
+        return eta
+
+    eta_of, cap = (linear, 1.0) if shape == "linear" else (quadratic, 0.95 / (math.sqrt(BETA_FIRST) * num_steps))
+
+    def surplus(v: float) -> float:
+        return float(np.prod(1.0 - eta_of(v))) - target
+
+    if surplus(cap) > 0.0:
+        return eta_of(cap)
+    return eta_of(bisect(surplus, 0.0, cap))
+
+
+def ddpm_noising() -> Noising:
+    """DDPM's: the noise of each of the K steps."""
+    return noised(forward_levels())
+
+
+def ddim_schedule(num_steps: int) -> StepSchedule:
+    """DDIM (arXiv 2010.02502) on trailing steps: deterministic given its starting noise."""
+    return _respaced(num_steps, kappa=0.0)
+
+
+def ancestral_schedule(num_steps: int = NUM_DIFFUSION_STEPS, variance: str = "small") -> StepSchedule:
+    """DDPM's ancestral sampler on trailing steps; with 1000 of them, the sampler of the paper.
+
+    Args:
+        num_steps: how many steps.
+        variance: of each step but the last, which adds no noise: small, that of the posterior, beta-tilde
+            (`fixedsmall` in the official code); or large, that of the forward step between the same two levels, which
+            with 1000 steps is beta_k (`fixedlarge`). The mean is the posterior's in both.
+    """
+    small = _respaced(num_steps, kappa=1.0)
+    if variance == "small":
+        return small
+    return replace(small, sigma=np.append(np.sqrt(small.eta[:-1]), 0.0))
+
+
+def _respaced(num_steps: int, kappa: float) -> StepSchedule:
+    """Trailing steps of the 1000, without noise in the last."""
+    return ddpm_steps(
+        ScheduleConfig(num_steps=num_steps, method="step", shape="trailing", kappa=kappa, final_sigma=0.0)
+    )

@@ -1,0 +1,71 @@
+"""EDM (Karras et al., arXiv 2206.00364): x = data + sigma eps, and a network F inside
+
+D(x) = c_skip x + c_out F(c_in x, 250 log sigma),
+c_skip = d^2 / (sigma^2 + d^2),  c_out = sigma d / sqrt(sigma^2 + d^2),  c_in = 1 / sqrt(sigma^2 + d^2),  d = 0.5.
+"""
+
+import numpy as np
+from scipy.special import ndtri
+
+from dxmi.diffusion.schedules.base import Array, Noising, StepSchedule
+from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, ScheduleConfig
+
+SIGMA_DATA = 0.5
+"""EDM's standard deviation of the data."""
+_LOG_SIGMA_MEAN, _LOG_SIGMA_STD = -1.2, 1.2
+
+
+def karras_levels(num: int, config: ScheduleConfig) -> Array:
+    """Noise levels from sigma_max down to sigma_min, evenly spaced in sigma^(1 / rho) (equation 5), [num]."""
+    ramp = np.linspace(config.sigma_max ** (1.0 / config.rho), config.sigma_min ** (1.0 / config.rho), num)
+    levels: Array = ramp**config.rho if num > 1 else np.array([config.sigma_max])
+    return levels
+
+
+def edm_steps(config: ScheduleConfig) -> StepSchedule:
+    """The tables on EDM's noise levels."""
+    end = np.zeros(0) if config.noisy_end else np.zeros(1)
+    level = np.append(karras_levels(config.num_steps + config.noisy_end, config), end)
+    return _tables(level, config.kappa, config.final_sigma)
+
+
+def _tables(level: Array, kappa: float, final_sigma: float) -> StepSchedule:
+    """Generation-order tables from noise levels [T+1].
+
+    Euler steps down to sigma_down = sqrt(s'^2 - sigma_up^2), where sigma_up = kappa s' sqrt(1 - s'^2 / s^2) is the
+    policy's noise: of its direction (x - D(x)) / s the part in x goes into signal_scale, that in F into noise_scale.
+    """
+    s, s_next = level[:-1], level[1:]
+    sigma = kappa * s_next * np.sqrt(1.0 - s_next**2 / s**2)
+    way = np.sqrt(s_next**2 - sigma**2) - s
+    total = s**2 + SIGMA_DATA**2
+    sigma[-1] = final_sigma
+    return StepSchedule(
+        level,
+        diffusion_step=250.0 * np.log(s),
+        signal_scale=1.0 + way * s / total,
+        noise_scale=-way * SIGMA_DATA / np.sqrt(total),
+        sigma=sigma,
+        eta=s**2 - s_next**2,
+        input_scale=1.0 / np.sqrt(total),
+        start_sigma=float(s[0]),
+    )
+
+
+def edm_noising() -> Noising:
+    """The logarithm of sigma is normal with mean -1.2 and deviation 1.2: the rows are K of its quantiles. F regresses
+    (data - c_skip x) / c_out, which with EDM's weights is its loss (equation 8).
+    """
+    quantile = ndtri((np.arange(NUM_DIFFUSION_STEPS) + 0.5) / NUM_DIFFUSION_STEPS)
+    sigma = np.exp(_LOG_SIGMA_MEAN + _LOG_SIGMA_STD * quantile)
+    root = np.sqrt(sigma**2 + SIGMA_DATA**2)
+    return Noising(250.0 * np.log(sigma), 1.0 / root, sigma / root, sigma / (SIGMA_DATA * root), -SIGMA_DATA / root)
+
+
+def karras_schedule(config: ScheduleConfig, num_steps: int, kappa: float) -> StepSchedule:
+    """Euler's method (kappa 0) or ancestral steps (kappa 1) on EDM's levels: the last step leads straight to the data.
+
+    The levels are the first `num_steps` of one more, so that none of the few is the lowest, `sigma_min`.
+    """
+    level = np.append(karras_levels(num_steps + 1, config)[:-1], 0.0)
+    return _tables(level, kappa, final_sigma=0.0)

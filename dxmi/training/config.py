@@ -1,0 +1,183 @@
+"""The config of a run, from which everything is built. Nothing here imports PyTorch."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from dxmi.algorithms.configs import AlgorithmConfig, DDPMConfig, DxMIConfig
+from dxmi.algorithms.registry import ALGORITHMS
+from dxmi.config import signature, to_tree
+from dxmi.data.configs import DataConfig
+from dxmi.diffusion.schedules.configs import ScheduleConfig
+from dxmi.evaluation.config import EvaluateConfig
+from dxmi.networks.configs import MlpConfig, NetworkConfig
+from dxmi.networks.registry import CRITICS, DENOISERS, TIMED_CRITICS
+from dxmi.persistence.files import PLACE
+from dxmi.registry import chosen_from
+
+_MAX_THREADS = _MAX_WORKERS = _MAX_STACK = 1024
+_OF_ONE = {"compile": "compiled", "cuda_graphs": "recorded"}
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworksConfig:
+    """The networks of a run."""
+
+    denoiser: NetworkConfig = field(default_factory=MlpConfig, metadata=chosen_from(DENOISERS))
+    """The policy's."""
+    energy: NetworkConfig = field(default_factory=MlpConfig, metadata=chosen_from(CRITICS))
+    """The energy's, and the value's too when it is shared."""
+    value: NetworkConfig = field(default_factory=MlpConfig, metadata=chosen_from(TIMED_CRITICS))
+    """A separate value's; unused when the value is shared."""
+
+    def __post_init__(self) -> None:
+        for role, registry in (("denoiser", DENOISERS), ("energy", CRITICS), ("value", TIMED_CRITICS)):
+            if getattr(self, role).kind not in registry.kinds():
+                raise ValueError(registry.refusal(f"{role}.kind", getattr(self, role).kind))
+        for role in ("energy", "value"):
+            classes = getattr(self, role).classes
+            if classes not in (0, self.denoiser.classes):
+                raise ValueError(
+                    f"{role}.classes is {classes}: it must be 0, or as many as the denoiser's {self.denoiser.classes}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Fine-tuning."""
+
+    iterations: int = 1_500
+    """DxMI iterations."""
+    batch_size: int = 128
+    """B: data and trajectories in each."""
+    log_every: int = 50
+    """Iterations whose mean is one logged row."""
+    precision: str = "float32"
+    """Of the networks' arithmetic in training: float32 or bfloat16. Weights, losses and scores are float32 always."""
+
+    def __post_init__(self) -> None:
+        if self.iterations < 0:
+            raise ValueError(f"iterations is {self.iterations}: it must be 0 or greater")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}: it must be one of {', '.join(PRECISIONS)}")
+        for name in ("batch_size", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourcesConfig:
+    """What a run may use. It changes no result beyond rounding and does not enter the signature."""
+
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    threads: int = 0
+    """CPU threads of PyTorch; 0 for as many as this process may run on (in a sweep: one for each trial)."""
+    gpus: float = 1.0
+    """In a sweep, each worker's share of a GPU if there is one: 0.25 puts four of them on it."""
+    num_workers: int = 1
+    """Processes that share each batch of a run."""
+    accumulate: int = 1
+    """Pieces in which a worker takes its share of an update, one after the other, to save memory."""
+    compile: bool = False
+    """Compile the networks by torch.compile: some minutes at the start of a process."""
+    cuda_graphs: bool = False
+    """On a GPU, record the rollout once and replay it, so that the host does not launch each of its kernels."""
+    deterministic: bool = True
+    """On a GPU, use only kernels that give the same bits every time, so that a resumed run ends as it would have."""
+    stack_seeds: int | None = None
+    """In an ablation, seeds of an arm that are trained in one program; null for what a measurement finds fastest."""
+    worker_timeout: float = 1800.0
+    """Seconds after which a worker that does not answer the others counts as hung, and the group starts again."""
+    max_restarts: int = 3
+    """How often the workers of a run are started again, from its last checkpoint, after one of them was lost."""
+    storage_path: str | None = field(default=None, metadata=PLACE)
+    """Where runs and studies are kept if the nodes share no file system: a URI like s3://bucket/studies, or a path."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
+            raise ValueError(f"device is {self.device!r}: it must be auto, cpu, cuda or cuda:N")
+        if not 0 <= self.threads <= _MAX_THREADS:
+            raise ValueError(f"threads is {self.threads}: it must be in 0..{_MAX_THREADS}")
+        if not (0.01 <= self.gpus <= 1.0 or (1.0 < self.gpus < math.inf and self.gpus == int(self.gpus))):
+            raise ValueError(f"gpus is {self.gpus}: it must be in 0.01..1, or a whole number")
+        if not 1 <= self.num_workers <= _MAX_WORKERS:
+            raise ValueError(f"num_workers is {self.num_workers}: it must be in 1..{_MAX_WORKERS}")
+        if self.num_workers > 1 and self.gpus != 1.0:
+            raise ValueError(f"gpus is {self.gpus}, but each of several workers takes one whole GPU: make it 1")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate is {self.accumulate}: it must be at least 1")
+        self._check_stack()
+        if not 1.0 <= self.worker_timeout < math.inf:
+            raise ValueError(f"worker_timeout is {self.worker_timeout}: it must be at least 1 second")
+        if self.max_restarts < 0:
+            raise ValueError(f"max_restarts is {self.max_restarts}: it must be 0 or greater")
+
+    def _check_stack(self) -> None:
+        stack = self.stack_seeds
+        if stack is None or stack == 1:
+            return
+        if not 1 <= stack <= _MAX_STACK:
+            raise ValueError(f"stack_seeds is {stack}: it must be in 1..{_MAX_STACK}, or null")
+        for name in ("num_workers", "accumulate"):
+            if getattr(self, name) > 1:
+                raise ValueError(
+                    f"stack_seeds is {stack} and {name} is {getattr(self, name)}: stacked seeds are trained by one "
+                    f"process in one piece, so make one of the two 1"
+                )
+        for name in ("compile", "cuda_graphs"):
+            if getattr(self, name):
+                raise ValueError(f"stack_seeds is {stack} and {name} is true: stacked seeds are not {_OF_ONE[name]}")
+
+    @property
+    def can_stack_seeds(self) -> bool:
+        """Whether nothing that is asked for stands against training several seeds in one program."""
+        return self.num_workers == self.accumulate == 1 and not (self.compile or self.cuda_graphs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """The whole of a run. Everything but `resources` and `data.accept_unknown_files` enters its signature."""
+
+    name: str = "digits"
+    """Of the experiment, for people."""
+    seed: int = 0
+    """Of initial weights, data order and noise."""
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworksConfig = field(default_factory=NetworksConfig)
+    pretrain: DDPMConfig = field(default_factory=DDPMConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    algorithm: AlgorithmConfig = field(default_factory=DxMIConfig, metadata=chosen_from(ALGORITHMS))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", self.name):
+            raise ValueError(f"name is {self.name!r}: it must be 1 to 100 letters, digits, dots, dashes or underscores")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}: it must be in 0..2^63 - 1")
+        for name in ("kappa", "final_sigma"):  # the log density and the entropy of a step need a sigma
+            if getattr(self.schedule, name) == 0.0:
+                raise ValueError(f"schedule.{name} is 0: a policy needs noise in every step, so make it greater than 0")
+        try:
+            self.algorithm.check(self.schedule.num_steps)
+        except ValueError as error:
+            raise ValueError(f"algorithm.{error}") from error
+
+    @property
+    def signature(self) -> str:
+        """12 hex digits that two configs share exactly if they describe the same run."""
+        return signature(self.identity)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything of a config that decides its run, as a tree.
+
+        All but `resources`, and but for the permission to take unknown files: those are in the signature of the data.
+        """
+        tree = to_tree(self)
+        del tree["resources"], tree["data"]["accept_unknown_files"]
+        return tree
