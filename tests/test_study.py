@@ -24,10 +24,10 @@ from dxmi.persistence import checkpoint
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import Summary
+from support import locked_by_another, missing, stating
 from tune.config.sweep import BudgetConfig, ObjectiveConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
 from tune.plans.sweep import Plan, metrics_of, plan_from, require_name
 from tune.studies.study import (
-from support import locked_by_another, missing, stating
     Outcome,
     Study,
     StudyFolder,

@@ -27,6 +27,7 @@ from tune import Sweep
 from tune.cli.main import main
 from tune.execution.confirmation import fresh_scores
 from tune.studies.confirmation import chosen, confirmations
+from tune.studies.leaderboard import fresh_sentence
 from tune.studies.study import Study, StudyFolder, TrialState
 
 QUIET = Console(quiet=True)
