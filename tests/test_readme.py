@@ -32,9 +32,53 @@ TINY = [
 ]
 
 
+def made_by(command: str) -> str | None:
+    """The folder of a run or the name of a study that a command makes for later ones."""
+    given = (word.partition("=") for word in shlex.split(command) if "--dry-run" not in command)
+    return next((value for key, _, value in given if key in ("out", "name")), None)
+
+
+def small(command: str) -> list[str]:
+    """The arguments of a command, made small."""
+    program, *arguments = shlex.split(command)
+    assert program == "dxmi"
+    if arguments[0] in ("train", "sweep", "ablate") and not {"--resume", "--config"} & set(arguments):
+        arguments += TINY
+    if any("mnist" in argument for argument in arguments):  # the newcomer's files are small ones
+        arguments += ["data.accept_unknown_files=true"]
+    if arguments[0] == "ablate" and "--dry-run" not in arguments:  # dozens of runs: tests/test_stacks.py runs some
+        arguments += ["--dry-run"]
+    if arguments[0] == "sweep" and "--resume" not in arguments:
+        arguments += ["sweep.budget.trials=2", "sweep.max_concurrent=1"]
+    return arguments
+
+
+class Newcomer:
+    """Somebody who types commands of the README in a folder of their own.
+
+    Args:
+        home: that folder.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self._codes: dict[str, int] = {}
+
+    def types(self, command: str) -> int:
+        """The exit code of a command, which is run once, after those that make what it names."""
+        if command not in self._codes:
+            words = command.split()
+            for earlier in COMMANDS:
+                made = made_by(earlier)
+                if made and earlier != command and (made in words or f"studies/{made}/" in command):
+                    assert self.types(earlier) == 0
+            self._codes[command] = main(small(command))
+        return self._codes[command]
+
+
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory):
-    """An empty folder to work in, with files in MNIST's layout."""
+    """One for all tests, with files in MNIST's layout."""
     home = tmp_path_factory.mktemp("newcomer")
     raw = home / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -46,38 +90,33 @@ def newcomer(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setenv("DXMI_DATA", str(home / "data"))
-        yield home
+        yield Newcomer(home)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dxmi ")])
 def test_a_dxmi_command_of_the_readme_works(newcomer, command):
-    """In the README's order: later commands use the folders of earlier ones."""
-    program, *arguments = shlex.split(command)
-    assert program == "dxmi"
-    if arguments[0] in ("train", "sweep", "ablate") and not {"--resume", "--config"} & set(arguments):
-        arguments += TINY
-    if any("mnist" in argument for argument in arguments):  # the newcomer's files are small ones
-        arguments += ["data.accept_unknown_files=true"]
-    if arguments[0] == "ablate" and "--dry-run" not in arguments:  # dozens of runs: tests/test_stacks.py runs some
-        arguments += ["--dry-run"]
-    if arguments[0] == "sweep" and "--resume" not in arguments:
-        arguments += ["sweep.budget.trials=2", "sweep.max_concurrent=1"]
-    assert main(arguments) == 0
+    """Alone, too: what it uses is made first."""
+    assert newcomer.types(command) == 0
 
 
 def test_files_that_the_readme_promises_are_there_afterwards(newcomer):
-    assert {"grid.png", "steps.png", "samples.npz", "guided.png"} <= {entry.name for entry in newcomer.iterdir()}
+    for command in COMMANDS:
+        if command.startswith("dxmi sample runs/low-entropy "):
+            assert newcomer.types(command) == 0
+    assert {"grid.png", "steps.png", "samples.npz", "guided.png"} <= {entry.name for entry in newcomer.home.iterdir()}
     promised = re.findall(r"^\| `([\w.]+/?)` \| ", section("## Look at a run"), re.MULTILINE)
     assert len(promised) == 6
     for name in promised:
-        assert (newcomer / "runs" / "low-entropy" / name).exists()
+        assert (newcomer.home / "runs" / "low-entropy" / name).exists()
 
 
 def test_files_that_the_readme_promises_of_a_study_are_there_afterwards(newcomer):
+    (command,) = (command for command in COMMANDS if made_by(command) == "lr-1")
+    assert newcomer.types(command) == 0
     promised = re.findall(r"^\| `([\w./]+)` \| ", section("### What comes out"), re.MULTILINE)
     assert len(promised) == 7
     for name in promised:
-        assert (newcomer / "studies" / "lr-1" / name.replace("0007", "0001")).exists()
+        assert (newcomer.home / "studies" / "lr-1" / name.replace("0007", "0001")).exists()
 
 
 def section(heading: str) -> str:
@@ -96,15 +135,15 @@ PYTHON = re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL)
     ],
 )
 def test_the_python_of_the_readme_works(newcomer, block, word, left):
-    small = block.replace(f'"{word}"', ", ".join(repr(setting) for setting in [word, *TINY]))
-    assert small != block
-    exec(compile(ast.parse(small), "README.md", "exec"), {})
-    assert (newcomer / left).exists()
+    tiny = block.replace(f'"{word}"', ", ".join(repr(setting) for setting in [word, *TINY]))
+    assert tiny != block
+    exec(compile(ast.parse(tiny), "README.md", "exec"), {})
+    assert (newcomer.home / left).exists()
 
 
 def test_the_sweep_file_of_the_readme_plans_a_study(newcomer):
     text, _ = re.findall(r"```yaml\n(.+?)```", README, flags=re.DOTALL)
-    (newcomer / "my.yaml").write_text(text)
+    (newcomer.home / "my.yaml").write_text(text)
     assert main(["sweep", "sweep=my.yaml", "--dry-run"]) == 0
 
 
@@ -144,10 +183,10 @@ def test_every_metric_that_is_logged_is_explained():
 
 def test_the_ablation_file_of_the_readme_plans_a_study(newcomer):
     _, text = re.findall(r"```yaml\n(.+?)```", README, flags=re.DOTALL)
-    (newcomer / "mine.yaml").write_text(text)
+    (newcomer.home / "mine.yaml").write_text(text)
     arguments = ["ablate", "experiment=digits", *TINY, "ablation=mine.yaml", "name=planned", "--dry-run"]
     assert main(arguments) == 0
-    assert not (newcomer / "studies" / "planned").exists()
+    assert not (newcomer.home / "studies" / "planned").exists()
 
 
 def test_every_table_of_scores_shows_precision_and_recall():
