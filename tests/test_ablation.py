@@ -41,7 +41,9 @@ from tune.reporting.report import arm_matrix, verdict_sentences, write_report
 from tune.reporting.study_tables import arms_table
 from tune.stats.statistics import Bootstrap, Verdict, compare
 from tune.studies.arm_results import arms_frame, latex, p_label, p_note, results_of, write_tables
-from tune.studies.study import Outcome, Study, StudyFolder, TrialRecord, TrialState, completed, unfinished
+from tune.studies.folder import StudyFolder
+from tune.studies.records import Outcome, TrialRecord, TrialState, completed, unfinished
+from tune.studies.study import Study
 
 TWO = {"no_entropy": {"algorithm.entropy_coef": 0}, "fast": {"algorithm.policy.lr": 3.0e-4}}
 FACTORS = {"entropy": {"own": {}, "none": {"algorithm.entropy_coef": 0}}, "rate": {"own": {}, "fast": TWO["fast"]}}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-import tune.plans.arms
+import tune.plans.inert_settings
 from dxmi.config import to_tree
 from dxmi.errors import UserError
 from support import missing, stating
@@ -21,7 +21,7 @@ HYPOTHESIS = "hypothesis: More entropy is better.\n"
 VARIANTS = "variants: {none: {algorithm.entropy_coef: 0}}\n"
 FILE = HYPOTHESIS + VARIANTS
 TAU = "algorithm.entropy_coef"
-look_at_effects = tune.plans.arms.digests
+look_at_effects = tune.plans.inert_settings.digests
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,7 +30,7 @@ def _each_experiment_is_composed_once() -> Iterator[None]:
     once = functools.cache(compose_experiment)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tune.config.compose.compose_experiment", lambda overrides: once(tuple(overrides)))
-        patch.setattr("tune.plans.arms.digests", lambda configs: defaultdict(lambda: None))
+        patch.setattr("tune.plans.inert_settings.digests", lambda configs: defaultdict(lambda: None))
         yield
 
 
@@ -75,7 +75,7 @@ def test_ablations_are_shipped_and_are_no_group_of_an_experiment():
 
 @pytest.mark.parametrize("name", ablations())
 def test_every_shipped_ablation_has_a_hypothesis_and_arms_that_its_experiment_accepts(name, monkeypatch):
-    monkeypatch.setattr("tune.plans.arms.digests", look_at_effects)
+    monkeypatch.setattr("tune.plans.inert_settings.digests", look_at_effects)
     written = yaml.safe_load((config_folder() / "ablation" / f"{name}.yaml").read_text())
     ablation, found, composed = read(f"ablation={name}")
     assert len(ablation.hypothesis.split()) > 10

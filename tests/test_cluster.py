@@ -23,7 +23,9 @@ from tune.execution.preflight import file_system, is_network, require_fit
 from tune.execution.ray_runtime import ray_session
 from tune.execution.resources import share_cluster
 from tune.machine import is_loopback
-from tune.studies.study import Study, StudyFolder, TrialState
+from tune.studies.folder import StudyFolder
+from tune.studies.records import TrialState
+from tune.studies.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = changed(SLOWER, "train.iterations=40", "evaluate.every=10")

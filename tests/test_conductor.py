@@ -18,11 +18,13 @@ from dxmi.training.run import Summary
 from support import missing, stating
 from tune.config.sweep import BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig
 from tune.execution.controller import Conductor, Note, Order
-from tune.execution.resources import Slots
+from tune.execution.slots import Slots
 from tune.execution.trial import BadReportError, checked
 from tune.messages import last_line
 from tune.plans.sweep import Plan
-from tune.studies.study import Outcome, Study, StudyFolder, TrialRecord, TrialState
+from tune.studies.folder import StudyFolder
+from tune.studies.records import Outcome, TrialRecord, TrialState
+from tune.studies.study import Study
 
 METRIC = "eval/fid_digits"
 SPACE = {"algorithm.policy.lr": {"log_uniform": [1e-6, 1e-4]}}

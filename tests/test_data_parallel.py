@@ -17,7 +17,9 @@ from dxmi.training.config import ResourcesConfig
 from support import SLOWER, TINY, processes_with, wait_until
 from tune.cli.main import main
 from tune.execution.resources import share
-from tune.studies.study import Study, StudyFolder, TrialState
+from tune.studies.folder import StudyFolder
+from tune.studies.records import TrialState
+from tune.studies.study import Study
 
 GROUP = [*SLOWER, "resources.num_workers=2"]
 

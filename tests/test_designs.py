@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import tune.plans.arms
+import tune.plans.inert_settings
 from dxmi.config import build, differences, to_tree
 from dxmi.errors import UserError
 from dxmi.networks.configs import UnetConfig
@@ -29,19 +29,19 @@ EXPERIMENT = build(
 TAU, COST, L2 = "algorithm.entropy_coef", "algorithm.cost_coef", "algorithm.energy_l2"
 STEP_COST, SCALE = "algorithm.step_cost", "algorithm.step_cost_scale"
 ON_OFF = {"with": {}, "without": {TAU: 0}}
-look_at_effects = tune.plans.arms.digests
+look_at_effects = tune.plans.inert_settings.digests
 
 
 @pytest.fixture(autouse=True)
 def _no_effect_is_looked_at(monkeypatch):
     """Tests of tables need no updates of networks."""
-    monkeypatch.setattr("tune.plans.arms.digests", lambda configs: defaultdict(lambda: None))
+    monkeypatch.setattr("tune.plans.inert_settings.digests", lambda configs: defaultdict(lambda: None))
 
 
 @pytest.fixture
 def effects(monkeypatch, _no_effect_is_looked_at):
     """Whether a setting does anything is looked at after all."""
-    monkeypatch.setattr("tune.plans.arms.digests", look_at_effects)
+    monkeypatch.setattr("tune.plans.inert_settings.digests", look_at_effects)
 
 
 def arms_of(experiment: ExperimentConfig = EXPERIMENT, **ablation: Any) -> list[Arm]:

@@ -7,7 +7,8 @@ import torch
 
 from dxmi.errors import UserError
 from dxmi.training.config import ResourcesConfig
-from tune.execution.resources import Slots, find_slots, share
+from tune.execution.resources import find_slots, share
+from tune.execution.slots import Slots
 
 
 @pytest.mark.parametrize(

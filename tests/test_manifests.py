@@ -31,7 +31,9 @@ from tune.config.compose import compose_experiment
 from tune.execution.jobs import LEFT_OUT
 from tune.execution.ray_tune import _GRACE
 from tune.execution.resources import share_cluster
-from tune.studies.study import Study, StudyFolder, TrialState
+from tune.studies.folder import StudyFolder
+from tune.studies.records import TrialState
+from tune.studies.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = ROOT / "cluster" / "rayjob.yaml"

@@ -33,7 +33,8 @@ from tune.execution.jobs import LEFT_OUT
 from tune.integrations.mlflow_tracker import Tracker
 from tune.plans.sweep import Plan
 from tune.search.space import configured
-from tune.studies.study import Outcome, StudyFolder, TrialRecord, TrialState
+from tune.studies.folder import StudyFolder
+from tune.studies.records import Outcome, TrialRecord, TrialState
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "cluster" / "mlflow.sh"

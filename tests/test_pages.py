@@ -32,7 +32,9 @@ from tune.plans.arms import arms
 from tune.plans.sweep import Plan
 from tune.reporting.pages import artifact_page, curves_page, newest_pages, study_pages, trials_page
 from tune.reporting.report import HtmlTable, breakable, write_report
-from tune.studies.study import Study, StudyFolder, completed
+from tune.studies.folder import StudyFolder
+from tune.studies.records import completed
+from tune.studies.study import Study
 
 RATE = {"algorithm.policy.lr": {"log_uniform": [1.0e-6, 1.0e-3]}}
 SERVER = "http://127.0.0.1:5000"

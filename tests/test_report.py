@@ -40,6 +40,7 @@ from tune.reporting.figures import Reference, importance_obstacle, importances, 
 from tune.reporting.report import course_sentences, result_sentences, sample_matrix, write_report
 from tune.reporting.study_tables import leaderboard_table
 from tune.studies.confirmation import confirmations, keep, unconfirmed
+from tune.studies.folder import StudyFolder
 from tune.studies.leaderboard import (
     changed_inputs,
     free_sampler_sentences,
@@ -49,17 +50,9 @@ from tune.studies.leaderboard import (
     write_best,
     write_leaderboard,
 )
-from tune.studies.study import (
-    Outcome,
-    Study,
-    StudyFolder,
-    TrialRecord,
-    TrialState,
-    completed,
-    fallen_behind,
-    pareto_front,
-    unfinished,
-)
+from tune.studies.ranking import pareto_front
+from tune.studies.records import Outcome, TrialRecord, TrialState, completed, fallen_behind, unfinished
+from tune.studies.study import Study
 
 RATES = {
     "algorithm.policy.lr": {"log_uniform": [1.0e-6, 1.0e-3]},

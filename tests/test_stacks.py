@@ -26,11 +26,13 @@ from tune.config.ablation import parse_ablation
 from tune.config.compose import compose_experiment
 from tune.config.sweep import TrackingConfig
 from tune.execution.controller import Conductor
-from tune.execution.resources import Slots
 from tune.execution.seed_batching import fastest, seeds_together
+from tune.execution.slots import Slots
 from tune.plans.ablation import AblationPlan, ablation_plan, any_plan_from
 from tune.plans.arms import arms
-from tune.studies.study import Study, StudyFolder, TrialState
+from tune.studies.folder import StudyFolder
+from tune.studies.records import TrialState
+from tune.studies.study import Study
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 

@@ -19,7 +19,8 @@ from tune.config.compose import compose_experiment
 from tune.integrations import object_store as storage
 from tune.integrations.object_store import Remote, join, kept, light, node_folder, whole
 from tune.integrations.study_sync import Mirror
-from tune.studies.study import StudyFolder, TrialState
+from tune.studies.folder import StudyFolder
+from tune.studies.records import TrialState
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 

@@ -27,19 +27,10 @@ from dxmi.training.run import Summary
 from support import locked_by_another, missing, stating
 from tune.config.sweep import BudgetConfig, ObjectiveConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
 from tune.plans.sweep import Plan, metrics_of, plan_from, require_name
-from tune.studies.study import (
-    Outcome,
-    Study,
-    StudyFolder,
-    TrialRecord,
-    TrialState,
-    completed,
-    fallen_behind,
-    pareto_front,
-    ranked,
-    studies_in,
-    unfinished,
-)
+from tune.studies.folder import StudyFolder, studies_in
+from tune.studies.ranking import pareto_front, ranked
+from tune.studies.records import Outcome, TrialRecord, TrialState, completed, fallen_behind, unfinished
+from tune.studies.study import Study
 
 METRIC = "eval/fid_digits"
 ITERATIONS = 300

@@ -27,8 +27,10 @@ from tune import Sweep
 from tune.cli.main import main
 from tune.execution.confirmation import fresh_scores
 from tune.studies.confirmation import chosen, confirmations
+from tune.studies.folder import StudyFolder
 from tune.studies.leaderboard import fresh_sentence
-from tune.studies.study import Study, StudyFolder, TrialState
+from tune.studies.records import TrialState
+from tune.studies.study import Study
 
 QUIET = Console(quiet=True)
 

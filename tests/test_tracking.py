@@ -33,7 +33,8 @@ from tune.integrations.mlflow_store import open_store
 from tune.integrations.mlflow_tracker import Tracker
 from tune.plans.sweep import Plan
 from tune.search.space import configured, flat
-from tune.studies.study import Outcome, StudyFolder, TrialRecord, TrialState
+from tune.studies.folder import StudyFolder
+from tune.studies.records import Outcome, TrialRecord, TrialState
 
 EXPERIMENT = compose_experiment(["train.iterations=40", "evaluate.every=10", "resources.threads=1"]).experiment
 SPACE = {"algorithm.policy.lr": {"log_uniform": [1e-6, 1e-4]}}

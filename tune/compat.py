@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
-from typing import Any
-
-from optuna import Study
-from optuna.trial import FrozenTrial
+from typing import TYPE_CHECKING, Any
 
 from dxmi.errors import UserError
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
 
 _TESTED = {"ray": "2.54 to 2.60", "optuna": "5.0", "mlflow": "3.11 to 3.17"}
 """Versions in which everything here is known to exist."""
@@ -109,7 +110,7 @@ def use_ray_token() -> None:
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
-def set_intermediate_value(study: Study, trial: FrozenTrial, step: int, value: float) -> None:
+def set_intermediate_value(study: "Study", trial: "FrozenTrial", step: int, value: float) -> None:
     """Record a value of a trial that another process runs, for which Optuna has no public call.
 
     Raises:
@@ -120,7 +121,7 @@ def set_intermediate_value(study: Study, trial: FrozenTrial, step: int, value: f
     set_value(number, step, value)
 
 
-def set_user_attribute(study: Study, trial: FrozenTrial, key: str, value: object) -> None:
+def set_user_attribute(study: "Study", trial: "FrozenTrial", key: str, value: object) -> None:
     """As `set_intermediate_value`, for what is noted of a trial.
 
     Raises:

@@ -154,3 +154,8 @@ def asked(url: str, seconds: float) -> HTTPResponse:
     """
     opener = build_opener(ProxyHandler({})) if is_loopback(url) else build_opener()
     return cast("HTTPResponse", opener.open(url, timeout=seconds))
+
+
+def on_cluster() -> bool:
+    """Whether trials run on a Ray that is there already; everybody sees this before anything is started."""
+    return bool(os.environ.get("RAY_ADDRESS"))

@@ -27,14 +27,16 @@ from dxmi.config import to_tree
 from tune.config.compose import compose_experiment
 from tune.config.sweep import BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
 from tune.execution.controller import Conductor
-from tune.execution.resources import Slots
+from tune.execution.slots import Slots
 from tune.integrations.mlflow_tracker import Tracker
 from tune.integrations.object_store import Remote
 from tune.plans.sweep import Plan
 from tune.reporting.report import write_report
 from tune.search.samplers import propose
+from tune.studies.folder import StudyFolder
 from tune.studies.leaderboard import write_leaderboard
-from tune.studies.study import Study, StudyFolder, TrialRecord
+from tune.studies.records import TrialRecord
+from tune.studies.study import Study
 
 AT_ONCE, SCORES = 64, 8
 METRIC = "eval/fid_digits"

@@ -25,8 +25,8 @@ from tune.plans.ablation import AblationPlan, ablation_plan
 from tune.plans.arms import Arm, arms
 from tune.plans.sweep import Plan, plan_from
 from tune.studies.arm_results import TUNING, Results, arms_frame, results_of
+from tune.studies.folder import StudyFolder
 from tune.studies.leaderboard import best_of
-from tune.studies.study import StudyFolder
 
 
 class TuningInterruptedError(Exception):

@@ -31,7 +31,8 @@ from tune.execution.controller import Conductor
 from tune.execution.estimate import Estimate, estimate
 from tune.execution.preflight import require_fit
 from tune.execution.ray_tune import StoppedAtOnceError, drive
-from tune.execution.resources import Slots, find_slots
+from tune.execution.resources import find_slots
+from tune.execution.slots import Slots
 from tune.execution.trial import Trainer
 from tune.integrations.mlflow_tracker import Tracker
 from tune.integrations.study_sync import Mirror
@@ -44,8 +45,10 @@ from tune.reporting.live import SweepView
 from tune.reporting.report import write_report
 from tune.studies.arm_results import results_of, write_tables
 from tune.studies.confirmation import unconfirmed
+from tune.studies.folder import StudyFolder
 from tune.studies.leaderboard import leaderboard, summary_of, write_best, write_leaderboard
-from tune.studies.study import Study, StudyFolder, TrialRecord, TrialState
+from tune.studies.records import TrialRecord, TrialState
+from tune.studies.study import Study
 
 STUDIES = Path("studies")
 

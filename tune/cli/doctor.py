@@ -22,7 +22,7 @@ from tune.cli.ui import DEFAULT_PORT, HOST, is_free
 from tune.execution.jobs import UPLOAD_MEGABYTES, survey
 from tune.execution.resources import find_slots
 from tune.machine import ray_folder
-from tune.studies.study import studies_in
+from tune.studies.folder import studies_in
 
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "mlflow", "hydra-core", "torch-fidelity", "numpy", "scikit-learn")
 _OLDEST = {"ray": (2, 54), "mlflow": (3, 11), "torch": (2, 10), "hydra-core": (1, 3, 6)}

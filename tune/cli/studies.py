@@ -22,11 +22,11 @@ from tune.cli.doctor import Verdict, examine
 from tune.cli.ui import DEFAULT_PORT, address_of, free_port, serve
 from tune.execution.estimate import Estimate
 from tune.execution.jobs import DEFAULT_ADDRESS, Jobs, entrypoint, environment, follow, new_id, patiently, survey
-from tune.execution.ray_runtime import on_cluster
 from tune.execution.seed_batching import known_stack
 from tune.integrations import object_store as storage
 from tune.integrations.mlflow_store import open_store
 from tune.integrations.mlflow_tracker import reason_of
+from tune.machine import on_cluster
 from tune.messages import complain, duration
 from tune.plans.ablation import AblationPlan
 from tune.plans.arms import two_level_design
@@ -37,8 +37,10 @@ from tune.reporting.study_tables import arms_table, leaderboard_table
 from tune.reporting.text_tables import TextTable
 from tune.search.space import show, value_at
 from tune.studies.arm_results import changes_text, results_of
+from tune.studies.folder import StudyFolder, studies_in
 from tune.studies.leaderboard import changed_inputs, free_sampler_sentences
-from tune.studies.study import Study, StudyFolder, TrialRecord, TrialState, studies_in
+from tune.studies.records import TrialRecord, TrialState
+from tune.studies.study import Study
 
 OK, FAILED, STOPPED = 0, 1, 130
 _TIMED_ELSEWHERE = ", and much less on GPUs: this machine has none, so its CPU was timed"

@@ -15,12 +15,14 @@ from dxmi.evaluation.config import CONFIRMATION
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.loading import load_trained
-from tune.execution.ray_runtime import on_cluster
-from tune.execution.resources import Slots
+from tune.execution.slots import Slots
 from tune.integrations.object_store import Remote
+from tune.machine import on_cluster
 from tune.messages import last_line
 from tune.studies.confirmation import keep, unconfirmed
-from tune.studies.study import Study, StudyFolder, TrialRecord
+from tune.studies.folder import StudyFolder
+from tune.studies.records import TrialRecord
+from tune.studies.study import Study
 
 _POLL_SECONDS = 0.5
 

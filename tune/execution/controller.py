@@ -12,17 +12,10 @@ from typing import Any
 
 from dxmi.errors import UserError
 from dxmi.formatting import score_text
-from tune.execution.resources import Slots
+from tune.execution.slots import Slots
 from tune.messages import last_line
-from tune.studies.study import (
-    Outcome,
-    Study,
-    TrialRecord,
-    TrialState,
-    completed,
-    fallen_behind,
-    unfinished,
-)
+from tune.studies.records import Outcome, TrialRecord, TrialState, completed, fallen_behind, unfinished
+from tune.studies.study import Study
 
 _ALL_ENDED = "every planned trial has ended"
 _PROGRESS_EVERY = 15.0

@@ -12,7 +12,7 @@ from dxmi.evaluation.sampling import Sampling, generate
 from dxmi.persistence.cache import cache_root
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
-from tune.execution.resources import Slots
+from tune.execution.slots import Slots
 
 _REPEATS = 3
 _SCORING = 1.5

@@ -4,9 +4,8 @@ from pathlib import Path
 
 from dxmi.errors import UserError
 from tune.config.sweep import TrackingConfig
-from tune.execution.ray_runtime import on_cluster
 from tune.integrations.object_store import Remote
-from tune.machine import is_loopback
+from tune.machine import is_loopback, on_cluster
 
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "9p", "afs"}
 _NETWORK_FUSE = (

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dxmi.errors import UserError
 from tune.compat import lean_ray, quiet_worker_deaths
-from tune.machine import made, ray_folder, spare_loopback
+from tune.machine import made, on_cluster, ray_folder, spare_loopback
 
 _OBJECT_STORE_BYTES = 100_000_000
 _TRIES = 3
@@ -27,11 +27,6 @@ _ENVIRONMENT = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # in vain if a worker hangs
 }
 """What Ray, Tune and Train need of every process to be quick and quiet."""
-
-
-def on_cluster() -> bool:
-    """Whether trials run on a Ray that is there already; everybody sees this before anything is started."""
-    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def cluster_nodes() -> list[tuple[int, int]]:

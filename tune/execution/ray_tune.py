@@ -24,12 +24,13 @@ from tune.execution.confirmation import confirm
 from tune.execution.control_channel import Mailbox
 from tune.execution.controller import Conductor, Order
 from tune.execution.ray_runtime import actor_here, ray_session
-from tune.execution.resources import Slots
 from tune.execution.seed_batching import seeds_together
 from tune.execution.signals import gentle_stop
+from tune.execution.slots import Slots
 from tune.execution.trial import END, SCORE, STEP, Trainer, run_trials
 from tune.integrations.study_sync import Mirror
-from tune.studies.study import Study, TrialRecord
+from tune.studies.records import TrialRecord
+from tune.studies.study import Study
 
 _GRACE = 7.0
 """Seconds that an interrupted trial has to save; its last checkpoint is whole in any case. Ray needs some to end, and

@@ -1,48 +1,13 @@
 """What this machine or the cluster has, and how many trials it holds at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
 
 from dxmi.errors import UserError
 from dxmi.machine import available_cpus
 from dxmi.training.config import ResourcesConfig
-from tune.execution.ray_runtime import cluster_nodes, on_cluster
-
-
-@dataclass(frozen=True)
-class Slots:
-    """How trials share a machine.
-
-    Attributes:
-        cpus: cores that may be used.
-        gpus: GPUs that may be used; 0 if trials run on the CPU.
-        threads: of each worker.
-        gpu_share: of each worker; 0 on the CPU.
-        concurrent: trials at once.
-        workers: of each trial.
-    """
-
-    cpus: int
-    gpus: int
-    threads: int
-    gpu_share: float
-    concurrent: int
-    workers: int = 1
-
-    @property
-    def devices_of_a_trial(self) -> float:
-        """What a trial's hours are multiplied by: its GPUs, or on the CPU its threads."""
-        return self.workers * (self.gpu_share or float(self.threads))
-
-    def __str__(self) -> str:
-        each = f"{self.threads} of {self.cpus} CPU threads"
-        if self.gpu_share:
-            each += f" and {self.gpu_share:g} of {self.gpus} GPUs" if self.gpus else f" and {self.gpu_share:g} GPUs"
-        if self.workers > 1:
-            return f"{self.concurrent} at once, each with {self.workers} workers, each of them with {each}"
-        return f"{self.concurrent} at once, each with {each}"
+from tune.execution.ray_runtime import cluster_nodes
+from tune.execution.slots import Slots
+from tune.machine import on_cluster
 
 
 def find_slots(resources: ResourcesConfig, max_concurrent: int | None) -> Slots:
@@ -57,6 +22,8 @@ def find_slots(resources: ResourcesConfig, max_concurrent: int | None) -> Slots:
     """
     if on_cluster():
         return share_cluster(resources, max_concurrent, cluster_nodes())
+    import torch  # noqa: PLC0415  (only this line needs it)
+
     return share(resources, max_concurrent, available_cpus(), torch.cuda.device_count())
 
 

@@ -18,7 +18,7 @@ from dxmi.networks.configs import NcsnppGanConfig
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.phase import Stretch, train_together
-from tune.execution.resources import Slots
+from tune.execution.slots import Slots
 from tune.plans.ablation import AblationPlan
 from tune.plans.sweep import Plan
 

@@ -37,7 +37,8 @@ from tune.plans.sweep import Plan
 from tune.search.space import flat
 from tune.studies.arm_results import results_of, verdict_text
 from tune.studies.confirmation import chosen, confirmations
-from tune.studies.study import StudyFolder, TrialRecord, TrialState
+from tune.studies.folder import StudyFolder
+from tune.studies.records import TrialRecord, TrialState
 
 __all__ = ["Tracker", "open_store"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from dxmi.errors import UserError
 from tune.integrations.object_store import Remote, join, light, whole
-from tune.studies.study import StudyFolder
+from tune.studies.folder import StudyFolder
 
 _SEND_EVERY = 5.0
 """Seconds between two copies of the study's own files."""

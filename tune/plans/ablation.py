@@ -5,22 +5,21 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar
-
-from optuna.trial import FrozenTrial
-from optuna.trial import TrialState as OptunaState
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dxmi.config import build, to_tree
 from dxmi.errors import UserError
-from dxmi.evaluation.scorers import score_keys
 from dxmi.training.config import ExperimentConfig
 from tune.config.ablation import AblationConfig, parse_ablation
 from tune.config.sweep import BudgetConfig, SamplerConfig, SweepConfig, TrackingConfig
 from tune.plans.arms import BASELINE, Arm
-from tune.plans.sweep import FORMAT, Plan, fidelity_keys, plan_from, require_metric
+from tune.plans.sweep import FORMAT, Plan, fidelity_keys, keys_of, plan_from, require_metric
 from tune.search.samplers import Proposal
 from tune.search.space import Axis, Value, tree_with
 from tune.stats.sequential import SeedPlan, next_seeds
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 ARM, SEED = "arm", "seed"
 """What varies from trial to trial."""
@@ -48,8 +47,7 @@ class AblationPlan(Plan):
     def __post_init__(self) -> None:
         super().__post_init__()
         for index, metric in enumerate(self.ablation.also or ()):
-            keys = score_keys(self.experiment.data, self.experiment.evaluate)
-            require_metric(f"ablation.also[{index}]", metric, keys)
+            require_metric(f"ablation.also[{index}]", metric, keys_of(self.experiment))
 
     command: ClassVar[str] = "ablate"
 
@@ -97,7 +95,7 @@ class AblationPlan(Plan):
     # ------------------------------------------------------------------------
     # The order of the trials
 
-    def propose(self, history: Sequence[FrozenTrial]) -> Proposal | None:
+    def propose(self, history: "Sequence[FrozenTrial]") -> Proposal | None:
         """The next arm and seed, seed by seed; None if none can be begun now."""
         found = _by_cell(history)
         return _proposal(cell for cell in self._wanted(found) if cell not in found)
@@ -108,7 +106,7 @@ class AblationPlan(Plan):
         return self.ablation.seeds.first
 
     def propose_beside(
-        self, history: Sequence[FrozenTrial], values: Mapping[str, Value], number: int
+        self, history: "Sequence[FrozenTrial]", values: Mapping[str, Value], number: int
     ) -> Proposal | None:
         """The next seed of the same arm and program."""
         found = _by_cell(history)
@@ -120,7 +118,7 @@ class AblationPlan(Plan):
         blocks = {self.seeds.index(int(str(values[SEED]))) // number for values in (one, other)}
         return one[ARM] == other[ARM] and len(blocks) == 1
 
-    def is_done(self, history: Sequence[FrozenTrial]) -> bool:
+    def is_done(self, history: "Sequence[FrozenTrial]") -> bool:
         """Whether every trial that is needed has been begun, and none that runs can call for more."""
         found = _by_cell(history)
         wanted = self._wanted(found)
@@ -128,12 +126,12 @@ class AblationPlan(Plan):
             self.seed_plan is None or all(found[cell].state.is_finished() for cell in wanted)
         )
 
-    def _wanted(self, found: Mapping[Cell, FrozenTrial]) -> list[Cell]:
+    def _wanted(self, found: "Mapping[Cell, FrozenTrial]") -> list[Cell]:
         """Every cell that the scores so far ask for, in the order in which they are run."""
         targets = self._targets(found)
         return [(arm, seed) for k, seed in enumerate(self.seeds) for arm, count in targets.items() if k < count]
 
-    def _targets(self, found: Mapping[Cell, FrozenTrial]) -> dict[str, int]:
+    def _targets(self, found: "Mapping[Cell, FrozenTrial]") -> dict[str, int]:
         """How many seeds each arm gets, as far as can be told now.
 
         The decisions are taken again from the first look on, so that they are the same whoever takes them, and when.
@@ -246,7 +244,7 @@ def _proposal(open_cells: Iterator[Cell]) -> Proposal | None:
     return None if cell is None else Proposal({ARM: cell[0], SEED: cell[1]})
 
 
-def _by_cell(history: Sequence[FrozenTrial]) -> dict[Cell, FrozenTrial]:
+def _by_cell(history: "Sequence[FrozenTrial]") -> "dict[Cell, FrozenTrial]":
     return {(trial.params[ARM], trial.params[SEED]): trial for trial in history}
 
 
@@ -254,16 +252,18 @@ def _cells(targets: Mapping[str, int], seeds: Sequence[int]) -> list[Cell]:
     return [(arm, seed) for arm, count in targets.items() for seed in seeds[:count]]
 
 
-def _have_ended(found: Mapping[Cell, FrozenTrial], targets: Mapping[str, int], seeds: Sequence[int]) -> bool:
+def _have_ended(found: "Mapping[Cell, FrozenTrial]", targets: Mapping[str, int], seeds: Sequence[int]) -> bool:
     return all(cell in found and found[cell].state.is_finished() for cell in _cells(targets, seeds))
 
 
 def _scores(
-    found: Mapping[Cell, FrozenTrial], targets: Mapping[str, int], seeds: Sequence[int]
+    found: "Mapping[Cell, FrozenTrial]", targets: Mapping[str, int], seeds: Sequence[int]
 ) -> dict[str, list[float]]:
+    from optuna.trial import TrialState  # noqa: PLC0415  (loaded by now, since there are trials)
+
     def score(arm: str, seed: int) -> float:
         trial = found.get((arm, seed))
-        is_complete = trial is not None and trial.state is OptunaState.COMPLETE
+        is_complete = trial is not None and trial.state is TrialState.COMPLETE
         return float(trial.values[0]) if trial is not None and is_complete else math.nan
 
     scores = {arm: [score(arm, seed) for seed in seeds[:count]] for arm, count in targets.items()}

@@ -16,7 +16,6 @@ from dxmi.errors import UserError
 from dxmi.training.config import ExperimentConfig
 from tune.config.ablation import TABLES, AblationConfig, Table
 from tune.plans.factorial import MAX_FACTORS, TwoLevelDesign, smallest_fraction
-from tune.plans.inert_settings import Digest, digests
 from tune.search.space import FIXED, Axis, Value, configured, flat, parse_space, require_setting, show, value_at
 
 BASELINE = "baseline"
@@ -330,6 +329,8 @@ def _require_effects(changes: Sequence[_Change], found: Sequence[Arm], experimen
     alone = [configured(experiment, change.settings) for change in changes]
     whole = [arm.config(experiment) for arm in found]
     parts = [list(_without_one(change, experiment)) for change in changes]
+    from tune.plans.inert_settings import digests  # noqa: PLC0415  (it imports PyTorch)
+
     told = digests([experiment, *alone, *whole, *(config for rest in parts for _, config in rest)])
     for change, config, rest in zip(changes, alone, parts, strict=True):
         own = told[config.signature]
@@ -354,7 +355,7 @@ def _without_one(change: _Change, experiment: ExperimentConfig) -> Iterator[tupl
             continue
 
 
-def _require_different(found: Sequence[Arm], told: Sequence[Digest]) -> None:
+def _require_different(found: Sequence[Arm], told: Sequence[str | None]) -> None:
     for (one, a), (other, b) in itertools.combinations(zip(found, told, strict=True), 2):
         if _same(a, b):
             raise UserError(
@@ -363,7 +364,7 @@ def _require_different(found: Sequence[Arm], told: Sequence[Digest]) -> None:
             )
 
 
-def _same(one: Digest, other: Digest) -> bool:
+def _same(one: str | None, other: str | None) -> bool:
     return one is not None and one == other
 
 

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
-
-from optuna.trial import FrozenTrial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dxmi.config import build, signature, to_tree
 from dxmi.errors import UserError
-from dxmi.evaluation.scorers import score_keys
 from dxmi.training.config import ExperimentConfig
 from tune.config.sweep import SweepConfig, TrackingConfig
 from tune.search.samplers import Proposal, num_planned, propose
 from tune.search.space import Axis, Value, parse_space, tree_with
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 FORMAT = 1
 """Of study.yaml."""
@@ -63,7 +63,7 @@ class Plan:
         """Trials of the whole study."""
         return num_planned(self.sweep, self.axes)
 
-    def propose(self, history: Sequence[FrozenTrial]) -> Proposal | None:
+    def propose(self, history: "Sequence[FrozenTrial]") -> Proposal | None:
         """The trial that follows `history`; None if there is none, or none before a running one has ended."""
         if len(history) >= self.num_trials:
             return None
@@ -77,7 +77,7 @@ class Plan:
 
     def propose_beside(
         self,
-        history: Sequence[FrozenTrial],  # noqa: ARG002
+        history: "Sequence[FrozenTrial]",  # noqa: ARG002
         values: Mapping[str, Value],  # noqa: ARG002
         number: int,  # noqa: ARG002
     ) -> Proposal | None:
@@ -92,7 +92,7 @@ class Plan:
         """
         return False
 
-    def is_done(self, history: Sequence[FrozenTrial]) -> bool:
+    def is_done(self, history: "Sequence[FrozenTrial]") -> bool:
         """Whether every trial has been begun, and none that runs can call for more."""
         return len(history) >= self.num_trials
 
@@ -111,7 +111,7 @@ class Plan:
     @property
     def metric(self) -> str:
         """The key of the experiment's own score, like eval/fid_digits."""
-        return score_keys(self.experiment.data, self.experiment.evaluate)[0]
+        return keys_of(self.experiment)[0]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -174,15 +174,21 @@ def require_name(name: str) -> None:
 _OWN_METRICS = ("score", "num_steps", "seconds")
 
 
+def keys_of(experiment: ExperimentConfig) -> list[str]:
+    """The keys of every score of a finished run, the one by which runs are compared first."""
+    from dxmi.evaluation.scorers import score_keys  # noqa: PLC0415  (it imports PyTorch)
+
+    return score_keys(experiment.data, experiment.evaluate)
+
+
 def metrics_of(experiment: ExperimentConfig) -> list[str]:
     """Every metric that an objective may name."""
-    return [*_OWN_METRICS, *score_keys(experiment.data, experiment.evaluate)]
+    return [*_OWN_METRICS, *keys_of(experiment)]
 
 
 def fidelity_keys(experiment: ExperimentConfig) -> list[str]:
     """Precision and recall, which tables show beside the score; none where the data has neither."""
-    keys = score_keys(experiment.data, experiment.evaluate)
-    return [key for key in keys if key.startswith(("eval/precision_", "eval/recall_"))]
+    return [key for key in keys_of(experiment) if key.startswith(("eval/precision_", "eval/recall_"))]
 
 
 def require_metric(where: str, metric: str, known: Sequence[str]) -> None:

@@ -25,7 +25,9 @@ from tune.config.sweep import ObjectiveConfig
 from tune.plans.sweep import Plan
 from tune.search.space import Axis, Param, Value, show
 from tune.studies.leaderboard import best_of, better, metric_label, number, short_names, summary_of
-from tune.studies.study import Study, TrialRecord, TrialState, pareto_front, ranked
+from tune.studies.ranking import pareto_front, ranked
+from tune.studies.records import TrialRecord, TrialState
+from tune.studies.study import Study
 
 INK, MUTED, FAINT = "#24292f", "#656d76", "#d0d7de"
 BEST, COMPLETE, FAILURE, ASIDE = "#d55e00", "#0072b2", "#cc79a7", "#8c959f"

@@ -13,7 +13,7 @@ from tune.messages import complain, duration
 from tune.reporting.text_tables import TextTable
 from tune.search.space import show
 from tune.studies.leaderboard import short_names
-from tune.studies.study import TrialState
+from tune.studies.records import TrialState
 
 _REFRESH = 0.5
 _BEATS_EVERY = 60.0

@@ -11,7 +11,7 @@ from PIL import Image
 from tune.plans.sweep import Plan
 from tune.studies.arm_results import Results
 from tune.studies.leaderboard import best_of
-from tune.studies.study import TrialRecord, TrialState
+from tune.studies.records import TrialRecord, TrialState
 
 _SHRINK = 0.8
 _COLOURS = 256

@@ -17,8 +17,11 @@ from tune.integrations.mlflow_store import Ledger, Run, open_ledger
 from tune.integrations.mlflow_tracker import reason_of
 from tune.plans.ablation import ARM, AblationPlan
 from tune.plans.sweep import Plan
+from tune.studies.folder import StudyFolder, studies_in
 from tune.studies.leaderboard import best_of
-from tune.studies.study import Study, StudyFolder, TrialRecord, ranked, studies_in
+from tune.studies.ranking import ranked
+from tune.studies.records import TrialRecord
+from tune.studies.study import Study
 
 _MOST_CURVES = 100
 """In one chart, which MLflow draws in seconds; the address has 40 characters for each."""

@@ -36,7 +36,7 @@ from dxmi.evaluation.references import (
 )
 from dxmi.persistence.files import write_atomic
 from dxmi.persistence.provenance import git_revision
-from tune.messages import duration, listed
+from tune.messages import duration, listed, timestamp
 from tune.plans.ablation import AblationPlan
 from tune.plans.arms import BASELINE, Arm, two_level_design
 from tune.plans.sweep import Plan, fidelity_keys
@@ -76,7 +76,9 @@ from tune.studies.leaderboard import (
     short_names,
     summary_of,
 )
-from tune.studies.study import Study, TrialRecord, TrialState, pareto_front, ranked, timestamp
+from tune.studies.ranking import pareto_front, ranked
+from tune.studies.records import TrialRecord, TrialState
+from tune.studies.study import Study
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 _MATRIX_TRIALS, _MATRIX_STEPS = 8, 6

@@ -30,7 +30,7 @@ from tune.studies.leaderboard import (
     objective_columns,
     short_names,
 )
-from tune.studies.study import TrialRecord, TrialState
+from tune.studies.records import TrialRecord, TrialState
 
 _WIDTH, _GAP, _NARROWEST = 100, 2, 24
 """Of a terminal, between columns, and of the last column: half a checkpoint's path."""

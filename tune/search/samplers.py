@@ -7,18 +7,17 @@ that was killed and resumed proposes what it would have proposed.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import optuna
-from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
-from optuna.trial import FrozenTrial, create_trial
-from scipy.stats import qmc
 
 from dxmi.training.config import ExperimentConfig
 from tune.config.sweep import SweepConfig
 from tune.search.space import Axis, Value, grid_points, value_at
+
+if TYPE_CHECKING:  # Optuna and SciPy are imported where they are used: most of what reads a study needs neither
+    from optuna.samplers import BaseSampler
+    from optuna.trial import FrozenTrial
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def num_planned(sweep: SweepConfig, axes: Sequence[Axis]) -> int:
 
 
 def propose(
-    sweep: SweepConfig, axes: Sequence[Axis], experiment: ExperimentConfig, history: Sequence[FrozenTrial]
+    sweep: SweepConfig, axes: Sequence[Axis], experiment: ExperimentConfig, history: "Sequence[FrozenTrial]"
 ) -> Proposal:
     """The trial that follows `history`, whose length is its number."""
     number, sampler = len(history), sweep.sampler
@@ -66,6 +65,8 @@ def propose(
 
 def _sobol(seed: int, index: int, dimensions: int) -> list[float]:
     """Point `index` of a scrambled Sobol sequence in [0, 1)^d."""
+    from scipy.stats import qmc  # noqa: PLC0415
+
     engine = qmc.Sobol(dimensions, scramble=True, rng=seed)
     if index:
         engine.fast_forward(index)
@@ -78,8 +79,10 @@ def _random(seed: int, index: int, dimensions: int) -> list[float]:
     return [float(unit) for unit in np.random.default_rng([seed, index]).random(dimensions)]
 
 
-def _from_model(sweep: SweepConfig, axes: Sequence[Axis], history: Sequence[FrozenTrial]) -> Proposal:
+def _from_model(sweep: SweepConfig, axes: Sequence[Axis], history: "Sequence[FrozenTrial]") -> Proposal:
     """What Optuna's sampler asks for, in a study in memory that holds the history."""
+    import optuna  # noqa: PLC0415
+
     directions: list[Any] = [objective.direction for objective in sweep.objectives]
     study = optuna.create_study(directions=directions, sampler=_sampler(sweep, len(history)))
     study.add_trials(history)
@@ -88,7 +91,10 @@ def _from_model(sweep: SweepConfig, axes: Sequence[Axis], history: Sequence[Froz
     return Proposal({axis.path: axis.value(asked.params[axis.path]) for axis in axes}, system_attrs)
 
 
-def _sampler(sweep: SweepConfig, number: int) -> BaseSampler:
+def _sampler(sweep: SweepConfig, number: int) -> "BaseSampler":
+    from optuna.exceptions import ExperimentalWarning  # noqa: PLC0415
+    from optuna.samplers import NSGAIISampler, TPESampler  # noqa: PLC0415
+
     config = sweep.sampler
     seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
     with warnings.catch_warnings():
@@ -99,10 +105,12 @@ def _sampler(sweep: SweepConfig, number: int) -> BaseSampler:
         return TPESampler(n_startup_trials=config.startup_trials, multivariate=True, constant_liar=True, seed=seed)
 
 
-def template(axes: Sequence[Axis], proposal: Proposal, user_attrs: dict[str, Any]) -> FrozenTrial:
+def template(axes: Sequence[Axis], proposal: Proposal, user_attrs: dict[str, Any]) -> "FrozenTrial":
     """A running trial for Optuna's storage, whole: it is there with all its values or not at all."""
+    from optuna.trial import TrialState, create_trial  # noqa: PLC0415
+
     return create_trial(
-        state=optuna.trial.TrialState.RUNNING,
+        state=TrialState.RUNNING,
         params={axis.path: axis.param(proposal.values[axis.path]) for axis in axes},
         distributions={axis.path: axis.distribution for axis in axes},
         user_attrs=user_attrs,

@@ -17,14 +17,15 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from typing import TYPE_CHECKING, Any
 
 from dxmi.config import build, to_tree, unknown_key
 from dxmi.errors import UserError
 from dxmi.training.config import ExperimentConfig
 from tune.config.sweep import KINDS
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
 
 _EXAMPLE = "write one of {log_uniform: [1.0e-6, 1.0e-4]}, {uniform: [0, 1]}, {integer: [3, 8]}, {choice: [a, b]}"
 FIXED = {
@@ -60,8 +61,14 @@ class Axis:
     points: int = 0
 
     @property
-    def distribution(self) -> BaseDistribution:
+    def distribution(self) -> "BaseDistribution":
         """What Optuna calls it."""
+        from optuna.distributions import (  # noqa: PLC0415  (Optuna takes 400 modules)
+            CategoricalDistribution,
+            FloatDistribution,
+            IntDistribution,
+        )
+
         if self.kind == "choice":
             return CategoricalDistribution([self.param(value) for value in self.choices])
         if self.kind == "integer":

@@ -11,7 +11,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import t as student
 
 from dxmi.errors import UserError
 from tune.stats.multiple_testing import MOST_CLOSED, SIGN_FLIPS, Array, finite_vector, rounding
@@ -192,6 +191,8 @@ def _sign_flip_threshold(noise: Array, error_rate: float) -> Array:
 def t_bar(seeds: int, size: int, error_rate: float) -> float:
     """Student's two-sided quantile for the largest of `size` differences, pooled over their residual."""
     share = 1.0 if size == 1 else 1.0 - SIGN_FLIPS
+    from scipy.stats import t as student  # noqa: PLC0415  (it takes a second)
+
     return float(student.isf(share * error_rate / size / 2.0, size * (seeds - 1)))
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import t as student
 
 from dxmi.errors import UserError
 from tune.stats.multiple_testing import (
@@ -289,6 +288,8 @@ def _chance(arm: _Arm, plan: SeedPlan) -> float:
         return float(mean > rounding(differences))
     bar = hardest_bar(total, plan.arms, plan.error_rate) * spread / math.sqrt(total)
     error = spread * math.sqrt(1.0 / n - 1.0 / total)
+    from scipy.stats import t as student  # noqa: PLC0415  (it takes a second)
+
     return float(student.sf((bar - mean) / error, n - 1) + student.cdf((-bar - mean) / error, n - 1))
 
 

@@ -18,8 +18,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import norm, trim_mean
-from scipy.stats import t as student
 
 from dxmi.errors import UserError
 from tune.stats.multiple_testing import (
@@ -161,6 +159,9 @@ def iqm_interval(scores: ArrayLike, bootstrap: Bootstrap = DEFAULT) -> Interval:
     Raises:
         UserError: fewer than two seeds, or a score that is not finite.
     """
+    from scipy.stats import t as student  # noqa: PLC0415  (it takes a second)
+    from scipy.stats import trim_mean  # noqa: PLC0415
+
     values = _strata(scores)
     strata, seeds = values.shape
     estimate = float(trim_mean(values, _TRIMMED, axis=None))
@@ -237,6 +238,8 @@ def probability_of_improvement(
 
 def _wilson(share: float, pairs: float, level: float) -> Interval:
     """Wilson's interval (1927) of a share of `pairs`."""
+    from scipy.stats import norm  # noqa: PLC0415  (it takes a second)
+
     z = float(norm.ppf((1.0 + level) / 2.0))
     centre = (share + z * z / (2.0 * pairs)) / (1.0 + z * z / pairs)
     reach = z / (1.0 + z * z / pairs) * math.sqrt(share * (1.0 - share) / pairs + z * z / (4.0 * pairs * pairs))

@@ -13,14 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from dxmi.errors import UserError
-from dxmi.evaluation.references import ScoredReference, scored_references
 from dxmi.persistence.files import write_atomic
 from tune.plans.ablation import ARM, SEED, AblationPlan
 from tune.plans.arms import BASELINE, two_level_design
@@ -43,9 +41,16 @@ from tune.stats.statistics import (
     summarize,
     variance_components,
 )
+from tune.studies.folder import StudyFolder
 from tune.studies.leaderboard import NOT_COMPUTED, metric_label, number, summary_of
 from tune.studies.outdone import outdone, outdone_sentences
-from tune.studies.study import Study, StudyFolder, TrialRecord, TrialState
+from tune.studies.records import TrialRecord, TrialState
+from tune.studies.study import Study
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dxmi.evaluation.references import ScoredReference
 
 _TESTS = {
     Correction.NONE: (
@@ -392,8 +397,10 @@ def _why_untested(own: Runs, baseline: Runs, is_lost: bool) -> str:
     return f"Runs without a score yet: {missing}. The test is taken when all have ended."
 
 
-def _mean_references(summaries: Sequence[Mapping[str, Any]]) -> list[ScoredReference]:
+def _mean_references(summaries: Sequence[Mapping[str, Any]]) -> "list[ScoredReference]":
     """The references that all summaries have, with their mean scores."""
+    from dxmi.evaluation.references import scored_references  # noqa: PLC0415  (it imports PyTorch)
+
     scores = [{r.key: r.score for r in scored_references(summary)} for summary in summaries]
     return [
         replace(reference, score=float(np.mean([of_seed[reference.key] for of_seed in scores])))
@@ -425,7 +432,7 @@ def results_of(plan: AblationPlan, folder: StudyFolder, records: Sequence[TrialR
 # Tables
 
 
-def arms_frame(results: Results) -> pd.DataFrame:
+def arms_frame(results: Results) -> "pd.DataFrame":
     """One row an arm, the baseline first.
 
     Returns:
@@ -437,6 +444,8 @@ def arms_frame(results: Results) -> pd.DataFrame:
         each further score X: X, X_low, X_high, and with tuning inside arms tuning_trials and tuning_missing, those of
         them that are not complete.
     """
+    import pandas as pd  # noqa: PLC0415
+
     compared = {comparison.arm: comparison for comparison in results.comparisons}
     return pd.DataFrame([_row(results, arm.name, arm.changes, compared.get(arm.name)) for arm in results.plan.arms])
 

@@ -14,12 +14,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dxmi.evaluation.config import SCORING_VERSION
-from dxmi.persistence.checkpoint import path_of
 from dxmi.persistence.files import write_json
 from tune.config.sweep import ObjectiveConfig
 from tune.plans.ablation import AblationPlan
 from tune.plans.sweep import Plan
-from tune.studies.study import Study, StudyFolder, TrialRecord, TrialState, pareto_front, ranked
+from tune.studies.folder import StudyFolder
+from tune.studies.ranking import pareto_front, ranked
+from tune.studies.records import TrialRecord, TrialState
+from tune.studies.study import Study
 
 FILE = "confirmation.json"
 
@@ -84,6 +86,8 @@ def _scored(known: Mapping[int, Confirmation]) -> set[int]:
 
 
 def _has_checkpoint(record: TrialRecord) -> bool:
+    from dxmi.persistence.checkpoint import path_of  # noqa: PLC0415  (it imports PyTorch)
+
     return record.outcome.step is not None and path_of(record.run.checkpoints, record.outcome.step).is_dir()
 
 

@@ -8,24 +8,27 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import yaml
 
 from dxmi.config import to_tree
 from dxmi.errors import UserError
-from dxmi.evaluation.references import scored_references
 from dxmi.formatting import score_text
-from dxmi.persistence.checkpoint import path_of
 from dxmi.persistence.files import write_atomic
 from tune.config.sweep import ObjectiveConfig
 from tune.plans.ablation import AblationPlan
 from tune.plans.sweep import Plan, fidelity_keys
 from tune.search.space import flat, show
 from tune.studies.confirmation import Confirmation, confirmations, obstacle
+from tune.studies.folder import StudyFolder
 from tune.studies.outdone import Outdone, outdone, outdone_sentences
-from tune.studies.study import Study, StudyFolder, TrialRecord, TrialState, pareto_front, ranked
+from tune.studies.ranking import pareto_front, ranked
+from tune.studies.records import TrialRecord, TrialState
+from tune.studies.study import Study
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NOT_COMPARABLE = "*"
 """Follows a score on the noise that chose the checkpoint."""
@@ -144,6 +147,8 @@ def free_sampler_sentences(plan: Plan, records: Sequence[TrialRecord]) -> list[s
 
 
 def _outdone(record: TrialRecord) -> Outdone | None:
+    from dxmi.evaluation.references import scored_references  # noqa: PLC0415  (it imports PyTorch)
+
     summary, score = summary_of(record), record.outcome.score
     if not summary or score is None:
         return None
@@ -154,7 +159,7 @@ def _outdone(record: TrialRecord) -> Outdone | None:
 # The data frame
 
 
-def leaderboard(plan: Plan, records: Sequence[TrialRecord]) -> pd.DataFrame:
+def leaderboard(plan: Plan, records: Sequence[TrialRecord]) -> "pd.DataFrame":
     """One row a trial, in rank order.
 
     Returns:
@@ -163,6 +168,8 @@ def leaderboard(plan: Plan, records: Sequence[TrialRecord]) -> pd.DataFrame:
         `tune.studies.confirmation`, step (of the best checkpoint), each parameter by its path, seconds, signature,
         checkpoint (relative to the study, if it is still there) and reason (one line).
     """
+    import pandas as pd  # noqa: PLC0415
+
     rows = ranked(plan, records)
     ranks = [place if record.state is TrialState.COMPLETE else None for place, record in enumerate(rows, start=1)]
     columns: dict[str, Any] = {
@@ -208,6 +215,8 @@ def _seconds(record: TrialRecord) -> float | None:
 
 
 def _checkpoint(record: TrialRecord) -> str:
+    from dxmi.persistence.checkpoint import path_of  # noqa: PLC0415  (it imports PyTorch)
+
     if record.outcome.step is None:
         return ""
     path = path_of(record.run.checkpoints, record.outcome.step)
@@ -284,6 +293,8 @@ def write_leaderboard(study: Study, records: Sequence[TrialRecord]) -> None:
 
 def _cell(value: Any) -> str:
     """As CSV text; what a spreadsheet would run as a formula is quoted by an apostrophe."""
+    import pandas as pd  # noqa: PLC0415
+
     if isinstance(value, str):
         return "'" + value if value.startswith(_FORMULA) else value
     if value is pd.NA:

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dxmi.evaluation.references import ScoredReference, best_reference
 from dxmi.formatting import score_text
 from tune.messages import listed
+
+if TYPE_CHECKING:
+    from dxmi.evaluation.references import ScoredReference
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,10 @@ class Outdone:
     reference: float
 
 
-def outdone(subject: str, score: float, references: Iterable[ScoredReference], evaluations: int) -> Outdone | None:
+def outdone(subject: str, score: float, references: "Iterable[ScoredReference]", evaluations: int) -> Outdone | None:
     """The best training-free sampler with no more network evaluations than a result has, if it is better than that."""
+    from dxmi.evaluation.references import best_reference  # noqa: PLC0415  (it imports PyTorch)
+
     best = best_reference(references, evaluations)
     if best is None or not best.score < score:
         return None

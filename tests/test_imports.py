@@ -1,0 +1,37 @@
+"""What is imported with what: deciding about trials, and printing help, needs no framework."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tune.studies
+
+DECIDING = [
+    "tune.execution.controller", "tune.plans.sweep", "tune.plans.ablation",
+    "tune.search.samplers", "tune.search.pruners",
+    *(f"tune.studies.{file.stem}" for file in Path(tune.studies.__path__[0]).glob("[a-z]*.py")),
+]  # fmt: skip
+FRAMEWORKS = {"matplotlib", "mlflow", "optuna", "pandas", "ray", "rich", "scipy", "torch", "torchvision"}
+
+
+def loaded_by(*modules: str) -> set[str]:
+    """Every module that is loaded in a process that has imported these."""
+    program = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(found.stdout.split())
+
+
+def test_deciding_about_trials_imports_no_framework():
+    loaded = loaded_by(*DECIDING)
+    assert len(DECIDING) > 10
+    assert FRAMEWORKS & loaded == set()
+    assert len(loaded) < 400
+
+
+@pytest.mark.parametrize("module", ["tune", "tune.machine", "tune.messages", "tune.execution.control_channel"])
+def test_what_every_command_or_actor_imports_first_is_small(module):
+    loaded = loaded_by(module)
+    assert (FRAMEWORKS | {"numpy"}) & loaded == set()
+    assert len(loaded) < 150
