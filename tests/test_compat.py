@@ -14,6 +14,7 @@ from ray.dashboard.modules.dashboard_sdk import SubmissionClient
 
 from dxmi.errors import UserError
 from dxmi.machine import available_cpus
+from support import stating
 from tune import compat
 from tune.execution.ray_runtime import ray_session
 from tune.execution.ray_tune import StoppedAtOnceError
@@ -24,7 +25,7 @@ TOKEN = "ray._private.authentication.authentication_token_setup"
 
 def test_a_ray_without_its_token_setup_is_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, TOKEN, None)
-    with pytest.raises(UserError, match=r"ray \S+ has no token authentication.*ray 2\.54 to 2\.60"):
+    with pytest.raises(UserError, match=stating("ray … token … ray 2.54 … 2.60")):
         compat.use_ray_token()
 
 
@@ -37,9 +38,9 @@ def test_an_optuna_without_a_studys_storage_is_a_sentence():
     assert study.trials[0].user_attrs == {"note": 3}
     assert study.trials[0].intermediate_values == {5: 0.25}
     del study._storage
-    with pytest.raises(UserError, match=r"optuna \S+ has no storage of a study.*optuna 5\.0"):
+    with pytest.raises(UserError, match=stating("optuna … storage … optuna 5.0")):
         compat.set_user_attribute(study, trial, "note", 3)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"optuna \S+ has no storage of a study.*optuna 5\.0"):
+    with pytest.raises(UserError, match=stating("optuna … storage … optuna 5.0")):
         compat.set_intermediate_value(study, trial, 5, 0.25)  # type: ignore[arg-type]
 
 
@@ -52,7 +53,7 @@ def test_a_value_that_optuna_refuses_is_no_question_of_versions():
 
 def test_an_mlflow_without_its_store_is_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow.store.tracking.sqlalchemy_store", None)
-    with pytest.raises(UserError, match=r"mlflow \S+ has no SQLAlchemy store.*mlflow 3\.11 to 3\.17"):
+    with pytest.raises(UserError, match=stating("mlflow … SQLAlchemy … mlflow 3.11 … 3.17")):
         compat.mlflow_tables("sqlite://", "file:///nowhere")
 
 
@@ -92,7 +93,7 @@ def test_a_ray_that_gives_up_waiting_for_itself_is_started_again(monkeypatch):
         assert len(starts) == 3
     starts.clear()
     answers = 4
-    with pytest.raises(UserError, match="did not start in time"), ray_session(1, 0):
+    with pytest.raises(UserError, match=stating("Ray … in time")), ray_session(1, 0):
         pass
     assert len(starts) == 3
 
@@ -124,7 +125,7 @@ def test_a_ray_without_its_filter_of_messages_only_prints_more(monkeypatch):
 
 def test_a_ray_whose_job_client_sends_requests_in_another_way_is_named(monkeypatch):
     monkeypatch.delattr(SubmissionClient, "_do_request")
-    with pytest.raises(UserError, match=r"ray .* has no requests of the job client as dxmi uses it .*: install"):
+    with pytest.raises(UserError, match=stating("ray … job client … install")):
         compat.impatient_job_client("http://127.0.0.1:9", (1.0, 1.0))
 
 

@@ -14,6 +14,7 @@ from dxmi.networks.configs import IgebmConfig, MlpConfig, NetworkConfig, WideRes
 from dxmi.networks.layers import spectral
 from dxmi.networks.pretrained.layouts import load_public
 from dxmi.networks.registry import build_critic, build_timed_critic
+from support import stating
 
 EVENT = (3, 16, 16)
 SMALL: list[NetworkConfig] = [IgebmConfig(channels=8, embedding=6), WideResNetConfig(depth=10, width=1, embedding=6)]
@@ -225,9 +226,9 @@ def test_a_value_sees_its_step_and_one_embedding_serves_a_batch(config):
 def test_labels_are_required_exactly_where_there_are_classes(config):
     plain, conditional, x = critic(config), critic(dataclasses.replace(config, classes=4)), random(3, *EVENT)
     assert conditional(x, LABELS).shape == (3,)
-    with pytest.raises(UserError, match="classes=4, but no labels were given"):
+    with pytest.raises(UserError, match=stating("classes=4 … no labels")):
         conditional(x)
-    with pytest.raises(UserError, match="classes=0, but labels were given"):
+    with pytest.raises(UserError, match=stating("classes=0 … labels")):
         plain(x, LABELS)
     value = timed(dataclasses.replace(config, classes=4))
     assert value(x, value.embed(torch.tensor([1])), LABELS).shape == (3,)

@@ -16,7 +16,7 @@ from dxmi.data.loading import load
 from dxmi.errors import UserError
 from dxmi.seeds import generator
 from dxmi.tensors import from_uint8
-from support import idx_bytes
+from support import idx_bytes, stating
 
 NUM_IMAGES = 30
 
@@ -110,7 +110,7 @@ def test_files_that_hold_no_labelled_images_are_named(mnist_folder, shape):
     path.write_bytes(idx_bytes(np.zeros(shape, np.uint8)))
     if shape[0] == 0:
         (mnist_folder / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(0, np.uint8)))
-    with pytest.raises(UserError, match=f"{mnist_folder} do not match"):
+    with pytest.raises(UserError, match=stating(f"{mnist_folder} … not match")):
         load(DataConfig(name="mnist", accept_unknown_files=True))
 
 

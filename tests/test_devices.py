@@ -7,6 +7,7 @@ import torch
 
 from dxmi.errors import UserError
 from dxmi.training.config import ResourcesConfig
+from support import stating
 from tune.execution.resources import find_slots, share
 from tune.execution.slots import Slots
 
@@ -117,7 +118,7 @@ def test_on_a_cpu_a_share_of_a_gpu_means_nothing():
 
 @pytest.mark.parametrize("gpus", [0.0, 0.001, -1.0, 1.5, float("nan"), float("inf")])
 def test_a_share_that_is_none_is_refused(gpus):
-    with pytest.raises(ValueError, match=r"it must be in 0\.01\.\.1, or a whole number"):
+    with pytest.raises(ValueError, match=stating("0.01..1 … whole number")):
         ResourcesConfig(gpus=gpus)
 
 

@@ -17,6 +17,7 @@ from dxmi.networks.registry import build_denoiser
 from dxmi.training.build import Experiment
 from dxmi.training.export import export_diffusers
 from dxmi.training.loading import Trained
+from support import stating
 from tune.config.compose import compose_experiment
 
 declare_torchvision_operators()
@@ -127,7 +128,7 @@ def test_initial_weights_come_from_the_generator_alone():
 
 
 def test_a_model_that_is_no_denoiser_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no model of diffusers"):
+    with pytest.raises(UserError, match=stating("no model … diffusers")):
         config_of_folder(tmp_path)
     for change, sentence in (
         ({"_class_name": "UNet2DConditionModel"}, "holds a UNet2DConditionModel"),
@@ -137,17 +138,17 @@ def test_a_model_that_is_no_denoiser_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **change}))
         with pytest.raises(UserError, match=sentence):
             config_of_folder(tmp_path)
-    with pytest.raises(UserError, match=r"diffusers refuses this UNet2DModel: .*does not exist"):
+    with pytest.raises(UserError, match=stating("diffusers … UNet2DModel … not exist")):
         make(DiffusersConfig(**{**vars(TINY), "down_block_types": ("NoBlock2D", "DownBlock2D")}))
 
 
 def test_a_network_that_diffusers_has_not_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no U-Net"):
+    with pytest.raises(UserError, match=stating("no U-Net")):
         write_folder(make(MlpConfig(hidden=8)), EVENT, tmp_path)
 
 
 def test_a_checkpoint_of_another_model_is_refused():
-    with pytest.raises(UserError, match="the config describes another network"):
+    with pytest.raises(UserError, match=stating("config … another network")):
         load_public(make(TINY), to_public(make(UnetConfig(**SHAPE)), "diffusers"))
 
 
@@ -201,5 +202,5 @@ def test_an_exported_policy_draws_the_same_samples_in_diffusers(settings, tmp_pa
 
 def test_an_export_overwrites_nothing(tmp_path):
     (tmp_path / "there").touch()
-    with pytest.raises(UserError, match="is not empty"):
+    with pytest.raises(UserError, match=stating("not empty")):
         export_diffusers(trained_run("network=unet_small", *NARROW), tmp_path)

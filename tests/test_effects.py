@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dxmi.errors import UserError
+from support import stating
 from tune.stats.effects import level_effects, two_level_effects
 from tune.stats.multiple_testing import holm, sign_flip_p
 from tune.stats.statistics import Bootstrap, mean_interval
@@ -72,7 +73,7 @@ def test_a_fraction_gives_an_effect_plus_its_alias():
     design, scores = [row for row, _ in half], np.array([[score, score + 1.0] for _, score in half])
     effects = two_level_effects(design, "ABC", [("A",), ("B",), ("C",)], scores)
     assert sizes(effects) == pytest.approx([2.0, -4.0, 1.0 + 0.5], rel=1e-12)
-    with pytest.raises(UserError, match=r"cannot tell A x B from the mean, A, C: leave out a term"):
+    with pytest.raises(UserError, match=stating("A x B … the mean, A, C")):
         two_level_effects(design, "ABC", [("A",), ("C",), ("A", "B")], scores)
 
 

@@ -15,7 +15,7 @@ from dxmi.metrics.inception import Features
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import Summary, train
-from support import NARROW, NETWORK_OF, idx_bytes
+from support import NARROW, NETWORK_OF, idx_bytes, stating
 from tune.config.compose import compose_experiment
 
 PUBLISHED = list(NETWORK_OF)
@@ -156,6 +156,6 @@ def test_labels_go_to_every_network_of_imagenet():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_experiment_says_what_it_needs_when_that_is_missing(name, files):
     config = config_of(name)
-    with pytest.raises(UserError, match=r"pretrain\.weights is weights/.*Fetch the checkpoint"):
+    with pytest.raises(UserError, match=stating("pretrain.weights is weights/ … Fetch")):
         _ = Experiment(config).public_weights
     assert config.pretrain.weights is not None

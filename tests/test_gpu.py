@@ -20,7 +20,7 @@ from dxmi.seeds import generator
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import Phase, train
-from support import NARROW, NETWORK_OF, TINY, changed
+from support import NARROW, NETWORK_OF, TINY, changed, stating
 from tune.config.compose import compose_experiment
 
 pytestmark = [
@@ -162,7 +162,7 @@ def test_a_network_that_is_not_finite_ends_the_drawing(make_policy):
     policy = make_policy(event=(1, 8, 8)).to("cuda")
     with torch.no_grad():
         next(policy.network.parameters()).flatten()[0] = math.nan
-    with pytest.raises(DivergedError, match="samples of iteration 7 are not finite"):
+    with pytest.raises(DivergedError, match=stating("samples … iteration 7 … not finite")):
         generate(Sampling(policy, REPORT, step=7), 8, EvaluateConfig(num_samples=8, batch_size=4))
 
 

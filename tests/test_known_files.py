@@ -16,7 +16,7 @@ from dxmi.data.known_files import CIFAR10, FASHION_MNIST, MNIST, require_publish
 from dxmi.data.loading import load
 from dxmi.errors import UserError
 from dxmi.training.config import ExperimentConfig
-from support import idx_bytes
+from support import idx_bytes, stating
 from tune.config.compose import compose_experiment
 
 PARTS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
@@ -84,7 +84,9 @@ def test_fashion_mnist_in_the_place_of_mnist_is_refused_by_name(root, packed):
         path.unlink()
         path.with_suffix(".gz" if packed else "").write_bytes(gzip.compress(content) if packed else content)
     for name in ("mnist", "mnist8"):
-        with pytest.raises(UserError, match=r"holds Fashion-MNIST's train-images-idx3-ubyte, not MNIST's") as refused:
+        with pytest.raises(
+            UserError, match=stating("Fashion-MNIST's train-images-idx3-ubyte … not MNIST's")
+        ) as refused:
             load(DataConfig(name=name))
         assert str(root / FOLDERS[MNIST]) in str(refused.value)
         assert "data.accept_unknown_files=true" in str(refused.value)
@@ -93,7 +95,7 @@ def test_fashion_mnist_in_the_place_of_mnist_is_refused_by_name(root, packed):
 def test_labels_of_another_data_set_are_refused(root):
     """The images are right, and nearly every label wrong."""
     (root / FOLDERS[FASHION_MNIST] / PARTS[1]).write_bytes(FILES[MNIST][PARTS[1]])
-    with pytest.raises(UserError, match=r"holds MNIST's train-labels-idx1-ubyte, not Fashion-MNIST's"):
+    with pytest.raises(UserError, match=stating("MNIST's train-labels-idx1-ubyte … not Fashion-MNIST's")):
         load(DataConfig(name="fashion_mnist"))
 
 
@@ -101,7 +103,7 @@ def test_a_batch_in_the_place_of_another_is_refused(root):
     """Twice the same 10,000 images, or some of the test set."""
     for given in ("data_batch_2", "test_batch"):
         (root / BINARY / "data_batch_1.bin").write_bytes(FILES[CIFAR10][given])
-        with pytest.raises(UserError, match=f"holds CIFAR-10's {given}, not CIFAR-10's data_batch_1"):
+        with pytest.raises(UserError, match=stating(f"CIFAR-10's {given} … not CIFAR-10's data_batch_1")):
             load(DataConfig(name="cifar10"))
 
 
@@ -115,7 +117,7 @@ def test_python_batches_are_compared_by_what_they_come_to(root):
     assert len(load(DataConfig(name="cifar10"))) == 20
     tree["labels"][0] = (tree["labels"][0] + 1) % 10
     (root / PYTHON / "data_batch_3").write_bytes(pickle.dumps(tree))
-    with pytest.raises(UserError, match=r"data_batch_3 is not CIFAR-10's data_batch_3 as it is published \(MD5 "):
+    with pytest.raises(UserError, match=stating("not CIFAR-10's data_batch_3 … published … MD5")):
         load(DataConfig(name="cifar10"))
 
 
@@ -130,7 +132,7 @@ def test_one_flipped_bit_is_noticed_and_may_be_accepted(root):
     content[100] ^= 1
     path.write_bytes(content)
     before = load(DataConfig(name="fashion_mnist")).signature
-    with pytest.raises(UserError, match=r"not MNIST's train-images-idx3-ubyte as it is published"):
+    with pytest.raises(UserError, match=stating("not MNIST's train-images-idx3-ubyte … published")):
         load(DataConfig(name="mnist"))
     images = load(DataConfig(name="mnist", accept_unknown_files=True))
     assert images.notes == ("taken as they are, whatever is published as mnist (data.accept_unknown_files)",)
@@ -148,7 +150,7 @@ def test_accepting_changes_no_identity_but_that_of_the_data(root):
 
 @pytest.mark.parametrize("name", ["digits", "gaussians8"])
 def test_data_that_come_from_no_published_file_have_nothing_to_accept(name):
-    with pytest.raises(ValueError, match=f"accept_unknown_files is true, but {name} is read from no published files"):
+    with pytest.raises(ValueError, match=stating(f"accept_unknown_files is true … {name}")):
         DataConfig(name=name, accept_unknown_files=True)
 
 

@@ -16,6 +16,7 @@ from dxmi.networks.pretrained.layouts import digest, load_public, public_log_sig
 from dxmi.networks.pretrained.public_files import read_public
 from dxmi.networks.registry import build_denoiser
 from dxmi.networks.unet import Unet
+from support import stating
 
 SHAPE = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "groups": 8}
 EVENT = (3, 8, 8)
@@ -99,11 +100,11 @@ def test_a_digest_is_of_names_shapes_and_numbers():
 def test_a_checkpoint_of_another_network_is_refused_with_the_first_difference():
     state = ddpm_state()
     lacking = {name: tensor for name, tensor in state.items() if name != "mid.attn_1.q.bias"}
-    with pytest.raises(UserError, match=r"The checkpoint lacks mid\.attn_1\.q\.bias: the config describes another"):
+    with pytest.raises(UserError, match=stating("lacks … mid.attn_1.q.bias … config")):
         load_public(unet(), lacking)
-    with pytest.raises(UserError, match=r"The network has no place for more\.weight of the checkpoint"):
+    with pytest.raises(UserError, match=stating("no place … more.weight")):
         load_public(unet(), {**state, "more.weight": torch.zeros(1)})
-    with pytest.raises(UserError, match=r"conv_out\.weight of the checkpoint make a tensor of shape \(6, 16, 3, 3\)"):
+    with pytest.raises(UserError, match=stating("conv_out.weight … (6, 16, 3, 3)")):
         load_public(unet(), {**state, "conv_out.weight": torch.zeros(6, 16, 3, 3)})
 
 
@@ -133,10 +134,10 @@ def test_tensors_of_other_shapes_are_refused_in_a_sentence(part, change):
 
 
 def test_an_unknown_layout_is_refused():
-    with pytest.raises(UserError, match=r"in no layout that Unet can be read from .*: its first names are a, b"):
+    with pytest.raises(UserError, match=stating("layout … Unet … a, b")):
         load_public(unet(), {"a": torch.zeros(1), "b": torch.zeros(1)})
     mlp = build_denoiser(MlpConfig(), EVENT, torch.Generator())
-    with pytest.raises(UserError, match="in no layout that MlpDenoiser can be read from"):
+    with pytest.raises(UserError, match=stating("layout … MlpDenoiser")):
         load_public(mlp, ddpm_state())
 
 
@@ -178,18 +179,18 @@ def test_no_code_of_a_file_is_executed(tmp_path: Path):
     torch.save({"state_dict": ddpm_state(), "more": _Malicious(touched)}, tmp_path / "a.pth")
     (tmp_path / "b.pkl").write_bytes(pickle.dumps(_Malicious(touched), protocol=2))
     for name in ("a.pth", "b.pkl"):
-        with pytest.raises(UserError, match="nothing else in it is executed"):
+        with pytest.raises(UserError, match=stating("executed")):
             read_public(tmp_path / name)
     assert not touched.exists()
 
 
 def test_a_file_that_is_missing_damaged_or_without_weights_is_a_sentence(tmp_path: Path):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=stating("not exist")):
         read_public(tmp_path / "none.pth")
     for name in ("a.pth", "a.safetensors"):
         (tmp_path / name).write_bytes(b"no tensors in here")
-        with pytest.raises(UserError, match=f"{name} is text"):
+        with pytest.raises(UserError, match=stating(f"{name} … text")):
             read_public(tmp_path / name)
     torch.save({"epoch": 3}, tmp_path / "b.pth")
-    with pytest.raises(UserError, match="holds no state_dict"):
+    with pytest.raises(UserError, match=stating("no state_dict")):
         read_public(tmp_path / "b.pth")

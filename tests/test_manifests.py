@@ -25,6 +25,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 
 from dxmi.config import to_tree
 from dxmi.errors import UserError
+from support import stating
 from tune.api.sweep import Sweep
 from tune.cli.runs import run
 from tune.config.compose import compose_experiment
@@ -562,7 +563,7 @@ def test_the_same_command_goes_on_with_the_study_and_another_does_not(on_the_hea
     same.folder.begin(same.plan)
     same.check()
     other = Sweep(*overrides(on_the_head), "train.iterations=999", studies=studies)
-    with pytest.raises(UserError, match="begun with other settings"):
+    with pytest.raises(UserError, match=stating("lr-1 … other settings")):
         other.check()
 
 

@@ -11,6 +11,7 @@ from PIL import Image, TiffImagePlugin
 from dxmi.data.folders import open_folder, read_square
 from dxmi.data.pixels import DEEP, FRAMES, TRANSPARENT, TURNED, to_rgb
 from dxmi.errors import UserError
+from support import stating
 
 SIDE = 8
 RAMP = np.linspace(0.0, 1.0, SIDE * SIDE).reshape(SIDE, SIDE)
@@ -134,7 +135,7 @@ def test_numbers_of_an_unknown_range_are_refused(tmp_path, pixels, sentence):
 
 
 def test_a_mode_without_a_known_range_is_refused_by_its_name():
-    with pytest.raises(ValueError, match="its mode is LAB"):
+    with pytest.raises(ValueError, match=stating("mode … LAB")):
         to_rgb(Image.new("LAB", (SIDE, SIDE)))
 
 

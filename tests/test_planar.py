@@ -23,6 +23,7 @@ from dxmi.metrics.density import calibrated_kl, roc_auc, square_grid
 from dxmi.networks.base import Critic
 from dxmi.seeds import generator
 from dxmi.tensors import decode, encode
+from support import stating
 
 NAMES = list(DISTRIBUTIONS)
 R, S = 4.0 / 1.414, 0.5 / 1.414
@@ -176,7 +177,7 @@ def test_the_signature_of_points_is_that_of_their_content():
 
 
 def test_points_have_no_classes():
-    with pytest.raises(ValueError, match="label is 3, but moons has no classes"):
+    with pytest.raises(ValueError, match=stating("label is 3 … moons … no classes")):
         DataConfig(name="moons", label=3)
 
 

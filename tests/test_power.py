@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from dxmi.errors import UserError
+from support import stating
 from tune.stats.multiple_testing import sign_flip_p
 from tune.stats.power import (
     Correction,
@@ -91,7 +92,7 @@ def test_ranges_of_differences_without_spread_or_without_a_difference():
     assert seeds_needed([1.0, 1.0, 1.0], 3, 0.05) == SeedRange(6, 6)
     assert seeds_needed([0.0, 0.0, 0.0], 3, 0.05) == SeedRange(math.inf, math.inf)
     assert seeds_needed([1.0, -1.0, 0.0], 1, 0.05).high == math.inf
-    with pytest.raises(UserError, match="give at least two"):
+    with pytest.raises(UserError, match=stating("at least two")):
         seeds_needed([1.0], 1, 0.05)
 
 

@@ -16,6 +16,7 @@ from scipy.stats import qmc
 from dxmi.config import build
 from dxmi.errors import UserError
 from dxmi.training.config import ExperimentConfig
+from support import stating
 from tune.config.sweep import BudgetConfig, ObjectiveConfig, SamplerConfig, SweepConfig
 from tune.search.samplers import Proposal, defaults, num_planned, propose, template
 from tune.search.space import Axis, Value, parse_space
@@ -242,7 +243,7 @@ def test_a_sweep_plans_its_budget_or_its_grid_if_that_is_smaller(kind, trials, p
 
 
 def test_a_grid_without_points_is_refused_when_it_is_planned():
-    with pytest.raises(UserError, match="a grid needs points"):
+    with pytest.raises(UserError, match=stating("grid … points")):
         num_planned(sweep("grid"), RATES)
 
 

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from dxmi.errors import UserError
+from support import stating
 from tune.stats import multiple_testing
 from tune.stats.multiple_testing import closed_p, sign_flip_p
 from tune.stats.sequential import SeedPlan, next_seeds, review, sequential_p
@@ -65,18 +66,18 @@ def test_the_first_test_of_more_than_12_arms_is_holms():
     ("settings", "sentence"),
     [
         ({"arms": 0}, "arms is 0"),
-        ({"arms": 3, "cap": 5}, "from 6, below which no verdict is possible, to 20"),
-        ({"arms": 13, "cap": 9}, "from 10, below which no verdict is possible, to 20"),
-        ({"arms": 1, "cap": 21}, "from 6, .* to 20"),
-        ({"arms": 1, "start": 13}, "from 13"),
-        ({"arms": 1, "start": 1}, "at least 2 seeds"),
-        ({"arms": 1, "step": 0}, "adds at least 1"),
+        ({"arms": 3, "cap": 5}, "cap is 5 … 6 … 20"),
+        ({"arms": 13, "cap": 9}, "cap is 9 … 10 … 20"),
+        ({"arms": 1, "cap": 21}, "cap is 21 … 6 … 20"),
+        ({"arms": 1, "start": 13}, "13"),
+        ({"arms": 1, "start": 1}, "2 seeds"),
+        ({"arms": 1, "step": 0}, "at least 1"),
         ({"arms": 1, "error_rate": 0.0}, "error_rate is 0.0"),
         ({"arms": 1, "hopeless": 1.0}, "hopeless is 1.0"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(settings, sentence):
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=stating(sentence)):
         SeedPlan(**settings)
 
 
@@ -132,7 +133,7 @@ def test_another_seed_never_raises_the_corrected_p():
 
 def test_differences_that_cannot_be_enumerated_are_refused():
     for differences in (np.ones(21), [1.0, NAN]):
-        with pytest.raises(UserError, match="at most 20 finite numbers"):
+        with pytest.raises(UserError, match=stating("20 … finite")):
             sequential_p(differences, [(3, 1.0)])
 
 
@@ -251,18 +252,18 @@ def test_an_arm_that_failed_wherever_it_ran_gets_no_more_seeds():
 @pytest.mark.parametrize(
     ("scores", "sentence"),
     [
-        ({"a": [1.0], "b": [1.0]}, "for 1 arms and the baseline 'base', the scores are of 'a', 'b'"),
-        ({"base": [1.0], "a": [1.0], "b": [1.0]}, "make a plan for these arms"),
-        ({}, "the scores are of nothing"),
-        ({"base": [1.0], "a": [1.0, 2.0]}, "'a' has 2 seeds, the baseline 1"),
-        ({"base": [1.0] * 13, "a": [1.0] * 13}, "the cap is 12"),
+        ({"a": [1.0], "b": [1.0]}, "1 arms … 'base' … 'a', 'b'"),
+        ({"base": [1.0], "a": [1.0], "b": [1.0]}, "plan … arms"),
+        ({}, "scores … nothing"),
+        ({"base": [1.0], "a": [1.0, 2.0]}, "'a' … 2 seeds … baseline … 1"),
+        ({"base": [1.0] * 13, "a": [1.0] * 13}, "13 … cap is 12"),
         ({"base": [1.0] * 3, "a": [1.0, math.inf, 2.0]}, "one finite number"),
     ],
 )
 def test_scores_that_do_not_fit_the_plan_are_refused(scores, sentence):
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=stating(sentence)):
         next_seeds(scores, "base", PLAN)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=stating(sentence)):
         review(scores, "base", PLAN)
 
 

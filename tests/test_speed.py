@@ -12,6 +12,7 @@ from dxmi.networks.base import Critic, Denoiser
 from dxmi.persistence.cache import cache_root
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig, ResourcesConfig
+from support import stating
 
 NETWORK = {"kind": "mlp", "hidden": 32, "layers": 3, "embedding": 16}
 
@@ -61,12 +62,12 @@ def test_a_compiled_run_is_the_same_run():
 
 def test_recording_a_rollout_is_refused_on_the_cpu():
     made = experiment(cuda_graphs=True)
-    with pytest.raises(UserError, match="cuda_graphs is true, but the run is on the CPU"):
+    with pytest.raises(UserError, match=stating("resources.cuda_graphs is true … CPU")):
         made.build_dxmi(made.build_denoiser())
 
 
 @pytest.mark.parametrize("name", ["compile", "cuda_graphs"])
 def test_stacked_seeds_are_neither_compiled_nor_recorded(name):
-    with pytest.raises(ValueError, match=f"stack_seeds is 4 and {name} is true"):
+    with pytest.raises(ValueError, match=stating(f"stack_seeds is 4 … {name} is true")):
         ResourcesConfig(stack_seeds=4, **{name: True})
     assert not ResourcesConfig(**{name: True}).can_stack_seeds

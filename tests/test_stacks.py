@@ -18,7 +18,7 @@ from dxmi.persistence.checkpoint import load, path_of
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig, ResourcesConfig
 from dxmi.training.run import train
-from support import SLOWER, TINY, changed, processes_with, wait_until
+from support import SLOWER, TINY, changed, processes_with, stating, wait_until
 from tune import Ablation
 from tune.cli.main import main
 from tune.cli.studies import _stack_text
@@ -159,7 +159,7 @@ def test_the_choice_is_kept_in_the_study_and_the_same_command_finds_it(tmp_path)
 
 
 def test_a_recorded_choice_that_is_none_is_refused():
-    with pytest.raises(UserError, match="stacked is 'many'"):
+    with pytest.raises(UserError, match=stating("stacked is 'many'")):
         any_plan_from({**plan(3).tree(), "stacked": "many"})
 
 

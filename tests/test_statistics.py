@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from dxmi.errors import UserError
+from support import stating
 from tune.stats.power import Correction, seeds_needed
 from tune.stats.statistics import (
     Bootstrap,
@@ -379,27 +380,27 @@ def test_variances_average_to_the_true_ones():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: mean_interval([1.0]), "1 seed shows no spread"),
-        (lambda: mean_interval([1.0, NAN, 2.0]), "not all finite"),
-        (lambda: mean_interval([]), r"shape \[0\]"),
-        (lambda: iqm_interval(np.zeros((2, 2, 2))), r"shape \[2, 2, 2\]"),
-        (lambda: probability_of_improvement([1.0, 2.0], [1.0, 2.0, 3.0]), "has 2 scores and the baseline 3"),
-        (lambda: probability_of_improvement([1.0, 2.0], [1.0, 2.0], direction="down"), "minimize or maximize"),
-        (lambda: compare({"a": [1.0]}, "base"), "no arm 'base' to compare with: the arms are a"),
+        (lambda: mean_interval([1.0]), "1 seed … spread"),
+        (lambda: mean_interval([1.0, NAN, 2.0]), "not … finite"),
+        (lambda: mean_interval([]), "shape [0]"),
+        (lambda: iqm_interval(np.zeros((2, 2, 2))), "shape [2, 2, 2]"),
+        (lambda: probability_of_improvement([1.0, 2.0], [1.0, 2.0, 3.0]), "2 scores … baseline … 3"),
+        (lambda: probability_of_improvement([1.0, 2.0], [1.0, 2.0], direction="down"), "minimize … maximize"),
+        (lambda: compare({"a": [1.0]}, "base"), "no arm 'base' … a"),
         (lambda: compare({"base": [1.0]}, "base"), "the only arm"),
-        (lambda: compare({"base": [NAN, NAN], "a": [1.0, 2.0]}, "base"), "has no score at any seed"),
-        (lambda: compare({"base": [1.0, 2.0], "a": [1.0]}, "base"), "has 1 seed and the baseline 2"),
-        (lambda: compare({"base": [1.0, 2.0], "a": [1.0, math.inf]}, "base"), "arm 'a' are .* one finite number"),
-        (lambda: compare({"base": [1.0, 2.0], "a": ["x", 2.0]}, "base"), "arm 'a' are .* must be numbers"),
-        (lambda: compare({"base": [1.0, 2.0], "a": [1.0, 2.0]}, "base", direction="down"), "minimize or maximize"),
+        (lambda: compare({"base": [NAN, NAN], "a": [1.0, 2.0]}, "base"), "'base' … no score"),
+        (lambda: compare({"base": [1.0, 2.0], "a": [1.0]}, "base"), "1 seed … baseline … 2"),
+        (lambda: compare({"base": [1.0, 2.0], "a": [1.0, math.inf]}, "base"), "arm 'a' … one finite number"),
+        (lambda: compare({"base": [1.0, 2.0], "a": ["x", 2.0]}, "base"), "arm 'a' … numbers"),
+        (lambda: compare({"base": [1.0, 2.0], "a": [1.0, 2.0]}, "base", direction="down"), "minimize … maximize"),
         (lambda: Bootstrap(level=95.0), "level is 95.0"),
         (lambda: Bootstrap(resamples=10), "at least 100"),
-        (lambda: variance_components([[1.0], [2.0]]), "at least two of each"),
-        (lambda: variance_components([[1.0, NAN], [2.0, 3.0]]), "not all finite"),
+        (lambda: variance_components([[1.0], [2.0]]), "two of each"),
+        (lambda: variance_components([[1.0, NAN], [2.0, 3.0]]), "not … finite"),
     ],
 )
 def test_bad_input_is_refused_with_a_sentence(call, sentence):
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=stating(sentence)):
         call()
 
 

@@ -26,7 +26,7 @@ from dxmi.errors import UserError
 from dxmi.persistence import checkpoint
 from dxmi.persistence.files import write_atomic, write_json
 from dxmi.persistence.run_directory import RunDirectory
-from support import free_port, wait_until
+from support import free_port, stating, wait_until
 from tune.config.compose import compose_experiment
 from tune.config.sweep import ObjectiveConfig, SweepConfig, TrackingConfig
 from tune.integrations.mlflow_store import open_store
@@ -931,7 +931,7 @@ def test_what_is_no_store_is_refused_with_a_sentence_unless_it_is_empty(tmp_path
         open_store(tmp_path, "dxmi")
         assert is_whole(tmp_path)
     else:
-        with pytest.raises(UserError, match="Move it away"):
+        with pytest.raises(UserError, match=stating("Move … away")):
             open_store(tmp_path, "dxmi")
 
 
