@@ -13,7 +13,8 @@ from dxmi.config import to_tree
 from dxmi.errors import UserError
 from support import missing, stating
 from tune.config.ablation import AblationConfig, SeedsConfig, parse_ablation
-from tune.config.compose import ComposedAblation, ablations, compose_ablation, compose_experiment, config_folder, groups
+from tune.config.compose import ComposedAblation, compose_ablation, compose_experiment
+from tune.config.files import ablations, config_folder, groups
 from tune.config.sweep import LimitsConfig, ObjectiveConfig, SamplerConfig, StoppingConfig
 from tune.plans.arms import Arm, arms, two_level_design
 

@@ -381,7 +381,7 @@ def test_ctrl_c_while_it_starts_is_no_traceback(tmp_path, seconds):
     assert "Traceback" not in errors or "tune/cli/main.py" not in errors
 
 
-@pytest.mark.parametrize("module", ["dxmi", "tune.machine", "tune.cli.runs"])
+@pytest.mark.parametrize("module", ["dxmi", "tune.machine", "tune.cli.parser", "tune.cli.config"])
 def test_ctrl_c_during_any_import_of_ours_is_no_traceback(module):
     program = f"""
 import sys
@@ -391,13 +391,13 @@ class Interrupted:
         if name == {module!r}:
             raise KeyboardInterrupt
 sys.meta_path.insert(0, Interrupted())
-sys.exit(main(["--help"]))
+sys.exit(main(["config"]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "dxmi: stopped.\n")
 
 
-@pytest.mark.parametrize("module", ["dxmi.errors", "torch", "tune.cli.runs"])
+@pytest.mark.parametrize("module", ["dxmi.errors", "tune.cli.parser", "tune.cli.runs", "torch"])
 def test_a_ctrl_c_that_an_import_swallows_is_not_lost(module):
     program = f"""
 import signal, sys
@@ -411,7 +411,7 @@ class Swallowing:
             except KeyboardInterrupt:
                 pass
 sys.meta_path.insert(0, Swallowing())
-sys.exit(main(["--help"]))
+sys.exit(main(["sample", "no/such/run"]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "dxmi: stopped.\n")

@@ -19,8 +19,9 @@ from dxmi.networks.registry import CRITICS, DENOISERS, TIMED_CRITICS
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from support import NARROW, NETWORK_OF, missing, stating
-from tune.config import compose as configs
-from tune.config.compose import compose_ablation, compose_experiment, compose_sweep, config_folder, groups, overridden
+from tune.config import files
+from tune.config.compose import compose_ablation, compose_experiment, compose_sweep, overridden
+from tune.config.files import config_folder, groups
 from tune.config.sweep import TrackingConfig
 from tune.execution.jobs import entrypoint
 
@@ -200,7 +201,7 @@ def test_a_reference_variance_that_would_do_nothing_is_refused():
 def test_a_config_file_that_is_no_yaml_is_a_sentence(tmp_path, monkeypatch):
     copytree(config_folder(), tmp_path / "configs")
     (tmp_path / "configs" / "data" / "digits.yaml").write_text("name: digits\nname: mnist\n")
-    monkeypatch.setattr(configs, "config_folder", lambda: tmp_path / "configs")
+    monkeypatch.setattr(files, "config_folder", lambda: tmp_path / "configs")
     with pytest.raises(UserError, match=stating("digits.yaml … duplicate … name")):
         compose_experiment([])
 
@@ -215,7 +216,7 @@ def test_leaving_out_what_is_gone_already_is_refused(first, last):
 def test_an_editors_lock_among_the_configs_does_no_harm(tmp_path, monkeypatch):
     shutil.copytree(config_folder(), tmp_path / "configs")
     (tmp_path / "configs" / "data" / ".#digits.yaml").symlink_to("somebody@host.1234")
-    monkeypatch.setattr(configs, "config_folder", lambda: tmp_path / "configs")
+    monkeypatch.setattr(files, "config_folder", lambda: tmp_path / "configs")
     assert compose_experiment([]).experiment.data.name == "digits"
 
 

@@ -35,3 +35,15 @@ def test_what_every_command_or_actor_imports_first_is_small(module):
     loaded = loaded_by(module)
     assert (FRAMEWORKS | {"numpy"}) & loaded == set()
     assert len(loaded) < 150
+
+
+def test_help_imports_no_framework():
+    loaded = loaded_by("tune.cli.main", "tune.cli.parser", "tune.cli.dispatch")
+    assert (FRAMEWORKS | {"hydra", "numpy"}) & loaded == set()
+    assert len(loaded) < 160
+
+
+def test_showing_a_config_imports_hydra_only():
+    loaded = loaded_by("tune.cli.config")
+    assert (FRAMEWORKS | {"numpy"}) & loaded == set()
+    assert len(loaded) < 400

@@ -27,7 +27,7 @@ from dxmi.config import to_tree
 from dxmi.errors import UserError
 from support import stating
 from tune.api.sweep import Sweep
-from tune.cli.runs import run
+from tune.cli.main import main
 from tune.config.compose import compose_experiment
 from tune.execution.jobs import LEFT_OUT
 from tune.execution.ray_tune import _GRACE
@@ -547,7 +547,7 @@ def test_the_command_composes_and_waits_for_nodes(on_the_head, capsys):
     assert SPEC["entrypoint"].splitlines() == [SPEC["entrypoint"]]
     assert not set(SPEC["entrypoint"]) & set(";&|<>$`\\\"'*?~#(){}!")  # the submitter's shell reads it
     assert shlex.split(SPEC["entrypoint"])[0] == "dxmi"
-    assert run([*on_the_head, *TINY, "--dry-run"]) == 0
+    assert main([*on_the_head, *TINY, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "Study lr-1" in said
     assert "8 at once" in said

@@ -12,7 +12,7 @@ import yaml
 from dxmi.metrics.classifier import CLASSIFIERS
 from support import idx_bytes
 from tune.cli.main import main
-from tune.config.compose import sweeps
+from tune.config.files import sweeps
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -21,7 +21,7 @@ from dxmi.training.run import train
 from support import SLOWER, TINY, changed, processes_with, stating, wait_until
 from tune import Ablation
 from tune.cli.main import main
-from tune.cli.studies import _stack_text
+from tune.cli.sweeps import _stack_text
 from tune.config.ablation import parse_ablation
 from tune.config.compose import compose_experiment
 from tune.config.sweep import TrackingConfig

@@ -11,7 +11,8 @@ import yaml
 from dxmi.config import build, to_tree
 from dxmi.errors import UserError
 from support import missing
-from tune.config.compose import ComposedSweep, compose_experiment, compose_sweep, config_folder, sweeps
+from tune.config.compose import ComposedSweep, compose_experiment, compose_sweep
+from tune.config.files import config_folder, sweeps
 from tune.config.sweep import BudgetConfig, ObjectiveConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
 from tune.plans.sweep import Plan, plan_from
 from tune.search.space import flat

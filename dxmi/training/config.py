@@ -19,6 +19,9 @@ from dxmi.registry import chosen_from
 _MAX_THREADS = _MAX_WORKERS = _MAX_STACK = 1024
 _OF_ONE = {"compile": "compiled", "cuda_graphs": "recorded"}
 PRECISIONS = ("float32", "bfloat16")
+CHECKPOINTS = ("best", "last")
+"""What a run keeps a policy of."""
+EXPORT_FORMATS = ("diffusers",)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from dxmi.networks.unet import Unet
 from dxmi.persistence.files import write_json
 from dxmi.training.loading import Trained
 
-FORMATS = ("diffusers",)
 SAMPLER = "sampler.json"
 _RULE = (
     "x starts as start_sigma * z; then, for t = 0 .. num_steps - 1, x = signal_scale[t] * x + output_scale[t] * "

@@ -21,7 +21,6 @@ from dxmi.training.build import Experiment, require_signature
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.state import ALGORITHM
 
-CHECKPOINTS = ("best", "last")
 _SHOWN = 20
 """Classes that a sentence names."""
 

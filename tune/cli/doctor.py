@@ -1,5 +1,6 @@
 """`dxmi doctor`: is this machine ready for a sweep, and if not, what is to be done?"""
 
+import argparse
 import os
 import platform
 import shutil
@@ -13,15 +14,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from rich.text import Text
 
 from dxmi.data.images import data_root
 from dxmi.errors import UserError
 from dxmi.persistence.cache import cache_root
 from dxmi.training.config import ResourcesConfig
+from tune.cli.exit_codes import FAILED, OK
 from tune.cli.ui import DEFAULT_PORT, HOST, is_free
 from tune.execution.jobs import UPLOAD_MEGABYTES, survey
 from tune.execution.resources import find_slots
 from tune.machine import ray_folder
+from tune.reporting.console import Terminal
+from tune.reporting.text_tables import TextTable
 from tune.studies.folder import studies_in
 
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "mlflow", "hydra-core", "torch-fidelity", "numpy", "scikit-learn")
@@ -237,3 +242,17 @@ def _size(path: Path) -> int:
         return sum(_size(entry) for entry in path.iterdir())
     except OSError:
         return 0
+
+
+_STYLES = {Verdict.GOOD: "green", Verdict.WARNING: "yellow", Verdict.BAD: "red"}
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Say whether this machine is ready; exit code 1 if something has to be done first."""
+    findings = examine(args.studies)
+    table = TextTable("", "what", "found", "what to do")
+    for finding in findings:
+        style = _STYLES[finding.verdict]
+        table.add_row(Text(finding.verdict.value, style=style), finding.subject, finding.text, finding.advice)
+    Terminal().print(table)
+    return FAILED if any(finding.verdict is Verdict.BAD for finding in findings) else OK

@@ -1,17 +1,20 @@
-"""The entry point `dxmi`: hands over to `tune.cli.runs`, whose imports take seconds and may be interrupted too."""
+"""The entry point `dxmi`: parses the command line, then imports what runs the command, which takes seconds.
+
+Importing may be interrupted by Ctrl-C too; see `_interrupts_raised`.
+"""
 
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-BAD_INPUT, STOPPED = 2, 130
+from tune.cli.exit_codes import BAD_INPUT, STOPPED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code, see `tune.cli.runs.run`."""
+    """Run one command; returns its exit code, see `tune.cli.dispatch.run`."""
     try:
         return _run(arguments)
     except KeyboardInterrupt:
@@ -20,36 +23,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    # Everything is imported here, where a Ctrl-C is heard: reading the first module from a slow disk takes long enough.
+    # Imported here, where a Ctrl-C is caught: reading the first module from a slow disk takes long enough.
     with _interrupts_raised():
         from dxmi.errors import UserError  # noqa: PLC0415
 
     try:
         with _interrupts_raised():
-            command = _imported()
-        return command(arguments)
+            _prepare_machine()
+            from tune.cli import dispatch, parser  # noqa: PLC0415
+        args = parser.parse(arguments)
+        with _interrupts_raised():
+            command = parser.implementation(args)
+        return dispatch.run(command, args)
     except UserError as error:
         print(f"dxmi: {error}", file=sys.stderr)
         return BAD_INPUT
 
 
-def _imported() -> Callable[[Sequence[str] | None], int]:
+def _prepare_machine() -> None:
+    """Before anything else is imported, since libraries look for a home on import."""
     from tune.machine import give_home, spare_loopback  # noqa: PLC0415
 
     spare_loopback()
-    said = give_home()  # first: what is imported below looks for it
+    said = give_home()
     if said:
         print(f"dxmi: {said}", file=sys.stderr)
-    from tune.cli.runs import run  # noqa: PLC0415
-
-    return run
 
 
 @contextmanager
 def _interrupts_raised() -> Iterator[None]:
     """Raise a KeyboardInterrupt at the end if one came inside and a library swallowed it, as some do on import."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _in_main_thread():
-        yield  # it is ignored, or somebody else hears it
+        yield  # it is ignored, or somebody else handles it
         return
     came = False
 

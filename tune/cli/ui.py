@@ -1,5 +1,7 @@
 """`dxmi ui`: MLflow's own page on the store of the studies here, on this machine only."""
 
+import argparse
+import itertools
 import os
 import signal
 import socket
@@ -12,7 +14,15 @@ from http.client import HTTPException
 from pathlib import Path
 
 from dxmi.errors import UserError
+from tune.cli.exit_codes import OK
+from tune.cli.studies import place
+from tune.integrations.mlflow_store import open_store
 from tune.machine import asked
+from tune.plans.sweep import require_name
+from tune.reporting.console import Terminal
+from tune.reporting.pages import experiment_page, newest_pages, study_pages
+from tune.studies.folder import StudyFolder
+from tune.studies.study import Study
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 5000
@@ -118,3 +128,45 @@ def _end(server: "subprocess.Popen[str]") -> None:
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait()
+
+
+def ui(args: argparse.Namespace) -> int:
+    """MLflow's page on the local store, until Ctrl-C."""
+    name, root = (None, args.studies) if args.study is None else place(args.study, args.studies)
+    if not root.is_dir():
+        raise UserError(f"There is no folder {root}: run a sweep first, or name the folder by --studies.")
+    console = Terminal()
+    study = None if name is None else _tracked(name, root)
+    if study is not None and study.plan.tracking.uri != "local":
+        console.out("\n".join(_pages(study, "")), highlight=False)
+        return OK
+    port = free_port(args.port)
+    store, experiment = open_store(root, "dxmi")
+    console.out("MLflow is starting ...", highlight=False)
+    server = address_of(port)
+    pages = newest_pages(root, server) if study is None else _pages(study, server)
+    lines = itertools.chain([f"runs: {experiment_page(server, experiment)}"], pages)
+    return serve(store, root, port, lambda line: console.out(line, highlight=False), lines)
+
+
+def _tracked(name: str, root: Path) -> Study:
+    """A study that MLflow records.
+
+    Raises:
+        UserError: there is none of this name, or MLflow does not record it.
+    """
+    require_name(name)
+    study = Study.read(StudyFolder(root / name))
+    if study.plan.tracking.uri == "none":
+        raise UserError(f"The study {name} is not recorded in MLflow: its tracking.uri is none. See its report.html.")
+    return study
+
+
+def _pages(study: Study, server: str) -> list[str]:
+    pages = study_pages(study.folder, study.plan, study.records(), server)
+    if pages is None:
+        raise UserError(
+            f"MLflow has no record of the study {study.plan.name}. To make it: "
+            f"{study.plan.resume_line(study.folder.path)}"
+        )
+    return pages.lines()

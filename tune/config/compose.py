@@ -25,7 +25,9 @@ from dxmi.errors import UserError
 from dxmi.persistence.files import require_target, user_path, user_text
 from dxmi.persistence.run_directory import read_yaml
 from dxmi.training.config import ExperimentConfig
+from tune.config import files
 from tune.config.ablation import AblationConfig, SeedsConfig, TuningConfig
+from tune.config.files import ABLATION, SWEEP
 from tune.config.sweep import (
     KINDS,
     BudgetConfig,
@@ -42,13 +44,13 @@ _ASIDE = "dxmi_text_put_aside_"
 _SHOWN = 60
 """Characters of a bad override that are repeated to the user."""
 _DEFAULTS = "dxmi_defaults"
-_SWEEP, _ABLATION, _TRACKING = "sweep", "ablation", "tracking"
+_TRACKING = "tracking"
 _BASELINE = "baseline"
 _OF_ALL = ("experiment", "debug")
 """Groups whose options change settings of any other."""
 _PLACES = frozenset(places(ExperimentConfig))
 _OF_STUDIES = frozenset(f"{_TRACKING}.{path}" for path in places(TrackingConfig))
-_OF_ABLATIONS = tuple(f"{_ABLATION}.{table}." for table in ("variants", "components", "factors"))
+_OF_ABLATIONS = tuple(f"{ABLATION}.{table}." for table in ("variants", "components", "factors"))
 
 
 @dataclass(frozen=True)
@@ -64,36 +66,6 @@ class Composed:
     out: Path | None
 
 
-def config_folder() -> Path:
-    """configs/ beside the packages in a checkout, tune/_configs in an installed distribution."""
-    tune = Path(__file__).resolve().parents[1]
-    installed = tune / "_configs"
-    return installed if installed.is_dir() else tune.parent / "configs"
-
-
-def groups() -> dict[str, list[str]]:
-    """Config groups of an experiment and the names of their options."""
-    return {
-        folder.name: _options(folder)
-        for folder in sorted(config_folder().iterdir())
-        if folder.is_dir() and folder.name not in (_SWEEP, _ABLATION)
-    }
-
-
-def sweeps() -> list[str]:
-    """Names of the sweeps that are shipped."""
-    return _options(config_folder() / _SWEEP)
-
-
-def ablations() -> list[str]:
-    """Names of the ablations that are shipped."""
-    return _options(config_folder() / _ABLATION)
-
-
-def _options(folder: Path) -> list[str]:
-    return sorted(file.stem for file in folder.glob("*.yaml"))
-
-
 def compose_experiment(overrides: Sequence[str]) -> Composed:
     """The config that `overrides` (Hydra's grammar) describe.
 
@@ -102,12 +74,12 @@ def compose_experiment(overrides: Sequence[str]) -> Composed:
     """
     out = out_folder([o for o in overrides if o.startswith("out=")])
     raw, rest = _raw_places([o for o in overrides if not o.startswith("out=")])
-    parsed, options = _parse(rest), groups()
+    parsed, options = _parse(rest), files.groups()
     chosen = [str(o.input_line) for o in parsed if _is_group(o, options)]
     values = [o for o in parsed if not _is_group(o, options)]
     for override in (o for o in parsed if _is_group(o, options)):
         _check_option(override.key_or_group, override.value(), options)
-    known = _known(tuple(chosen), config_folder(), _last_change())
+    known = _known(tuple(chosen), files.config_folder(), _last_change())
     for override in values:
         _check_path(override, known, options)
     return Composed(build(ExperimentConfig, _with_places(_with_values(known, values), raw)), out)
@@ -180,10 +152,10 @@ def compose_sweep(overrides: Sequence[str]) -> ComposedSweep:
     Raises:
         UserError: an override or the sweep file is refused.
     """
-    asked = _asked(_SWEEP, sweeps(), overrides)
-    tree = overridden({_SWEEP: _whole_sweep(asked.content), _TRACKING: to_tree(TrackingConfig())}, asked.own)
+    asked = _asked(SWEEP, files.sweeps(), overrides)
+    tree = overridden({SWEEP: _whole_sweep(asked.content), _TRACKING: to_tree(TrackingConfig())}, asked.own)
     experiment = compose_experiment(asked.rest).experiment
-    return ComposedSweep(experiment, tree[_SWEEP], tree[_TRACKING], asked.name, asked.source)
+    return ComposedSweep(experiment, tree[SWEEP], tree[_TRACKING], asked.name, asked.source)
 
 
 def compose_ablation(overrides: Sequence[str]) -> ComposedAblation:
@@ -193,9 +165,9 @@ def compose_ablation(overrides: Sequence[str]) -> ComposedAblation:
     Raises:
         UserError: an override or the ablation file is refused.
     """
-    asked = _asked(_ABLATION, ablations(), overrides)
-    tree = overridden({_ABLATION: _whole_ablation(asked.content), _TRACKING: to_tree(TrackingConfig())}, asked.own)
-    ablation = tree[_ABLATION]
+    asked = _asked(ABLATION, files.ablations(), overrides)
+    tree = overridden({ABLATION: _whole_ablation(asked.content), _TRACKING: to_tree(TrackingConfig())}, asked.own)
+    ablation = tree[ABLATION]
     baseline = _baseline(ablation.pop(_BASELINE, []), asked.rest)
     experiment = compose_experiment([*baseline, *asked.rest]).experiment
     ablation = _with_settings(ablation, _with_options)
@@ -338,12 +310,12 @@ def _with_options(where: str, settings: Any) -> Any:
     """Settings in which the name of a config group's option has become what that option holds."""
     if not isinstance(settings, dict):
         return settings
-    options = {group: names for group, names in groups().items() if group not in _OF_ALL}
+    options = {group: names for group, names in files.groups().items() if group not in _OF_ALL}
     found = dict(settings)
     for group in options.keys() & settings.keys():
         if isinstance(settings[group], str):
             _check_option(group, settings[group], options)
-            path = config_folder() / group / f"{settings[group]}.yaml"
+            path = files.config_folder() / group / f"{settings[group]}.yaml"
             found[group] = read_yaml(path, f"{where} names {path}, which has gone.")
     return found
 
@@ -382,7 +354,7 @@ def _study_file(kind: str, chosen: str, shipped: list[str]) -> dict[str, Any]:
         path = require_target(user_path(chosen, kind), kind)
         missing = f"The {kind} file {path} cannot be read."
     else:
-        path = config_folder() / kind / f"{chosen}.yaml"
+        path = files.config_folder() / kind / f"{chosen}.yaml"
         if chosen not in shipped:
             raise UserError(f"{kind} {chosen!r} does not exist: {_nearest(chosen, shipped)} A file ends in .yaml.")
         missing = f"The {kind} file {path} has gone."
@@ -562,7 +534,7 @@ def _known(chosen: tuple[str, ...], folder: Path, changed: int) -> dict[str, Any
 
 def _last_change() -> int:
     """When a file of the configuration was last changed, in nanoseconds; editors' locks are links to nothing."""
-    return max((path.lstat().st_mtime_ns for path in config_folder().rglob("*")), default=0)
+    return max((path.lstat().st_mtime_ns for path in files.config_folder().rglob("*")), default=0)
 
 
 def _with_values(tree: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:

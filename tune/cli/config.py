@@ -1,0 +1,17 @@
+"""`dxmi config`: what would run."""
+
+import argparse
+
+import yaml
+
+from dxmi.config import to_tree
+from tune.cli.exit_codes import OK
+from tune.config.compose import compose_experiment
+
+
+def config(args: argparse.Namespace) -> int:
+    """Print every setting of an experiment and its value."""
+    composed = compose_experiment(args.overrides)
+    print(f"# signature {composed.experiment.signature}")
+    print(yaml.safe_dump(to_tree(composed.experiment), sort_keys=False), end="")
+    return OK

@@ -1,0 +1,57 @@
+"""`dxmi submit | fetch`: jobs on a cluster, and what they leave in object storage."""
+
+import argparse
+import os
+
+from dxmi.errors import UserError
+from tune.cli.exit_codes import OK, STOPPED
+from tune.execution.jobs import DEFAULT_ADDRESS, Jobs, entrypoint, environment, follow, new_id, patiently, survey
+from tune.integrations import object_store as storage
+from tune.messages import complain
+from tune.reporting.console import Terminal
+
+
+def submit(args: argparse.Namespace) -> int:
+    """Start a job on a cluster and follow it, or follow or end one that was started before."""
+    if (args.attach or args.cancel) and args.command:
+        raise UserError("--attach and --cancel are about a job that there is: leave out the command after --.")
+    if args.attach or args.cancel:
+        jobs = _jobs(args)
+        return _cancel(jobs, args.cancel) if args.cancel else _follow(jobs, args.attach, args)
+    line, variables = entrypoint(args.command), environment(args.env)
+    tree = survey(args.working_dir)
+    tree.require_ours()
+    tree.require_small(args.max_upload_mb * 1_000_000)
+    jobs = _jobs(args)
+    job = new_id()
+    patiently(lambda: jobs.submit(job, line, tree, variables), args.patience)
+    complain(f"submitted {job} with {tree.bytes / 1e6:.1f} MB of {tree.folder.resolve()}: {line}")
+    return OK if args.no_follow else _follow(jobs, job, args)
+
+
+def _jobs(args: argparse.Namespace) -> Jobs:
+    address = args.address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    return Jobs(address, no_token=args.no_token)
+
+
+def _cancel(jobs: Jobs, job: str) -> int:
+    said = f"{job} has been asked to end." if jobs.stop(job) else f"{job} had ended before."
+    complain(said)
+    return OK
+
+
+def _follow(jobs: Jobs, job: str, args: argparse.Namespace) -> int:
+    console = Terminal()
+    try:
+        return follow(jobs, job, lambda text: console.out(text, end="", highlight=False), args.patience)
+    except KeyboardInterrupt:
+        again = f"dxmi submit --address {jobs.address}"
+        complain(f"the job goes on. Follow it again: {again} --attach {job}. End it: {again} --cancel {job}")
+        return STOPPED
+
+
+def fetch(args: argparse.Namespace) -> int:
+    """Copy a study or a run from where all nodes keep theirs."""
+    folder = storage.fetch(args.address, args.into, storage.light if args.without_checkpoints else storage.whole)
+    Terminal().out(f"Fetched: {folder}", highlight=False)
+    return OK
