@@ -16,7 +16,7 @@ import ray
 
 from dxmi.errors import UserError
 from dxmi.training.config import ResourcesConfig
-from support import SLOWER, changed, free_port, stating, wait_until
+from support import SLOWER, changed, free_port, missing, stating, wait_until
 from tune.config.sweep import TrackingConfig
 from tune.execution.jobs import Jobs, entrypoint, environment, survey
 from tune.execution.preflight import file_system, is_network, require_fit
@@ -296,7 +296,7 @@ def cluster(tmp_path_factory):
 def test_a_jobs_output_and_exit_code_come_back(cluster):
     said = cluster.submit("--", "config", "experiment=digits", "algorithm.entropy_coef=0.07")
     assert "entropy_coef: 0.07" in said
-    assert "experiment 'nothing' does not exist" in cluster.submit("--", "train", "experiment=nothing", code=2)
+    assert missing("'nothing'", cluster.submit("--", "train", "experiment=nothing", code=2)) == []
 
 
 @pytest.mark.slow
@@ -317,22 +317,22 @@ def test_a_sweep_is_sent_left_followed_again_and_ended(cluster):
     assert "trial 0: started" in said
     assert "stopped by SIGTERM" in said
     wait_until((studies / "long" / "report.html").exists, 40)
-    assert "had ended before" in cluster.submit("--cancel", job)
+    assert missing("ended before", cluster.submit("--cancel", job)) == []
 
 
 @pytest.mark.slow
 def test_what_a_cluster_cannot_take_is_refused_with_a_sentence(cluster, tmp_path):
-    assert "absolute folder" in cluster.submit("--", "sweep", *TINY, "sweep=demo", code=2)
-    assert "has no job nothing" in cluster.submit("--attach", "nothing", code=2)
+    assert missing("absolute", cluster.submit("--", "sweep", *TINY, "sweep=demo", code=2)) == []
+    assert missing("no job nothing", cluster.submit("--attach", "nothing", code=2)) == []
     wrong = tmp_path / "wrong"
     wrong.write_text(secrets.token_hex(32))
-    assert "wants a token" in cluster.submit("--", "config", code=2, RAY_AUTH_TOKEN_PATH=str(wrong))
+    assert missing("token", cluster.submit("--", "config", code=2, RAY_AUTH_TOKEN_PATH=str(wrong))) == []
     command = [sys.executable, "-m", "tune.cli.main", "submit", "--address", "http://127.0.0.1:9", "--", "config"]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, cwd=ROOT, env=cluster.environment, timeout=60
     )
     assert done.returncode == 2
-    assert "No Ray cluster answers at http://127.0.0.1:9" in done.stderr
+    assert missing("Ray … http://127.0.0.1:9", done.stderr) == []
 
 
 @pytest.mark.slow

@@ -100,14 +100,14 @@ def test_without_a_short_folder_it_is_said_and_the_doctor_says_it_too(monkeypatc
     monkeypatch.setattr(machine, "_own_places", list)
     with pytest.raises(UserError, match="RAY_TMPDIR"):
         machine.ray_folder()
-    (found,) = [f for f in doctor._disk(tmp_path) if f.subject == "disk for Ray"]
+    (found,) = [f for f in doctor.examine(tmp_path) if f.subject == "disk for Ray"]
     assert found.verdict is Verdict.BAD
     assert "RAY_TMPDIR" in found.advice
 
 
 def test_the_doctor_looks_at_the_folder_that_is_used(monkeypatch, tmp_path, own):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("x" * 60)))
-    (found,) = [f for f in doctor._disk(tmp_path) if f.subject == "disk for Ray"]
+    (found,) = [f for f in doctor.examine(tmp_path) if f.subject == "disk for Ray"]
     assert str(own / "ray") in found.text
     assert not own.exists()  # it only looked
 

@@ -20,7 +20,7 @@ import tune.reporting.pages
 from dxmi.config import to_tree
 from dxmi.persistence.checkpoint import path_of
 from dxmi.visualization.pictures import save_grid
-from support import TINY, free_port
+from support import TINY, free_port, missing
 from tune.api.sweep import SweepResult
 from tune.cli.main import main
 from tune.config.ablation import parse_ablation
@@ -237,9 +237,9 @@ def test_the_newest_studies_come_first_and_older_ones_are_counted(studies, monke
         os.utime(studies / name / "optuna.journal", (place, place))
     lines = list(newest_pages(studies, SERVER))
     assert [line.rstrip(":") for line in lines if not line.startswith(" ")] == ["plane", "terms", "lr-1", "silent"]
-    assert lines[-1] == "  not recorded in MLflow"
+    assert missing("not recorded", lines[-1]) == []
     monkeypatch.setattr(tune.reporting.pages, "_MOST_STUDIES", 1)
-    assert list(newest_pages(studies, SERVER))[-1] == "and 3 older studies: dxmi ui STUDY"
+    assert missing("3 older … dxmi ui STUDY", list(newest_pages(studies, SERVER))[-1]) == []
 
 
 # ----------------------------------------------------------------------------
@@ -454,7 +454,7 @@ def test_a_server_that_is_away_is_one_sentence(tmp_path, monkeypatch, capsys):
     played(tmp_path, sweep_plan("away", uri="http://127.0.0.1:9"), 1, tracked=False)
     assert main(["ui", "away", "--studies", str(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert "cannot be read from the MLflow server http://127.0.0.1:9" in said
+    assert missing("MLflow server http://127.0.0.1:9", said) == []
     assert said.count("\n") == 1
 
 
