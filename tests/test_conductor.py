@@ -18,8 +18,22 @@ from dxmi.training.run import Summary
 from support import missing, stating
 from tune.config.sweep import BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig
 from tune.execution.controller import Conductor, Note, Order
+from tune.execution.ray_tune import trial_tree
 from tune.execution.slots import Slots
-from tune.execution.trial import BadReportError, checked
+from tune.execution.trial import REPORT, TASKS, BadReportError, checked, run_trials
+from tune.execution.trial_messages import (
+    Diverged,
+    Finished,
+    OutOfDisk,
+    Refused,
+    Scored,
+    Stopped,
+    TrialTask,
+    from_json,
+    tasks_from_json,
+    tasks_to_json,
+    to_json,
+)
 from tune.messages import last_line
 from tune.plans.sweep import Plan
 from tune.studies.folder import StudyFolder
@@ -67,14 +81,14 @@ class Session(Conductor):
         return records
 
     def score(self, number: int, step: int, score: float) -> None:
-        self.scored(number, step, {METRIC: score, "eval/num_samples": 64.0})
+        self.receive(Scored(number, step, {METRIC: score, "eval/num_samples": 64.0}))
 
     def complete(self, number: int, score: float = 5.0) -> None:
-        self.ended(number, {"kind": "end", "summary": summary(score)})
+        self.receive(Finished(number, summary(score)))
 
     def stopped(self, number: int) -> None:
         """It did as it was told: saved and returned."""
-        self.ended(number, {"kind": "end", "summary": None})
+        self.receive(Stopped(number))
 
     def state(self, number: int) -> TrialState:
         """As the journal has it."""
@@ -156,7 +170,7 @@ def test_a_trial_with_a_config_that_is_refused_is_begun_all_the_same_and_says_so
         study = Study.drive(folder, Plan("study", experiment, SweepConfig(sampler=SamplerConfig(kind="grid")), space))
     conductor = Conductor(study, Slots(cpus=2, gpus=0, threads=1, gpu_share=0.0, concurrent=2), clock)
     assert conductor.next().number == 0
-    conductor.ended(0, {"state": "failed", "reason": "algorithm.policy_mask has 5 entries."})
+    conductor.receive(Refused(0, "algorithm.policy_mask has 5 entries."))
     assert study.record(0).outcome == Outcome(TrialState.FAILED, "algorithm.policy_mask has 5 entries.")
 
 
@@ -209,7 +223,7 @@ def test_an_end_is_said_with_state_reason_score_and_seconds(tmp_path, clock):
     session.begin(2)
     clock.wait(12.0)
     session.complete(0, 4.5)
-    session.ended(1, {"state": "diverged", "reason": "value is nan"})
+    session.receive(Diverged(1, "value is nan"))
     started, complete = session.texts(0)
     assert missing("started", started) == []
     assert missing("complete … fid_digits … 4.50 … 300 … 12 s", complete) == []
@@ -397,18 +411,18 @@ def test_device_hours_of_a_trial_that_was_interrupted_are_remembered_by_the_next
     stopped_by_budget(second, "device hours")
 
 
-@pytest.mark.parametrize("state", ["failed", "diverged"])
-def test_failed_and_diverged_trials_use_up_their_budget(tmp_path, clock, state):
+@pytest.mark.parametrize("report", [Refused, Diverged])
+def test_failed_and_diverged_trials_use_up_their_budget(tmp_path, clock, report):
     budget = BudgetConfig(failed_trials=2)
     first = Session(tmp_path, clock, concurrent=3, budget=budget)
     first.begin(3)
-    first.ended(0, {"state": state, "reason": "x"})
+    first.receive(report(0, "x"))
     first.complete(1)
     first.tick()
     assert not first.ending
     second = Session(tmp_path, clock, concurrent=3, budget=budget)
     second.begin(2)
-    second.ended(3, {"state": state, "reason": "x"})
+    second.receive(report(3, "x"))
     stopped_by_budget(second, "budget … 2 trials … failed")
 
 
@@ -526,7 +540,7 @@ def test_a_full_disk_interrupts_the_sweep_and_the_trial_goes_on_another_day(tmp_
     session = Session(tmp_path, clock, concurrent=2)
     session.begin(2)
     session.score(0, 0, 9.0)
-    session.ended(0, {"kind": "end", "disk_full": True, "reason": "No space left on device: /x"})
+    session.receive(OutOfDisk(0, "No space left on device: /x"))
     assert session.interrupted
     assert missing("disk is full … No space left on device: /x … free", session.ending) == []
     assert session.state(0) is TrialState.RUNNING
@@ -612,7 +626,7 @@ def test_a_trial_that_diverged_has_diverged_with_its_best_score(tmp_path, clock)
     session.score(0, 100, 7.0)
     session.score(0, 200, 8.0)
     clock.wait(5.0)
-    session.ended(0, {"kind": "end", "state": "diverged", "reason": "value is nan at iteration 250"})
+    session.receive(Diverged(0, "value is nan at iteration 250"))
     assert session.outcome(0) == Outcome(TrialState.DIVERGED, "value is nan at iteration 250", 7.0, 100, (), 5.0)
     assert list(session.live) == [1]
     assert not session.ending
@@ -668,3 +682,77 @@ def test_python_and_numpy_numbers_become_plain_floats(value):
     (number,) = checked({METRIC: value}, 0, METRIC).values()
     assert type(number) is float
     assert number == 5.0
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        Scored(3, 150, {METRIC: 5.25, "eval/num_samples": 64.0}),
+        Finished(0, {"best": {"value": 1.5, "step": 300}, "git_revision": None}),
+        Stopped(7),
+        Diverged(1, "value is nan"),
+        Refused(2, "data.root is ü: there is no such folder."),
+        OutOfDisk(4, "No space left on device: /x"),
+    ],
+)
+def test_a_report_crosses_to_the_other_process_as_it_is(report):
+    assert from_json(to_json(report)) == report
+
+
+def test_tasks_cross_to_the_other_process_as_they_are():
+    tasks = [
+        TrialTask(0, {"seed": 0}, "/out", None, METRIC),
+        TrialTask(1, {"seed": 1}, "/o", "s3://b/o", METRIC, "/out"),
+    ]
+    assert tasks_from_json(tasks_to_json(tasks)) == tasks
+
+
+# ----------------------------------------------------------------------------
+# Configs
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Every config of a run that has been built, in order."""
+    found, check = [], ExperimentConfig.__post_init__
+
+    def counted(config):
+        found.append(config)
+        check(config)
+
+    monkeypatch.setattr(ExperimentConfig, "__post_init__", counted)
+    return found
+
+
+def test_the_config_of_a_trial_is_built_once_by_the_process_that_decides(tmp_path, clock, built):
+    session = Session(tmp_path, clock, stopping=ASHA, budget=BudgetConfig(trials=4))
+    plan = len(built)
+    session.begin(2)
+    for step in range(0, 300, 20):
+        session.score(0, step, 5.0)
+        session.score(1, step, 4.0)
+    session.complete(0)
+    session.complete(1)
+    for number in (2, 3):
+        session.begin()
+        trial_tree(session.study, session.study.record(number), session.slots)
+        session.score(number, 100, 3.0)
+    assert len(built) - plan == 4
+    again = Session(tmp_path, clock, stopping=ASHA, budget=BudgetConfig(trials=4))
+    plan = len(built)
+    for record in again.begin(2):
+        again.score(record.number, 200, 3.0)
+        trial_tree(again.study, record, again.slots)
+    assert len(built) - plan == 2
+
+
+def test_the_config_of_a_trial_is_built_once_by_the_process_that_trains(tmp_path, clock, built, monkeypatch):
+    session = Session(tmp_path, clock)
+    (record,) = session.begin()
+    tree = trial_tree(session.study, record, session.slots)
+    task = TrialTask(0, tree, str(tmp_path / "run"), None, METRIC)
+    sent, before = [], len(built)
+    monkeypatch.setattr("ray.tune.report", lambda metrics: sent.append(from_json(metrics[REPORT])))
+    run_trials({TASKS: tasks_to_json([task])}, mailbox=None, trainer=lambda experiment, **_: None)
+    assert sent == [Stopped(0)]
+    assert len(built) - before == 1

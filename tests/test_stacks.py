@@ -27,6 +27,7 @@ from tune.config.sweep import TrackingConfig
 from tune.execution.controller import Conductor
 from tune.execution.seed_batching import fastest, seeds_together
 from tune.execution.slots import Slots
+from tune.execution.trial_messages import Diverged
 from tune.plans.ablation import AblationPlan, ablation_plan, any_plan_from
 from tune.plans.arms import arms
 from tune.studies.folder import StudyFolder
@@ -72,9 +73,9 @@ def test_a_program_has_seeds_of_one_arm_and_fills_one_slot(tmp_path):
     assert cells(session.next_together()) == [("no_entropy", 0), ("no_entropy", 1)]
     assert session.next_together() == []
     assert sorted(session.live) == [0, 1, 2, 3]
-    session.ended(0, {"state": "diverged", "reason": "made up"})
+    session.receive(Diverged(0, "made up"))
     assert session.next_together() == []  # its program goes on with the other seed
-    session.ended(1, {"state": "diverged", "reason": "made up"})
+    session.receive(Diverged(1, "made up"))
     assert cells(session.next_together()) == [("fast", 0), ("fast", 1)]
 
 
@@ -101,10 +102,10 @@ def test_a_programs_time_is_divided_among_its_trials_and_its_limit_is_not(tmp_pa
     session.next_together()
     clock.now = 60.0
     assert session.device_seconds == pytest.approx(60.0)
-    session.ended(0, {"state": "diverged", "reason": "made up"})
+    session.receive(Diverged(0, "made up"))
     assert session.study.record(0).outcome.seconds == pytest.approx(30.0)
     clock.now = 100.0
-    session.ended(1, {"state": "diverged", "reason": "made up"})
+    session.receive(Diverged(1, "made up"))
     assert session.study.record(1).outcome.seconds == pytest.approx(50.0)
 
 
@@ -171,7 +172,7 @@ def test_a_resumed_study_trains_the_same_seeds_together(tmp_path, ended):
     session.next_together()
     session.next_together()
     for number in ended:
-        session.ended(number, {"state": "diverged", "reason": "made up"})
+        session.receive(Diverged(number, "made up"))
     for program in programs(conductor(tmp_path / "cut", Clock(), seeds=4)):
         assert len({blocks[cell] for cell in program}) == 1
 
@@ -182,7 +183,7 @@ def programs(session: Conductor) -> list[list[tuple[str, int]]]:
     while together := session.next_together():
         begun.append(cells(together))
         for record in together:
-            session.ended(record.number, {"state": "diverged", "reason": "made up"})
+            session.receive(Diverged(record.number, "made up"))
     return begun
 
 

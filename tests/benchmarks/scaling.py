@@ -28,6 +28,7 @@ from tune.config.compose import compose_experiment
 from tune.config.sweep import BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
 from tune.execution.controller import Conductor
 from tune.execution.slots import Slots
+from tune.execution.trial_messages import Finished, Scored, Stopped
 from tune.integrations.mlflow_tracker import Tracker
 from tune.integrations.object_store import Remote
 from tune.plans.sweep import Plan
@@ -84,16 +85,16 @@ class Replay:
     def _report(self, record: TrialRecord) -> None:
         number = record.number
         if self._conductor.live[number].order is not None:
-            self._conductor.ended(number, {"summary": None})
+            self._conductor.receive(Stopped(number))
             return
         self._steps[number] += 100
         step = self._steps[number]
         score = self._final(record) * (1.0 + 4.0 * math.exp(-step / 200.0))
         record.run.append([{"step": step, METRIC: score}])
-        self._conductor.scored(number, step, {METRIC: score})
+        self._conductor.receive(Scored(number, step, {METRIC: score}))
         if step == 100 * SCORES:
             record.run.write_summary(self._summary(record, score))
-            self._conductor.ended(number, {"summary": self._summary(record, score)})
+            self._conductor.receive(Finished(number, self._summary(record, score)))
 
     @staticmethod
     def _final(record: TrialRecord) -> float:

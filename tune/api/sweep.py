@@ -199,7 +199,7 @@ class Sweep:
                 tree = self.plan.tree_of(record.values)
                 read = json.dumps([tree["data"], tree["pretrain"]["weights"]], sort_keys=True)
                 if read not in found:
-                    config = replace(self.plan.config_of(record.values), resources=ResourcesConfig(device="cpu"))
+                    config = replace(study.config(record), resources=ResourcesConfig(device="cpu"))
                     found[read] = changed_inputs(record.run, summary, Experiment(config))
         return [f"{text} Choose another name to train on the present ones." for each in found.values() for text in each]
 

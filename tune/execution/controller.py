@@ -5,16 +5,24 @@ be tested with a made-up clock and made-up trials.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
-from dxmi.errors import UserError
 from dxmi.formatting import score_text
 from tune.execution.slots import Slots
+from tune.execution.trial_messages import (
+    Diverged,
+    Finished,
+    LastReport,
+    OutOfDisk,
+    Refused,
+    Scored,
+    Stopped,
+    TrialReport,
+)
 from tune.messages import last_line
-from tune.studies.records import Outcome, TrialRecord, TrialState, completed, fallen_behind, unfinished
+from tune.studies.records import Outcome, TrialRecord, TrialSpec, TrialState, completed, fallen_behind, unfinished
 from tune.studies.study import Study
 
 _ALL_ENDED = "every planned trial has ended"
@@ -36,8 +44,8 @@ class Live:
     """A trial that runs now.
 
     Attributes:
-        record: what it is.
-        total: its iterations.
+        record: what is known of it.
+        spec: what it runs.
         since: when this session began with it, on the conductor's clock.
         phase: what it does.
         step: how far in that phase.
@@ -52,7 +60,7 @@ class Live:
     """
 
     record: TrialRecord
-    total: int
+    spec: TrialSpec
     since: float
     phase: str = "starting"
     step: int = 0
@@ -174,13 +182,7 @@ class Conductor:
         return self.study.add_beside(first, self.stack)
 
     def _begin(self, record: TrialRecord, program: int) -> None:
-        self.live[record.number] = Live(record, self._iterations(record), self.clock(), program=program)
-
-    def _iterations(self, record: TrialRecord) -> int:
-        try:
-            return self.study.config(record).train.iterations
-        except UserError:
-            return 0
+        self.live[record.number] = Live(record, self.study.spec(record), self.clock(), program=program)
 
     @property
     def has_nothing_to_do(self) -> bool:
@@ -207,13 +209,19 @@ class Conductor:
         if trial.attempts == 1:
             self._say(trial, "started", minor=True)
 
-    def scored(self, number: int, step: int, metrics: Mapping[str, float]) -> None:
-        """A trial evaluated its policy."""
-        trial, score = self.live[number], metrics[self.plan.metric]
+    def receive(self, report: TrialReport) -> None:
+        """A trial reported a score, or how it ended."""
+        if isinstance(report, Scored):
+            self._scored(report.number, report.step, report.metrics[self.plan.metric])
+        else:
+            self._ended(report)
+
+    def _scored(self, number: int, step: int, score: float) -> None:
+        trial = self.live[number]
         self.study.score(number, step, score)
         trial.score = score
         trial.best = score if trial.best is None else min(trial.best, score)
-        self._say(trial, f"iteration {step}/{trial.total}, {self._label} {score_text(score)}", minor=True)
+        self._say(trial, f"iteration {step}/{trial.spec.iterations}, {self._label} {score_text(score)}", minor=True)
         if self.study.falls_behind(number, step):
             self._order(trial, Order.PRUNE)
 
@@ -234,25 +242,26 @@ class Conductor:
         """A trial has something to say to a person."""
         self.note(Note(text, number, bad=True))
 
-    def ended(self, number: int, result: Mapping[str, Any]) -> None:
+    def _ended(self, report: LastReport) -> None:
         """A trial returned: with its summary, or because it was told to, or with what was wrong."""
-        trial = self.live[number]
-        if result.get("disk_full"):
-            self.stop_all(Order.INTERRUPT, f"the disk is full ({result['reason']}); free some space")
-        outcome = self._outcome(trial, result)
+        trial = self.live[report.number]
+        if isinstance(report, OutOfDisk):
+            self.stop_all(Order.INTERRUPT, f"the disk is full ({report.reason}); free some space")
+        outcome = self._outcome(trial, report)
         if outcome is not None:
             self._finish(trial, outcome)
         else:
             self._say(trial, "interrupted; the next resume goes on with it")
             self._leave(trial)
 
-    def _outcome(self, trial: Live, result: Mapping[str, Any]) -> Outcome | None:
+    def _outcome(self, trial: Live, report: LastReport) -> Outcome | None:
         """How it ended; None if it has not, and a resume is to go on with it."""
         seconds, curve = self._seconds(trial), self.study.curves().get(trial.record.number, {})
-        if result.get("summary") is not None:
-            return completed(self.plan, result["summary"], seconds)
-        if "state" in result:
-            return unfinished(curve, TrialState(result["state"]), str(result["reason"]), seconds)
+        if isinstance(report, Finished):
+            return completed(self.plan, report.summary, seconds)
+        if isinstance(report, Diverged | Refused):
+            state = TrialState.DIVERGED if isinstance(report, Diverged) else TrialState.FAILED
+            return unfinished(curve, state, report.reason, seconds)
         if trial.order is Order.PRUNE:
             return fallen_behind(curve, max(curve), seconds)
         if trial.order in (Order.TRIAL_TIME, Order.BUDGET):
@@ -266,7 +275,7 @@ class Conductor:
             self._say(trial, f"crashed ({reason}) and is started again", bad=True)
             return
         if trial.order is not None or self.interrupted:  # it was to stop anyway, and its checkpoints are whole
-            self.ended(number, {})
+            self._ended(Stopped(number))
             return
         curve = self.study.curves().get(number, {})
         self._finish(trial, unfinished(curve, TrialState.FAILED, reason, self._seconds(trial)))

@@ -3,7 +3,6 @@
 Tune's own records are scratch: a resume reads the study's journal and run folders, never Tune's state.
 """
 
-import json
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 from rich.text import Text
 
+from dxmi.config import to_tree
 from dxmi.training.run import train
 from tune.execution.confirmation import confirm
 from tune.execution.control_channel import Mailbox
@@ -27,7 +27,8 @@ from tune.execution.ray_runtime import actor_here, ray_session
 from tune.execution.seed_batching import seeds_together
 from tune.execution.signals import gentle_stop
 from tune.execution.slots import Slots
-from tune.execution.trial import END, SCORE, STEP, Trainer, run_trials
+from tune.execution.trial import REPORT, STEP, TASKS, Trainer, run_trials
+from tune.execution.trial_messages import Scored, TrialTask, from_json, tasks_from_json, tasks_to_json
 from tune.integrations.study_sync import Mirror
 from tune.studies.records import TrialRecord
 from tune.studies.study import Study
@@ -42,8 +43,6 @@ _ON_HEAD = {"node:__internal_head__": 0.001}
 """So little of a resource that only the head node has, which ends with the session anyway: the controller of a group
 runs where the process that waits for it does, and if its node is lost while the workers start, Ray moves their
 reservation to another node and never frees it."""
-_TRIALS = "trials"
-"""The key of what `run_trials` wants to know."""
 _NEVER = "1000000000"
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -217,8 +216,7 @@ class _Search(_Unsaved, Searcher):
         with self._control.watched():
             together = self._conductor.next_together()
             if together:
-                arguments = [_arguments(self._conductor, self._mirror, record) for record in together]
-                return {_TRIALS: json.dumps(arguments)}
+                return {TASKS: tasks_to_json([_task(self._conductor, self._mirror, record) for record in together])}
             return Searcher.FINISHED if self._conductor.ending else None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -231,33 +229,34 @@ class _Search(_Unsaved, Searcher):
         """Nothing: Tune's state is never read."""
 
 
-def _arguments(conductor: Conductor, mirror: Mirror, record: TrialRecord) -> dict[str, Any]:
-    """What `run_trials` wants to know of one."""
+def _task(conductor: Conductor, mirror: Mirror, record: TrialRecord) -> TrialTask:
+    """What `run_trials` gets for one trial."""
     study, slots = conductor.study, conductor.slots
 
     def place(number: int) -> str:
         return mirror.address(number) or str(study.folder.run(number).path.resolve())
 
-    return {
-        "number": record.number,
-        "tree": trial_tree(study, record, slots),
-        "out": str(record.run.path.resolve()),
-        "address": mirror.address(record.number),
-        "metric": study.plan.metric,
-        "same_as": None if record.same_as is None else place(record.same_as),
-    }
+    return TrialTask(
+        number=record.number,
+        tree=trial_tree(study, record, slots),
+        out=str(record.run.path.resolve()),
+        address=mirror.address(record.number),
+        metric=study.plan.metric,
+        same_as=None if record.same_as is None else place(record.same_as),
+    )
 
 
 def trial_tree(study: Study, record: TrialRecord, slots: Slots) -> dict[str, Any]:
     """A trial's whole config as a tree, with the threads that it really gets, to be run alone as well."""
-    tree = study.plan.tree_of(record.values)
+    config = study.spec(record).config
+    tree = study.plan.tree_of(record.values) if config is None else to_tree(config)
     tree["resources"] |= {"threads": slots.threads, "stack_seeds": None}
     return tree
 
 
 def _numbers(trial: Trial) -> list[int]:
     """The trials of the study that one of Tune's runs."""
-    return [arguments["number"] for arguments in json.loads(trial.config[_TRIALS])]
+    return [task.number for task in tasks_from_json(trial.config[TASKS])]
 
 
 def _traceback(trial: Trial) -> str:
@@ -295,15 +294,13 @@ class _Hands(_Unsaved, ray_tune.Callback):
     ) -> None:
         """A trial reported. It waits until this returns, so orders to it are passed on before."""
         with self._control.watched():
-            message = json.loads(result["message"])
-            number = message["number"]
+            report = from_json(result[REPORT])
+            has_ended, number = not isinstance(report, Scored), report.number
             if number not in self._conductor.live:  # it crashed after its end was decided
                 return
-            self._mirror.fetch(number, ended=message["kind"] == END)
-            if message["kind"] == SCORE:
-                self._conductor.scored(number, message["step"], message["metrics"])
-            elif message["kind"] == END:
-                self._conductor.ended(number, message)
+            self._mirror.fetch(number, ended=has_ended)
+            self._conductor.receive(report)
+            if has_ended:
                 self._mirror.send(number)
             self._pass_on()
             self._look(self._conductor)

@@ -8,7 +8,6 @@ trial gets after a score already knows that score.
 """
 
 import errno
-import json
 import math
 import os
 import time
@@ -25,12 +24,25 @@ from dxmi.errors import DivergedError, UserError, WorkersLostError
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import Member, Progress, Reporter, Saved, Summary, train, train_stacked
+from tune.execution.trial_messages import (
+    Diverged,
+    Finished,
+    LastReport,
+    OutOfDisk,
+    Refused,
+    Scored,
+    Stopped,
+    TrialReport,
+    TrialTask,
+    tasks_from_json,
+    to_json,
+)
 from tune.integrations.object_store import Remote, kept, node_folder
 
-SCORE, END = "score", "end"
-"""Kinds of report."""
-STEP = "step"
-"""The one number that Tune itself sees."""
+STEP, REPORT = "step", "report"
+"""What Tune is told: the one number that it needs, and the text of `to_json`."""
+TASKS = "tasks"
+"""The key of what `run_trials` gets."""
 _BEAT_EVERY = 0.5
 _SHOWN = 20
 """Characters of a bad value that are repeated."""
@@ -86,7 +98,7 @@ def _float(value: Real) -> float:
 class _Reporter:
     """A trial's line to the driver, called by `train`."""
 
-    def __init__(self, number: int, metric: str, mailbox: Any, send: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, number: int, metric: str, mailbox: Any, send: Callable[[TrialReport], None]) -> None:
         import ray  # noqa: PLC0415  (this module is read by tests without Ray, too)
 
         self._ray = ray
@@ -102,15 +114,15 @@ class _Reporter:
             self._mailbox.note.remote(self._number, event.note)
         elif any(key.startswith(_EVALUATION) for key in event.metrics):
             metrics = checked(event.metrics, event.step, self._metric)
-            self._send({"kind": SCORE, "number": self._number, "step": event.step, "metrics": metrics})
+            self._send(Scored(self._number, event.step, metrics))
             self.stop = self._ray.get(self._beat(event)) or self.stop
         else:
             self._beat_sometimes(event)
         return self.stop
 
-    def end(self, result: dict[str, Any]) -> None:
+    def end(self, report: LastReport) -> None:
         """Say how the trial ended."""
-        self._send({"kind": END, "number": self._number, **result})
+        self._send(report)
 
     def _beat(self, event: Progress) -> Any:
         self._sent = time.monotonic()
@@ -128,50 +140,47 @@ class _Reporter:
 def run_trials(config: Mapping[str, Any], *, mailbox: Any, trainer: Trainer = train) -> None:
     """The function that Ray Tune runs: one trial, or several of one arm that are trained as one program.
 
-    Everything goes through it as JSON text: Tune would flatten, copy and keep each value of a tree.
-
     Args:
-        config: `trials`, a list of: number, tree (of the experiment's config), out (run folder), address (where the run
-            is kept, or None if there), metric, same_as (another run's folder or address, or None).
+        config: under `TASKS`, the text of `tasks_to_json`.
         mailbox: an actor of `tune.execution.control_channel.Mailbox`.
         trainer: trains a trial that is alone in its process.
     """
     from ray import tune as ray_tune  # noqa: PLC0415
 
-    def send(message: dict[str, Any]) -> None:
-        ray_tune.report({STEP: message.get("step", 0), "message": json.dumps(message)})
+    def send(report: TrialReport) -> None:
+        ray_tune.report({STEP: report.step if isinstance(report, Scored) else 0, REPORT: to_json(report)})
 
-    trials = json.loads(config["trials"])
-    for trial in trials:
-        if trial["same_as"] is not None:
-            _copy_run(trial["same_as"], Path(trial["out"]), trial["address"])
-    reporters = [_Reporter(trial["number"], trial["metric"], mailbox, send) for trial in trials]
-    if len(trials) > 1:
-        _run_stacked(trials, reporters)
+    tasks = tasks_from_json(config[TASKS])
+    for task in tasks:
+        if task.same_as is not None:
+            _copy_run(task.same_as, Path(task.out), task.address)
+    reporters = [_Reporter(task.number, task.metric, mailbox, send) for task in tasks]
+    if len(tasks) > 1:
+        _run_stacked(tasks, reporters)
     else:
-        reporters[0].end(_result(trials[0], lambda: _summary(trials[0], trainer, reporters[0])))
+        reporters[0].end(_result(tasks[0], lambda: _summary(tasks[0], trainer, reporters[0])))
 
 
-def _run_stacked(trials: Sequence[Mapping[str, Any]], reporters: Sequence[_Reporter]) -> None:
+def _run_stacked(tasks: Sequence[TrialTask], reporters: Sequence[_Reporter]) -> None:
     """Train all as one program, and report each when it ends; what a second try could mend is raised at last."""
     crashes: list[Exception] = []
 
     def ended(number: int, outcome: Summary | Exception | None) -> None:
         try:
-            reporters[number].end(_result(trials[number], lambda: _raised_or(outcome)))
+            reporters[number].end(_result(tasks[number], lambda: _raised_or(outcome)))
         except Exception as error:  # noqa: BLE001  (Tune hears of it, after the others' ends)
             crashes.append(error)
 
     with ExitStack() as held:
-        members = [_member(trial, reporter, held) for trial, reporter in zip(trials, reporters, strict=True)]
+        members = [_member(task, reporter, held) for task, reporter in zip(tasks, reporters, strict=True)]
         train_stacked(members, ended)
     if crashes:
         raise crashes[0]
 
 
-def _member(trial: Mapping[str, Any], reporter: _Reporter, held: ExitStack) -> Member:
-    here, keep = held.enter_context(kept(trial["address"], Path(trial["out"])))
-    return Member(Experiment(build(ExperimentConfig, trial["tree"])), here, reporter, _kept_by(keep))
+def _member(task: TrialTask, reporter: _Reporter, held: ExitStack) -> Member:
+    here, keep = held.enter_context(kept(task.address, Path(task.out)))
+    return Member(Experiment(build(ExperimentConfig, task.tree)), here, reporter, _kept_by(keep))
 
 
 def _kept_by(keep: Callable[[], None]) -> Saved:
@@ -184,27 +193,27 @@ def _raised_or(outcome: Summary | Exception | None) -> Summary | None:
     return outcome
 
 
-def _result(trial: Mapping[str, Any], train_it: Callable[[], Summary | None]) -> dict[str, Any]:
+def _result(task: TrialTask, train_it: Callable[[], Summary | None]) -> LastReport:
     """How the training ended. Only what a second try could mend is raised."""
     try:
         summary = train_it()
     except (DivergedError, BadReportError) as error:
-        return {"state": "diverged", "reason": str(error)}
+        return Diverged(task.number, str(error))
     except UserError as error:
-        return {"state": "failed", "reason": str(error)}
+        return Refused(task.number, str(error))
     except WorkersLostError as error:
         raise RuntimeError(f"{error.details}\n{error}") from None  # what is kept is the text of it
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return {"disk_full": True, "reason": f"{error.strerror}: {error.filename or trial['out']}"}
+            return OutOfDisk(task.number, f"{error.strerror}: {error.filename or task.out}")
         raise
-    return {"summary": None if summary is None else asdict(summary)}
+    return Stopped(task.number) if summary is None else Finished(task.number, asdict(summary))
 
 
-def _summary(trial: Mapping[str, Any], trainer: Trainer, reporter: _Reporter) -> Summary | None:
+def _summary(task: TrialTask, trainer: Trainer, reporter: _Reporter) -> Summary | None:
     """What came out of one trial that is alone in its process."""
-    out, address = Path(trial["out"]), trial["address"]
-    config = build(ExperimentConfig, trial["tree"])
+    out, address = Path(task.out), task.address
+    config = build(ExperimentConfig, task.tree)
     if config.resources.num_workers > 1:
         from tune.execution.ray_train import train_on_workers  # noqa: PLC0415  (Ray Train takes seconds)
 

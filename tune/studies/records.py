@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
+from dxmi.errors import UserError
 from dxmi.persistence.run_directory import RunDirectory
+from dxmi.training.config import ExperimentConfig
 from tune.plans.sweep import Plan
 from tune.search.space import Value
 
@@ -50,6 +52,36 @@ class Outcome:
     step: int | None = None
     objectives: tuple[float, ...] = ()
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """A trial as it was proposed. It is made once: where it is proposed, or when its study is resumed.
+
+    Attributes:
+        number: from 0, in the order of proposal.
+        values: what varies, by path.
+        config: what it runs; None if the values are refused together.
+        refusal: why they are; empty if they are not.
+    """
+
+    number: int
+    values: Mapping[str, Value]
+    config: ExperimentConfig | None
+    refusal: str = ""
+
+    @classmethod
+    def of(cls, plan: Plan, number: int, values: Mapping[str, Value]) -> Self:
+        """The trial of a plan with these values."""
+        try:
+            return cls(number, values, plan.config_of(values))
+        except UserError as error:  # the trial's own process will say so, too
+            return cls(number, values, None, str(error))
+
+    @property
+    def iterations(self) -> int:
+        """Of its fine-tuning; 0 if it is refused."""
+        return 0 if self.config is None else self.config.train.iterations
 
 
 @dataclass(frozen=True)

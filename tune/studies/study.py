@@ -24,10 +24,9 @@ from tune.plans.ablation import AblationPlan
 from tune.plans.sweep import Plan
 from tune.search.pruners import falls_behind
 from tune.search.samplers import Proposal, template
-from tune.search.space import Value
 from tune.studies import journal
 from tune.studies.folder import StudyFolder
-from tune.studies.records import Outcome, TrialRecord, TrialState, completed, fallen_behind
+from tune.studies.records import Outcome, TrialRecord, TrialSpec, TrialState, completed, fallen_behind
 
 if TYPE_CHECKING:
     import optuna
@@ -65,6 +64,7 @@ class Study:
         self.folder = folder
         self.plan = plan
         self._optuna = optuna_study
+        self._specs: dict[int, TrialSpec] = {}
         self._curves: dict[int, dict[int, float]] = {}
         self._ended: dict[int, TrialRecord] = {}
         self._complete_by_signature: dict[str, int] = {}
@@ -145,8 +145,21 @@ class Study:
         )
 
     def config(self, record: TrialRecord) -> ExperimentConfig:
-        """What a trial runs."""
-        return self.plan.config_of(record.values)
+        """What a trial runs.
+
+        Raises:
+            UserError: its values are refused together.
+        """
+        spec = self.spec(record)
+        if spec.config is None:
+            raise UserError(spec.refusal)
+        return spec.config
+
+    def spec(self, record: TrialRecord) -> TrialSpec:
+        """A trial as it was proposed; its config is built once for as long as this object lives."""
+        if record.number not in self._specs:
+            self._specs[record.number] = TrialSpec.of(self.plan, record.number, record.values)
+        return self._specs[record.number]
 
     def curves(self) -> dict[int, dict[int, float]]:
         """Every trial's scores by iteration."""
@@ -177,21 +190,23 @@ class Study:
     def _add(self, history: "Sequence[FrozenTrial]", proposal: Proposal | None) -> TrialRecord | None:
         if proposal is None:
             return None
-        about = self._about(proposal.values)
+        spec = TrialSpec.of(self.plan, len(history), proposal.values)
+        about = self._about(spec)
         self._optuna.add_trial(template(self.plan.axes, proposal, {_RECORDED: about}))
-        return self.record(len(history))
+        self._specs[spec.number] = spec
+        return self.record(spec.number)
 
     @property
     def is_done(self) -> bool:
         """Whether no further trial will be begun."""
         return self.plan.is_done(self._trials())
 
-    def _about(self, values: Mapping[str, Value]) -> dict[str, Any]:
-        try:
-            config = self.plan.config_of(values)
-            about = {"signature": config.signature, "seed": config.seed}
-        except UserError:  # the values are only refused together: the trial will say so
-            about = {"signature": signature([self.plan.signature, dict(values)]), "seed": self.plan.experiment.seed}
+    def _about(self, spec: TrialSpec) -> dict[str, Any]:
+        if spec.config is not None:
+            about = {"signature": spec.config.signature, "seed": spec.config.seed}
+        else:
+            made_up = signature([self.plan.signature, dict(spec.values)])
+            about = {"signature": made_up, "seed": self.plan.experiment.seed}
         self.records()  # sees who has completed since
         return {**about, "same_as": self._complete_by_signature.get(str(about["signature"]))}
 
@@ -202,7 +217,7 @@ class Study:
 
     def falls_behind(self, number: int, step: int) -> bool:
         """Whether a trial that has just been scored should stop early; at its last iteration none does."""
-        if step >= self.config(self.record(number)).train.iterations:
+        if step >= self.spec(self.record(number)).iterations:
             return False
         finished = [record.number for record in self._complete()]
         return falls_behind(self.plan.sweep.stopping, self.curves(), finished, number, step)
