@@ -17,7 +17,7 @@ from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import Summary
 from support import missing, stating
 from tune.config.sweep import BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig
-from tune.execution.controller import Conductor, Note, Order
+from tune.execution.controller import Controller, Note, StopReason
 from tune.execution.ray_tune import trial_tree
 from tune.execution.slots import Slots
 from tune.execution.trial import REPORT, TASKS, BadReportError, checked, run_trials
@@ -59,8 +59,8 @@ class Clock:
         self.now += seconds
 
 
-class Session(Conductor):
-    """A conductor that keeps its notes."""
+class Session(Controller):
+    """A controller that keeps its notes."""
 
     def __init__(self, root: Path, clock: Clock, *, concurrent: int = 2, threads: int = 1, **sweep) -> None:
         sweep.setdefault("sampler", SamplerConfig(kind="random"))
@@ -131,7 +131,7 @@ def test_no_more_trials_run_at_once_than_there_is_room_for(tmp_path, clock, conc
     session.complete(0)
     assert session.next().number == concurrent
     assert session.next() is None
-    assert len(session.live) == concurrent
+    assert len(session.running) == concurrent
 
 
 def test_a_study_is_over_when_every_planned_trial_has_ended(tmp_path, clock):
@@ -154,7 +154,7 @@ def test_unfinished_trials_come_first_and_the_oldest_of_them_before_the_others(t
     first = Session(tmp_path, clock, concurrent=4, budget=BudgetConfig(trials=6))
     begun = first.begin(4)
     first.complete(1)
-    first.stop_all(Order.INTERRUPT, "stopped by SIGINT")
+    first.stop_all(StopReason.INTERRUPT, "stopped by SIGINT")
     second = Session(tmp_path, clock, concurrent=6, budget=BudgetConfig(trials=6))
     again = second.begin(5)
     assert [record.number for record in again] == [0, 2, 3, 4, 5]
@@ -168,9 +168,9 @@ def test_a_trial_with_a_config_that_is_refused_is_begun_all_the_same_and_says_so
     folder = StudyFolder(tmp_path / "study")
     with folder.lock():
         study = Study.drive(folder, Plan("study", experiment, SweepConfig(sampler=SamplerConfig(kind="grid")), space))
-    conductor = Conductor(study, Slots(cpus=2, gpus=0, threads=1, gpu_share=0.0, concurrent=2), clock)
-    assert conductor.next().number == 0
-    conductor.receive(Refused(0, "algorithm.policy_mask has 5 entries."))
+    controller = Controller(study, Slots(cpus=2, gpus=0, threads=1, gpu_share=0.0, concurrent=2), clock)
+    assert controller.next().number == 0
+    controller.receive(Refused(0, "algorithm.policy_mask has 5 entries."))
     assert study.record(0).outcome == Outcome(TrialState.FAILED, "algorithm.policy_mask has 5 entries.")
 
 
@@ -183,14 +183,14 @@ def test_a_trial_that_falls_behind_is_told_so_once_and_before_it_goes_on(tmp_pat
     session.begin(2)
     for number, score in ((0, 5.0), (1, 8.0)):
         session.score(number, 0, 9.0)
-        assert session.take_orders() == {}
+        assert session.take_stop_requests() == {}
         session.score(number, 100, score)
-    assert session.live[1].order is Order.PRUNE
-    assert session.take_orders() == {1: Order.PRUNE}
-    assert session.take_orders() == {}
+    assert session.running[1].stop_reason is StopReason.PRUNE
+    assert session.take_stop_requests() == {1: StopReason.PRUNE}
+    assert session.take_stop_requests() == {}
     session.score(1, 200, 9.0)  # it had not heard yet
     session.tick()
-    assert session.take_orders() == {}
+    assert session.take_stop_requests() == {}
     session.stopped(1)
     assert session.outcome(1) == Outcome(TrialState.PRUNED, session.outcome(1).reason, 8.0, 100)
     assert missing("behind … 200", session.outcome(1).reason) == []
@@ -203,16 +203,16 @@ def test_scores_are_in_the_journal_before_the_trial_goes_on(tmp_path, clock):
     for step, score in ((0, 9.0), (100, 4.0), (200, 6.0)):
         session.score(1, step, score)
         assert Study.read(session.study.folder).curves()[1][step] == score
-    assert (session.live[1].score, session.live[1].best) == (6.0, 4.0)
+    assert (session.running[1].score, session.running[1].best) == (6.0, 4.0)
     assert session.texts(1)[-1] == "iteration 200/300, fid_digits 6.00"
 
 
-@pytest.mark.parametrize("order", list(Order))
-def test_a_trial_that_finished_is_complete_whatever_it_was_told(tmp_path, clock, order):
+@pytest.mark.parametrize("reason", list(StopReason))
+def test_a_trial_that_finished_is_complete_whatever_it_was_told(tmp_path, clock, reason):
     session = Session(tmp_path, clock)
     session.begin()
     session.score(0, 0, 9.0)
-    session.stop_all(order, "why")
+    session.stop_all(reason, "why")
     clock.wait(7.0)
     session.complete(0, 4.5)
     assert session.outcome(0) == Outcome(TrialState.COMPLETE, "", 4.5, 300, (4.5,), 7.0)
@@ -239,7 +239,7 @@ def test_each_thing_that_happens_is_to_be_recorded_once(tmp_path, clock):
     assert session.changed()
     session.score(0, 0, 9.0)
     assert session.changed()
-    session.beat(0, "fine-tune", 3, 300)
+    session.heartbeat(0, "fine-tune", 3, 300)
     session.tick()
     assert not session.changed()
     session.complete(0)
@@ -249,18 +249,18 @@ def test_each_thing_that_happens_is_to_be_recorded_once(tmp_path, clock):
 def test_a_heartbeat_says_how_far_a_trial_is_and_one_of_an_ended_trial_nothing(tmp_path, clock):
     session = Session(tmp_path, clock)
     session.begin()
-    session.beat(0, "pretrain", 10, 60)
+    session.heartbeat(0, "pretrain", 10, 60)
     clock.wait(5.0)
-    session.beat(0, "fine-tune", 20, 300)
+    session.heartbeat(0, "fine-tune", 20, 300)
     clock.wait(5.0)
-    session.beat(0, "fine-tune", 40, 300)
-    live = session.live[0]
+    session.heartbeat(0, "fine-tune", 40, 300)
+    live = session.running[0]
     assert (live.phase, live.step, live.phase_total) == ("fine-tune", 40, 300)
     assert (live.phase_since, live.phase_start) == (clock() - 5.0, 20)
     session.complete(0)
-    session.beat(0, "fine-tune", 50, 300)
-    session.beat(99, "fine-tune", 50, 300)
-    assert session.live == {}
+    session.heartbeat(0, "fine-tune", 50, 300)
+    session.heartbeat(99, "fine-tune", 50, 300)
+    assert session.running == {}
 
 
 # ----------------------------------------------------------------------------
@@ -274,10 +274,10 @@ def test_a_trials_time_stops_that_trial_alone(tmp_path, clock):
     session.begin(1)
     clock.wait(4 * MINUTE)
     session.tick()
-    assert session.take_orders() == {}  # ten minutes are allowed
+    assert session.take_stop_requests() == {}  # ten minutes are allowed
     clock.wait(1.0)
     session.tick()
-    assert session.take_orders() == {0: Order.TRIAL_TIME}
+    assert session.take_stop_requests() == {0: StopReason.TRIAL_TIME}
     assert not session.ending
     session.score(0, 100, 7.0)
     session.stopped(0)
@@ -286,7 +286,7 @@ def test_a_trials_time_stops_that_trial_alone(tmp_path, clock):
     assert session.outcome(0) == Outcome(TrialState.STOPPED, reason, 7.0, 100, (), 10 * MINUTE + 1.0)
     assert session.begin()[0].number == 2
     session.tick()
-    assert session.take_orders() == {}
+    assert session.take_stop_requests() == {}
 
 
 def test_a_trials_time_begins_anew_in_each_session(tmp_path, clock):
@@ -298,16 +298,16 @@ def test_a_trials_time_begins_anew_in_each_session(tmp_path, clock):
     second.begin()
     clock.wait(9 * MINUTE)
     second.tick()
-    assert second.take_orders() == {}
+    assert second.take_stop_requests() == {}
 
 
 def stopped_by_budget(session: Session, words: str) -> None:
     """Assert that a budget ends the session: the running trials save and are STOPPED, no others are begun."""
-    running = sorted(session.live)
+    running = sorted(session.running)
     session.tick()
     assert missing(words, session.ending) == []
     assert session.next() is None
-    assert session.take_orders() == dict.fromkeys(running, Order.BUDGET)
+    assert session.take_stop_requests() == dict.fromkeys(running, StopReason.BUDGET)
     assert session.is_over is not bool(running)
     for number in running:
         session.stopped(number)
@@ -360,7 +360,7 @@ def test_a_budget_of_time_also_stops_the_last_trials(tmp_path, clock, name):
     assert session.next() is None
     clock.wait(2 * HOUR)
     session.tick()
-    assert session.take_orders() == {1: Order.BUDGET, 2: Order.BUDGET}
+    assert session.take_stop_requests() == {1: StopReason.BUDGET, 2: StopReason.BUDGET}
 
 
 @pytest.mark.parametrize(("threads", "minutes"), [(1, 60), (3, 20)])
@@ -403,7 +403,7 @@ def test_device_hours_of_a_trial_that_was_interrupted_are_remembered_by_the_next
     first = Session(tmp_path, clock)
     first.begin(1)
     clock.wait(HOUR)
-    first.stop_all(Order.INTERRUPT, "stopped by SIGINT")
+    first.stop_all(StopReason.INTERRUPT, "stopped by SIGINT")
     first.stopped(0)
     first.write_progress()
     second = Session(tmp_path, clock, budget=BudgetConfig(device_hours=0.9))
@@ -466,8 +466,8 @@ def test_a_budget_is_said_to_be_used_up_once(tmp_path, clock):
     for _ in range(3):
         session.tick()
     assert len([note for note in session.notes if note.number is None]) == 1
-    assert set(session.take_orders()) == {0, 1}
-    assert session.take_orders() == {}
+    assert set(session.take_stop_requests()) == {0, 1}
+    assert session.take_stop_requests() == {}
 
 
 def test_progress_is_written_now_and_then_and_at_the_end_with_its_reason(tmp_path, clock):
@@ -496,8 +496,8 @@ def test_an_interrupt_leaves_its_trials_running_in_the_journal_for_the_next_sess
     session.begin(3)
     session.complete(0)
     session.score(1, 0, 9.0)
-    session.stop_all(Order.INTERRUPT, "stopped by SIGINT")
-    assert session.take_orders() == {1: Order.INTERRUPT, 2: Order.INTERRUPT}
+    session.stop_all(StopReason.INTERRUPT, "stopped by SIGINT")
+    assert session.take_stop_requests() == {1: StopReason.INTERRUPT, 2: StopReason.INTERRUPT}
     assert session.next() is None
     assert not session.is_over
     for number in (1, 2):
@@ -519,8 +519,8 @@ def test_the_first_order_counts(tmp_path, clock):
     session.begin(2)
     session.score(0, 100, 5.0)
     session.score(1, 100, 8.0)
-    session.stop_all(Order.INTERRUPT, "stopped by SIGTERM")
-    assert session.take_orders() == {0: Order.INTERRUPT, 1: Order.PRUNE}
+    session.stop_all(StopReason.INTERRUPT, "stopped by SIGTERM")
+    assert session.take_stop_requests() == {0: StopReason.INTERRUPT, 1: StopReason.PRUNE}
     session.stopped(0)
     session.stopped(1)
     assert (session.state(0), session.state(1)) == (TrialState.RUNNING, TrialState.PRUNED)
@@ -528,9 +528,9 @@ def test_the_first_order_counts(tmp_path, clock):
 
 def test_an_interrupt_of_an_idle_session_ends_it(tmp_path, clock):
     session = Session(tmp_path, clock)
-    session.stop_all(Order.INTERRUPT, "stopped by SIGINT")
+    session.stop_all(StopReason.INTERRUPT, "stopped by SIGINT")
     assert session.is_over
-    assert session.take_orders() == {}
+    assert session.take_stop_requests() == {}
     (note,) = session.notes
     assert missing("stopped by SIGINT … no more trials", note.text) == []
     assert note == Note(note.text)
@@ -544,7 +544,7 @@ def test_a_full_disk_interrupts_the_sweep_and_the_trial_goes_on_another_day(tmp_
     assert session.interrupted
     assert missing("disk is full … No space left on device: /x … free", session.ending) == []
     assert session.state(0) is TrialState.RUNNING
-    assert session.take_orders()[1] is Order.INTERRUPT
+    assert session.take_stop_requests()[1] is StopReason.INTERRUPT
     session.stopped(1)
     assert session.is_over
     assert [record.number for record in Session(tmp_path, clock).begin(2)] == [0, 1]
@@ -562,11 +562,11 @@ def test_a_crashed_trial_that_is_started_again_goes_on(tmp_path, clock):
     session.score(0, 0, 9.0)
     session.crashed(0, TRACEBACK, again=True)
     assert session.state(0) is TrialState.RUNNING
-    assert list(session.live) == [0]
+    assert list(session.running) == [0]
     assert missing("KeyError: 'lr' … again", session.texts(0)[-1]) == []
     assert session.notes[-1].bad
     session.started(0)
-    assert session.live[0].attempts == 2
+    assert session.running[0].attempts == 2
     assert session.texts(0).count(session.texts(0)[0]) == 1
     session.complete(0)
     assert session.state(0) is TrialState.COMPLETE
@@ -579,29 +579,29 @@ def test_a_trial_that_crashed_for_the_last_time_has_failed_with_the_last_line(tm
     clock.wait(3.0)
     session.crashed(0, TRACEBACK, again=False)
     assert session.outcome(0) == Outcome(TrialState.FAILED, "KeyError: 'lr'", 9.0, 100, (), 3.0)
-    assert list(session.live) == [1]
+    assert list(session.running) == [1]
     assert not session.ending
     assert session.begin()[0].number == 2
 
 
 @pytest.mark.parametrize("again", [True, False])
 @pytest.mark.parametrize(
-    ("order", "state"),
+    ("reason", "state"),
     [
-        (Order.PRUNE, TrialState.PRUNED),
-        (Order.TRIAL_TIME, TrialState.STOPPED),
-        (Order.BUDGET, TrialState.STOPPED),
-        (Order.INTERRUPT, TrialState.RUNNING),
+        (StopReason.PRUNE, TrialState.PRUNED),
+        (StopReason.TRIAL_TIME, TrialState.STOPPED),
+        (StopReason.BUDGET, TrialState.STOPPED),
+        (StopReason.INTERRUPT, TrialState.RUNNING),
     ],
 )
-def test_a_crash_of_a_trial_that_was_told_to_stop_counts_as_a_stop(tmp_path, clock, order, state, again):
+def test_a_crash_of_a_trial_that_was_told_to_stop_counts_as_a_stop(tmp_path, clock, reason, state, again):
     session = Session(tmp_path, clock)
     session.begin(1)
     session.score(0, 100, 9.0)
-    session.stop_all(order, "why")
+    session.stop_all(reason, "why")
     session.crashed(0, TRACEBACK, again=again)
     assert session.state(0) is state
-    assert session.live == {}
+    assert session.running == {}
     assert session.is_over
 
 
@@ -628,7 +628,7 @@ def test_a_trial_that_diverged_has_diverged_with_its_best_score(tmp_path, clock)
     clock.wait(5.0)
     session.receive(Diverged(0, "value is nan at iteration 250"))
     assert session.outcome(0) == Outcome(TrialState.DIVERGED, "value is nan at iteration 250", 7.0, 100, (), 5.0)
-    assert list(session.live) == [1]
+    assert list(session.running) == [1]
     assert not session.ending
 
 
@@ -753,6 +753,6 @@ def test_the_config_of_a_trial_is_built_once_by_the_process_that_trains(tmp_path
     task = TrialTask(0, tree, str(tmp_path / "run"), None, METRIC)
     sent, before = [], len(built)
     monkeypatch.setattr("ray.tune.report", lambda metrics: sent.append(from_json(metrics[REPORT])))
-    run_trials({TASKS: tasks_to_json([task])}, mailbox=None, trainer=lambda experiment, **_: None)
+    run_trials({TASKS: tasks_to_json([task])}, channel=None, trainer=lambda experiment, **_: None)
     assert sent == [Stopped(0)]
     assert len(built) - before == 1

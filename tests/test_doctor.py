@@ -15,13 +15,13 @@ import torch
 from dxmi.errors import UserError
 from support import missing, stating
 from tune.cli import doctor, ui
-from tune.cli.doctor import Finding, Verdict, examine
+from tune.cli.doctor import Check, Status, run_checks
 
 
-def findings(studies) -> dict[str, Finding]:
-    found = examine(studies)
-    assert len({finding.subject for finding in found}) == len(found)
-    return {finding.subject: finding for finding in found}
+def checks(studies) -> dict[str, Check]:
+    found = run_checks(studies)
+    assert len({check.subject for check in found}) == len(found)
+    return {check.subject: check for check in found}
 
 
 @pytest.fixture(autouse=True)
@@ -56,12 +56,12 @@ def free() -> int:
 
 
 def test_it_looks_at_everything_starts_nothing_and_writes_nothing(tmp_path):
-    found = findings(tmp_path / "studies")
+    found = checks(tmp_path / "studies")
     expected = {"versions", "devices", "memory", "disk for studies", "disk for Ray", "cache", "data", "tracking store"}
     assert {*expected, "MLflow UI", "upload"} <= set(found)
     assert list(tmp_path.iterdir()) == []
-    assert all(finding.text for finding in found.values())
-    assert all(finding.advice for finding in found.values() if finding.verdict is not Verdict.GOOD)
+    assert all(check.text for check in found.values())
+    assert all(check.advice for check in found.values() if check.status is not Status.GOOD)
 
 
 # ----------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_it_looks_at_everything_starts_nothing_and_writes_nothing(tmp_path):
 
 
 def test_versions_are_those_that_are_installed():
-    text = findings(Path("studies"))["versions"].text
+    text = checks(Path("studies"))["versions"].text
     for package in ("torch", "ray", "optuna", "mlflow"):
         assert f"{package} {version(package)}" in text
 
@@ -99,30 +99,30 @@ def test_a_package_that_is_missing_or_too_old_is_bad(monkeypatch, tmp_path, pack
         return installed
 
     monkeypatch.setattr(doctor, "version", faked)
-    finding = findings(tmp_path)["versions"]
-    assert finding.verdict is (Verdict.GOOD if is_good else Verdict.BAD)
-    assert (package in finding.advice) is not is_good
-    assert ("make setup" in finding.advice) is not is_good
+    check = checks(tmp_path)["versions"]
+    assert check.status is (Status.GOOD if is_good else Status.BAD)
+    assert (package in check.advice) is not is_good
+    assert ("make setup" in check.advice) is not is_good
 
 
 def test_devices_are_said_with_how_trials_share_them(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    text = findings(tmp_path)["devices"].text
+    text = checks(tmp_path)["devices"].text
     assert missing("no GPU … 6 at once … 1 of 6 CPU threads", text) == []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
-    text = findings(tmp_path)["devices"].text
+    text = checks(tmp_path)["devices"].text
     assert missing("GPU 0 … GPU 1 … 2 at once … 3 of 6 CPU threads … 1 of 2 GPUs", text) == []
 
 
-@pytest.mark.parametrize(("gigabytes", "verdict"), [(3.9, Verdict.WARNING), (4.1, Verdict.GOOD)])
-def test_little_memory_is_noticed(monkeypatch, tmp_path, gigabytes, verdict):
+@pytest.mark.parametrize(("gigabytes", "status"), [(3.9, Status.WARNING), (4.1, Status.GOOD)])
+def test_little_memory_is_noticed(monkeypatch, tmp_path, gigabytes, status):
     monkeypatch.setattr(doctor, "_meminfo", lambda: {"MemAvailable": gigabytes * 1e9, "MemTotal": 64e9})
-    finding = findings(tmp_path)["memory"]
-    assert finding.verdict is verdict
-    assert missing(f"{gigabytes} … 64.0 GB", finding.text) == []
-    assert bool(finding.advice) is (verdict is Verdict.WARNING)
+    check = checks(tmp_path)["memory"]
+    assert check.status is status
+    assert missing(f"{gigabytes} … 64.0 GB", check.text) == []
+    assert bool(check.advice) is (status is Status.WARNING)
 
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
@@ -130,21 +130,21 @@ Usage = namedtuple("Usage", ["total", "used", "free"])
 
 def test_little_disk_is_noticed_and_little_shared_memory_is_bad(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1e12, 1e12, 0.1e9))
-    found = findings(tmp_path)
-    assert found["disk for studies"].verdict is Verdict.WARNING
+    found = checks(tmp_path)
+    assert found["disk for studies"].status is Status.WARNING
     assert missing(f"0.1 GB … {tmp_path}", found["disk for studies"].text) == []
-    assert found["disk for Ray"].verdict is Verdict.WARNING
-    assert found["shared memory"].verdict is Verdict.BAD
+    assert found["disk for Ray"].status is Status.WARNING
+    assert found["shared memory"].status is Status.BAD
     assert "--shm-size" in found["shared memory"].advice
 
 
 def test_a_folder_that_cannot_be_written_is_bad(monkeypatch, tmp_path):
     writable = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: writable(path, mode) and path != tmp_path)
-    finding = findings(tmp_path / "not" / "there" / "yet")["disk for studies"]
-    assert finding.verdict is Verdict.BAD
-    assert missing(f"{tmp_path} … written", finding.text) == []
-    assert "--studies" in finding.advice
+    check = checks(tmp_path / "not" / "there" / "yet")["disk for studies"]
+    assert check.status is Status.BAD
+    assert missing(f"{tmp_path} … written", check.text) == []
+    assert "--studies" in check.advice
 
 
 # ----------------------------------------------------------------------------
@@ -152,17 +152,17 @@ def test_a_folder_that_cannot_be_written_is_bad(monkeypatch, tmp_path):
 
 
 def test_a_store_that_is_not_there_yet_is_good(tmp_path):
-    finding = findings(tmp_path)["tracking store"]
-    assert finding.verdict is Verdict.GOOD
-    assert "none yet" in finding.text
+    check = checks(tmp_path)["tracking store"]
+    assert check.status is Status.GOOD
+    assert "none yet" in check.text
     assert not (tmp_path / "mlflow.db").exists()
 
 
 def test_a_whole_store_is_good_and_its_runs_are_counted(tmp_path, database):
     before = database.read_bytes()
-    finding = findings(tmp_path)["tracking store"]
-    assert finding.verdict is Verdict.GOOD
-    assert missing(f"{database} … 3 runs … dxmi ui", finding.text) == []
+    check = checks(tmp_path)["tracking store"]
+    assert check.status is Status.GOOD
+    assert missing(f"{database} … 3 runs … dxmi ui", check.text) == []
     assert database.read_bytes() == before
     assert list(tmp_path.iterdir()) == [database]
 
@@ -172,19 +172,19 @@ def test_a_whole_store_is_good_and_its_runs_are_counted(tmp_path, database):
 )
 def test_a_broken_store_is_bad_with_what_to_do(tmp_path, content):
     (tmp_path / "mlflow.db").write_bytes(content)
-    finding = findings(tmp_path)["tracking store"]
-    assert finding.verdict is Verdict.BAD
-    assert str(tmp_path / "mlflow.db") in finding.text
-    assert missing("move … away", finding.advice) == []
+    check = checks(tmp_path)["tracking store"]
+    assert check.status is Status.BAD
+    assert str(tmp_path / "mlflow.db") in check.text
+    assert missing("move … away", check.advice) == []
 
 
 def test_a_store_of_something_else_or_cut_short_is_bad(tmp_path, database):
     database.write_bytes(database.read_bytes()[:4500])
-    assert findings(tmp_path)["tracking store"].verdict is Verdict.BAD
+    assert checks(tmp_path)["tracking store"].status is Status.BAD
     database.unlink()
     with closing(sqlite3.connect(database)) as connection, connection:
         connection.execute("CREATE TABLE other (x TEXT)")
-    assert "no such table" in findings(tmp_path)["tracking store"].text
+    assert "no such table" in checks(tmp_path)["tracking store"].text
 
 
 @pytest.mark.parametrize("name", ["run #3", "50%25", "a?b", "ünï", "a b"])
@@ -192,24 +192,24 @@ def test_a_store_in_a_folder_with_an_odd_name_is_found(tmp_path, database, name)
     folder = tmp_path / name
     folder.mkdir()
     database.rename(folder / "mlflow.db")
-    finding = findings(folder)["tracking store"]
-    assert finding.verdict is Verdict.GOOD
-    assert missing(f"{folder / 'mlflow.db'} … 3 runs", finding.text) == []
+    check = checks(folder)["tracking store"]
+    assert check.status is Status.GOOD
+    assert missing(f"{folder / 'mlflow.db'} … 3 runs", check.text) == []
 
 
 def test_studies_are_counted(tmp_path):
-    assert "studies" not in findings(tmp_path)
+    assert "studies" not in checks(tmp_path)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "study.yaml").write_text("")
     (tmp_path / "c").mkdir()
-    assert findings(tmp_path)["studies"].text.startswith(f"2 in {tmp_path};")
+    assert checks(tmp_path)["studies"].text.startswith(f"2 in {tmp_path};")
 
 
 def test_the_cache_and_the_data_are_where_the_variables_say(tmp_path, monkeypatch):
     monkeypatch.setenv("DXMI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("DXMI_DATA", str(tmp_path / "data"))
-    found = findings(tmp_path)
+    found = checks(tmp_path)
     assert missing(f"0 results … 0.00 GB … {tmp_path / 'cache'} … DXMI_CACHE", found["cache"].text) == []
     assert missing(f"no files … {tmp_path / 'data'}", found["data"].text) == []
     (tmp_path / "cache" / "references").mkdir(parents=True)
@@ -218,7 +218,7 @@ def test_the_cache_and_the_data_are_where_the_variables_say(tmp_path, monkeypatc
     with (tmp_path / "cache" / "large").open("wb") as file:
         file.truncate(2_500_000_000)  # sparse
     (tmp_path / "data" / "mnist").mkdir(parents=True)
-    found = findings(tmp_path)
+    found = checks(tmp_path)
     assert missing("2 results … 2.50 GB", found["cache"].text) == []
     assert missing(f"mnist … {tmp_path / 'data'}", found["data"].text) == []
 
@@ -236,20 +236,20 @@ def sparse(path, size: int) -> None:
 def test_a_small_folder_can_be_uploaded(tmp_path):
     here = Path.cwd()
     sparse(here / "a", 99_000_000)
-    finding = findings(tmp_path)["upload"]
-    assert finding.verdict is Verdict.GOOD
-    assert missing(f"99.0 MB … {here}", finding.text) == []
+    check = checks(tmp_path)["upload"]
+    assert check.status is Status.GOOD
+    assert missing(f"99.0 MB … {here}", check.text) == []
 
 
 def test_an_upload_that_is_too_big_names_its_biggest_folders(tmp_path):
     here = Path.cwd()
     for name, size in (("small", 1), ("weights/a", 60), ("weights/b", 70), ("pictures/x/y", 50), ("notes", 10)):
         sparse(here / name, size * 1_000_000)
-    finding = findings(tmp_path)["upload"]
-    assert finding.verdict is Verdict.WARNING
-    assert missing(f"191.0 MB … {here}", finding.text) == []
+    check = checks(tmp_path)["upload"]
+    assert check.status is Status.WARNING
+    assert missing(f"191.0 MB … {here}", check.text) == []
     biggest = "weights 130 MB, pictures 50 MB, notes 10 MB, small 1 MB"
-    assert missing(f"dxmi submit … 100 MB … .gitignore … {biggest}", finding.advice) == []
+    assert missing(f"dxmi submit … 100 MB … .gitignore … {biggest}", check.advice) == []
 
 
 def test_what_is_not_uploaded_does_not_count(tmp_path):
@@ -258,7 +258,7 @@ def test_what_is_not_uploaded_does_not_count(tmp_path):
         sparse(here / name / "x", 500_000_000)
     sparse(tmp_path / "elsewhere" / "x", 500_000_000)
     (here / "link").symlink_to(tmp_path / "elsewhere")
-    assert findings(tmp_path)["upload"].verdict is Verdict.GOOD
+    assert checks(tmp_path)["upload"].status is Status.GOOD
 
 
 # ----------------------------------------------------------------------------
@@ -267,26 +267,26 @@ def test_what_is_not_uploaded_does_not_count(tmp_path):
 
 def test_a_taken_port_is_noticed(monkeypatch, tmp_path, taken):
     monkeypatch.setattr(doctor, "DEFAULT_PORT", taken)
-    finding = findings(tmp_path)["MLflow UI"]
-    assert finding.verdict is Verdict.WARNING
-    assert missing(f"127.0.0.1:{taken} … taken", finding.text) == []
-    assert missing("dxmi ui … next free", finding.advice) == []
+    check = checks(tmp_path)["MLflow UI"]
+    assert check.status is Status.WARNING
+    assert missing(f"127.0.0.1:{taken} … taken", check.text) == []
+    assert missing("dxmi ui … next free", check.advice) == []
 
 
 def test_a_free_port_is_good(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "DEFAULT_PORT", port := free())
-    finding = findings(tmp_path)["MLflow UI"]
-    assert finding == Finding("MLflow UI", Verdict.GOOD, finding.text)
-    assert missing(f"127.0.0.1:{port} … free", finding.text) == []
+    check = checks(tmp_path)["MLflow UI"]
+    assert check == Check("MLflow UI", Status.GOOD, check.text)
+    assert missing(f"127.0.0.1:{port} … free", check.text) == []
 
 
 def test_a_cluster_in_the_environment_is_noticed(monkeypatch, tmp_path):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert "Ray" not in findings(tmp_path)
+    assert "Ray" not in checks(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", "http://10.0.0.1:8265")
-    finding = findings(tmp_path)["Ray"]
-    assert finding.verdict is Verdict.WARNING
-    assert "http://10.0.0.1:8265" in finding.text
+    check = checks(tmp_path)["Ray"]
+    assert check.status is Status.WARNING
+    assert "http://10.0.0.1:8265" in check.text
 
 
 def test_a_host_name_that_does_not_resolve_is_noticed(monkeypatch, tmp_path):
@@ -294,9 +294,9 @@ def test_a_host_name_that_does_not_resolve_is_noticed(monkeypatch, tmp_path):
         raise socket.gaierror
 
     monkeypatch.setattr(socket, "getaddrinfo", fails)
-    finding = findings(tmp_path)["host name"]
-    assert finding.verdict is Verdict.WARNING
-    assert f"add {socket.gethostname()} to /etc/hosts" in finding.advice
+    check = checks(tmp_path)["host name"]
+    assert check.status is Status.WARNING
+    assert f"add {socket.gethostname()} to /etc/hosts" in check.advice
 
 
 def test_a_wanted_port_is_taken_if_it_is_free():

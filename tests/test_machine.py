@@ -18,7 +18,7 @@ from dxmi.errors import UserError
 from dxmi.persistence.cache import cache_root
 from tune import machine
 from tune.cli import doctor, ui
-from tune.cli.doctor import Verdict
+from tune.cli.doctor import Status
 from tune.execution import jobs as submit
 
 
@@ -100,14 +100,14 @@ def test_without_a_short_folder_it_is_said_and_the_doctor_says_it_too(monkeypatc
     monkeypatch.setattr(machine, "_own_places", list)
     with pytest.raises(UserError, match="RAY_TMPDIR"):
         machine.ray_folder()
-    (found,) = [f for f in doctor.examine(tmp_path) if f.subject == "disk for Ray"]
-    assert found.verdict is Verdict.BAD
+    (found,) = [f for f in doctor.run_checks(tmp_path) if f.subject == "disk for Ray"]
+    assert found.status is Status.BAD
     assert "RAY_TMPDIR" in found.advice
 
 
 def test_the_doctor_looks_at_the_folder_that_is_used(monkeypatch, tmp_path, own):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("x" * 60)))
-    (found,) = [f for f in doctor.examine(tmp_path) if f.subject == "disk for Ray"]
+    (found,) = [f for f in doctor.run_checks(tmp_path) if f.subject == "disk for Ray"]
     assert str(own / "ray") in found.text
     assert not own.exists()  # it only looked
 

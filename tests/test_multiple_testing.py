@@ -10,7 +10,7 @@ from scipy import stats
 from dxmi.errors import UserError
 from tune.stats import multiple_testing
 from tune.stats.multiple_testing import (
-    Look,
+    InterimAnalysis,
     closed_p,
     holm,
     sequential_closed_p,
@@ -163,7 +163,7 @@ def singles_of(scores: np.ndarray) -> list[float]:
 
 
 def p_of_set(
-    scores: np.ndarray, looks: list[Look] | None = None, counts: list[int] | None = None, seed: int = 0
+    scores: np.ndarray, analyses: list[InterimAnalysis] | None = None, counts: list[int] | None = None, seed: int = 0
 ) -> float:
     """By permutation, of all arms together."""
     arms, seeds = len(scores) - 1, scores.shape[1]
@@ -172,7 +172,7 @@ def p_of_set(
         seeds,
         tuple(counts or [seeds] * arms),
         (1.0,) * arms,
-        tuple(looks or [Look(seeds, 1.0)]),
+        tuple(analyses or [InterimAnalysis(seeds, 1.0)]),
         seed,
     )
     return float(multiple_testing._p_of_sets(problem, np.arange(arms)[None])[0])
@@ -260,37 +260,37 @@ def test_one_look_is_no_correction_and_later_looks_cost_their_share():
     scores = normal(3, 6, seed=2) + np.array([[0.0], [2.0], [0.0]])
     plain = adjusted(scores)
     singles, counts = singles_of(scores), [6, 6]
-    once = sequential_closed_p(scores, counts, singles, [Look(6, 1.0)])
+    once = sequential_closed_p(scores, counts, singles, [InterimAnalysis(6, 1.0)])
     assert once.tolist() == plain.tolist()
     padded = np.hstack([scores, np.full((3, 2), NAN)])
-    looks = [Look(6, 0.25), Look(8, 0.75)]
-    assert p_of_set(padded, looks, counts) == pytest.approx(min(1.0, 4.0 * p_of_set(scores)), rel=1e-12)
-    assert p_of_set(padded, looks, [5, 5]) == 1.0
+    analyses = [InterimAnalysis(6, 0.25), InterimAnalysis(8, 0.75)]
+    assert p_of_set(padded, analyses, counts) == pytest.approx(min(1.0, 4.0 * p_of_set(scores)), rel=1e-12)
+    assert p_of_set(padded, analyses, [5, 5]) == 1.0
 
 
 def test_the_corrected_p_of_a_set_is_its_definition():
     """Looks at 2 and 3 seeds: the smallest p over share of each of all 216 permutations, one at a time."""
     scores = normal(3, 3, seed=4) + np.array([[0.0], [1.0], [3.0]])
-    looks = [Look(2, 0.5), Look(3, 0.5)]
+    analyses = [InterimAnalysis(2, 0.5), InterimAnalysis(3, 0.5)]
     tables = every_permutation(scores)
-    ratios = np.array([[largest_ratio(table[:, : look.seeds]) for table in tables] for look in looks])
-    p = (ratios[:, None, :] >= ratios[:, :, None] * (1.0 - 1e-9)).mean(axis=2)  # [looks, permutations]
+    ratios = np.array([[largest_ratio(table[:, : analysis.seeds]) for table in tables] for analysis in analyses])
+    p = (ratios[:, None, :] >= ratios[:, :, None] * (1.0 - 1e-9)).mean(axis=2)  # [analyses, permutations]
     smallest = (p / 0.5).min(axis=0)
     seen = smallest[[np.array_equal(table, scores) for table in tables]][0]
     expected = (smallest <= seen * (1.0 + 1e-9)).mean()
-    assert p_of_set(scores, looks) == pytest.approx(expected, rel=1e-9)
+    assert p_of_set(scores, analyses) == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_set_is_tested_with_the_seeds_that_all_its_arms_have():
     """An arm that stopped keeps every set that it is in as it was, whatever the others do later."""
-    looks = [Look(6, 0.5), Look(8, 0.5)]
+    analyses = [InterimAnalysis(6, 0.5), InterimAnalysis(8, 0.5)]
     scores = normal(4, 8, seed=6) + np.array([[0.0], [4.0], [0.0], [1.0]])
     early = scores.copy()
     early[:, 6:] = NAN
     singles = [0.01, 0.5, 0.5]
-    at_first = sequential_closed_p(early, [6, 6, 6], singles, looks)
+    at_first = sequential_closed_p(early, [6, 6, 6], singles, analyses)
     early[[0, 2, 3], 6:] = scores[[0, 2, 3], 6:]
-    later = sequential_closed_p(early, [6, 8, 8], singles, looks)
+    later = sequential_closed_p(early, [6, 8, 8], singles, analyses)
     assert later[0] == at_first[0] < 0.05
 
 
@@ -321,7 +321,7 @@ def all_adjusted(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for size in range(2, treatments):
         sets = list(itertools.combinations(range(1, treatments), size))
         tables = scores[:, [(0, *members) for members in sets]].reshape(-1, size + 1, seeds)
-        p = multiple_testing._p_of_tables(tables, [Look(seeds, 1.0)], 0.0, 0).reshape(studies, -1)
+        p = multiple_testing._p_of_tables(tables, [InterimAnalysis(seeds, 1.0)], 0.0, 0).reshape(studies, -1)
         for column, members in enumerate(sets):
             rows = np.array(members) - 1
             both = np.minimum(p[:, column] / 0.75, size * singles[:, rows].min(axis=1) / 0.25)

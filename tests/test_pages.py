@@ -26,7 +26,7 @@ from tune.cli.main import main
 from tune.config.ablation import parse_ablation
 from tune.config.compose import compose_experiment
 from tune.config.sweep import BudgetConfig, SamplerConfig, SweepConfig, TrackingConfig
-from tune.integrations.mlflow_store import KIND_TAG, TRAINING_KIND, Ledger, experiment_id, open_ledger, open_store
+from tune.integrations.mlflow_store import KIND_TAG, TRAINING_KIND, MlflowWriter, experiment_id, open_store, open_writer
 from tune.integrations.mlflow_tracker import Tracker
 from tune.plans.ablation import AblationPlan, ablation_plan
 from tune.plans.arms import arms
@@ -218,8 +218,8 @@ def test_of_too_many_trials_the_best_are_shown_and_of_arms_the_first_seeds(studi
 
 
 def test_a_study_on_a_server_has_addresses_there(studies, monkeypatch):
-    local = open_ledger(studies, "local", "dxmi")
-    monkeypatch.setattr(tune.reporting.pages, "open_ledger", lambda *_: local)
+    local = open_writer(studies, "local", "dxmi")
+    monkeypatch.setattr(tune.reporting.pages, "open_writer", lambda *_: local)
     study = Study.read(StudyFolder(studies / "lr-1"))
     plan = sweep_plan(uri="https://mlflow.example/lab")
     pages = study_pages(study.folder, plan, study.records(), SERVER)
@@ -308,10 +308,10 @@ def test_the_end_of_every_kind_of_study_names_them(studies, name, about):
 
 
 def test_a_server_that_is_away_costs_the_addresses_only(studies, capsys, monkeypatch):
-    def away(*_: object) -> Ledger:
+    def away(*_: object) -> MlflowWriter:
         raise ConnectionError("Connection refused")
 
-    monkeypatch.setattr(tune.reporting.pages, "open_ledger", away)
+    monkeypatch.setattr(tune.reporting.pages, "open_writer", away)
     plan = sweep_plan(uri="http://mlflow.example:5000")
     (line,) = tune.cli.sweeps._in_mlflow(plan, ended(studies, "lr-1"))
     assert "http://mlflow.example:5000" in line

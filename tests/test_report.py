@@ -51,7 +51,7 @@ from tune.studies.leaderboard import (
     write_leaderboard,
 )
 from tune.studies.ranking import pareto_front
-from tune.studies.records import Outcome, TrialRecord, TrialState, completed, fallen_behind, unfinished
+from tune.studies.records import Outcome, TrialRecord, TrialState, completed, pruned, unfinished
 from tune.studies.study import Study
 
 RATES = {
@@ -117,7 +117,7 @@ class Fabricated:
     def pruned(self, *scores: float) -> TrialRecord:
         record = self._begin(list(scores))
         curve = self.study.curves()[record.number]
-        self.study.finish(record.number, fallen_behind(curve, max(curve), 2.0))
+        self.study.finish(record.number, pruned(curve, max(curve), 2.0))
         return self.study.record(record.number)
 
     def ended(self, state: TrialState, reason: str, *scores: float) -> TrialRecord:

@@ -40,13 +40,13 @@ def study(*differences: np.ndarray, seeds: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("step", [1, 2, 5])
 def test_a_plan_spends_all_of_its_error_rate_at_looks_that_can_decide(arms, cap, step):
     plan = SeedPlan(arms, cap=cap, step=step)
-    assert plan.looks[0] == 3
-    assert plan.looks[-1] == cap
-    assert all(b - a == step for a, b in itertools.pairwise(plan.looks[:-1]))
+    assert plan.interim_analyses[0] == 3
+    assert plan.interim_analyses[-1] == cap
+    assert all(b - a == step for a, b in itertools.pairwise(plan.interim_analyses[:-1]))
     assert sum(share for _, share in plan.tests) == pytest.approx(1.0, abs=1e-15)
-    assert {look for look, _ in plan.tests} <= set(plan.looks)
-    for look, share in plan.tests:
-        assert 2.0 / 2.0**look <= 0.05 * share / (arms if arms > 12 else 1)  # where Holm's procedure is used
+    assert {analysis for analysis, _ in plan.tests} <= set(plan.interim_analyses)
+    for analysis, share in plan.tests:
+        assert 2.0 / 2.0**analysis <= 0.05 * share / (arms if arms > 12 else 1)  # where Holm's procedure is used
     assert plan.tests[-1][0] == cap
     assert plan.tests[-1][1] >= 0.5
 
@@ -73,7 +73,7 @@ def test_the_first_test_of_more_than_12_arms_is_holms():
         ({"arms": 1, "start": 1}, "2 seeds"),
         ({"arms": 1, "step": 0}, "at least 1"),
         ({"arms": 1, "error_rate": 0.0}, "error_rate is 0.0"),
-        ({"arms": 1, "hopeless": 1.0}, "hopeless is 1.0"),
+        ({"arms": 1, "futility": 1.0}, "futility is 1.0"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(settings, sentence):
@@ -187,12 +187,12 @@ def test_the_chance_of_a_verdict_is_that_of_studies_simulated_to_the_cap():
     final = (n * mean + (cap - n) * rest) / cap
     expected = np.mean(np.abs(final) > stats.t.isf(0.025, cap - 1) * spread / math.sqrt(cap))
     scores = {"base": np.zeros(n), "a": differences}
-    assert next_seeds(scores, "base", SeedPlan(1, cap=cap, hopeless=expected - 0.005)) == {"a": 6}
-    assert next_seeds(scores, "base", SeedPlan(1, cap=cap, hopeless=expected + 0.005)) == {}
+    assert next_seeds(scores, "base", SeedPlan(1, cap=cap, futility=expected - 0.005)) == {"a": 6}
+    assert next_seeds(scores, "base", SeedPlan(1, cap=cap, futility=expected + 0.005)) == {}
 
 
 def test_at_the_cap_no_arm_goes_on_and_the_verdict_is_the_studys():
-    plan = SeedPlan(1, cap=12, hopeless=0.0)
+    plan = SeedPlan(1, cap=12, futility=0.0)
     assert next_seeds(study(NOISE, seeds=11), "base", plan) == {"a": 12}
     assert next_seeds(study(NOISE, seeds=12), "base", plan) == {}
     (comparison,) = review(study(NOISE, seeds=12), "base", plan)
@@ -202,7 +202,7 @@ def test_at_the_cap_no_arm_goes_on_and_the_verdict_is_the_studys():
 
 def test_arms_stop_one_by_one_and_keep_their_verdicts():
     """The first test is at 8. A verdict that is reached stays while the other arm goes on."""
-    plan = SeedPlan(2, cap=12, hopeless=0.0)
+    plan = SeedPlan(2, cap=12, futility=0.0)
     at_8 = study(STEADY, NOISE, seeds=8)
     assert next_seeds(at_8, "base", plan) == {"b": 9}
     later = study(STEADY, NOISE, seeds=12) | {"a": at_8["a"]}
@@ -327,9 +327,9 @@ def test_adaptive_studies_say_the_same_for_fewer_runs(few_permutations):
     ("effects", "cap"), [([0.0], 10), ([0.0] * 3, 12), ([0.0] * 5, 12), ([0.0, 0.0, 3.0], 12), ([0.0] * 3, 16)]
 )
 def test_false_verdicts_stay_at_or_under_5_percent_over_all_looks_and_arms(few_permutations, effects, cap):
-    """Nobody stops as hopeless, and so nothing is decided before the first test: the studies start there."""
+    """Nobody stops as futility, and so nothing is decided before the first test: the studies start there."""
     first = SeedPlan(len(effects), cap=cap).tests[0][0]
-    plan = SeedPlan(len(effects), start=first, cap=cap, hopeless=0.0)
+    plan = SeedPlan(len(effects), start=first, cap=cap, futility=0.0)
     assert plan.tests == SeedPlan(len(effects), cap=cap).tests
     assert simulated(effects, plan, studies=2_000, seed=cap)["false"] <= 0.05
 

@@ -24,7 +24,7 @@ from tune.cli.main import main
 from tune.config.ablation import parse_ablation
 from tune.config.compose import compose_experiment
 from tune.config.sweep import TrackingConfig
-from tune.execution.controller import Conductor
+from tune.execution.controller import Controller
 from tune.execution.seed_batching import fastest, seeds_together
 from tune.execution.slots import Slots
 from tune.execution.trial_messages import Diverged
@@ -55,10 +55,10 @@ class Clock:
         return self.now
 
 
-def conductor(folder: Path, clock: Clock, seeds: int = 3, stack: int = 2) -> Conductor:
+def controller(folder: Path, clock: Clock, seeds: int = 3, stack: int = 2) -> Controller:
     folder = StudyFolder(folder / "study")
     folder.path.mkdir(exist_ok=True, parents=True)
-    made = Conductor(Study.drive(folder, plan(seeds)), TWO_SLOTS, clock)
+    made = Controller(Study.drive(folder, plan(seeds)), TWO_SLOTS, clock)
     made.stack_seeds(stack)
     return made
 
@@ -68,19 +68,19 @@ def cells(records) -> list[tuple[str, int]]:
 
 
 def test_a_program_has_seeds_of_one_arm_and_fills_one_slot(tmp_path):
-    session = conductor(tmp_path, Clock())
-    assert cells(session.next_together()) == [("baseline", 0), ("baseline", 1)]
-    assert cells(session.next_together()) == [("no_entropy", 0), ("no_entropy", 1)]
-    assert session.next_together() == []
-    assert sorted(session.live) == [0, 1, 2, 3]
+    session = controller(tmp_path, Clock())
+    assert cells(session.next_program()) == [("baseline", 0), ("baseline", 1)]
+    assert cells(session.next_program()) == [("no_entropy", 0), ("no_entropy", 1)]
+    assert session.next_program() == []
+    assert sorted(session.running) == [0, 1, 2, 3]
     session.receive(Diverged(0, "made up"))
-    assert session.next_together() == []  # its program goes on with the other seed
+    assert session.next_program() == []  # its program goes on with the other seed
     session.receive(Diverged(1, "made up"))
-    assert cells(session.next_together()) == [("fast", 0), ("fast", 1)]
+    assert cells(session.next_program()) == [("fast", 0), ("fast", 1)]
 
 
 def test_the_last_program_takes_what_is_left(tmp_path):
-    begun = programs(conductor(tmp_path, Clock()))
+    begun = programs(controller(tmp_path, Clock()))
     assert [len(together) for together in begun] == [2, 2, 2, 1, 1, 1]
     assert sorted(cell for together in begun for cell in together) == [
         (arm, seed) for arm in sorted(("baseline", *VARIANTS)) for seed in range(3)
@@ -88,18 +88,18 @@ def test_the_last_program_takes_what_is_left(tmp_path):
 
 
 def test_interrupted_trials_are_stacked_again_with_their_own_arm(tmp_path):
-    first = conductor(tmp_path, Clock())
-    first.next_together()
-    first.next_together()
-    again = conductor(tmp_path, Clock(), stack=8)
-    assert cells(again.next_together()) == [("baseline", 0), ("baseline", 1), ("baseline", 2)]
-    assert cells(again.next_together()) == [("no_entropy", 0), ("no_entropy", 1), ("no_entropy", 2)]
+    first = controller(tmp_path, Clock())
+    first.next_program()
+    first.next_program()
+    again = controller(tmp_path, Clock(), stack=8)
+    assert cells(again.next_program()) == [("baseline", 0), ("baseline", 1), ("baseline", 2)]
+    assert cells(again.next_program()) == [("no_entropy", 0), ("no_entropy", 1), ("no_entropy", 2)]
 
 
 def test_a_programs_time_is_divided_among_its_trials_and_its_limit_is_not(tmp_path):
     clock = Clock()
-    session = conductor(tmp_path, clock)
-    session.next_together()
+    session = controller(tmp_path, clock)
+    session.next_program()
     clock.now = 60.0
     assert session.device_seconds == pytest.approx(60.0)
     session.receive(Diverged(0, "made up"))
@@ -149,12 +149,12 @@ def test_what_a_study_recorded_is_repeated_whatever_the_machine(slots):
 
 
 def test_the_choice_is_kept_in_the_study_and_the_same_command_finds_it(tmp_path):
-    first = conductor(tmp_path, Clock(), stack=2)
+    first = controller(tmp_path, Clock(), stack=2)
     assert yaml.safe_load(first.study.folder.plan.read_text())["stacked"] == 2
     again = Study.drive(first.study.folder, plan(3))  # a plan as the command makes it, which knows of no choice
     assert again.plan.stacked == 2
     assert Study.read(first.study.folder).plan.stacked == 2
-    Conductor(again, TWO_SLOTS, Clock()).stack_seeds(3)
+    Controller(again, TWO_SLOTS, Clock()).stack_seeds(3)
     assert first.study.folder.read_plan().stacked == 3
 
 
@@ -166,21 +166,21 @@ def test_a_recorded_choice_that_is_none_is_refused():
 @pytest.mark.parametrize("ended", [(), (1,), (0, 2), (3,)])
 def test_a_resumed_study_trains_the_same_seeds_together(tmp_path, ended):
     """Blocks of two: a seed that ended early is not replaced by one of another block."""
-    whole = conductor(tmp_path / "whole", Clock(), seeds=4)
+    whole = controller(tmp_path / "whole", Clock(), seeds=4)
     blocks = {cell: place for place, cells_of in enumerate(programs(whole)) for cell in cells_of}
-    session = conductor(tmp_path / "cut", Clock(), seeds=4)
-    session.next_together()
-    session.next_together()
+    session = controller(tmp_path / "cut", Clock(), seeds=4)
+    session.next_program()
+    session.next_program()
     for number in ended:
         session.receive(Diverged(number, "made up"))
-    for program in programs(conductor(tmp_path / "cut", Clock(), seeds=4)):
+    for program in programs(controller(tmp_path / "cut", Clock(), seeds=4)):
         assert len({blocks[cell] for cell in program}) == 1
 
 
-def programs(session: Conductor) -> list[list[tuple[str, int]]]:
+def programs(session: Controller) -> list[list[tuple[str, int]]]:
     """The cells of every program of what is left of a study, in order."""
     begun = []
-    while together := session.next_together():
+    while together := session.next_program():
         begun.append(cells(together))
         for record in together:
             session.receive(Diverged(record.number, "made up"))
@@ -201,7 +201,7 @@ def test_the_dry_run_says_how_many_seeds_share_a_program(tmp_path, capsys):
     assert missing("2 seeds", text("resources.stack_seeds=2")) == []
     chosen = Ablation(*TINY, f"ablation={path}", name="study", studies=tmp_path)
     chosen.folder.path.mkdir()
-    Conductor(Study.drive(chosen.folder, chosen.plan), TWO_SLOTS, Clock()).stack_seeds(3)
+    Controller(Study.drive(chosen.folder, chosen.plan), TWO_SLOTS, Clock()).stack_seeds(3)
     assert missing("3 seeds … this study", text()) == []
 
 

@@ -10,7 +10,7 @@ from optuna.pruners import MedianPruner, SuccessiveHalvingPruner
 from optuna.trial import TrialState
 
 from tune.config.sweep import StoppingConfig
-from tune.search.pruners import falls_behind
+from tune.search.pruners import should_prune
 
 ASHA = StoppingConfig(rule="asha", first_step=1, factor=3)
 TO_STEP = 30
@@ -29,7 +29,7 @@ def replayed(rule: StoppingConfig, scores: dict[int, dict[int, float]], seed: in
         number = rng.choice(sorted(pending)[:3])  # three at once
         step = pending[number].pop(0)
         curves.setdefault(number, {})[step] = scores[number][step]
-        stop = falls_behind(rule, curves, finished, number, step)
+        stop = should_prune(rule, curves, finished, number, step)
         yield curves, finished, number, step, stop
         if stop or not pending[number]:
             del pending[number]
@@ -91,7 +91,7 @@ def test_asha_decides_by_its_text_when_scores_miss_the_rungs(first_step, seed):
     decisions = []
     for curves, finished, number, step, stop in replayed(rule, scores, seed):
         assert stop == by_the_text(rule, curves, number, step)
-        assert stop == falls_behind(rule, copy.deepcopy(curves), [*finished], number, step)  # asked again
+        assert stop == should_prune(rule, copy.deepcopy(curves), [*finished], number, step)  # asked again
         decisions.append(stop)
     assert {True, False} <= set(decisions)
 
@@ -101,7 +101,7 @@ def test_the_first_trial_at_a_rung_is_never_stopped():
     curves: dict[int, dict[int, float]] = {0: {}}
     for step, score in rising.items():
         curves[0][step] = score
-        assert not falls_behind(ASHA, curves, [], 0, step)
+        assert not should_prune(ASHA, curves, [], 0, step)
 
 
 @pytest.mark.parametrize(
@@ -119,35 +119,35 @@ def test_the_best_1_over_factor_go_on(factor, scores, goes_on):
     curves: dict[int, dict[int, float]] = {}
     for number, score in enumerate(scores):
         curves[number] = {10: score}
-        assert falls_behind(rule, curves, [], number, 10) is not goes_on[number]
+        assert should_prune(rule, curves, [], number, 10) is not goes_on[number]
 
 
 def test_nothing_is_stopped_before_the_first_rung_or_between_rungs():
     rule = StoppingConfig(rule="asha", first_step=10, factor=3)
     steps = [0, 5, 9, 10, 11, 29, 30, 31]
     curves = {0: dict.fromkeys(steps, 0.0), 1: dict.fromkeys(steps, 1.0)}
-    assert [step for step in steps if falls_behind(rule, curves, [], 1, step)] == [10, 30]
+    assert [step for step in steps if should_prune(rule, curves, [], 1, step)] == [10, 30]
 
 
 def test_the_first_score_past_a_rung_stands_for_it():
     rule = StoppingConfig(rule="asha", first_step=10, factor=3)
     best, worse = {8: 9.0, 12: 1.0, 16: 9.0}, {8: 0.0, 15: 2.0, 20: 0.0}
-    assert falls_behind(rule, {0: best, 1: worse}, [], 1, 15)
-    assert not falls_behind(rule, {0: best, 1: worse}, [], 1, 20)  # the rung is past
-    assert not falls_behind(rule, {0: best, 1: {8: 9.0, 15: 1.0}}, [], 1, 15)
+    assert should_prune(rule, {0: best, 1: worse}, [], 1, 15)
+    assert not should_prune(rule, {0: best, 1: worse}, [], 1, 20)  # the rung is past
+    assert not should_prune(rule, {0: best, 1: {8: 9.0, 15: 1.0}}, [], 1, 15)
 
 
 @pytest.mark.parametrize(("score", "stopped"), [(4.0, True), (2.0, True), (1.0, False)])
 def test_several_rungs_that_are_passed_at_once_must_all_be_survived(score, stopped):
     # At rung 1 the others have 3 and 3, at rung 3 they have 1 and 5: a 2 would do at the first, but not at the second.
     others = {0: {1: 3.0, 3: 1.0}, 1: {1: 3.0, 3: 5.0}}
-    assert falls_behind(ASHA, {**others, 2: {0: 0.0, 4: score}}, [], 2, 4) is stopped
+    assert should_prune(ASHA, {**others, 2: {0: 0.0, 4: score}}, [], 2, 4) is stopped
 
 
 def test_a_decision_does_not_look_at_what_the_trial_does_later():
     for curves, finished, number, step, stop in replayed(ASHA, random_scores(5, [*range(TO_STEP)]), 5):
         later = {**curves, number: {**curves[number], step + 1: -100.0, step + 50: 100.0}}
-        assert falls_behind(ASHA, later, finished, number, step) == stop
+        assert should_prune(ASHA, later, finished, number, step) == stop
 
 
 def test_a_decision_changes_nothing():
@@ -155,7 +155,7 @@ def test_a_decision_changes_nothing():
     before, finished = copy.deepcopy(curves), [0, 1]
     for rule in ("asha", "median", "none"):
         for step in range(TO_STEP):
-            falls_behind(StoppingConfig(rule=rule, first_step=1), curves, finished, 3, step)
+            should_prune(StoppingConfig(rule=rule, first_step=1), curves, finished, 3, step)
     assert (curves, finished) == (before, [0, 1])
 
 
@@ -163,7 +163,7 @@ def test_the_order_of_the_trials_does_not_matter():
     curves = random_scores(7, [*range(TO_STEP)])
     turned = dict(reversed(curves.items()))
     for number in curves:
-        assert falls_behind(ASHA, curves, [], number, 9) == falls_behind(ASHA, turned, [], number, 9)
+        assert should_prune(ASHA, curves, [], number, 9) == should_prune(ASHA, turned, [], number, 9)
 
 
 # ----------------------------------------------------------------------------
@@ -175,24 +175,24 @@ def test_the_median_rule_by_hand():
     # Means up to step 20: 4, 3, 10; their median is 4. Up to step 10: 5, 2, 10; it is 5.
     curves = {0: {0: 6.0, 10: 4.0, 20: 2.0}, 1: {0: 2.0, 10: 2.0, 20: 5.0}, 2: {0: 10.0, 10: 10.0, 20: 10.0}}
     for score, step, stopped in ((5.1, 10, True), (5.0, 10, False), (4.1, 20, True), (4.0, 20, False)):
-        assert falls_behind(rule, {**curves, 3: {step: score}}, [0, 1, 2], 3, step) is stopped
+        assert should_prune(rule, {**curves, 3: {step: score}}, [0, 1, 2], 3, step) is stopped
 
 
 def test_the_median_rule_looks_at_the_best_score_so_far_and_at_no_later_one():
     rule = StoppingConfig(rule="median", first_step=10, min_trials=1)
     finished = {0: {10: 5.0, 20: 5.0, 30: 0.0}}
-    assert not falls_behind(rule, {**finished, 1: {10: 4.0, 20: 9.0}}, [0], 1, 20)
-    assert falls_behind(rule, {**finished, 1: {10: 6.0, 20: 9.0, 30: 0.0}}, [0], 1, 20)
+    assert not should_prune(rule, {**finished, 1: {10: 4.0, 20: 9.0}}, [0], 1, 20)
+    assert should_prune(rule, {**finished, 1: {10: 6.0, 20: 9.0, 30: 0.0}}, [0], 1, 20)
 
 
 def test_the_median_rule_stops_nothing_early_or_with_few_finished_trials():
     rule = StoppingConfig(rule="median", first_step=10, min_trials=3)
     curves = {n: {0: 1.0, 9: 1.0, 10: 1.0} for n in range(4)} | {4: {0: 9.0, 9: 9.0, 10: 9.0}}
-    assert not falls_behind(rule, curves, [0, 1, 2, 3], 4, 9)
-    assert falls_behind(rule, curves, [0, 1, 2], 4, 10)
-    assert not falls_behind(rule, curves, [0, 1], 4, 10)
-    assert not falls_behind(rule, curves, [0, 1, 4], 4, 10)  # it is not compared with itself
-    assert not falls_behind(rule, {**curves, 2: {20: 1.0}}, [0, 1, 2], 4, 10)  # nothing to compare with so early
+    assert not should_prune(rule, curves, [0, 1, 2, 3], 4, 9)
+    assert should_prune(rule, curves, [0, 1, 2], 4, 10)
+    assert not should_prune(rule, curves, [0, 1], 4, 10)
+    assert not should_prune(rule, curves, [0, 1, 4], 4, 10)  # it is not compared with itself
+    assert not should_prune(rule, {**curves, 2: {20: 1.0}}, [0, 1, 2], 4, 10)  # nothing to compare with so early
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -215,7 +215,7 @@ def test_the_median_rule_decides_as_optunas_pruner_where_finished_curves_are_fla
             for step in steps:
                 curve[step] = float(rng.integers(2, 12))
                 asked.report(curve[step], step)
-                stop = falls_behind(rule, {**curves, 99: curve}, [*curves], 99, step)
+                stop = should_prune(rule, {**curves, 99: curve}, [*curves], 99, step)
                 assert stop == asked.should_prune()
                 decisions.add(stop)
             study.tell(asked, state=TrialState.FAIL)
@@ -232,7 +232,7 @@ def test_the_median_rule_against_numpy(seed):
         for step in range(12):
             median = np.median(table[:4, : step + 1].mean(axis=1))
             expected = step >= 3 and table[number, : step + 1].min() > median
-            assert falls_behind(rule, curves, [0, 1, 2, 3], number, step) == expected
+            assert should_prune(rule, curves, [0, 1, 2, 3], number, step) == expected
 
 
 # ----------------------------------------------------------------------------
@@ -242,5 +242,5 @@ def test_the_median_rule_against_numpy(seed):
 def test_without_a_rule_nothing_is_stopped():
     rule = StoppingConfig(rule="none", first_step=1, min_trials=1)
     curves = {0: {100: 0.0}, 1: {100: 1.0}, 2: {100: 1e9}}
-    assert not any(falls_behind(rule, curves, [0, 1], number, 100) for number in curves)
-    assert falls_behind(StoppingConfig(rule="median", first_step=1, min_trials=1), curves, [0, 1], 2, 100)
+    assert not any(should_prune(rule, curves, [0, 1], number, 100) for number in curves)
+    assert should_prune(StoppingConfig(rule="median", first_step=1, min_trials=1), curves, [0, 1], 2, 100)

@@ -18,7 +18,7 @@ from tune.cli.main import main
 from tune.config.compose import compose_experiment
 from tune.integrations import object_store as storage
 from tune.integrations.object_store import Remote, join, kept, light, node_folder, whole
-from tune.integrations.study_sync import Mirror
+from tune.integrations.study_sync import StudySync
 from tune.studies.folder import StudyFolder
 from tune.studies.records import TrialState
 
@@ -284,19 +284,19 @@ def test_fetch_brings_a_study_here_and_up_to_date(studied, tmp_path, capsys):
     assert "neither a study nor a run" in capsys.readouterr().err
 
 
-def mirrored(tmp_path, journal: str, copy: str) -> Mirror:
+def mirrored(tmp_path, journal: str, copy: str) -> StudySync:
     fill(tmp_path / "here" / "s").mkdir(parents=True)
     (tmp_path / "here" / "s" / "optuna.journal").write_text(journal)
     fill(tmp_path / "kept" / "s").mkdir(parents=True)
     (tmp_path / "kept" / "s" / "optuna.journal").write_text(copy)
-    return Mirror(StudyFolder(tmp_path / "here" / "s"), str(tmp_path / "kept"), lambda _: None)
+    return StudySync(StudyFolder(tmp_path / "here" / "s"), str(tmp_path / "kept"), lambda _: None)
 
 
 @pytest.mark.parametrize(("ours", "copy", "then"), [("a\n", "a\nb\n", "a\nb\n"), ("a\nb\n", "a\n", "a\nb\n")])
 def test_the_longer_history_wins(tmp_path, ours, copy, then):
-    mirror = mirrored(tmp_path, ours, copy)
-    mirror.begin()
-    mirror.finish()
+    sync = mirrored(tmp_path, ours, copy)
+    sync.begin()
+    sync.finish()
     for place in ("here", "kept"):
         assert (tmp_path / place / "s" / "optuna.journal").read_text() == then
 
@@ -313,7 +313,7 @@ def test_a_second_driver_is_refused_and_a_dead_one_is_waited_out(tmp_path, monke
     lease = tmp_path / "kept" / "s" / ".driver.json"
     first.begin()
     held = json.loads(lease.read_text())
-    second = Mirror(StudyFolder(tmp_path / "here" / "s"), str(tmp_path / "kept"), lambda _: None)
+    second = StudySync(StudyFolder(tmp_path / "here" / "s"), str(tmp_path / "kept"), lambda _: None)
     second.begin()  # the first one is silent
     assert json.loads(lease.read_text())["time"] > held["time"]
 
@@ -332,18 +332,18 @@ def test_a_second_driver_is_refused_and_a_dead_one_is_waited_out(tmp_path, monke
 def test_a_copy_that_cannot_be_made_is_said_once_and_made_good(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "_WAIT", 0.0)
     said = []
-    mirror = mirrored(tmp_path, "a\n", "")
-    mirror._complain = said.append
-    mirror.begin()
+    sync = mirrored(tmp_path, "a\n", "")
+    sync._complain = said.append
+    sync.begin()
     monkeypatch.setattr("tune.integrations.study_sync._SEND_EVERY", -1.0)
     replace = Remote._replace
     monkeypatch.setattr(Remote, "_replace", lambda *_: (_ for _ in ()).throw(OSError("no route")))
     for _ in range(3):
-        mirror.send_study()
+        sync.send_study()
     assert len(said) == 1
     assert "no route" in said[0]
-    mirror.finish()
+    sync.finish()
     assert "is not complete" in said[-1]
     monkeypatch.setattr(Remote, "_replace", replace)
-    mirror.send_study()
+    sync.send_study()
     assert (tmp_path / "kept" / "s" / "optuna.journal").read_text() == "a\n"

@@ -29,7 +29,7 @@ from tune.config.sweep import BudgetConfig, ObjectiveConfig, SamplerConfig, Stop
 from tune.plans.sweep import Plan, metrics_of, plan_from, require_name
 from tune.studies.folder import StudyFolder, studies_in
 from tune.studies.ranking import pareto_front, ranked
-from tune.studies.records import Outcome, TrialRecord, TrialState, completed, fallen_behind, unfinished
+from tune.studies.records import Outcome, TrialRecord, TrialState, completed, pruned, unfinished
 from tune.studies.study import Study
 
 METRIC = "eval/fid_digits"
@@ -655,7 +655,7 @@ def test_two_objectives_come_in_the_order_of_the_plan():
 
 
 def test_the_outcome_of_a_pruned_trial_is_its_best_score_until_then():
-    outcome = fallen_behind({0: 9.0, 100: 5.0, 200: 6.0, 300: 1.0}, 200, 4.0)
+    outcome = pruned({0: 9.0, 100: 5.0, 200: 6.0, 300: 1.0}, 200, 4.0)
     assert missing("behind … 200", outcome.reason) == []
     assert outcome == Outcome(TrialState.PRUNED, outcome.reason, 5.0, 100, (), 4.0)
 
@@ -677,8 +677,8 @@ def test_a_trial_falls_behind_at_a_rung_but_never_at_its_last_iteration(tmp_path
         record = study.add()
         for step in (0, 100, 200, ITERATIONS):
             study.score(record.number, step, score)
-    assert [step for step in (0, 100, 200, ITERATIONS) if study.falls_behind(1, step)] == [100]
-    assert not any(study.falls_behind(0, step) for step in (0, 100, 200, ITERATIONS))
+    assert [step for step in (0, 100, 200, ITERATIONS) if study.should_prune(1, step)] == [100]
+    assert not any(study.should_prune(0, step) for step in (0, 100, 200, ITERATIONS))
 
 
 def test_the_median_goes_by_complete_trials_alone(tmp_path):
@@ -689,9 +689,9 @@ def test_the_median_goes_by_complete_trials_alone(tmp_path):
         study.score(number, 100, score)
     complete(study, 0, 5.0)
     study.finish(2, Outcome(TrialState.PRUNED, "", 1.0, 100))
-    assert not study.falls_behind(3, 100)
+    assert not study.should_prune(3, 100)
     complete(study, 1, 5.0)
-    assert study.falls_behind(3, 100)
+    assert study.should_prune(3, 100)
 
 
 def test_a_crashed_session_is_brought_up_to_date_from_the_run_folders(tmp_path):

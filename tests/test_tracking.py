@@ -486,7 +486,7 @@ def test_a_killed_driver_leaves_nothing_running_after_the_next_session(studies):
     first = made.tracker()
     first.update(made.records, running={0})
     wait_until(lambda: made.seen.children)
-    first._recorder.given_up.set()  # as far as MLflow can tell, it was killed
+    first._uploader.given_up.set()  # as far as MLflow can tell, it was killed
     first._something_new.set()
     first._thread.join()
     assert made.seen.child(0).info.status == "RUNNING"
@@ -498,7 +498,7 @@ def test_files_that_a_killed_driver_did_not_send_are_sent_by_the_next(studies, m
     made = Made(studies)
     made.whole()
     with monkeypatch.context() as patch:
-        patch.setattr(tune.integrations.mlflow_tracker._Recorder, "_upload", lambda *_: None)
+        patch.setattr(tune.integrations.mlflow_tracker._StudyUploader, "_upload", lambda *_: None)
         made.record()
     assert made.seen.child(0).info.status == "FINISHED"
     assert made.seen.files(made.seen.child(0)) == set()
@@ -584,17 +584,17 @@ class Flaky:
 @pytest.fixture
 def flaky(monkeypatch):
     """`flaky(fate)`: from now on every tracker's client is that `Flaky`."""
-    whole = tune.integrations.mlflow_tracker._open_ledger
+    whole = tune.integrations.mlflow_tracker._open_writer
 
     def make(fate):
         made = Flaky(None, fate)
 
-        def open_ledger(folder, plan):
-            ledger = whole(folder, plan)
-            made.client, ledger._client = ledger._client, made
-            return ledger
+        def open_writer(folder, plan):
+            writer = whole(folder, plan)
+            made.client, writer._client = writer._client, made
+            return writer
 
-        monkeypatch.setattr(tune.integrations.mlflow_tracker, "_open_ledger", open_ledger)
+        monkeypatch.setattr(tune.integrations.mlflow_tracker, "_open_writer", open_writer)
         return made
 
     return make
@@ -769,7 +769,7 @@ def test_an_impatient_end_does_not_wait(studies, flaky):
 
 def test_the_driver_is_never_blocked(studies, monkeypatch):
     held = threading.Event()
-    monkeypatch.setattr(tune.integrations.mlflow_tracker, "_open_ledger", lambda *_: held.wait() and None)
+    monkeypatch.setattr(tune.integrations.mlflow_tracker, "_open_writer", lambda *_: held.wait() and None)
     made = Made(studies)
     made.whole()
     began = time.monotonic()
@@ -784,7 +784,7 @@ def test_an_error_in_the_thread_is_said_once_and_survived(studies, monkeypatch):
     made = Made(studies)
     made.whole()
     whole, failures = (
-        tune.integrations.mlflow_tracker._open_ledger,
+        tune.integrations.mlflow_tracker._open_writer,
         iter([KeyError("odd"), KeyError("odd"), KeyError("odd")]),
     )
 
@@ -793,7 +793,7 @@ def test_an_error_in_the_thread_is_said_once_and_survived(studies, monkeypatch):
             raise error
         return whole(*args)
 
-    monkeypatch.setattr(tune.integrations.mlflow_tracker, "_open_ledger", sometimes)
+    monkeypatch.setattr(tune.integrations.mlflow_tracker, "_open_writer", sometimes)
     assert made.record() == 0
     assert len(made.said) == 1
     assert "odd" in made.said[0]
@@ -807,7 +807,7 @@ def test_trials_that_are_done_cost_nothing(studies, flaky, monkeypatch):
     for _ in range(8):
         made.whole()
     tracker.update(made.records, running=())
-    wait_until(lambda: tracker._recorder._first == 8)
+    wait_until(lambda: tracker._uploader._first == 8)
     made.add()
     tracker.update(made.records, running={8})
     wait_until(lambda: "demo/0008" in made.seen.children and made.seen.logged(8) == made.rows(8))
@@ -840,7 +840,7 @@ def test_no_secret_is_ever_shown(tmp_path, monkeypatch, capfd):
     def refuse(*_):
         raise PermissionError("401 for http://olga.researcher:hunter22@host with hunter22")
 
-    monkeypatch.setattr(tune.integrations.mlflow_tracker, "_open_ledger", refuse)
+    monkeypatch.setattr(tune.integrations.mlflow_tracker, "_open_writer", refuse)
     made.record()
     assert "401" in made.said[1]
     shown = "".join(made.said) + "".join(capfd.readouterr())

@@ -26,7 +26,7 @@ from sweep_overhead import resident_megabytes
 from dxmi.config import to_tree
 from tune.config.compose import compose_experiment
 from tune.config.sweep import BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
-from tune.execution.controller import Conductor
+from tune.execution.controller import Controller
 from tune.execution.slots import Slots
 from tune.execution.trial_messages import Finished, Scored, Stopped
 from tune.integrations.mlflow_tracker import Tracker
@@ -66,35 +66,35 @@ def plan(trials: int, tracking: str) -> Plan:
 class Replay:
     """Stands for the trials: plays a curve for each that runs, one score a turn."""
 
-    def __init__(self, conductor: Conductor) -> None:
-        self._conductor = conductor
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
         self._steps: dict[int, int] = {}
 
     def turn(self) -> None:
         """Fill the slots, then let every running trial report once."""
-        while (record := self._conductor.next()) is not None:
+        while (record := self._controller.next()) is not None:
             self._steps[record.number] = 0
             record.run.create()
-            record.run.write_config(to_tree(self._conductor.study.config(record)))
-            self._conductor.started(record.number)
-        for number in list(self._conductor.live):
-            self._report(self._conductor.live[number].record)
-        self._conductor.tick()
-        self._conductor.take_orders()
+            record.run.write_config(to_tree(self._controller.study.config(record)))
+            self._controller.started(record.number)
+        for number in list(self._controller.running):
+            self._report(self._controller.running[number].record)
+        self._controller.tick()
+        self._controller.take_stop_requests()
 
     def _report(self, record: TrialRecord) -> None:
         number = record.number
-        if self._conductor.live[number].order is not None:
-            self._conductor.receive(Stopped(number))
+        if self._controller.running[number].stop_reason is not None:
+            self._controller.receive(Stopped(number))
             return
         self._steps[number] += 100
         step = self._steps[number]
         score = self._final(record) * (1.0 + 4.0 * math.exp(-step / 200.0))
         record.run.append([{"step": step, METRIC: score}])
-        self._conductor.receive(Scored(number, step, {METRIC: score}))
+        self._controller.receive(Scored(number, step, {METRIC: score}))
         if step == 100 * SCORES:
             record.run.write_summary(self._summary(record, score))
-            self._conductor.receive(Finished(number, self._summary(record, score)))
+            self._controller.receive(Finished(number, self._summary(record, score)))
 
     @staticmethod
     def _final(record: TrialRecord) -> float:
@@ -130,10 +130,10 @@ def driver(root: Path, trials: int, tracking: str) -> None:
     folder = StudyFolder(root / "studies" / "scaling")
     with folder.lock():
         study = Study.drive(folder, plan(trials, tracking))
-        conductor = Conductor(study, Slots(cpus=AT_ONCE, gpus=0, threads=1, gpu_share=0.0, concurrent=AT_ONCE))
+        controller = Controller(study, Slots(cpus=AT_ONCE, gpus=0, threads=1, gpu_share=0.0, concurrent=AT_ONCE))
         tracker = Tracker(folder, study.plan, lambda text: print(text, file=sys.stderr))
         tracker.start()
-        _play(conductor, tracker, trials)
+        _play(controller, tracker, trials)
         with timed("until MLflow has everything"):
             tracker.update(study.records(), running=())
             undelivered = tracker.finish("", patient=True)
@@ -148,14 +148,14 @@ def driver(root: Path, trials: int, tracking: str) -> None:
     proposals(study)
 
 
-def _play(conductor: Conductor, tracker: Tracker, trials: int) -> None:
-    replay, tenth = Replay(conductor), max(1, trials // 10)
+def _play(controller: Controller, tracker: Tracker, trials: int) -> None:
+    replay, tenth = Replay(controller), max(1, trials // 10)
     start, done = time.perf_counter(), 0
-    while not conductor.is_over:
+    while not controller.is_over:
         replay.turn()
-        tracker.update(conductor.study.records(), running=set(conductor.live))
-        if len(conductor.states) >= done + tenth:
-            count, done = len(conductor.states) - done, len(conductor.states)
+        tracker.update(controller.study.records(), running=set(controller.running))
+        if len(controller.states) >= done + tenth:
+            count, done = len(controller.states) - done, len(controller.states)
             now = time.perf_counter()
             each = (now - start) / count * 1e3
             print(f"  until trial {done:6d} {each:7.1f} ms a trial, driver {resident_megabytes():5.0f} MB", flush=True)

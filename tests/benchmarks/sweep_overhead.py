@@ -83,17 +83,17 @@ def training(folder: Path) -> None:
 
 def noop(folder: Path, trials: int) -> None:
     """Part 2."""
-    from tune.execution.controller import Conductor  # noqa: PLC0415
+    from tune.execution.controller import Controller  # noqa: PLC0415
 
     marks: list[tuple[int, float, float]] = []
-    finish = Conductor._finish
+    finish = Controller._finish
 
-    def watched(conductor, trial, outcome):
-        finish(conductor, trial, outcome)
-        if len(conductor.states) % 50 == 0:
-            marks.append((len(conductor.states), time.perf_counter(), resident_megabytes()))
+    def watched(controller, trial, outcome):
+        finish(controller, trial, outcome)
+        if len(controller.states) % 50 == 0:
+            marks.append((len(controller.states), time.perf_counter(), resident_megabytes()))
 
-    Conductor._finish = watched
+    Controller._finish = watched
     start = time.perf_counter()
     result = sweep_of(folder, trials).run(console=QUIET, trainer=nothing())
     print(f"{trials} trials that do nothing: {time.perf_counter() - start:.1f} s, the report included")

@@ -27,7 +27,7 @@ from dxmi.training.build import Experiment
 from dxmi.training.config import ResourcesConfig
 from dxmi.training.run import changed_inputs, train
 from tune.config.compose import ComposedSweep, compose_sweep, overridden, require_no_stack
-from tune.execution.controller import Conductor
+from tune.execution.controller import Controller
 from tune.execution.estimate import Estimate, estimate
 from tune.execution.preflight import require_fit
 from tune.execution.ray_tune import StoppedAtOnceError, drive
@@ -35,7 +35,7 @@ from tune.execution.resources import find_slots
 from tune.execution.slots import Slots
 from tune.execution.trial import Trainer
 from tune.integrations.mlflow_tracker import Tracker
-from tune.integrations.study_sync import Mirror
+from tune.integrations.study_sync import StudySync
 from tune.messages import complain
 from tune.plans.ablation import AblationPlan, any_plan_from
 from tune.plans.sweep import Plan, plan_from, require_name
@@ -177,17 +177,17 @@ class Sweep:
         self.check()
         console = console or Terminal()
         with self.folder.lock():
-            mirror = self._mirror()
-            mirror.begin()
+            sync = self._sync()
+            sync.begin()
             study = Study.drive(self.folder, self.plan)
             view = SweepView(console)
-            conductor = Conductor(study, self.slots, note=view.note)
+            controller = Controller(study, self.slots, note=view.note)
             tracker = Tracker(self.folder, self.plan, complain)
             tracker.start()
-            outdated = self._outdated(study) if conductor.has_nothing_to_do else ()
-            at_once = self._drive(conductor, mirror, view, tracker, trainer)
-            result = self._close(conductor, tracker, at_once)
-            mirror.finish()
+            outdated = self._outdated(study) if controller.has_nothing_to_do else ()
+            at_once = self._drive(controller, sync, view, tracker, trainer)
+            result = self._close(controller, tracker, at_once)
+            sync.finish()
             return replace(result, outdated=outdated)
 
     def _outdated(self, study: Study) -> list[str]:
@@ -203,40 +203,42 @@ class Sweep:
                     found[read] = changed_inputs(record.run, summary, Experiment(config))
         return [f"{text} Choose another name to train on the present ones." for each in found.values() for text in each]
 
-    def _mirror(self) -> Mirror:
-        return Mirror(self.folder, self.plan.experiment.resources.storage_path, complain)
+    def _sync(self) -> StudySync:
+        return StudySync(self.folder, self.plan.experiment.resources.storage_path, complain)
 
-    def _drive(self, conductor: Conductor, mirror: Mirror, view: SweepView, tracker: Tracker, trainer: Trainer) -> bool:
+    def _drive(
+        self, controller: Controller, sync: StudySync, view: SweepView, tracker: Tracker, trainer: Trainer
+    ) -> bool:
         """Returns whether the session was cut off instead of ending."""
 
-        def look(conductor: Conductor) -> None:
-            view(conductor)
-            if conductor.changed():
-                tracker.update(conductor.study.records(), running=set(conductor.live))
-            mirror.send_study()
+        def look(controller: Controller) -> None:
+            view(controller)
+            if controller.changed():
+                tracker.update(controller.study.records(), running=set(controller.running))
+            sync.send_study()
 
-        study = conductor.study
+        study = controller.study
         waits = trainer is train and unconfirmed(study, study.records())  # a best trial, to be scored on fresh noise
-        if conductor.has_nothing_to_do and not waits:
+        if controller.has_nothing_to_do and not waits:
             return False
         try:
             with view:
-                drive(conductor, mirror=mirror, look=look, trainer=trainer)
+                drive(controller, sync=sync, look=look, trainer=trainer)
         except StoppedAtOnceError:
-            conductor.interrupted = True
+            controller.interrupted = True
             return True
         return False
 
-    def _close(self, conductor: Conductor, tracker: Tracker, at_once: bool) -> SweepResult:
-        study = conductor.study
+    def _close(self, controller: Controller, tracker: Tracker, at_once: bool) -> SweepResult:
+        study = controller.study
         records = study.records()
-        conductor.live.clear()
-        conductor.write_progress()
+        controller.running.clear()
+        controller.write_progress()
         write_results(study, records)
         tracker.update(records, running=())
-        interrupted = conductor.ending or "interrupted"
-        undelivered = tracker.finish(interrupted if conductor.interrupted else "", patient=not at_once)
-        return SweepResult(self.folder, records, conductor.ending, conductor.interrupted, undelivered)
+        interrupted = controller.ending or "interrupted"
+        undelivered = tracker.finish(interrupted if controller.interrupted else "", patient=not at_once)
+        return SweepResult(self.folder, records, controller.ending, controller.interrupted, undelivered)
 
     # ------------------------------------------------------------------------
     # After

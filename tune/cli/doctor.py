@@ -42,8 +42,8 @@ _OTHER_FOLDER = {
 }
 
 
-class Verdict(StrEnum):
-    """How a finding is to be taken."""
+class Status(StrEnum):
+    """How a check turned out."""
 
     GOOD = "ok"
     WARNING = "look"
@@ -51,35 +51,35 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One thing that was looked at.
 
     Attributes:
         subject: what.
-        verdict: how it is.
+        status: how it is.
         text: what was found.
         advice: what to do about it; empty if nothing.
     """
 
     subject: str
-    verdict: Verdict
+    status: Status
     text: str
     advice: str = ""
 
 
-def examine(studies: Path) -> list[Finding]:
+def run_checks(studies: Path) -> list[Check]:
     """Look at everything; starts nothing and writes nothing.
 
     Args:
         studies: the folder that holds studies.
     """
-    checks: list[Callable[[Path], Iterator[Finding]]] = [
+    functions: list[Callable[[Path], Iterator[Check]]] = [
         _versions, _devices, _memory, _disk, _caches, _store, _running, _addresses, _upload,
     ]  # fmt: skip
-    return [finding for check in checks for finding in check(studies)]
+    return [check for function in functions for check in function(studies)]
 
 
-def _versions(_: Path) -> Iterator[Finding]:
+def _versions(_: Path) -> Iterator[Check]:
     found, old, missing = [f"Python {platform.python_version()}"], [], []
     for package in _PACKAGES:
         try:
@@ -93,7 +93,7 @@ def _versions(_: Path) -> Iterator[Finding]:
     advice = ""
     if missing or old:
         advice = f"missing or too old: {', '.join([*missing, *old])}. Run make setup."
-    yield Finding("versions", Verdict.BAD if advice else Verdict.GOOD, ", ".join(found), advice)
+    yield Check("versions", Status.BAD if advice else Status.GOOD, ", ".join(found), advice)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -101,31 +101,31 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts if part.isdigit())
 
 
-def _devices(_: Path) -> Iterator[Finding]:
+def _devices(_: Path) -> Iterator[Check]:
     try:
         slots = find_slots(ResourcesConfig(), None)
     except UserError as error:
-        yield Finding("devices", Verdict.BAD, str(error))
+        yield Check("devices", Status.BAD, str(error))
         return
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     text = f"{', '.join(names) or 'no GPU'}; trials: {slots}"
     unused = "PyTorch was built without CUDA, so a GPU would not be seen." if torch.version.cuda is None else ""
-    yield Finding("devices", Verdict.GOOD, text, unused if Path("/dev/nvidia0").exists() else "")
+    yield Check("devices", Status.GOOD, text, unused if Path("/dev/nvidia0").exists() else "")
 
 
-def _memory(_: Path) -> Iterator[Finding]:
+def _memory(_: Path) -> Iterator[Check]:
     memory = _meminfo()
     if memory:
         low = memory["MemAvailable"] < _MIN_MEMORY
         advice = "Ray and its workers want 4 GB: end other programs, or set sweep.max_concurrent=1." if low else ""
         text = f"{memory['MemAvailable'] / _GB:.1f} of {memory['MemTotal'] / _GB:.1f} GB available"
-        yield Finding("memory", Verdict.WARNING if low else Verdict.GOOD, text, advice)
+        yield Check("memory", Status.WARNING if low else Status.GOOD, text, advice)
     shared = Path("/dev/shm")  # noqa: S108  (Ray's object store lies there)
     if shared.is_dir():
         free = shutil.disk_usage(shared).free
         low = free < _MIN_SHARED_MEMORY
         advice = "Ray's object store wants 0.2 GB: in a container, start it with --shm-size=1g." if low else ""
-        yield Finding("shared memory", Verdict.BAD if low else Verdict.GOOD, f"{free / _GB:.1f} GB free", advice)
+        yield Check("shared memory", Status.BAD if low else Status.GOOD, f"{free / _GB:.1f} GB free", advice)
 
 
 def _meminfo() -> dict[str, float]:
@@ -137,22 +137,22 @@ def _meminfo() -> dict[str, float]:
     return {line.split(":")[0]: float(line.split()[1]) * 1024.0 for line in lines}
 
 
-def _disk(studies: Path) -> Iterator[Finding]:
+def _disk(studies: Path) -> Iterator[Check]:
     try:
         folders = [("disk for studies", studies), ("disk for Ray", ray_folder())]
     except UserError as error:
         folders = [("disk for studies", studies)]
-        yield Finding("disk for Ray", Verdict.BAD, "no folder for its sockets", str(error))
+        yield Check("disk for Ray", Status.BAD, "no folder for its sockets", str(error))
     for subject, folder in folders:
         place = _existing(folder)
         free = shutil.disk_usage(place).free
         text = f"{free / _GB:.1f} GB free at {folder}"
         if not os.access(place, os.W_OK):
-            yield Finding(subject, Verdict.BAD, f"{place} cannot be written", _OTHER_FOLDER[subject])
+            yield Check(subject, Status.BAD, f"{place} cannot be written", _OTHER_FOLDER[subject])
         elif free < _MIN_DISK:
-            yield Finding(subject, Verdict.WARNING, text, "a study of 40 digits trials fills about 2 GB.")
+            yield Check(subject, Status.WARNING, text, "a study of 40 digits trials fills about 2 GB.")
         else:
-            yield Finding(subject, Verdict.GOOD, text)
+            yield Check(subject, Status.GOOD, text)
 
 
 def _existing(folder: Path) -> Path:
@@ -163,28 +163,28 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _caches(_: Path) -> Iterator[Finding]:
+def _caches(_: Path) -> Iterator[Check]:
     cache = cache_root()
     kept = sum(1 for _ in cache.rglob("*.cached")) if cache.is_dir() else 0
-    yield Finding("cache", Verdict.GOOD, f"{kept} results, {_size(cache) / _GB:.2f} GB in {cache} (DXMI_CACHE)")
+    yield Check("cache", Status.GOOD, f"{kept} results, {_size(cache) / _GB:.2f} GB in {cache} (DXMI_CACHE)")
     folders = data_root().iterdir() if data_root().is_dir() else iter(())
     sets = sorted(path.name for path in folders if path.is_dir() and path.name != "cache")
     text = f"{', '.join(sets) or 'no files'} in {data_root()} (DXMI_DATA); digits needs none"
-    yield Finding("data", Verdict.GOOD, text)
+    yield Check("data", Status.GOOD, text)
 
 
-def _store(studies: Path) -> Iterator[Finding]:
+def _store(studies: Path) -> Iterator[Check]:
     database = studies / "mlflow.db"
     if not database.exists():
-        yield Finding("tracking store", Verdict.GOOD, f"none yet; the first sweep makes {database}")
+        yield Check("tracking store", Status.GOOD, f"none yet; the first sweep makes {database}")
         return
     try:
         runs = _runs_in(database)
     except sqlite3.Error as error:
         advice = "if a sweep is writing, try again; else move the file away: the next resume writes it anew."
-        yield Finding("tracking store", Verdict.BAD, f"{database}: {error}", advice)
+        yield Check("tracking store", Status.BAD, f"{database}: {error}", advice)
         return
-    yield Finding("tracking store", Verdict.GOOD, f"{database}: {runs} runs; dxmi ui shows them")
+    yield Check("tracking store", Status.GOOD, f"{database}: {runs} runs; dxmi ui shows them")
 
 
 def _runs_in(database: Path) -> int:
@@ -196,22 +196,22 @@ def _runs_in(database: Path) -> int:
         return int(connection.execute("SELECT count(*) FROM runs").fetchone()[0])
 
 
-def _running(studies: Path) -> Iterator[Finding]:
+def _running(studies: Path) -> Iterator[Check]:
     names = [folder.path.name for folder in studies_in(studies)]
     if names:
-        yield Finding("studies", Verdict.GOOD, f"{len(names)} in {studies}; dxmi studies lists them")
+        yield Check("studies", Status.GOOD, f"{len(names)} in {studies}; dxmi studies lists them")
 
 
-def _addresses(_: Path) -> Iterator[Finding]:
+def _addresses(_: Path) -> Iterator[Check]:
     taken = not is_free(DEFAULT_PORT)
     advice = "dxmi ui then takes the next free port." if taken else ""
     text = f"{HOST}:{DEFAULT_PORT} is {'taken' if taken else 'free'}"
-    yield Finding("MLflow UI", Verdict.WARNING if taken else Verdict.GOOD, text, advice)
+    yield Check("MLflow UI", Status.WARNING if taken else Status.GOOD, text, advice)
     cluster = os.environ.get("RAY_ADDRESS")
     if cluster:
-        yield Finding(
+        yield Check(
             "Ray",
-            Verdict.WARNING,
+            Status.WARNING,
             f"RAY_ADDRESS is {cluster}",
             "sweeps and groups use that cluster; unset it to use this machine alone.",
         )
@@ -219,17 +219,17 @@ def _addresses(_: Path) -> Iterator[Finding]:
         socket.getaddrinfo(socket.gethostname(), None)
     except OSError:
         advice = f"add {socket.gethostname()} to /etc/hosts: Ray looks its own name up."
-        yield Finding("host name", Verdict.WARNING, "does not resolve", advice)
+        yield Check("host name", Status.WARNING, "does not resolve", advice)
 
 
-def _upload(_: Path) -> Iterator[Finding]:
+def _upload(_: Path) -> Iterator[Check]:
     tree = survey(Path.cwd())
     text = f"{tree.bytes / 1e6:.1f} MB in {tree.folder} would go to a cluster"
     if tree.bytes <= UPLOAD_MEGABYTES * 1e6:
-        yield Finding("upload", Verdict.GOOD, text)
+        yield Check("upload", Status.GOOD, text)
         return
     advice = f"dxmi submit takes {UPLOAD_MEGABYTES} MB: move away, or list in .gitignore, {tree.biggest}."
-    yield Finding("upload", Verdict.WARNING, text, advice)
+    yield Check("upload", Status.WARNING, text, advice)
 
 
 def _size(path: Path) -> int:
@@ -244,15 +244,15 @@ def _size(path: Path) -> int:
         return 0
 
 
-_STYLES = {Verdict.GOOD: "green", Verdict.WARNING: "yellow", Verdict.BAD: "red"}
+_STYLES = {Status.GOOD: "green", Status.WARNING: "yellow", Status.BAD: "red"}
 
 
 def doctor(args: argparse.Namespace) -> int:
     """Say whether this machine is ready; exit code 1 if something has to be done first."""
-    findings = examine(args.studies)
+    checks = run_checks(args.studies)
     table = TextTable("", "what", "found", "what to do")
-    for finding in findings:
-        style = _STYLES[finding.verdict]
-        table.add_row(Text(finding.verdict.value, style=style), finding.subject, finding.text, finding.advice)
+    for check in checks:
+        style = _STYLES[check.status]
+        table.add_row(Text(check.status.value, style=style), check.subject, check.text, check.advice)
     Terminal().print(table)
-    return FAILED if any(finding.verdict is Verdict.BAD for finding in findings) else OK
+    return FAILED if any(check.status is Status.BAD for check in checks) else OK

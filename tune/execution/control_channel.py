@@ -8,32 +8,32 @@ import asyncio
 _POLL_SECONDS = 0.5
 
 
-class Mailbox:
-    """A Ray actor between the driver and the trials: orders one way, heartbeats and notes the other."""
+class ControlChannel:
+    """A Ray actor between the controller and the trials: stop requests one way, heartbeats and notes the other."""
 
     def __init__(self) -> None:
-        self._orders: set[int] = set()
-        self._beats: dict[int, tuple[str, int, int]] = {}
+        self._stop_requests: set[int] = set()
+        self._heartbeats: dict[int, tuple[str, int, int]] = {}
         self._notes: list[tuple[int, str]] = []
 
-    def order(self, numbers: list[int]) -> None:
-        """Tell trials to save and return."""
-        self._orders.update(numbers)
+    def request_stop(self, numbers: list[int]) -> None:
+        """Ask trials to save and return."""
+        self._stop_requests.update(numbers)
 
-    def beat(self, number: int, phase: str, step: int, total: int) -> bool:
+    def heartbeat(self, number: int, phase: str, step: int, total: int) -> bool:
         """A trial says how far it is; returns whether it should stop."""
-        self._beats[number] = (phase, step, total)
-        return number in self._orders
+        self._heartbeats[number] = (phase, step, total)
+        return number in self._stop_requests
 
     def note(self, number: int, text: str) -> None:
         """A trial has something to say to a person."""
         self._notes.append((number, text))
 
     def collect(self) -> tuple[dict[int, tuple[str, int, int]], list[tuple[int, str]]]:
-        """Beats and notes since the last call."""
-        beats, self._beats = self._beats, {}
+        """Heartbeats and notes since the last call."""
+        heartbeats, self._heartbeats = self._heartbeats, {}
         notes, self._notes = self._notes, []
-        return beats, notes
+        return heartbeats, notes
 
 
 class Line:

@@ -1,7 +1,7 @@
 """The decisions of a sweep: which trial is next, which one stops, when all is over. Nothing here knows Ray.
 
-The driver tells the conductor what happens; the conductor records it in the study and says what is to be done. It can
-be tested with a made-up clock and made-up trials.
+The Ray backend reports what happens; the controller records it in the study and decides what is done next. It can be
+tested with a made-up clock and made-up trials.
 """
 
 import time
@@ -22,7 +22,7 @@ from tune.execution.trial_messages import (
     TrialReport,
 )
 from tune.messages import last_line
-from tune.studies.records import Outcome, TrialRecord, TrialSpec, TrialState, completed, fallen_behind, unfinished
+from tune.studies.records import Outcome, TrialRecord, TrialSpec, TrialState, completed, pruned, unfinished
 from tune.studies.study import Study
 
 _ALL_ENDED = "every planned trial has ended"
@@ -30,8 +30,8 @@ _PROGRESS_EVERY = 15.0
 """Seconds between two writes of the study's wall time."""
 
 
-class Order(StrEnum):
-    """Why a trial is told to stop."""
+class StopReason(StrEnum):
+    """Why a trial is asked to stop."""
 
     PRUNE = "fell behind"
     TRIAL_TIME = "trial time used up"
@@ -40,20 +40,19 @@ class Order(StrEnum):
 
 
 @dataclass
-class Live:
+class RunningTrial:
     """A trial that runs now.
 
     Attributes:
         record: what is known of it.
         spec: what it runs.
-        since: when this session began with it, on the conductor's clock.
+        since: when this session began with it, on the controller's clock.
         phase: what it does.
         step: how far in that phase.
         phase_total: steps of that phase.
         score: the newest.
         best: the best so far.
-        order: why it was told to stop, if it was.
-        told: when it was told.
+        stop_reason: why it was asked to stop, if it was.
         attempts: times it was started in this session.
         together: trials that were begun in the same program, this one included.
         program: the number of the first of them.
@@ -69,8 +68,7 @@ class Live:
     phase_start: int = 0
     score: float | None = None
     best: float | None = None
-    order: Order | None = None
-    told: float = 0.0
+    stop_reason: StopReason | None = None
     attempts: int = 0
     together: int = 1
     program: int = -1
@@ -94,17 +92,17 @@ class Note:
 
 
 @dataclass
-class Conductor:
+class Controller:
     """One session of a study.
 
     Args:
         study: driven by this process.
         slots: of the machine.
         clock: seconds that only grow.
-        note: hears what happens.
+        note: called with each event.
 
     Attributes:
-        live: the trials that run now.
+        running: the trials that run now.
         ending: why no more trials are begun, if so.
         interrupted: whether the session ends before the study does.
         stack: how many seeds are trained in one program.
@@ -114,7 +112,7 @@ class Conductor:
     slots: Slots
     clock: Callable[[], float] = time.monotonic
     note: Callable[[Note], None] = lambda _: None
-    live: dict[int, Live] = field(default_factory=dict)
+    running: dict[int, RunningTrial] = field(default_factory=dict)
     ending: str = ""
     interrupted: bool = False
     stack: int = 1
@@ -127,7 +125,7 @@ class Conductor:
         self._earlier = float(progress["seconds"])
         self._written = self._began
         self._waiting = self.study.reconcile()
-        self._orders: dict[int, Order] = {}
+        self._stop_requests: dict[int, StopReason] = {}
         ended = [r for r in self.study.records() if r.state is not TrialState.RUNNING]
         self.states = [r.state for r in ended]
         self.ended_before = len(ended)
@@ -143,7 +141,7 @@ class Conductor:
 
     def next(self) -> TrialRecord | None:
         """The trial to start now, or None if there is none or no room."""
-        if self.ending or len({trial.program for trial in self.live.values()}) >= self.slots.concurrent:
+        if self.ending or len({trial.program for trial in self.running.values()}) >= self.slots.concurrent:
             return None
         record = self._waiting.pop(0) if self._waiting else self.study.add()
         if record is None:
@@ -160,29 +158,29 @@ class Conductor:
         if number > 1:
             self.note(Note(f"{number} seeds of an arm are trained together, as one program"))
 
-    def next_together(self) -> list[TrialRecord]:
+    def next_program(self) -> list[TrialRecord]:
         """The trials to start now in one program: one, and others that differ from it in their seeds alone."""
         first = self.next()
         if first is None:
             return []
         together = [first]
-        while len(together) < self.stack and (record := self._next_beside(first)) is not None:
+        while len(together) < self.stack and (record := self._next_for_program(first)) is not None:
             self._begin(record, first.number)
             together.append(record)
         for record in together:
-            self.live[record.number].together = len(together)
+            self.running[record.number].together = len(together)
         return together
 
-    def _next_beside(self, first: TrialRecord) -> TrialRecord | None:
+    def _next_for_program(self, first: TrialRecord) -> TrialRecord | None:
         """A trial that waits or is new, and belongs into the program of `first`."""
         for record in self._waiting:
             if self.plan.share_program(record.values, first.values, self.stack):
                 self._waiting.remove(record)
                 return record
-        return self.study.add_beside(first, self.stack)
+        return self.study.add_to_program(first, self.stack)
 
     def _begin(self, record: TrialRecord, program: int) -> None:
-        self.live[record.number] = Live(record, self.study.spec(record), self.clock(), program=program)
+        self.running[record.number] = RunningTrial(record, self.study.spec(record), self.clock(), program=program)
 
     @property
     def has_nothing_to_do(self) -> bool:
@@ -197,14 +195,14 @@ class Conductor:
     @property
     def is_over(self) -> bool:
         """Whether nothing runs and nothing more will be begun."""
-        return bool(self.ending) and not self.live
+        return bool(self.ending) and not self.running
 
     # ------------------------------------------------------------------------
     # What trials tell
 
     def started(self, number: int) -> None:
         """A trial's process took it up, perhaps again."""
-        trial = self.live[number]
+        trial = self.running[number]
         trial.attempts += 1
         if trial.attempts == 1:
             self._say(trial, "started", minor=True)
@@ -217,21 +215,21 @@ class Conductor:
             self._ended(report)
 
     def _scored(self, number: int, step: int, score: float) -> None:
-        trial = self.live[number]
+        trial = self.running[number]
         self.study.score(number, step, score)
         trial.score = score
         trial.best = score if trial.best is None else min(trial.best, score)
         self._say(trial, f"iteration {step}/{trial.spec.iterations}, {self._label} {score_text(score)}", minor=True)
-        if self.study.falls_behind(number, step):
-            self._order(trial, Order.PRUNE)
+        if self.study.should_prune(number, step):
+            self._request_stop(trial, StopReason.PRUNE)
 
     @property
     def _label(self) -> str:
         return self.plan.metric.removeprefix("eval/")
 
-    def beat(self, number: int, phase: str, step: int, total: int) -> None:
-        """A trial goes on; for the eye only."""
-        trial = self.live.get(number)
+    def heartbeat(self, number: int, phase: str, step: int, total: int) -> None:
+        """A trial says how far it is; only the display needs it."""
+        trial = self.running.get(number)
         if trial is None:
             return
         if trial.phase != phase:
@@ -244,9 +242,9 @@ class Conductor:
 
     def _ended(self, report: LastReport) -> None:
         """A trial returned: with its summary, or because it was told to, or with what was wrong."""
-        trial = self.live[report.number]
+        trial = self.running[report.number]
         if isinstance(report, OutOfDisk):
-            self.stop_all(Order.INTERRUPT, f"the disk is full ({report.reason}); free some space")
+            self.stop_all(StopReason.INTERRUPT, f"the disk is full ({report.reason}); free some space")
         outcome = self._outcome(trial, report)
         if outcome is not None:
             self._finish(trial, outcome)
@@ -254,7 +252,7 @@ class Conductor:
             self._say(trial, "interrupted; the next resume goes on with it")
             self._leave(trial)
 
-    def _outcome(self, trial: Live, report: LastReport) -> Outcome | None:
+    def _outcome(self, trial: RunningTrial, report: LastReport) -> Outcome | None:
         """How it ended; None if it has not, and a resume is to go on with it."""
         seconds, curve = self._seconds(trial), self.study.curves().get(trial.record.number, {})
         if isinstance(report, Finished):
@@ -262,32 +260,32 @@ class Conductor:
         if isinstance(report, Diverged | Refused):
             state = TrialState.DIVERGED if isinstance(report, Diverged) else TrialState.FAILED
             return unfinished(curve, state, report.reason, seconds)
-        if trial.order is Order.PRUNE:
-            return fallen_behind(curve, max(curve), seconds)
-        if trial.order in (Order.TRIAL_TIME, Order.BUDGET):
-            return unfinished(curve, TrialState.STOPPED, trial.order.value, seconds)
+        if trial.stop_reason is StopReason.PRUNE:
+            return pruned(curve, max(curve), seconds)
+        if trial.stop_reason in (StopReason.TRIAL_TIME, StopReason.BUDGET):
+            return unfinished(curve, TrialState.STOPPED, trial.stop_reason.value, seconds)
         return None
 
     def crashed(self, number: int, error: str, *, again: bool) -> None:
         """A trial's process raised or died; `again` if it is started once more."""
-        trial, reason = self.live[number], last_line(error)
-        if again and trial.order is None:
+        trial, reason = self.running[number], last_line(error)
+        if again and trial.stop_reason is None:
             self._say(trial, f"crashed ({reason}) and is started again", bad=True)
             return
-        if trial.order is not None or self.interrupted:  # it was to stop anyway, and its checkpoints are whole
+        if trial.stop_reason is not None or self.interrupted:  # it was to stop anyway, and its checkpoints are whole
             self._ended(Stopped(number))
             return
         curve = self.study.curves().get(number, {})
         self._finish(trial, unfinished(curve, TrialState.FAILED, reason, self._seconds(trial)))
 
-    def _wall(self, trial: Live) -> float:
+    def _wall(self, trial: RunningTrial) -> float:
         return self.clock() - trial.since
 
-    def _seconds(self, trial: Live) -> float:
+    def _seconds(self, trial: RunningTrial) -> float:
         """What a trial has cost in this session: of a program, its part."""
         return self._wall(trial) / trial.together
 
-    def _finish(self, trial: Live, outcome: Outcome) -> None:
+    def _finish(self, trial: RunningTrial, outcome: Outcome) -> None:
         self.study.finish(trial.record.number, outcome)
         self._leave(trial)
         self.states.append(outcome.state)
@@ -301,12 +299,12 @@ class Conductor:
         text = f"{outcome.state.value}{reason}{score} ({outcome.seconds:.0f} s)"
         self._say(trial, text, bad=outcome.state.is_failure)
 
-    def _leave(self, trial: Live) -> None:
+    def _leave(self, trial: RunningTrial) -> None:
         """A trial holds its devices no longer."""
-        del self.live[trial.record.number]
+        del self.running[trial.record.number]
         self._device_seconds += self._seconds(trial) * self.slots.devices_of_a_trial
 
-    def _say(self, trial: Live, text: str, *, bad: bool = False, minor: bool = False) -> None:
+    def _say(self, trial: RunningTrial, text: str, *, bad: bool = False, minor: bool = False) -> None:
         self._changed = True
         self.note(Note(text, trial.record.number, bad, minor))
 
@@ -317,13 +315,13 @@ class Conductor:
         """Look at the clock and at the budgets."""
         if self.clock() - self._written > _PROGRESS_EVERY:
             self.write_progress()
-        for trial in self.live.values():
+        for trial in self.running.values():
             limit = self.budget.trial_minutes
             if limit is not None and self._wall(trial) > limit * 60.0:
-                self._order(trial, Order.TRIAL_TIME)
+                self._request_stop(trial, StopReason.TRIAL_TIME)
         used_up = self._used_up()
         if used_up and not self._stopping:
-            self.stop_all(Order.BUDGET, used_up)
+            self.stop_all(StopReason.BUDGET, used_up)
 
     def _used_up(self) -> str:
         """Which budget is used up, in words; empty if none is."""
@@ -347,7 +345,7 @@ class Conductor:
     @property
     def device_seconds(self) -> float:
         """Seconds of trials times the devices that they hold, over all sessions."""
-        running = sum(self._seconds(trial) for trial in self.live.values())
+        running = sum(self._seconds(trial) for trial in self.running.values())
         return self._device_seconds + running * self.slots.devices_of_a_trial
 
     @property
@@ -355,28 +353,27 @@ class Conductor:
         """Of this session."""
         return self.clock() - self._began
 
-    def stop_all(self, order: Order, why: str) -> None:
+    def stop_all(self, reason: StopReason, why: str) -> None:
         """Begin nothing more, and tell every trial to save and return."""
         self._stopping = True
         self.ending = why
-        self.interrupted = self.interrupted or order is Order.INTERRUPT
-        self.note(Note(f"{why}: no more trials are begun" + (", those that run save and stop" if self.live else "")))
-        for trial in self.live.values():
-            self._order(trial, order)
+        self.interrupted = self.interrupted or reason is StopReason.INTERRUPT
+        self.note(Note(f"{why}: no more trials are begun" + (", those that run save and stop" if self.running else "")))
+        for trial in self.running.values():
+            self._request_stop(trial, reason)
 
-    def _order(self, trial: Live, order: Order) -> None:
-        if trial.order is None:
-            trial.order, trial.told = order, self.clock()
-            self._orders[trial.record.number] = order
+    def _request_stop(self, trial: RunningTrial, reason: StopReason) -> None:
+        if trial.stop_reason is None:
+            trial.stop_reason = self._stop_requests[trial.record.number] = reason
 
-    def take_orders(self) -> dict[int, Order]:
-        """Orders that were given since the last call, for the driver to pass on."""
-        orders, self._orders = self._orders, {}
-        return orders
+    def take_stop_requests(self) -> dict[int, StopReason]:
+        """What trials are to be asked to stop, and why, since the last call; the Ray backend passes it on."""
+        requests, self._stop_requests = self._stop_requests, {}
+        return requests
 
     def write_progress(self) -> None:
         """Record the study's wall time, and why the session ended if it has."""
         self._written = self.clock()
-        was_over = _ALL_ENDED if self.has_nothing_to_do and not self.live else ""
+        was_over = _ALL_ENDED if self.has_nothing_to_do and not self.running else ""
         ended = self.ending if self.is_over else was_over
         self.study.folder.write_progress(self.wall_seconds, ended, self.device_seconds)

@@ -1,4 +1,4 @@
-"""Ray Tune as the hands of the conductor: it starts trials, restarts crashed ones, and brings their reports.
+"""The Ray backend of the controller: Ray Tune starts trials, restarts crashed ones, and delivers their reports.
 
 Tune's own records are scratch: a resume reads the study's journal and run folders, never Tune's state.
 """
@@ -21,15 +21,15 @@ from rich.text import Text
 from dxmi.config import to_tree
 from dxmi.training.run import train
 from tune.execution.confirmation import confirm
-from tune.execution.control_channel import Mailbox
-from tune.execution.controller import Conductor, Order
+from tune.execution.control_channel import ControlChannel
+from tune.execution.controller import Controller, StopReason
 from tune.execution.ray_runtime import actor_here, ray_session
 from tune.execution.seed_batching import seeds_together
 from tune.execution.signals import gentle_stop
 from tune.execution.slots import Slots
 from tune.execution.trial import REPORT, STEP, TASKS, Trainer, run_trials
 from tune.execution.trial_messages import Scored, TrialTask, from_json, tasks_from_json, tasks_to_json
-from tune.integrations.study_sync import Mirror
+from tune.integrations.study_sync import StudySync
 from tune.studies.records import TrialRecord
 from tune.studies.study import Study
 
@@ -61,17 +61,17 @@ class StoppedAtOnceError(BaseException):
 
 
 def drive(
-    conductor: Conductor,
+    controller: Controller,
     *,
-    mirror: Mirror,
-    look: Callable[[Conductor], None],
+    sync: StudySync,
+    look: Callable[[Controller], None],
     trainer: Trainer = train,
 ) -> None:
-    """Run a session of a study until the conductor says that it is over.
+    """Run a session of a study until the controller says that it is over.
 
     Args:
-        conductor: decides.
-        mirror: of the study.
+        controller: decides.
+        sync: of the study.
         look: called several times a second, to draw and to record.
         trainer: trains a trial.
 
@@ -79,20 +79,20 @@ def drive(
         StoppedAtOnceError: the user, or the grace period, ended it; the study can be resumed.
     """
     os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(conductor.slots.concurrent)  # or their processes start in turn
-    scratch = conductor.study.folder.scratch
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(controller.slots.concurrent)  # or their processes start in turn
+    scratch = controller.study.folder.scratch
     shutil.rmtree(scratch, ignore_errors=True)
-    control = _Control(conductor)
+    control = _Control(controller)
     try:
-        slots = conductor.slots
+        slots = controller.slots
         # Twice, since Ray's start takes SIGTERM for itself.
         own_ray = ray_session(slots.cpus, slots.gpus, groups=slots.workers > 1, before_try=control.give_up_if_stopped)
         with control.listening(), own_ray, control.listening():
             control.checkpoint()
-            if not conductor.has_nothing_to_do:
-                _run_trials(conductor, mirror, look, control, trainer)
-            if trainer is train and not conductor.interrupted:
-                confirm(conductor.study, slots, mirror.address, control.is_stopped)
+            if not controller.has_nothing_to_do:
+                _run_trials(controller, sync, look, control, trainer)
+            if trainer is train and not controller.interrupted:
+                confirm(controller.study, slots, sync.address, control.is_stopped)
                 control.checkpoint()
     except StoppedAtOnceError:
         if control.error is not None:
@@ -103,34 +103,34 @@ def drive(
 
 
 def _run_trials(
-    conductor: Conductor,
-    mirror: Mirror,
-    look: Callable[[Conductor], None],
+    controller: Controller,
+    sync: StudySync,
+    look: Callable[[Controller], None],
     control: "_Control",
     trainer: Trainer,
 ) -> None:
-    """Tune's loop, until the conductor says that all is over."""
+    """Tune's loop, until the controller says that all is over."""
     if trainer is train:
-        together = seeds_together(conductor.plan, conductor.slots, control.give_up_if_stopped)
+        together = seeds_together(controller.plan, controller.slots, control.give_up_if_stopped)
         if together is not None:
-            conductor.stack_seeds(together)
+            controller.stack_seeds(together)
         control.checkpoint()
-    mailbox = actor_here(Mailbox)
-    hands = _Hands(conductor, mirror, mailbox, look, control)
-    trainable = _trainable(conductor.slots, mailbox, trainer)
-    _tuner(trainable, conductor, mirror, hands, control).fit()
+    channel = actor_here(ControlChannel)
+    callback = _Callback(controller, sync, channel, look, control)
+    trainable = _trainable(controller.slots, channel, trainer)
+    _tuner(trainable, controller, sync, callback, control).fit()
 
 
 class _Control:
     """How a session is ended from inside Tune's loop, which would wrap an exception beyond recognition.
 
     Attributes:
-        error: what the conductor raised, if it did.
+        error: what the controller raised, if it did.
     """
 
-    def __init__(self, conductor: Conductor) -> None:
+    def __init__(self, controller: Controller) -> None:
         self.error: Exception | None = None
-        self._conductor = conductor
+        self._controller = controller
         self._at_once = False
         self._deadline = math.inf
 
@@ -141,7 +141,7 @@ class _Control:
     def _stop_gently(self, signal_name: str) -> None:
         """The first signal: trials save and return, or are given up after a while; their last checkpoints are whole."""
         self._deadline = time.monotonic() + _GRACE
-        self._conductor.stop_all(Order.INTERRUPT, f"stopped by {signal_name}")
+        self._controller.stop_all(StopReason.INTERRUPT, f"stopped by {signal_name}")
 
     def _stop_at_once(self) -> None:
         """The second signal."""
@@ -149,7 +149,7 @@ class _Control:
 
     def is_stopped(self) -> bool:
         """Whether a signal has come."""
-        return self._at_once or self._conductor.interrupted
+        return self._at_once or self._controller.interrupted
 
     def give_up_if_stopped(self) -> None:
         """End the session here if a signal has come; called where nothing has begun."""
@@ -172,27 +172,29 @@ class _Control:
             raise StoppedAtOnceError from error
 
 
-def _trainable(slots: Slots, mailbox: Any, trainer: Trainer) -> Any:
+def _trainable(slots: Slots, channel: Any, trainer: Trainer) -> Any:
     """`run_trials` with what every trial shares."""
-    function = ray_tune.with_parameters(run_trials, mailbox=mailbox, trainer=trainer)
+    function = ray_tune.with_parameters(run_trials, channel=channel, trainer=trainer)
     if slots.workers > 1:  # its workers hold the devices; this process only waits for them
         return ray_tune.with_resources(function, {"cpu": 0, "memory": _WAITING_BYTES, **_ON_HEAD})
     return ray_tune.with_resources(function, {"cpu": slots.threads, "gpu": slots.gpu_share})
 
 
-def _tuner(trainable: Any, conductor: Conductor, mirror: Mirror, hands: "_Hands", control: _Control) -> ray_tune.Tuner:
-    scratch = conductor.study.folder.scratch.resolve()
+def _tuner(
+    trainable: Any, controller: Controller, sync: StudySync, callback: "_Callback", control: _Control
+) -> ray_tune.Tuner:
+    scratch = controller.study.folder.scratch.resolve()
     return ray_tune.Tuner(
         trainable,
         tune_config=ray_tune.TuneConfig(
-            search_alg=_Search(conductor, mirror, control), num_samples=-1, reuse_actors=True, metric=STEP, mode="max"
+            search_alg=_Search(controller, sync, control), num_samples=-1, reuse_actors=True, metric=STEP, mode="max"
         ),
         run_config=ray_tune.RunConfig(
             name="tune",
             storage_path=str(scratch),
             verbose=0,
-            callbacks=[hands],
-            failure_config=ray_tune.FailureConfig(max_failures=conductor.plan.sweep.max_failures),
+            callbacks=[callback],
+            failure_config=ray_tune.FailureConfig(max_failures=controller.plan.sweep.max_failures),
         ),
     )
 
@@ -205,22 +207,22 @@ class _Unsaved:
 
 
 class _Search(_Unsaved, Searcher):
-    """Tune's searcher: whatever the conductor says."""
+    """Tune's searcher: whatever the controller says."""
 
-    def __init__(self, conductor: Conductor, mirror: Mirror, control: _Control) -> None:
+    def __init__(self, controller: Controller, sync: StudySync, control: _Control) -> None:
         super().__init__(metric=STEP, mode="max")
-        self._conductor, self._mirror, self._control = conductor, mirror, control
+        self._controller, self._sync, self._control = controller, sync, control
 
     def suggest(self, trial_id: str) -> Any:  # noqa: ARG002
         """A trial's arguments; None while there is no room; FINISHED when there are no more."""
         with self._control.watched():
-            together = self._conductor.next_together()
+            together = self._controller.next_program()
             if together:
-                return {TASKS: tasks_to_json([_task(self._conductor, self._mirror, record) for record in together])}
-            return Searcher.FINISHED if self._conductor.ending else None
+                return {TASKS: tasks_to_json([_task(self._controller, self._sync, record) for record in together])}
+            return Searcher.FINISHED if self._controller.ending else None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Nothing: the conductor has heard of it."""
+        """Nothing: the controller has recorded it."""
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal holds everything."""
@@ -229,18 +231,18 @@ class _Search(_Unsaved, Searcher):
         """Nothing: Tune's state is never read."""
 
 
-def _task(conductor: Conductor, mirror: Mirror, record: TrialRecord) -> TrialTask:
+def _task(controller: Controller, sync: StudySync, record: TrialRecord) -> TrialTask:
     """What `run_trials` gets for one trial."""
-    study, slots = conductor.study, conductor.slots
+    study, slots = controller.study, controller.slots
 
     def place(number: int) -> str:
-        return mirror.address(number) or str(study.folder.run(number).path.resolve())
+        return sync.address(number) or str(study.folder.run(number).path.resolve())
 
     return TrialTask(
         number=record.number,
         tree=trial_tree(study, record, slots),
         out=str(record.run.path.resolve()),
-        address=mirror.address(record.number),
+        address=sync.address(record.number),
         metric=study.plan.metric,
         same_as=None if record.same_as is None else place(record.same_as),
     )
@@ -267,13 +269,18 @@ def _traceback(trial: Trial) -> str:
         return ""
 
 
-class _Hands(_Unsaved, ray_tune.Callback):
-    """Tune's callback: carries reports to the conductor and its orders to the trials."""
+class _Callback(_Unsaved, ray_tune.Callback):
+    """Tune's callback: delivers reports to the controller and its stop requests to the trials."""
 
     def __init__(
-        self, conductor: Conductor, mirror: Mirror, mailbox: Any, look: Callable[[Conductor], None], control: _Control
+        self,
+        controller: Controller,
+        sync: StudySync,
+        channel: Any,
+        look: Callable[[Controller], None],
+        control: _Control,
     ) -> None:
-        self._conductor, self._mirror, self._mailbox = conductor, mirror, mailbox
+        self._controller, self._sync, self._channel = controller, sync, channel
         self._look, self._control = look, control
         self._collected = 0.0
 
@@ -281,8 +288,8 @@ class _Hands(_Unsaved, ray_tune.Callback):
         """A trial's actor took it up."""
         with self._control.watched():
             for number in _numbers(trial):
-                if number in self._conductor.live:
-                    self._conductor.started(number)
+                if number in self._controller.running:
+                    self._controller.started(number)
 
     def on_trial_result(
         self,
@@ -292,18 +299,18 @@ class _Hands(_Unsaved, ray_tune.Callback):
         result: dict[str, Any],
         **_: Any,
     ) -> None:
-        """A trial reported. It waits until this returns, so orders to it are passed on before."""
+        """A trial reported. It waits until this returns, so requests to it are passed on before."""
         with self._control.watched():
             report = from_json(result[REPORT])
             has_ended, number = not isinstance(report, Scored), report.number
-            if number not in self._conductor.live:  # it crashed after its end was decided
+            if number not in self._controller.running:  # it crashed after its end was decided
                 return
-            self._mirror.fetch(number, ended=has_ended)
-            self._conductor.receive(report)
+            self._sync.fetch(number, ended=has_ended)
+            self._controller.receive(report)
             if has_ended:
-                self._mirror.send(number)
+                self._sync.send(number)
             self._pass_on()
-            self._look(self._conductor)
+            self._look(self._controller)
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:  # noqa: ARG002
         """A trial crashed, and Tune starts it again."""
@@ -317,22 +324,22 @@ class _Hands(_Unsaved, ray_tune.Callback):
         error = _traceback(trial)
         with self._control.watched():
             for number in _numbers(trial):
-                if len(_numbers(trial)) == 1 or number in self._conductor.live:  # of several, some may have ended
+                if len(_numbers(trial)) == 1 or number in self._controller.running:  # of several, some may have ended
                     self._crashed_one(number, error, again=again)
-            self._look(self._conductor)
+            self._look(self._controller)
 
     def _crashed_one(self, number: int, error: str, *, again: bool) -> None:
-        self._mirror.fetch(number, ended=not again)
-        self._conductor.study.folder.write_error(number, error)
-        if self._conductor.slots.workers > 1:
+        self._sync.fetch(number, ended=not again)
+        self._controller.study.folder.write_error(number, error)
+        if self._controller.slots.workers > 1:
             from tune.execution.ray_train import release_lost_group  # noqa: PLC0415  (Ray Train takes seconds)
 
-            run = self._conductor.study.folder.run(number).path
-            release_lost_group(self._mirror.address(number) or str(run.resolve()))
-        if number in self._conductor.live:  # it had not reported its end
-            self._conductor.crashed(number, error, again=again)
+            run = self._controller.study.folder.run(number).path
+            release_lost_group(self._sync.address(number) or str(run.resolve()))
+        if number in self._controller.running:  # it had not reported its end
+            self._controller.crashed(number, error, again=again)
         if not again:
-            self._mirror.send(number)
+            self._sync.send(number)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:  # noqa: ARG002
         """Several times a second."""
@@ -343,18 +350,18 @@ class _Hands(_Unsaved, ray_tune.Callback):
         self._collected = now
         with self._control.watched():
             self._collect()
-            self._conductor.tick()
+            self._controller.tick()
             self._pass_on()
-            self._look(self._conductor)
+            self._look(self._controller)
 
     def _collect(self) -> None:
-        beats, notes = ray.get(self._mailbox.collect.remote())
-        for number, (phase, step, total) in beats.items():
-            self._conductor.beat(number, phase, step, total)
+        heartbeats, notes = ray.get(self._channel.collect.remote())
+        for number, (phase, step, total) in heartbeats.items():
+            self._controller.heartbeat(number, phase, step, total)
         for number, text in notes:
-            self._conductor.noted(number, text)
+            self._controller.noted(number, text)
 
     def _pass_on(self) -> None:
-        orders = self._conductor.take_orders()
-        if orders:
-            ray.get(self._mailbox.order.remote(list(orders)))
+        requests = self._controller.take_stop_requests()
+        if requests:
+            ray.get(self._channel.request_stop.remote(list(requests)))

@@ -2,7 +2,7 @@
 
 It decides nothing: a stop is asked for from outside.
 
-What a trial reports to the driver is either a score or how it ended; how far it is goes to the mailbox, which answers
+A trial reports its scores and how it ended to the controller; how far it is goes to the control channel, which answers
 whether it should stop. Ray Tune goes on with a report only when the driver has dealt with it, so the answer that a
 trial gets after a score already knows that score.
 """
@@ -43,7 +43,7 @@ STEP, REPORT = "step", "report"
 """What Tune is told: the one number that it needs, and the text of `to_json`."""
 TASKS = "tasks"
 """The key of what `run_trials` gets."""
-_BEAT_EVERY = 0.5
+_HEARTBEAT_EVERY = 0.5
 _SHOWN = 20
 """Characters of a bad value that are repeated."""
 _EVALUATION = "eval/"
@@ -96,13 +96,13 @@ def _float(value: Real) -> float:
 
 
 class _Reporter:
-    """A trial's line to the driver, called by `train`."""
+    """Reports a trial's progress to the controller's process; called by `train`."""
 
-    def __init__(self, number: int, metric: str, mailbox: Any, send: Callable[[TrialReport], None]) -> None:
+    def __init__(self, number: int, metric: str, channel: Any, send: Callable[[TrialReport], None]) -> None:
         import ray  # noqa: PLC0415  (this module is read by tests without Ray, too)
 
         self._ray = ray
-        self._number, self._metric, self._mailbox, self._send = number, metric, mailbox, send
+        self._number, self._metric, self._channel, self._send = number, metric, channel, send
         self._pending: Any = None
         self._sent = 0.0
         self.stop = False
@@ -111,38 +111,38 @@ class _Reporter:
         if event.of_data and self._number > 0:  # all trials share the data: the first one has said it
             return self.stop
         if event.note:
-            self._mailbox.note.remote(self._number, event.note)
+            self._channel.note.remote(self._number, event.note)
         elif any(key.startswith(_EVALUATION) for key in event.metrics):
             metrics = checked(event.metrics, event.step, self._metric)
             self._send(Scored(self._number, event.step, metrics))
-            self.stop = self._ray.get(self._beat(event)) or self.stop
+            self.stop = self._ray.get(self._heartbeat(event)) or self.stop
         else:
-            self._beat_sometimes(event)
+            self._heartbeat_sometimes(event)
         return self.stop
 
     def end(self, report: LastReport) -> None:
         """Say how the trial ended."""
         self._send(report)
 
-    def _beat(self, event: Progress) -> Any:
+    def _heartbeat(self, event: Progress) -> Any:
         self._sent = time.monotonic()
-        return self._mailbox.beat.remote(self._number, event.phase.value, event.step, event.total)
+        return self._channel.heartbeat.remote(self._number, event.phase.value, event.step, event.total)
 
-    def _beat_sometimes(self, event: Progress) -> None:
+    def _heartbeat_sometimes(self, event: Progress) -> None:
         """Ask without waiting: the answer is read at a later call."""
         if self._pending is not None and self._ray.wait([self._pending], timeout=0)[0]:
             self.stop = self._ray.get(self._pending) or self.stop
             self._pending = None
-        if self._pending is None and time.monotonic() - self._sent > _BEAT_EVERY:
-            self._pending = self._beat(event)
+        if self._pending is None and time.monotonic() - self._sent > _HEARTBEAT_EVERY:
+            self._pending = self._heartbeat(event)
 
 
-def run_trials(config: Mapping[str, Any], *, mailbox: Any, trainer: Trainer = train) -> None:
+def run_trials(config: Mapping[str, Any], *, channel: Any, trainer: Trainer = train) -> None:
     """The function that Ray Tune runs: one trial, or several of one arm that are trained as one program.
 
     Args:
         config: under `TASKS`, the text of `tasks_to_json`.
-        mailbox: an actor of `tune.execution.control_channel.Mailbox`.
+        channel: an actor of `tune.execution.control_channel.ControlChannel`.
         trainer: trains a trial that is alone in its process.
     """
     from ray import tune as ray_tune  # noqa: PLC0415
@@ -154,7 +154,7 @@ def run_trials(config: Mapping[str, Any], *, mailbox: Any, trainer: Trainer = tr
     for task in tasks:
         if task.same_as is not None:
             _copy_run(task.same_as, Path(task.out), task.address)
-    reporters = [_Reporter(task.number, task.metric, mailbox, send) for task in tasks]
+    reporters = [_Reporter(task.number, task.metric, channel, send) for task in tasks]
     if len(tasks) > 1:
         _run_stacked(tasks, reporters)
     else:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a repeated request could write twice: `Ledger` looks first
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a repeated request could write twice: `MlflowWriter` looks first
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -285,7 +285,7 @@ class Run:
     is_described: bool = False
 
 
-class Ledger:
+class MlflowWriter:
     """Writes runs. Each method looks at what the run has and sends what it lacks, so that any may be called again.
 
     Args:
@@ -397,7 +397,7 @@ class Ledger:
         return {file.path for folder in (None, "samples") for file in self._client.list_artifacts(run.id, folder)}
 
 
-def open_ledger(root: Path, uri: str, name: str) -> Ledger:
+def open_writer(root: Path, uri: str, name: str) -> MlflowWriter:
     """What writes and finds the runs of an experiment.
 
     Args:
@@ -413,9 +413,9 @@ def open_ledger(root: Path, uri: str, name: str) -> Ledger:
 
     if uri == "local":
         address, experiment = open_store(root, name)
-        return Ledger(MlflowClient(address), experiment, is_local=True)
+        return MlflowWriter(MlflowClient(address), experiment, is_local=True)
     client = MlflowClient(uri)
-    return Ledger(client, experiment_id(client, name), is_local=False)
+    return MlflowWriter(client, experiment_id(client, name), is_local=False)
 
 
 def _known(run: "MlflowRun") -> Run:

@@ -29,7 +29,7 @@ from dxmi.errors import UserError
 from dxmi.persistence.checkpoint import path_of, steps_in
 from dxmi.persistence.provenance import git_revision
 from dxmi.persistence.run_directory import Row
-from tune.integrations.mlflow_store import Ledger, Point, Run, missing, open_ledger, open_store, store_address
+from tune.integrations.mlflow_store import MlflowWriter, Point, Run, missing, open_store, open_writer, store_address
 from tune.messages import complain
 from tune.plans.ablation import ARM, AblationPlan
 from tune.plans.arms import Arm
@@ -206,7 +206,7 @@ class _Tally:
 # Recording
 
 
-class _Recorder:
+class _StudyUploader:
     """Brings MLflow up to date with a study, pass by pass.
 
     Args:
@@ -225,7 +225,7 @@ class _Recorder:
         self._folder = folder
         self._plan = plan
         self._complain = complain
-        self._ledger: Ledger | None = None
+        self._writer: MlflowWriter | None = None
         self._parent: Run | None = None
         self._arms: dict[str, Run] = {}
         """In an ablation, the run of each arm."""
@@ -259,31 +259,31 @@ class _Recorder:
             Exception: the server is away, or something else that concerns all trials.
         """
         try:
-            if self._ledger is None:
-                self._ledger = _open_ledger(self._folder, self._plan)
+            if self._writer is None:
+                self._writer = _open_writer(self._folder, self._plan)
             if self._parent is None:
-                self._parent = self._begin_study(self._ledger)
-            return self._send(self._ledger, self._parent, news, ended)
+                self._parent = self._begin_study(self._writer)
+            return self._send(self._writer, self._parent, news, ended)
         except Exception:
-            self._ledger = self._parent = None  # to be found again, since nothing is sure now
+            self._writer = self._parent = None  # to be found again, since nothing is sure now
             raise
 
-    def _send(self, ledger: Ledger, parent: Run, news: _News, ended: str | None) -> list[Exception]:
+    def _send(self, writer: MlflowWriter, parent: Run, news: _News, ended: str | None) -> list[Exception]:
         records = self._open(news)
         for record in records:
             self._tally.count(record)
-        failed = self._each(records, lambda record: self._record(ledger, parent, record, news, ended is not None))
+        failed = self._each(records, lambda record: self._record(writer, parent, record, news, ended is not None))
         self._doubtful |= {record.number for record, _ in failed}
         if len(failed) == _MAX_FAILURES:
             raise failed[-1][1]
-        ledger.log(parent, self._tally.points(len(news.records)))
+        writer.log(parent, self._tally.points(len(news.records)))
         if ended is not None:
-            self._end_arms(ledger, news.records, "KILLED" if ended else "FINISHED")
-            ledger.log(parent, self._fresh_points(news.records))
-            ledger.end(parent, "KILLED" if ended else "FINISHED", {"ended": ended}, _now())
+            self._end_arms(writer, news.records, "KILLED" if ended else "FINISHED")
+            writer.log(parent, self._fresh_points(news.records))
+            writer.end(parent, "KILLED" if ended else "FINISHED", {"ended": ended}, _now())
         # Files come last, since they may be large and a server may refuse them; one that is sent twice does no harm.
-        unsent = self._each([parent], lambda run: self._upload_study(ledger, run, ended is not None))
-        refused = self._each(records, lambda record: self._upload(ledger, record))
+        unsent = self._each([parent], lambda run: self._upload_study(writer, run, ended is not None))
+        refused = self._each(records, lambda record: self._upload(writer, record))
         while self._first < len(news.records) and news.records[self._first].number in self._closed:
             self._first += 1
         return [error for _, error in (*failed, *unsent, *refused)]
@@ -331,28 +331,28 @@ class _Recorder:
     # ------------------------------------------------------------------------
     # The study
 
-    def _begin_study(self, ledger: Ledger) -> Run:
+    def _begin_study(self, writer: MlflowWriter) -> Run:
         """The parent run, running; what MLflow has of its trials is found again in one search."""
         plan = self._plan
         identity = {"study": plan.name, "signature": plan.signature}
-        runs, children = ledger.find(identity), []
+        runs, children = writer.find(identity), []
         if runs:
             run = runs[0]
-            children = ledger.find({"mlflow.parentRunId": run.id})
+            children = writer.find({"mlflow.parentRunId": run.id})
         else:
             tags = {"mlflow.runName": plan.name, **identity, "git_revision": git_revision() or "unknown"}
-            run = ledger.create(tags, _written(self._folder.plan) or _now())
+            run = writer.create(tags, _written(self._folder.plan) or _now())
         self._forget_trials()
         if isinstance(plan, AblationPlan):
-            self._arms = {arm.name: self._begin_arm(ledger, run, arm, children) for arm in plan.arms}
-            children = [child for arm in self._arms.values() for child in ledger.find({"mlflow.parentRunId": arm.id})]
+            self._arms = {arm.name: self._begin_arm(writer, run, arm, children) for arm in plan.arms}
+            children = [child for arm in self._arms.values() for child in writer.find({"mlflow.parentRunId": arm.id})]
         self._found = {child.tags.get("trial_id", ""): child for child in children}
         kind = "ablation" if isinstance(plan, AblationPlan) else "sweep"
-        ledger.describe(run, {path: _text(value) for path, value in flat({kind: plan.identity[kind]}).items()})
-        ledger.begin(run, {"planned_trials": str(plan.num_trials), "ended": ""})
+        writer.describe(run, {path: _text(value) for path, value in flat({kind: plan.identity[kind]}).items()})
+        writer.begin(run, {"planned_trials": str(plan.num_trials), "ended": ""})
         return run
 
-    def _begin_arm(self, ledger: Ledger, parent: Run, arm: Arm, children: Sequence[Run]) -> Run:
+    def _begin_arm(self, writer: MlflowWriter, parent: Run, arm: Arm, children: Sequence[Run]) -> Run:
         """An arm's run, between the study's and those of its seeds."""
         run = next((child for child in children if child.tags.get("arm") == arm.name), None)
         if run is None:
@@ -363,12 +363,12 @@ class _Recorder:
                 "study": plan.name,
                 "arm": arm.name,
             }
-            run = ledger.create(tags, _written(self._folder.plan) or _now())
-        ledger.describe(run, {path: _text(value) for path, value in arm.changes.items()})
-        ledger.begin(run, {})
+            run = writer.create(tags, _written(self._folder.plan) or _now())
+        writer.describe(run, {path: _text(value) for path, value in arm.changes.items()})
+        writer.begin(run, {})
         return run
 
-    def _end_arms(self, ledger: Ledger, records: Sequence[TrialRecord], status: str) -> None:
+    def _end_arms(self, writer: MlflowWriter, records: Sequence[TrialRecord], status: str) -> None:
         """What each arm came to: the mean of its scores, and how it compares with the baseline."""
         if not isinstance(self._plan, AblationPlan):
             return
@@ -386,51 +386,51 @@ class _Recorder:
                 numbers |= {"arm/difference": comparison.difference.estimate, "arm/p_adjusted": comparison.p_adjusted}
             finite = _numbers(numbers)
             ended = _num_ended(records)  # as p-values are of all arms together, they change when any run has ended
-            ledger.log(run, [Point(key, value, ended, _now()) for key, value in finite.items()])
+            writer.log(run, [Point(key, value, ended, _now()) for key, value in finite.items()])
             tags = {"verdict": verdict_text(results, name, comparison), "missing": str(runs)}
-            ledger.end(run, status, tags, _now())
+            writer.end(run, status, tags, _now())
 
-    def _upload_study(self, ledger: Ledger, run: Run, ending: bool) -> None:
+    def _upload_study(self, writer: MlflowWriter, run: Run, ending: bool) -> None:
         folder = self._folder
         tables = (folder.path / "ablation.csv", folder.path / "ablation.tex")
         results = (folder.leaderboard, folder.best, folder.report, *tables) if ending else ()
-        ledger.upload(run, [(path, "") for path in (folder.plan, *results)], again=ending)
+        writer.upload(run, [(path, "") for path in (folder.plan, *results)], again=ending)
 
     # ------------------------------------------------------------------------
     # A trial
 
-    def _record(self, ledger: Ledger, parent: Run, record: TrialRecord, news: _News, ending: bool) -> None:
+    def _record(self, writer: MlflowWriter, parent: Run, record: TrialRecord, news: _News, ending: bool) -> None:
         """Everything but its files."""
         is_unfinished = record.state is TrialState.RUNNING
         runs_now = is_unfinished and record.number in news.running and not ending
         parent = self._arms.get(str(record.values.get(ARM)), parent)
-        run = self._run(ledger, parent, record)
+        run = self._run(writer, parent, record)
         if run is not None and _is_closed(run, record):
             self._close(record.number)
             return
         if run is None:
             if is_unfinished and not runs_now and not ending:
                 return  # it has not begun
-            run = ledger.create(self._tags(parent, record), _span(record)[0])
+            run = writer.create(self._tags(parent, record), _span(record)[0])
         self._runs[record.number] = run
         if not run.is_described:
-            ledger.describe(run, _params(self._plan, record))
+            writer.describe(run, _params(self._plan, record))
         if runs_now:
-            ledger.begin(run, {"state": record.state.value})
-        self._send_rows(ledger, run, record)
+            writer.begin(run, {"state": record.state.value})
+        self._send_rows(writer, run, record)
         if not is_unfinished:
             reason = {"reason": record.outcome.reason} if record.outcome.reason else {}
-            ledger.end(run, _STATUS[record.state], {"state": record.state.value, **reason}, _span(record)[1])
+            writer.end(run, _STATUS[record.state], {"state": record.state.value, **reason}, _span(record)[1])
         elif not runs_now:
-            ledger.end(run, "KILLED", {"state": _INTERRUPTED}, _now())
+            writer.end(run, "KILLED", {"state": _INTERRUPTED}, _now())
 
-    def _upload(self, ledger: Ledger, record: TrialRecord) -> None:
+    def _upload(self, writer: MlflowWriter, record: TrialRecord) -> None:
         run = self._runs.get(record.number)
         if run is None or record.number in self._doubtful:
             return
-        ledger.upload(run, _files(self._folder, record))
+        writer.upload(run, _files(self._folder, record))
         if record.state is not TrialState.RUNNING:
-            ledger.mark(run, _DELIVERED)
+            writer.mark(run, _DELIVERED)
             self._close(record.number)
 
     def _close(self, number: int) -> None:
@@ -438,11 +438,11 @@ class _Recorder:
         for memory in (self._runs, self._times, self._sent):
             memory.pop(number, None)
 
-    def _run(self, ledger: Ledger, parent: Run, record: TrialRecord) -> Run | None:
+    def _run(self, writer: MlflowWriter, parent: Run, record: TrialRecord) -> Run | None:
         """A trial's run, if there is one."""
         number, trial = record.number, self._trial_id(record)
         if number in self._doubtful:
-            runs = ledger.find({"mlflow.parentRunId": parent.id, "trial_id": trial})
+            runs = writer.find({"mlflow.parentRunId": parent.id, "trial_id": trial})
             for memory in (self._runs, self._sent):
                 memory.pop(number, None)
             self._doubtful.discard(number)
@@ -471,10 +471,10 @@ class _Recorder:
             "state": record.state.value,
         }
 
-    def _send_rows(self, ledger: Ledger, run: Run, record: TrialRecord) -> None:
+    def _send_rows(self, writer: MlflowWriter, run: Run, record: TrialRecord) -> None:
         look = _look(record)
         if self._sent.get(record.number) != look:
-            ledger.log(run, self._points(record))
+            writer.log(run, self._points(record))
             self._sent[record.number] = look
 
     def _points(self, record: TrialRecord) -> Iterator[Point]:
@@ -515,8 +515,8 @@ def _is_closed(run: Run, record: TrialRecord) -> bool:
     return has_ended and wanted.items() <= run.tags.items()
 
 
-def _open_ledger(folder: StudyFolder, plan: Plan) -> Ledger:
-    return open_ledger(folder.path.parent, plan.tracking.uri, plan.tracking.experiment)
+def _open_writer(folder: StudyFolder, plan: Plan) -> MlflowWriter:
+    return open_writer(folder.path.parent, plan.tracking.uri, plan.tracking.experiment)
 
 
 # ----------------------------------------------------------------------------
@@ -538,7 +538,7 @@ class Tracker:
         self._folder = folder
         self._plan = plan
         self._complain = complain
-        self._recorder = _Recorder(folder, plan, self._say)
+        self._uploader = _StudyUploader(folder, plan, self._say)
         self._news = _News()
         self._ended = ""
         self._deadline = math.inf
@@ -584,20 +584,20 @@ class Tracker:
         """
         if self._thread is None:
             return 0
-        self._recorder.progress = time.monotonic()
+        self._uploader.progress = time.monotonic()
         self._deadline = time.monotonic() + (self._plan.tracking.patience_seconds if patient else 0.0)
         self._ended = ended
         self._ending.set()
         self._something_new.set()
         hang = _HANG_SECONDS if patient else _AT_ONCE_SECONDS
-        while self._thread.is_alive() and time.monotonic() < max(self._deadline, self._recorder.progress + hang):
+        while self._thread.is_alive() and time.monotonic() < max(self._deadline, self._uploader.progress + hang):
             self._thread.join(0.1)
-        self._recorder.given_up.set()
-        return max(1, self._recorder.left(self._news)) if self._thread.is_alive() else self._left
+        self._uploader.given_up.set()
+        return max(1, self._uploader.left(self._news)) if self._thread.is_alive() else self._left
 
     def _work(self) -> None:
         delay = _FIRST_DELAY
-        while not self._recorder.given_up.is_set():
+        while not self._uploader.given_up.is_set():
             is_last = self._ending.is_set()
             self._something_new.clear()
             if self._attempt(self._ended if is_last else None):
@@ -608,15 +608,15 @@ class Tracker:
                 self._something_new.wait()
                 continue
             if is_last and time.monotonic() > self._deadline:
-                self._left = max(1, self._recorder.left(self._news))
+                self._left = max(1, self._uploader.left(self._news))
                 return
-            (self._recorder.given_up if is_last else self._ending).wait(delay)
+            (self._uploader.given_up if is_last else self._ending).wait(delay)
             delay = min(2 * delay, _LONGEST_DELAY)
 
     def _attempt(self, ended: str | None) -> bool:
         """Whether all that there is has been delivered."""
         try:
-            errors = self._recorder.update(self._news, ended)
+            errors = self._uploader.update(self._news, ended)
         except Exception as error:  # noqa: BLE001  (no error in here may cost the sweep: it is said, and tried again)
             errors = [error]
         if errors:

@@ -23,7 +23,7 @@ _POLL_SECONDS = 1.0
 Complain = Callable[[str], None]
 
 
-class Mirror:
+class StudySync:
     """The copy of a study that is driven by this process; without a storage path nothing is done.
 
     Args:

@@ -105,7 +105,7 @@ class AblationPlan(Plan):
         """The seeds that an arm gets in any case."""
         return self.ablation.seeds.first
 
-    def propose_beside(
+    def propose_for_program(
         self, history: "Sequence[FrozenTrial]", values: Mapping[str, Value], number: int
     ) -> Proposal | None:
         """The next seed of the same arm and program."""

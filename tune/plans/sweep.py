@@ -75,7 +75,7 @@ class Plan:
         """How many trials may be begun at a time that differ in their seeds alone."""
         return 1
 
-    def propose_beside(
+    def propose_for_program(
         self,
         history: "Sequence[FrozenTrial]",  # noqa: ARG002
         values: Mapping[str, Value],  # noqa: ARG002

@@ -8,7 +8,7 @@ from rich.live import Live as LiveDisplay
 from rich.text import Text
 
 from dxmi.formatting import score_text
-from tune.execution.controller import Conductor, Live, Note
+from tune.execution.controller import Controller, Note, RunningTrial
 from tune.messages import complain, duration
 from tune.reporting.text_tables import TextTable
 from tune.search.space import show
@@ -16,7 +16,7 @@ from tune.studies.leaderboard import short_names
 from tune.studies.records import TrialState
 
 _REFRESH = 0.5
-_BEATS_EVERY = 60.0
+_LINES_EVERY = 60.0
 """Seconds between two plain lines that say how far trials are."""
 
 
@@ -53,38 +53,38 @@ class SweepView:
         else:
             self.console.out(line, highlight=False)
 
-    def __call__(self, conductor: Conductor) -> None:
+    def __call__(self, controller: Controller) -> None:
         """Draw, if it is time."""
         now = time.monotonic()
         if self.console.is_terminal and now - self._drawn > _REFRESH:
             self._drawn = now
-            self._display.update(_table(conductor), refresh=True)
-        elif not self.console.is_terminal and now - self._said > _BEATS_EVERY:
+            self._display.update(_table(controller), refresh=True)
+        elif not self.console.is_terminal and now - self._said > _LINES_EVERY:
             self._said = now
-            for trial in conductor.live.values():
+            for trial in controller.running.values():
                 self.console.out(f"trial {trial.record.number}: {_where(trial)}", highlight=False)
 
 
-def _where(trial: Live) -> str:
+def _where(trial: RunningTrial) -> str:
     return f"{trial.phase} {trial.step}/{trial.phase_total}" if trial.phase_total else trial.phase
 
 
-def _table(conductor: Conductor) -> TextTable:
+def _table(controller: Controller) -> TextTable:
     """The trials that run, under a line about the whole."""
-    table = TextTable(title=_headline(conductor), title_justify="left", expand=False)
-    names = ", ".join(short_names(conductor.plan).values())
+    table = TextTable(title=_headline(controller), title_justify="left", expand=False)
+    names = ", ".join(short_names(controller.plan).values())
     for heading, justify in (
         ("trial", "right"), (names, "left"), ("doing", "left"), ("step", "right"),
         ("score", "right"), ("best", "right"), ("rate", "right"), ("left", "right"),
     ):  # fmt: skip
         table.add_column(heading, justify=justify)
-    now = conductor.clock()
-    for trial in conductor.live.values():
+    now = controller.clock()
+    for trial in controller.running.values():
         rate = _rate(trial, now)
         table.add_row(
             str(trial.record.number),
             ", ".join(show(value) for value in trial.record.values.values()),
-            trial.order.value if trial.order else trial.phase,
+            trial.stop_reason.value if trial.stop_reason else trial.phase,
             f"{trial.step}/{trial.phase_total}" if trial.phase_total else "",
             "" if trial.score is None else score_text(trial.score),
             "" if trial.best is None else score_text(trial.best),
@@ -94,26 +94,26 @@ def _table(conductor: Conductor) -> TextTable:
     return table
 
 
-def _rate(trial: Live, now: float) -> float:
+def _rate(trial: RunningTrial, now: float) -> float:
     """Steps a second in this phase."""
     passed = now - trial.phase_since
     return (trial.step - trial.phase_start) / passed if passed > 1.0 else 0.0
 
 
-def _headline(conductor: Conductor) -> str:
-    counts = Counter(conductor.states)
+def _headline(controller: Controller) -> str:
+    counts = Counter(controller.states)
     done = ", ".join(f"{counts[state]} {state.value}" for state in TrialState if counts[state])
-    planned = conductor.plan.num_trials
-    parts = [f"{conductor.plan.name}: {len(conductor.states)}/{planned} trials", done, _left(conductor)]
+    planned = controller.plan.num_trials
+    parts = [f"{controller.plan.name}: {len(controller.states)}/{planned} trials", done, _left(controller)]
     return " · ".join(part for part in parts if part)
 
 
-def _left(conductor: Conductor) -> str:
+def _left(controller: Controller) -> str:
     """Time left, if every trial to come takes as long as those of this session."""
-    ended = len(conductor.states) - conductor.ended_before
-    if conductor.ending:
-        return conductor.ending
+    ended = len(controller.states) - controller.ended_before
+    if controller.ending:
+        return controller.ending
     if not ended:
         return ""
-    passed = conductor.session_seconds
-    return f"about {duration(passed * (conductor.plan.num_trials - len(conductor.states)) / ended)} left"
+    passed = controller.session_seconds
+    return f"about {duration(passed * (controller.plan.num_trials - len(controller.states)) / ended)} left"

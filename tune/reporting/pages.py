@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 
 from dxmi.errors import UserError
 from dxmi.persistence.checkpoint import path_of
-from tune.integrations.mlflow_store import Ledger, Run, open_ledger
+from tune.integrations.mlflow_store import MlflowWriter, Run, open_writer
 from tune.integrations.mlflow_tracker import reason_of
 from tune.plans.ablation import ARM, AblationPlan
 from tune.plans.sweep import Plan
@@ -70,8 +70,8 @@ def study_pages(folder: StudyFolder, plan: Plan, records: Sequence[TrialRecord],
     """
     uri = plan.tracking.uri
     try:
-        ledger = open_ledger(folder.path.parent, uri, plan.tracking.experiment)
-        return pages_on(server if uri == "local" else uri, ledger, plan, records)
+        writer = open_writer(folder.path.parent, uri, plan.tracking.experiment)
+        return pages_on(server if uri == "local" else uri, writer, plan, records)
     except UserError:
         raise
     except Exception as error:  # MLflow raises anything
@@ -81,19 +81,19 @@ def study_pages(folder: StudyFolder, plan: Plan, records: Sequence[TrialRecord],
         ) from error
 
 
-def pages_on(server: str, ledger: Ledger, plan: Plan, records: Sequence[TrialRecord]) -> StudyPages | None:
-    """`study_pages` of what a ledger has."""
-    runs = _runs_by_trial(ledger, plan)
+def pages_on(server: str, writer: MlflowWriter, plan: Plan, records: Sequence[TrialRecord]) -> StudyPages | None:
+    """`study_pages` of what a writer has."""
+    runs = _runs_by_trial(writer, plan)
     if runs is None:
         return None
     with_curve = [record for record in records if plan.metric in runs.get(_trial(plan, record), _NO_RUN).keys]
     chosen = _chosen(plan, with_curve)
     shown = [runs[_trial(plan, record)].id for record in chosen]
     return StudyPages(
-        trials=trials_page(server, ledger.experiment, plan.name, plan.metric),
-        curves=curves_page(server, ledger.experiment, shown, plan.metric) if shown else "",
+        trials=trials_page(server, writer.experiment, plan.name, plan.metric),
+        curves=curves_page(server, writer.experiment, shown, plan.metric) if shown else "",
         about=_about(plan, len(chosen), len(with_curve)),
-        best=_best_page(server, ledger.experiment, plan, records, runs),
+        best=_best_page(server, writer.experiment, plan, records, runs),
     )
 
 
@@ -127,9 +127,9 @@ def _trial(plan: Plan, record: TrialRecord) -> str:
     return f"{plan.name}/{record.number:04d}"
 
 
-def _runs_by_trial(ledger: Ledger, plan: Plan) -> dict[str, Run] | None:
+def _runs_by_trial(writer: MlflowWriter, plan: Plan) -> dict[str, Run] | None:
     """The study's runs by trial_id; None if MLflow has no run of the study."""
-    every = ledger.find({"study": plan.name})
+    every = writer.find({"study": plan.name})
     parents = [run.id for run in every if run.tags.get("signature") == plan.signature and _parent(run) is None]
     if not parents:
         return None

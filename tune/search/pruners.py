@@ -12,7 +12,7 @@ from tune.config.sweep import StoppingConfig
 Curve = Mapping[int, float]
 
 
-def falls_behind(
+def should_prune(
     rule: StoppingConfig, curves: Mapping[int, Curve], finished: Iterable[int], number: int, step: int
 ) -> bool:
     """Whether trial `number` should stop at `step`, at which it has just been scored.

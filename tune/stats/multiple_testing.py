@@ -153,7 +153,7 @@ def check_finite(values: Array, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Look:
+class InterimAnalysis:
     """One test of a sequential study: at how many seeds, and which share of the error rate it may use."""
 
     seeds: int
@@ -184,24 +184,24 @@ def closed_p(baseline: ArrayLike, arms: ArrayLike, singles: ArrayLike, seed: int
         [arms]. An arm at or under 5 % is significant, with 5 % for all arms together.
     """
     scores = np.vstack([np.asarray(baseline, dtype=np.float64), np.asarray(arms, dtype=np.float64)])
-    whole = (Look(scores.shape[1], 1.0),)
+    whole = (InterimAnalysis(scores.shape[1], 1.0),)
     return sequential_closed_p(scores, np.full(len(scores) - 1, scores.shape[1]), singles, whole, seed)
 
 
 def sequential_closed_p(
-    scores: Array, counts: ArrayLike, singles: ArrayLike, looks: Sequence[Look], seed: int = 0
+    scores: Array, counts: ArrayLike, singles: ArrayLike, analyses: Sequence[InterimAnalysis], seed: int = 0
 ) -> Array:
-    """As `closed_p`, corrected for the looks of a study whose arms may stop at different numbers of seeds.
+    """As `closed_p`, corrected for the analyses of a study whose arms may stop at different numbers of seeds.
 
-    A set is tested at the looks that all of its arms have reached, with the seeds up to there. With p_j the p of look j
-    and w_j its share, the statistic is m = min p_j / w_j, and the p of the set is P(m* <= m) over the same permutations
-    plus m times the shares of the looks to come: see `tune.stats.sequential.sequential_p`.
+    A set is tested at the analyses that all of its arms have reached, with the seeds up to there. With p_j the p of
+    analysis j and w_j its share, the statistic is m = min p_j / w_j, and the p of the set is P(m* <= m) over the same
+    permutations plus m times the shares of the analyses to come: see `tune.stats.sequential.sequential_p`.
 
     Args:
         scores: [1 + arms, seeds], the baseline's first; NaN where there is none.
         counts: the seeds that each arm has been given [arms].
-        singles: the p-value of each arm alone, corrected for looks [arms].
-        looks: in rising order.
+        singles: the p-value of each arm alone, corrected for analyses [arms].
+        analyses: in rising order.
         seed: of the permutations.
     """
     table = np.ascontiguousarray(scores, dtype=np.float64)
@@ -209,7 +209,7 @@ def sequential_closed_p(
         raise UserError(f"{len(table) - 1} arms: closed testing takes at most {MOST_CLOSED}.")
     given, alone = np.asarray(counts, dtype=np.int64), np.asarray(singles, dtype=np.float64)
     problem = _Problem(
-        table.tobytes(), table.shape[1], tuple(given.tolist()), tuple(alone.tolist()), tuple(looks), seed
+        table.tobytes(), table.shape[1], tuple(given.tolist()), tuple(alone.tolist()), tuple(analyses), seed
     )
     return np.array(_closed(problem))
 
@@ -222,7 +222,7 @@ class _Problem:
     seeds: int
     counts: tuple[int, ...]
     singles: tuple[float, ...]
-    looks: tuple[Look, ...]
+    analyses: tuple[InterimAnalysis, ...]
     seed: int
 
     @property
@@ -230,13 +230,13 @@ class _Problem:
         return np.frombuffer(self.content, dtype=np.float64).reshape(-1, self.seeds)
 
     def usable(self) -> list[int]:
-        """The arms with at least one pair, in the order of what they have scored at the first look.
+        """The arms with at least one pair, in the order of what they have scored at the first analysis.
 
         So neither the arms' names nor later seeds change the p-value of a set.
         """
         scores = self.scores
         paired = ~np.isnan(scores[1:] + scores[0])
-        first = np.nan_to_num(scores[1:, : self.looks[0].seeds], nan=math.inf)
+        first = np.nan_to_num(scores[1:, : self.analyses[0].seeds], nan=math.inf)
         arms = [arm for arm, count in enumerate(self.counts) if paired[arm, :count].any()]
         return sorted(arms, key=lambda arm: first[arm].tolist())
 
@@ -263,26 +263,26 @@ def _p_of_sets(problem: _Problem, sets: NDArray[np.int64]) -> Array:
         pattern = ~np.isnan(scores[np.r_[0, members + 1], :reached])
         groups.setdefault((pattern.tobytes(), reached), []).append(index)
     for (_, reached), indices in groups.items():
-        taken = [look for look in problem.looks if look.seeds <= reached]
+        taken = [analysis for analysis in problem.analyses if analysis.seeds <= reached]
         if taken:
             rows = np.hstack([np.zeros((len(indices), 1), dtype=np.int64), sets[indices] + 1])
             tables = scores[rows][:, :, : taken[-1].seeds]  # [sets, 1 + size, seeds]
-            to_come = sum(look.share for look in problem.looks if look.seeds > reached)
+            to_come = sum(analysis.share for analysis in problem.analyses if analysis.seeds > reached)
             p_values[indices] = _p_of_tables(tables, taken, to_come, problem.seed)
     return p_values
 
 
-def _p_of_tables(tables: Array, looks: Sequence[Look], to_come: float, seed: int) -> Array:
+def _p_of_tables(tables: Array, analyses: Sequence[InterimAnalysis], to_come: float, seed: int) -> Array:
     """The p-values of [sets, treatments, seeds] that lack the same scores, the baseline's row first [sets]."""
     present = ~np.isnan(tables[0]).T  # [seeds, treatments]
     present &= present[:, :1]  # without the baseline's score a seed compares nothing with it
     scores = _centered(tables.transpose(0, 2, 1), present)
-    statistics = _statistics(scores, present, looks, seed)  # [looks, permutations, sets], the observed one first
-    if len(looks) == 1 and not to_come:
+    statistics = _statistics(scores, present, analyses, seed)  # [analyses, permutations, sets], the observed one first
+    if len(analyses) == 1 and not to_come:
         return np.asarray((statistics[0] >= statistics[0, 0] * (1.0 - _TIE)).mean(axis=0), dtype=np.float64)
     smallest = np.full(statistics.shape[1:], math.inf)
-    for look, values in zip(looks, statistics, strict=True):
-        smallest = np.minimum(smallest, _ranked_p(values) / look.share)
+    for analysis, values in zip(analyses, statistics, strict=True):
+        smallest = np.minimum(smallest, _ranked_p(values) / analysis.share)
     seen = smallest[0]
     corrected = (smallest <= seen * (1.0 + _TIE)).mean(axis=0) + seen * to_come
     return np.asarray(np.minimum(1.0, corrected), dtype=np.float64)
@@ -306,29 +306,31 @@ def _ranked_p(values: Array) -> Array:
     return p_values
 
 
-def _statistics(scores: Array, present: NDArray[np.bool_], looks: Sequence[Look], seed: int) -> Array:
-    """The largest squared standardized difference, at each look and permutation, of each set.
+def _statistics(scores: Array, present: NDArray[np.bool_], analyses: Sequence[InterimAnalysis], seed: int) -> Array:
+    """The largest squared standardized difference, at each analysis and permutation, of each set.
 
     Args:
         scores: [sets, seeds, treatments], centered within seeds, 0 where missing.
         present: where there is a score [seeds, treatments].
-        looks: those to test at.
+        analyses: those to test at.
         seed: of the permutations.
 
     Returns:
-        [looks, permutations, sets]; without a residual, the sum of squares that the difference explains counts.
+        [analyses, permutations, sets]; without a residual, the sum of squares that the difference explains counts.
     """
-    layouts = [_layout(present[: look.seeds]) for look in looks]
-    bounds = [0, *(look.seeds for look in looks)]
-    squares = np.array([(scores[:, : look.seeds] ** 2).sum(axis=(1, 2)) for look in looks])  # [looks, sets]
+    layouts = [_layout(present[: analysis.seeds]) for analysis in analyses]
+    bounds = [0, *(analysis.seeds for analysis in analyses)]
+    squares = np.array(
+        [(scores[:, : analysis.seeds] ** 2).sum(axis=(1, 2)) for analysis in analyses]
+    )  # [analyses, sets]
     pieces = []
     for permutations in _permutations(present, len(scores), seed):
         totals = np.zeros((len(permutations), scores.shape[2], len(scores)))
-        at_looks = []
+        at_analyses = []
         for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
             totals = totals + _totals(permutations[:, start:stop], scores[:, start:stop])
-            at_looks.append(layouts[index].statistic(totals, squares[index]))
-        pieces.append(np.stack(at_looks))
+            at_analyses.append(layouts[index].statistic(totals, squares[index]))
+        pieces.append(np.stack(at_analyses))
     return np.concatenate(pieces, axis=1)
 
 

@@ -1,6 +1,6 @@
-"""Adding seeds only where the verdict is still open: when to look, what a look may decide, and who gets another seed.
+"""Adding seeds only where the verdict is still open: interim analyses, what each may decide, and which arms continue.
 
-Looking often and stopping at the first significant p would raise the rate of false verdicts. Here a plan, made before
+Testing often and stopping at the first significant p would raise the rate of false verdicts. Here a plan, made before
 the first run, says at which numbers of seeds the tests are taken and how much of the error rate each may use, and
 p-values are corrected for all of them: `sequential_p` for single arms, `sequential_closed_p` for sets of arms.
 Everything is a function of the scores so far, so that a decision can be taken again after a crash.
@@ -8,7 +8,7 @@ Everything is a function of the scores so far, so that a decision can be taken a
 A set of arms can only be tested with as many seeds as all of its arms have. So arms that have no verdict yet get their
 seeds together until the study stops, and those with a verdict drop out: every set with one of them is rejected already,
 with the seeds that it had then. Which of the open arms looks best so far decides nothing, which would be a selection
-that no p-value allows for. Beyond 12 arms, where Holm's correction needs no sets, hopeless arms stop one by one.
+that no p-value allows for. Beyond 12 arms, where Holm's correction needs no sets, futile arms stop one by one.
 """
 
 import math
@@ -22,7 +22,7 @@ from dxmi.errors import UserError
 from tune.stats.multiple_testing import (
     MOST_EXACT,
     Array,
-    Look,
+    InterimAnalysis,
     holm,
     rounding,
     sequential_closed_p,
@@ -44,8 +44,8 @@ class SeedPlan:
         start: seeds of every arm to begin with.
         cap: seeds of an arm at most; 20, since the test lists all sign vectors.
         step: seeds that are added at once.
-        error_rate: of false verdicts, of all arms and looks together.
-        hopeless: the study stops if no arm's chance of a verdict by the cap is at least this.
+        error_rate: of false verdicts, of all arms and analyses together.
+        futility: the study stops if no arm's chance of a verdict by the cap is at least this.
     """
 
     arms: int
@@ -53,13 +53,13 @@ class SeedPlan:
     cap: int = 12
     step: int = 1
     error_rate: float = DEFAULT.error_rate
-    hopeless: float = 0.1
+    futility: float = 0.1
 
     def __post_init__(self) -> None:
         if not 0.0 < self.error_rate < 1.0:
             raise UserError(f"error_rate is {self.error_rate}: it must lie between 0 and 1, like 0.05.")
-        if not 0.0 <= self.hopeless < 1.0:
-            raise UserError(f"hopeless is {self.hopeless}: it must be a chance, at least 0 and below 1.")
+        if not 0.0 <= self.futility < 1.0:
+            raise UserError(f"futility is {self.futility}: it must be a chance, at least 0 and below 1.")
         if self.start < 2 or self.step < 1:
             raise UserError(
                 f"A plan starts with at least 2 seeds and adds at least 1, not {self.start} and {self.step}."
@@ -72,23 +72,23 @@ class SeedPlan:
             )
 
     @property
-    def looks(self) -> tuple[int, ...]:
+    def interim_analyses(self) -> tuple[int, ...]:
         """Numbers of seeds at which arms may stop, in rising order."""
         return (*range(self.start, self.cap, self.step), self.cap)
 
     @property
     def tests(self) -> tuple[tuple[int, float], ...]:
-        """(number of seeds, share of the error rate) of each look that tests; the shares sum to 1.
+        """(number of seeds, share of the error rate) of each interim analysis that tests; the shares sum to 1.
 
-        A quarter is for the first look that can decide with it, in the hardest step; a quarter for one half way from
-        there to the cap; the rest for the cap, so that hardly a verdict is lost that the cap alone would have found.
+        A quarter is for the first analysis that can decide with it, in the hardest step; a quarter for one half way
+        from there to the cap; the rest for the cap, so that hardly a verdict is lost that the cap would have found.
         """
         first = self._first_test
         half_way = (first + self.cap) / 2.0
-        shares = dict.fromkeys(self.looks, 0.0)
+        shares = dict.fromkeys(self.interim_analyses, 0.0)
         for seeds, share in zip((first, half_way, self.cap), _WEIGHTS, strict=True):
-            shares[next((look for look in self.looks if look >= seeds), self.cap)] += share
-        return tuple((look, share) for look, share in shares.items() if share > 0.0)
+            shares[next((number for number in self.interim_analyses if number >= seeds), self.cap)] += share
+        return tuple((number, share) for number, share in shares.items() if share > 0.0)
 
     @property
     def correction(self) -> Correction:
@@ -109,7 +109,7 @@ def sequential_p(differences: ArrayLike, tests: Sequence[tuple[int, float]]) -> 
     taken. Corrected is P(min p_j / w_j <= m), exactly, over all sign vectors, plus m times the shares of the tests to
     come. The first summand is the permutation test of the statistic m; the second is what the tests to come can at
     most add to it (Bonferroni). So another test never raises the corrected p, a verdict once reached stays, and after
-    the last test the corrected p is an exact one: stopping at any look keeps the error rate.
+    the last test the corrected p is an exact one: stopping at any analysis keeps the error rate.
 
     Args:
         differences: in the order in which the seeds were run.
@@ -151,8 +151,8 @@ def _flipped_p(differences: Array) -> Array:
 def next_seeds(scores: Mapping[str, ArrayLike], baseline: str, plan: SeedPlan) -> dict[str, int]:
     """The arms that need more runs, and how many seeds each should have then; empty when all is said.
 
-    An arm without a verdict continues until no such arm has any hope: until the chance of a verdict by the cap, as
-    `_chance` predicts it, is below `plan.hopeless` for each of them. The baseline needs as many seeds as the arm with
+    An arm without a verdict continues until continuing is futile: until the chance of a verdict by the cap, as
+    `_chance` predicts it, is below `plan.futility` for each of them. The baseline needs as many seeds as the arm with
     the most.
 
     Args:
@@ -167,7 +167,7 @@ def next_seeds(scores: Mapping[str, ArrayLike], baseline: str, plan: SeedPlan) -
     """
     arms = _arms(scores, baseline, plan)
     going_on = _going_on(arms, _adjusted(arms, scores, baseline, plan), plan)
-    return {arm.pairs.arm: next(look for look in plan.looks if look > arm.seeds) for arm in going_on}
+    return {arm.pairs.arm: next(seeds for seeds in plan.interim_analyses if seeds > arm.seeds) for arm in going_on}
 
 
 def review(
@@ -179,9 +179,9 @@ def review(
     resamples: int = DEFAULT.resamples,
     seed: int = 0,
 ) -> tuple[Comparison, ...]:
-    """Every arm against the baseline as `compare` has it, with p-values that are corrected for the looks of the plan.
+    """Every arm against the baseline as `compare` has it, with p-values corrected for the plan's interim analyses.
 
-    An arm that may still get seeds is `too few seeds`; one whose study stopped as hopeless is `no difference shown`:
+    An arm that may still get seeds is `too few seeds`; one whose study stopped for futility is `no difference shown`:
     the study, with its cap, could have shown one.
 
     Args:
@@ -215,7 +215,7 @@ class _Arm:
     Attributes:
         pairs: its scores and the baseline's so far.
         seeds: that were run, failed ones included.
-        p: corrected for looks, not for the number of arms.
+        p: corrected for analyses, not for the number of arms.
     """
 
     pairs: Pairs
@@ -243,14 +243,14 @@ def _arm(name: str, ours: Array, theirs: Array, plan: SeedPlan) -> _Arm:
     pairs = pair_up(name, ours, theirs[:seeds])
     common = np.cumsum(~np.isnan(ours) & ~np.isnan(theirs[:seeds]))
     tests = [
-        (int(common[look - 1]) if look <= seeds else len(pairs.scores) + look - seeds, share)
-        for look, share in plan.tests
+        (int(common[number - 1]) if number <= seeds else len(pairs.scores) + number - seeds, share)
+        for number, share in plan.tests
     ]
     return _Arm(pairs, seeds, sequential_p(pairs.differences, tests))
 
 
 def _adjusted(arms: Sequence[_Arm], scores: Mapping[str, ArrayLike], baseline: str, plan: SeedPlan) -> Array:
-    """The arms' p-values, corrected for looks and for the number of arms."""
+    """The arms' p-values, corrected for analyses and for the number of arms."""
     p_values = [arm.p for arm in arms]
     if plan.correction is not Correction.CLOSED:
         return holm(p_values)
@@ -258,16 +258,16 @@ def _adjusted(arms: Sequence[_Arm], scores: Mapping[str, ArrayLike], baseline: s
     for row, name in enumerate([baseline, *(arm.pairs.arm for arm in arms)]):
         own = scores_of(name, scores[name])[: plan.cap]
         table[row, : len(own)] = own
-    looks = [Look(seeds, share) for seeds, share in plan.tests]
-    return sequential_closed_p(table, [arm.seeds for arm in arms], p_values, looks)
+    analyses = [InterimAnalysis(seeds, share) for seeds, share in plan.tests]
+    return sequential_closed_p(table, [arm.seeds for arm in arms], p_values, analyses)
 
 
 def _going_on(arms: Sequence[_Arm], adjusted: Array, plan: SeedPlan) -> list[_Arm]:
     """The arms that get more seeds."""
     undecided = [arm for arm, p in zip(arms, adjusted.tolist(), strict=True) if p > plan.error_rate]
     open_arms = [arm for arm in undecided if arm.seeds < plan.cap and (arm.seeds < plan.start or len(arm.pairs.scores))]
-    hopeful = [arm for arm in open_arms if arm.seeds < plan.start or _chance(arm, plan) >= plan.hopeless]
-    return hopeful if plan.correction is Correction.HOLM or not hopeful else open_arms
+    promising = [arm for arm in open_arms if arm.seeds < plan.start or _chance(arm, plan) >= plan.futility]
+    return promising if plan.correction is Correction.HOLM or not promising else open_arms
 
 
 def _chance(arm: _Arm, plan: SeedPlan) -> float:

@@ -134,7 +134,7 @@ def completed(plan: Plan, summary: Mapping[str, Any], seconds: float | None = No
     )
 
 
-def fallen_behind(curve: Mapping[int, float], step: int, seconds: float = 0.0) -> Outcome:
+def pruned(curve: Mapping[int, float], step: int, seconds: float = 0.0) -> Outcome:
     """The outcome of a trial that was stopped early at `step`."""
     best = min((s for s in curve if s <= step), key=lambda s: curve[s])
     return Outcome(TrialState.PRUNED, f"fell behind at iteration {step}", curve[best], best, seconds=seconds)

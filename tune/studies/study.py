@@ -22,11 +22,11 @@ from dxmi.training.config import ExperimentConfig
 from tune.compat import set_intermediate_value, set_user_attribute
 from tune.plans.ablation import AblationPlan
 from tune.plans.sweep import Plan
-from tune.search.pruners import falls_behind
+from tune.search.pruners import should_prune
 from tune.search.samplers import Proposal, template
 from tune.studies import journal
 from tune.studies.folder import StudyFolder
-from tune.studies.records import Outcome, TrialRecord, TrialSpec, TrialState, completed, fallen_behind
+from tune.studies.records import Outcome, TrialRecord, TrialSpec, TrialState, completed, pruned
 
 if TYPE_CHECKING:
     import optuna
@@ -176,10 +176,10 @@ class Study:
         history = self._trials()
         return self._add(history, self.plan.propose(history))
 
-    def add_beside(self, record: TrialRecord, number: int) -> TrialRecord | None:
+    def add_to_program(self, record: TrialRecord, number: int) -> TrialRecord | None:
         """One more trial for this one's program of `number` seeds, recorded as running; None if there is none."""
         history = self._trials()
-        return self._add(history, self.plan.propose_beside(history, record.values, number))
+        return self._add(history, self.plan.propose_for_program(history, record.values, number))
 
     def record_stack(self, number: int) -> None:
         """Keep in the plan how many seeds of an arm each program trains."""
@@ -215,12 +215,12 @@ class Study:
         self.curves().setdefault(number, {})[step] = score
         set_intermediate_value(self._optuna, self._trials()[number], step, score)
 
-    def falls_behind(self, number: int, step: int) -> bool:
+    def should_prune(self, number: int, step: int) -> bool:
         """Whether a trial that has just been scored should stop early; at its last iteration none does."""
         if step >= self.spec(self.record(number)).iterations:
             return False
         finished = [record.number for record in self._complete()]
-        return falls_behind(self.plan.sweep.stopping, self.curves(), finished, number, step)
+        return should_prune(self.plan.sweep.stopping, self.curves(), finished, number, step)
 
     def _complete(self) -> "list[FrozenTrial]":
         from optuna.trial import TrialState as OptunaState  # noqa: PLC0415
@@ -279,8 +279,8 @@ class Study:
             return completed(self.plan, summary)
         saved, _ = newest(record.run.checkpoints)
         curve = self.curves()[record.number]
-        if saved is not None and saved.step in curve and self.falls_behind(record.number, saved.step):
-            return fallen_behind(curve, saved.step)
+        if saved is not None and saved.step in curve and self.should_prune(record.number, saved.step):
+            return pruned(curve, saved.step)
         return None
 
 
