@@ -36,10 +36,13 @@ from tune.plans.ablation import AblationPlan, ablation_plan, any_plan_from
 from tune.plans.arms import arms
 from tune.plans.sweep import plan_from
 from tune.reporting.ablation_figures import ablation_figures
+from tune.reporting.html import write_report
 from tune.reporting.maps import arm_maps
-from tune.reporting.report import arm_matrix, verdict_sentences, write_report
+from tune.reporting.samples import arm_matrix
+from tune.reporting.sentences import verdict_sentences
 from tune.reporting.study_tables import arms_table
-from tune.stats.statistics import Bootstrap, Verdict, compare
+from tune.stats.comparison import Verdict, compare
+from tune.stats.intervals import Bootstrap
 from tune.studies.arm_results import arms_frame, latex, p_label, p_note, results_of, write_tables
 from tune.studies.folder import StudyFolder
 from tune.studies.records import Outcome, TrialRecord, TrialState, completed, unfinished

@@ -9,8 +9,8 @@ import pytest
 from dxmi.errors import UserError
 from support import stating
 from tune.stats.effects import level_effects, two_level_effects
+from tune.stats.intervals import Bootstrap, mean_interval
 from tune.stats.multiple_testing import holm, sign_flip_p
-from tune.stats.statistics import Bootstrap, mean_interval
 
 FAST = Bootstrap(resamples=400)
 SQUARE = [[-1, -1], [1, -1], [-1, 1], [1, 1]]

@@ -31,8 +31,9 @@ from tune.integrations.mlflow_tracker import Tracker
 from tune.plans.ablation import AblationPlan, ablation_plan
 from tune.plans.arms import arms
 from tune.plans.sweep import Plan
+from tune.reporting.html import write_report
 from tune.reporting.pages import artifact_page, curves_page, newest_pages, study_pages, trials_page
-from tune.reporting.report import HtmlTable, breakable, write_report
+from tune.reporting.tables import HtmlTable, breakable
 from tune.studies.folder import StudyFolder
 from tune.studies.records import completed
 from tune.studies.study import Study

@@ -35,9 +35,11 @@ from support import TINY, changed, missing
 from tune.config.compose import compose_experiment
 from tune.config.sweep import BudgetConfig, ObjectiveConfig, SamplerConfig, SweepConfig
 from tune.plans.sweep import Plan
-from tune.reporting import report
+from tune.reporting import samples as pictures
 from tune.reporting.figures import Reference, importance_obstacle, importances, references, study_figures
-from tune.reporting.report import course_sentences, result_sentences, sample_matrix, write_report
+from tune.reporting.html import sha256_base64, write_report
+from tune.reporting.samples import sample_matrix
+from tune.reporting.sentences import course_sentences, result_sentences
 from tune.reporting.study_tables import leaderboard_table
 from tune.studies.confirmation import confirmations, keep, unconfirmed
 from tune.studies.folder import StudyFolder
@@ -539,16 +541,16 @@ def test_the_script_is_the_one_that_the_policy_allows(made):
     text = made().report()
     (allowed,) = re.findall(r"script-src 'sha256-([^']*)'", text.replace("&#39;", "'"))
     (script,) = re.findall(r"<script>(.*)</script>", text, flags=re.DOTALL)
-    assert report.sha256_base64(script) == allowed
+    assert sha256_base64(script) == allowed
 
 
 def test_two_writes_differ_in_the_time_only(made, monkeypatch):
     sweep = a_full_study(made())
-    monkeypatch.setattr("tune.reporting.report.timestamp", lambda: "2026-01-01 00:00:00 UTC")
+    monkeypatch.setattr("tune.reporting.html.timestamp", lambda: "2026-01-01 00:00:00 UTC")
     first = sweep.report()
     again = Study.read(sweep.study.folder)
     assert write_report(again, again.records()).read_text() == first
-    monkeypatch.setattr("tune.reporting.report.timestamp", lambda: "2026-01-01 00:00:01 UTC")
+    monkeypatch.setattr("tune.reporting.html.timestamp", lambda: "2026-01-01 00:00:01 UTC")
     later = sweep.report()
     assert later != first
     assert later.replace("00:00:01 UTC", "00:00:00 UTC") == first
@@ -751,7 +753,7 @@ def test_the_matrix_holds_steps_that_all_have_and_stays_small(made, monkeypatch)
     assert matrix.steps == [0, 10, 30, 40]
     assert [row.trial for row in matrix.rows] == [f"trial {n}" for n in (0, 1, 2, 3, 4, 5, 6, 11)]
     size = sum(len(picture) for row in matrix.rows for picture in row.pictures)
-    monkeypatch.setattr(report, "_MAX_SAMPLE_BYTES", size - 1)
+    monkeypatch.setattr(pictures, "_MAX_SAMPLE_BYTES", size - 1)
     smaller = sample_matrix(sweep.study.plan, sweep.records)
     assert smaller is not None
     assert sum(len(picture) for row in smaller.rows for picture in row.pictures) < size

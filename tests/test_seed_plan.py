@@ -11,9 +11,9 @@ from scipy import stats
 from dxmi.errors import UserError
 from support import stating
 from tune.stats import multiple_testing
+from tune.stats.comparison import Verdict
 from tune.stats.multiple_testing import closed_p, sign_flip_p
 from tune.stats.sequential import SeedPlan, next_seeds, review, sequential_p
-from tune.stats.statistics import Verdict
 
 NAN = math.nan
 PLAN = SeedPlan(arms=1, cap=12)

@@ -9,22 +9,11 @@ from scipy import stats
 
 from dxmi.errors import UserError
 from support import stating
+from tune.stats.comparison import Verdict, compare, judge
+from tune.stats.intervals import Bootstrap, Interval, Method, iqm_interval, mean_interval, probability_of_improvement
 from tune.stats.power import Correction, seeds_needed
-from tune.stats.statistics import (
-    Bootstrap,
-    Interval,
-    Method,
-    Verdict,
-    compare,
-    iqm_interval,
-    judge,
-    mean_interval,
-    p_text,
-    pair_up,
-    probability_of_improvement,
-    summarize,
-    variance_components,
-)
+from tune.stats.summary import summarize, variance_components
+from tune.stats.tests import p_text, pair_up
 
 NAN = math.nan
 STUDIES = 2_000

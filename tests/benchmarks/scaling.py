@@ -32,7 +32,7 @@ from tune.execution.trial_messages import Finished, Scored, Stopped
 from tune.integrations.mlflow_tracker import Tracker
 from tune.integrations.object_store import Remote
 from tune.plans.sweep import Plan
-from tune.reporting.report import write_report
+from tune.reporting.html import write_report
 from tune.search.samplers import propose
 from tune.studies.folder import StudyFolder
 from tune.studies.leaderboard import write_leaderboard

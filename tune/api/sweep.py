@@ -41,8 +41,8 @@ from tune.plans.ablation import AblationPlan, any_plan_from
 from tune.plans.sweep import Plan, plan_from, require_name
 from tune.reporting.console import Terminal
 from tune.reporting.figures import study_figures
+from tune.reporting.html import write_report
 from tune.reporting.live import SweepView
-from tune.reporting.report import write_report
 from tune.studies.arm_results import results_of, write_tables
 from tune.studies.confirmation import unconfirmed
 from tune.studies.folder import StudyFolder

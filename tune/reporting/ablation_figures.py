@@ -14,7 +14,9 @@ from matplotlib.ticker import FormatStrFormatter
 
 from tune.plans.arms import BASELINE
 from tune.reporting.figures import ASIDE, BEST, COMPLETE, INK, MUTED, NORMAL, SMALL, WIDTH, score_label, styled
-from tune.stats.statistics import Comparison, Interval, Verdict, mean_interval, p_text
+from tune.stats.comparison import Comparison, Verdict
+from tune.stats.intervals import Interval, mean_interval
+from tune.stats.tests import p_text
 from tune.studies.arm_results import Results
 
 _COLOURS = {

@@ -15,7 +15,7 @@ from tune.plans.ablation import AblationPlan
 from tune.plans.sweep import Plan
 from tune.reporting.text_tables import TextTable
 from tune.search.space import show
-from tune.stats.statistics import Comparison, Verdict
+from tune.stats.comparison import Comparison, Verdict
 from tune.studies.arm_results import Results, mean_text, notes, other_labels, p_cell, p_label, verdict_text
 from tune.studies.leaderboard import (
     FRESH,

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dxmi.errors import UserError
+from tune.stats.intervals import DEFAULT, Bootstrap, Interval, mean_interval
 from tune.stats.multiple_testing import Array, holm, sign_flip_p
-from tune.stats.statistics import DEFAULT, Bootstrap, Interval, mean_interval, p_text
+from tune.stats.tests import p_text
 
 Term = Sequence[str]
 """Names of factors: one for a main effect, several for their interaction."""

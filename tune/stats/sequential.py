@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dxmi.errors import UserError
+from tune.stats.comparison import Comparison, Verdict, judge
+from tune.stats.intervals import DEFAULT, Bootstrap, Direction
 from tune.stats.multiple_testing import (
     MOST_EXACT,
     Array,
@@ -29,7 +31,7 @@ from tune.stats.multiple_testing import (
     sign_flip_sums,
 )
 from tune.stats.power import Correction, correction_of, hardest_bar, seeds_to_test
-from tune.stats.statistics import DEFAULT, Bootstrap, Comparison, Direction, Pairs, Verdict, judge, pair_up, scores_of
+from tune.stats.tests import Pairs, pair_up, scores_of
 
 _WEIGHTS = (0.25, 0.25, 0.5)
 """Of the error rate: at the first test, half way from there, and at the cap."""

@@ -23,24 +23,14 @@ from dxmi.persistence.files import write_atomic
 from tune.plans.ablation import ARM, SEED, AblationPlan
 from tune.plans.arms import BASELINE, two_level_design
 from tune.search.space import show
+from tune.stats.comparison import Comparison, Verdict, compare
 from tune.stats.effects import Effect, level_effects
+from tune.stats.intervals import Bootstrap, Direction, Interval, Method
 from tune.stats.multiple_testing import Array
 from tune.stats.power import Correction, SeedRange, correction_of
 from tune.stats.sequential import review
-from tune.stats.statistics import (
-    Bootstrap,
-    Comparison,
-    Direction,
-    Interval,
-    Method,
-    Summary,
-    Variances,
-    Verdict,
-    compare,
-    p_text,
-    summarize,
-    variance_components,
-)
+from tune.stats.summary import Summary, Variances, summarize, variance_components
+from tune.stats.tests import p_text
 from tune.studies.folder import StudyFolder
 from tune.studies.leaderboard import NOT_COMPUTED, metric_label, number, summary_of
 from tune.studies.outdone import outdone, outdone_sentences

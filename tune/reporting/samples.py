@@ -1,0 +1,222 @@
+"""The pictures of samples in a report: trials by iteration, arms by seed, and the references."""
+
+import base64
+import functools
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dxmi.evaluation.references import DATA, best_reference, full_reference, scored_references
+from tune.plans.sweep import Plan
+from tune.reporting.sentences import score_of
+from tune.studies.arm_results import Results
+from tune.studies.leaderboard import number, summary_of
+from tune.studies.ranking import ranked
+from tune.studies.records import TrialRecord, TrialState
+
+FIGURE_PIXELS = 60
+"""A side of a figure is so many times that number."""
+_MATRIX_TRIALS, _MATRIX_STEPS = 8, 6
+_ARM_SIDE = 2
+"""Samples a side in a picture of an ablation's run."""
+_SAMPLES_A_SIDE = (4, 3, 2, 1)
+"""Of each grid, so many samples a side are shown: the first number with which the report stays small."""
+_MAX_SAMPLE_BYTES = 3_000_000
+
+
+@dataclass(frozen=True)
+class MatrixRow:
+    """A trial's samples.
+
+    Attributes:
+        trial: which.
+        note: how good it is.
+        pictures: data URIs, one a step; empty where a picture is damaged.
+    """
+
+    trial: str
+    note: str
+    pictures: list[str]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Real data, or samples of a reference, above the trials' samples.
+
+    Attributes:
+        name: what it shows.
+        note: its score, and whose run drew it.
+        picture: a data URI.
+        cells: how many times as wide it is as a trial's picture.
+    """
+
+    name: str
+    note: str
+    picture: str
+    cells: float
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Pictures of samples, all from the same noise: one row a trial, one column an iteration.
+
+    Attributes:
+        steps: iterations.
+        rows: of pictures.
+        are_figures: whether they are figures and no grids of images, whose pixels are worth seeing.
+        strips: what to compare them with; empty for a study that was run before these were drawn.
+    """
+
+    steps: list[int]
+    rows: list[MatrixRow]
+    are_figures: bool
+    strips: list[Strip]
+
+
+def sample_matrix(plan: Plan, records: Sequence[TrialRecord]) -> Matrix | None:
+    """Grids of the best trials and the last one, at iterations that all of them have; None if there are none."""
+    chosen = _shown(plan, records)
+    if not chosen:
+        return None
+    steps = _thinned(sorted(set.intersection(*(_sampled(record) for record in chosen))), _MATRIX_STEPS)
+    if not steps:
+        return None
+    places = {record.number: place for place, record in enumerate(ranked(plan, records), start=1)}
+    for side in _SAMPLES_A_SIDE:
+        part = functools.partial(_part, plan, side)
+        pictures = [[_picture(record, step, part) for step in steps] for record in chosen]
+        if sum(len(picture) for row in pictures for picture in row) <= _MAX_SAMPLE_BYTES:
+            break
+    rows = [
+        MatrixRow(f"trial {record.number}", _matrix_note(record, places[record.number]), row)
+        for record, row in zip(chosen, pictures, strict=True)
+    ]
+    strips = reference_strips(plan, chosen, side, len(steps))
+    return Matrix(steps, rows, are_figures=plan.experiment.data.is_planar, strips=strips)
+
+
+def arm_matrix(results: Results) -> Matrix | None:
+    """The best checkpoints' grids: one row an arm, one column a seed; None if there are none."""
+    part = functools.partial(_part, results.plan, _ARM_SIDE)
+    seeds = results.seeds[:_MATRIX_STEPS]
+    rows = []
+    for arm in results.plan.arms:
+        records = [results.records.get((arm.name, seed)) for seed in seeds]
+        pictures = [
+            "" if record is None or record.outcome.step is None else _picture(record, record.outcome.step, part)
+            for record in records
+        ]
+        if any(pictures):
+            summary = results.summaries[arm.name]
+            note = "" if math.isnan(summary.mean.estimate) else number(summary.mean.estimate)
+            rows.append(MatrixRow(arm.name, note, pictures))
+    if not rows:
+        return None
+    runs = [results.records.get((arm.name, seed)) for arm in results.plan.arms for seed in seeds]
+    strips = reference_strips(results.plan, [run for run in runs if run is not None], _ARM_SIDE, len(seeds))
+    return Matrix([*seeds], rows, results.plan.experiment.data.is_planar, strips)
+
+
+def reference_strips(plan: Plan, runs: Sequence[TrialRecord], side: int, columns: int) -> list[Strip]:
+    """Real data, the model with all of its steps, and the best training-free sampler, from the first run that has them.
+
+    Args:
+        plan: of the study.
+        runs: the best first, or the baseline's.
+        side: samples in the height of a strip, as in a trial's picture.
+        columns: a strip is at most as wide as so many of these.
+    """
+    complete = [run for run in runs if run.state is TrialState.COMPLETE and run.run.reference_picture("data").exists()]
+    summary = summary_of(complete[0]) if complete else {}
+    if not summary:
+        return []
+    run, in_grid = complete[0].run, _columns(plan)
+    height = min(side, in_grid)
+    width = height if plan.experiment.data.is_planar else min(in_grid, columns * height)
+    part = functools.partial(_part, plan, side, width=width)
+    drawn = [
+        Strip(label, note, _embedded(run.reference_picture(name), part), width / height)
+        for name, label, note in _strip_words(summary)
+    ]
+    return [strip for strip in drawn if strip.picture]
+
+
+def _strip_words(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """File, name and note of each picture of references."""
+    scored, floor = scored_references(summary), summary["reference"].get(DATA)
+    full, few = full_reference(scored), best_reference(scored, summary["num_steps"])
+    references = [("full", full), ("few", few)]
+    return [
+        ("data", "real data", "" if floor is None else number(floor)),
+        *((name, found.label, f"{number(found.score)}, no fine-tuning") for name, found in references if found),
+    ]
+
+
+def _shown(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Complete trials if there are any, by rank: the first ones and the last."""
+    sampled = [record for record in ranked(plan, records) if record.same_as is None and _sampled(record)]
+    complete = [record for record in sampled if record.state is TrialState.COMPLETE] or sampled
+    return complete if len(complete) <= _MATRIX_TRIALS else [*complete[: _MATRIX_TRIALS - 1], complete[-1]]
+
+
+def _sampled(record: TrialRecord) -> set[int]:
+    """Iterations of which there is a grid."""
+    found = (re.fullmatch(r"step_(\d+)\.png", path.name) for path in record.run.samples.glob("step_*.png"))
+    return {int(match[1]) for match in found if match}
+
+
+def _thinned(steps: Sequence[int], most: int) -> list[int]:
+    """At most so many, evenly, with the first and the last."""
+    if len(steps) <= most:
+        return [*steps]
+    return [steps[round(index * (len(steps) - 1) / (most - 1))] for index in range(most)]
+
+
+def _matrix_note(record: TrialRecord, place: int) -> str:
+    if record.state is not TrialState.COMPLETE:
+        return record.state.value
+    return f"#{place}, {number(score_of(record))} at {record.outcome.step}"
+
+
+def _columns(plan: Plan) -> int:
+    """Of a grid of images, see `dxmi.visualization.pictures.save_grid`."""
+    return max(1, round(math.sqrt(plan.experiment.evaluate.grid)))
+
+
+def _part(plan: Plan, side: int, picture: Image.Image, width: int | None = None) -> Image.Image:
+    """The upper left corner of a grid of images, `side` samples wide and high; all of a figure, made small.
+
+    Args:
+        plan: of the study.
+        side: samples.
+        picture: a grid or a figure.
+        width: samples in a row, if more than `side` are wanted.
+    """
+    if plan.experiment.data.is_planar:
+        return picture.convert("RGB").resize((FIGURE_PIXELS * side, FIGURE_PIXELS * side), Image.Resampling.LANCZOS)
+    columns, gap = _columns(plan), 2  # see dxmi.visualization.pictures.grid
+    cell = (picture.width - gap) // columns
+    size = (gap + min(width or side, columns) * cell, gap + min(side, columns) * cell)
+    return picture.crop((0, 0, min(size[0], picture.width), min(size[1], picture.height)))
+
+
+def _picture(record: TrialRecord, step: int, part: Callable[[Image.Image], Image.Image]) -> str:
+    """A part of what was drawn at a step, as a data URI."""
+    return _embedded(record.run.samples / f"step_{step:06d}.png", part)
+
+
+def _embedded(path: Path, part: Callable[[Image.Image], Image.Image]) -> str:
+    """A part of a picture as a data URI; empty if it cannot be read."""
+    buffer = io.BytesIO()
+    try:
+        with Image.open(path) as picture:
+            part(picture).save(buffer, format="png", optimize=True)
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,110 @@
+"""One arm by itself: its mean, its interquartile mean, its spread; and the variances of two levels of seeds."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from dxmi.errors import UserError
+from tune.stats.intervals import DEFAULT, Bootstrap, Interval, iqm_interval, mean_interval, unknown_interval
+from tune.stats.multiple_testing import check_finite
+from tune.stats.tests import scores_of
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An arm without comparison.
+
+    Attributes:
+        arm: its name.
+        seeds: that have a score.
+        missing: that have none.
+        mean: of the scores.
+        iqm: their interquartile mean.
+        spread: standard deviation between seeds; NaN for fewer than two.
+    """
+
+    arm: str
+    seeds: int
+    missing: int
+    mean: Interval
+    iqm: Interval
+    spread: float
+
+
+def summarize(arm: str, scores: ArrayLike, bootstrap: Bootstrap = DEFAULT) -> Summary:
+    """Level and spread of an arm's scores [seeds], of which those that are NaN are counted and left out.
+
+    Raises:
+        UserError: they are no list of numbers, or one is infinite.
+    """
+    values = scores_of(arm, scores)
+    present = values[~np.isnan(values)]
+    missing = len(values) - len(present)
+    if len(present) < 2:
+        unknown = unknown_interval(present, -math.inf, math.inf, bootstrap)
+        return Summary(arm, len(present), missing, unknown, unknown, math.nan)
+    return Summary(
+        arm=arm,
+        seeds=len(present),
+        missing=missing,
+        mean=mean_interval(present, bootstrap),
+        iqm=iqm_interval(present, bootstrap),
+        spread=float(present.std(ddof=1)),
+    )
+
+
+@dataclass(frozen=True)
+class Variances:
+    """Where the noise of a score comes from.
+
+    Attributes:
+        training: variance between training seeds, in the score's unit squared; 0 if the estimate is negative.
+        generation: variance between generation seeds of one trained model.
+        of_mean: variance of the mean over all scores, the square of its standard error.
+        training_seeds: how many.
+        generation_seeds: how many for each of them.
+    """
+
+    training: float
+    generation: float
+    of_mean: float
+    training_seeds: int
+    generation_seeds: int
+
+
+def variance_components(scores: ArrayLike) -> Variances:
+    """The variances of training and generation, by the method of moments for a balanced nested design.
+
+    y_ij = mu + a_i + e_ij for a training and b generation seeds. With the mean squares MS_a = b sum (y_i. - y..)^2 /
+    (a - 1) and MS_e = sum (y_ij - y_i.)^2 / (a (b - 1)): generation = MS_e, training = max(0, (MS_a - MS_e) / b), and
+    the mean has variance MS_a / (a b) = training / a + generation / (a b) (Searle, Casella and McCulloch 1992).
+    Nested means that the e_ij are independent, as they are if each run is scored on noise of its own
+    (`dxmi.evaluation.sampling.stream_of`). With one noise for all runs they would share a term that no mean over runs
+    reduces.
+    The interval of an arm's mean is `mean_interval(scores.mean(axis=1))`: only training seeds are independent.
+
+    Args:
+        scores: [training seeds, generation seeds]; those of a difference to the baseline will do as well.
+
+    Raises:
+        UserError: fewer than two seeds on either level, or a score that is not finite.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 2 or min(values.shape) < 2:
+        raise UserError(
+            f"Scores of shape {list(values.shape)} do not tell training from generation: "
+            "give [training seeds, generation seeds], at least two of each."
+        )
+    check_finite(values, "scores")
+    training_seeds, generation_seeds = values.shape
+    between = generation_seeds * float(values.mean(axis=1).var(ddof=1))
+    within = float(values.var(axis=1, ddof=1).mean())
+    return Variances(
+        training=max(0.0, (between - within) / generation_seeds),
+        generation=within,
+        of_mean=between / values.size,
+        training_seeds=training_seeds,
+        generation_seeds=generation_seeds,
+    )
