@@ -62,9 +62,29 @@ def _field_value(own: Field[Any], hint: Any, value: Any, path: str) -> Any:
     registry = registry_of(own.metadata)
     if registry is None:
         return _value(hint, value, path)
-    if not isinstance(value, Mapping):
-        raise UserError(f"{path} is {value!r}: it must be a group of settings.")
-    return build(kind_class(registry, value.get("kind", default_of(own).kind), path), value, path)
+    default = default_of(own)
+    if value is None and default is None:
+        return None
+    if _holds_several(hint):
+        if not isinstance(value, (list, tuple)) or not value:
+            raise UserError(f"{path} is {value!r}: it must be a list of kinds, like [{registry.kinds()[0]}], or null.")
+        return tuple(_of_kind(registry, one, None, f"{path}[{index}]") for index, one in enumerate(value))
+    return _of_kind(registry, value, None if default is None else default.kind, path)
+
+
+def _holds_several(hint: Any) -> bool:
+    """Whether a field holds a tuple, or null."""
+    return any(typing.get_origin(one) is tuple for one in (hint, *typing.get_args(hint)))
+
+
+def _of_kind(registry: Registry[Any], value: Any, default: str | None, path: str) -> Any:
+    """The config of one thing, from the name of its kind or from a group of settings."""
+    tree = {"kind": value} if isinstance(value, str) else value
+    if not isinstance(tree, Mapping):
+        raise UserError(
+            f"{path} is {value!r}: it must be a group of settings, or one of {', '.join(registry.kinds())}."
+        )
+    return build(kind_class(registry, tree.get("kind", default), path), tree, path)
 
 
 def default_of(own: Field[Any]) -> Any:

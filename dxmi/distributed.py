@@ -43,9 +43,17 @@ class Share:
         """Its rows of a tensor that holds the global batch along `dim`."""
         return x if self.count == self.num else x.narrow(dim, self.start, self.count)
 
-    def mean(self, part: Tensor) -> Tensor:
-        """Its part of a mean over the global batch, along the last axis of `part`, which holds some of its rows."""
-        return part.mean(-1) if part.shape[-1] == self.num else part.sum(-1) / self.num
+    def mean(self, values: Tensor) -> Tensor:
+        """What its rows contribute to the mean over the global batch, along the last axis of `values`."""
+        return mean_over(values, self.num)
+
+
+def mean_over(values: Tensor, num: int) -> Tensor:
+    """The part that some rows have in the mean over `num` rows, along the last axis of `values`.
+
+    The parts of all rows, of this process and of others, add up to the mean.
+    """
+    return values.mean(-1) if values.shape[-1] == num else values.sum(-1) / num
 
 
 class Workers(ABC):

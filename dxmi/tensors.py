@@ -6,7 +6,7 @@ Axis letters: B batch, C channels, H height, W width; *event is everything after
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -130,6 +130,30 @@ def calling(items: Iterable[Item], on_step: Callable[[], None] | None) -> Iterat
         yield item
         if on_step is not None:
             on_step()
+
+
+def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Nested tuples, named tuples and dicts with every tensor changed; whatever else they hold stays as it is."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(change, value) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        items = [map_tensors(change, value) for value in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    return tree
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The tensors of nested tuples and dicts, in order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, tree)
+    return found
+
+
+def with_tensors(tree: Any, tensors: Iterator[Tensor]) -> Any:
+    """The inverse of `tensors_of`: the nested tuples and dicts with these tensors in the places of their own."""
+    return map_tensors(lambda _: next(tensors), tree)
 
 
 def chunks(num: int, pieces: int) -> list[slice]:

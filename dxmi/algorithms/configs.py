@@ -1,6 +1,7 @@
 """Settings of the algorithms. Nothing here imports PyTorch."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from dxmi.optim.config import OptimizerConfig, PolicyOptimizerConfig, require_rate
 from dxmi.persistence.files import PLACE
@@ -9,6 +10,7 @@ STEP_COSTS = ("none", "linear", "sigmoid")
 RUNNING_COSTS = ("transition", "noise")
 PRESETS = ("as_released", "objective")
 VALUES = ("shared", "separate")
+BASELINES = ("learned", "leave_one_out", "mean", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +19,9 @@ class AlgorithmConfig:
 
     kind: str = "dxmi"
     """Which algorithm: its key in `dxmi.algorithms.registry`."""
+
+    needs_reward: ClassVar[bool] = False
+    """Whether it maximizes the reward that `reward` names, which is then the run's score."""
 
     def check(self, num_steps: int) -> None:
         """Check the settings against the T steps of the schedule.
@@ -136,3 +141,77 @@ class DDPMConfig:
             raise ValueError(f"batch_size is {self.batch_size}: it must be at least 1")
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"ema is {self.ema}: it must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradientConfig(AlgorithmConfig):
+    """What the algorithms share whose policy gradient is the score function's."""
+
+    entropy_coef: float = 0.0
+    """Weight of the policy's entropy, per dimension: a bonus of entropy_coef * mean_t log sigma_t."""
+    last_step: bool = False
+    """Count the last step as an action too. Its sigma of schedule.final_sigma is so small that its log-probability
+    drowns all others; without it, the last step decodes the last state."""
+    policy_ema: float | None = 0.999
+    """Decay of the policy's moving average, which is what is evaluated; null to evaluate the policy itself."""
+    policy: PolicyOptimizerConfig = field(default_factory=PolicyOptimizerConfig)
+    """Optimizer of the denoiser and the log sigmas."""
+    critic: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer of the learned baseline, the expected cost or reward V(x, t)."""
+
+    def __post_init__(self) -> None:
+        require_rate("entropy_coef", self.entropy_coef)
+        if self.policy_ema is not None and not 0.0 <= self.policy_ema < 1.0:
+            raise ValueError(f"policy_ema is {self.policy_ema}: it must be in [0, 1), or null")
+
+    def check(self, num_steps: int) -> None:
+        """Check that there is a step that counts as an action."""
+        if num_steps == 1 and not self.last_step:
+            raise ValueError("last_step is false, but schedule.num_steps is 1: no step is left to learn from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforceConfig(PolicyGradientConfig):
+    """REINFORCE on a scalar reward."""
+
+    kind: str = "reinforce"
+    baseline: str = "learned"
+    """Subtracted from the reward: learned (a value network's V(x_t, t)), leave_one_out (the mean of the other samples),
+    mean (of all samples, which shrinks the gradient by 1 - 1/B), or none."""
+    baseline_updates: int = 1
+    """Optimizer steps of the learned baseline in an iteration."""
+
+    needs_reward: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.baseline not in BASELINES:
+            raise ValueError(f"baseline is {self.baseline!r}: it must be one of {', '.join(BASELINES)}")
+        if self.baseline_updates < 1:
+            raise ValueError(f"baseline_updates is {self.baseline_updates}: it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftPgConfig(PolicyGradientConfig):
+    """SFT-PG (arXiv 2301.13362): a learned critic as the cost, policy gradient on the summed log-probability."""
+
+    kind: str = "sft_pg"
+    gradient_penalty: float = 10.0
+    """Weight of (|grad f| - 1)^2 between data and samples, which keeps the critic f 1-Lipschitz; 0 for a network that
+    is so by itself, such as one with spectral norm."""
+    critic_updates: int = 1
+    """Steps of the critic in an iteration."""
+    value_updates: int = 1
+    """Steps of the value in an iteration."""
+    policy_updates: int = 2
+    """Draws of B stored states in an iteration, one step of the policy each. The published schedule of 10 after every 5
+    critic steps is 2 an iteration."""
+    energy: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer of the critic f, which is the energy."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_rate("gradient_penalty", self.gradient_penalty)
+        for name in ("critic_updates", "value_updates", "policy_updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")

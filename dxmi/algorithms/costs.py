@@ -1,29 +1,12 @@
-"""Costs along a trajectory: the running cost with its reference variance, and the step cost."""
+"""Costs along a trajectory: the running cost with its reference variance, the control cost, and the step cost."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dxmi.diffusion.trajectory import Gaussian
 from dxmi.tensors import event_mean
-
-
-def squared_step(x: Tensor, x_next: Tensor) -> Tensor:
-    """mean_dims (x_{t+1} - x_t)^2 of states [B, *event]: [B]."""
-    return event_mean((x_next - x).square())
-
-
-def squared_noise(step: Gaussian, x_next: Tensor) -> Tensor:
-    """mean_dims ((x_{t+1} - mean) / sigma)^2, the standardised noise of a step: [B].
-
-    The public MNIST reproduction's running cost. It says nothing about the policy: its expectation is 1 whatever the
-    mean and sigma, and a reparameterised step has no gradient through it.
-    """
-    return event_mean((x_next - step.mean).square()) / step.sigma.square()
-
-
-def running_cost(squared: Tensor, reference_var: Tensor) -> Tensor:
-    """cost_t = mean_dims (x_{t+1} - x_t)^2 / (2 s_t^2), from `squared_step` [B] and s_t^2 [1] or [B]: [B]."""
-    return squared / (2.0 * reference_var)
 
 
 def step_costs(kind: str, scale: float, num_steps: int) -> Tensor:
@@ -38,35 +21,74 @@ def step_costs(kind: str, scale: float, num_steps: int) -> Tensor:
     return torch.full((num_steps,), scale if kind == "linear" else 0.0)
 
 
-def adapt_(variance: Tensor, mean_squared: Tensor, decay: float) -> None:
-    """s_t^2 <- decay s_t^2 + (1 - decay) mean (x_{t+1} - x_t)^2, in place; [T], or of several members [K, T]."""
-    variance.lerp_(mean_squared, 1.0 - decay)
+def per_step_table(numbers: Sequence[float], num_steps: int) -> Tensor:
+    """One number for all steps, or T numbers, as a table [T]."""
+    return torch.tensor(numbers, dtype=torch.float32).expand(num_steps).clone()
 
 
-class ReferenceVariance(nn.Module):
-    """s_t^2, the variance of the reference process in the running cost, [T]; adaptive (AVR) if `decay` < 1.
+class RunningCost(nn.Module):
+    """cost_t = mean_dims (x_{t+1} - x_t)^2 / (2 s_t^2), with a reference variance s_t^2 that adapts (AVR).
+
+    `kind=noise` is the running cost of the public MNIST reproduction instead: half the mean square of the standardised
+    noise (x_{t+1} - mean) / sigma. It carries no information about the policy: its expectation is 1/2 for every mean
+    and sigma, and a reparameterised step has no gradient through it.
 
     Args:
-        initial: its value before the first update, [T].
-        decay: of `adapt_`; 1 keeps the initial value.
+        kind: transition or noise.
+        initial: s_t^2 before the first update, [T]; unused with `kind=noise`.
+        decay: of the moving average that adapts s_t^2; 1 keeps the initial values.
     """
 
-    variance: Tensor
+    reference_var: Tensor
 
-    def __init__(self, initial: Tensor, decay: float) -> None:
+    def __init__(self, kind: str, initial: Tensor, decay: float) -> None:
         super().__init__()
-        self.decay = decay
-        self.register_buffer("variance", initial.clone())
+        self.standardised = kind == "noise"
+        self.decay = 1.0 if self.standardised else decay
+        self.register_buffer("reference_var", torch.ones_like(initial) if self.standardised else initial.clone())
 
     @property
-    def adaptive(self) -> bool:
-        """Whether `update` changes anything."""
+    def is_adaptive(self) -> bool:
+        """Whether the reference variance changes."""
         return self.decay < 1.0
 
-    def update(self, mean_squared: Tensor) -> None:
-        """One AVR update from the mean of `squared_step` over a batch of trajectories, [T]."""
-        adapt_(self.variance, mean_squared, self.decay)
+    def displacement(self, x: Tensor, x_next: Tensor, step: Gaussian) -> Tensor:
+        """mean_dims (x_{t+1} - x_t)^2 of states [B, *event], or that of the standardised noise: [B]."""
+        if self.standardised:
+            return event_mean((x_next - step.mean).square()) / step.sigma.square()
+        return event_mean((x_next - x).square())
 
-    def forward(self) -> Tensor:
-        """s_t^2, [T]."""
-        return self.variance
+    def forward(self, displacement: Tensor, t: slice | Tensor) -> Tensor:
+        """cost_t from the displacement [B] of steps at `t`, one for the batch or one a sample: [B]."""
+        return displacement / (2.0 * self.reference_var[t])
+
+
+@torch.no_grad()
+def adapt_(reference_var: Tensor, mean_displacement: Tensor, decay: float) -> None:
+    """s_t^2 <- decay s_t^2 + (1 - decay) mean (x_{t+1} - x_t)^2, in place; both [T], or [K, T] for several seeds."""
+    reference_var.lerp_(mean_displacement, 1.0 - decay)
+
+
+class ControlCost(nn.Module):
+    """m_t (cost_coef * cost_t - entropy_coef * log sigma_t): what a step costs in addition to the value it leads to.
+
+    Args:
+        mask: m, one number for all steps or T numbers.
+        cost_coef: weight of the running cost, per dimension.
+        entropy_coef: tau, weight of the entropy, per dimension.
+        num_steps: T.
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Sequence[float], cost_coef: float, entropy_coef: float, num_steps: int) -> None:
+        super().__init__()
+        self.register_buffer("mask", per_step_table(mask, num_steps), persistent=False)
+        # Known on the host, so that a step whose mask is 0 is skipped without asking the device.
+        self.steps = frozenset(self.mask.nonzero()[:, 0].tolist())
+        self.cost_coef = cost_coef
+        self.entropy_coef = entropy_coef
+
+    def forward(self, cost: Tensor, log_sigma: Tensor, t: slice | Tensor) -> Tensor:
+        """The control cost [B] of steps at `t` with running costs [B] and log sigmas [B] or [1]."""
+        return self.mask[t] * (self.cost_coef * cost - self.entropy_coef * log_sigma)

@@ -1,7 +1,7 @@
-"""DDPM pretraining (Ho et al., arXiv 2006.11239): regress the noise at a random diffusion step; evaluate the average.
+"""DDPM pretraining (Ho et al., arXiv 2006.11239): regress the noise at a random timestep; evaluate the average.
 
 Models of another family than DDPM's see other noise levels and regress another mixture of noise and image, as
-`dxmi.diffusion.schedules.Noising` says.
+`dxmi.diffusion.schedules.base.Noising` says.
 
 Logged metrics:
 
@@ -10,35 +10,40 @@ Logged metrics:
 """
 
 import copy
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dxmi.algorithms.base import Algorithm, Metrics
 from dxmi.algorithms.configs import DDPMConfig
 from dxmi.algorithms.losses import denoising_loss
+from dxmi.data.batch import Batch, Condition, Streams
 from dxmi.diffusion.schedules.base import Noising
 from dxmi.diffusion.schedules.ddpm import ddpm_noising
-from dxmi.distributed import ALONE, Share, Workers
-from dxmi.networks.base import NOTHING, Denoiser, Given, conditioned
-from dxmi.optim.optimizer import Descent, MovingAverage, Optimizer, Part
-from dxmi.tensors import chunks, per_sample
+from dxmi.distributed import ALONE, Workers
+from dxmi.networks.base import Denoiser, conditioned
+from dxmi.optim.moving_average import MovingAverage
+from dxmi.optim.optimizer import Optimizer
+from dxmi.tensors import per_sample
 
 
-class DDPM(nn.Module):
-    """A denoiser in training, its average, and its optimiser.
+class DDPM(Algorithm):
+    """A denoiser in training, its average, and its optimizer.
 
     Args:
         config: its settings.
         network: the denoiser, trained in place.
-        workers: share each batch.
-        accumulate: pieces in which each takes its share, one after the other.
+        workers: processes that share each batch.
+        accumulate: micro-batches into which each process divides its rows.
         noising: what the network sees and regresses; by default DDPM's.
 
     Attributes:
         average: the moving average of the network.
     """
 
+    unmapped: ClassVar[Sequence[str]] = ("average",)
     step: Tensor
     signal: Tensor
     noise: Tensor
@@ -54,94 +59,53 @@ class DDPM(nn.Module):
         noising: Noising | None = None,
     ) -> None:
         super().__init__()
-        self.workers = workers
-        self.accumulate = accumulate
         self.network = network
         self.average = copy.deepcopy(network)
-        self.moving_average = MovingAverage.between(network, self.average, config.ema)
-        rate = config.optimizer.lr
-        self.optimizer = Optimizer(config.optimizer, [(network.parameters(), rate)], config.iterations, workers)
+        self.averages = [MovingAverage.between(network, self.average, config.ema)]
+        groups = [(network.parameters(), config.optimizer.lr)]
+        self.optimizers = {"network": Optimizer(config.optimizer, groups, config.iterations, workers, accumulate)}
         noising = noising or ddpm_noising()
         self.regresses_noise = noising.regresses_noise
         for name in ("step", "signal", "noise", "data_part", "noise_part"):
             self.register_buffer(name, torch.from_numpy(getattr(noising, name)).float(), persistent=False)
 
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        """Every optimiser, by the name of what it trains."""
-        return {"network": self.optimizer}
+    def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
+        """One optimizer step; returns the metrics that the module's docstring lists."""
+        self.schedule(iteration)
+        share = batch.share
+        assert batch.x is not None
+        num, event = share.num, tuple(batch.x.shape[2:])
+        step = self._integers(streams, len(self.step), num)
+        noise = streams.normal("noise", (num, *event))
+        dropout = self._integers(streams, 2**62, num) if self.network.dropout else None
+        latent = streams.normal("noise", (num, self.network.latent)) if self.network.latent else None
+        drawn = (None if x is None else share.of(x, dim=1) for x in (step, noise, dropout, latent))
+        result = self.optimizers["network"].minimize(self._loss, batch.x, *drawn, batch.condition, num=num)
+        self.update_averages()
+        return result.metrics("pretrain")
 
-    def update(
-        self, data: Tensor, iteration: int, generator: torch.Generator, *, labels: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """One optimiser step.
+    @staticmethod
+    def _integers(streams: Streams, bound: int, num: int) -> Tensor:
+        """Numbers in 0 .. bound - 1, [K, num]."""
+        return streams.draw("noise", lambda own: torch.randint(bound, (num,), generator=own, device=own.device))
 
-        Args:
-            data: real samples in [-1, 1], the whole batch, [B, *event].
-            iteration: from 0; sets the learning rate.
-            generator: of diffusion steps and noise, on the data's device.
-            labels: the class of each sample, [B], where the network knows classes.
-
-        Returns:
-            The metrics that the module's docstring lists, as scalars still on the device.
-        """
-        self.optimizer.schedule(iteration)
-        share = self.workers.share(len(data))
-        step, noise, seed = (_own(share, drawn) for drawn in self.draw(data, generator))
-        given, data = Given(_own(share, labels), _own(share, self._latent(share.num, generator))), share.of(data)
-
-        def part(rows: slice) -> Part:
-            own_seed = None if seed is None else seed[rows]
-            return self.part(data[rows], step[rows], noise[rows], own_seed, given.rows(rows), share=share)
-
-        descent = self.optimizer.descend(part(rows) for rows in chunks(share.count, self.accumulate))
-        self.moving_average.update(iteration)
-        return loss_metrics(descent)
-
-    def draw(self, data: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The diffusion step [B] of each sample, its noise [B, *event], and a seed [B] if anything is dropped."""
-        num, device = len(data), data.device
-        step = torch.randint(len(self.step), (num,), generator=generator, device=device)
-        noise = torch.randn(data.shape, generator=generator, device=device)
-        if self.network.dropout == 0.0:
-            return step, noise, None
-        return step, noise, torch.randint(2**62, (num,), generator=generator, device=device)
-
-    def _latent(self, num: int, generator: torch.Generator) -> Tensor | None:
-        """Latents [num, Z], if the network takes any."""
-        if self.network.latent == 0:
-            return None
-        return torch.randn((num, self.network.latent), generator=generator, device=self.step.device)
-
-    def part(
+    def _loss(  # noqa: PLR0917
         self,
         data: Tensor,
         step: Tensor,
         noise: Tensor,
-        seed: Tensor | None = None,
-        given: Given = NOTHING,
-        *,
-        share: Share,
-    ) -> Part:
-        """Of the mean denoising loss, from samples [b, *event] and what `draw` gave for them."""
+        dropout: Tensor | None,
+        latent: Tensor | None,
+        condition: Condition,
+    ) -> Mapping[str, Tensor]:
+        """The denoising loss of samples [b, *event] at diffusion steps [b]."""
         noised = (per_sample(self.signal[step], data) * data).addcmul(per_sample(self.noise[step], data), noise)
-        embedding = conditioned(self.network, self.network.embed(self.step[step]), given)
-        predicted = self.network(noised, embedding, seed).float()
-        return Part(share.mean(denoising_loss(predicted, self._target(data, step, noise))))
+        embedding = conditioned(self.network, self.network.embed(self.step[step]), condition, latent)
+        predicted = self.network(noised, embedding, dropout).float()
+        return {"loss": denoising_loss(predicted, self._target(data, step, noise))}
 
     def _target(self, data: Tensor, step: Tensor, noise: Tensor) -> Tensor:
         """What the network regresses, [b, *event]."""
         if self.regresses_noise:
             return noise
         return (per_sample(self.data_part[step], data) * data).addcmul(per_sample(self.noise_part[step], data), noise)
-
-
-def _own(share: Share, tensor: Tensor | None) -> Any:
-    """A worker's rows of what there may be."""
-    return None if tensor is None else share.of(tensor)
-
-
-def loss_metrics(descent: Descent) -> dict[str, Tensor]:
-    """What is logged of a step of pretraining."""
-    metrics = {"pretrain/loss": descent.loss}
-    return metrics if descent.norm is None else metrics | {"pretrain/grad_norm": descent.norm}

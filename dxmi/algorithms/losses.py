@@ -1,11 +1,14 @@
-"""The equations of DxMI (arXiv 2407.00626), one a function, unreduced [B]: no optimiser, no device, no logging.
+"""The losses of the algorithms and of pretraining, one a function, unreduced [B].
 
-`entropy_coef` and `cost_coef` act on per-dimension means, as published (DESIGN, section 2).
+There are no optimizers, devices or logging here. Those of DxMI are from arXiv 2407.00626: its Algorithm 1 is the update
+of energy and sampler, its Algorithm 2 the dynamic programming (DxDP) that replaces backpropagation through the
+trajectory. Their coefficients act on per-dimension means, as published. `dxmi/README.md` has all losses in the present
+notation.
 """
 
 from torch import Tensor
 
-from dxmi.tensors import event_mean
+from dxmi.tensors import event_mean, event_sum
 
 
 def denoising_loss(predicted: Tensor, noise: Tensor) -> Tensor:
@@ -14,29 +17,41 @@ def denoising_loss(predicted: Tensor, noise: Tensor) -> Tensor:
 
 
 def energy_loss(energy_data: Tensor, energy_sample: Tensor, energy_l2: float) -> Tensor:
-    """E(x_data) - E(x_T) + energy_l2 (E(x_data)^2 + E(x_T)^2): [B]."""
+    """E(x_data) - E(x_T) + energy_l2 (E(x_data)^2 + E(x_T)^2), the energy update of Algorithm 1: [B]."""
     contrast = energy_data - energy_sample
     if energy_l2 == 0.0:
         return contrast
     return contrast + energy_l2 * (energy_data.square() + energy_sample.square())
 
 
-def control_cost(cost: Tensor, log_sigma: Tensor, cost_coef: float, entropy_coef: float) -> Tensor:
-    """cost_coef * cost_t - entropy_coef * log sigma_t: what a step costs beyond what it leads to, [B]."""
-    return cost_coef * cost - entropy_coef * log_sigma
-
-
 def td_target(value_next: Tensor, step_cost: Tensor, control: Tensor | None) -> Tensor:
-    """sg[V(x_{t+1}, t+1) + step_cost_t + m_v (control cost)]; `control` None where the mask is 0: [B]."""
+    """sg[V(x_{t+1}, t+1) + step_cost_t + control cost], the target of the value update of Algorithm 2: [B].
+
+    `control` is None at steps whose mask is 0.
+    """
     target = value_next + step_cost
     return (target if control is None else target + control).detach()
 
 
 def value_loss(value: Tensor, target: Tensor) -> Tensor:
-    """(V(x_t, t) - target)^2: [B]."""
+    """(V(x_t, t) - target)^2, the value update of Algorithm 2: [B]."""
     return (value - target).square()
 
 
 def policy_loss(value_next: Tensor, control: Tensor | None) -> Tensor:
-    """V(x_{t+1}, t+1) + m_p (control cost); `control` None where the mask is 0: [B]."""
+    """V(x_{t+1}, t+1) + control cost, the sampler update of Algorithm 2: [B]; `control` None without any mask."""
     return value_next if control is None else value_next + control
+
+
+def score_function_loss(log_prob: Tensor, advantage: Tensor) -> Tensor:
+    """sg[A] log pi(x_{t+1} | x_t), whose gradient is the score-function estimate of that of E[A]: [B].
+
+    Williams (1992). The advantage is a cost here: it is low where the action was better than expected.
+    """
+    return advantage.detach() * log_prob
+
+
+def gradient_penalty(gradient: Tensor) -> Tensor:
+    """(|grad f(x)| - 1)^2 of gradients [B, *event], which keeps a critic 1-Lipschitz (arXiv 1704.00028): [B]."""
+    norm = (event_sum(gradient.square()) + 1e-12).sqrt()
+    return (norm - 1.0).square()

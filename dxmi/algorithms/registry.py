@@ -5,8 +5,13 @@ from typing import TYPE_CHECKING
 from dxmi.registry import Registry
 
 if TYPE_CHECKING:
-    from dxmi.algorithms.dxmi import DxMI
+    from dxmi.algorithms.base import PolicyAlgorithm
 
-ALGORITHMS: Registry["DxMI"] = Registry(
-    "algorithm", {"dxmi": ("dxmi.algorithms.configs:DxMIConfig", "dxmi.algorithms.dxmi:DxMI")}
+ALGORITHMS: Registry["PolicyAlgorithm"] = Registry(
+    "algorithm",
+    {
+        "dxmi": ("dxmi.algorithms.configs:DxMIConfig", "dxmi.algorithms.dxmi:DxMI"),
+        "reinforce": ("dxmi.algorithms.configs:ReinforceConfig", "dxmi.algorithms.reinforce:Reinforce"),
+        "sft_pg": ("dxmi.algorithms.configs:SftPgConfig", "dxmi.algorithms.sft_pg:SftPg"),
+    },
 )

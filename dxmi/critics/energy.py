@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from dxmi.data.batch import UNCONDITIONAL, Condition
 from dxmi.networks.base import Critic
 
 
@@ -16,7 +17,7 @@ class Energy(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """E(x), [B]; of the class of each, [B], if the network knows classes."""
-        energy: Tensor = self.network(x, labels) if self.network.classes else self.network(x)
-        return energy.float()  # under autocast it comes in bfloat16
+    def forward(self, x: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
+        """E(x) of `x` [B, *event], given its class if the network knows classes: [B]."""
+        energy: Tensor = self.network(x, condition.labels) if self.network.classes else self.network(x)
+        return energy.float()  # under autocast the score is bfloat16

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dxmi.critics.energy import Energy
+from dxmi.data.batch import UNCONDITIONAL, Condition
 from dxmi.networks.base import TimedCritic
 
 
@@ -19,26 +20,37 @@ class Value(nn.Module, ABC):
     energy: Energy
 
     @abstractmethod
-    def forward(self, x: Tensor, t: int, labels: Tensor | None = None) -> Tensor:
-        """V(x, t) of `x` [B, *event] at one step for the batch, with labels [B] where there are classes: [B]."""
+    def forward(self, x: Tensor, t: int, condition: Condition = UNCONDITIONAL) -> Tensor:
+        """V(x, t) of `x` [B, *event], all at step `t`: [B]."""
 
     @abstractmethod
-    def at_steps(self, x: Tensor, t: Tensor, num_final: int, num_open: int = 0, labels: Tensor | None = None) -> Tensor:
+    def forward_timesteps(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition = UNCONDITIONAL,
+        *,
+        num_nonterminal: int = 0,
+        num_terminal: int = 0,
+    ) -> Tensor:
         """V(x_i, t_i), [B].
+
+        Without knowing how many samples are at T, both networks see all of them; nothing then depends on the numbers in
+        `t`, as in a recorded update.
 
         Args:
             x: [B, *event].
             t: the step of each sample in ascending order, [B].
-            num_final: how many of them, at the end, are at T; the caller knows it without asking the device.
-            num_open: how many before those may be at T: of one member of a stack so, of another not.
-            labels: the class of each, [B], where there are classes.
+            condition: of each sample.
+            num_nonterminal: how many samples, at the beginning, are known to be before T.
+            num_terminal: how many samples, at the end, are known to be at T.
         """
 
-    def gradient(self, x: Tensor, t: int, labels: Tensor | None = None) -> Tensor:
+    def gradient(self, x: Tensor, t: int, condition: Condition = UNCONDITIONAL) -> Tensor:
         """dV(x, t)/dx for each sample: [B, *event]."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self(x, t, labels).sum(), x)
+            (gradient,) = torch.autograd.grad(self(x, t, condition).sum(), x)
         return gradient
 
 
@@ -49,13 +61,21 @@ class SharedValue(Value):
         super().__init__()
         self.energy = energy
 
-    def forward(self, x: Tensor, t: int, labels: Tensor | None = None) -> Tensor:  # noqa: ARG002
-        """E(x), whatever the step."""
-        return self.energy(x, labels)  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, t: int, condition: Condition = UNCONDITIONAL) -> Tensor:  # noqa: ARG002
+        """E(x) at every step."""
+        return self.energy(x, condition)  # type: ignore[no-any-return]
 
-    def at_steps(self, x: Tensor, t: Tensor, num_final: int, num_open: int = 0, labels: Tensor | None = None) -> Tensor:  # noqa: ARG002
-        """E(x), whatever the steps."""
-        return self.energy(x, labels)  # type: ignore[no-any-return]
+    def forward_timesteps(
+        self,
+        x: Tensor,
+        t: Tensor,  # noqa: ARG002
+        condition: Condition = UNCONDITIONAL,
+        *,
+        num_nonterminal: int = 0,  # noqa: ARG002
+        num_terminal: int = 0,  # noqa: ARG002
+    ) -> Tensor:
+        """E(x) at every step."""
+        return self.energy(x, condition)  # type: ignore[no-any-return]
 
 
 class SeparateValue(Value):
@@ -76,29 +96,37 @@ class SeparateValue(Value):
 
     steps: Tensor
 
-    def forward(self, x: Tensor, t: int, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: int, condition: Condition = UNCONDITIONAL) -> Tensor:
         """The network before T, the energy at T."""
         if t == self.num_steps:
-            return self.energy(x, labels)  # type: ignore[no-any-return]
-        return self._early(x, self.network.embed(self.steps[t : t + 1]), labels)
+            return self.energy(x, condition)  # type: ignore[no-any-return]
+        return self._nonterminal(x, self.network.embed(self.steps[t : t + 1]), condition)
 
-    def at_steps(self, x: Tensor, t: Tensor, num_final: int, num_open: int = 0, labels: Tensor | None = None) -> Tensor:
+    def forward_timesteps(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition = UNCONDITIONAL,
+        *,
+        num_nonterminal: int = 0,
+        num_terminal: int = 0,
+    ) -> Tensor:
         """Each network sees only the samples that are, or may be, its own."""
-        end = len(x) - num_final
-        start = end - num_open
+        start, end = num_nonterminal, len(x) - num_terminal
         if end == 0:
-            return self.energy(x, labels)  # type: ignore[no-any-return]
-        steps = t[:end].clamp(max=self.num_steps - 1) if num_open else t[:end]
-        early = self._early(x[:end], self.network.embed(self.steps)[steps], None if labels is None else labels[:end])
+            return self.energy(x, condition)  # type: ignore[no-any-return]
+        steps = t[:end] if start == end else t[:end].clamp(max=self.num_steps - 1)
+        early = self._nonterminal(x[:end], self.network.embed(self.steps)[steps], condition.rows(slice(end)))
         if start == len(x):
             return early
-        late = self.energy(x[start:], None if labels is None else labels[start:])
-        if num_open == 0:
+        late = self.energy(x[start:], condition.rows(slice(start, None)))
+        if start == end:
             return torch.cat((early, late))
-        between = torch.where(t[start:end] == self.num_steps, late[:num_open], early[start:])
-        return torch.cat((early[:start], between, late[num_open:]))
+        between = torch.where(t[start:end] == self.num_steps, late[: end - start], early[start:])
+        return torch.cat((early[:start], between, late[end - start :]))
 
-    def _early(self, x: Tensor, embedding: Tensor, labels: Tensor | None) -> Tensor:
-        """The network's value before T, [B]; it is told the labels if it knows classes."""
-        value: Tensor = self.network(x, embedding, labels) if self.network.classes else self.network(x, embedding)
+    def _nonterminal(self, x: Tensor, embedding: Tensor, condition: Condition) -> Tensor:
+        """The network's value before T, [B]; it is given the labels if it knows classes."""
+        labels = (condition.labels,) if self.network.classes else ()
+        value: Tensor = self.network(x, embedding, *labels)
         return value.float()

@@ -5,10 +5,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dxmi.data.batch import UNCONDITIONAL, Batch, Condition
 from dxmi.distributed import ALONE, Workers
 from dxmi.tensors import decode
 
@@ -16,6 +18,20 @@ RESIDENT_BYTES = 2 * 2**30
 """Samples that take no more than this lie on the device; of others, only batches go there."""
 
 _HALF = 0.5
+
+
+class Split(NamedTuple):
+    """One part of a data set.
+
+    Attributes:
+        x: samples as they are stored, [N, *event].
+        condition: of each sample.
+        targets: what a test compares scores with, labels [N] or masks [N, H, W]; None if there is nothing of the kind.
+    """
+
+    x: Tensor
+    condition: Condition = UNCONDITIONAL
+    targets: Tensor | None = None
 
 
 class Dataset(ABC):
@@ -41,6 +57,16 @@ class Dataset(ABC):
     @property
     def classes(self) -> Tensor | None:
         """The class of each sample, int64 on the host [N]; None if there are no classes."""
+        return None
+
+    def split(self, name: Literal["train", "test"]) -> Split | None:
+        """The training samples, or those that training never sees; None if the data set has no such part."""
+        if name == "train":
+            return Split(self.stored, Condition(self.classes), self.classes)
+        return self.test_split()
+
+    def test_split(self) -> Split | None:
+        """Samples that training never sees, if the data set has any."""
         return None
 
     @property
@@ -86,7 +112,7 @@ class BatchStream:
     """Shuffled epochs without end; every batch is full. Its whole state is three tensors.
 
     Many samples stay where they are, and only batches go to the device, the next one fetched by a second thread
-    meanwhile. Of those a worker reads its own rows; the others, which it has no use for, are zeros.
+    meanwhile. A worker reads its own rows only.
 
     Args:
         stored: samples as a data set keeps them, [N, *event].
@@ -96,9 +122,7 @@ class BatchStream:
         flip: mirror each image, left to right, with probability 1/2.
         device: where the batches are wanted; by default where `stored` is.
         workers: share each batch.
-
-    Attributes:
-        labels: those of the batch that `next` has just given, [B], if they are wanted.
+        reads_samples: read the samples; otherwise batches hold conditions only, as often as in the data.
     """
 
     def __init__(
@@ -111,48 +135,51 @@ class BatchStream:
         flip: bool = False,
         device: torch.device | None = None,
         workers: Workers = ALONE,
+        reads_samples: bool = True,
     ) -> None:
+        self.reads_samples = reads_samples
         self.flip = flip
         self.device = device or stored.device
         self.resident = stored.nbytes <= RESIDENT_BYTES
         self.stored = stored.to(self.device) if self.resident else stored
-        self.labels: Tensor | None = None
-        self._all_labels = labels
+        self._labels = labels
         self.batch_size = batch_size
         self.generator = generator
         self.share = workers.share(batch_size)
         self.order = torch.empty(0, dtype=torch.int64)
         self._ahead = _Ahead(self._gathered)
 
-    def next(self) -> Tensor:
-        """The next batch as floats, pixels in [-1, 1]: [B, *event]."""
+    def next(self) -> Batch:
+        """This worker's part of the next batch, pixels as floats in [-1, 1], with one seed in front: [1, b, *event]."""
         while len(self.order) < self.batch_size:
             epoch = torch.randperm(len(self.stored), generator=self.generator)
             self.order = torch.cat((self.order, epoch))
         drawn, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-        if self._all_labels is not None:
-            self.labels = self._all_labels[drawn.to(self._all_labels.device)].to(self.device, non_blocking=True)
-        samples = decode(self._samples(drawn))
-        return self._mirrored(samples) if self.flip else samples
+        own = self.share.of(drawn)
+        return Batch(self._samples(own).unsqueeze(0) if self.reads_samples else None, self._condition(own), self.share)
 
-    def _mirrored(self, images: Tensor) -> Tensor:
-        """Each of the images [B, C, H, W], or its mirror image."""
-        chosen = torch.rand(len(images), generator=self.generator) < _HALF
-        return torch.where(chosen.to(self.device, non_blocking=True)[:, None, None, None], images.flip(-1), images)
+    def _condition(self, drawn: Tensor) -> Condition:
+        if self._labels is None:
+            return UNCONDITIONAL
+        labels = self._labels[drawn.to(self._labels.device)].to(self.device, non_blocking=True)
+        return Condition(labels.unsqueeze(0))
 
     def _samples(self, drawn: Tensor) -> Tensor:
+        """Rows of `stored` as floats, on the device, some of them mirrored."""
+        samples = decode(self._rows(drawn))
+        if not self.flip:
+            return samples
+        chosen = self.share.of(torch.rand(self.batch_size, generator=self.generator) < _HALF)
+        return torch.where(chosen.to(self.device, non_blocking=True)[:, None, None, None], samples.flip(-1), samples)
+
+    def _rows(self, drawn: Tensor) -> Tensor:
         """Rows of `stored`, on the device."""
         if self.resident:
             return self.stored[drawn.to(self.device, non_blocking=True)]
-        rows = self._ahead.take(self.share.of(drawn))
+        rows = self._ahead.take(drawn)
         if len(self.order) >= self.batch_size:  # else the epoch that comes next is not drawn yet
             self._ahead.begin(self.share.of(self.order[: self.batch_size]))
-        rows = rows.to(self.device, non_blocking=True)
-        if len(rows) == len(drawn):
-            return rows
-        whole = rows.new_zeros((len(drawn), *rows.shape[1:]))
-        self.share.of(whole).copy_(rows)
-        return whole
+        return rows.to(self.device, non_blocking=True)
 
     def _gathered(self, drawn: Tensor) -> Tensor:
         """Rows of `stored`, on the host, where a GPU can fetch them by itself."""

@@ -1,5 +1,6 @@
 """Image data sets: small ones in memory, folders of images in a memory map."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from dxmi.compat import package_folder
 from dxmi.data import cifar, known_files
+from dxmi.data.batch import Condition
 from dxmi.data.configs import FOLDER
-from dxmi.data.dataset import Dataset, content_signature, labelled_signature
+from dxmi.data.dataset import Dataset, Split, content_signature, labelled_signature
 from dxmi.data.folders import open_folder
 from dxmi.data.idx import idx_content, parsed_idx
 from dxmi.errors import UserError
@@ -21,6 +23,8 @@ from dxmi.persistence.files import require_target, user_path, variable_folder
 from dxmi.persistence.tensor_files import printable
 
 MNIST8_IMAGES = 20_000
+_WITHOUT_TEST = ("digits",)
+"""Data sets that were published without a split."""
 _DIGITS = "datasets/data/digits.csv.gz"
 """In scikit-learn, whose own `load_digits` takes seconds to import."""
 _MNIST_FOLDER, _FASHION_FOLDER = "MNIST", "FashionMNIST"
@@ -40,6 +44,7 @@ class Images(Dataset):
         class_names: of each class, in order; empty if they have none.
         source: where they were read, in words.
         notes: what was left out or changed, one sentence for each reason.
+        read_test: reads pixels and labels of the test images, where the data set has some.
     """
 
     name: str
@@ -50,6 +55,7 @@ class Images(Dataset):
     class_names: tuple[str, ...] = ()
     source: str = ""
     notes: tuple[str, ...] = ()
+    read_test: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     @property
     def stored(self) -> Tensor:
@@ -60,6 +66,17 @@ class Images(Dataset):
     def classes(self) -> Tensor | None:
         """The labels, if there are classes."""
         return self.labels if self.num_classes else None
+
+    def test_split(self) -> Split | None:
+        """The published test images.
+
+        Raises:
+            UserError: their files are missing or damaged.
+        """
+        if self.read_test is None:
+            return None
+        pixels, labels = self.read_test()
+        return Split(pixels, Condition(labels), labels)
 
 
 def data_root() -> Path:
@@ -84,8 +101,16 @@ def load_images(name: str, label: int | None, *, accept_unknown: bool = False) -
     names += tuple(str(number) for number in range(len(names), int(labels.max()) + 1))  # of files that are not known
     signature = labelled_signature(content_signature(pixels), labels, names)
     notes = (f"taken as they are, whatever is published as {name} (data.accept_unknown_files)",) * accept_unknown
-    images = Images(name, pixels, labels, signature, len(names), names, _SOURCES[name](), notes)
+    test = None if name in _WITHOUT_TEST else functools.partial(_test_images, name, label, accept_unknown)
+    images = Images(name, pixels, labels, signature, len(names), names, _SOURCES[name](), notes, test)
     return images if label is None else only_class(images, label)
+
+
+def _test_images(name: str, label: int | None, accept_unknown: bool) -> tuple[Tensor, Tensor]:
+    """Pixels and labels of the published test images, those of one class only unless it is None."""
+    pixels, labels = LOADERS[name](train=False, accept_unknown=accept_unknown)
+    chosen = slice(None) if label is None else labels == label
+    return pixels[chosen], labels[chosen]
 
 
 def load_folder(folder: str, size: int, label: int | None, *, class_folders: bool) -> Images:

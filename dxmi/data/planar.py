@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dxmi.data.dataset import Dataset, content_signature
+from dxmi.data.dataset import Dataset, Split, content_signature
 from dxmi.seeds import generator
 
 SQUARE = 4.0
@@ -216,6 +216,10 @@ class Points(Dataset):
     def distribution(self) -> Distribution:
         """What they were drawn from."""
         return DISTRIBUTIONS[self.name]
+
+    def test_split(self) -> Split:
+        """As many further points."""
+        return Split(self.held_out(len(self.points)))
 
     def held_out(self, num: int, stream: str = "test") -> Tensor:
         """Points that training never sees, the same at every call with the same `stream`: [num, 2]."""

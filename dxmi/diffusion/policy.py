@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from dxmi.data.batch import UNCONDITIONAL, Condition
 from dxmi.diffusion.schedules.base import StepSchedule
 from dxmi.diffusion.trajectory import Gaussian, Trajectory
 from dxmi.errors import UserError
-from dxmi.networks.base import NOTHING, Denoiser, Given, conditioned
+from dxmi.networks.base import Denoiser, conditioned
 from dxmi.tensors import per_sample
 
-Guide = Callable[[Tensor, int, Tensor | None], Tensor]
-"""Given x_t [B, *event], t, and labels [B] if there are any, the gradient [B, *event] that sampling should descend."""
+Guide = Callable[[Tensor, int, Condition], Tensor]
+"""Given x_t [B, *event], t and the condition, the gradient [B, *event] that sampling should descend."""
 
 
 class Policy(nn.Module):
@@ -32,9 +33,9 @@ class Policy(nn.Module):
         event: shape of one sample.
     """
 
-    diffusion_step: Tensor
+    timestep: Tensor
     signal_scale: Tensor
-    noise_scale: Tensor
+    output_scale: Tensor
     input_scale: Tensor
     final_log_sigma: Tensor
     class_counts: Tensor | None
@@ -44,9 +45,12 @@ class Policy(nn.Module):
         self.network = network
         self.event = event
         self.num_steps = schedule.num_steps
-        for name in ("diffusion_step", "signal_scale", "noise_scale"):
-            table = torch.from_numpy(getattr(schedule, name)).float()
-            self.register_buffer(name, table, persistent=False)
+        for name, table in (
+            ("timestep", schedule.diffusion_step),
+            ("signal_scale", schedule.signal_scale),
+            ("output_scale", schedule.noise_scale),
+        ):
+            self.register_buffer(name, torch.from_numpy(table).float(), persistent=False)
         self.start_sigma = schedule.start_sigma
         self.scales_input = schedule.input_scale is not None
         input_scale = torch.from_numpy(schedule.input_scale).float() if schedule.input_scale is not None else None
@@ -63,15 +67,16 @@ class Policy(nn.Module):
 
     def embeddings(self) -> Tensor:
         """The network's embedding of every step's diffusion step, [T, E]."""
-        return self.network.embed(self.diffusion_step)
+        return self.network.embed(self.timestep)
 
-    def transition(
+    def transition(  # noqa: PLR0917
         self,
         x: Tensor,
         t: int | Tensor,
         embeddings: Tensor | None = None,
         log_sigma: Tensor | None = None,
-        given: Given = NOTHING,
+        condition: Condition = UNCONDITIONAL,
+        latent: Tensor | None = None,
     ) -> Gaussian:
         """The Gaussian over x_{t+1}.
 
@@ -80,36 +85,51 @@ class Policy(nn.Module):
             t: the step, one for the batch or one a sample [B] (int64).
             embeddings: `self.embeddings()` if the caller has it at hand.
             log_sigma: `self.log_sigma` if the caller has it at hand.
-            given: the label of each state where the network knows classes, its latent where it takes one.
+            condition: of each state, where the network knows classes.
+            latent: of each state, [B, Z], where the network takes one.
         """
         row = slice(t, t + 1) if isinstance(t, int) else t
         embeddings = self.embeddings() if embeddings is None else embeddings
         log_sigma = self.log_sigma if log_sigma is None else log_sigma
         seen = x * per_sample(self.input_scale[row], x) if self.scales_input else x
-        embedding = conditioned(self.network, embeddings[row], given)
+        embedding = conditioned(self.network, embeddings[row], condition, latent)
         noise = self.network(seen, embedding).float()  # under autocast it comes in bfloat16
-        signal_scale, noise_scale = per_sample(self.signal_scale[row], x), per_sample(self.noise_scale[row], x)
+        signal_scale, noise_scale = per_sample(self.signal_scale[row], x), per_sample(self.output_scale[row], x)
         mean = (signal_scale * x).addcmul(noise_scale, noise)
         return Gaussian(mean, log_sigma[row].exp().expand(len(x)))
 
-    def step(self, x: Tensor, t: int | Tensor, noise: Tensor, given: Given = NOTHING) -> Tensor:
+    def step(
+        self,
+        x: Tensor,
+        t: int | Tensor,
+        noise: Tensor,
+        condition: Condition = UNCONDITIONAL,
+        latent: Tensor | None = None,
+    ) -> Tensor:
         """x_{t+1} [B, *event], reparameterised by `noise` [B, *event]."""
-        return self.transition(x, t, given=given).sample(noise)
+        return self.transition(x, t, condition=condition, latent=latent).sample(noise)
 
-    def log_prob(self, x_next: Tensor, x: Tensor, t: int | Tensor, given: Given = NOTHING) -> Tensor:
+    def log_prob(
+        self,
+        x_next: Tensor,
+        x: Tensor,
+        t: int | Tensor,
+        condition: Condition = UNCONDITIONAL,
+        latent: Tensor | None = None,
+    ) -> Tensor:
         """Log pi(x_{t+1} | x_t) in nats, summed over the event; given the latent if there is one: [B]."""
-        return self.transition(x, t, given=given).log_prob(x_next)
+        return self.transition(x, t, condition=condition, latent=latent).log_prob(x_next)
 
     def noise(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Standard normal noise for a rollout: the start and T steps, [T+1, B, *event]."""
         shape = (self.num_steps + 1, batch_size, *self.event)
-        return torch.randn(shape, generator=generator, device=self.diffusion_step.device)
+        return torch.randn(shape, generator=generator, device=self.timestep.device)
 
     def latent(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
         """Standard normal latents for one step, [B, Z]; None if the network takes none."""
         if self.network.latent == 0:
             return None
-        return torch.randn((batch_size, self.network.latent), generator=generator, device=self.diffusion_step.device)
+        return torch.randn((batch_size, self.network.latent), generator=generator, device=self.timestep.device)
 
     def latents(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
         """Those for a rollout, [T, B, Z]."""
@@ -118,16 +138,16 @@ class Policy(nn.Module):
 
     def draw_classes(self, counts: Tensor | None) -> None:
         """From now on let samples be of each class as often as `counts` [C] says, int64; None for no draws at all."""
-        self.class_counts = None if counts is None else counts.to(self.diffusion_step.device)
+        self.class_counts = None if counts is None else counts.to(self.timestep.device)
 
-    def labels(self, num: int, generator: torch.Generator) -> Tensor | None:
-        """Classes for `num` samples, [num], drawn with the frequencies of the data; None if the network knows none.
+    def draw_condition(self, num: int, generator: torch.Generator) -> Condition:
+        """A condition for `num` samples: classes [num] with the frequencies of the data, if the network knows any.
 
         Raises:
             UserError: the frequencies are unknown.
         """
         if self.network.classes == 0:
-            return None
+            return UNCONDITIONAL
         if self.class_counts is None:
             raise UserError(
                 f"The network knows {self.network.classes} classes, but how often samples are of each is unknown: "
@@ -135,39 +155,39 @@ class Policy(nn.Module):
             )
         bounds = self.class_counts.cumsum(0)
         drawn = torch.randint(int(bounds[-1]), (num,), generator=generator, device=bounds.device)
-        return torch.searchsorted(bounds, drawn, right=True)
+        return Condition(torch.searchsorted(bounds, drawn, right=True))
 
     def _start(self, noise: Tensor) -> Tensor:
         """x_0 from standard normal noise [B, *event]."""
         return noise if self.start_sigma == 1.0 else noise * self.start_sigma
 
     @torch.no_grad()
-    def rollout(self, noise: Tensor, labels: Tensor | None = None, latents: Tensor | None = None) -> Trajectory:
+    def rollout(self, noise: Tensor, condition: Condition = UNCONDITIONAL, latents: Tensor | None = None) -> Trajectory:
         """Run the policy from noise[0], with noise[t + 1] in step t, without gradient.
 
         Args:
             noise: as `self.noise` makes it, [T+1, B, *event].
-            labels: [B], where the network knows classes.
+            condition: of each sample, where the network knows classes.
             latents: as `self.latents` makes them, [T, B, Z].
         """
         embeddings, log_sigma = self.embeddings(), self.log_sigma
         states, means = [self._start(noise[0])], []
         for t in range(self.num_steps):
-            given = Given(labels, None if latents is None else latents[t])
-            step = self.transition(states[-1], t, embeddings, log_sigma, given)
+            latent = None if latents is None else latents[t]
+            step = self.transition(states[-1], t, embeddings, log_sigma, condition, latent)
             means.append(step.mean)
             states.append(step.sample(noise[t + 1]))
         sigma = log_sigma.exp()[:, None].expand(-1, noise.shape[1])
         return Trajectory(torch.stack(states), torch.stack(means), sigma)
 
     @torch.no_grad()
-    def walk(  # noqa: PLR0917
+    def sample_states(  # noqa: PLR0917
         self,
         num: int,
         generator: torch.Generator,
         guide: Guide | None = None,
         guidance: float = 0.0,
-        labels: Tensor | None = None,
+        condition: Condition | None = None,
         first: int | None = None,
     ) -> Iterator[Tensor]:
         """The states x_0 .. x_T of `num` rollouts one after the other, each [num, *event]; none is kept here.
@@ -177,22 +197,21 @@ class Policy(nn.Module):
             generator: draws the start and then each step's noise.
             guide: gradient of a value V(x, t); after each step x_{t+1} -= guidance * sigma_t * guide(x_{t+1}, t + 1).
             guidance: strength, 0 for none. V is a cost, so a positive strength descends it.
-            labels: [num], where the network knows classes; by default those of `self.labels`.
-            first: walk only so many of them, on the noise that they have among all `num`.
+            condition: of all `num`; by default that of `self.draw_condition`.
+            first: compute only so many of them, on the noise that they have among all `num`.
         """
-        labels = self.labels(num, generator) if labels is None else labels
+        condition = self.draw_condition(num, generator) if condition is None else condition
         embeddings, log_sigma = self.embeddings(), self.log_sigma
-        noise = torch.randn((num, *self.event), generator=generator, device=self.diffusion_step.device)
-        labels = labels if labels is None else labels[:first]
+        noise = torch.randn((num, *self.event), generator=generator, device=self.timestep.device)
+        condition = condition.rows(slice(first))
         x = self._start(noise[:first].clone())
         yield x
         for t in range(self.num_steps):
             latent = self.latent(num, generator)
-            given = Given(labels, latent if latent is None else latent[:first])
-            step = self.transition(x, t, embeddings, log_sigma, given)
+            step = self.transition(x, t, embeddings, log_sigma, condition, latent if latent is None else latent[:first])
             x = step.sample(noise.normal_(generator=generator)[:first])
             if guide is not None and guidance != 0.0:
-                x = x.addcmul(per_sample(step.sigma, x), guide(x, t + 1, labels), value=-guidance)
+                x = x.addcmul(per_sample(step.sigma, x), guide(x, t + 1, condition), value=-guidance)
             yield x
 
     def sample(
@@ -201,7 +220,7 @@ class Policy(nn.Module):
         generator: torch.Generator,
         guide: Guide | None = None,
         guidance: float = 0.0,
-        labels: Tensor | None = None,
+        condition: Condition | None = None,
     ) -> Tensor:
-        """The last state of `walk`: [num, *event]."""
-        return deque(self.walk(num, generator, guide, guidance, labels), maxlen=1).pop()
+        """The last state of `sample_states`: [num, *event]."""
+        return deque(self.sample_states(num, generator, guide, guidance, condition), maxlen=1).pop()

@@ -4,8 +4,6 @@ Axis letters: T policy steps, B batch, *event. Time counts generation steps: x[0
 """
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -31,13 +29,12 @@ class Gaussian(NamedTuple):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density of `x` [B, *event] in nats, summed over the event: [B]."""
-        dims = x[0].numel()
+        dims = math.prod(x.shape[1:])
         squares = event_sum((x - self.mean).square()) / self.sigma.square()
         return -0.5 * squares - dims * (self.sigma.log() + 0.5 * math.log(2.0 * math.pi))
 
 
-@dataclass(frozen=True)
-class Trajectory:
+class Trajectory(NamedTuple):
     """A batch of rollouts.
 
     Attributes:
@@ -70,8 +67,8 @@ class Trajectory:
         """x_T: [B, *event]."""
         return self.x[-1]
 
-    @cached_property
+    @property
     def log_prob(self) -> Tensor:
-        """Log density of every step in nats, [T, B]; computed when first asked for."""
+        """Log density of every step in nats, [T, B]."""
         steps = Gaussian(self.mean.flatten(0, 1), self.sigma.flatten())
         return steps.log_prob(self.x[1:].flatten(0, 1)).view(self.num_steps, self.batch_size)

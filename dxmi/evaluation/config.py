@@ -1,8 +1,11 @@
 """Settings of the evaluation. Nothing here imports PyTorch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS
+from dxmi.metrics.configs import CLASSIFIER_SETS, MetricConfig
+from dxmi.metrics.registry import METRICS
+from dxmi.registry import chosen_from
 
 SELECTION, REPORT, CONFIRMATION = "selection", "report", "confirmation"
 """Noise streams: a run's best checkpoint is chosen on the first and scored on the second; the best trial of a sweep,
@@ -56,6 +59,12 @@ class EvaluateConfig:
     """Numbers of network evaluations of further references, or null: with each, all samplers that a policy with so many
     steps is compared with. 1000 adds the 1000-step sampler with the large variance."""
 
+    metrics: tuple[MetricConfig, ...] | None = field(default=None, metadata=chosen_from(METRICS))
+    """Further metrics, by their kinds, like [class_entropy], or as groups of settings; null for none."""
+    primary: str | None = None
+    """The score by which checkpoints and trials are compared; null for the reward where the algorithm maximizes one,
+    else for the distance to the data."""
+
     def __post_init__(self) -> None:
         for name in ("every", "batch_size", "kid_subsets", "kid_subset_size", "projections", "grid", "generations"):
             if getattr(self, name) < 1:
@@ -76,3 +85,16 @@ class EvaluateConfig:
             number = getattr(self, name)
             if number is not None and number < MIN_SAMPLES:
                 raise ValueError(f"{name} is {number}: it must be at least {MIN_SAMPLES}")
+
+
+def features_of(name: str, config: EvaluateConfig) -> str:
+    """What gives the features of the images of data set `name`.
+
+    Raises:
+        ValueError: a classifier is asked for that does not exist.
+    """
+    features = config.features or (CLASSIFIER if name in CLASSIFIER_SETS else INCEPTION)
+    if features == CLASSIFIER and name not in CLASSIFIER_SETS:
+        known = ", ".join(CLASSIFIER_SETS)
+        raise ValueError(f"features is classifier, but there is none for {name}, only for {known}: make it null")
+    return features

@@ -18,6 +18,7 @@ from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, VARIANCES, Sch
 from dxmi.diffusion.schedules.ddpm import ancestral_schedule, ddim_schedule
 from dxmi.diffusion.schedules.edm import karras_schedule
 from dxmi.diffusion.solvers import DpmSolver, HeunSolver
+from dxmi.metrics.keys import MAXIMIZE, MINIMIZE
 
 SHORTENED, DATA = "shortened", "data"
 _RHO = 7.0
@@ -213,7 +214,7 @@ class ScoredReference:
         sampler: in words, without the number of steps.
         role: what it is compared for.
         evaluations: of the network, a sample.
-        score: the summary's metric, lower is better.
+        score: the summary's metric.
     """
 
     key: str
@@ -275,24 +276,29 @@ def _earlier(key: str, num_steps: int) -> dict[str, Any]:
     return {"label": f"{evaluations} steps ({sampler})", "sampler": sampler, "role": role, "evaluations": evaluations}
 
 
-def best_reference(found: Iterable[ScoredReference], evaluations: int) -> ScoredReference | None:
+def best_reference(
+    found: Iterable[ScoredReference], evaluations: int, direction: str = MINIMIZE
+) -> ScoredReference | None:
     """The best of those with no more network evaluations than these."""
-    cheap = [reference for reference in found if reference.evaluations <= evaluations]
-    return min(cheap, key=lambda reference: reference.score, default=None)
+    return _best([reference for reference in found if reference.evaluations <= evaluations], direction)
 
 
-def full_reference(found: Iterable[ScoredReference]) -> ScoredReference | None:
+def full_reference(found: Iterable[ScoredReference], direction: str = MINIMIZE) -> ScoredReference | None:
     """The best of those that show what the pretrained model can do."""
-    full = [reference for reference in found if reference.role is Role.FULL]
-    return min(full, key=lambda reference: reference.score, default=None)
+    return _best([reference for reference in found if reference.role is Role.FULL], direction)
 
 
-def highlights(found: Sequence[ScoredReference], num_steps: int) -> list[ScoredReference]:
+def _best(found: Sequence[ScoredReference], direction: str) -> ScoredReference | None:
+    best = max if direction == MAXIMIZE else min
+    return best(found, key=lambda reference: reference.score, default=None)
+
+
+def highlights(found: Sequence[ScoredReference], num_steps: int, direction: str = MINIMIZE) -> list[ScoredReference]:
     """Those worth a line in a figure: all steps, the best one as cheap as the policy, and the policy before.
 
     Other samplers with few steps can be so bad that they would press the curves flat.
     """
-    best = best_reference(found, num_steps)
+    best = best_reference(found, num_steps, direction)
     return [r for r in found if r.role in (Role.FULL, Role.SHORTENED) or r is best]
 
 

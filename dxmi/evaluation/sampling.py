@@ -3,18 +3,18 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dxmi.data.batch import UNCONDITIONAL, Condition
 from dxmi.diffusion.policy import Guide, Policy
 from dxmi.distributed import ALONE, Workers
 from dxmi.errors import DivergedError
 from dxmi.evaluation.config import EvaluateConfig
-from dxmi.evaluation.overlap import Beside
 from dxmi.seeds import generator
 from dxmi.tensors import encode, num_beyond
 
@@ -30,7 +30,7 @@ class Sampling:
         policy: from what.
         stream: name of the noise; with the evaluation's seed it fixes every sample, and everything else that is drawn
             to score them.
-        guide: gradient of a value to descend, see `Policy.walk`.
+        guide: gradient of a value to descend, see `Policy.sample_states`.
         guidance: its strength.
         on_batch: called after each batch with how many samples there are so far; by all workers at the same time.
         on_step: called after each step of a batch, of which each worker has its own, and equally often by one that has
@@ -55,16 +55,23 @@ class Sampling:
         """What no state comes near while all is well: a million times the start's or the data's deviation."""
         return _BOUND * max(1.0, self.policy.start_sigma)
 
-    def walk(self, num: int, noise: torch.Generator, first: int | None = None) -> Iterator[Tensor]:
-        """`Policy.walk`, during which `on_step` is called."""
-        for x in self.policy.walk(num, noise, self.guide, self.guidance, first=first):
+    def states(
+        self, num: int, noise: torch.Generator, first: int | None = None, condition: Condition | None = None
+    ) -> Iterator[Tensor]:
+        """`Policy.sample_states`, during which `on_step` is called."""
+        for x in self.policy.sample_states(num, noise, self.guide, self.guidance, condition, first):
             yield x
             if self.on_step is not None:
                 self.on_step()
 
     def sample(self, num: int, noise: torch.Generator, first: int | None = None) -> Tensor:
-        """The last state of `walk`: [num, *event]."""
-        return deque(self.walk(num, noise, first), maxlen=1).pop()
+        """The last of `states`: [num, *event]."""
+        return deque(self.states(num, noise, first), maxlen=1).pop()
+
+    def conditioned_sample(self, num: int, noise: torch.Generator) -> tuple[Tensor, Condition]:
+        """`sample`, and the condition of each sample."""
+        condition = self.policy.draw_condition(num, noise)
+        return deque(self.states(num, noise, None, condition), maxlen=1).pop(), condition
 
     def idle(self) -> None:
         """What a worker does while others sample: it calls `on_step` as often as they do."""
@@ -120,27 +127,47 @@ def stream_of(kind: str, seed: int) -> str:
 def generate(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
     """`num` samples as a data set stores them [num, *event], pixels in uint8 and points in float32, on every worker.
 
-    The noise of a batch depends on its place alone, so the first samples of a longer run are those of a shorter one
-    as long as `batch_size` is the same, and workers change none of them.
+    The noise of a batch depends on its place only, so the first samples of a longer run are those of a shorter one as
+    long as `batch_size` is the same, and the number of workers changes none of them.
 
     Raises:
         DivergedError: a sample is not finite.
     """
-    policy, workers = sampling.policy, sampling.workers
-    batches = list(_batches(sampling, num, config))
+    return generate_conditioned(sampling, num, config)[0]
+
+
+def generate_conditioned(sampling: Sampling, num: int, config: EvaluateConfig) -> tuple[Tensor, Condition]:
+    """The samples that `generate` gives, and the condition of each, on every worker."""
+    workers, batches = sampling.workers, list(_batches(sampling, num, config))
     blocks: list[Tensor] = []
+    conditions: list[Condition] = []
     for first in range(0, len(batches), workers.size):
-        mine = first + workers.rank
-        if mine < len(batches):
-            x = sampling.sample(config.batch_size, batches[mine][1])
-        else:  # the last round may have fewer batches than workers
-            sampling.idle()
-            x = torch.zeros((config.batch_size, *policy.event), device=policy.diffusion_step.device)
+        x, condition = _own_batch(sampling, batches, first + workers.rank, config)
         sampling.require_finite(sampling.bad(x), min(workers.size, len(batches) - first) * config.batch_size)
         blocks += workers.gather(encode(x))
+        conditions += _gathered(condition, workers)
         if sampling.on_batch is not None:
             sampling.on_batch(min((first + workers.size) * config.batch_size, num))
-    return torch.cat(blocks)[:num]
+    whole = (None if column[0] is None else torch.cat(column)[:num] for column in zip(*conditions, strict=True))
+    return torch.cat(blocks)[:num], Condition(*whole)
+
+
+def _own_batch(
+    sampling: Sampling, batches: Sequence[tuple[int, torch.Generator]], mine: int, config: EvaluateConfig
+) -> tuple[Tensor, Condition]:
+    """A worker's batch of this round; the last round may have fewer batches than workers."""
+    if mine < len(batches):
+        return sampling.conditioned_sample(config.batch_size, batches[mine][1])
+    sampling.idle()
+    policy = sampling.policy
+    x = torch.zeros((config.batch_size, *policy.event), device=policy.timestep.device)
+    return x, policy.draw_condition(config.batch_size, generator(config.seed, "idle", x.device))
+
+
+def _gathered(condition: Condition, workers: Workers) -> list[Condition]:
+    """Every worker's condition, in the order of ranks."""
+    columns = [[None] * workers.size if own is None else workers.gather(own) for own in condition]
+    return [Condition(*row) for row in zip(*columns, strict=True)]
 
 
 def preview(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
@@ -176,48 +203,50 @@ class Measured(NamedTuple):
 
 
 def measure(
-    sampling: Sampling,
-    num: int,
-    config: EvaluateConfig,
-    work: Callable[[Tensor], Tensor],
-    *,
-    threaded: bool | None = None,
+    sampling: Sampling, num: int, config: EvaluateConfig, features_of: Callable[[Tensor, Condition], Tensor]
 ) -> Measured:
-    """The features of the samples that `generate` gives, computed by each worker of its own batches as they come.
+    """The features of the samples that `generate` gives; each worker computes those of its own batches as they come.
 
     Args:
         sampling: how samples are drawn.
         num: how many.
         config: their noise and batches.
-        work: samples as a data set stores them, on the device, to rows of features [N, F] on the host; of none [0] for
-            a worker that has no batch left while others have.
-        threaded: as for `Beside`.
+        features_of: samples as a data set stores them, on the device, with their conditions, to rows of features
+            [N, F] on the host; of none [0] for a worker that has no batch left while others have.
 
     Raises:
         DivergedError: a sample is not finite.
     """
-    workers, device = sampling.workers, sampling.policy.diffusion_step.device
-    batches, fastest = list(_batches(sampling, num, config)), math.inf
-    with Beside(work, device, threaded=threaded) as beside:
-        for first in range(0, len(batches), workers.size):
-            drawn = None
-            if first + workers.rank >= len(batches):
-                sampling.idle()
-            else:
-                start, noise = batches[first + workers.rank]
-                began = time.perf_counter()
-                drawn = sampling.sample(config.batch_size, noise)
-                x = encode(drawn)
-                if device.type == "cuda":
-                    torch.cuda.current_stream(device).synchronize()
-                fastest = min(fastest, time.perf_counter() - began)
-            bad = torch.zeros((), dtype=torch.int64, device=device) if drawn is None else sampling.bad(drawn)
-            sampling.require_finite(bad, min(workers.size, len(batches) - first) * config.batch_size)
-            beside.put(torch.empty(0, device=device) if drawn is None else x[: num - start])
-            if sampling.on_batch is not None:
-                sampling.on_batch(min((first + workers.size) * config.batch_size, num))
-        features = _in_order(beside.results(), len(batches), config.batch_size, workers)
+    workers, device = sampling.workers, sampling.policy.timestep.device
+    batches, fastest, found = list(_batches(sampling, num, config)), math.inf, []
+    for first in range(0, len(batches), workers.size):
+        x, bad = torch.empty(0, device=device), torch.zeros((), dtype=torch.int64, device=device)
+        condition = UNCONDITIONAL
+        if first + workers.rank >= len(batches):
+            sampling.idle()
+        else:
+            start, noise = batches[first + workers.rank]
+            x, condition, bad, seconds = _timed_batch(sampling, noise, config)
+            x, condition = x[: num - start], condition.rows(slice(num - start))
+            fastest = min(fastest, seconds)
+        sampling.require_finite(bad, min(workers.size, len(batches) - first) * config.batch_size)
+        found.append(features_of(x, condition))
+        if sampling.on_batch is not None:
+            sampling.on_batch(min((first + workers.size) * config.batch_size, num))
+    features = _in_order(found, len(batches), config.batch_size, workers)
     return Measured(features[:num], fastest * 1000.0 / (config.batch_size * workers.size))
+
+
+def _timed_batch(
+    sampling: Sampling, noise: torch.Generator, config: EvaluateConfig
+) -> tuple[Tensor, Condition, Tensor, float]:
+    """A batch of samples as a data set stores them, with their conditions, the number of bad ones, and the seconds."""
+    began = time.perf_counter()
+    drawn, condition = sampling.conditioned_sample(config.batch_size, noise)
+    x = encode(drawn)
+    if x.is_cuda:
+        torch.cuda.current_stream(x.device).synchronize()
+    return x, condition, sampling.bad(drawn), time.perf_counter() - began
 
 
 def _in_order(own: list[Tensor], num_batches: int, batch_size: int, workers: Workers) -> Tensor:
@@ -243,7 +272,7 @@ def generate_states(sampling: Sampling, num: int, config: EvaluateConfig) -> Ten
     alone, batches = replace(sampling, workers=ALONE), []
     for start, noise in _batches(sampling, num, config):
         states = []
-        for x in sampling.walk(config.batch_size, noise):
+        for x in sampling.states(config.batch_size, noise):
             alone.require_finite(alone.bad(x), config.batch_size)
             states.append(encode(x)[: num - start])
         batches.append(torch.stack(states))
@@ -252,6 +281,6 @@ def generate_states(sampling: Sampling, num: int, config: EvaluateConfig) -> Ten
 
 def _batches(sampling: Sampling, num: int, config: EvaluateConfig) -> Iterator[tuple[int, torch.Generator]]:
     """Where each batch starts, and its noise."""
-    device = sampling.policy.diffusion_step.device
+    device = sampling.policy.timestep.device
     for index, start in enumerate(range(0, num, config.batch_size)):
         yield start, generator(config.seed, f"{sampling.stream}/{index}", device)

@@ -43,31 +43,33 @@ tau = 0 there is no such temperature, though E may well tell data from noise; fi
 import functools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from dxmi.critics.energy import Energy
-from dxmi.data.configs import DataConfig
-from dxmi.data.dataset import Dataset
+from dxmi.data.batch import Condition
+from dxmi.data.dataset import Dataset, Split
 from dxmi.data.images import Images
 from dxmi.data.planar import SQUARE, Points
 from dxmi.distributed import ALONE, Workers
 from dxmi.errors import UserError
 from dxmi.evaluation.config import (
-    CLASSIFIER,
     INCEPTION,
     MIN_SAMPLES,
     NUM_SAMPLES_KEY,
     REPORT,
     SCORING_VERSION,
     EvaluateConfig,
+    features_of,
 )
-from dxmi.evaluation.sampling import Sampling, generate, measure
+from dxmi.evaluation.sampling import Sampling, generate_conditioned, measure
+from dxmi.metrics.base import TEST_SPLIT, Evidence, Metric
 from dxmi.metrics.classifier import CLASSIFIERS
 from dxmi.metrics.density import calibrated_kl, grid_log_density, roc_auc, square_grid
 from dxmi.metrics.fidelity import (
@@ -79,6 +81,16 @@ from dxmi.metrics.fidelity import (
 )
 from dxmi.metrics.gaussians import Gaussian, Moments
 from dxmi.metrics.inception import NETWORK, NUM_FEATURES, Inception, file_digest, find_weights, load_inception
+from dxmi.metrics.keys import (
+    Direction,
+    ScoreKey,
+    classifier_keys,
+    count_name,
+    inception_keys,
+    inception_score_key,
+    planar_keys,
+    primary_key,
+)
 from dxmi.metrics.sliced_wasserstein import sliced_wasserstein
 from dxmi.persistence.cache import cached
 from dxmi.seeds import generator
@@ -118,39 +130,92 @@ class Scorer(ABC):
         workers: generate samples together; the first scores them.
 
     Attributes:
-        metric: key of the score by which checkpoints and trials are compared, lower is better.
+        keys: of every score that samples have.
+        metrics: further metrics of the same samples.
+        panels: scores worth a panel in curves.png next to the primary one.
         identity: of everything but the config that a score of samples depends on.
         about: the same in words: the network that gives the features, its file's hash, and the data's.
     """
 
-    metric: str
+    keys: Sequence[ScoreKey]
+    metrics: Sequence[Metric] = ()
+    panels: Sequence[str] = ()
     identity: str
     about: dict[str, str]
 
-    def __init__(self, config: EvaluateConfig, workers: Workers) -> None:
+    @property
+    def metric(self) -> str:
+        """Name of the score by which checkpoints and trials are compared."""
+        return primary_key(self.keys).name
+
+    @property
+    def direction(self) -> Direction:
+        """Whether that score is minimized or maximized."""
+        return primary_key(self.keys).direction
+
+    def __init__(self, data: Dataset, config: EvaluateConfig, workers: Workers) -> None:
+        self.data = data
         self.config = config
         self.workers = workers
 
     @abstractmethod
-    def quick(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
+    def score(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
         """What the curve shows, `metric` among it."""
 
     @abstractmethod
-    def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
+    def full_evaluation(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
         """Every score that the module's docstring lists; those of the energy if there is one."""
 
     @abstractmethod
     def of_data(self, stream: str = REPORT) -> Scores | None:
         """The score that the data itself has, where more of it can be drawn; `stream` as of the samples beside it."""
 
-    def _scores(self, sampling: Sampling, score: Score) -> Scores:
+    def _scores(self, sampling: Sampling, energy: Energy | None, score: Score) -> Scores:
         """All workers sample; the first computes the scores of the samples, and tells them."""
-        start = time.perf_counter()
-        samples = generate(replace(sampling, workers=self.workers), self.config.num_samples, self.config)
+        start, config = time.perf_counter(), self.config
+        samples, condition = generate_conditioned(replace(sampling, workers=self.workers), config.num_samples, config)
         if samples.is_cuda:
             torch.cuda.synchronize()
-        seconds = (time.perf_counter() - start) * 1000.0 / self.config.num_samples
-        return Scores(*self.workers.on_first(lambda: [self._checked(score(samples), sampling.step), seconds]))
+        seconds = (time.perf_counter() - start) * 1000.0 / config.num_samples
+
+        def scores() -> list[Any]:
+            rows = [metric.observe(samples, condition) for metric in self.metrics]
+            values = {**score(samples), **self._further(rows, energy, samples.device)}
+            return [self._checked(values, sampling.step), seconds]
+
+        return Scores(*self.workers.on_first(scores))
+
+    def _further(self, rows: Sequence[Tensor], energy: Energy | None, device: torch.device) -> dict[str, float]:
+        """The scores of the further metrics, from what each of them kept of every sample."""
+        values: dict[str, float] = {}
+        for metric, own in zip(self.metrics, rows, strict=True):
+            evidence = Evidence(own, self._energy_of(energy, device), self._test_split, self._train_split)
+            if metric.has_evidence(evidence):
+                values |= metric.scores(evidence)
+        return values
+
+    def _energy_of(self, energy: Energy | None, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+        """E of stored samples, batch by batch, on the host."""
+        if energy is None or energy.network.classes:
+            return None
+
+        @torch.no_grad()
+        def energies(stored: Tensor) -> Tensor:
+            batches = torch.split(stored, self.config.batch_size)
+            return torch.cat([energy(decode(batch.to(device))).cpu() for batch in batches])
+
+        return energies
+
+    @functools.cached_property
+    def _test_split(self) -> Split | None:
+        needed = any(TEST_SPLIT in metric.needs for metric in self.metrics)
+        return self.data.split("test") if needed else None
+
+    @property
+    def _train_split(self) -> Split:
+        split = self.data.split("train")
+        assert split is not None
+        return split
 
     def _checked(self, values: dict[str, float], step: int = 0) -> dict[str, float]:
         """The scores of iteration `step`, all of them finite, with how many samples they are of."""
@@ -185,7 +250,7 @@ class _FeatureScorer(Scorer):
     """
 
     def __init__(self, images: Images, config: EvaluateConfig, device: torch.device, workers: Workers) -> None:
-        super().__init__(config, workers)
+        super().__init__(images, config, workers)
         if len(images) < MIN_SAMPLES:
             raise UserError(f"The data set {images.name} holds {len(images)} images: scoring needs {MIN_SAMPLES}.")
         self.images = images
@@ -215,7 +280,8 @@ class ImageScorer(_FeatureScorer):
     ) -> None:
         super().__init__(images, config, device, workers)
         self.name = images.name
-        self.metric = f"eval/fid_{self.name}"
+        self.keys = classifier_keys(self.name)
+        self.distance_key = self.metric
         self.identity = f"{images.signature}-{self.name}-{CLASSIFIERS[self.name].sha256[:12]}"
         weights = CLASSIFIERS[self.name].sha256
         self.about = {"features": f"dxmi-{self.name}", "weights": weights, "reference": images.signature}
@@ -230,23 +296,23 @@ class ImageScorer(_FeatureScorer):
     def _reference_features(self) -> dict[str, Tensor]:
         return {"features": classifier_features(self.name, self.images.pixels.to(self.device))}
 
-    def quick(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
-        """The Frechet distance alone: what the curve shows."""
+    def score(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
+        """The Frechet distance, which the curve shows, and the further metrics."""
 
-        def score(samples: Tensor) -> dict[str, float]:
-            return {self.metric: frechet_distance(classifier_features(self.name, samples), self.reference)}
+        def distance(samples: Tensor) -> dict[str, float]:
+            return {self.distance_key: frechet_distance(classifier_features(self.name, samples), self.reference)}
 
-        return self._scores(sampling, score)
+        return self._scores(sampling, energy, distance)
 
-    def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
+    def full_evaluation(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
         """Every score of images."""
-        return self._scores(sampling, lambda samples: self._distances(samples, sampling.stream))
+        return self._scores(sampling, energy, lambda samples: self._distances(samples, sampling.stream))
 
     def _distances(self, samples: Tensor, stream: str) -> dict[str, float]:
         config, features = self.config, classifier_features(self.name, samples)
         precision, recall = precision_recall(features, self._neighbours(stream))
         return {
-            self.metric: frechet_distance(features, self.reference),
+            self.distance_key: frechet_distance(features, self.reference),
             f"eval/kid_{self.name}": kernel_distance(
                 features,
                 self.reference,
@@ -309,8 +375,8 @@ class InceptionScorer(_FeatureScorer):
         workers.on_first(lambda: str(find_weights()))  # if it has to be fetched, once
         self.weights = find_weights()
         sha256 = workers.on_first(lambda: file_digest(self.weights))
-        self.size = count_name(config.num_samples)
-        self.metric = f"eval/fid_{self.size}"
+        self.keys = inception_keys(config.num_samples)
+        self.distance_key = self.metric
         self.identity = f"{images.signature}-{NETWORK}-{sha256[:12]}"
         self.about = {"features": NETWORK, "weights": sha256, "reference": images.signature}
         self.path = cache / "features" / f"{self.identity}-v{SCORING_VERSION}.cached"
@@ -358,29 +424,50 @@ class InceptionScorer(_FeatureScorer):
                 yield slice(start, start + count), torch.cat(self.workers.gather(block))[:count]
                 bar.update(count)
 
-    def quick(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
-        """The Frechet distance alone: what the curve shows."""
-        return self._measured(sampling, lambda reference, pool, _: {self.metric: reference.distance(pool)})
+    def score(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
+        """The Frechet distance, which the curve shows, and the further metrics."""
 
-    def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:  # noqa: ARG002
+        def distance(reference: _Reference, pool: Tensor, _: Tensor) -> dict[str, float]:
+            return {self.distance_key: reference.distance(pool)}
+
+        return self._measured(sampling, energy, distance)
+
+    def full_evaluation(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
         """Every score of images."""
         on_step = sampling.on_step if self.workers.size == 1 else None  # all workers would have to call it
-        return self._measured(sampling, functools.partial(self._distances, sampling.stream, on_step))
+        return self._measured(sampling, energy, functools.partial(self._distances, sampling.stream, on_step))
 
-    def _measured(self, sampling: Sampling, score: Callable[[_Reference, Tensor, Tensor], dict[str, float]]) -> Scores:
+    def _measured(
+        self,
+        sampling: Sampling,
+        energy: Energy | None,
+        score: Callable[[_Reference, Tensor, Tensor], dict[str, float]],
+    ) -> Scores:
         """All workers sample and compute features; the first computes scores from them, and tells them."""
         reference, network = self.reference(sampling.on_step), self.network()
         on_piece = sampling.on_step if self.device.type == "cpu" else None  # elsewhere a second thread does this, fast
 
-        def features(pixels: Tensor) -> Tensor:
-            found = torch.cat(network(pixels, on_piece), dim=1).cpu() if len(pixels) else torch.empty(0)
+        widths: list[int] = []
+
+        def features(pixels: Tensor, condition: Condition) -> Tensor:
+            if not len(pixels):
+                self._keep_step(on_piece, 0, self.config.batch_size)
+                return torch.empty(0)
+            columns = [torch.cat(network(pixels, on_piece), dim=1).cpu()]
+            columns += [metric.observe(pixels, condition).float() for metric in self.metrics]
+            widths[:] = [column.shape[1] for column in columns]
             self._keep_step(on_piece, len(pixels), self.config.batch_size)
-            return found
+            return torch.cat(columns, dim=1)
 
         measured = measure(replace(sampling, workers=self.workers), self.config.num_samples, self.config, features)
-        pool, logits = measured.features[:, :NUM_FEATURES], measured.features[:, NUM_FEATURES:]
-        values = self.workers.on_first(lambda: self._checked(score(reference, pool, logits), sampling.step))
-        return Scores(values, measured.seconds_per_1000)
+
+        def scores() -> dict[str, float]:
+            found, *rows = torch.split(measured.features, widths, dim=1)
+            pool, logits = found[:, :NUM_FEATURES], found[:, NUM_FEATURES:]
+            values = {**score(reference, pool, logits), **self._further(rows, energy, self.device)}
+            return self._checked(values, sampling.step)
+
+        return Scores(self.workers.on_first(scores), measured.seconds_per_1000)
 
     def _keep_step(self, on_piece: Callable[[], None] | None, num: int, most: int) -> None:
         """Call `on_piece`, after the pieces of `num` images, as often as a worker who has `most` of them."""
@@ -396,9 +483,9 @@ class InceptionScorer(_FeatureScorer):
         some = _some_rows(pool, _KEPT, self._generator(stream, "neighbours/samples"))
         neighbours = _some_rows(kept, len(some), self._generator(stream, "neighbours"))
         precision, recall = precision_recall(some, neighbours, on_step)
-        subsets, size = config.kid_subsets, config.kid_subset_size
+        subsets, size, size_name = config.kid_subsets, config.kid_subset_size, count_name(config.num_samples)
         values = {
-            self.metric: reference.distance(pool),
+            self.distance_key: reference.distance(pool),
             "eval/fid_infinity": reference.gaussian.distance_at_infinity(
                 pool.to(self.device), self._generator(stream, "extrapolation"), on_step
             ),
@@ -410,17 +497,16 @@ class InceptionScorer(_FeatureScorer):
                 seed=self._seed(stream, "kid"),
                 on_step=on_step,
             ),
-            f"eval/precision_{self.size}": precision,
-            f"eval/recall_{self.size}": recall,
+            f"eval/precision_{size_name}": precision,
+            f"eval/recall_{size_name}": recall,
         }
         if logits.shape[1]:
-            values[f"eval/inception_score_{self.size}"] = inception_score(logits, self._seed(stream, "inception_score"))
+            key = inception_score_key(config.num_samples).name
+            values[key] = inception_score(logits, self._seed(stream, "inception_score"))
         return values
 
 
-def count_name(num: int) -> str:
-    """A number of samples as it stands in a key: 5k, 10k, 50k; 1234."""
-    return f"{num // 1000}k" if num % 1000 == 0 else str(num)
+_PLANAR_DISTANCE = primary_key(planar_keys()).name
 
 
 class PlanarScorer(Scorer):
@@ -432,10 +518,11 @@ class PlanarScorer(Scorer):
         workers: generate samples together; the first scores them.
     """
 
-    metric = "eval/sliced_wasserstein"
+    panels = ("eval/energy_auc",)
 
     def __init__(self, points: Points, config: EvaluateConfig, workers: Workers = ALONE) -> None:
-        super().__init__(config, workers)
+        super().__init__(points, config, workers)
+        self.keys = planar_keys()
         self.points = points
         self.identity = f"{points.signature}-{points.name}"
         self.about = {"reference": points.signature}
@@ -454,19 +541,19 @@ class PlanarScorer(Scorer):
         """Of the data in each cell of a grid, [G]."""
         return grid_log_density(self.points.distribution, _CELLS)
 
-    def quick(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
-        """Every score: they are quick."""
-        return self.full(sampling, energy)
+    def score(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
+        """Every score: they take little time."""
+        return self.full_evaluation(sampling, energy)
 
-    def full(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
+    def full_evaluation(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
         """Every score of points."""
         stream = sampling.stream
 
         def score(samples: Tensor) -> dict[str, float]:
-            distance = {self.metric: self._sliced_wasserstein(samples, self.reference(stream), stream)}
+            distance = {_PLANAR_DISTANCE: self._sliced_wasserstein(samples, self.reference(stream), stream)}
             return distance if energy is None else distance | self._energy_scores(energy, samples.device, sampling)
 
-        return self._scores(sampling, score)
+        return self._scores(sampling, energy, score)
 
     def of_data(self, stream: str = REPORT) -> Scores | None:
         """The floor, which is the mean over sets of fresh points, and the area under the curve of the exact density."""
@@ -478,7 +565,7 @@ class PlanarScorer(Scorer):
         floor = sum(self._sliced_wasserstein(points, reference, stream) for points in sets) / _FLOOR_SETS
         # The density, not its logarithm, which is minus infinity where there is none; ranks are the same.
         exact = [self.points.distribution.log_density(points).exp() for points in (reference, self._uniform(stream))]
-        values = {self.metric: floor, "eval/energy_auc": roc_auc(*exact)}
+        values = {_PLANAR_DISTANCE: floor, "eval/energy_auc": roc_auc(*exact)}
         return Scores(self._checked(values), seconds)
 
     @torch.no_grad()
@@ -502,20 +589,48 @@ class PlanarScorer(Scorer):
 
 
 def build_scorer(
-    data: Dataset, config: EvaluateConfig, cache: Path, device: torch.device, workers: Workers = ALONE
+    data: Dataset,
+    config: EvaluateConfig,
+    cache: Path,
+    device: torch.device,
+    workers: Workers = ALONE,
+    *,
+    metrics: Sequence[Metric] = (),
+    keys: Sequence[ScoreKey] | None = None,
 ) -> Scorer:
     """The scorer of the kind of samples that a data set holds.
+
+    Args:
+        data: the data set.
+        config: what is scored.
+        cache: folder of cached features.
+        device: where samples are generated and features computed.
+        workers: generate samples together.
+        metrics: further metrics of the same samples.
+        keys: of all scores, if the distances to the data are not the only ones.
 
     Raises:
         UserError: there are too few of them, or nothing gives features of them.
     """
+    scorer = _distance_scorer(data, config, cache, device, workers)
+    scorer.metrics = metrics
+    scorer.keys = scorer.keys if keys is None else keys
+    return scorer
+
+
+def _distance_scorer(
+    data: Dataset, config: EvaluateConfig, cache: Path, device: torch.device, workers: Workers
+) -> Scorer:
     if isinstance(data, Points):
         return PlanarScorer(data, config, workers)
     assert isinstance(data, Images)
     if config.reference_images is not None:
         data = _some_images(data, config.reference_images)
-    scorer = InceptionScorer if features_of(data.name, config) == INCEPTION else ImageScorer
-    return scorer(data, config, cache, device, workers)
+    try:
+        features = features_of(data.name, config)
+    except ValueError as error:
+        raise UserError(f"evaluate.{error}.") from error
+    return (InceptionScorer if features == INCEPTION else ImageScorer)(data, config, cache, device, workers)
 
 
 def _some_images(images: Images, num: int) -> Images:
@@ -525,29 +640,3 @@ def _some_images(images: Images, num: int) -> Images:
     rows = torch.randperm(len(images), generator=generator(0, "reference images"))[:num].sort().values
     signature = f"{images.signature}-{num}"
     return replace(images, pixels=images.pixels[rows], labels=images.labels[rows], signature=signature)
-
-
-def features_of(name: str, config: EvaluateConfig) -> str:
-    """What gives the features of the images of data set `name`.
-
-    Raises:
-        UserError: a classifier is asked for that does not exist.
-    """
-    features = config.features or (CLASSIFIER if name in CLASSIFIERS else INCEPTION)
-    if features == CLASSIFIER and name not in CLASSIFIERS:
-        known = ", ".join(CLASSIFIERS)
-        raise UserError(
-            f"evaluate.features is classifier, but there is none for {name}, only for {known}: make it null."
-        )
-    return features
-
-
-def score_keys(data: DataConfig, config: EvaluateConfig) -> list[str]:
-    """The keys of every score that a finished run has, the one by which it is compared first."""
-    if data.is_planar:
-        return [PlanarScorer.metric, *(f"eval/energy_{what}" for what in ("auc", "kl", "beta"))]
-    if features_of(data.name, config) == INCEPTION:
-        size = count_name(config.num_samples)
-        return [f"eval/fid_{size}", "eval/fid_infinity", "eval/kid", f"eval/precision_{size}", f"eval/recall_{size}"]
-    kinds = (f"eval/{kind}_{data.name}" for kind in ("fid", "kid", "precision", "recall"))
-    return [*kinds, "eval/sliced_wasserstein"]

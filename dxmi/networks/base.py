@@ -2,11 +2,11 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dxmi.data.batch import UNCONDITIONAL, Condition
 from dxmi.errors import UserError
 
 
@@ -46,32 +46,17 @@ class Denoiser(nn.Module, ABC):
         """
 
 
-class Given(NamedTuple):
-    """What a denoiser is given for each sample beside the sample and the step.
-
-    Attributes:
-        labels: classes, int64, [B].
-        latent: [B, Z].
-    """
-
-    labels: Tensor | None = None
-    latent: Tensor | None = None
-
-    def rows(self, rows: slice | Tensor) -> "Given":
-        """Of some of the samples."""
-        return Given(*(None if tensor is None else tensor[rows] for tensor in self))
-
-
-NOTHING = Given()
-
-
-def conditioned(network: Denoiser, embedding: Tensor, given: Given) -> Tensor:
-    """An embedding [1 or B, E] of steps with that of the labels and of the latent added to it.
+def conditioned(
+    network: Denoiser, embedding: Tensor, condition: Condition = UNCONDITIONAL, latent: Tensor | None = None
+) -> Tensor:
+    """An embedding [1 or B, E] of steps with that of the labels and of the latent [B, Z] added to it.
 
     Raises:
         UserError: the network needs labels or a latent and has none, or the other way round.
     """
-    labels, latent = given
+    labels = condition.labels
+    if condition.embeddings is not None or condition.prompts is not None:
+        raise UserError(f"{type(network).__name__} is conditioned on labels only, but was given prompts.")
     if (labels is None) != (network.classes == 0) or (latent is None) != (network.latent == 0):
         raise UserError(
             f"The denoiser has classes={network.classes} and latent={network.latent}: it must be given "

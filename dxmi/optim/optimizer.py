@@ -1,49 +1,59 @@
-"""Optimisers: one config for each network, learning-rate schedules, gradient clipping, and the moving average.
+"""Optimizers: one config for each network, learning-rate schedules, micro-batches, all-reduce and clipping.
 
 Gradients come from `torch.autograd.grad`, never from `backward`: a loss then reaches only the parameters that it is
 asked for, and nothing has to be zeroed or frozen.
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dxmi.compat import spare_dynamo
-from dxmi.distributed import ALONE, Workers
+from dxmi.distributed import ALONE, Workers, mean_over
 from dxmi.errors import UserError
 from dxmi.optim.config import OptimizerConfig, lr_factor
-from dxmi.tensors import laid_out_as
+from dxmi.optim.seeds import SINGLE_SEED, Seeds, StackedSeeds
+from dxmi.tensors import chunks, laid_out_as, map_tensors, tensors_of
+
+Loss = Callable[..., Mapping[str, Tensor]]
+"""From some rows of tensors to unreduced values [b] by name; their mean under the name `loss` is minimized, the means
+of others are logged."""
+Static = Callable[[slice], Mapping[str, Any]]
+"""From rows to further keyword arguments of a loss, which are the same for all seeds."""
 
 
-class Part(NamedTuple):
-    """Some rows' part of a loss, and of what is to be logged beside it: scalars that are summed over all parts."""
+class StepResult(NamedTuple):
+    """What one optimizer step reports, for every seed.
 
-    loss: Tensor
-    logged: tuple[Tensor, ...] = ()
-
-
-class Descent(NamedTuple):
-    """One optimiser step: the whole loss before it, the whole of what was logged, and the gradient norm before clipping
-    if it clips.
+    Attributes:
+        means: means over the batch of what the loss returned, before the step, [K] each.
+        grad_norm: norm of the gradient before clipping, [K]; None without clipping.
     """
 
-    loss: Tensor
-    logged: tuple[Tensor, ...]
-    norm: Tensor | None
+    means: dict[str, Tensor]
+    grad_norm: Tensor | None
+
+    def metrics(self, prefix: str) -> dict[str, Tensor]:
+        """The means and the gradient norm under `prefix/name`."""
+        named = self.means if self.grad_norm is None else {**self.means, "grad_norm": self.grad_norm}
+        return {f"{prefix}/{name}": value for name, value in named.items()}
 
 
 class Optimizer:
-    """A torch optimiser with its learning-rate schedule and clipping, stepped by gradients that are handed to it.
+    """A torch optimizer with its learning-rate schedule, micro-batches, all-reduce and clipping.
 
     Args:
-        config: which one, and how.
+        config: which optimizer, and its settings.
         groups: (parameters, learning rate) of each group.
         total: the iteration at which a decay ends.
-        workers: over which gradients are summed.
+        workers: processes over which gradients are summed.
+        accumulate: micro-batches into which each process divides its rows.
     """
+
+    seeds: Seeds = SINGLE_SEED
 
     def __init__(
         self,
@@ -51,14 +61,18 @@ class Optimizer:
         groups: Sequence[tuple[Iterable[nn.Parameter], float]],
         total: int,
         workers: Workers = ALONE,
+        accumulate: int = 1,
     ) -> None:
         spare_dynamo()
         self.config = config
         self.total = total
         self.workers = workers
+        self.accumulate = accumulate
         self.rates = [rate for _, rate in groups]
-        param_groups = [{"params": list(parameters), "lr": rate} for parameters, rate in groups]
-        self.parameters: list[nn.Parameter] = [p for group in param_groups for p in group["params"]]  # type: ignore[attr-defined]
+        param_groups: list[dict[str, Any]] = [{"params": list(parameters)} for parameters, _ in groups]
+        self.parameters: list[nn.Parameter] = [p for group in param_groups for p in group["params"]]
+        for group, rate in zip(param_groups, self.rates, strict=True):
+            group["lr"] = self._rate_tensor(rate)
         betas = (config.beta1, config.beta2)
         if config.kind == "radam":
             self.torch: torch.optim.Optimizer = torch.optim.RAdam(
@@ -69,45 +83,70 @@ class Optimizer:
             self.torch = family(param_groups, betas=betas, weight_decay=config.weight_decay, fused=True)
         self._step = inspect.unwrap(type(self.torch).step)  # what wraps it imports TorchDynamo, as in `spare_dynamo`
 
+    def _rate_tensor(self, rate: float) -> Tensor:
+        """A learning rate as a tensor, so that a recorded step sees it change.
+
+        On a CPU it is float64, of which nothing is lost; the fused kernels of GPUs take float32 on the device.
+        """
+        device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        on_device = device.type == "cuda" and self.config.kind != "radam"
+        return torch.tensor(
+            rate, dtype=torch.float32 if on_device else torch.float64, device=device if on_device else "cpu"
+        )
+
     def schedule(self, iteration: int) -> None:
         """Set the learning rates of `iteration`."""
         factor = lr_factor(self.config, iteration, self.total)
         for group, rate in zip(self.torch.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
+            group["lr"].fill_(rate * factor)
 
-    def descend(self, parts: Iterable[Part]) -> Descent:
-        """One step down the sum of all parts of a loss, this worker's and the others'.
+    def minimize(self, loss: Loss, *inputs: Any, num: int, static: Static | None = None) -> StepResult:
+        """One step down the mean of a loss over a batch.
+
+        Gradients are taken of one micro-batch after the other and summed over them and over the processes.
 
         Args:
-            parts: made one after the other, so that only one graph is in memory at a time.
+            loss: given rows of `inputs`, returns unreduced values [b] by name, among them `loss`.
+            inputs: this process's rows, nested tuples of tensors [K, b, ...].
+            num: rows of the whole batch, of all processes together.
+            static: further keyword arguments of `loss`, by the rows that it is given.
         """
-        grads, (loss, *logged) = self._summed(parts)
+        grads, means = self._summed(loss, inputs, num, static)
         for parameter, grad in zip(self.parameters, grads, strict=True):
-            parameter.grad = laid_out_as(grad, parameter)  # torch's fused optimisers read the memory of both as it lies
+            parameter.grad = laid_out_as(grad, parameter)  # fused optimizers read the memory of both as it is
         norm = None if self.config.max_grad_norm is None else self._clip(self.config.max_grad_norm)
         with torch.no_grad():
             self._step(self.torch)
-        return Descent(loss, tuple(logged), norm)
+        return StepResult(means, norm)
 
-    def _gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss, self.parameters)
-
-    def _clip(self, max_norm: float) -> Tensor:
-        """Scale the gradients so that all together have at most this norm; returns the norm before."""
-        return nn.utils.clip_grad_norm_(self.parameters, max_norm)
-
-    def _summed(self, parts: Iterable[Part]) -> tuple[list[Tensor], list[Tensor]]:
-        """Gradients, and loss with logged numbers, over all parts and workers: one bucket, one all-reduce."""
+    def _summed(
+        self, loss: Loss, inputs: tuple[Any, ...], num: int, static: Static | None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Gradients and means over all micro-batches and processes: one bucket, one all-reduce."""
+        names: list[str] = []
         total: list[Tensor] = []
-        for part in parts:
-            grads = self._gradients(part.loss)
-            numbers = [*grads, part.loss.detach(), *part.logged]
+        for rows in chunks(tensors_of(inputs)[0].shape[1], self.accumulate):
+            means = self._means(loss, _rows(inputs, rows), num, static(rows) if static else {})
+            grads = torch.autograd.grad(means["loss"].sum(), self.parameters)
+            names, numbers = list(means), [*grads, *(mean.detach() for mean in means.values())]
             total = [a + b for a, b in zip(total, numbers, strict=True)] if total else numbers
         total = self.workers.sum(total)
-        return total[: len(self.parameters)], total[len(self.parameters) :]
+        return total[: len(self.parameters)], dict(zip(names, total[len(self.parameters) :], strict=True))
+
+    def _means(self, loss: Loss, inputs: tuple[Any, ...], num: int, static: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The part of some rows in the mean of every value that the loss returns, [K]."""
+
+        def means(*rows: Any) -> dict[str, Tensor]:
+            return {name: mean_over(values, num) for name, values in loss(*rows, **static).items()}
+
+        return self.seeds.map(means, *inputs)  # type: ignore[no-any-return]
+
+    def _clip(self, max_norm: float) -> Tensor:
+        """Scale the gradients so that all together have at most this norm; returns the norm before, [1]."""
+        return nn.utils.clip_grad_norm_(self.parameters, max_norm).unsqueeze(0)
 
     def state(self) -> dict[str, Tensor]:
-        """The optimiser's tensors, keyed by parameter number and name."""
+        """The optimizer's tensors, keyed by parameter number and name."""
         return {
             f"{index}.{name}": torch.as_tensor(value)
             for index, state in self.torch.state_dict()["state"].items()
@@ -133,32 +172,64 @@ class Optimizer:
         self.torch.load_state_dict({"state": state, "param_groups": self.torch.state_dict()["param_groups"]})
 
 
-class MovingAverage:
-    """An exponential moving average of a module's parameters, kept in a second module of the same shape.
+def _rows(inputs: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
+    """Some rows of tensors [K, b, ...]."""
+    return map_tensors(lambda x: x[:, rows], inputs)  # type: ignore[no-any-return]
+
+
+class StackedOptimizer(Optimizer):
+    """The optimizers of several seeds as one: every member has its own moments and is clipped by its own norm.
 
     Args:
-        sources: what is averaged.
-        targets: hold the average.
-        decay: of the average.
-        warm_up: let the decay of update i (from 0) be min(decay, (1 + i) / (10 + i)), so that an average which is
-            evaluated early is not stuck at the start. A target network, whose lag is the point of it, has none.
+        seeds: of the modules that they train.
+        members: one optimizer for each module, all at the same step.
     """
 
-    def __init__(self, sources: list[Tensor], targets: list[Tensor], decay: float, *, warm_up: bool = True) -> None:
-        self.decay = decay
-        self.warm_up = warm_up
-        self.sources = sources
-        self.targets = targets
+    def __init__(self, seeds: StackedSeeds, members: Sequence[Optimizer]) -> None:
+        first = members[0]
+        groups = [
+            ([seeds.table(parameter) for parameter in group["params"]], rate)
+            for group, rate in zip(first.torch.param_groups, first.rates, strict=True)
+        ]
+        super().__init__(first.config, groups, first.total)  # type: ignore[arg-type]
+        self.seeds = seeds
+        self._members = members
+        self._linked = False
+        if first.torch.state:
+            self._take_over()
 
-    @classmethod
-    def between(cls, source: nn.Module, target: nn.Module, decay: float, *, warm_up: bool = True) -> Self:
-        """The average of `source`, which begins now, in `target`."""
-        target.load_state_dict(source.state_dict())
-        target.requires_grad_(False)
-        return cls(list(source.parameters()), list(target.parameters()), decay, warm_up=warm_up)
+    def _take_over(self) -> None:
+        """Begin with the moments that the members have."""
+        for table, *rows in zip(self.parameters, *(member.parameters for member in self._members), strict=True):
+            states = [member.torch.state[row] for member, row in zip(self._members, rows, strict=True)]
+            self.torch.state[table] = {key: _joined([state[key] for state in states]) for key in states[0]}
+        self._link()
 
-    @torch.no_grad()
-    def update(self, iteration: int) -> None:
-        """Move the average towards the source."""
-        decay = min(self.decay, (1.0 + iteration) / (10.0 + iteration)) if self.warm_up else self.decay
-        torch._foreach_lerp_(self.targets, self.sources, 1.0 - decay)
+    def _link(self) -> None:
+        """Let the members' moments be rows of this optimizer's."""
+        for k, member in enumerate(self._members):
+            for table, row in zip(self.parameters, member.parameters, strict=True):
+                state = self.torch.state[table]
+                member.torch.state[row] = {key: value if value.dim() == 0 else value[k] for key, value in state.items()}
+        self._linked = True
+
+    def minimize(self, loss: Loss, *inputs: Any, num: int, static: Static | None = None) -> StepResult:
+        """As `Optimizer.minimize`, for every member."""
+        result = super().minimize(loss, *inputs, num=num, static=static)
+        if not self._linked:  # the state comes into being with the first step
+            self._link()
+        return result
+
+    def _clip(self, max_norm: float) -> Tensor:
+        """As torch's `clip_grad_norm_`, with a norm for each member: [K]."""
+        grads = [parameter.grad.flatten(1) for parameter in self.parameters if parameter.grad is not None]
+        norms: Tensor = torch.stack([grad.norm(dim=1) for grad in grads]).norm(dim=0)
+        scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(scale[:, None])
+        return norms
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    """Rows as a table; a count of steps is the same in all of them."""
+    return rows[0].clone() if rows[0].dim() == 0 else torch.stack(rows)

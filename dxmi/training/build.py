@@ -2,18 +2,17 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dxmi.algorithms.configs import DxMIConfig
+from dxmi.algorithms.base import DEVICE, HOST, Algorithm, Parts, PolicyAlgorithm
 from dxmi.algorithms.ddpm import DDPM
-from dxmi.algorithms.dxmi import DxMI
+from dxmi.algorithms.registry import ALGORITHMS
 from dxmi.config import signature, to_tree
-from dxmi.critics.energy import Energy
-from dxmi.critics.value import SeparateValue, SharedValue, Value
 from dxmi.data.dataset import BatchStream, Dataset
 from dxmi.data.images import data_root
 from dxmi.data.loading import load
@@ -23,7 +22,11 @@ from dxmi.diffusion.schedules.build import noising, shorten
 from dxmi.diffusion.schedules.ddpm import forward_betas
 from dxmi.distributed import ALONE, Workers
 from dxmi.errors import UserError
+from dxmi.evaluation.config import EvaluateConfig
+from dxmi.evaluation.scorers import Scorer, build_scorer
 from dxmi.machine import available_cpus
+from dxmi.metrics.base import Metric
+from dxmi.metrics.registry import METRICS
 from dxmi.networks.base import Critic, Denoiser, TimedCritic
 from dxmi.networks.pretrained.diffusers_folder import require_same_model, require_same_noise, scheduler_of_folder
 from dxmi.networks.pretrained.layouts import DIFFUSERS_MARK, digest, load_public, public_log_sigma
@@ -32,6 +35,9 @@ from dxmi.networks.registry import build_critic, build_denoiser, build_timed_cri
 from dxmi.persistence.cache import cache_root
 from dxmi.persistence.checkpoint import Checkpoint
 from dxmi.persistence.files import require_target, user_path
+from dxmi.rewards.base import Reward, no_reward
+from dxmi.rewards.metric import MeanReward
+from dxmi.rewards.registry import REWARDS
 from dxmi.seeds import generator
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.state import TrainingState
@@ -241,9 +247,8 @@ class Experiment:
             self._load_public(network)
         ddpm = DDPM(config.pretrain, network, self.workers, accumulate, noising(config.schedule)).to(self.device)
         self._compile(ddpm)
-        noise = generator(config.seed, "pretrain/noise", self.device)
         stream = self._stream(config.pretrain.batch_size, "pretrain/data")
-        return ddpm, TrainingState(ddpm, ddpm.optimizers, {"noise": noise}, stream)
+        return ddpm, TrainingState(ddpm, ddpm.optimizers, self._generators("pretrain", ddpm), stream)
 
     def build_policy(self, denoiser: Denoiser, schedule: StepSchedule, kind: type[Policy] = Policy) -> Policy:
         """A sampler of `schedule` around a denoiser."""
@@ -251,48 +256,75 @@ class Experiment:
         policy.draw_classes(self.class_counts)
         return policy.to(self.device)
 
-    def build_value(self) -> Value:
-        """An untrained value with its energy."""
-        config, event = self.config, self.event
-        energy = Energy(build_critic(config.network.energy, event, self._weights("energy")))
-        if self._dxmi_config().value == "shared":
-            return SharedValue(energy).to(self.device)
-        network = build_timed_critic(config.network.value, event, self._weights("value"))
-        return SeparateValue(energy, network, config.schedule.num_steps).to(self.device)
-
-    def _dxmi_config(self) -> DxMIConfig:
-        assert isinstance(self.config.algorithm, DxMIConfig)
-        return self.config.algorithm
-
-    def build_dxmi(self, denoiser: Denoiser) -> DxMI:
+    def build_algorithm(self, denoiser: Denoiser) -> PolicyAlgorithm:
         """The algorithm at its start, from a pretrained denoiser, which it changes."""
-        config = self.config
+        return ALGORITHMS.build(self.config.algorithm, self._parts(denoiser)).to(self.device)
+
+    def _parts(self, denoiser: Denoiser) -> Parts:
+        config, event, network = self.config, self.event, self.config.network
         schedule = shorten(config.schedule)
-        policy = self.build_policy(denoiser, schedule)
-        eta = torch.from_numpy(schedule.eta)
-        return DxMI(
-            self._dxmi_config(),
-            policy,
-            self.build_value(),
-            eta,
-            config.train.iterations,
+        return Parts(
+            policy=self.build_policy(denoiser, schedule),
+            schedule=schedule,
+            iterations=config.train.iterations,
+            batch_size=config.train.batch_size,
+            critic=lambda: build_critic(network.energy, event, self._weights("energy")).to(self.device),
+            timed_critic=lambda: build_timed_critic(config.network.value, event, self._weights("value")).to(
+                self.device
+            ),
+            reward=self.build_reward,
             workers=self.workers,
             accumulate=config.resources.accumulate,
             graphed=self._graphed(),
-        ).to(self.device)
+        )
 
-    def build_finetuning(self, denoiser: Denoiser) -> tuple[DxMI, TrainingState]:
+    def build_reward(self) -> Reward:
+        """The reward of the run.
+
+        Raises:
+            UserError: it has none, or it cannot be built.
+        """
+        return no_reward() if self.config.reward is None else REWARDS.build(self.config.reward)
+
+    def build_scorer(self, evaluate: EvaluateConfig | None = None) -> Scorer:
+        """What scores the run's samples, by its own settings of the evaluation or by others.
+
+        Raises:
+            UserError: the data are too few, or nothing gives features of them.
+        """
+        config = self.config if evaluate is None else replace(self.config, evaluate=evaluate)
+        return build_scorer(
+            self.data,
+            config.evaluate,
+            cache_root(),
+            self.device,
+            self.workers,
+            metrics=self.build_metrics(),
+            keys=config.score_keys(),
+        )
+
+    def build_metrics(self) -> list[Metric]:
+        """The metrics next to the distances to the data: the reward, if there is one, and `evaluate.metrics`."""
+        further = [METRICS.build(config) for config in self.config.evaluate.metrics or ()]
+        return further if self.config.reward is None else [MeanReward(self.build_reward()), *further]
+
+    def build_finetuning(self, denoiser: Denoiser) -> tuple[PolicyAlgorithm, TrainingState]:
         """Fine-tuning at its start: the algorithm, and all that changes while it runs."""
-        config, dxmi = self.config, self.build_dxmi(denoiser)
-        self._compile(dxmi)
+        config, algorithm = self.config, self.build_algorithm(denoiser)
+        self._compile(algorithm)
         if config.pretrain.weights is not None:
-            dxmi.start_from(public_log_sigma(self.public_weights.tensors))
-        generators = {
-            "noise": generator(config.seed, "finetune/noise", self.device),
-            "states": generator(config.seed, "finetune/states"),
+            algorithm.start_from(public_log_sigma(self.public_weights.tensors))
+        generators = self._generators("finetune", algorithm)
+        stream = self._stream(config.train.batch_size, "finetune/data", reads_samples=algorithm.needs_data)
+        return algorithm, TrainingState(algorithm, algorithm.optimizers, generators, stream)
+
+    def _generators(self, phase: str, algorithm: Algorithm) -> dict[str, torch.Generator]:
+        """The named random streams of an algorithm."""
+        devices = {HOST: torch.device("cpu"), DEVICE: self.device}
+        return {
+            name: generator(self.config.seed, f"{phase}/{name}", devices[where])
+            for name, where in algorithm.streams.items()
         }
-        stream = self._stream(config.train.batch_size, "finetune/data")
-        return dxmi, TrainingState(dxmi, dxmi.optimizers, generators, stream)
 
     def _graphed(self) -> bool:
         graphed = self.config.resources.cuda_graphs
@@ -300,7 +332,7 @@ class Experiment:
             raise UserError("resources.cuda_graphs is true, but the run is on the CPU: leave it out.")
         return graphed
 
-    def _compile(self, algorithm: DDPM | DxMI) -> None:
+    def _compile(self, algorithm: Algorithm) -> None:
         """Compile every network of an algorithm, if that is asked for; what else it computes is little."""
         if self.config.resources.compile:
             # PyTorch keeps headers that were compiled for other vector instructions, and fails with them.
@@ -310,7 +342,7 @@ class Experiment:
                 if isinstance(module, Denoiser | Critic | TimedCritic):
                     module.compile(dynamic=False)
 
-    def _stream(self, batch_size: int, name: str) -> BatchStream:
+    def _stream(self, batch_size: int, name: str, *, reads_samples: bool = True) -> BatchStream:
         return BatchStream(
             self.data.stored,
             batch_size,
@@ -319,6 +351,7 @@ class Experiment:
             flip=self.config.data.flip,
             device=self.device,
             workers=self.workers,
+            reads_samples=reads_samples,
         )
 
     def _labels(self) -> Tensor:

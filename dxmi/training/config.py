@@ -10,11 +10,22 @@ from dxmi.algorithms.registry import ALGORITHMS
 from dxmi.config import signature, to_tree
 from dxmi.data.configs import DataConfig
 from dxmi.diffusion.schedules.configs import ScheduleConfig
-from dxmi.evaluation.config import EvaluateConfig
+from dxmi.evaluation.config import INCEPTION, EvaluateConfig, features_of
+from dxmi.metrics.keys import (
+    REWARD_KEY,
+    ScoreKey,
+    classifier_keys,
+    inception_keys,
+    planar_keys,
+    primary_key,
+    with_primary,
+)
 from dxmi.networks.configs import MlpConfig, NetworkConfig
 from dxmi.networks.registry import CRITICS, DENOISERS, TIMED_CRITICS
 from dxmi.persistence.files import PLACE
 from dxmi.registry import chosen_from
+from dxmi.rewards.configs import RewardConfig
+from dxmi.rewards.registry import REWARDS
 
 _MAX_THREADS = _MAX_WORKERS = _MAX_STACK = 1024
 _OF_ONE = {"compile": "compiled", "cuda_graphs": "recorded"}
@@ -153,6 +164,8 @@ class ExperimentConfig:
     pretrain: DDPMConfig = field(default_factory=DDPMConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     algorithm: AlgorithmConfig = field(default_factory=DxMIConfig, metadata=chosen_from(ALGORITHMS))
+    reward: RewardConfig | None = field(default=None, metadata=chosen_from(REWARDS))
+    """What samples are rewarded for, where the algorithm or the evaluation asks for it; null for nothing."""
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
@@ -169,6 +182,39 @@ class ExperimentConfig:
             self.algorithm.check(self.schedule.num_steps)
         except ValueError as error:
             raise ValueError(f"algorithm.{error}") from error
+        if self.algorithm.needs_reward and self.reward is None:
+            raise ValueError(
+                f"reward is null, but algorithm.kind is {self.algorithm.kind}, which maximizes one: it must be one of "
+                f"{', '.join(REWARDS.kinds())}"
+            )
+        try:
+            self.score_keys()
+        except ValueError as error:
+            raise ValueError(f"evaluate.{error}") from error
+
+    def score_keys(self) -> list[ScoreKey]:
+        """Every score that a finished run has, one of them primary.
+
+        Raises:
+            ValueError: `evaluate.primary` is none of them.
+        """
+        keys = self._distance_keys()
+        primary = self.evaluate.primary or primary_key(keys).name
+        if self.reward is not None:
+            keys.append(REWARD_KEY)
+            if self.algorithm.needs_reward and self.evaluate.primary is None:
+                primary = REWARD_KEY.name
+        for metric in self.evaluate.metrics or ():
+            keys += metric.keys()
+        return with_primary(keys, primary)
+
+    def _distance_keys(self) -> list[ScoreKey]:
+        """The scores of samples against the data."""
+        if self.data.is_planar:
+            return planar_keys()
+        if features_of(self.data.name, self.evaluate) == INCEPTION:
+            return inception_keys(self.evaluate.num_samples)
+        return classifier_keys(self.data.name)
 
     @property
     def signature(self) -> str:

@@ -30,7 +30,7 @@ def export_diffusers(trained: Trained, folder: Path) -> None:
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: choose another --out, or delete it.")
-    policy = trained.dxmi.evaluated
+    policy = trained.algorithm.eval_policy
     write_folder(policy.network, policy.event, folder)
     write_json(folder / SAMPLER, sampler_tree(policy))
 
@@ -43,9 +43,9 @@ def sampler_tree(policy: Policy) -> dict[str, Any]:
         "rule": _RULE,
         "num_steps": policy.num_steps,
         "start_sigma": policy.start_sigma,
-        "timestep": (policy.diffusion_step * scale).tolist(),
+        "timestep": (policy.timestep * scale).tolist(),
         "input_scale": policy.input_scale.tolist() if policy.scales_input else ones,
         "signal_scale": policy.signal_scale.tolist(),
-        "output_scale": policy.noise_scale.tolist(),
+        "output_scale": policy.output_scale.tolist(),
         "sigma": policy.log_sigma.detach().exp().tolist(),
     }

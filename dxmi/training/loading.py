@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dxmi.algorithms.dxmi import DxMI
+from dxmi.algorithms.base import PolicyAlgorithm
 from dxmi.errors import UserError
 from dxmi.evaluation.config import REPORT, EvaluateConfig
 from dxmi.evaluation.sampling import Sampling, generate_states, stream_of
-from dxmi.evaluation.scorers import Scores, build_scorer
+from dxmi.evaluation.scorers import Scores
 from dxmi.persistence import checkpoint
-from dxmi.persistence.cache import cache_root
 from dxmi.persistence.checkpoint import Checkpoint
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.tensors import require_finite_state
@@ -31,14 +30,14 @@ class Trained:
 
     Attributes:
         experiment: the config and what it builds.
-        dxmi: networks as they were saved.
+        algorithm: networks as they were saved.
         step: the iteration after which they were.
         complaints: a sentence about each damaged checkpoint that was passed over.
         data: signature of the data that they were trained on; empty if that is unknown.
     """
 
     experiment: Experiment
-    dxmi: DxMI
+    algorithm: PolicyAlgorithm
     step: int
     complaints: list[str]
     data: str = ""
@@ -75,10 +74,12 @@ class Trained:
         """
         config = self._config(seed, num_samples)
         self._require_own_data()
-        scorer = build_scorer(self.experiment.data, config, cache_root(), self.experiment.device)
-        energy = self.dxmi.value.energy if self.experiment.config.train.iterations else None
+        scorer = self.experiment.build_scorer(config)
+        energy = self.algorithm.energy if self.experiment.config.train.iterations else None
         own = stream_of(stream, self.experiment.config.seed)
-        return scorer.full(replace(self._sampling(own, guidance), on_batch=on_batch, on_step=on_step), energy)
+        return scorer.full_evaluation(
+            replace(self._sampling(own, guidance), on_batch=on_batch, on_step=on_step), energy
+        )
 
     def _require_own_data(self) -> None:
         """Scores against other data than those of the run would say something else than its summary."""
@@ -99,7 +100,7 @@ class Trained:
             trained = counts.nonzero()[:, 0].tolist()
             shown = ", ".join(str(number) for number in trained[:_SHOWN]) + ", ..." * (len(trained) > _SHOWN)
             raise UserError(f"The label asked for is {label}, of which the run's data has no sample: it has {shown}.")
-        self.dxmi.evaluated.draw_classes(counts.where(torch.arange(len(counts)) == label, 0))
+        self.algorithm.eval_policy.draw_classes(counts.where(torch.arange(len(counts)) == label, 0))
 
     def _config(self, seed: int | None, num_samples: int | None = None) -> EvaluateConfig:
         """The run's evaluation with what is not None put in its place."""
@@ -111,7 +112,7 @@ class Trained:
             raise UserError(f"{error}.") from error
 
     def _sampling(self, stream: str, guidance: float) -> Sampling:
-        return Sampling(self.dxmi.evaluated, stream, self.dxmi.value.gradient, guidance, step=self.step)
+        return Sampling(self.algorithm.eval_policy, stream, self.algorithm.guide, guidance, step=self.step)
 
 
 def load_trained(run: RunDirectory, config: ExperimentConfig, which: str) -> Trained:
@@ -132,10 +133,10 @@ def load_trained(run: RunDirectory, config: ExperimentConfig, which: str) -> Tra
     experiment = Experiment(config, event=event, class_counts=found.meta.get("class_counts"))
     experiment.use_threads()
     experiment.choose_kernels()
-    dxmi = experiment.build_dxmi(experiment.build_denoiser())
-    checkpoint.restore(dxmi, found, ALGORITHM)
-    dxmi.requires_grad_(False)
-    return Trained(experiment, dxmi, found.step, complaints, str(found.meta.get("data", "")))
+    algorithm = experiment.build_algorithm(experiment.build_denoiser())
+    checkpoint.restore(algorithm, found, ALGORITHM)
+    algorithm.requires_grad_(False)
+    return Trained(experiment, algorithm, found.step, complaints, str(found.meta.get("data", "")))
 
 
 def _find(run: RunDirectory, which: str) -> tuple[Checkpoint | None, list[str]]:

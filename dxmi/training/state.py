@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dxmi.data.dataset import BatchStream
+from dxmi.distributed import Workers
 from dxmi.optim.optimizer import Optimizer
 from dxmi.persistence import checkpoint
 from dxmi.persistence.checkpoint import Checkpoint, DamagedCheckpointError
@@ -69,3 +71,20 @@ class TrainingState:
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix.`, by the rest of their names."""
     return {key[len(prefix) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{prefix}.")}
+
+
+def newest_checkpoint(folder: Path, workers: Workers) -> tuple[Checkpoint | None, list[str]]:
+    """The first worker's newest whole checkpoint, and a sentence about each damaged one, on all workers."""
+    found, complaints = checkpoint.newest(folder) if workers.is_first else (None, [])
+    if workers.size == 1:
+        return found, complaints
+    about = workers.on_first(lambda: None if found is None else [found.step, found.meta])
+    if about is None:
+        return None, complaints
+    own = {} if found is None else found.groups
+    flat = {f"{group}/{key}": value for group, tensors in own.items() for key, value in tensors.items()}
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, value in workers.agree(flat).items():
+        group, _, key = name.partition("/")
+        groups.setdefault(group, {})[key] = value
+    return Checkpoint(checkpoint.path_of(folder, about[0]), about[0], groups, about[1]), complaints

@@ -21,10 +21,10 @@ class Gallery(ABC):
     """Draws one kind of samples.
 
     Attributes:
-        num_ways: samples that a picture of all steps shows.
+        num_rows: samples that a picture of all steps shows.
     """
 
-    num_ways: int
+    num_rows: int
 
     @abstractmethod
     def draw_samples(self, path: Path, samples: Tensor) -> None:
@@ -42,7 +42,7 @@ class Gallery(ABC):
 class ImageGallery(Gallery):
     """Grids of images."""
 
-    num_ways = 8
+    num_rows = 8
 
     def draw_samples(self, path: Path, samples: Tensor) -> None:
         """A nearly square grid."""
@@ -63,7 +63,7 @@ class PlanarGallery(Gallery):
         distribution: of the data; its density is drawn behind samples.
     """
 
-    num_ways = 2_000
+    num_rows = 2_000
 
     def __init__(self, distribution: Distribution) -> None:
         self.cells = square_grid(SQUARE, _CELLS)

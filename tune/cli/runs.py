@@ -24,8 +24,9 @@ from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig, ResourcesConfig
 from dxmi.training.export import export_diffusers
 from dxmi.training.loading import Trained, load_trained
-from dxmi.training.run import Summary, labels_text
+from dxmi.training.run import labels_text
 from dxmi.training.run import train as train_experiment
+from dxmi.training.summary import Summary
 from dxmi.visualization.galleries import build_gallery
 from dxmi.visualization.pictures import save_labelled_grid
 from tune.cli.exit_codes import OK, STOPPED
@@ -250,4 +251,4 @@ def _draw_data(path: Path, data: Dataset) -> None:
         save_labelled_grid(path, pixels, [""] * len(pixels) if labels is None else [names[label] for label in labels])
     else:
         gallery = build_gallery(data.name)
-        gallery.draw_samples(path, some_of(data, gallery.num_ways)[0])
+        gallery.draw_samples(path, some_of(data, gallery.num_rows)[0])

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dxmi.data.batch import Streams
 from dxmi.evaluation.config import SELECTION
 from dxmi.evaluation.references import references
 from dxmi.evaluation.sampling import Sampling, generate
@@ -78,18 +79,18 @@ def estimate(config: ExperimentConfig, slots: Slots, trials: int) -> Estimate:
 def _measured(experiment: Experiment, slots: Slots, trials: int) -> Estimate:
     config, train = experiment.config, experiment.config.train
     ddpm, pretraining = experiment.build_pretraining()
-    dxmi, state = experiment.build_finetuning(experiment.build_denoiser())
-    noise, states = state.generators["noise"], state.generators["states"]
-    stream = state.stream
-    iteration = _seconds(lambda: dxmi.update(stream.next(), 0, noise, states, labels=stream.labels))
-    batch = _seconds(lambda: generate(Sampling(dxmi.policy, SELECTION), config.evaluate.batch_size, config.evaluate))
+    algorithm, state = experiment.build_finetuning(experiment.build_denoiser())
+    streams = Streams([state.generators])
+    iteration = _seconds(lambda: algorithm.update(state.stream.next(), 0, streams))
+    batch = _seconds(
+        lambda: generate(Sampling(algorithm.policy, SELECTION), config.evaluate.batch_size, config.evaluate)
+    )
     sampling = batch * config.evaluate.num_samples / config.evaluate.batch_size
     shared = 0.0
     cached = cache_root() / "pretrained" / f"{experiment.pretraining_signature}.cached"
     if not cached.exists():
-        data, generator = pretraining.stream.next(), pretraining.generators["noise"]
-        labels = pretraining.stream.labels
-        shared += config.pretrain.iterations * _seconds(lambda: ddpm.update(data, 0, generator, labels=labels))
+        data, noise = pretraining.stream.next(), Streams([pretraining.generators])
+        shared += config.pretrain.iterations * _seconds(lambda: ddpm.update(data, 0, noise))
         shared += sampling * _reference_evaluations(config) / config.schedule.num_steps
     evaluations = train.iterations / config.evaluate.every + 3
     seconds = train.iterations * iteration + evaluations * sampling * _SCORING

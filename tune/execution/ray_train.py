@@ -39,7 +39,9 @@ from dxmi.persistence.checkpoint import steps_in
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
-from dxmi.training.run import Phase, Progress, Reporter, Saved, Summary, train
+from dxmi.training.progress import Phase, Progress, Reporter
+from dxmi.training.run import Saved, train
+from dxmi.training.summary import Summary
 from tune.execution.control_channel import Line
 from tune.execution.ray_runtime import actor_here, ray_session
 from tune.execution.resources import find_slots

@@ -17,7 +17,7 @@ from dxmi.config import build, to_tree
 from dxmi.networks.configs import NcsnppGanConfig
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
-from dxmi.training.phase import Stretch, train_together
+from dxmi.training.fit import TrainingPhase, fit
 from tune.execution.slots import Slots
 from tune.plans.ablation import AblationPlan
 from tune.plans.sweep import Plan
@@ -105,14 +105,12 @@ def _seconds_by_number(tree: dict[str, Any], numbers: Sequence[int]) -> dict[int
 
 def _seconds(config: ExperimentConfig, number: int) -> float:
     try:
-        group = {k: _stretch(Experiment(replace(config, seed=config.seed + k))) for k in range(number)}
+        phases = [_phase(Experiment(replace(config, seed=config.seed + k))) for k in range(number)]
         times, began = [], time.perf_counter()
         for _ in range(1 + _REPEATS):  # the first is longer than the others
-            for stretch in group.values():
-                stretch.iteration, stretch.total = 0, _ITERATIONS
             start = time.perf_counter()
-            train_together(group, _ITERATIONS)
-            _wait(next(iter(group.values())))
+            fit(phases)
+            _wait(phases[0])
             times.append((time.perf_counter() - start) / _ITERATIONS)
             if time.perf_counter() - began > _ENOUGH_SECONDS:
                 break
@@ -121,14 +119,14 @@ def _seconds(config: ExperimentConfig, number: int) -> float:
         return math.inf
 
 
-def _stretch(experiment: Experiment) -> Stretch:
+def _phase(experiment: Experiment) -> TrainingPhase:
     experiment.use_threads()
     experiment.choose_kernels()
-    dxmi, state = experiment.build_finetuning(experiment.build_denoiser())
-    return Stretch(dxmi, state, 0, _ITERATIONS, experiment.precision, lambda _, __: None, lambda _: None)
+    algorithm, state = experiment.build_finetuning(experiment.build_denoiser())
+    return TrainingPhase(algorithm, state, 0, _ITERATIONS, experiment.precision, lambda _: None, lambda _, __: None)
 
 
-def _wait(stretch: Stretch) -> None:
-    """Until the device has done what it was told."""
-    if next(stretch.algorithm.parameters()).is_cuda:
+def _wait(phase: TrainingPhase) -> None:
+    """Wait until the device has done what it was told."""
+    if next(phase.algorithm.parameters()).is_cuda:
         torch.cuda.synchronize()

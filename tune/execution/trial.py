@@ -23,7 +23,9 @@ from dxmi.config import build
 from dxmi.errors import DivergedError, UserError, WorkersLostError
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
-from dxmi.training.run import Member, Progress, Reporter, Saved, Summary, train, train_stacked
+from dxmi.training.progress import Progress, Reporter
+from dxmi.training.run import Saved, SeedRun, train, train_stacked
+from dxmi.training.summary import Summary
 from tune.execution.trial_messages import (
     Diverged,
     Finished,
@@ -178,9 +180,9 @@ def _run_stacked(tasks: Sequence[TrialTask], reporters: Sequence[_Reporter]) -> 
         raise crashes[0]
 
 
-def _member(task: TrialTask, reporter: _Reporter, held: ExitStack) -> Member:
+def _member(task: TrialTask, reporter: _Reporter, held: ExitStack) -> SeedRun:
     here, keep = held.enter_context(kept(task.address, Path(task.out)))
-    return Member(Experiment(build(ExperimentConfig, task.tree)), here, reporter, _kept_by(keep))
+    return SeedRun(Experiment(build(ExperimentConfig, task.tree)), here, reporter, _kept_by(keep))
 
 
 def _kept_by(keep: Callable[[], None]) -> Saved:

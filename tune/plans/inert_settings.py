@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dxmi.algorithms.ddpm import DDPM
 from dxmi.config import build, to_tree
+from dxmi.data.batch import Batch, Condition, Streams
 from dxmi.diffusion.schedules.build import noising
 from dxmi.networks.base import Denoiser
 from dxmi.networks.configs import MlpConfig
@@ -124,8 +125,9 @@ def _data(num: int, iteration: int) -> Tensor:
     return 2.0 * torch.rand((num, *_EVENT), generator=generator(iteration, "effects/data")) - 1.0
 
 
-def _labels(num: int, denoiser: Denoiser) -> Tensor | None:
-    return torch.arange(num) % denoiser.classes if denoiser.classes else None
+def _batch(num: int, iteration: int, denoiser: Denoiser) -> Batch:
+    labels = torch.arange(num) % denoiser.classes if denoiser.classes else None
+    return Batch.single(_data(num, iteration), num, Condition(labels))
 
 
 def _pretrained(experiment: Experiment) -> Denoiser:
@@ -134,18 +136,19 @@ def _pretrained(experiment: Experiment) -> Denoiser:
     denoiser, noise = experiment.build_denoiser(), generator(config.seed, "effects/pretrain")
     ddpm = DDPM(config.pretrain, denoiser, noising=noising(config.schedule))
     for iteration in _iterations(config.pretrain.iterations):
-        ddpm.update(_data(_MIN_BATCH, iteration), iteration, noise, labels=_labels(_MIN_BATCH, denoiser))
+        ddpm.update(_batch(_MIN_BATCH, iteration, denoiser), iteration, Streams([{"noise": noise}]))
     denoiser.load_state_dict(ddpm.average.state_dict())
     return denoiser
 
 
 def _finetuned(experiment: Experiment, denoiser: Denoiser) -> list[Tensor]:
     """What a few iterations of fine-tuning leave: everything that a run is judged by."""
-    config, dxmi = experiment.config, experiment.build_dxmi(denoiser)
-    noise, states = generator(config.seed, "effects/noise"), generator(config.seed, "effects/states")
+    config, algorithm = experiment.config, experiment.build_algorithm(denoiser)
+    streams = Streams([{name: generator(config.seed, f"effects/{name}") for name in algorithm.streams}])
     num = max(_MIN_BATCH, _STATES_PER_STEP * config.schedule.num_steps)
     for iteration in _iterations(config.train.iterations):
-        dxmi.update(_data(num, iteration), iteration, noise, states, labels=_labels(num, denoiser))
-    judged: list[nn.Module] = [dxmi.evaluated, dxmi.policy, dxmi.value]
-    schedule = [dxmi.policy.diffusion_step, dxmi.policy.signal_scale, dxmi.policy.noise_scale, dxmi.policy.log_sigma]
+        algorithm.update(_batch(num, iteration, denoiser), iteration, streams)
+    policy, value = algorithm.policy, algorithm.value
+    judged: list[nn.Module] = [algorithm.eval_policy, policy, *([] if value is None else [value])]
+    schedule = [policy.timestep, policy.signal_scale, policy.output_scale, policy.log_sigma]
     return [*schedule, *(parameter.detach() for module in judged for parameter in module.parameters())]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dxmi.config import build, signature, to_tree
 from dxmi.errors import UserError
+from dxmi.metrics.keys import primary_key
 from dxmi.training.config import ExperimentConfig
 from tune.config.sweep import SweepConfig, TrackingConfig
 from tune.search.samplers import Proposal, num_planned, propose
@@ -111,7 +112,7 @@ class Plan:
     @property
     def metric(self) -> str:
         """The key of the experiment's own score, like eval/fid_digits."""
-        return keys_of(self.experiment)[0]
+        return primary_key(self.experiment.score_keys()).name
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -176,9 +177,7 @@ _OWN_METRICS = ("score", "num_steps", "seconds")
 
 def keys_of(experiment: ExperimentConfig) -> list[str]:
     """The keys of every score of a finished run, the one by which runs are compared first."""
-    from dxmi.evaluation.scorers import score_keys  # noqa: PLC0415  (it imports PyTorch)
-
-    return score_keys(experiment.data, experiment.evaluate)
+    return [key.name for key in sorted(experiment.score_keys(), key=lambda key: not key.primary)]
 
 
 def metrics_of(experiment: ExperimentConfig) -> list[str]:

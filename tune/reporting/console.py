@@ -22,8 +22,9 @@ from dxmi.evaluation.config import NUM_SAMPLES_KEY
 from dxmi.evaluation.references import best_reference, scored_references
 from dxmi.formatting import score_text
 from dxmi.persistence.run_directory import RunDirectory
-from dxmi.training.run import Phase, Summary
-from dxmi.training.run import Progress as Event
+from dxmi.training.progress import Phase
+from dxmi.training.progress import Progress as Event
+from dxmi.training.summary import Summary
 from tune.messages import complain, discard_output
 from tune.reporting.text_tables import TextTable
 from tune.studies.outdone import outdone, outdone_sentences

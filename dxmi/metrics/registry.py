@@ -1,0 +1,19 @@
+"""The further metrics. Nothing here imports PyTorch: see `dxmi.registry`."""
+
+from typing import TYPE_CHECKING
+
+from dxmi.registry import Registry
+
+if TYPE_CHECKING:
+    from dxmi.metrics.base import Metric
+
+_CONFIGS = "dxmi.metrics.configs"
+
+METRICS: Registry["Metric"] = Registry(
+    "metric",
+    {
+        "class_entropy": (f"{_CONFIGS}:ClassEntropyConfig", "dxmi.metrics.class_entropy:ClassEntropy"),
+        "log_density": (f"{_CONFIGS}:LogDensityConfig", "dxmi.metrics.log_density:LogDensity"),
+        "energy_gap": (f"{_CONFIGS}:EnergyGapConfig", "dxmi.metrics.energy_gap:EnergyGap"),
+    },
+)

@@ -1,0 +1,53 @@
+"""Exponential moving averages of weights: the policy that is evaluated, and Polyak-averaged targets."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from dxmi.optim.seeds import StackedSeeds
+
+
+class MovingAverage:
+    """An exponential moving average of a module's parameters, kept in a second module of the same shape.
+
+    Args:
+        sources: what is averaged.
+        targets: hold the average.
+        decay: of the average.
+        warm_up: let the decay of update i (from 0) be min(decay, (1 + i) / (10 + i)), so that an average which is
+            evaluated early is not held back by its start. A target network, whose lag is intended, has none.
+    """
+
+    def __init__(self, sources: list[Tensor], targets: list[Tensor], decay: float, *, warm_up: bool = True) -> None:
+        self.decay = decay
+        self.warm_up = warm_up
+        self.sources = sources
+        self.targets = targets
+        # A tensor, so that a recorded update sees it change.
+        self._weight = torch.zeros((), device=targets[0].device if targets else None)
+
+    @classmethod
+    def between(cls, source: nn.Module, target: nn.Module, decay: float, *, warm_up: bool = True) -> Self:
+        """The average of `source`, which begins now, in `target`."""
+        target.load_state_dict(source.state_dict())
+        target.requires_grad_(False)
+        return cls(list(source.parameters()), list(target.parameters()), decay, warm_up=warm_up)
+
+    @classmethod
+    def stacked(cls, seeds: StackedSeeds, members: Sequence[Self]) -> Self:
+        """The averages of several seeds as one."""
+        first = members[0]
+        sources, targets = ([seeds.table(tensor) for tensor in side] for side in (first.sources, first.targets))
+        return cls(sources, targets, first.decay, warm_up=first.warm_up)
+
+    def schedule(self, iteration: int) -> None:
+        """Set the decay of `iteration`."""
+        decay = min(self.decay, (1.0 + iteration) / (10.0 + iteration)) if self.warm_up else self.decay
+        self._weight.fill_(1.0 - decay)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the source."""
+        torch._foreach_lerp_(self.targets, self.sources, [self._weight] * len(self.targets))

@@ -1,0 +1,97 @@
+"""The training loop: the iterations of one run, or of several that differ in their seeds only, as one program."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dxmi.algorithms.base import Algorithm
+from dxmi.data.batch import Batch, Streams
+from dxmi.training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class TrainingPhase:
+    """Iterations of one algorithm that a run has to do.
+
+    Attributes:
+        algorithm: its `update` is one iteration.
+        state: its random streams and data order.
+        start: the first iteration.
+        total: the iteration after the last.
+        precision: makes the context in which updates are computed.
+        joined: called with the number of runs that are trained together from here on.
+        after_iteration: called with the number of iterations done and the metrics of the last; what it raises ends the
+            run.
+    """
+
+    algorithm: Algorithm
+    state: TrainingState
+    start: int
+    total: int
+    precision: Callable[[], AbstractContextManager[object]]
+    joined: Callable[[int], None]
+    after_iteration: Callable[[int, Mapping[str, Tensor]], None]
+
+
+def fit(phases: Sequence[TrainingPhase]) -> list[Exception | None]:
+    """Do the iterations of several phases of one kind and length, together wherever they are at the same iteration.
+
+    A phase that was resumed further on joins the others when they have reached it, and one that ends by an error leaves
+    them.
+
+    Returns:
+        What each of them raised in `after_iteration`, if anything.
+    """
+    errors: dict[int, Exception] = {}
+    group = _Group({})
+    for iteration in range(
+        min((phase.start for phase in phases), default=0), max((p.total for p in phases), default=0)
+    ):
+        members = {
+            number: phase
+            for number, phase in enumerate(phases)
+            if phase.start <= iteration < phase.total and number not in errors
+        }
+        if not members:
+            continue
+        if members.keys() != group.members.keys():
+            group = _Group(members)
+        metrics = group.update(iteration)
+        errors |= group.after_iteration(iteration + 1, metrics)
+    return [errors.get(number) for number in range(len(phases))]
+
+
+class _Group:
+    """Phases that are at the same iteration, by their number, trained as one program."""
+
+    def __init__(self, members: Mapping[int, TrainingPhase]) -> None:
+        self.members = members
+        phases = list(members.values())
+        algorithms = [phase.algorithm for phase in phases]
+        if len(algorithms) > 1:
+            self._algorithm = type(algorithms[0]).stacked(algorithms)
+        elif algorithms:
+            self._algorithm = algorithms[0]
+        self._states = [phase.state for phase in phases]
+        self._streams = Streams([state.generators for state in self._states])
+        for phase in phases:
+            phase.joined(len(phases))
+
+    def update(self, iteration: int) -> Mapping[str, Tensor]:
+        """One iteration of every member; each metric is [K]."""
+        batch = Batch.stacked([state.stream.next() for state in self._states])
+        with next(iter(self.members.values())).precision():
+            return self._algorithm.update(batch, iteration, self._streams)
+
+    def after_iteration(self, done: int, metrics: Mapping[str, Tensor]) -> dict[int, Exception]:
+        """Report its own metrics to every member; the errors of those that end by one."""
+        columns = {name: values.unbind() for name, values in metrics.items()}
+        errors: dict[int, Exception] = {}
+        for k, (number, phase) in enumerate(self.members.items()):
+            try:
+                phase.after_iteration(done, {name: values[k] for name, values in columns.items()})
+            except Exception as error:  # noqa: BLE001  (it ends this member only, and is returned)
+                errors[number] = error
+        return errors

@@ -1,0 +1,116 @@
+"""Pretraining, once for all runs that share its signature."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from shutil import rmtree
+
+from torch import Tensor
+
+from dxmi.algorithms.ddpm import DDPM
+from dxmi.networks.base import Denoiser
+from dxmi.persistence import checkpoint
+from dxmi.persistence.cache import Entry, cache_root, entry
+from dxmi.tensors import require_finite_state
+from dxmi.training.build import Experiment
+from dxmi.training.fit import TrainingPhase
+from dxmi.training.progress import Phase
+from dxmi.training.reporter import MetricWindow, RunReporter, Stopwatch
+from dxmi.training.state import TrainingState, newest_checkpoint
+
+_PARTIAL_EVERY = 2_000
+"""Iterations between checkpoints of pretraining."""
+
+
+class Pretraining:
+    """The pretrained denoiser of a run: read from the cache, or trained while nobody else trains it.
+
+    Args:
+        experiment: of the run.
+        reporter: of the run.
+        clock: of the run.
+    """
+
+    def __init__(self, experiment: Experiment, reporter: RunReporter, clock: Stopwatch) -> None:
+        self._experiment = experiment
+        self._reporter = reporter
+        self._clock = clock
+        self._total = experiment.config.pretrain.iterations
+        self._path = cache_root() / "pretrained" / f"{experiment.pretraining_signature}.cached"
+        self._held = ExitStack()
+        self._entry: Entry | None = None
+        self._ddpm: DDPM | None = None
+
+    @property
+    def _partial(self) -> Path:
+        """The folder of checkpoints of an interrupted pretraining."""
+        return self._path.with_suffix(".partial")
+
+    def open(self) -> TrainingPhase | None:
+        """Look the denoiser up; if it is not there, take its lock and return the iterations to do."""
+        denoiser = self._experiment.build_denoiser()
+        if self._experiment.config.pretrain.weights is not None:
+            self._reporter.note(self._experiment.check_public(denoiser), Phase.PRETRAIN, self._total)
+        found = entry(self._path, self._experiment.workers, self._reporter.ask_again)
+        self._entry = self._held.enter_context(found)
+        return self._phase() if self._entry.tensors is None else None
+
+    def _phase(self) -> TrainingPhase:
+        """Pretraining from its newest checkpoint."""
+        self._ddpm, state, start = self._resumed()
+        window, total, log_every = MetricWindow(), self._total, self._experiment.config.train.log_every
+
+        def after_iteration(step: int, metrics: Mapping[str, Tensor]) -> None:
+            window.add(metrics)
+            if step % log_every == 0 or step == total:
+                self._reporter.tell(Phase.PRETRAIN, step, total, window.mean(step))
+            if (step % _PARTIAL_EVERY == 0 or self._reporter.stop_requested) and step < total:
+                self._experiment.workers.on_first(lambda: self._keep_only(step, state))
+            if step < total:
+                self._reporter.raise_if_stopped()
+
+        def joined(_: int) -> None:
+            self._clock.enter(Phase.PRETRAIN)
+
+        return TrainingPhase(self._ddpm, state, start, total, self._experiment.precision, joined, after_iteration)
+
+    def _resumed(self) -> tuple[DDPM, TrainingState, int]:
+        """The denoiser in training, its state, and the next iteration."""
+        ddpm, state = self._experiment.build_pretraining()
+        found, _ = newest_checkpoint(self._partial, self._experiment.workers)
+        if found is None:
+            return ddpm, state, 0
+        if state.restore(found):
+            return ddpm, state, found.step
+        # What other runs are to share must not depend on where it was interrupted.
+        sentence = f"{found.path} was saved on another kind of device: pretraining starts afresh."
+        self._reporter.note([sentence], Phase.FINETUNE, self._experiment.config.train.iterations)
+        return *self._experiment.build_pretraining(), 0
+
+    def _keep_only(self, step: int, state: TrainingState) -> None:
+        checkpoint.save(self._partial, step, state.groups(), {})
+        checkpoint.prune(self._partial, {step})
+
+    def finish(self) -> Denoiser:
+        """The pretrained denoiser; what was trained just now is written to the cache first.
+
+        Raises:
+            DivergedError: its weights are not finite.
+        """
+        assert self._entry is not None
+        with self._held:
+            if self._ddpm is not None:
+                average = self._ddpm.average.state_dict()
+                require_finite_state(average, "The pretrained model", self._total)
+                self._entry.write(dict(average))
+            assert self._entry.tensors is not None
+            denoiser = self._experiment.build_denoiser()
+            denoiser.load_state_dict(self._entry.tensors)
+        if self._experiment.workers.is_first:
+            rmtree(self._partial, ignore_errors=True)
+        self._reporter.tell_or_stop(Phase.PRETRAIN, self._total, self._total)
+        return denoiser
+
+    def close(self) -> None:
+        """Release the lock, if it is held."""
+        self._held.close()

@@ -1,0 +1,149 @@
+"""Scores and pictures of the training-free samplers, once for all runs that share model, samplers and evaluation."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dxmi.config import signature, to_tree
+from dxmi.diffusion.policy import Policy
+from dxmi.evaluation.config import PICTURES, REPORT, SCORING_VERSION
+from dxmi.evaluation.references import (
+    DATA,
+    Reference,
+    ScoredReference,
+    best_reference,
+    full_reference,
+    references,
+)
+from dxmi.evaluation.sampling import Sampling, preview, stream_of
+from dxmi.evaluation.scorers import Scorer, Scores
+from dxmi.networks.base import Denoiser
+from dxmi.persistence.cache import cache_root, cached
+from dxmi.persistence.run_directory import RunDirectory
+from dxmi.seeds import generator
+from dxmi.training.build import Experiment
+from dxmi.training.progress import Phase
+from dxmi.training.reporter import RunReporter
+from dxmi.visualization.galleries import Gallery
+
+_NOT_OF_SCORES = (
+    *("every", "grid", "generations", "result", "features"),
+    *("reference_images", "full_reference", "reference_steps", "metrics", "primary"),
+)
+"""What of an evaluation's config changes no score of given weights, or is told by the scorer's identity."""
+
+
+class References:
+    """The training-free samplers that a policy is compared with.
+
+    Args:
+        experiment: of the run.
+        scorer: of the run.
+        reporter: of the run.
+    """
+
+    def __init__(self, experiment: Experiment, scorer: Scorer, reporter: RunReporter) -> None:
+        self._experiment = experiment
+        self._config = experiment.config
+        self._scorer = scorer
+        self._reporter = reporter
+        evaluate = experiment.config.evaluate
+        self.compared: list[Reference] = references(
+            experiment.config.schedule, full=evaluate.full_reference, steps=evaluate.reference_steps or ()
+        )
+
+    def scores(self, denoiser: Denoiser) -> dict[str, Scores]:
+        """The scores of every sampler and, where more data can be drawn, of the data itself, by key."""
+        num_samples, done, scores = self._config.evaluate.num_samples, 0, {}
+        total = sum(num_samples * reference.evaluations for reference in self.compared)
+        self._reporter.tell_or_stop(Phase.REFERENCES, done, total)
+        for reference in self.compared:
+            scores[reference.key] = self._scores_of(reference, denoiser, done, total)
+            done += num_samples * reference.evaluations
+            self._reporter.tell_or_stop(Phase.REFERENCES, done, total)
+        floor = self._scorer.of_data(stream_of(REPORT, self._config.seed))
+        return scores if floor is None else {**scores, DATA: floor}
+
+    def _scores_of(self, reference: Reference, denoiser: Denoiser, done: int, total: int) -> Scores:
+        """One sampler's scores; `done` of `total` network evaluations came before it."""
+
+        def on_batch(samples: int) -> None:
+            self._reporter.tell_or_stop(Phase.REFERENCES, done + samples * reference.evaluations, total)
+
+        def compute() -> dict[str, Tensor]:
+            policy = self._experiment.build_policy(denoiser, reference.schedule, reference.policy)
+            stream, listen = stream_of(REPORT, self._config.seed), self._reporter.listen
+            scores = self._scorer.full_evaluation(
+                Sampling(policy, stream, on_batch=on_batch, on_step=listen, source=reference.label)
+            )
+            numbers = {**scores.values, "seconds_per_1000": scores.seconds_per_1000}
+            return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
+
+        found = cached(self._path(reference), compute, self._experiment.workers, self._reporter.ask_again)
+        numbers = {key: float(value) for key, value in sorted(found.items())}
+        seconds = numbers.pop("seconds_per_1000")
+        return Scores(numbers, seconds)
+
+    def _path(self, reference: Reference, **more: Any) -> Path:
+        """Where what comes of a sampler of the pretrained model is cached."""
+        evaluate = to_tree(self._config.evaluate)
+        identity = {
+            "version": SCORING_VERSION,
+            "pretraining": self._experiment.pretraining_signature,
+            "schedule": reference.schedule.tree(),
+            "evaluate": {key: value for key, value in evaluate.items() if key not in _NOT_OF_SCORES},
+            "features": self._scorer.identity,
+            **self._further(),
+            "stream": stream_of(REPORT, self._config.seed),
+            "device": self._experiment.device.type,
+            **({} if reference.policy is Policy else {"sampler": reference.policy.__name__}),
+            **more,
+        }
+        return cache_root() / "references" / f"{signature(identity)}.cached"
+
+    def _further(self) -> dict[str, Any]:
+        """What further metrics of the samples depend on."""
+        reward, metrics = self._config.reward, self._config.evaluate.metrics or ()
+        found = {"reward": None if reward is None else to_tree(reward), "metrics": [to_tree(one) for one in metrics]}
+        return {name: value for name, value in found.items() if value}
+
+    # ------------------------------------------------------------------------
+    # Pictures.
+
+    def draw(self, run: RunDirectory, gallery: Gallery, denoiser: Denoiser, scores: Mapping[str, Scores]) -> None:
+        """Pictures to compare samples with: of the data, and on the samples' noise of the best references."""
+        metric = self._scorer.metric
+        scored = [reference.scored(scores[reference.key].values[metric]) for reference in self.compared]
+        for name, samples in {"data": self._some_data(), **self._previews(denoiser, scored)}.items():
+            draw = functools.partial(gallery.draw_samples, run.reference_picture(name), samples)
+            self._experiment.workers.on_first(draw)
+
+    def _previews(self, denoiser: Denoiser, scored: Sequence[ScoredReference]) -> dict[str, Tensor]:
+        """Samples of the best sampler with all steps, and of the best one that is as cheap as the policy."""
+        direction = self._scorer.direction
+        few = best_reference(scored, self._config.schedule.num_steps, direction)
+        by_key = {reference.key: reference for reference in self.compared}
+        chosen = {"full": full_reference(scored, direction), "few": few}
+        return {name: self._preview(by_key[one.key], denoiser) for name, one in chosen.items() if one is not None}
+
+    def _some_data(self) -> Tensor:
+        """As many of the data as a grid has, the same ones in every run."""
+        data, evaluate = self._experiment.data, self._config.evaluate
+        rows = torch.randperm(len(data), generator=generator(evaluate.seed, "picture of the data"))
+        return data.stored[rows[: evaluate.grid].sort().values]
+
+    def _preview(self, reference: Reference, denoiser: Denoiser) -> Tensor:
+        """A grid of a reference's samples, drawn once for all runs that share the pretrained model."""
+        evaluate = self._config.evaluate
+
+        def compute() -> dict[str, Tensor]:
+            policy = self._experiment.build_policy(denoiser, reference.schedule, reference.policy)
+            sampling = Sampling(policy, PICTURES, on_step=self._reporter.listen, source=reference.label)
+            return {"samples": preview(sampling, evaluate.grid, evaluate)}
+
+        path = self._path(reference, grid=evaluate.grid)
+        return cached(path, compute, self._experiment.workers, self._reporter.ask_again)["samples"]
