@@ -1,0 +1,1 @@
+"""Rewards of samples: higher is better. One file a reward, and one line in the registry."""

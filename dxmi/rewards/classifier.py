@@ -1,0 +1,52 @@
+"""The log-probability that a shipped classifier gives to the wanted class."""
+
+import torch
+from torch import Tensor
+
+from dxmi.data.batch import Condition
+from dxmi.errors import UserError
+from dxmi.metrics.classifier import CLASSIFIERS, load_classifier
+from dxmi.rewards.configs import ClassifierRewardConfig
+from dxmi.tensors import to_uint8
+
+
+class ClassifierReward:
+    """log p(label | x) in nats, of samples as pixels.
+
+    Args:
+        config: which classifier, and which class.
+
+    Raises:
+        UserError: the classifier's file was altered.
+    """
+
+    def __init__(self, config: ClassifierRewardConfig) -> None:
+        self._config = config
+        self._classifier = load_classifier(config.classifier)
+        side = CLASSIFIERS[config.classifier].size
+        self._event = (1, side, side)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, condition: Condition) -> Tensor:
+        """The reward of each sample.
+
+        Raises:
+            UserError: the samples are not what the classifier sees, or have no classes.
+        """
+        if tuple(x.shape[1:]) != self._event:
+            raise UserError(
+                f"reward.classifier is {self._config.classifier}, which sees images of shape {self._event}, but "
+                f"samples have {tuple(x.shape[1:])}: choose the classifier of the run's data."
+            )
+        logits: Tensor = self._classifier.to(x.device)(to_uint8(x))
+        return logits.log_softmax(dim=1).gather(1, self._labels(x, condition)[:, None])[:, 0]
+
+    def _labels(self, x: Tensor, condition: Condition) -> Tensor:
+        if self._config.label is not None:
+            return torch.full((len(x),), self._config.label, device=x.device)
+        if condition.labels is None:
+            raise UserError(
+                "reward.label is null, but the denoiser knows no classes: name the class that is wanted, in 0..9, or "
+                "make network.denoiser.classes 10."
+            )
+        return condition.labels

@@ -1,0 +1,65 @@
+"""Settings of the rewards. Nothing here imports PyTorch."""
+
+import math
+from dataclasses import dataclass
+
+from dxmi.data.configs import PLANAR
+from dxmi.metrics.configs import CLASSIFIER_SETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """The part of a reward's config that all kinds share."""
+
+    kind: str = "classifier"
+    """Which reward: its key in `dxmi.rewards.registry`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierRewardConfig(RewardConfig):
+    """log p(label | x) of a shipped classifier, in nats."""
+
+    classifier: str = "digits"
+    """The data set whose classifier gives the probability: digits, mnist8, mnist or fashion_mnist."""
+    label: int | None = None
+    """The class that is wanted; null for each sample's own, which the denoiser was given."""
+
+    def __post_init__(self) -> None:
+        if self.classifier not in CLASSIFIER_SETS:
+            raise ValueError(f"classifier is {self.classifier!r}: it must be one of {', '.join(CLASSIFIER_SETS)}")
+        if self.label is not None and not 0 <= self.label <= 9:
+            raise ValueError(f"label is {self.label}: it must be in 0..9, or null for each sample's own class")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogDensityRewardConfig(RewardConfig):
+    """log p(x) of a distribution in the plane, in nats, bounded from below."""
+
+    kind: str = "log_density"
+    distribution: str = "gaussians8"
+    """gaussians8, two_spirals, checkerboard or moons."""
+    floor: float = -20.0
+    """The least reward: where the distribution has no mass, its log density is minus infinity."""
+
+    def __post_init__(self) -> None:
+        if self.distribution not in PLANAR:
+            raise ValueError(f"distribution is {self.distribution!r}: it must be one of {', '.join(PLANAR)}")
+        if not math.isfinite(self.floor):
+            raise ValueError(f"floor is {self.floor}: it must be a finite number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuadraticRewardConfig(RewardConfig):
+    """-|x - target|^2 / (2 scale^2), summed over the dimensions."""
+
+    kind: str = "quadratic"
+    target: tuple[float, ...] = (0.0,)
+    """One number for all dimensions, or one for each."""
+    scale: float = 1.0
+    """Distance at which the reward is -1/2."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale > 0.0):
+            raise ValueError(f"scale is {self.scale}: it must be a finite number greater than 0")
+        if not all(math.isfinite(number) for number in self.target):
+            raise ValueError(f"target is {self.target}: its numbers must be finite")

@@ -1,0 +1,34 @@
+"""A quadratic reward, for which a linear-Gaussian policy has closed forms."""
+
+import torch
+from torch import Tensor
+
+from dxmi.data.batch import Condition
+from dxmi.errors import UserError
+from dxmi.rewards.configs import QuadraticRewardConfig
+
+
+class QuadraticReward:
+    """-|x - target|^2 / (2 scale^2), summed over the dimensions.
+
+    Args:
+        config: target and scale.
+    """
+
+    def __init__(self, config: QuadraticRewardConfig) -> None:
+        self._target = torch.tensor(config.target)
+        self._scale = config.scale
+
+    def __call__(self, x: Tensor, condition: Condition) -> Tensor:  # noqa: ARG002  (rewards share a signature)
+        """The reward of each sample.
+
+        Raises:
+            UserError: the target has neither one number nor one for each dimension.
+        """
+        flat = x.flatten(1)
+        if len(self._target) not in (1, flat.shape[1]):
+            raise UserError(
+                f"reward.target has {len(self._target)} numbers, but samples have {flat.shape[1]} dimensions: it "
+                "takes one number, or one for each dimension."
+            )
+        return -(flat - self._target.to(flat)).square().sum(1) / (2.0 * self._scale**2)
