@@ -21,15 +21,11 @@ from PIL import Image
 
 from dxmi.algorithms.configs import DxMIConfig
 from dxmi.algorithms.dxmi import DxMI
-from dxmi.critics.energy import Energy
-from dxmi.critics.value import SeparateValue, SharedValue
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.build import shorten
 from dxmi.diffusion.schedules.configs import ScheduleConfig
-from dxmi.networks.configs import MlpConfig
-from dxmi.networks.registry import build_critic, build_denoiser, build_timed_critic
-
-NETWORK = MlpConfig(hidden=16, layers=3, embedding=8)
+from dxmi.networks.registry import build_denoiser
+from support import NETWORK, make_parts
 
 _LONGEST_FIRST = [
     f"test_{name}"
@@ -124,11 +120,7 @@ def make_dxmi(make_policy: MakePolicy) -> MakeDxMI:
     """`make(config, num_steps=4, event=(3,), total=100)`: the algorithm around small random MLPs."""
 
     def make(config: DxMIConfig, num_steps: int = 4, event: tuple[int, ...] = (3,), total: int = 100) -> DxMI:
-        policy = make_policy(num_steps, event)
-        energy = Energy(build_critic(NETWORK, event, torch.Generator().manual_seed(1)))
-        timed = build_timed_critic(NETWORK, event, torch.Generator().manual_seed(2))
-        value = SharedValue(energy) if config.value == "shared" else SeparateValue(energy, timed, num_steps)
-        eta = torch.from_numpy(shorten(ScheduleConfig(num_steps=num_steps)).eta)
-        return DxMI(config, policy, value, eta, total)
+        policy, schedule = make_policy(num_steps, event), shorten(ScheduleConfig(num_steps=num_steps))
+        return DxMI(config, make_parts(policy, schedule, total))
 
     return make

@@ -7,15 +7,25 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dxmi.algorithms.base import Algorithm, Parts
+from dxmi.data.batch import Batch, Condition, Streams
+from dxmi.diffusion.policy import Policy
+from dxmi.diffusion.schedules.base import StepSchedule
 from dxmi.distributed import Alone
+from dxmi.networks.configs import MlpConfig
+from dxmi.networks.registry import build_critic, build_timed_critic
+from dxmi.optim.optimizer import Optimizer, StepResult
+from dxmi.training.state import TrainingState
 
 
 def changed(settings: list[str], *overrides: str) -> list[str]:
@@ -101,6 +111,58 @@ NETWORK_OF = {
     "lsun_t4": "edm_unet_256",
 }
 """The large networks of the published experiments."""
+
+
+NETWORK = MlpConfig(hidden=16, layers=3, embedding=8)
+"""A small network of any role."""
+
+
+def make_parts(
+    policy: Policy, schedule: StepSchedule, iterations: int = 100, batch_size: int = 8, **settings: Any
+) -> Parts:
+    """What an algorithm is built from, with small random networks; further settings are those of `Parts`."""
+    networks = {
+        "critic": lambda: build_critic(NETWORK, policy.event, torch.Generator().manual_seed(1)),
+        "timed_critic": lambda: build_timed_critic(NETWORK, policy.event, torch.Generator().manual_seed(2)),
+    }
+    return Parts(policy, schedule, iterations, batch_size, **{**networks, **settings})
+
+
+def without_seeds(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The metrics of one seed as scalars."""
+    return {name: only for name, values in metrics.items() for only in values.view(1).unbind()}
+
+
+def update(
+    algorithm: Algorithm, x: Tensor, iteration: int, *generators: torch.Generator, labels: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The metrics of one update of one seed, as scalars.
+
+    Args:
+        algorithm: updated.
+        x: real samples, [B, *event].
+        iteration: from 0.
+        generators: in the order of `algorithm.streams`.
+        labels: the class of each sample, [B].
+    """
+    streams = Streams([dict(zip(algorithm.streams, generators, strict=True))])
+    return without_seeds(algorithm.update(Batch.single(x, len(x), Condition(labels)), iteration, streams))
+
+
+def step(algorithm: Algorithm, state: TrainingState, iteration: int) -> dict[str, Tensor]:
+    """The metrics of one update of one seed on its next batch, as scalars."""
+    return without_seeds(algorithm.update(state.stream.next(), iteration, Streams([state.generators])))
+
+
+def stacked_step(algorithm: Algorithm, states: list[TrainingState], iteration: int) -> dict[str, Tensor]:
+    """The metrics of one update of several seeds as one algorithm, each on its next batch: [K]."""
+    batch = Batch.stacked([state.stream.next() for state in states])
+    return algorithm.update(batch, iteration, Streams([state.generators for state in states]))
+
+
+def descend(optimizer: Optimizer, loss: Callable[[], Tensor]) -> StepResult:
+    """One step of an optimizer down a scalar."""
+    return optimizer.minimize(lambda _: {"loss": loss().view(1)}, torch.zeros(1, 1), num=1)
 
 
 class FirstOfTwo(Alone):

@@ -12,21 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from dxmi.algorithms.configs import DDPMConfig, DxMIConfig
-from dxmi.algorithms.costs import ReferenceVariance, running_cost, squared_noise, squared_step, step_costs
-from dxmi.algorithms.dxmi import DxMI, draw_states
+from dxmi.algorithms.costs import RunningCost, adapt_, step_costs
+from dxmi.algorithms.dxmi import DxMI
 from dxmi.algorithms.losses import energy_loss
+from dxmi.algorithms.states import StoredStates, draw_states
 from dxmi.critics.energy import Energy
 from dxmi.critics.value import SeparateValue, SharedValue
+from dxmi.data.batch import Batch, Streams
 from dxmi.diffusion.schedules.configs import ScheduleConfig
-from dxmi.distributed import ALONE, Share
+from dxmi.diffusion.trajectory import Gaussian, Trajectory
 from dxmi.errors import UserError
 from dxmi.networks.base import Critic, TimedCritic
 from dxmi.networks.configs import MlpConfig
 from dxmi.optim.config import DECAYS, KINDS, OptimizerConfig, PolicyOptimizerConfig, lr_factor
-from dxmi.optim.optimizer import MovingAverage, Optimizer, Part
+from dxmi.optim.moving_average import MovingAverage
+from dxmi.optim.optimizer import Optimizer
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig, NetworksConfig
-from support import stating
+from support import descend, stating, step, update, without_seeds
 
 T, B, EVENT = 4, 6, (3,)
 PRESETS, VALUES = ("as_released", "objective"), ("shared", "separate")
@@ -36,9 +39,48 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def whole(batch: Tensor) -> Share:
-    """The share of the only worker."""
-    return ALONE.share(len(batch))
+def streams_of(generator: torch.Generator | None = None) -> Streams:
+    """Streams of one seed, of which only the noise is drawn from."""
+    return Streams([{"noise": generator or torch.Generator()}])
+
+
+def with_seed(trajectory: Trajectory) -> Trajectory:
+    """With the axis of seeds in front."""
+    return Trajectory(*(tensor.unsqueeze(0) for tensor in trajectory))
+
+
+def ending_in(sample: Tensor) -> Trajectory:
+    """A trajectory of which only the last state is used."""
+    return Trajectory(sample[None, None], torch.empty(0), torch.empty(0))
+
+
+def update_energy(dxmi: DxMI, data: Tensor, sample: Tensor) -> dict[str, Tensor]:
+    """The metrics of one energy update, as scalars."""
+    return without_seeds(dxmi._update_energy(Batch.single(data, len(data)), ending_in(sample)))
+
+
+def displacements(dxmi: DxMI, trajectory: Trajectory) -> Tensor | None:
+    """Those of every stored step, [1, T, B]."""
+    return dxmi._displacements(with_seed(trajectory))
+
+
+def update_value(
+    dxmi: DxMI,
+    trajectory: Trajectory,
+    t: int,
+    displacement: Tensor | None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The mean squared error of one value update, []."""
+    batch = Batch.single(None, trajectory.batch_size)
+    return dxmi._update_value(t, batch, with_seed(trajectory), displacement, streams_of(generator))[0]
+
+
+def update_policy(dxmi: DxMI, trajectory: Trajectory, drawn: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """The metrics of one policy update, as scalars."""
+    batch = Batch.single(None, trajectory.batch_size)
+    states = StoredStates.gather(with_seed(trajectory), batch.condition, drawn[None], batch.share)
+    return without_seeds(dxmi._update_policy(states, streams_of(generator)))
 
 
 def updates(dxmi: DxMI, num: int = 3, batch_size: int = B, first: int = 0) -> dict[str, Tensor]:
@@ -46,7 +88,7 @@ def updates(dxmi: DxMI, num: int = 3, batch_size: int = B, first: int = 0) -> di
     noise, states = torch.Generator().manual_seed(7), torch.Generator().manual_seed(8)
     for i in range(first, first + num):
         data = 0.3 * normal(batch_size, *dxmi.policy.event, seed=100 + i) + 0.5
-        metrics = dxmi.update(data, i, noise, states)
+        metrics = update(dxmi, data, i, noise, states)
     return metrics
 
 
@@ -76,7 +118,7 @@ def with_gradient(module: nn.Module) -> set[str]:
 def test_energy_update_moves_the_energy_alone(make_dxmi, kind):
     dxmi = make_dxmi(DxMIConfig(value=kind, target_ema=0.9))
     before, data = parameters(dxmi), normal(B, *EVENT)
-    dxmi._update_energy(whole(data), data, normal(B, *EVENT, seed=1))
+    update_energy(dxmi, data, normal(B, *EVENT, seed=1))
     expected = {f"value.energy.{name}" for name, _ in dxmi.value.energy.named_parameters()}
     # The last bias shifts both energies alike: only the squared-energy term moves it, which is on by default.
     assert changed(before, dxmi) == expected
@@ -88,8 +130,8 @@ def test_energy_update_moves_the_energy_alone(make_dxmi, kind):
 def test_value_update_moves_a_separate_value_alone(make_dxmi, preset, t):
     dxmi = make_dxmi(DxMIConfig(value="separate", preset=preset, target_ema=0.9))
     trajectory = dxmi.policy.rollout(normal(T + 1, B, *EVENT))
-    before, squared = parameters(dxmi), dxmi._squared_steps(trajectory)
-    dxmi._update_value(whole(trajectory.sample), trajectory, t, squared, torch.Generator())
+    before = parameters(dxmi)
+    update_value(dxmi, trajectory, t, displacements(dxmi, trajectory))
     expected = {f"value.network.{name}" for name, _ in dxmi.value.network.named_parameters()}
     assert changed(before, dxmi) == expected
     assert with_gradient(dxmi) == expected
@@ -100,8 +142,8 @@ def test_value_update_moves_a_separate_value_alone(make_dxmi, preset, t):
 def test_value_update_moves_a_shared_value_alone(make_dxmi, preset, t):
     dxmi = make_dxmi(DxMIConfig(value="shared", preset=preset, target_ema=0.9))
     trajectory = dxmi.policy.rollout(normal(T + 1, B, *EVENT))
-    before, squared = parameters(dxmi), dxmi._squared_steps(trajectory)
-    dxmi._update_value(whole(trajectory.sample), trajectory, t, squared, torch.Generator())
+    before = parameters(dxmi)
+    update_value(dxmi, trajectory, t, displacements(dxmi, trajectory))
     moved = changed(before, dxmi)
     assert moved
     assert moved <= {f"value.{name}" for name, _ in dxmi.value.named_parameters()}
@@ -114,9 +156,7 @@ def test_policy_update_moves_the_policy_alone(make_dxmi, kind, mask):
     dxmi = make_dxmi(DxMIConfig(value=kind, target_ema=0.9, policy_mask=(mask,)))
     trajectory = dxmi.policy.rollout(normal(T + 1, B, *EVENT))
     before = parameters(dxmi)
-    dxmi._update_policy(
-        whole(trajectory.sample), trajectory, torch.arange(0, T * B, T), torch.Generator().manual_seed(0)
-    )
+    update_policy(dxmi, trajectory, torch.arange(0, T * B, T), torch.Generator().manual_seed(0))
     expected = {f"policy.{name}" for name, _ in dxmi.policy.named_parameters()}
     assert changed(before, dxmi) == expected
     assert with_gradient(dxmi) == expected
@@ -129,18 +169,18 @@ def test_policy_update_moves_the_policy_alone(make_dxmi, kind, mask):
 def test_adaptive_reference_variance_is_the_formula(make_dxmi):
     """s_t^2 <- 0.9 eta_t + 0.1 mean (x_{t+1} - x_t)^2, over batch and dimensions, from the rollout of the iteration."""
     dxmi = make_dxmi(DxMIConfig(reference_var_ema=0.9))
-    eta = dxmi.reference_var().clone()
+    eta = dxmi.running_cost.reference_var.clone()
     x = dxmi.policy.rollout(dxmi.policy.noise(B, torch.Generator().manual_seed(7))).x.double().numpy()
     updates(dxmi, 1)
     by_hand = [0.9 * float(eta[t]) + 0.1 * np.mean((x[t + 1] - x[t]) ** 2) for t in range(T)]
-    np.testing.assert_allclose(dxmi.reference_var().numpy(), by_hand, rtol=1e-6)
+    np.testing.assert_allclose(dxmi.running_cost.reference_var.numpy(), by_hand, rtol=1e-6)
 
 
 def test_reference_variance_with_decay_one_is_fixed(make_dxmi):
     dxmi = make_dxmi(DxMIConfig(reference_var_ema=1.0))
-    eta = dxmi.reference_var().clone()
+    eta = dxmi.running_cost.reference_var.clone()
     updates(dxmi)
-    assert torch.equal(dxmi.reference_var(), eta)
+    assert torch.equal(dxmi.running_cost.reference_var, eta)
 
 
 def test_reference_variance_starts_at_eta_a_constant_or_a_table(make_dxmi):
@@ -149,7 +189,7 @@ def test_reference_variance_starts_at_eta_a_constant_or_a_table(make_dxmi):
     tables = {None: eta, (0.3,): [0.3] * T, (0.1, 0.2, 0.3, 0.4): [0.1, 0.2, 0.3, 0.4]}
     for given, expected in tables.items():
         dxmi = make_dxmi(DxMIConfig(reference_var=given))
-        assert dxmi.reference_var().tolist() == pytest.approx(expected, rel=1e-6)
+        assert dxmi.running_cost.reference_var.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_running_cost_is_a_mean_over_dimensions():
@@ -157,7 +197,9 @@ def test_running_cost_is_a_mean_over_dimensions():
     variance = torch.rand(B, generator=torch.Generator().manual_seed(2)) + 0.1
     samples = zip(x.numpy(), x_next.numpy(), variance.numpy(), strict=True)
     by_hand = [np.mean((b - a) ** 2) / (2 * s) for a, b, s in samples]
-    np.testing.assert_allclose(running_cost(squared_step(x, x_next), variance).numpy(), by_hand, rtol=1e-6)
+    cost = RunningCost("transition", variance, 0.9)
+    displacement = cost.displacement(x, x_next, Gaussian(x, variance))
+    np.testing.assert_allclose(cost(displacement, torch.arange(B)).numpy(), by_hand, rtol=1e-6)
 
 
 def test_noise_cost_is_half_the_mean_square_of_the_standardised_noise(make_dxmi):
@@ -165,22 +207,23 @@ def test_noise_cost_is_half_the_mean_square_of_the_standardised_noise(make_dxmi)
     dxmi = make_dxmi(DxMIConfig(running_cost="noise", preset="objective", cost_coef=0.2, entropy_coef=0.0))
     noise = normal(T + 1, B, *EVENT)
     trajectory = dxmi.policy.rollout(noise)
-    squared = dxmi._squared_steps(trajectory)
+    squared = displacements(dxmi, trajectory)
     # Not the last step: its sigma of 0.001 is lost in the rounding of x.
-    np.testing.assert_allclose(squared[:3].numpy(), noise[1:4].square().mean(2).numpy(), rtol=1e-4)
+    np.testing.assert_allclose(squared[0, :3].numpy(), noise[1:4].square().mean(2).numpy(), rtol=1e-4)
     with torch.no_grad():
         value = dxmi.value(trajectory.x[1], 1).double()
         target = dxmi.value(trajectory.x[2], 2).double() + 0.2 * 0.5 * noise[2].double().square().mean(1)
-    error = dxmi._update_value(whole(trajectory.sample), trajectory, 1, squared, torch.Generator())
+    error = update_value(dxmi, trajectory, 1, squared)
     assert float(error) == pytest.approx(float((value - target).square().mean()), rel=1e-4)
     updates(dxmi)
-    assert dxmi.reference_var().tolist() == [1.0] * T
+    assert dxmi.running_cost.reference_var.tolist() == [1.0] * T
 
 
 def test_noise_cost_has_no_gradient_through_a_reparameterised_step(make_policy):
     policy = make_policy(T, EVENT)
-    step = policy.transition(normal(B, *EVENT), 1)
-    loss = squared_noise(step, step.sample(normal(B, *EVENT, seed=1))).mean()
+    x = normal(B, *EVENT)
+    step, cost = policy.transition(x, 1), RunningCost("noise", torch.ones(T), 1.0)
+    loss = cost.displacement(x, step.sample(normal(B, *EVENT, seed=1)), step).mean()
     grads = torch.autograd.grad(loss, list(policy.parameters()))
     assert max(float(g.abs().max()) for g in grads) < 1e-6  # each of the two paths carries about 1
 
@@ -191,9 +234,9 @@ def test_noise_cost_refuses_a_reference_variance_that_it_would_not_use():
 
 
 def test_reference_variance_moves_towards_the_mean_of_a_batch():
-    reference = ReferenceVariance(torch.tensor([1.0, 2.0]), 0.75)
-    reference.update(torch.tensor([3.0, 0.0]))
-    assert reference().tolist() == [0.75 * 1.0 + 0.25 * 3.0, 0.75 * 2.0]
+    reference_var = torch.tensor([1.0, 2.0])
+    adapt_(reference_var, torch.tensor([3.0, 0.0]), 0.75)
+    assert reference_var.tolist() == [0.75 * 1.0 + 0.25 * 3.0, 0.75 * 2.0]
 
 
 # ----------------------------------------------------------------------------
@@ -213,7 +256,7 @@ def test_energy_metrics_are_the_means_on_data_and_on_samples(make_dxmi, kind):
     data, sample = normal(B, *EVENT), normal(B, *EVENT, seed=1)
     with torch.no_grad():
         of_data, of_sample = (dxmi.value.energy(x).double() for x in (data, sample))
-    metrics = dxmi._update_energy(whole(data), data, sample)
+    metrics = update_energy(dxmi, data, sample)
     loss = of_data.mean() - of_sample.mean() + 0.7 * (of_data.square().mean() + of_sample.square().mean())
     expected = {"energy/data_mean": of_data.mean(), "energy/sample_mean": of_sample.mean(), "energy/loss": loss}
     assert set(metrics) == set(expected)
@@ -243,9 +286,9 @@ def test_an_offset_on_which_a_loss_depends_is_learned(make_dxmi, kind, energy_l2
 def test_energy_falls_on_data_and_rises_on_samples(make_dxmi):
     dxmi = make_dxmi(DxMIConfig(value="separate", energy_l2=0.0, energy=OptimizerConfig(lr=1e-3)))
     data, sample = normal(B, *EVENT) + 2.0, normal(B, *EVENT, seed=1)
-    first = dxmi._update_energy(whole(data), data, sample)
+    first = update_energy(dxmi, data, sample)
     for _ in range(20):
-        last = dxmi._update_energy(whole(data), data, sample)
+        last = update_energy(dxmi, data, sample)
     assert (
         last["energy/data_mean"] - last["energy/sample_mean"] < first["energy/data_mean"] - first["energy/sample_mean"]
     )
@@ -267,23 +310,21 @@ def test_value_update_regresses_on_the_target_by_hand(make_dxmi, kind, t):
     x, x_next = trajectory.x[t], trajectory.x[t + 1]
     with torch.no_grad():
         value, value_next = dxmi.value(x, t).double(), dxmi.value(x_next, t + 1).double()
-    cost = (x_next - x).double().square().mean(1) / (2.0 * dxmi.reference_var()[t].double())
+    cost = (x_next - x).double().square().mean(1) / (2.0 * dxmi.running_cost.reference_var[t].double())
     control = 0.2 * cost - 0.1 * math.log(float(trajectory.sigma[t, 0]))
     step_cost = 3.0 * (1 / (1 + math.exp(-(2 - t))) - 1 / (1 + math.exp(-(1 - t))))
     target = value_next + step_cost + (0.0, 1.0, 0.5, 2.0)[t] * control
-    error = dxmi._update_value(
-        whole(trajectory.sample), trajectory, t, dxmi._squared_steps(trajectory), torch.Generator()
-    )
+    error = update_value(dxmi, trajectory, t, displacements(dxmi, trajectory))
     assert float(error) == pytest.approx(float((value - target).square().mean()), rel=1e-5)
 
 
 def test_the_energy_steps_of_an_iteration_are_as_many_as_asked_for(make_dxmi, monkeypatch):
     dxmi, pairs = make_dxmi(DxMIConfig(energy_updates=3)), []
-    update_energy = dxmi._update_energy
+    original = dxmi._update_energy
 
-    def spy(share: Share, data: Tensor, sample: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        pairs.append((data, sample))
-        return update_energy(share, data, sample, labels)
+    def spy(batch: Batch, trajectory: Trajectory) -> dict[str, Tensor]:
+        pairs.append((batch.x, trajectory.x[:, -1]))
+        return original(batch, trajectory)
 
     monkeypatch.setattr(dxmi, "_update_energy", spy)
     updates(dxmi, 1)
@@ -293,11 +334,11 @@ def test_the_energy_steps_of_an_iteration_are_as_many_as_asked_for(make_dxmi, mo
 
 def test_value_learns_from_the_last_step_backwards(make_dxmi, monkeypatch):
     dxmi, order = make_dxmi(DxMIConfig(value_updates=2)), []
-    update_value = dxmi._update_value
+    original = dxmi._update_value
 
-    def spy(share: Share, trajectory: Any, t: int, *others: Any, labels: Tensor | None) -> Tensor:
+    def spy(t: int, *others: Any) -> Tensor:
         order.append(t)
-        return update_value(share, trajectory, t, *others, labels=labels)
+        return original(t, *others)
 
     monkeypatch.setattr(dxmi, "_update_value", spy)
     updates(dxmi, 1)
@@ -306,7 +347,7 @@ def test_value_learns_from_the_last_step_backwards(make_dxmi, monkeypatch):
 
 def test_td_error_is_the_root_of_the_mean_square_over_all_steps(make_dxmi, monkeypatch):
     dxmi = make_dxmi(DxMIConfig())
-    monkeypatch.setattr(dxmi, "_update_value", lambda share, trajectory, t, *others, **given: torch.tensor(float(t)))
+    monkeypatch.setattr(dxmi, "_update_value", lambda t, *others: torch.tensor([float(t)]))
     assert float(updates(dxmi, 1)["value/td_error"]) == pytest.approx(math.sqrt((0 + 1 + 2 + 3) / 4))
 
 
@@ -319,11 +360,9 @@ def test_resampled_next_states_come_from_the_policy_and_not_from_the_rollout(mak
         mean, sigma = dxmi.policy.transition(x, 1)
         x_next = (mean + sigma[:, None] * noise).double()
         value, value_next = dxmi.value(x, 1).double(), dxmi.value(x_next.float(), 2).double()
-    cost = (x_next - x).square().mean(1) / (2.0 * dxmi.reference_var()[1].double())
+    cost = (x_next - x).square().mean(1) / (2.0 * dxmi.running_cost.reference_var[1].double())
     target = value_next + 0.01 * cost - 0.1 * sigma.log().double()
-    error = dxmi._update_value(
-        whole(trajectory.sample), trajectory, 1, dxmi._squared_steps(trajectory), torch.Generator().manual_seed(3)
-    )
+    error = update_value(dxmi, trajectory, 1, displacements(dxmi, trajectory), torch.Generator().manual_seed(3))
     assert float(error) == pytest.approx(float((value - target).square().mean()), rel=1e-5)
 
 
@@ -397,7 +436,8 @@ def test_value_at_steps_equals_each_sample_alone(make_dxmi, kind, num_final):
     t = torch.tensor(([0, 0, 1, 2, 3, 3][: B - num_final]) + [T] * num_final)
     x = normal(B, *EVENT)
     alone = torch.cat([value(x[i : i + 1], int(t[i])) for i in range(B)])
-    torch.testing.assert_close(value.at_steps(x, t, num_final), alone, rtol=1e-6, atol=1e-6)
+    found = value.forward_timesteps(x, t, num_nonterminal=B - num_final, num_terminal=num_final)
+    torch.testing.assert_close(found, alone, rtol=1e-6, atol=1e-6)
 
 
 def test_separate_value_is_the_energy_at_the_end_and_depends_on_the_step_before(make_dxmi):
@@ -426,10 +466,10 @@ def test_policy_update_minimises_the_loss_by_hand(make_dxmi, kind):
             x = trajectory.x[t, sample : sample + 1]
             mean, sigma = dxmi.policy.transition(x, t)
             x_next = mean + sigma[:, None] * noise[i : i + 1]
-            costs.append(float((x_next - x).double().square().mean() / (2.0 * dxmi.reference_var()[t])))
+            costs.append(float((x_next - x).double().square().mean() / (2.0 * dxmi.running_cost.reference_var[t])))
             control = 0.2 * costs[-1] - 0.3 * math.log(float(sigma))
             losses.append(float(dxmi.value(x_next, t + 1)) + masks[t] * control)
-    metrics = dxmi._update_policy(whole(trajectory.sample), trajectory, drawn, torch.Generator().manual_seed(3))
+    metrics = update_policy(dxmi, trajectory, drawn, torch.Generator().manual_seed(3))
     assert float(metrics["policy/loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
     assert float(metrics["policy/cost"]) == pytest.approx(np.mean(costs), rel=1e-5)
 
@@ -441,8 +481,14 @@ def test_policy_entropy_is_the_mean_log_sigma(make_dxmi):
     assert float(metrics["policy/entropy"]) == pytest.approx(expected, rel=1e-6)
 
 
+def drawn_states(generator: torch.Generator, *, every: bool) -> list[Tensor]:
+    """Minibatches [B] of one seed."""
+    streams = Streams([{"states": generator}])
+    return [drawn[0] for drawn in draw_states(streams, "states", T, B, every=every)]
+
+
 def test_all_states_are_drawn_exactly_once():
-    draws = draw_states(T, B, torch.Generator().manual_seed(0), every=True)
+    draws = drawn_states(torch.Generator().manual_seed(0), every=True)
     assert [len(drawn) for drawn in draws] == [B] * T
     assert torch.cat(draws).sort().values.tolist() == list(range(T * B))
     assert not torch.equal(torch.cat(draws), torch.arange(T * B))
@@ -450,7 +496,7 @@ def test_all_states_are_drawn_exactly_once():
 
 def test_one_draw_is_a_batch_of_distinct_states_from_all_steps():
     generator = torch.Generator().manual_seed(0)
-    draws = [draw_states(T, B, generator, every=False)[0] for _ in range(50)]
+    draws = [drawn_states(generator, every=False)[0] for _ in range(50)]
     assert all(len(set(drawn.tolist())) == B for drawn in draws)
     assert all(torch.equal(drawn, drawn.sort().values) for drawn in draws)
     assert set(torch.cat(draws).tolist()) == set(range(T * B))
@@ -459,11 +505,11 @@ def test_one_draw_is_a_batch_of_distinct_states_from_all_steps():
 @pytest.mark.parametrize(("changes", "expected"), [({}, 1), ({"policy_updates": 3}, 3), ({"all_states": True}, T)])
 def test_number_of_policy_updates(make_dxmi, monkeypatch, changes, expected):
     dxmi, calls = make_dxmi(DxMIConfig(**changes)), []
-    update_policy = dxmi._update_policy
+    original = dxmi._update_policy
 
     def spy(*args: Any) -> dict[str, Tensor]:
         calls.append(args)
-        return update_policy(*args)
+        return original(*args)
 
     monkeypatch.setattr(dxmi, "_update_policy", spy)
     updates(dxmi, 1)
@@ -479,9 +525,9 @@ def test_number_of_policy_updates(make_dxmi, monkeypatch, changes, expected):
 def test_target_and_policy_averages_by_hand(make_dxmi, kind, iteration, decay):
     """The target's decay is 0.8 throughout; that of the policy's average is min(0.8, (1 + i) / (10 + i))."""
     dxmi = make_dxmi(DxMIConfig(value=kind, target_ema=0.8, policy_ema=0.8))
-    old_value, old_policy = parameters(dxmi.target), parameters(dxmi.average)
+    old_value, old_policy = parameters(dxmi.target), parameters(dxmi.ema_policy)
     updates(dxmi, 1, first=iteration)
-    averages = ((0.8, old_value, dxmi.target, dxmi.value), (decay, old_policy, dxmi.average, dxmi.policy))
+    averages = ((0.8, old_value, dxmi.target, dxmi.value), (decay, old_policy, dxmi.ema_policy, dxmi.policy))
     for weight, old, average, source in averages:
         for (name, held), new in zip(average.named_parameters(), source.parameters(), strict=True):
             torch.testing.assert_close(held, weight * old[name] + (1.0 - weight) * new, rtol=1e-5, atol=1e-7)
@@ -495,14 +541,14 @@ def test_td_target_uses_the_target_network(make_dxmi):
         for p in dxmi.target.parameters():
             p.zero_()
         value = dxmi.value(trajectory.x[0], 0).double()
-    error = dxmi._update_value(whole(trajectory.sample), trajectory, 0, None, torch.Generator())
+    error = update_value(dxmi, trajectory, 0, None)
     assert float(error) == pytest.approx(float(value.square().mean()), rel=1e-5)
 
 
 def test_the_average_is_what_is_evaluated_and_without_one_the_policy(make_dxmi):
     with_average, without = make_dxmi(DxMIConfig(policy_ema=0.9)), make_dxmi(DxMIConfig(policy_ema=None))
-    assert with_average.evaluated is with_average.average
-    assert without.evaluated is without.policy
+    assert with_average.eval_policy is with_average.ema_policy
+    assert without.eval_policy is without.policy
 
 
 def test_a_target_lags_by_its_own_decay_from_the_first_update_on():
@@ -514,7 +560,8 @@ def test_a_target_lags_by_its_own_decay_from_the_first_update_on():
             start.fill_(1.0)
             end.fill_(0.0)
     for i in range(100):
-        average.update(i)
+        average.schedule(i)
+        average.update()
     for held in target.parameters():
         assert held.item() == pytest.approx(0.995**100, rel=1e-4)
 
@@ -536,9 +583,7 @@ def test_gradients_are_clipped_over_network_and_log_sigma_together(make_dxmi):
     drawn = torch.arange(0, T * B, T)
     for algorithm in (dxmi, free):
         trajectory = algorithm.policy.rollout(normal(T + 1, B, *EVENT))
-        metrics = algorithm._update_policy(
-            whole(trajectory.sample), trajectory, drawn, torch.Generator().manual_seed(0)
-        )
+        metrics = update_policy(algorithm, trajectory, drawn, torch.Generator().manual_seed(0))
         if algorithm is dxmi:
             norm = float(metrics["policy/grad_norm"])
     clipped, raw = ([p.grad.double() for p in algorithm.policy.parameters()] for algorithm in (dxmi, free))
@@ -553,7 +598,7 @@ def test_gradients_are_clipped_over_network_and_log_sigma_together(make_dxmi):
 def test_gradients_below_the_limit_are_left_alone():
     parameter = nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = Optimizer(OptimizerConfig(max_grad_norm=10.0), [([parameter], 0.1)], 1)
-    assert float(optimizer.descend([Part(0.5 * parameter.square().sum())]).norm) == pytest.approx(5.0)
+    assert float(descend(optimizer, lambda: 0.5 * parameter.square().sum()).grad_norm) == pytest.approx(5.0)
     assert parameter.grad.tolist() == [3.0, 4.0]
 
 
@@ -578,7 +623,7 @@ def test_optimizers_are_torchs_run_by_hand(kind, weight_decay):
     reference = TORCH[kind](groups, betas=(0.8, 0.95), weight_decay=weight_decay, foreach=False)
     for i in range(10):
         optimizer.schedule(i)
-        optimizer.descend([Part(loss(ours))])
+        descend(optimizer, lambda: loss(ours))
         reference.zero_grad()
         loss(theirs).backward()
         reference.step()
@@ -593,7 +638,7 @@ def test_adam_is_its_formula():
     optimizer = Optimizer(OptimizerConfig(beta1=0.8, beta2=0.95), [([parameter], 0.05)], 1)
     x, m, v = np.array([1.0, -2.0, 0.5]), np.zeros(3), np.zeros(3)
     for i in range(1, 6):
-        optimizer.descend([Part((parameter**4).sum())])
+        descend(optimizer, (parameter**4).sum)
         g = 4.0 * x**3
         m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
         x = x - 0.05 * (m / (1 - 0.8**i)) / (np.sqrt(v / (1 - 0.95**i)) + 1e-8)
@@ -708,9 +753,9 @@ def test_fine_tuning_without_noise_is_refused_by_name(name):
 
 
 @pytest.mark.parametrize("name", ["reference_var", "value_mask", "policy_mask"])
-def test_a_table_of_the_wrong_length_is_refused_by_name(make_dxmi, name):
+def test_a_table_of_the_wrong_length_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"^{name} has 3 entries"):
-        make_dxmi(DxMIConfig(**{name: (1.0, 1.0, 1.0)}))
+        DxMIConfig(**{name: (1.0, 1.0, 1.0)}).check(T)
 
 
 # ----------------------------------------------------------------------------
@@ -793,7 +838,7 @@ def test_every_setting_has_a_perturbation(config, perturbations):
 
 def evaluated_and_value(dxmi: DxMI) -> list[Tensor]:
     """What a run is judged by: the evaluated policy, the policy itself, and the value."""
-    return [p for module in (dxmi.evaluated, dxmi.policy, dxmi.value) for p in parameters(module).values()]
+    return [p for module in (dxmi.eval_policy, dxmi.policy, dxmi.value) for p in parameters(module).values()]
 
 
 def differ(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -823,7 +868,7 @@ def pretrain() -> Callable[[DDPMConfig], list[Tensor]]:
         small = NetworksConfig(denoiser=MlpConfig(hidden=8, layers=2, embedding=4))
         ddpm, state = Experiment(ExperimentConfig(network=small, pretrain=config)).build_pretraining()
         for i in range(3):
-            ddpm.update(state.stream.next(), i, state.generators["noise"])
+            step(ddpm, state, i)
         return [*parameters(ddpm.average).values(), *parameters(ddpm.network).values()]
 
     return run

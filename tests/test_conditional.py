@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dxmi.algorithms.configs import DxMIConfig
+from dxmi.data.batch import UNCONDITIONAL, Condition, Streams
 from dxmi.data.configs import DataConfig
 from dxmi.data.images import LOADERS, Images
 from dxmi.data.loading import load
@@ -20,7 +21,6 @@ from dxmi.errors import UserError
 from dxmi.evaluation.config import EvaluateConfig
 from dxmi.evaluation.sampling import Sampling
 from dxmi.evaluation.scorers import ImageScorer
-from dxmi.networks.base import NOTHING, Given
 from dxmi.networks.configs import IgebmConfig, UnetConfig
 from dxmi.networks.pretrained.layouts import to_public
 from dxmi.tensors import decode
@@ -28,7 +28,7 @@ from dxmi.training.build import Experiment
 from dxmi.training.config import NetworksConfig
 from dxmi.training.loading import Trained
 from dxmi.training.run import labels_text
-from support import TINY, changed, stating
+from support import TINY, changed, stating, step
 from tune.cli.main import main
 from tune.config.compose import compose_experiment
 
@@ -63,11 +63,9 @@ def experiment(*settings: str) -> Experiment:
 
 def iterations(made: Experiment, num: int = 2) -> list[dict[str, Tensor]]:
     ddpm, pretraining = made.build_pretraining()
-    stream = pretraining.stream
-    rows = [ddpm.update(stream.next(), i, pretraining.generators["noise"], labels=stream.labels) for i in range(num)]
+    rows = [step(ddpm, pretraining, i) for i in range(num)]
     dxmi, state = made.build_finetuning(ddpm.network)
-    stream, generators = state.stream, state.generators.values()
-    return rows + [dxmi.update(stream.next(), i, *generators, labels=stream.labels) for i in range(num)]
+    return rows + [step(dxmi, state, i) for i in range(num)]
 
 
 # ----------------------------------------------------------------------------
@@ -76,11 +74,11 @@ def iterations(made: Experiment, num: int = 2) -> list[dict[str, Tensor]]:
 
 def test_a_batch_comes_with_its_labels():
     stream = experiment(*CLASSES).build_pretraining()[1].stream
-    assert stream.labels is None
     for _ in range(7):  # over the end of an epoch
-        pixels = ((stream.next() + 1.0) * 127.5).round().long()
-        assert torch.equal(stream.labels, pixels[:, 0, 0, 0] % 10)
-    assert experiment().build_pretraining()[1].stream.labels is None
+        batch = stream.next()
+        pixels = ((batch.x + 1.0) * 127.5).round().long()
+        assert torch.equal(batch.condition.labels, pixels[:, :, 0, 0, 0] % 10)
+    assert experiment().build_pretraining()[1].stream.next().condition == UNCONDITIONAL
 
 
 @pytest.mark.parametrize("value", ["shared", "separate"])
@@ -88,12 +86,14 @@ def test_a_batch_comes_with_its_labels():
 def test_every_network_learns_its_classes(value, option):
     made = experiment(*CLASSES, f"algorithm.value={value}", option, "algorithm.preset=objective")
     dxmi, state = made.build_finetuning(made.build_denoiser())
-    named = {name: p for name, p in dxmi.named_parameters() if name.endswith("labels.weight") and "average" not in name}
+    named = {
+        name: p for name, p in dxmi.named_parameters() if name.endswith("labels.weight") and "ema_policy" not in name
+    }
     assert len(named) == (2 if value == "shared" else 3)
     before = {name: p.detach().clone() for name, p in named.items()}
-    stream = state.stream
-    dxmi.update(stream.next(), 0, *state.generators.values(), labels=stream.labels)
-    seen = stream.labels.unique()
+    batch = state.stream.next()
+    dxmi.update(batch, 0, Streams([state.generators]))
+    seen = batch.condition.labels.unique()
     for name, p in named.items():
         rows = (p.detach() - before[name]).abs().sum(1) > 0.0
         assert set(rows.nonzero()[:, 0].tolist()) <= set(seen.tolist()), name
@@ -105,20 +105,19 @@ def test_a_sample_is_made_with_its_label():
     dxmi = experiment(*CLASSES).build_finetuning(experiment(*CLASSES).build_denoiser())[0]
     policy, energy = dxmi.policy, dxmi.value.energy
     noise = policy.noise(4, torch.Generator().manual_seed(0))
-    a, b = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 9, 2, 8])
+    a, b = Condition(torch.tensor([0, 1, 2, 3])), Condition(torch.tensor([0, 9, 2, 8]))
     first, second = policy.rollout(noise, a).sample, policy.rollout(noise, b).sample
     same = torch.isclose(first, second, rtol=1e-5, atol=1e-6).flatten(1).all(1)
     assert same.tolist() == [True, False, True, False]
     assert torch.isclose(energy(first, a), energy(first, b)).tolist() == [True, False, True, False]
-    given = Given(labels=a)
-    torch.testing.assert_close(policy.step(noise[0], 0, noise[1], given), policy.rollout(noise, a).x[1])
+    torch.testing.assert_close(policy.step(noise[0], 0, noise[1], a), policy.rollout(noise, a).x[1])
 
 
 def drawn_labels(policy: Policy, num: int) -> Tensor:
     seen = []
 
-    def guide(x: Tensor, t: int, labels: Tensor | None) -> Tensor:
-        seen.append(labels)
+    def guide(x: Tensor, t: int, condition: Condition) -> Tensor:
+        seen.append(condition.labels)
         return torch.zeros_like(x)
 
     policy.sample(num, torch.Generator().manual_seed(0), guide, 1.0)
@@ -140,7 +139,7 @@ def test_labels_are_drawn_with_the_frequencies_of_the_data_where_none_are_asked_
     made = with_labels(experiment(*CLASSES), torch.repeat_interleave(torch.arange(10), torch.tensor(counts)))
     dxmi = made.build_finetuning(made.build_denoiser())[0]
     share = torch.tensor(counts) / 40
-    for policy in (dxmi.policy, dxmi.evaluated):
+    for policy in (dxmi.policy, dxmi.eval_policy):
         found = torch.bincount(drawn_labels(policy, 2000), minlength=10)
         assert found[share == 0].sum() == 0
         assert ((found - 2000 * share).abs() <= 4.5 * (2000 * share * (1 - share)).sqrt()).all()
@@ -149,13 +148,13 @@ def test_labels_are_drawn_with_the_frequencies_of_the_data_where_none_are_asked_
 
 def test_labels_may_be_asked_for():
     policy = experiment(*CLASSES).build_finetuning(experiment(*CLASSES).build_denoiser())[0].policy
-    asked = torch.zeros(5, dtype=torch.int64)
-    x = policy.sample(5, torch.Generator().manual_seed(0), labels=asked)
-    assert torch.equal(x, policy.sample(5, torch.Generator().manual_seed(0), labels=asked))
+    asked = Condition(torch.zeros(5, dtype=torch.int64))
+    x = policy.sample(5, torch.Generator().manual_seed(0), condition=asked)
+    assert torch.equal(x, policy.sample(5, torch.Generator().manual_seed(0), condition=asked))
 
 
 def test_a_policy_that_knows_no_frequencies_guesses_none():
-    policy = experiment(*CLASSES).build_dxmi(experiment(*CLASSES).build_denoiser()).policy
+    policy = experiment(*CLASSES).build_algorithm(experiment(*CLASSES).build_denoiser()).policy
     policy.draw_classes(None)
     with pytest.raises(UserError, match=stating("10 classes")):
         policy.sample(5, torch.Generator().manual_seed(0))
@@ -176,10 +175,10 @@ class Perfect(Policy):
         self.images = images
         return self
 
-    def transition(self, x, t, embeddings=None, log_sigma=None, given=NOTHING):
+    def transition(self, x, t, embeddings=None, log_sigma=None, condition=UNCONDITIONAL, latent=None):
         place = torch.rand(len(x), generator=torch.Generator().manual_seed(1))
         rows = [(self.images.labels == label).nonzero()[:, 0] for label in range(2)]
-        chosen = [rows[label][int(at * len(rows[label]))] for label, at in zip(given.labels, place, strict=True)]
+        chosen = [rows[label][int(at * len(rows[label]))] for label, at in zip(condition.labels, place, strict=True)]
         return Gaussian(decode(self.images.pixels[torch.stack(chosen)]), torch.zeros(len(x)))
 
 
@@ -194,7 +193,7 @@ def test_perfect_samples_of_nine_to_one_data_score_next_to_nothing(tmp_path):
 
     def score(counts: list[int]) -> float:
         perfect.draw_classes(torch.tensor(counts))
-        return scorer.quick(Sampling(perfect, "report")).values[scorer.metric]
+        return scorer.score(Sampling(perfect, "report")).values[scorer.metric]
 
     own, even = score([162, 18]), score([1, 1])
     assert own < 1.0
@@ -280,7 +279,7 @@ def test_classes_that_do_not_fit_are_refused():
     made = experiment(*CLASSES)
     dxmi, state = made.build_finetuning(made.build_denoiser())
     with pytest.raises(UserError, match=stating("given … labels and no latent")):
-        dxmi.update(state.stream.next(), 0, *state.generators.values())
+        dxmi.update(state.stream.next()._replace(condition=UNCONDITIONAL), 0, Streams([state.generators]))
 
 
 def test_a_role_is_played_by_a_network_that_can():
@@ -301,7 +300,7 @@ def test_a_generator_is_pretrained_and_fine_tuned():
 
 def test_a_rollout_has_a_latent_a_step():
     made = experiment(*GAN, "network.energy.channels=4", "network.value.channels=4")
-    policy = made.build_dxmi(made.build_denoiser()).policy
+    policy = made.build_algorithm(made.build_denoiser()).policy
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.network.parameters():  # a branch that ends in zeros hides what is in it
@@ -311,8 +310,8 @@ def test_a_rollout_has_a_latent_a_step():
     assert latents.shape == (3, 3, 5)
     x = policy.rollout(noise, latents=latents).x
     for t in range(3):
-        step = policy.step(x[t], t, noise[t + 1], Given(latent=latents[t]))
-        torch.testing.assert_close(step, x[t + 1])
+        x_next = policy.step(x[t], t, noise[t + 1], latent=latents[t])
+        torch.testing.assert_close(x_next, x[t + 1])
     latents[1, 1] = -latents[1, 1]
     other = ~torch.isclose(policy.rollout(noise, latents=latents).x, x, rtol=1e-4, atol=1e-4).flatten(2).all(2)
     assert other.tolist() == [[False] * 3] * 2 + [[False, True, False]] * 2
@@ -334,7 +333,7 @@ def test_a_run_starts_from_a_public_checkpoint(tmp_path: Path):
     for mine, theirs in zip(ddpm.average.parameters(), source.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     dxmi, _ = made.build_finetuning(ddpm.network)
-    for policy in (dxmi.policy, dxmi.evaluated):
+    for policy in (dxmi.policy, dxmi.eval_policy):
         torch.testing.assert_close(policy.log_sigma.detach(), torch.tensor([-0.5, -1.5, -6.907755]))
     other = experiment(*UNET, "schedule.num_steps=4", f"pretrain.weights={tmp_path / 'sampler.pth'}")
     with pytest.raises(UserError, match=stating("3 steps … schedule.num_steps is 4")):

@@ -14,7 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 from dxmi.config import build
 from dxmi.persistence import checkpoint
 from dxmi.training.config import ExperimentConfig
-from dxmi.training.run import Summary
+from dxmi.training.summary import Summary
 from support import missing, stating
 from tune.config.sweep import BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig
 from tune.execution.controller import Controller, Note, StopReason

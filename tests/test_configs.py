@@ -18,7 +18,7 @@ from dxmi.errors import UserError
 from dxmi.networks.registry import CRITICS, DENOISERS, TIMED_CRITICS
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
-from support import NARROW, NETWORK_OF, missing, stating
+from support import NARROW, NETWORK_OF, missing, stating, step
 from tune.config import files
 from tune.config.compose import compose_ablation, compose_experiment, compose_sweep, overridden
 from tune.config.files import config_folder, groups
@@ -57,11 +57,9 @@ def test_every_yaml_composes_builds_and_steps(group, name):
     narrow = NARROW.get(NETWORK_OF.get(name, name), []) if group in ("network", "experiment") else []
     experiment = with_fake_images(compose_experiment([f"{group}={name}", *small, *narrow]).experiment)
     ddpm, pretraining = experiment.build_pretraining()
-    stream, noise = pretraining.stream, pretraining.generators["noise"]
-    ddpm.update(stream.next(), 0, noise, labels=stream.labels)
+    step(ddpm, pretraining, 0)
     dxmi, state = experiment.build_finetuning(ddpm.network)
-    stream, generators = state.stream, state.generators.values()
-    metrics = dxmi.update(stream.next(), 0, *generators, labels=stream.labels)
+    metrics = step(dxmi, state, 0)
     assert all(torch.isfinite(value) for value in metrics.values())
 
 

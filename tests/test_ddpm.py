@@ -14,6 +14,7 @@ from dxmi.networks.base import Denoiser
 from dxmi.networks.configs import MlpConfig
 from dxmi.networks.registry import build_denoiser
 from dxmi.optim.config import OptimizerConfig
+from support import update
 
 BETAS = np.linspace(1e-4, 0.02, 1000)
 LEVELS = np.cumprod(1.0 - BETAS)
@@ -40,7 +41,7 @@ def test_loss_is_the_noise_regression_by_hand(batch_size):
     with torch.no_grad():
         before = copy.deepcopy(ddpm.network)
         predicted = before(torch.from_numpy(noised).float(), before.embed(k))
-    metrics = ddpm.update(data, 0, torch.Generator().manual_seed(5))
+    metrics = update(ddpm, data, 0, torch.Generator().manual_seed(5))
     by_hand = np.mean((predicted.double().numpy() - noise.double().numpy()) ** 2)
     assert float(metrics["pretrain/loss"]) == pytest.approx(by_hand, rel=1e-5)
     assert set(metrics) == {"pretrain/loss"}
@@ -65,7 +66,7 @@ def test_every_diffusion_step_is_trained_with_its_own_level():
 
     data = normal(20_000, 1)
     undo = Undo(data)
-    metrics = DDPM(DDPMConfig(), undo).update(data, 0, torch.Generator().manual_seed(5))
+    metrics = update(DDPM(DDPMConfig(), undo), data, 0, torch.Generator().manual_seed(5))
     # At k = 0 the noise is 0.01 of x: float32's 6e-8 becomes 6e-6, squared 4e-11.
     assert float(metrics["pretrain/loss"]) < 1e-9
     # 20,000 draws of 1000 steps miss a given one with probability e^-20.
@@ -78,7 +79,7 @@ def test_the_average_of_the_weights_by_hand(iteration, decay):
     ddpm = DDPM(DDPMConfig(ema=0.9), network())
     old = [p.clone() for p in ddpm.average.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(old, ddpm.network.parameters(), strict=True))
-    ddpm.update(normal(7, 2, 3), iteration, torch.Generator().manual_seed(5))
+    update(ddpm, normal(7, 2, 3), iteration, torch.Generator().manual_seed(5))
     for held, before, new in zip(ddpm.average.parameters(), old, ddpm.network.parameters(), strict=True):
         torch.testing.assert_close(held, decay * before + (1.0 - decay) * new, rtol=1e-5, atol=1e-7)
         assert not torch.equal(held, before)
@@ -86,7 +87,7 @@ def test_the_average_of_the_weights_by_hand(iteration, decay):
 
 def test_gradient_norm_is_reported_where_it_is_clipped():
     ddpm = DDPM(DDPMConfig(optimizer=OptimizerConfig(max_grad_norm=0.01)), network())
-    metrics = ddpm.update(normal(7, 2, 3), 0, torch.Generator().manual_seed(5))
+    metrics = update(ddpm, normal(7, 2, 3), 0, torch.Generator().manual_seed(5))
     assert float(metrics["pretrain/grad_norm"]) > 0.01
     norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in ddpm.network.parameters()))
     assert norm == pytest.approx(0.01, rel=1e-4)
@@ -122,7 +123,7 @@ def test_pretraining_approaches_the_optimal_noise_prediction():
     noise, draws = torch.Generator().manual_seed(2), torch.Generator().manual_seed(3)
     mean, std = torch.from_numpy(MU).float(), torch.from_numpy(np.sqrt(VAR)).float()
     for i in range(config.iterations):
-        ddpm.update(mean + std * torch.randn(config.batch_size, 2, generator=draws), i, noise)
+        update(ddpm, mean + std * torch.randn(config.batch_size, 2, generator=draws), i, noise)
 
     # The loss is the least one plus the mean squared distance to the best predictor.
     k, n = np.arange(5, 1000, 10), 400

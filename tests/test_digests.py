@@ -11,6 +11,7 @@ from dxmi.config import build, to_tree
 from dxmi.seeds import generator
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
+from support import update
 from tune.plans.inert_settings import digests
 from tune.search.space import FIXED, configured, flat
 
@@ -197,12 +198,12 @@ def whole_run(config: ExperimentConfig, total: int = 12) -> list[Tensor]:
     ddpm = DDPM(config.pretrain, denoiser)
     noise, states = generator(1, "noise"), generator(1, "states")
     for i in range(min(config.pretrain.iterations, total)):
-        ddpm.update(data[i], i, noise)
+        update(ddpm, data[i], i, noise)
     denoiser.load_state_dict(ddpm.average.state_dict())
-    dxmi = experiment.build_dxmi(denoiser)
+    dxmi = experiment.build_algorithm(denoiser)
     for i in range(min(config.train.iterations, total)):
-        dxmi.update(data[i], i, noise, states)
-    return [*dxmi.evaluated.state_dict().values(), *dxmi.value.state_dict().values()]
+        update(dxmi, data[i], i, noise, states)
+    return [*dxmi.eval_policy.state_dict().values(), *dxmi.value.state_dict().values()]
 
 
 @pytest.mark.parametrize("case", [case for case in DEAD if case[1] != "train.batch_size"], ids=name)

@@ -14,7 +14,8 @@ from dxmi.evaluation import scorers
 from dxmi.metrics.inception import Features
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
-from dxmi.training.run import Summary, train
+from dxmi.training.run import train
+from dxmi.training.summary import Summary
 from support import NARROW, NETWORK_OF, idx_bytes, stating
 from tune.config.compose import compose_experiment
 

@@ -15,6 +15,7 @@ from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, ScheduleConfig
 from dxmi.diffusion.schedules.ddgan import gan_levels
 from dxmi.diffusion.schedules.edm import karras_levels
 from dxmi.networks.base import Denoiser
+from support import update
 
 KARRAS = ScheduleConfig(num_steps=10, method="karras")
 GAN = ScheduleConfig(num_steps=4, method="ddgan")
@@ -122,7 +123,7 @@ def test_the_exact_network_is_where_pretraining_ends():
     v = 0.16
     ddpm = DDPM(DDPMConfig(), EdmGaussianWithWeight(0.2, v), noising=noising(KARRAS))
     data = 0.2 + math.sqrt(v) * torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0))
-    loss = float(ddpm.update(data, 0, torch.Generator().manual_seed(1))["pretrain/loss"])
+    loss = float(update(ddpm, data, 0, torch.Generator().manual_seed(1))["pretrain/loss"])
     sigma = np.exp(noising(KARRAS).step / 250.0)
     c_out = sigma * 0.5 / np.sqrt(sigma**2 + 0.25)
     expected = float((v * sigma**2 / (v + sigma**2) / c_out**2).mean())
@@ -181,7 +182,7 @@ def test_a_rollout_starts_at_the_highest_level():
     policy = Policy(EdmGaussian(0.0, 0.25), shorten(KARRAS), (2,))
     noise = policy.noise(3, torch.Generator().manual_seed(0))
     assert torch.equal(policy.rollout(noise).x[0], 80.0 * noise[0])
-    first = next(policy.walk(3, torch.Generator().manual_seed(0)))
+    first = next(policy.sample_states(3, torch.Generator().manual_seed(0)))
     assert torch.equal(first, 80.0 * torch.randn(3, 2, generator=torch.Generator().manual_seed(0)))
 
 

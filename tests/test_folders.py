@@ -22,7 +22,8 @@ from dxmi.distributed import ALONE
 from dxmi.errors import UserError
 from dxmi.seeds import generator
 from dxmi.training.build import Experiment
-from dxmi.training.run import _Run
+from dxmi.training.reporter import RunReporter
+from dxmi.training.run import Run
 from support import missing, stating
 from tune.config.compose import compose_experiment
 
@@ -259,7 +260,7 @@ def test_a_stream_reads_the_map(imagenet, tmp_path):
     in_memory = mapped.pixels.clone()
     streams = [BatchStream(pixels, 4, generator(0, "order")) for pixels in (mapped.pixels, in_memory)]
     for _ in range(4):
-        assert torch.equal(streams[0].next(), streams[1].next())
+        assert torch.equal(streams[0].next().x, streams[1].next().x)
 
 
 # ----------------------------------------------------------------------------
@@ -462,8 +463,8 @@ def test_a_run_says_what_was_left_out_once_and_keeps_it_in_its_summary(pets, tmp
     said = []
     settings = [f"data.folder={pets}", "data.size=8", "network=mlp_small", "network.denoiser.classes=0"]
     config = compose_experiment(["data=imagenet64", *settings, "resources.device=cpu"]).experiment
-    run = SimpleNamespace(workers=ALONE, config=config, report=said.append, experiment=Experiment(config))
-    _Run._note(run, run.experiment.data.notes, of_data=True)
+    run = SimpleNamespace(config=config, reporter=RunReporter(said.append, ALONE))
+    Run._note(run, Experiment(config).data.notes, of_data=True)
     (event,) = said
     assert event.of_data
     assert missing("left out … no image … name … 1 … cats/notes.txt", event.note) == []

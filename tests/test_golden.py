@@ -14,6 +14,7 @@ import torch
 from dxmi.config import build
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
+from support import step
 
 GOLDEN = Path(__file__).with_name("golden.json")
 ITERATIONS = 5
@@ -42,11 +43,9 @@ def trajectory(settings: dict[str, Any]) -> list[dict[str, float]]:
     networks = dict.fromkeys(("denoiser", "energy", "value"), NETWORK)
     experiment = Experiment(build(ExperimentConfig, {"network": networks, **settings}))
     ddpm, pretraining = experiment.build_pretraining()
-    noise, rows = pretraining.generators["noise"], []
-    rows += [ddpm.update(pretraining.stream.next(), i, noise) for i in range(ITERATIONS)]
+    rows = [step(ddpm, pretraining, i) for i in range(ITERATIONS)]
     dxmi, state = experiment.build_finetuning(ddpm.network)
-    noise, states = state.generators["noise"], state.generators["states"]
-    rows += [dxmi.update(state.stream.next(), i, noise, states) for i in range(ITERATIONS)]
+    rows += [step(dxmi, state, i) for i in range(ITERATIONS)]
     return [{key: float(value) for key, value in row.items()} for row in rows]
 
 

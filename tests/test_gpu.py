@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dxmi.algorithms.stacked import StackedDxMI
+from dxmi.algorithms.dxmi import DxMI
 from dxmi.config import build
 from dxmi.data.images import Images
 from dxmi.diffusion.cuda_graphs import GraphedRollout
@@ -19,8 +19,9 @@ from dxmi.persistence.run_directory import RunDirectory
 from dxmi.seeds import generator
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
-from dxmi.training.run import Phase, train
-from support import NARROW, NETWORK_OF, TINY, changed, stating
+from dxmi.training.progress import Phase
+from dxmi.training.run import train
+from support import NARROW, NETWORK_OF, TINY, changed, stacked_step, stating, step
 from tune.config.compose import compose_experiment
 
 pytestmark = [
@@ -61,7 +62,7 @@ def after_iterations(made: Experiment, number: int) -> dict[str, torch.Tensor]:
     dxmi, state = made.build_finetuning(made.build_denoiser())
     for i in range(number):
         with made.precision():
-            dxmi.update(state.stream.next(), i, *state.generators.values(), labels=state.stream.labels)
+            step(dxmi, state, i)
     return dict(dxmi.state_dict())
 
 
@@ -141,7 +142,7 @@ def test_every_published_experiment_takes_a_step(name):
     experiment.choose_kernels()
     dxmi, state = experiment.build_finetuning(experiment.build_denoiser())
     with experiment.precision():
-        metrics = dxmi.update(state.stream.next(), 0, *state.generators.values(), labels=state.stream.labels)
+        metrics = step(dxmi, state, 0)
     assert all(torch.isfinite(value) for value in metrics.values())
 
 
@@ -201,10 +202,9 @@ def test_streams_are_their_own_and_the_same_again():
 
 def test_a_member_of_a_stack_equals_the_solo_run():
     members, states = zip(*(made.build_finetuning(made.build_denoiser()) for made in map(small, SEEDS)), strict=True)
-    stack = StackedDxMI(list(members))
-    noise, drawn = ([state.generators[name] for state in states] for name in ("noise", "states"))
+    stack = DxMI.stacked(list(members))
     for i in range(20):
-        stack.update(torch.stack([state.stream.next() for state in states]), i, noise, drawn)
+        stacked_step(stack, list(states), i)
     for member, seed in zip(members, SEEDS, strict=True):
         require_close(after_iterations(small(seed), 20), dict(member.state_dict()), atol=1e-4)
 
@@ -218,7 +218,7 @@ def test_a_recorded_rollout_is_the_rollout_with_the_present_weights():
         expected, replayed = dxmi.policy.rollout(noise), recorded(noise)
         for name in ("x", "mean", "sigma"):
             torch.testing.assert_close(getattr(replayed, name), getattr(expected, name))
-        dxmi.update(state.stream.next(), i, *state.generators.values())
+        step(dxmi, state, i)
 
 
 @pytest.mark.parametrize("fast", [{"cuda_graphs": True}, {"compile": True}])

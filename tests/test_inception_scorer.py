@@ -19,12 +19,15 @@ from dxmi.errors import UserError
 from dxmi.evaluation import scorers
 from dxmi.evaluation.config import EvaluateConfig
 from dxmi.evaluation.sampling import Sampling, generate, measure
-from dxmi.evaluation.scorers import ImageScorer, InceptionScorer, build_scorer, count_name, score_keys
+from dxmi.evaluation.scorers import ImageScorer, InceptionScorer, build_scorer
 from dxmi.metrics.fidelity import frechet_distance, inception_score, kernel_distance, precision_recall
 from dxmi.metrics.inception import Features
+from dxmi.metrics.keys import count_name, inception_keys, primary_key
 from dxmi.seeds import generator
 from dxmi.training.build import Experiment
-from dxmi.training.run import Phase, train
+from dxmi.training.config import ExperimentConfig
+from dxmi.training.progress import Phase
+from dxmi.training.run import train
 from support import TINY, changed, stating
 from tune.config.compose import compose_experiment
 from tune.plans.sweep import metrics_of
@@ -86,7 +89,7 @@ def test_what_a_step_raises_ends_the_features_of_the_data_and_of_the_samples(net
             raise StopError
 
     with pytest.raises(StopError):
-        scorer.quick(Sampling(make_policy(event=(1, 4, 4)), "report", on_step=stop))
+        scorer.score(Sampling(make_policy(event=(1, 4, 4)), "report", on_step=stop))
     assert network.seen == {1: 40, 41: 48}[after]  # all of the data are one piece, a batch of samples another
     assert (len(list((tmp_path / "features").glob("*.cached"))) == 0) == (after == 1)
 
@@ -145,7 +148,7 @@ def together(size: int, work: Callable[[Workers], Any]) -> list[Any]:
 def test_every_score_is_that_of_its_definition(network, make_policy, tmp_path):
     data = images()
     scorer, sampling = InceptionScorer(data, CONFIG, tmp_path, CPU), Sampling(make_policy(event=(1, 4, 4)), "report")
-    values = scorer.full(sampling).values
+    values = scorer.full_evaluation(sampling).values
     fake, real = network(generate(sampling, 20, CONFIG)), network(data.pixels)
 
     def drawn(what: str) -> int:
@@ -166,24 +169,24 @@ def test_every_score_is_that_of_its_definition(network, make_policy, tmp_path):
     assert {key: values[key] for key in expected} == pytest.approx(expected, rel=1e-6)
     assert values.keys() - expected.keys() == {"eval/fid_infinity"}
     assert values["eval/fid_infinity"] < values["eval/fid_20"]
-    assert scorer.quick(sampling).values == {key: values[key] for key in ("eval/fid_20", "eval/num_samples")}
+    assert scorer.score(sampling).values == {key: values[key] for key in ("eval/fid_20", "eval/num_samples")}
 
 
 def test_weights_without_classes_give_no_inception_score(network, make_policy, tmp_path):
     network.classes = 0
     scorer = InceptionScorer(images(), CONFIG, tmp_path, CPU)
-    values = scorer.full(Sampling(make_policy(event=(1, 4, 4)), "report")).values
-    assert set(values) == {*score_keys(DataConfig(), CONFIG), "eval/num_samples"}
+    values = scorer.full_evaluation(Sampling(make_policy(event=(1, 4, 4)), "report")).values
+    assert set(values) == {*(key.name for key in inception_keys(CONFIG.num_samples)), "eval/num_samples"}
 
 
 def test_the_data_is_looked_at_once_for_all_runs(network, make_policy, tmp_path):
     sampling = Sampling(make_policy(event=(1, 4, 4)), "report")
-    first = InceptionScorer(images(), CONFIG, tmp_path, CPU).quick(sampling)
+    first = InceptionScorer(images(), CONFIG, tmp_path, CPU).score(sampling)
     assert network.seen == 40 + 20
-    second = InceptionScorer(images(), CONFIG, tmp_path, CPU).quick(sampling)
+    second = InceptionScorer(images(), CONFIG, tmp_path, CPU).score(sampling)
     assert network.seen == 40 + 20 + 20
     assert second.values == first.values
-    InceptionScorer(images(50), CONFIG, tmp_path, CPU).quick(sampling)
+    InceptionScorer(images(50), CONFIG, tmp_path, CPU).score(sampling)
     assert network.seen == 80 + 50 + 20
 
 
@@ -202,7 +205,7 @@ def test_of_much_data_moments_count_all_and_some_features_are_kept(network, make
     data, sampling = images(), Sampling(make_policy(event=(1, 4, 4)), "report")
     scorer = InceptionScorer(data, CONFIG, tmp_path, CPU)
     fake, real = network(generate(sampling, 20, CONFIG)).pool.double(), network(data.pixels).pool
-    assert scorer.quick(sampling).values["eval/fid_20"] == pytest.approx(
+    assert scorer.score(sampling).values["eval/fid_20"] == pytest.approx(
         frechet_distance(fake, real.double()), rel=1e-6
     )
     kept = scorer.reference().features
@@ -221,10 +224,10 @@ def test_workers_share_samples_and_features(network, make_policy, tmp_path, monk
     sampling = Sampling(make_policy(event=(1, 4, 4)), "report")
 
     def scored(workers: Workers) -> dict[str, float]:
-        return InceptionScorer(images(), config, tmp_path / "group", CPU, workers).full(sampling).values
+        return InceptionScorer(images(), config, tmp_path / "group", CPU, workers).full_evaluation(sampling).values
 
     values = together(size, scored)
-    alone = InceptionScorer(images(), config, tmp_path / "alone", CPU).full(sampling).values
+    alone = InceptionScorer(images(), config, tmp_path / "alone", CPU).full_evaluation(sampling).values
     assert all(one == pytest.approx(alone, rel=1e-6) for one in values)
 
     def measured(workers: Workers) -> Tensor:
@@ -245,7 +248,12 @@ def test_workers_share_samples_and_features(network, make_policy, tmp_path, monk
 )
 def test_the_number_of_samples_is_in_the_key(num, name):
     assert count_name(num) == name
-    assert score_keys(DataConfig(name="cifar10"), EvaluateConfig(num_samples=num))[0] == f"eval/fid_{name}"
+    assert (
+        primary_key(
+            ExperimentConfig(data=DataConfig(name="cifar10"), evaluate=EvaluateConfig(num_samples=num)).score_keys()
+        ).name
+        == f"eval/fid_{name}"
+    )
 
 
 def test_the_data_set_chooses_unless_the_config_does(network, tmp_path):
@@ -306,7 +314,8 @@ def test_a_run_is_scored_and_compared_with_deterministic_references(network, tmp
     names.remove("dpm_solver_2_trailing")  # it is DDIM
     assert summary.reference.keys() == names
     assert len(set(summary.reference.values())) == len(names)
-    assert {*score_keys(experiment.config.data, experiment.config.evaluate)} < summary.scores["best"].keys()
+    keys = experiment.config.score_keys()
+    assert {key.name for key in keys} < summary.scores["best"].keys()
     written = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert written["scored_with"] == {
         "features": "inception-v3-compat",

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from dxmi.distributed import Alone
 from dxmi.errors import UserError
 from dxmi.optim.config import KINDS, OptimizerConfig
-from dxmi.optim.optimizer import Optimizer, Part
-from dxmi.optim.stacking import Stack
+from dxmi.optim.optimizer import Optimizer
+from dxmi.optim.seeds import StackedSeeds
 from dxmi.tensors import laid_out_as, pack, unpack
-from support import stating
+from support import descend, stating
 
 
 class RowMajor(Alone):
@@ -30,26 +30,26 @@ def optimizer(kind: str, layer: nn.Module, **settings: object) -> Optimizer:
     return Optimizer(OptimizerConfig(kind=kind, lr=0.05), [(layer.parameters(), 0.05)], 10, **settings)  # type: ignore[arg-type]
 
 
-def descend(own: Optimizer, layer: nn.Module, first: int, last: int) -> None:
+def run(own: Optimizer, layer: nn.Module, first: int, last: int) -> None:
     for i in range(first, last):
         x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(i))
-        own.descend([Part((layer(x) - 1.0).square().mean())])
+        descend(own, lambda x=x: (layer(x) - 1.0).square().mean())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_a_restored_optimizer_ends_equal_to_the_bit(kind, channels_last):
     straight, layer = (convolution(channels_last=channels_last) for _ in range(2))
-    descend(optimizer(kind, straight), straight, 0, 8)
+    run(optimizer(kind, straight), straight, 0, 8)
     before = optimizer(kind, layer)
-    descend(before, layer, 0, 4)
+    run(before, layer, 0, 4)
     saved = unpack(pack(before.state()))
     after = optimizer(kind, layer)
     after.load_state(saved)
     for parameter in layer.parameters():
         state = after.torch.state[parameter]
         assert all(moment.stride() == parameter.stride() for moment in state.values() if moment.dim())
-    descend(after, layer, 4, 8)
+    run(after, layer, 4, 8)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), layer.parameters(), strict=True))
 
 
@@ -57,8 +57,8 @@ def test_a_restored_optimizer_ends_equal_to_the_bit(kind, channels_last):
 def test_gradients_of_another_layout_give_the_same_steps(kind):
     """Those that a group has summed are row-major, whatever their parameters are."""
     alone, together = convolution(), convolution()
-    descend(optimizer(kind, alone), alone, 0, 4)
-    descend(optimizer(kind, together, workers=RowMajor()), together, 0, 4)
+    run(optimizer(kind, alone), alone, 0, 4)
+    run(optimizer(kind, together, workers=RowMajor()), together, 0, 4)
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), together.parameters(), strict=True))
 
 
@@ -66,12 +66,12 @@ def test_gradients_of_another_layout_give_the_same_steps(kind):
 def test_channels_last_changes_rounding_alone(kind):
     last, first = convolution(), convolution(channels_last=False)
     for layer in (last, first):
-        descend(optimizer(kind, layer), layer, 0, 4)
+        run(optimizer(kind, layer), layer, 0, 4)
     torch.testing.assert_close(last.weight, first.weight, rtol=1e-4, atol=1e-5)
 
 
 def test_a_stacks_tables_are_row_major():
-    stack = Stack([convolution(), convolution()])
+    stack = StackedSeeds([convolution(), convolution()])
     assert all(table.is_contiguous() for table in stack.tables.values())
 
 

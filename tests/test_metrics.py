@@ -345,12 +345,12 @@ import sys
 import torch
 import dxmi.training.run
 from dxmi.training.build import ExperimentConfig
-from dxmi.optim.optimizer import Optimizer, OptimizerConfig, Part
+from dxmi.optim.optimizer import Optimizer, OptimizerConfig
 ExperimentConfig()
 weight = torch.nn.Parameter(torch.ones(3))
 for kind in ("adam", "adamw", "radam"):
     optimizer = Optimizer(OptimizerConfig(kind=kind), [([weight], 0.1)], 1)
-    optimizer.descend([Part(weight.square().sum(), ())])
+    optimizer.minimize(lambda x: {"loss": x * weight.square().sum()}, torch.ones(1, 1), num=1)
     optimizer.torch.load_state_dict(optimizer.torch.state_dict())
 assert (weight < 1.0).all()
 print({"torchvision", "torch_fidelity", "torch._dynamo", "sklearn", "scipy.optimize", "scipy.stats"} & set(sys.modules))

@@ -24,18 +24,18 @@ class Normal:
 
     event = (2,)
     start_sigma = 1.0
-    diffusion_step = torch.zeros(1)
+    timestep = torch.zeros(1)
 
-    def walk(self, num: int, noise: torch.Generator, *_: object, **__: object) -> Iterator[Tensor]:
+    def sample_states(self, num: int, noise: torch.Generator, *_: object, **__: object) -> Iterator[Tensor]:
         yield torch.randn((num, *self.event), generator=noise)
 
 
 class MeanScorer(PlanarScorer):
     """Scores samples by their mean."""
 
-    def quick(self, sampling: Sampling, energy: object = None) -> Scores:
-        score: Score = lambda samples: {"eval/mean": float(samples.mean())}  # noqa: E731
-        return self._scores(sampling, score)
+    def score(self, sampling: Sampling, energy: object = None) -> Scores:
+        mean: Score = lambda samples: {"eval/mean": float(samples.mean())}  # noqa: E731
+        return self._scores(sampling, mean)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,12 @@ def test_each_kind_of_noise_of_each_run_is_a_stream_of_its_own():
 def test_the_effect_of_the_noise_is_in_the_spread_over_the_seeds(points):
     """The mean of n samples of two normal coordinates has variance 1 / (2n); with one draw for all seeds it had 0."""
     scorer = MeanScorer(points, CONFIG)
-    scores = np.array([scorer.quick(Sampling(Normal(), stream_of(REPORT, s))).values["eval/mean"] for s in range(400)])
+    scores = np.array([scorer.score(Sampling(Normal(), stream_of(REPORT, s))).values["eval/mean"] for s in range(400)])
     expected = 1.0 / (2 * CONFIG.num_samples)
     spread = expected * math.sqrt(2.0 / (len(scores) - 1))  # of the variance of as many normal scores
     assert abs(scores.var(ddof=1) - expected) < 3.0 * spread
     assert abs(scores.mean()) < 3.0 * math.sqrt(expected / len(scores))
-    paired = [scorer.quick(Sampling(Normal(), stream_of(REPORT, 7))).values["eval/mean"] for _ in range(2)]
+    paired = [scorer.score(Sampling(Normal(), stream_of(REPORT, 7))).values["eval/mean"] for _ in range(2)]
     assert paired[0] == paired[1] == scores[7]
 
 

@@ -27,7 +27,8 @@ from dxmi.persistence import checkpoint
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.build import Experiment
 from dxmi.training.loading import load_trained
-from dxmi.training.run import Progress, train
+from dxmi.training.progress import Progress
+from dxmi.training.run import train
 from support import TINY, changed, stating
 from tune.config.compose import compose_experiment
 
@@ -165,7 +166,7 @@ def test_an_energy_that_is_not_finite_has_no_scores(make_policy):
     assert isinstance(points, Points)
     scorer = PlanarScorer(points, EvaluateConfig(num_samples=64, batch_size=64, projections=4))
     with pytest.raises(DivergedError, match="the energy of iteration 5"):
-        scorer.full(Sampling(make_policy(event=(2,)), REPORT, step=5), Energy(_BrokenCritic()))
+        scorer.full_evaluation(Sampling(make_policy(event=(2,)), REPORT, step=5), Energy(_BrokenCritic()))
 
 
 # ----------------------------------------------------------------------------

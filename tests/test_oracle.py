@@ -14,17 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from dxmi.algorithms.configs import DxMIConfig
-from dxmi.algorithms.costs import running_cost, squared_step
+from dxmi.algorithms.costs import ControlCost, RunningCost
 from dxmi.algorithms.dxmi import DxMI
-from dxmi.algorithms.losses import control_cost, policy_loss, td_target, value_loss
+from dxmi.algorithms.losses import policy_loss, td_target, value_loss
 from dxmi.critics.energy import Energy
 from dxmi.critics.value import SeparateValue
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.base import StepSchedule
 from dxmi.diffusion.schedules.build import shorten
 from dxmi.diffusion.schedules.configs import ScheduleConfig
+from dxmi.diffusion.trajectory import Gaussian
 from dxmi.networks.base import Critic, Denoiser, TimedCritic
 from dxmi.optim.config import OptimizerConfig, PolicyOptimizerConfig
+from support import make_parts, update
 
 V, W, S2, TAU, T = 0.5, 1.0, 0.3, 0.2, 4
 ENTROPY_CONSTANT = 0.5 * math.log(2.0 * math.pi * math.e)
@@ -89,8 +91,9 @@ def test_the_constants_are_designs_and_the_units_of_entropy_differ_by_a_constant
 
 def control(x: Tensor, x_next: Tensor, log_sigma: Tensor) -> Tensor:
     """The control cost of steps [B, 1], as the algorithm composes it."""
-    cost = running_cost(squared_step(x, x_next), torch.tensor([S2], dtype=torch.float64))
-    return control_cost(cost, log_sigma, cost_coef=W, entropy_coef=TAU)
+    first, running = slice(0, 1), RunningCost("transition", torch.tensor([S2], dtype=torch.float64), 1.0)
+    cost = running(running.displacement(x, x_next, Gaussian(x, log_sigma.exp())), first)
+    return ControlCost((1.0,), W, TAU, num_steps=1)(cost, log_sigma, first)
 
 
 def fan(x: float, a: Tensor | float, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,10 +229,11 @@ def solve(preset: str) -> DxMI:
     )
     schedule = shorten(ScheduleConfig(num_steps=T, final_sigma=FINAL_SIGMA))
     value = SeparateValue(Energy(FixedEnergy()), Quadratics(), T)
-    dxmi = DxMI(config, Policy(Slopes(schedule), schedule, (1,)), value, torch.from_numpy(schedule.eta), ITERATIONS)
+    policy = Policy(Slopes(schedule), schedule, (1,))
+    dxmi = DxMI(config, make_parts(policy, schedule, ITERATIONS), value)
     noise, states = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
     for iteration in range(ITERATIONS):
-        dxmi.update(torch.zeros(BATCH, 1), iteration, noise, states)
+        update(dxmi, torch.zeros(BATCH, 1), iteration, noise, states)
     return dxmi
 
 

@@ -187,7 +187,7 @@ def test_points_are_batched_stored_and_sampled_as_they_are(make_policy):
     assert torch.equal(encode(points), points)
     assert torch.equal(decode(points), points)
     batch = BatchStream(points, 6, generator(0, "order")).next()
-    assert torch.equal(batch.sort(dim=0).values, points.sort(dim=0).values)
+    assert torch.equal(batch.x[0].sort(dim=0).values, points.sort(dim=0).values)
     policy = make_policy(event=(2,))
     config = EvaluateConfig(num_samples=8, batch_size=8)
     samples = generate(Sampling(policy, REPORT), 8, config)
@@ -296,7 +296,7 @@ def scorer() -> PlanarScorer:
 
 
 def test_the_exact_energy_has_the_scores_of_the_data(scorer, make_policy):
-    values = scorer.full(Sampling(make_policy(event=(2,)), REPORT), Energy(ExactCritic("gaussians8"))).values
+    values = scorer.full_evaluation(Sampling(make_policy(event=(2,)), REPORT), Energy(ExactCritic("gaussians8"))).values
     data = scorer.of_data().values
     assert values["eval/energy_kl"] == pytest.approx(0.0, abs=1e-9)
     assert values["eval/energy_beta"] == pytest.approx(3.0, rel=1e-5)
@@ -314,7 +314,7 @@ def test_the_floor_is_the_mean_distance_of_independent_sets_of_data(scorer):
 
 
 def test_without_an_energy_the_samples_alone_are_scored(scorer, make_policy):
-    values = scorer.quick(Sampling(make_policy(event=(2,)), REPORT)).values
+    values = scorer.score(Sampling(make_policy(event=(2,)), REPORT)).values
     assert set(values) == {scorer.metric, NUM_SAMPLES_KEY}
     assert values[scorer.metric] > 5.0 * scorer.of_data().values[scorer.metric]
 

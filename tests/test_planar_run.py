@@ -18,7 +18,8 @@ from dxmi.networks.registry import build_critic
 from dxmi.persistence import checkpoint
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.build import Experiment
-from dxmi.training.run import Phase, train
+from dxmi.training.progress import Phase
+from dxmi.training.run import train
 from dxmi.visualization.galleries import ImageGallery, PlanarGallery, build_gallery
 from dxmi.visualization.planar import energy_figure, samples_figure, shown_times, steps_figure, values_figure
 from tune.cli.main import main

@@ -152,8 +152,8 @@ def test_the_first_of_many_samples_keep_the_noise_labels_and_latents_that_they_h
     schedule = ancestral_schedule(5, "large")
     policy = Policy(Telling(), schedule, (1, 2, 2))
     policy.draw_classes(torch.ones(10, dtype=torch.int64))
-    states = list(policy.walk(64, torch.Generator().manual_seed(0)))
-    first = list(policy.walk(64, torch.Generator().manual_seed(0), first=5))
+    states = list(policy.sample_states(64, torch.Generator().manual_seed(0)))
+    first = list(policy.sample_states(64, torch.Generator().manual_seed(0), first=5))
     assert {len(x) for x in first} == {5}
     for some, everything in zip(first, states, strict=True):
         torch.testing.assert_close(some, everything[:5])

@@ -23,7 +23,9 @@ from dxmi.persistence import checkpoint
 from dxmi.persistence.cache import cache_root, lock_for
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.build import Experiment
-from dxmi.training.run import Phase, _Stopwatch, train
+from dxmi.training.progress import Phase
+from dxmi.training.reporter import Stopwatch
+from dxmi.training.run import train
 from support import TINY, changed, locked_by_another, missing, stating
 from tune.config.compose import compose_experiment
 
@@ -106,8 +108,8 @@ def test_seconds_by_phase_are_within_the_time_that_passed(tmp_path):
 
 def test_the_stopwatch_misses_no_second_between_phases(monkeypatch):
     now = itertools.count(100.0, 1.0)
-    monkeypatch.setattr("dxmi.training.run.time.perf_counter", lambda: next(now))
-    clock = _Stopwatch()  # reads 100
+    monkeypatch.setattr("dxmi.training.reporter.time.perf_counter", lambda: next(now))
+    clock = Stopwatch()  # reads 100
     for phase in Phase:
         clock.enter(phase)  # 101, 102, ...: one second each, and the last ends by a lap
     clock.lap()
@@ -133,7 +135,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(undisturbed, tmp_path, stop_at):
 def test_a_stop_is_heard_between_the_steps_of_a_reference(undisturbed, tmp_path, monkeypatch):
     """All samples are one batch; what was sampled of it is thrown away."""
     monkeypatch.setenv("DXMI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("dxmi.training.run._LISTEN_EVERY", 0.0)
+    monkeypatch.setattr("dxmi.training.reporter.LISTEN_EVERY", 0.0)
     steps, one_step = [], Policy.transition
 
     def counted(*args, **options):
@@ -173,9 +175,9 @@ def test_a_stop_is_heard_while_another_process_computes_what_is_waited_for(undis
     assert outcome(out) == outcome(undisturbed)
 
 
-@pytest.mark.parametrize(("scored", "stop_at"), [("quick", 0), ("quick", 20), ("quick", 40), ("full", 40)])
+@pytest.mark.parametrize(("scored", "stop_at"), [("score", 0), ("score", 20), ("score", 40), ("full_evaluation", 40)])
 def test_a_stop_within_an_evaluation_loses_no_iteration(undisturbed, tmp_path, monkeypatch, scored, stop_at):
-    monkeypatch.setattr("dxmi.training.run._LISTEN_EVERY", 0.0)
+    monkeypatch.setattr("dxmi.training.reporter.LISTEN_EVERY", 0.0)
     out, evaluated, score = tmp_path / "run", [], getattr(ImageScorer, scored)
 
     def noted(self, sampling, energy=None):
@@ -187,7 +189,7 @@ def test_a_stop_within_an_evaluation_loses_no_iteration(undisturbed, tmp_path, m
         assert train(tiny(), out=out, report=lambda p: evaluated[-1:] == [stop_at] and not p.metrics) is None
     saved, _ = checkpoint.newest(out / "checkpoints")
     assert saved.step == stop_at
-    assert (saved.meta["score"] is None) == (scored == "quick")
+    assert (saved.meta["score"] is None) == (scored == "score")
     train(tiny(), out=out)
     assert outcome(out) == outcome(undisturbed)
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from dxmi.algorithms.configs import DxMIConfig
+from dxmi.data.batch import Condition
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.build import shorten
 from dxmi.diffusion.schedules.configs import ScheduleConfig
 from dxmi.diffusion.schedules.ddpm import ancestral_schedule, forward_levels
 from dxmi.networks.base import Denoiser
+from support import update
 
 EVENT = (2, 3)
 SHAPES = [(4, 5), (4, 1), (1, 5), (1, 1)]  # (T, B)
@@ -197,7 +199,7 @@ def test_walk_and_sample_equal_repeated_steps_bitwise(make_policy, num_steps, ba
     for t in range(num_steps):
         x = policy.step(x, t, torch.randn((batch_size, *EVENT), generator=generator)).detach()
         expected.append(x)
-    walked = list(policy.walk(batch_size, torch.Generator().manual_seed(3)))
+    walked = list(policy.sample_states(batch_size, torch.Generator().manual_seed(3)))
     assert len(walked) == num_steps + 1
     assert all(torch.equal(a, b) for a, b in zip(walked, expected, strict=True))
     assert torch.equal(policy.sample(batch_size, torch.Generator().manual_seed(3)), expected[-1])
@@ -221,11 +223,11 @@ def test_guidance_descends_the_value_by_strength_times_sigma_times_gradient(make
     """For V(x, t) = (t + 1) |x|^2 / 2 a guided step is x - s sigma_t (t + 2) x at x = the unguided x_{t+1}."""
     policy, strength, seen = make_policy(4, EVENT), 0.1, []
 
-    def guide(x: Tensor, t: int, labels: Tensor | None) -> Tensor:
+    def guide(x: Tensor, t: int, condition: Condition) -> Tensor:
         seen.append(t)
         return (t + 1.0) * x
 
-    walk = list(policy.walk(5, torch.Generator().manual_seed(3), guide, strength))
+    walk = list(policy.sample_states(5, torch.Generator().manual_seed(3), guide, strength))
     generator = torch.Generator().manual_seed(3)
     x = torch.randn((5, *EVENT), generator=generator)
     for t in range(4):
@@ -260,7 +262,7 @@ def test_every_sigma_but_the_last_is_learned(make_policy, make_dxmi):
     dxmi = make_dxmi(DxMIConfig())
     before = dxmi.policy.log_sigma.detach().clone()
     for i in range(3):
-        dxmi.update(normal(8, 3), i, torch.Generator().manual_seed(i), torch.Generator().manual_seed(i))
+        update(dxmi, normal(8, 3), i, torch.Generator().manual_seed(i), torch.Generator().manual_seed(i))
     after = dxmi.policy.log_sigma.detach()
     assert (after != before).tolist() == [True, True, True, False]
     assert float(after[-1]) == pytest.approx(math.log(0.001), rel=1e-7)

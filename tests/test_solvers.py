@@ -49,7 +49,7 @@ def error(kind: type[Policy], schedule: StepSchedule) -> float:
     """Relative error of the data that a sampler reaches from noise; the flow keeps x / sqrt(variance)."""
     is_edm = schedule.input_scale is not None
     policy = kind(EdmOfGaussian() if is_edm else OfGaussian(), schedule, (1,))
-    start, *_, end = policy.walk(4, torch.Generator().manual_seed(0))
+    start, *_, end = policy.sample_states(4, torch.Generator().manual_seed(0))
     signal, noise = (float(scale[0]) for scale in schedule.signal_and_noise)
     std = EDM_STD if is_edm else STD
     target = start.double() * std / math.sqrt((signal * std) ** 2 + noise**2)
@@ -90,7 +90,7 @@ def by_hand(num_steps: int) -> Tensor:
 def test_its_steps_are_the_papers(num_steps):
     """In float32 the first prediction of the data is a difference divided by a_0: its rounding grows by 1 / a_0."""
     schedule = ddim_schedule(num_steps)
-    start, *_, end = DpmSolver(OfGaussian(), schedule, (1,)).walk(3, torch.Generator().manual_seed(0))
+    start, *_, end = DpmSolver(OfGaussian(), schedule, (1,)).sample_states(3, torch.Generator().manual_seed(0))
     bound = 2.0 * torch.finfo(torch.float32).eps / math.sqrt(schedule.level[0])
     torch.testing.assert_close(end / start, by_hand(num_steps).float().expand(3, 1), rtol=1e-5, atol=bound)
 
@@ -131,7 +131,7 @@ def test_heuns_step_is_the_papers():
         d = slope(x, s)
         euler = x + (s_next - s) * d
         x = euler if s_next == 0.0 else x + (s_next - s) * 0.5 * (d + slope(euler, s_next))
-    start, *_, end = HeunSolver(EdmOfGaussian(), on_edm(5), (1,)).walk(3, torch.Generator().manual_seed(0))
+    start, *_, end = HeunSolver(EdmOfGaussian(), on_edm(5), (1,)).sample_states(3, torch.Generator().manual_seed(0))
     torch.testing.assert_close(end / start, torch.full((3, 1), x / 80.0), rtol=1e-4, atol=1e-6)
 
 
@@ -141,4 +141,4 @@ def test_samples_depend_on_the_starting_noise_alone(num_steps):
     one, two = (policy.sample(3, torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(one, two)
     assert one.shape == (3, 1, 2, 2)
-    assert len(list(policy.walk(3, torch.Generator()))) == num_steps + 1
+    assert len(list(policy.sample_states(3, torch.Generator()))) == num_steps + 1

@@ -12,7 +12,7 @@ from dxmi.networks.base import Critic, Denoiser
 from dxmi.persistence.cache import cache_root
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig, ResourcesConfig
-from support import stating
+from support import stating, step
 
 NETWORK = {"kind": "mlp", "hidden": 32, "layers": 3, "embedding": 16}
 
@@ -29,7 +29,7 @@ def experiment(**resources) -> Experiment:
 def after_iterations(made: Experiment, number: int) -> dict[str, torch.Tensor]:
     dxmi, state = made.build_finetuning(made.build_denoiser())
     for i in range(number):
-        dxmi.update(state.stream.next(), i, *state.generators.values())
+        step(dxmi, state, i)
     return dict(dxmi.state_dict())
 
 
@@ -63,7 +63,7 @@ def test_a_compiled_run_is_the_same_run():
 def test_recording_a_rollout_is_refused_on_the_cpu():
     made = experiment(cuda_graphs=True)
     with pytest.raises(UserError, match=stating("resources.cuda_graphs is true … CPU")):
-        made.build_dxmi(made.build_denoiser())
+        made.build_algorithm(made.build_denoiser())
 
 
 @pytest.mark.parametrize("name", ["compile", "cuda_graphs"])

@@ -7,20 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from dxmi.algorithms.ddpm import DDPM
 from dxmi.algorithms.dxmi import DxMI
-from dxmi.algorithms.stacked import StackedDDPM, StackedDxMI
 from dxmi.config import build
 from dxmi.errors import DivergedError, UserError
 from dxmi.optim.config import OptimizerConfig
-from dxmi.optim.optimizer import Optimizer, Part
-from dxmi.optim.stacking import Stack, StackedOptimizer
+from dxmi.optim.optimizer import Optimizer, StackedOptimizer
+from dxmi.optim.seeds import StackedSeeds
 from dxmi.persistence.checkpoint import Checkpoint, load, path_of, steps_in
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
-from dxmi.training.run import Member, Phase, train, train_stacked
+from dxmi.training.progress import Phase
+from dxmi.training.run import SeedRun, train, train_stacked
 from dxmi.training.state import TrainingState
-from support import TINY, changed
+from support import TINY, changed, stacked_step, step
 from tune.config.compose import compose_experiment
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
@@ -60,21 +61,16 @@ def finetuning(seed: int, algorithm: dict) -> tuple[DxMI, TrainingState]:
     return made.build_finetuning(made.build_denoiser())
 
 
-def stacked_batches(states: list[TrainingState]) -> torch.Tensor:
-    return torch.stack([state.stream.next() for state in states])
-
-
 def run_alone(member: DxMI, state: TrainingState, iterations: range) -> dict[str, torch.Tensor]:
     for i in iterations:
-        metrics = member.update(state.stream.next(), i, state.generators["noise"], state.generators["states"])
+        metrics = step(member, state, i)
     return metrics
 
 
 def run_stacked(members: list[DxMI], states: list[TrainingState], iterations: range) -> dict[str, torch.Tensor]:
-    stack = StackedDxMI(members)
-    noise, drawn = ([state.generators[name] for state in states] for name in ("noise", "states"))
+    stack = DxMI.stacked(members)
     for i in iterations:
-        metrics = stack.update(stacked_batches(states), i, noise, drawn)
+        metrics = stacked_step(stack, states, i)
     return metrics
 
 
@@ -125,15 +121,13 @@ def test_a_member_is_saved_and_restored_alone():
 
 def test_pretraining_members_equal_solo_pretraining():
     pairs = [experiment(seed, {}).build_pretraining() for seed in SEEDS]
-    stack = StackedDDPM([ddpm for ddpm, _ in pairs])
+    stack = DDPM.stacked([ddpm for ddpm, _ in pairs])
     for i in range(50):
-        metrics = stack.update(
-            torch.stack([state.stream.next() for _, state in pairs]), i, [s.generators["noise"] for _, s in pairs]
-        )
+        metrics = stacked_step(stack, [state for _, state in pairs], i)
     for k, seed in enumerate(SEEDS):
         ddpm, state = experiment(seed, {}).build_pretraining()
         for i in range(50):
-            alone = ddpm.update(state.stream.next(), i, state.generators["noise"])
+            alone = step(ddpm, state, i)
         require_equal(ddpm.state_dict(), pairs[k][0].state_dict())
         require_equal(alone, {name: values[k] for name, values in metrics.items()})
 
@@ -144,15 +138,17 @@ def test_each_member_is_clipped_by_its_own_norm(kind):
     config = OptimizerConfig(kind=kind, lr=0.1, max_grad_norm=1.0)
     alone = [torch.nn.Linear(3, 2) for _ in range(3)]
     members = [copy.deepcopy(module) for module in alone]
-    stack = Stack(members)
     optimizers = [Optimizer(config, [(module.parameters(), 0.1)], 10) for module in members]
-    stacked = StackedOptimizer(stack, optimizers)
+    stacked = StackedOptimizer(StackedSeeds(members), optimizers)
     x, scale = torch.randn(3, 5, 3), torch.tensor([1.0, 1000.0, 0.01])
     family = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[kind]
     expected = [family(module.parameters(), lr=0.1, weight_decay=0.0) for module in alone]
+
+    def loss(rows: torch.Tensor, factor: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": factor * members[0](rows).square().sum()}
+
     for _ in range(3):
-        out = stack.call(stack.of("weight", "bias"), "forward", x)
-        norms = stacked.descend([Part(scale * out.square().sum((1, 2)))]).norm
+        norms = stacked.minimize(loss, x, scale[:, None], num=1).grad_norm
         for k, module in enumerate(alone):
             module.zero_grad()
             (scale[k] * module(x[k]).square().sum()).backward()
@@ -166,22 +162,23 @@ def test_each_member_is_clipped_by_its_own_norm(kind):
 def test_a_value_knows_open_rows(num_final, num_open):
     """Rows that may be at T are given to the energy exactly where they are."""
     made = experiment(0, SEPARATE)
-    value, steps = made.build_value(), made.config.schedule.num_steps
+    value, steps = made.build_algorithm(made.build_denoiser()).value, made.config.schedule.num_steps
     x = torch.randn(8, *made.event)
     closed = 8 - num_final - num_open
     for at_end in range(num_open + 1):
         t = torch.tensor([1] * closed + [3] * (num_open - at_end) + [steps] * (at_end + num_final))
         expected = torch.stack([value(row[None], int(step))[0] for row, step in zip(x, t, strict=True)])
-        torch.testing.assert_close(value.at_steps(x, t, num_final, num_open), expected, rtol=1e-5, atol=1e-6)
+        for split in ({"num_nonterminal": closed, "num_terminal": num_final}, {}):  # without one, all rows are open
+            torch.testing.assert_close(value.forward_timesteps(x, t, **split), expected, rtol=1e-5, atol=1e-6)
 
 
 # ----------------------------------------------------------------------------
 # Whole runs
 
 
-def member(seed: int, out: Path, report=None, *overrides: str) -> Member:
+def member(seed: int, out: Path, report=None, *overrides: str) -> SeedRun:
     settings = changed(TINY, f"seed={seed}", *overrides)
-    return Member(Experiment(compose_experiment(settings).experiment), out / str(seed), report)
+    return SeedRun(Experiment(compose_experiment(settings).experiment), out / str(seed), report)
 
 
 @pytest.fixture(scope="module")

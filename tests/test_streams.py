@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dxmi.data import dataset
+from dxmi.data.batch import UNCONDITIONAL
 from dxmi.data.dataset import BatchStream
 from dxmi.distributed import Share, Workers
 from dxmi.seeds import generator
@@ -44,8 +45,8 @@ def too_large(monkeypatch) -> None:
 def test_labels_come_with_their_samples():
     labelled = stream(labels=LABELS)
     for _ in range(3):
-        x = labelled.next()
-        assert torch.equal(x, from_uint8((labelled.labels // 7).to(torch.uint8)).view(-1, 1, 1, 1))
+        x, condition, _ = labelled.next()
+        assert torch.equal(x[0], from_uint8((condition.labels[0] // 7).to(torch.uint8)).view(-1, 1, 1, 1))
 
 
 def test_half_of_the_images_are_mirrored():
@@ -54,22 +55,24 @@ def test_half_of_the_images_are_mirrored():
     mirrored = BatchStream(pixels, 10, generator(0, "order"), torch.arange(10), flip=True)
     flips = []
     for _ in range(200):
-        x = mirrored.next()
-        flips.append((x == plain[mirrored.labels].flip(-1)).flatten(1).all(dim=1))
-        assert torch.equal(torch.where(flips[-1][:, None, None, None], x.flip(-1), x), plain[mirrored.labels])
+        batch = mirrored.next()
+        x, expected = batch.x[0], plain[batch.condition.labels[0]]
+        flips.append((x == expected.flip(-1)).flatten(1).all(dim=1))
+        assert torch.equal(torch.where(flips[-1][:, None, None, None], x.flip(-1), x), expected)
     assert abs(torch.cat(flips).float().mean() - 0.5) < 4 * 0.5 / 2000**0.5
     saved = mirrored.state()
-    expected = mirrored.next()
+    expected = mirrored.next().x
     again = BatchStream(pixels, 10, generator(1, "order"), torch.arange(10), flip=True)
     again.load_state(saved)
-    assert torch.equal(again.next(), expected)
+    assert torch.equal(again.next().x, expected)
 
 
 def test_samples_are_the_same_with_and_without_labels():
     plain, labelled = stream(), stream(labels=LABELS)
     for _ in range(5):
-        assert torch.equal(plain.next(), labelled.next())
-    assert plain.labels is None
+        batch = plain.next()
+        assert torch.equal(batch.x, labelled.next().x)
+        assert batch.condition == UNCONDITIONAL
 
 
 @pytest.mark.usefixtures("too_large")
@@ -79,8 +82,9 @@ def test_samples_that_stay_where_they_are_come_in_the_same_order(monkeypatch):
     monkeypatch.setattr(dataset, "RESIDENT_BYTES", 2**20)
     resident = stream(labels=LABELS)
     for _ in range(12):
-        assert torch.equal(fetching.next(), resident.next())
-        assert torch.equal(fetching.labels, resident.labels)
+        ours, theirs = fetching.next(), resident.next()
+        assert torch.equal(ours.x, theirs.x)
+        assert torch.equal(ours.condition.labels, theirs.condition.labels)
 
 
 @pytest.mark.usefixtures("too_large")
@@ -92,7 +96,7 @@ def test_a_fetching_stream_goes_on_from_its_state():
     resumed.next()  # has fetched ahead what is not to come
     resumed.load_state(cut.state())
     for _ in range(9):
-        assert torch.equal(resumed.next(), whole.next())
+        assert torch.equal(resumed.next().x, whole.next().x)
 
 
 @pytest.mark.usefixtures("too_large")
@@ -115,11 +119,10 @@ def test_the_next_batch_is_fetched_while_this_one_is_used(monkeypatch):
 def test_workers_read_their_own_rows_alone(size):
     whole, members = stream(), [stream(workers=Member(rank, size)) for rank in range(size)]
     for _ in range(7):
-        expected, parts = whole.next(), [member.next() for member in members]
-        assert all(part.shape == expected.shape for part in parts)
+        expected, parts = whole.next().x, [member.next() for member in members]
         for rank, part in enumerate(parts):
             share: Share = Member(rank, size).share(4)
-            assert torch.equal(share.of(part), share.of(expected))
-        read = torch.cat([Member(rank, size).share(4).of(part) for rank, part in enumerate(parts)])
-        assert torch.equal(read, expected)
-        assert all(int((part != -1.0).sum()) <= Member(rank, size).share(4).count for rank, part in enumerate(parts))
+            assert part.share == share
+            assert part.x.shape[1] == share.count
+            assert torch.equal(part.x, share.of(expected, dim=1))
+        assert torch.equal(torch.cat([part.x for part in parts], dim=1), expected)

@@ -23,7 +23,7 @@ from dxmi.evaluation.scorers import build_scorer
 from dxmi.persistence import checkpoint
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
-from dxmi.training.run import Summary
+from dxmi.training.summary import Summary
 from support import locked_by_another, missing, stating
 from tune.config.sweep import BudgetConfig, ObjectiveConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
 from tune.plans.sweep import Plan, metrics_of, plan_from, require_name
@@ -302,9 +302,9 @@ def test_the_metrics_that_an_objective_may_name_are_those_that_are_scored(tmp_pa
     evaluate = {"num_samples": 32, "batch_size": 32, "projections": 4}
     config = build(ExperimentConfig, {"data": {"name": data, "num_points": 100}, "evaluate": evaluate})
     experiment = Experiment(config)
-    dxmi = experiment.build_dxmi(experiment.build_denoiser())
+    dxmi = experiment.build_algorithm(experiment.build_denoiser())
     scorer = build_scorer(experiment.data, config.evaluate, tmp_path, experiment.device)
-    reported = set(scorer.full(Sampling(dxmi.policy, REPORT), dxmi.value.energy).values) - {NUM_SAMPLES_KEY}
+    reported = set(scorer.full_evaluation(Sampling(dxmi.policy, REPORT), dxmi.value.energy).values) - {NUM_SAMPLES_KEY}
     assert reported == {metric for metric in metrics_of(config) if metric.startswith("eval/")}
     assert scorer.metric == replace(make_plan(), experiment=config).metric
 

@@ -254,7 +254,8 @@ def misbehaving():
 
         import torch  # noqa: PLC0415
 
-        from dxmi.training.run import Phase, Progress, Summary  # noqa: PLC0415
+        from dxmi.training.progress import Phase, Progress  # noqa: PLC0415
+        from dxmi.training.summary import Summary  # noqa: PLC0415
 
         config = experiment.config
         out.mkdir(parents=True, exist_ok=True)

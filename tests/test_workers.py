@@ -32,7 +32,8 @@ from safetensors.torch import save_file
 from dxmi.config import build
 from dxmi.errors import UserError
 from dxmi.training.build import Experiment, ExperimentConfig
-import dxmi.training.run
+import dxmi.training.reporter
+from dxmi.data.batch import Streams
 from dxmi.diffusion.policy import Policy
 from dxmi.training.run import train
 from dxmi.distributed import ALONE, Group
@@ -43,11 +44,15 @@ dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 workers = Group(60.0) if size > 1 else ALONE
 cases, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
 
+def step(algorithm, state, i):
+    metrics = algorithm.update(state.stream.next(), i, Streams([state.generators]))
+    return {name: values[0] for name, values in metrics.items()}
+
 def iterations(experiment, num):
     dxmi, state = experiment.build_finetuning(experiment.build_denoiser())
     for i in range(num):
         with experiment.precision():
-            metrics = dxmi.update(state.stream.next(), i, state.generators["noise"], state.generators["states"])
+            metrics = step(dxmi, state, i)
     return dxmi, metrics
 
 def gradients(experiment):
@@ -61,7 +66,7 @@ def after(experiment):
 def pretrained(experiment):
     ddpm, state = experiment.build_pretraining()
     for i in range(20):
-        metrics = ddpm.update(state.stream.next(), i, state.generators["noise"])
+        metrics = step(ddpm, state, i)
     return dict(ddpm.state_dict()) | {f"metric/{k}": v for k, v in metrics.items()}
 
 def refused(experiment):
@@ -90,7 +95,7 @@ def stopped(experiment):
         return one_step(*args, **options)
     def report(progress):
         return progress.phase == "references" and len(steps) >= 1500
-    Policy.transition, dxmi.training.run._LISTEN_EVERY = counted, 0.0
+    Policy.transition, dxmi.training.reporter.LISTEN_EVERY = counted, 0.0
     summary = train(experiment, out=folder / "stopped", report=report)
     Policy.transition = one_step
     assert summary is None

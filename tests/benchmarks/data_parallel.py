@@ -17,10 +17,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from dxmi.algorithms.dxmi import DxMI
+from dxmi.data.batch import Streams
 from dxmi.distributed import ALONE, Group, Workers
 from dxmi.optim.config import OptimizerConfig
-from dxmi.optim.optimizer import Optimizer, Part
+from dxmi.optim.optimizer import Optimizer
+from dxmi.tensors import event_mean
 from dxmi.training.build import Experiment
 from iteration import PER_ROUND, ROUNDS, seconds_each
 from tune.config.compose import compose_experiment
@@ -54,13 +55,12 @@ def _median_seconds(run: Any) -> float:
 
 def _iterations(overrides: list[str], workers: Workers) -> dict[str, float]:
     experiment = Experiment(compose_experiment(overrides).experiment, workers=workers)
-    dxmi: DxMI
-    dxmi, state = experiment.build_finetuning(experiment.build_denoiser())
-    noise, states = state.generators["noise"], state.generators["states"]
+    algorithm, state = experiment.build_finetuning(experiment.build_denoiser())
+    streams = Streams([state.generators])
     timed = _Timed()
     dist.all_reduce = timed
     start = time.perf_counter()
-    seconds = _median_seconds(lambda: dxmi.update(state.stream.next(), 0, noise, states))
+    seconds = _median_seconds(lambda: algorithm.update(state.stream.next(), 0, streams))
     whole, count = time.perf_counter() - start, _WARM_UP + ROUNDS * PER_ROUND
     return {
         "seconds": seconds,
@@ -81,8 +81,11 @@ def _policy_steps(overrides: list[str], workers: Workers) -> dict[str, float]:
     bucketed = experiment.build_denoiser()
     optimizer = Optimizer(settings, [(bucketed.parameters(), 1e-5)], 1, workers)
 
+    def loss(x: torch.Tensor, step: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": event_mean(bucketed(x, bucketed.embed(step)).square())}
+
     def by_bucket() -> None:
-        optimizer.descend([Part(bucketed(x, bucketed.embed(step)).square().mean())])
+        optimizer.minimize(loss, x[None], step[None], num=share.num)
 
     class Whole(nn.Module):
         """Embedding and network in one forward pass, since DDP synchronises one."""

@@ -35,7 +35,7 @@ class Sleeping(Policy):
 
     seconds = 0.0
 
-    def walk(self, num: int, *_: Any, **__: Any) -> Iterator[Tensor]:
+    def sample_states(self, num: int, *_: Any, **__: Any) -> Iterator[Tensor]:
         time.sleep(self.seconds)
         yield torch.zeros(num, *self.event)
 

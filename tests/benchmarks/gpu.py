@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dxmi.data.batch import Streams
 from dxmi.data.images import Images
 from dxmi.training.build import Experiment
 from tune.config.compose import compose_experiment
@@ -40,11 +41,12 @@ def iterate(overrides: Sequence[str]) -> Callable[[], object]:
         "random", pixels, torch.zeros(1024, dtype=torch.int64), "random"
     )  # what would have been read
     experiment.choose_kernels()
-    dxmi, state = experiment.build_finetuning(experiment.build_denoiser())
+    algorithm, state = experiment.build_finetuning(experiment.build_denoiser())
+    streams = Streams([state.generators])
 
     def iteration() -> None:
         with experiment.precision():
-            dxmi.update(state.stream.next(), 0, *state.generators.values())
+            algorithm.update(state.stream.next(), 0, streams)
 
     return iteration
 

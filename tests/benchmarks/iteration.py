@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dxmi.algorithms.dxmi import DxMI
+from dxmi.algorithms.base import PolicyAlgorithm
+from dxmi.data.batch import Streams
 from dxmi.training.build import Experiment
 from dxmi.training.state import TrainingState
 from tune.config.compose import compose_experiment
@@ -47,14 +48,14 @@ class Runner:
     """An experiment at the start of fine-tuning, ready to take iterations."""
 
     def __init__(self, experiment: Experiment) -> None:
-        self.dxmi: DxMI
+        self.algorithm: PolicyAlgorithm
         self.state: TrainingState
-        self.dxmi, self.state = experiment.build_finetuning(experiment.build_denoiser())
+        self.algorithm, self.state = experiment.build_finetuning(experiment.build_denoiser())
+        self.streams = Streams([self.state.generators])
         self.iteration = 0
 
     def __call__(self) -> None:
-        generators = self.state.generators
-        self.dxmi.update(self.state.stream.next(), self.iteration, generators["noise"], generators["states"])
+        self.algorithm.update(self.state.stream.next(), self.iteration, self.streams)
         self.iteration += 1
 
 
@@ -100,11 +101,10 @@ def shares(runner: Runner) -> dict[str, float]:
 
         object.__setattr__(owner, name, wrapper)
 
-    dxmi = runner.dxmi
-    timed(dxmi.policy, "noise", "1 rollout")
-    timed(dxmi.policy, "rollout", "1 rollout")
-    timed(dxmi, "_squared_steps", "2 reference variance")
-    timed(dxmi.reference_var, "update", "2 reference variance")
+    dxmi = runner.algorithm
+    timed(dxmi, "rollout", "1 rollout")
+    timed(dxmi, "_displacements", "2 reference variance")
+    timed(dxmi, "_adapt", "2 reference variance")
     timed(dxmi, "_update_energy", "3 energy")
     timed(dxmi, "_update_value", "4 value")
     timed(dxmi, "_update_policy", "5 policy")

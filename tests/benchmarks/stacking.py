@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from dxmi.algorithms.stacked import StackedDxMI
+from dxmi.data.batch import Batch, Streams
 from dxmi.training.build import Experiment
 from tune.config.compose import compose_experiment
 
@@ -23,17 +23,18 @@ def alone(overrides: list[str]) -> Callable[[int], object]:
     """An iteration of one seed."""
     experiment = Experiment(compose_experiment(overrides).experiment)
     experiment.use_threads()
-    dxmi, state = experiment.build_finetuning(experiment.build_denoiser())
-    return lambda i: dxmi.update(state.stream.next(), i, *state.generators.values())
+    algorithm, state = experiment.build_finetuning(experiment.build_denoiser())
+    streams = Streams([state.generators])
+    return lambda i: algorithm.update(state.stream.next(), i, streams)
 
 
 def stacked(overrides: list[str], number: int) -> Callable[[int], object]:
     """An iteration of that many seeds."""
     experiments = [Experiment(compose_experiment([*overrides, f"seed={k}"]).experiment) for k in range(number)]
     members, states = zip(*(e.build_finetuning(e.build_denoiser()) for e in experiments), strict=True)
-    stack = StackedDxMI(members)
-    generators = list(zip(*(state.generators.values() for state in states), strict=True))
-    return lambda i: stack.update(torch.stack([state.stream.next() for state in states]), i, *generators)
+    stack = type(members[0]).stacked(members)
+    streams = Streams([state.generators for state in states])
+    return lambda i: stack.update(Batch.stacked([state.stream.next() for state in states]), i, streams)
 
 
 def timed(one: Callable[[int], object], other: Callable[[int], object]) -> tuple[float, float]:

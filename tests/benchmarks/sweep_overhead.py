@@ -44,7 +44,8 @@ def nothing():
     """A trainer that reports one score and returns. (Made in a function, so that Ray sends it by value.)"""
 
     def trainer(experiment, *, out, report=None, saved=None):
-        from dxmi.training.run import Phase, Progress, Summary  # noqa: PLC0415
+        from dxmi.training.progress import Phase, Progress  # noqa: PLC0415
+        from dxmi.training.summary import Summary  # noqa: PLC0415
 
         key, lr = "eval/fid_digits", experiment.config.algorithm.policy.lr
         out.mkdir(parents=True, exist_ok=True)
