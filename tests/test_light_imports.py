@@ -73,3 +73,7 @@ def test_showing_a_config_imports_hydra_only():
     loaded = loaded_by("tune.cli.config")
     assert (FRAMEWORKS | {"numpy"}) & loaded == set()
     assert len(loaded) < 400
+
+
+def test_listing_studies_needs_neither_ray_nor_pytorch():
+    assert (FRAMEWORKS - {"rich"}) & loaded_by("tune.cli.studies") == set()

@@ -46,7 +46,9 @@ def small(command: str) -> list[str]:
         arguments += TINY
     if any("mnist" in argument for argument in arguments):  # the newcomer's files are small ones
         arguments += ["data.accept_unknown_files=true"]
-    if arguments[0] == "ablate" and "--dry-run" not in arguments:  # dozens of runs: tests/test_stacks.py runs some
+    if (
+        arguments[0] == "ablate" and "--dry-run" not in arguments
+    ):  # dozens of runs: tests/test_seed_batching.py runs some
         arguments += ["--dry-run"]
     if arguments[0] == "sweep" and "--resume" not in arguments:
         arguments += ["sweep.budget.trials=2", "sweep.max_concurrent=1"]

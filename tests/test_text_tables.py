@@ -11,8 +11,9 @@ from test_ablation import outcome, played, shifted
 from test_report import Fabricated, made
 
 from dxmi.data.description import ClassCount
-from tune.reporting.console import Terminal, result_table, show_data
+from tune.reporting.console import result_table, show_data
 from tune.reporting.study_tables import arms_table, leaderboard_table
+from tune.reporting.terminal import Terminal
 from tune.reporting.text_tables import TextTable
 
 __all__ = ["Fabricated", "made", "played"]

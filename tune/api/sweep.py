@@ -39,10 +39,10 @@ from tune.integrations.study_sync import StudySync
 from tune.messages import complain
 from tune.plans.ablation import AblationPlan, any_plan_from
 from tune.plans.sweep import Plan, plan_from, require_name
-from tune.reporting.console import Terminal
 from tune.reporting.figures import study_figures
 from tune.reporting.html import write_report
 from tune.reporting.live import SweepView
+from tune.reporting.terminal import Terminal
 from tune.studies.arm_results import results_of, write_tables
 from tune.studies.confirmation import unconfirmed
 from tune.studies.folder import StudyFolder

@@ -25,7 +25,7 @@ from tune.cli.ui import DEFAULT_PORT, HOST, is_free
 from tune.execution.jobs import UPLOAD_MEGABYTES, survey
 from tune.execution.resources import find_slots
 from tune.machine import ray_folder
-from tune.reporting.console import Terminal
+from tune.reporting.terminal import Terminal
 from tune.reporting.text_tables import TextTable
 from tune.studies.folder import studies_in
 

@@ -8,7 +8,7 @@ from tune.cli.exit_codes import OK, STOPPED
 from tune.execution.jobs import DEFAULT_ADDRESS, Jobs, entrypoint, environment, follow, new_id, patiently, survey
 from tune.integrations import object_store as storage
 from tune.messages import complain
-from tune.reporting.console import Terminal
+from tune.reporting.terminal import Terminal
 
 
 def submit(args: argparse.Namespace) -> int:

@@ -218,7 +218,7 @@ def _studies(commands: _Commands) -> None:
 
 
 def _report(commands: _Commands) -> None:
-    sub = commands.add("report", "studies", "write a study's tables and report.html anew")
+    sub = commands.add("report", "report", "write a study's tables and report.html anew")
     sub.add_argument("study", metavar="STUDY", help="name or folder of a study")
     _studies_argument(sub)
 

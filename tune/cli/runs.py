@@ -34,7 +34,8 @@ from tune.cli.parser import PICTURED
 from tune.config.compose import compose_experiment, out_folder, overridden, require_no_stack
 from tune.execution.signals import gentle_stop
 from tune.messages import complain
-from tune.reporting.console import ProgressReporter, Terminal, show_data, show_result
+from tune.reporting.console import ProgressReporter, show_data, show_result
+from tune.reporting.terminal import Terminal
 from tune.reporting.text_tables import TextTable
 
 # ----------------------------------------------------------------------------

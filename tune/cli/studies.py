@@ -1,28 +1,20 @@
-"""`dxmi studies | report`: what studies there are, and their tables."""
+"""`dxmi studies`: what studies there are."""
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from rich.text import Text
 
 from dxmi.errors import UserError
 from dxmi.formatting import score_text
 from dxmi.persistence.files import require_target
-from tune.api.sweep import write_results
 from tune.cli.exit_codes import OK
-from tune.messages import complain, duration
-from tune.plans.ablation import AblationPlan
-from tune.plans.sweep import Plan, require_name
-from tune.reporting.console import Terminal
-from tune.reporting.study_tables import arms_table, leaderboard_table
+from tune.messages import duration
+from tune.reporting.terminal import Terminal
 from tune.reporting.text_tables import TextTable
-from tune.studies.arm_results import results_of
 from tune.studies.folder import StudyFolder, studies_in
-from tune.studies.leaderboard import changed_inputs, free_sampler_sentences
-from tune.studies.records import TrialRecord, TrialState
+from tune.studies.records import TrialState
 from tune.studies.study import Study
 
 
@@ -31,18 +23,6 @@ def place(study: str, studies: Path) -> tuple[str, Path]:
     path = Path(study)
     require_target(path if len(path.parts) > 1 else studies / path, "The study")
     return (path.name, path.parent) if len(path.parts) > 1 else (study, studies)
-
-
-def show_results(console: Terminal, folder: StudyFolder, plan: Plan, records: Sequence[TrialRecord]) -> None:
-    """The table, and which of it a training-free sampler beats."""
-    if isinstance(plan, AblationPlan):
-        results = results_of(plan, folder, records)
-        table, sentences = arms_table(results), results.outdone
-    else:
-        table, sentences = leaderboard_table(plan, records), free_sampler_sentences(plan, records)
-    console.print(table)
-    for sentence in sentences:
-        console.print(Text(sentence), highlight=False)
 
 
 def studies(args: argparse.Namespace) -> int:
@@ -89,19 +69,3 @@ def _state(folder: StudyFolder, is_done: bool) -> str:
     if is_done or "budget" in str(folder.read_progress()["ended"]):
         return "finished"
     return "interrupted"
-
-
-def report(args: argparse.Namespace) -> int:
-    """Write a study's tables and report anew, and say where they are."""
-    name, root = place(args.study, args.studies)
-    require_name(name)
-    study = Study.read(StudyFolder(root / name))
-    records = study.records()
-    console = Terminal()
-    show_results(console, study.folder, study.plan, records)
-    warning = changed_inputs(study.plan, records)
-    if warning:
-        complain(warning)
-    write_results(study, records)
-    console.out(f"report: {study.folder.report}", highlight=False)
-    return OK

@@ -11,7 +11,8 @@ from dxmi.errors import UserError
 from tune.api.ablation import Ablation, TuningInterruptedError
 from tune.api.sweep import Sweep, SweepResult
 from tune.cli.exit_codes import FAILED, OK, STOPPED
-from tune.cli.studies import place, show_results
+from tune.cli.report import show_results
+from tune.cli.studies import place
 from tune.cli.ui import DEFAULT_PORT, address_of
 from tune.execution.estimate import Estimate
 from tune.execution.seed_batching import known_stack
@@ -21,8 +22,8 @@ from tune.messages import complain, duration
 from tune.plans.ablation import AblationPlan
 from tune.plans.arms import two_level_design
 from tune.plans.sweep import Plan
-from tune.reporting.console import Terminal
 from tune.reporting.pages import study_pages
+from tune.reporting.terminal import Terminal
 from tune.reporting.text_tables import TextTable
 from tune.search.space import show, value_at
 from tune.studies.arm_results import changes_text

@@ -19,8 +19,8 @@ from tune.cli.studies import place
 from tune.integrations.mlflow_store import open_store
 from tune.machine import asked
 from tune.plans.sweep import require_name
-from tune.reporting.console import Terminal
 from tune.reporting.pages import experiment_page, newest_pages, study_pages
+from tune.reporting.terminal import Terminal
 from tune.studies.folder import StudyFolder
 from tune.studies.study import Study
 

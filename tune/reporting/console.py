@@ -1,6 +1,5 @@
 """What a person sees: progress while a run goes on, tables at its end, sentences when something is wrong."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.progress import Phase
 from dxmi.training.progress import Progress as Event
 from dxmi.training.summary import Summary
-from tune.messages import complain, discard_output
+from tune.messages import complain
 from tune.reporting.text_tables import TextTable
 from tune.studies.outdone import outdone, outdone_sentences
 
@@ -41,26 +40,8 @@ _UNITS = {
     Phase.FINETUNE: "iterations",
     Phase.REPORT: "policies",
 }
-_FILE_COLUMNS = 160
 _PLAIN_LINES = 10
 """Lines a phase prints when the output is no terminal, evaluations aside."""
-
-
-class Terminal(Console):
-    """A console whose reader may leave: the output ends, the work does not. In a file, tables have room.
-
-    Text is shown as it is written: brackets are no markup and colons no emoji.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(markup=False, emoji=False)
-        if not self.is_terminal and "COLUMNS" not in os.environ:
-            self.width = _FILE_COLUMNS
-
-    def on_broken_pipe(self) -> None:
-        """Called by rich, whose own way is to exit."""
-        self.quiet = True
-        discard_output()
 
 
 class _RateColumn(ProgressColumn):

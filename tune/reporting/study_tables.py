@@ -62,7 +62,7 @@ def leaderboard_table(plan: Plan, records: Sequence[TrialRecord], *, limit: int 
     return table
 
 
-Row = Mapping[Any, Any]
+LeaderboardRow = Mapping[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class _Column:
         return max(map(len, (self.heading, *self.cells)))
 
 
-def _columns(plan: Plan, rows: Sequence[Row]) -> list[_Column]:
+def _columns(plan: Plan, rows: Sequence[LeaderboardRow]) -> list[_Column]:
     """A column a setting, or all settings in one if there are too many for a terminal."""
     names = short_names(plan)
     left = [
@@ -111,7 +111,7 @@ def _columns(plan: Plan, rows: Sequence[Row]) -> list[_Column]:
     return [*left, *middle, *right]
 
 
-def fresh_columns(rows: Sequence[Row]) -> list[str]:
+def fresh_columns(rows: Sequence[LeaderboardRow]) -> list[str]:
     """Those of a leaderboard that hold scores on fresh noise."""
     return [str(name) for name in (rows[0] if rows else ()) if str(name).startswith(FRESH)]
 
@@ -128,7 +128,7 @@ def fidelity_text(value: Any) -> str:
     return NOT_COMPUTED if pd.isna(value) else score_text(float(value))
 
 
-def _state(row: Row) -> TrialState:
+def _state(row: LeaderboardRow) -> TrialState:
     return TrialState(row["state"])
 
 
@@ -136,23 +136,23 @@ def _optional(value: Any, form: str) -> str:
     return "" if pd.isna(value) else form.format(value)
 
 
-def _optional_number(row: Row, metric: str) -> str:
+def _optional_number(row: LeaderboardRow, metric: str) -> str:
     return "" if pd.isna(row[metric]) else number(float(row[metric]), metric)
 
 
-def _marked_score(row: Row) -> str:
+def _marked_score(row: LeaderboardRow) -> str:
     """With a mark or a space behind it, so that the digits stand below each other."""
     text = _optional_number(row, "score")
     return text and text + (" " if _state(row) is TrialState.COMPLETE else NOT_COMPARABLE)
 
 
-def _ending(row: Row) -> str:
+def _ending(row: LeaderboardRow) -> str:
     if _state(row) is TrialState.COMPLETE:
         return row["checkpoint"] or TrialState.COMPLETE.value
     return f"{row['state']}: {row['reason']}" if row["reason"] else str(row["state"])
 
 
-def _row_style(row: Row) -> str:
+def _row_style(row: LeaderboardRow) -> str:
     state = _state(row)
     if state.is_failure:
         return "red"
@@ -161,11 +161,11 @@ def _row_style(row: Row) -> str:
     return "bold" if row["rank"] == 1 else ""
 
 
-def _is_missing(row: Row, plan: Plan) -> bool:
+def _is_missing(row: LeaderboardRow, plan: Plan) -> bool:
     return any(pd.isna(row[name]) for name in fidelity_columns(plan))
 
 
-def _caption(plan: Plan, rows: Sequence[Row], shown: Sequence[Row], fresh: str) -> str:
+def _caption(plan: Plan, rows: Sequence[LeaderboardRow], shown: Sequence[LeaderboardRow], fresh: str) -> str:
     sentences = [f"{', '.join(f'{metric_label(plan, o)}: {better(o)}' for o in plan.sweep.objectives)}."]
     if any(_marked_score(row).endswith(NOT_COMPARABLE) for row in shown):
         sentences.append(f"{NOT_COMPARABLE} on the noise that chose the checkpoint: not comparable.")

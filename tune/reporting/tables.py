@@ -17,7 +17,7 @@ from tune.reporting.sentences import FEW, score_of
 from tune.reporting.study_tables import fresh_columns
 from tune.search.space import Axis, show, value_at
 from tune.stats.comparison import Comparison
-from tune.stats.summary import Summary
+from tune.stats.summary import ArmSummary
 from tune.studies.arm_results import (
     Results,
     changes_text,
@@ -280,7 +280,7 @@ def _arm_row(results: Results, arm: Arm, comparison: Comparison | None) -> list[
     ]
 
 
-def _other_cell(summary: Summary) -> Cell:
+def _other_cell(summary: ArmSummary) -> Cell:
     """A further score of an arm, or a mark where it was not computed."""
     is_missing = math.isnan(summary.mean.estimate)
     return Cell(NOT_COMPUTED, "", "number") if is_missing else _number_cell(summary.mean.estimate, mean_text(summary))

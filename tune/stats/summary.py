@@ -13,7 +13,7 @@ from tune.stats.tests import scores_of
 
 
 @dataclass(frozen=True)
-class Summary:
+class ArmSummary:
     """An arm without comparison.
 
     Attributes:
@@ -33,7 +33,7 @@ class Summary:
     spread: float
 
 
-def summarize(arm: str, scores: ArrayLike, bootstrap: Bootstrap = DEFAULT) -> Summary:
+def summarize(arm: str, scores: ArrayLike, bootstrap: Bootstrap = DEFAULT) -> ArmSummary:
     """Level and spread of an arm's scores [seeds], of which those that are NaN are counted and left out.
 
     Raises:
@@ -44,8 +44,8 @@ def summarize(arm: str, scores: ArrayLike, bootstrap: Bootstrap = DEFAULT) -> Su
     missing = len(values) - len(present)
     if len(present) < 2:
         unknown = unknown_interval(present, -math.inf, math.inf, bootstrap)
-        return Summary(arm, len(present), missing, unknown, unknown, math.nan)
-    return Summary(
+        return ArmSummary(arm, len(present), missing, unknown, unknown, math.nan)
+    return ArmSummary(
         arm=arm,
         seeds=len(present),
         missing=missing,

@@ -29,7 +29,7 @@ from tune.stats.intervals import Bootstrap, Direction, Interval, Method
 from tune.stats.multiple_testing import Array
 from tune.stats.power import Correction, SeedRange, correction_of
 from tune.stats.sequential import review
-from tune.stats.summary import Summary, Variances, summarize, variance_components
+from tune.stats.summary import ArmSummary, Variances, summarize, variance_components
 from tune.stats.tests import p_text
 from tune.studies.folder import StudyFolder
 from tune.studies.leaderboard import NOT_COMPUTED, metric_label, number, summary_of
@@ -265,16 +265,16 @@ class Results:
         return count
 
     @cached_property
-    def summaries(self) -> dict[str, Summary]:
+    def summaries(self) -> dict[str, ArmSummary]:
         """Level and spread of each arm."""
         return {name: summarize(name, scores, self._bootstrap) for name, scores in self.scores.items()}
 
     @cached_property
-    def others(self) -> dict[str, dict[str, Summary]]:
+    def others(self) -> dict[str, dict[str, ArmSummary]]:
         """Level and spread of each arm in each score that is shown beside the objective: by metric, then by arm."""
         return {metric: self._other(metric) for metric in self.plan.also}
 
-    def _other(self, metric: str) -> dict[str, Summary]:
+    def _other(self, metric: str) -> dict[str, ArmSummary]:
         scores = {
             arm.name: np.array([self._best_score(arm.name, seed, metric) for seed in self.seeds])
             for arm in self.plan.arms
@@ -545,7 +545,7 @@ def other_cells(results: Results, arm: str) -> list[str]:
     return [mean_text(summaries[arm]) or NOT_COMPUTED for summaries in results.others.values()]
 
 
-def mean_text(summary: Summary) -> str:
+def mean_text(summary: ArmSummary) -> str:
     """A mean with its interval, which one seed does not have; nothing where there is no score."""
     if summary.seeds > 1:
         return str(summary.mean)
