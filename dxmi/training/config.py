@@ -63,7 +63,7 @@ class TrainConfig:
     """Fine-tuning."""
 
     iterations: int = 1_500
-    """DxMI iterations."""
+    """Iterations of the algorithm."""
     batch_size: int = 128
     """B: data and trajectories in each."""
     log_every: int = 50

@@ -96,7 +96,9 @@ def curves_figure(
     axes.plot(*best, marker="*", markersize=13, color="C0", linestyle="none", label=label)
     for index, (name, value) in enumerate(references.items(), start=1):
         axes.axhline(value, color=f"C{index}", linestyle="--", linewidth=1, label=f"{name}  {score_text(value)}")
-    axes.set(xlabel="DxMI iteration", ylabel=metric.removeprefix("eval/"), yscale="log")
+    shown = [value for _, value in (*curve, best)] + list(references.values())
+    yscale = "log" if min(shown) > 0.0 else "linear"
+    axes.set(xlabel="iteration", ylabel=metric.removeprefix("eval/"), yscale=yscale)
     for which in ("major", "minor"):
         getattr(axes.yaxis, f"set_{which}_formatter")(FormatStrFormatter("%g"))
     axes.tick_params(axis="y", which="minor", labelsize=8)

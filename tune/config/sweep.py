@@ -9,12 +9,17 @@ from urllib.parse import unquote, urlsplit
 
 from dxmi.persistence.files import PLACE
 
-DIRECTIONS = ("minimize", "maximize")
+MINIMIZE, MAXIMIZE = DIRECTIONS = ("minimize", "maximize")
 SAMPLERS = ("tpe", "sobol", "random", "grid", "nsga2")
 RULES = ("none", "asha", "median")
 KINDS = ("log_uniform", "uniform", "integer", "choice")
 """Of a setting that varies, see `tune.search.space`."""
 _SEEDS = 2**32
+
+
+def sign_of(direction: str) -> float:
+    """1 if lower is better, else -1."""
+    return 1.0 if direction == MINIMIZE else -1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +29,17 @@ class ObjectiveConfig:
     metric: str = "score"
     """score: the experiment's own (eval/fid_X, in the plane eval/sliced_wasserstein; of the best checkpoint, on fresh
     noise); any other eval/... key; num_steps: network evaluations a sample; seconds: of fine-tuning."""
-    direction: str = "minimize"
-    """minimize or maximize."""
+    direction: str | None = None
+    """minimize or maximize; null for the metric's own direction."""
 
     def __post_init__(self) -> None:
-        if self.direction not in DIRECTIONS:
-            raise ValueError(f"direction is {self.direction!r}: it must be one of {', '.join(DIRECTIONS)}")
+        if self.direction is not None and self.direction not in DIRECTIONS:
+            raise ValueError(f"direction is {self.direction!r}: it must be one of {', '.join(DIRECTIONS)}, or null")
 
     @property
     def sign(self) -> float:
-        """1 if lower is better, else -1."""
-        return 1.0 if self.direction == "minimize" else -1.0
+        """1 if lower is better, else -1; the direction must be known, see `Plan.objectives`."""
+        return sign_of(self.direction or MINIMIZE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dxmi.formatting import score_text
+from dxmi.metrics.keys import best_of
 from tune.execution.slots import Slots
 from tune.execution.trial_messages import (
     Diverged,
@@ -218,7 +219,7 @@ class Controller:
         trial = self.running[number]
         self.study.score(number, step, score)
         trial.score = score
-        trial.best = score if trial.best is None else min(trial.best, score)
+        trial.best = score if trial.best is None else best_of((trial.best, score), self.plan.direction)
         self._say(trial, f"iteration {step}/{trial.spec.iterations}, {self._label} {score_text(score)}", minor=True)
         if self.study.should_prune(number, step):
             self._request_stop(trial, StopReason.PRUNE)
@@ -259,11 +260,11 @@ class Controller:
             return completed(self.plan, report.summary, seconds)
         if isinstance(report, Diverged | Refused):
             state = TrialState.DIVERGED if isinstance(report, Diverged) else TrialState.FAILED
-            return unfinished(curve, state, report.reason, seconds)
+            return unfinished(self.plan, curve, state, report.reason, seconds)
         if trial.stop_reason is StopReason.PRUNE:
-            return pruned(curve, max(curve), seconds)
+            return pruned(self.plan, curve, max(curve), seconds)
         if trial.stop_reason in (StopReason.TRIAL_TIME, StopReason.BUDGET):
-            return unfinished(curve, TrialState.STOPPED, trial.stop_reason.value, seconds)
+            return unfinished(self.plan, curve, TrialState.STOPPED, trial.stop_reason.value, seconds)
         return None
 
     def crashed(self, number: int, error: str, *, again: bool) -> None:
@@ -276,7 +277,7 @@ class Controller:
             self._ended(Stopped(number))
             return
         curve = self.study.curves().get(number, {})
-        self._finish(trial, unfinished(curve, TrialState.FAILED, reason, self._seconds(trial)))
+        self._finish(trial, unfinished(self.plan, curve, TrialState.FAILED, reason, self._seconds(trial)))
 
     def _wall(self, trial: RunningTrial) -> float:
         return self.clock() - trial.since

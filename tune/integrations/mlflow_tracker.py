@@ -181,7 +181,7 @@ class _Tally:
         self._states[record.state] += 1
         if record.state is not TrialState.COMPLETE:
             return
-        for objective, value in zip(self._plan.sweep.objectives, record.outcome.objectives, strict=True):
+        for objective, value in zip(self._plan.objectives, record.outcome.objectives, strict=True):
             key, better = objective.metric.removeprefix("eval/"), min if objective.sign > 0 else max
             self._best[key] = better(value, self._best.get(key, value))
         if not self._references:

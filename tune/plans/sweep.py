@@ -3,16 +3,16 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dxmi.config import build, signature, to_tree
 from dxmi.errors import UserError
-from dxmi.metrics.keys import primary_key
+from dxmi.metrics.keys import MINIMIZE, Direction, ScoreKey, primary_key
 from dxmi.training.config import ExperimentConfig
-from tune.config.sweep import SweepConfig, TrackingConfig
+from tune.config.sweep import ObjectiveConfig, SweepConfig, TrackingConfig
 from tune.search.samplers import Proposal, num_planned, propose
 from tune.search.space import Axis, Value, parse_space, tree_with
 
@@ -69,7 +69,7 @@ class Plan:
         if len(history) >= self.num_trials:
             return None
         axes = sorted(self.axes, key=lambda axis: axis.path)  # their order in the file is not in the signature
-        return propose(self.sweep, axes, self.experiment, history)
+        return propose(replace(self.sweep, objectives=self.objectives), axes, self.experiment, history)
 
     @property
     def seeds_at_once(self) -> int:
@@ -109,10 +109,25 @@ class Plan:
         """
         return build(ExperimentConfig, self.tree_of(values))
 
+    @cached_property
+    def primary(self) -> ScoreKey:
+        """The experiment's own score."""
+        return primary_key(self.experiment.score_keys())
+
     @property
     def metric(self) -> str:
         """The key of the experiment's own score, like eval/fid_digits."""
-        return primary_key(self.experiment.score_keys()).name
+        return self.primary.name
+
+    @property
+    def direction(self) -> Direction:
+        """Whether the experiment's own score is minimized or maximized."""
+        return self.primary.direction
+
+    @cached_property
+    def objectives(self) -> tuple[ObjectiveConfig, ...]:
+        """What trials are judged by, each with its direction."""
+        return resolved_objectives(self.sweep.objectives, self.experiment)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -180,6 +195,18 @@ def keys_of(experiment: ExperimentConfig) -> list[str]:
     return [key.name for key in sorted(experiment.score_keys(), key=lambda key: not key.primary)]
 
 
+def resolved_objectives(
+    objectives: Sequence[ObjectiveConfig], experiment: ExperimentConfig
+) -> tuple[ObjectiveConfig, ...]:
+    """The objectives of a study with the direction of their metric where they name none."""
+    keys = experiment.score_keys()
+    known = {key.name: key.direction for key in keys} | {"score": primary_key(keys).direction}
+    return tuple(
+        replace(objective, direction=objective.direction or known.get(objective.metric, MINIMIZE))
+        for objective in objectives
+    )
+
+
 def metrics_of(experiment: ExperimentConfig) -> list[str]:
     """Every metric that an objective may name."""
     return [*_OWN_METRICS, *keys_of(experiment)]
@@ -204,10 +231,11 @@ def _check_objectives(sweep: SweepConfig, experiment: ExperimentConfig) -> None:
     known = metrics_of(experiment)
     for index, objective in enumerate(sweep.objectives):
         require_metric(f"sweep.objectives[{index}].metric", objective.metric, known)
-    first = sweep.objectives[0]
-    follows_curve = first.metric in ("score", known[len(_OWN_METRICS)]) and first.direction == "minimize"
+    first = resolved_objectives(sweep.objectives, experiment)[0]
+    own = primary_key(experiment.score_keys())
+    follows_curve = first.metric in ("score", own.name) and first.direction == own.direction
     if sweep.stopping.rule != "none" and not follows_curve:
         raise UserError(
-            f"sweep.stopping.rule is {sweep.stopping.rule!r}, which goes by the curve of the score: "
-            "the objective must be score then, and be minimized."
+            f"sweep.stopping.rule is {sweep.stopping.rule!r}, which follows the curve of the score: the objective must "
+            f"then be score, and be {own.direction}d."
         )

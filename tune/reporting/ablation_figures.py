@@ -58,7 +58,7 @@ def forest(results: Results) -> Figure:
     axes.set_yticks(range(len(found)), [comparison.arm for comparison in found])
     axes.tick_params(axis="y", labelsize=NORMAL, labelcolor=INK, length=0)
     axes.set_ylim(len(found) - 0.4, -0.6)
-    objective = results.plan.sweep.objectives[0]
+    objective = results.plan.objectives[0]
     axes.set_xlabel(
         f"{score_label(results.plan, objective)}: arm minus baseline, with {_percent(found[0].difference)} interval"
     )
@@ -109,7 +109,7 @@ def arm_curves(results: Results, curves: Mapping[int, Curve]) -> Figure:
     if scores and min(scores) > 0.0 and max(scores) > 2.0 * min(scores):
         panels[0].set_yscale("log")
         panels[0].yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    figure.supxlabel("DxMI iteration", fontsize=NORMAL, color=INK)
+    figure.supxlabel("iteration", fontsize=NORMAL, color=INK)
     figure.supylabel(results.plan.metric.removeprefix("eval/"), fontsize=NORMAL, color=INK)
     figure.set_label(
         f"mean {results.plan.metric.removeprefix('eval/')} over the seeds against iterations, {len(arms)} arms"
@@ -153,7 +153,7 @@ def interactions(results: Results) -> Figure:
             panel.set_visible(False)
         else:
             _draw_interaction(styled(panel), results, *pair)
-    figure.supylabel(score_label(results.plan, results.plan.sweep.objectives[0]), fontsize=NORMAL, color=INK)
+    figure.supylabel(score_label(results.plan, results.plan.objectives[0]), fontsize=NORMAL, color=INK)
     effect = results.effects[0]
     if effect.left_out:
         missing = f"means over the {effect.seeds} of {effect.seeds + effect.left_out} seeds at which no run is missing"

@@ -20,6 +20,7 @@ from dxmi.data.description import ClassCount, Description
 from dxmi.evaluation.config import NUM_SAMPLES_KEY
 from dxmi.evaluation.references import best_reference, scored_references
 from dxmi.formatting import score_text
+from dxmi.metrics.keys import MAXIMIZE, is_better
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.progress import Phase
 from dxmi.training.progress import Progress as Event
@@ -141,15 +142,17 @@ def result_table(summary: Summary) -> TextTable:
     steps, metric = summary.num_steps, summary.metric.removeprefix("eval/")
     others = [key for key in summary.scores["best"] if key.startswith(_BESIDE)]
     references = scored_references(vars(summary))
-    bold = best_reference(references, steps)
-    best = bold.key if bold is not None and bold.score < summary.best["value"] else "best"
+    bold = best_reference(references, steps, summary.direction)
+    is_beaten = bold is not None and is_better(bold.score, summary.best["value"], summary.direction)
+    best = bold.key if bold is not None and is_beaten else "best"
     after = f"{steps} step{'s' if steps > 1 else ''}, after (iteration {summary.best['step']})"
     rows = [(reference.label, str(reference.evaluations), reference.key) for reference in references]
     rows += [(after, str(steps), "best"), ("the data itself", "", "data")]
     draws = len(summary.generations)
     generations = f"; the best is the mean over {draws} draws of the noise" if draws > 1 else ""
+    better = "higher is better" if summary.direction == MAXIMIZE else "lower is better"
     table = TextTable(
-        caption=f"Network evaluations a sample; {metric} of {summary.num_samples:,} samples each, lower is better; "
+        caption=f"Network evaluations a sample; {metric} of {summary.num_samples:,} samples each, {better}; "
         f"seconds for 1,000 samples{generations}; {_NOT_COMPUTED} not computed. Bold: the best with at most {steps} "
         "evaluations."
     )
@@ -171,7 +174,8 @@ def show_result(console: Console, run: RunDirectory, summary: Summary) -> None:
     console.print(result_table(summary))
     if summary.labels:
         console.out(f"labels: {summary.labels}", highlight=False)
-    found = outdone("this run", summary.best["value"], scored_references(vars(summary)), summary.num_steps)
+    references = scored_references(vars(summary))
+    found = outdone("this run", summary.best["value"], references, summary.num_steps, summary.direction)
     for sentence in outdone_sentences(summary.metric, [found]):
         console.print(Text(sentence), highlight=False)
     for label, path in (

@@ -21,7 +21,7 @@ from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import create_trial
 
 from dxmi.evaluation.references import DATA, Role, ScoredReference, scored_references
-from tune.config.sweep import ObjectiveConfig
+from tune.config.sweep import ObjectiveConfig, sign_of
 from tune.plans.sweep import Plan
 from tune.search.space import Axis, Param, Value, show
 from tune.studies.leaderboard import best_of, better, metric_label, number, short_names, summary_of
@@ -50,7 +50,7 @@ def study_figures(study: Study, records: Sequence[TrialRecord]) -> dict[str, Fig
     curves = {n: curve for n, curve in study.curves().items() if n in numbers and curve}
     if curves:
         figures["curves"] = score_curves(plan, records, curves)
-    if len(plan.sweep.objectives) > 1 and complete:
+    if len(plan.objectives) > 1 and complete:
         figures["pareto"] = pareto(plan, records)
     if len(plan.axes) > 1 and len(complete) > 1:
         figures["parallel"] = parallel_coordinates(plan, records)
@@ -124,11 +124,12 @@ def _reference(scored: Sequence[ScoredReference]) -> Reference:
     )
 
 
-def shared_highlights(records: Sequence[TrialRecord]) -> list[Reference]:
+def shared_highlights(plan: Plan, records: Sequence[TrialRecord]) -> list[Reference]:
     """The references that are worth a line: those that all trials share, and of samplers with few steps the best."""
     shared = [reference for reference in references(records) if reference.is_shared]
     few = [reference for reference in shared if reference.role is Role.FEW]
-    best = min(few, key=lambda reference: reference.low, default=None)
+    sign = sign_of(plan.direction)
+    best = min(few, key=lambda reference: sign * reference.low, default=None)
     return [r for r in shared if r.role in (Role.FULL, Role.SHORTENED, None) or r is best]
 
 
@@ -240,15 +241,15 @@ def score_curves(plan: Plan, records: Sequence[TrialRecord], curves: Curves) -> 
     shown = [record for record in records if record.number in curves]
     for record in shown:
         _draw_curve(axes, record, curves[record.number], best, pale=len(shown) > _CROWD)
-    lines = shared_highlights(records)
-    low, high = _view([curves[record.number] for record in shown], [line.low for line in lines])
+    lines = shared_highlights(plan, records)
+    low, high = _view([curves[record.number] for record in shown], [line.low for line in lines], plan.direction)
     _scale_scores(axes, low, high, log=_is_log([low, high]))
     axes.set_xlim(left=0)
-    axes.set(xlabel="DxMI iteration", ylabel=plan.metric.removeprefix("eval/"))
+    axes.set(xlabel="iteration", ylabel=plan.metric.removeprefix("eval/"))
     _draw_references(axes, lines)
     _legend(axes, shown, best)
     figure.set_label(
-        f"{plan.metric.removeprefix('eval/')} of {len(shown)} trials against DxMI iterations"
+        f"{plan.metric.removeprefix('eval/')} of {len(shown)} trials against iterations"
         + (f"; trial {best.number} is the best" if best else "")
         + "".join(f"; {line.label}: {number(line.low)}" for line in lines)
     )
@@ -280,11 +281,14 @@ def _look(state: TrialState) -> tuple[str, str, float]:
     return ASIDE, ">" if state is TrialState.RUNNING else "|", 3
 
 
-def _view(curves: Sequence[Mapping[int, float]], lines: Sequence[float]) -> tuple[float, float]:
-    """What the y axis shows: all, except that a trial that explodes does not press the others flat."""
-    scores = sorted(score for curve in curves for score in curve.values())
-    limit = max([10.0 * abs(scores[len(scores) // 2]), *lines])
-    return min([*scores, *lines]), max([*(score for score in scores if score <= limit), *lines])
+def _view(curves: Sequence[Mapping[int, float]], lines: Sequence[float], direction: str) -> tuple[float, float]:
+    """The range of the y axis: everything, except that a trial that explodes does not press the others flat."""
+    sign = sign_of(direction)
+    scores = sorted(sign * score for curve in curves for score in curve.values())
+    signed = [sign * line for line in lines]
+    limit = max([10.0 * abs(scores[len(scores) // 2]), *signed])
+    ends = min([*scores, *signed]), max([*(score for score in scores if score <= limit), *signed])
+    return (ends[0], ends[1]) if sign > 0 else (-ends[1], -ends[0])
 
 
 def _draw_references(axes: Axes, lines: Sequence[Reference]) -> None:
@@ -334,7 +338,7 @@ def _legend(axes: Axes, shown: Sequence[TrialRecord], best: TrialRecord | None) 
 
 def parallel_coordinates(plan: Plan, records: Sequence[TrialRecord]) -> Figure:
     """One line a complete trial through its settings to its first objective, whose colour it has."""
-    complete = sorted(_complete(records), key=lambda r: -plan.sweep.objectives[0].sign * _first(r))
+    complete = sorted(_complete(records), key=lambda r: -plan.objectives[0].sign * _first(r))
     scores = [_first(record) for record in complete]
     log = _is_log(scores)
     figure = Figure(figsize=(max(WIDTH, len(plan.axes) + 1.5), 4.4), layout="constrained")
@@ -348,7 +352,7 @@ def parallel_coordinates(plan: Plan, records: Sequence[TrialRecord]) -> Figure:
         _vertical(axes, index, height, short_names(plan)[axis.path], ticks)
     _draw_lines(axes, plan, complete, log=log)
     _score_axis(axes, plan, scores, log=log)
-    objective = plan.sweep.objectives[0]
+    objective = plan.objectives[0]
     figure.set_label(
         f"Parallel coordinates of {len(complete)} complete trials: {', '.join(short_names(plan).values())}, "
         f"and {score_label(plan, objective)}"
@@ -398,7 +402,7 @@ def _draw_lines(axes: Axes, plan: Plan, complete: Sequence[TrialRecord], *, log:
 
 def _score_color(plan: Plan, place: float) -> tuple[float, float, float, float]:
     """Dark is good: `place` is where the score lies on its axis, 0 at the bottom."""
-    badness = place if plan.sweep.objectives[0].direction == "minimize" else 1.0 - place
+    badness = place if plan.objectives[0].direction == "minimize" else 1.0 - place
     red, green, blue, _ = _SCORES(0.92 * badness)
     return red, green, blue, 1.0
 
@@ -409,7 +413,7 @@ def _score_axis(axes: Axes, plan: Plan, scores: Sequence[float], *, log: bool) -
     bits = [[(x, step / 32), (x, 1.0)] for step in range(32)]  # each over the one before, so that there are no seams
     colors = [_score_color(plan, (step + 0.5) / 32) for step in range(32)]
     axes.add_collection(LineCollection(bits, colors=colors, linewidths=6, zorder=4, capstyle="butt"))
-    objective = plan.sweep.objectives[0]
+    objective = plan.objectives[0]
     name = metric_label(plan, objective)
     axes.text(x, 1.05, name, ha="center", fontsize=NORMAL, color=INK, fontweight="bold")
     ticks = _log_ticks(low, high, 6) if log else [t for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
@@ -424,7 +428,7 @@ def _score_axis(axes: Axes, plan: Plan, scores: Sequence[float], *, log: bool) -
 
 def slices(plan: Plan, records: Sequence[TrialRecord]) -> Figure:
     """The first objective against each setting; trials that were stopped early are hollow."""
-    objective = plan.sweep.objectives[0]
+    objective = plan.objectives[0]
     best, *others = [record for record in ranked(plan, records) if record.state is TrialState.COMPLETE]
     hollow = _stopped_early(records) if _is_score(plan, objective) else []
     low, high = _slices_view([_first(record) for record in (best, *others)], [value for _, value in hollow])
@@ -559,7 +563,7 @@ def importance_bars(plan: Plan, shares: Mapping[str, float], num_trials: int) ->
     axes.tick_params(axis="y", labelsize=NORMAL, labelcolor=INK, length=0)
     axes.set_xlim(0, max(shares.values()) * 1.12)
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.set_xlabel(f"share of the variance of {metric_label(plan, plan.sweep.objectives[0])} over {num_trials} trials")
+    axes.set_xlabel(f"share of the variance of {metric_label(plan, plan.objectives[0])} over {num_trials} trials")
     axes.spines["left"].set_visible(False)
     figure.set_label("Importance: " + ", ".join(f"{names[path]} {share:.0%}" for path, share in shares.items()))
     return figure
@@ -571,7 +575,7 @@ def importance_bars(plan: Plan, shares: Mapping[str, float], num_trials: int) ->
 
 def pareto(plan: Plan, records: Sequence[TrialRecord]) -> Figure:
     """The first objective against the second, and the trials that no other beats in both."""
-    first, second = plan.sweep.objectives
+    first, second = plan.objectives
     complete, front = _complete(records), pareto_front(plan, records)
     on_front = {record.number for record in front}
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from dxmi.evaluation.references import DATA, best_reference, full_reference, scored_references
+from dxmi.metrics.keys import MINIMIZE
 from tune.plans.sweep import Plan
 from tune.reporting.sentences import score_of
 from tune.studies.arm_results import Results
@@ -150,7 +151,8 @@ def reference_strips(plan: Plan, runs: Sequence[TrialRecord], side: int, columns
 def _strip_words(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """File, name and note of each picture of references."""
     scored, floor = scored_references(summary), summary["reference"].get(DATA)
-    full, few = full_reference(scored), best_reference(scored, summary["num_steps"])
+    direction = str(summary.get("direction", MINIMIZE))
+    full, few = full_reference(scored, direction), best_reference(scored, summary["num_steps"], direction)
     references = [("full", full), ("few", few)]
     return [
         ("data", "real data", "" if floor is None else number(floor)),

@@ -45,7 +45,7 @@ def result_sentences(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
     best = best_of(plan, records)
     if best is None:
         return ["No trial is complete, so there is no result yet." if records else "No trial has begun."]
-    objective, has_front = plan.sweep.objectives[0], len(plan.sweep.objectives) > 1
+    objective, has_front = plan.objectives[0], len(plan.objectives) > 1
     label, value = metric_label(plan, objective), number(best.outcome.objectives[0], objective.metric)
     claim = f"has the best {label}, {value}" if has_front else f"is the best, with {label} {value}"
     words = settings(plan, best)
@@ -62,11 +62,11 @@ def _references_sentences(plan: Plan, best: TrialRecord) -> list[str]:
     summary = summary_of(best)
     if not summary:
         return []
-    shown = highlights(scored_references(summary), summary["num_steps"])
+    shown = highlights(scored_references(summary), summary["num_steps"], plan.direction)
     parts = [f"{reference.label}: {number(reference.score)}" for reference in shown]
     if DATA in summary["reference"]:
         parts.append(f"the data itself: {number(summary['reference'][DATA])}")
-    is_score = plan.sweep.objectives[0].metric in ("score", plan.metric)
+    is_score = plan.objectives[0].metric in ("score", plan.metric)
     label = "" if is_score else f"Its {plan.metric.removeprefix('eval/')} is {number(score_of(best))}. "
     return [f"{label}References, each on {summary['num_samples']:,} samples: {'; '.join(parts)}."] if parts else []
 
@@ -75,7 +75,7 @@ def _front_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
     front = pareto_front(plan, records)
 
     def point(record: TrialRecord) -> str:
-        pairs = zip(plan.sweep.objectives, record.outcome.objectives, strict=True)
+        pairs = zip(plan.objectives, record.outcome.objectives, strict=True)
         return " with ".join(f"{metric_label(plan, o)} {number(value, o.metric)}" for o, value in pairs)
 
     if len(front) == 1:

@@ -166,7 +166,7 @@ def _is_missing(row: LeaderboardRow, plan: Plan) -> bool:
 
 
 def _caption(plan: Plan, rows: Sequence[LeaderboardRow], shown: Sequence[LeaderboardRow], fresh: str) -> str:
-    sentences = [f"{', '.join(f'{metric_label(plan, o)}: {better(o)}' for o in plan.sweep.objectives)}."]
+    sentences = [f"{', '.join(f'{metric_label(plan, o)}: {better(o)}' for o in plan.objectives)}."]
     if any(_marked_score(row).endswith(NOT_COMPARABLE) for row in shown):
         sentences.append(f"{NOT_COMPARABLE} on the noise that chose the checkpoint: not comparable.")
     if any(_is_missing(row, plan) for row in shown):
@@ -195,7 +195,7 @@ _STYLES = {
 
 def arms_table(results: Results) -> TextTable:
     """The terminal's table: one row an arm, with its verdict."""
-    objective = results.plan.sweep.objectives[0]
+    objective = results.plan.objectives[0]
     table = TextTable(
         "arm", "seeds", "missing", f"{metric_label(results.plan, objective)}, mean", *other_labels(results),
         "minus baseline", p_label(results), "verdict",

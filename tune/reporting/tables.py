@@ -10,6 +10,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 
 from dxmi.evaluation.references import best_reference, scored_references
+from dxmi.metrics.keys import is_better
 from tune.plans.arms import Arm, two_level_design
 from tune.plans.sweep import Plan, fidelity_keys
 from tune.reporting.figures import Reference, references
@@ -240,7 +241,7 @@ def ablation_tables(results: Results) -> _Ablation:
 
 
 def _arms(results: Results) -> HtmlTable:
-    label = metric_label(results.plan, results.plan.sweep.objectives[0])
+    label = metric_label(results.plan, results.plan.objectives[0])
     headings = [
         ("arm", "what is compared", ""),
         ("changes of the baseline", "settings", ""),
@@ -318,8 +319,8 @@ def sampler_rows(plan: Plan, records: Sequence[TrialRecord]) -> list[_Sampler]:
         return [number(own[key]) if key in own else NOT_COMPUTED for key in fidelity_keys(plan.experiment)]
 
     by_label = {reference.label: reference.key for reference in scored}
-    cheap = best_reference(scored, summary["num_steps"])
-    beaten = cheap is not None and cheap.score < score_of(best)
+    cheap = best_reference(scored, summary["num_steps"], plan.direction)
+    beaten = cheap is not None and is_better(cheap.score, score_of(best), plan.direction)
     rows = [
         _Sampler(
             _sampler_name(reference),
@@ -367,12 +368,12 @@ def space_rows(plan: Plan, records: Sequence[TrialRecord]) -> list[tuple[str, st
 def front_table(plan: Plan, records: Sequence[TrialRecord]) -> HtmlTable | None:
     """The Pareto front, if there are two objectives and a complete trial."""
     front = pareto_front(plan, records)
-    if len(plan.sweep.objectives) < 2 or not front:
+    if len(plan.objectives) < 2 or not front:
         return None
-    labels = [metric_label(plan, objective) for objective in plan.sweep.objectives]
+    labels = [metric_label(plan, objective) for objective in plan.objectives]
     headings = [
         ("trial", "trial", "number"),
-        *((label, better(o), "number") for label, o in zip(labels, plan.sweep.objectives, strict=True)),
+        *((label, better(o), "number") for label, o in zip(labels, plan.objectives, strict=True)),
         *_setting_headings(plan),
     ]
     rows = [

@@ -1,6 +1,7 @@
 """Early stopping: pure functions of the trials' curves, so that a decision can be taken again after a crash.
 
-A curve holds one trial's score by iteration, lower is better here. A decision about a trial at a step looks at nothing
+A curve holds one trial's score by iteration; lower is better here, so that scores to be maximized come with their sign
+changed. A decision about a trial at a step looks at nothing
 that the trial does afterwards.
 """
 

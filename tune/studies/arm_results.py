@@ -244,7 +244,7 @@ class Results:
 
     @property
     def _direction(self) -> Direction:
-        return "minimize" if self.plan.ablation.objective.sign > 0 else "maximize"
+        return "minimize" if self.plan.objectives[0].sign > 0 else "maximize"
 
     @property
     def _bootstrap(self) -> Bootstrap:
@@ -296,7 +296,8 @@ class Results:
             scored = self._scored_summaries(arm.name)
             if scored:
                 score, summaries = float(np.mean([score for score, _ in scored])), [summary for _, summary in scored]
-                found.append(outdone(arm.name, score, _mean_references(summaries), summaries[0]["num_steps"]))
+                evaluations, direction = summaries[0]["num_steps"], self.plan.direction
+                found.append(outdone(arm.name, score, _mean_references(summaries), evaluations, direction))
         return outdone_sentences(self.plan.metric, found)
 
     def _scored_summaries(self, arm: str) -> list[tuple[float, Mapping[str, Any]]]:
@@ -554,7 +555,7 @@ def mean_text(summary: ArmSummary) -> str:
 
 def latex(results: Results) -> str:
     """The table for a paper, in the form of the booktabs package."""
-    objective = results.plan.sweep.objectives[0]
+    objective = results.plan.objectives[0]
     compared = {comparison.arm: comparison for comparison in results.comparisons}
     others = other_labels(results)
     labels = [_escaped(label) for label in (metric_label(results.plan, objective), *others)]

@@ -51,7 +51,7 @@ def chosen(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """The trials that the sweep chooses: the best, or with two objectives the Pareto front."""
     if isinstance(plan, AblationPlan):
         return []
-    if len(plan.sweep.objectives) > 1:
+    if len(plan.objectives) > 1:
         return pareto_front(plan, records)
     return [record for record in ranked(plan, records)[:1] if record.state is TrialState.COMPLETE]
 

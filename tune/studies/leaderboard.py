@@ -67,9 +67,7 @@ def _ends_so(path: str, end: str) -> bool:
 
 def objective_columns(plan: Plan) -> list[str]:
     """One column an objective; `seconds` is there already, and means the whole trial."""
-    return [
-        "finetune_seconds" if objective.metric == "seconds" else objective.metric for objective in plan.sweep.objectives
-    ]
+    return ["finetune_seconds" if objective.metric == "seconds" else objective.metric for objective in plan.objectives]
 
 
 def fidelity_columns(plan: Plan) -> list[str]:
@@ -132,7 +130,7 @@ def fresh_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
         return f"Trial {best.number} has no score on fresh noise ({why}): as the first of many it may look too good."
     values = (
         f"{metric_label(plan, o)} {number(value, o.metric)}"
-        for o in plan.sweep.objectives
+        for o in plan.objectives
         if (value := fresh.value(plan, o)) is not None
     )
     text = ", ".join(values) or f"{plan.metric.removeprefix('eval/')} {number(fresh.scores[plan.metric])}"
@@ -142,17 +140,17 @@ def fresh_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
 def free_sampler_sentences(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
     """Whether training-free samplers are better than the best trial, or than trials on the Pareto front."""
     best = best_of(plan, records)
-    results = pareto_front(plan, records) if len(plan.sweep.objectives) > 1 else [best]
-    return outdone_sentences(plan.metric, [_outdone(record) for record in results if record is not None])
+    results = pareto_front(plan, records) if len(plan.objectives) > 1 else [best]
+    return outdone_sentences(plan.metric, [_outdone(plan, record) for record in results if record is not None])
 
 
-def _outdone(record: TrialRecord) -> Outdone | None:
+def _outdone(plan: Plan, record: TrialRecord) -> Outdone | None:
     from dxmi.evaluation.references import scored_references  # noqa: PLC0415  (it imports PyTorch)
 
     summary, score = summary_of(record), record.outcome.score
     if not summary or score is None:
         return None
-    return outdone(f"trial {record.number}", score, scored_references(summary), summary["num_steps"])
+    return outdone(f"trial {record.number}", score, scored_references(summary), summary["num_steps"], plan.direction)
 
 
 # ----------------------------------------------------------------------------
@@ -184,7 +182,7 @@ def leaderboard(plan: Plan, records: Sequence[TrialRecord]) -> "pd.DataFrame":
     for name in fidelity_columns(plan):
         columns[name] = pd.array([_fidelity(record, name) for record in rows], dtype="Float64")
     fresh = fresh_scores_of(rows)
-    for objective, name in zip(plan.sweep.objectives, objective_columns(plan), strict=True):
+    for objective, name in zip(plan.objectives, objective_columns(plan), strict=True):
         values = [fresh[r.number].value(plan, objective) if r.number in fresh else None for r in rows]
         if any(value is not None for value in values):
             columns[f"{FRESH}{name.removeprefix('eval/')}"] = pd.array(values, dtype="Float64")
@@ -313,7 +311,7 @@ def write_best(study: Study, records: Sequence[TrialRecord]) -> Path | None:
         return None
     tree = to_tree(study.config(best))
     tree["resources"] = _resources(best, tree["resources"])
-    objective = study.plan.sweep.objectives[0]
+    objective = study.plan.objectives[0]
     header = [
         f"study {study.plan.name}, trial {best.number}",
         f"{objective.metric} {best.outcome.objectives[0]:.6g} ({metric_label(study.plan, objective)}, "

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dxmi.formatting import score_text
+from dxmi.metrics.keys import MINIMIZE, is_better
 from tune.messages import listed
 
 if TYPE_CHECKING:
@@ -28,12 +29,18 @@ class Outdone:
     reference: float
 
 
-def outdone(subject: str, score: float, references: "Iterable[ScoredReference]", evaluations: int) -> Outdone | None:
+def outdone(
+    subject: str,
+    score: float,
+    references: "Iterable[ScoredReference]",
+    evaluations: int,
+    direction: str = MINIMIZE,
+) -> Outdone | None:
     """The best training-free sampler with no more network evaluations than a result has, if it is better than that."""
     from dxmi.evaluation.references import best_reference  # noqa: PLC0415  (it imports PyTorch)
 
-    best = best_reference(references, evaluations)
-    if best is None or not best.score < score:
+    best = best_reference(references, evaluations, direction)
+    if best is None or not is_better(best.score, score, direction):
         return None
     return Outdone(subject, score, best.label, best.score)
 

@@ -8,7 +8,7 @@ from tune.studies.records import TrialRecord, TrialState
 
 def ranked(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """The leaderboard: complete trials by the first objective, then the others by score, then those without one."""
-    sign = plan.sweep.objectives[0].sign
+    sign = plan.objectives[0].sign
 
     def key(record: TrialRecord) -> tuple[int, float, int]:
         outcome = record.outcome
@@ -21,7 +21,7 @@ def ranked(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 def pareto_front(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """The complete trials that no other beats in one objective without losing in another, by the first objective."""
-    signs = [objective.sign for objective in plan.sweep.objectives]
+    signs = [objective.sign for objective in plan.objectives]
     points = {
         record.number: tuple(sign * value for sign, value in zip(signs, record.outcome.objectives, strict=True))
         for record in records

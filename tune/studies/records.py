@@ -8,6 +8,7 @@ from typing import Any, Self
 from dxmi.errors import UserError
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.config import ExperimentConfig
+from tune.config.sweep import sign_of
 from tune.plans.sweep import Plan
 from tune.search.space import Value
 
@@ -129,19 +130,21 @@ def completed(plan: Plan, summary: Mapping[str, Any], seconds: float | None = No
         TrialState.COMPLETE,
         score=float(summary["best"]["value"]),
         step=int(summary["best"]["step"]),
-        objectives=tuple(float(values[objective.metric]) for objective in plan.sweep.objectives),
+        objectives=tuple(float(values[objective.metric]) for objective in plan.objectives),
         seconds=sum(summary["seconds"].values()) if seconds is None else seconds,
     )
 
 
-def pruned(curve: Mapping[int, float], step: int, seconds: float = 0.0) -> Outcome:
+def pruned(plan: Plan, curve: Mapping[int, float], step: int, seconds: float = 0.0) -> Outcome:
     """The outcome of a trial that was stopped early at `step`."""
-    best = min((s for s in curve if s <= step), key=lambda s: curve[s])
+    sign = sign_of(plan.direction)
+    best = min((s for s in curve if s <= step), key=lambda s: sign * curve[s])
     return Outcome(TrialState.PRUNED, f"fell behind at iteration {step}", curve[best], best, seconds=seconds)
 
 
-def unfinished(curve: Mapping[int, float], state: TrialState, reason: str, seconds: float) -> Outcome:
+def unfinished(plan: Plan, curve: Mapping[int, float], state: TrialState, reason: str, seconds: float) -> Outcome:
     """The outcome of a trial that ended with whatever scores it had."""
-    best = min(curve, key=lambda s: curve[s], default=None)
+    sign = sign_of(plan.direction)
+    best = min(curve, key=lambda s: sign * curve[s], default=None)
     score = None if best is None else curve[best]
     return Outcome(state, reason, score, best, seconds=seconds)

@@ -20,6 +20,7 @@ from dxmi.config import signature
 from dxmi.errors import UserError
 from dxmi.training.config import ExperimentConfig
 from tune.compat import set_intermediate_value, set_user_attribute
+from tune.config.sweep import sign_of
 from tune.plans.ablation import AblationPlan
 from tune.plans.sweep import Plan
 from tune.search.pruners import should_prune
@@ -78,7 +79,7 @@ class Study:
         """
         plan = folder.begin(plan)
         journal.mend(folder.journal)
-        directions: list[Any] = [objective.direction for objective in plan.sweep.objectives]
+        directions: list[Any] = [objective.direction for objective in plan.objectives]
         with journal.readable(folder.journal):
             return cls(folder, plan, journal.create(folder.journal, plan.name, directions))._with_whole_records()
 
@@ -220,7 +221,9 @@ class Study:
         if step >= self.spec(self.record(number)).iterations:
             return False
         finished = [record.number for record in self._complete()]
-        return should_prune(self.plan.sweep.stopping, self.curves(), finished, number, step)
+        sign = sign_of(self.plan.direction)
+        curves = {n: {s: sign * score for s, score in curve.items()} for n, curve in self.curves().items()}
+        return should_prune(self.plan.sweep.stopping, curves, finished, number, step)
 
     def _complete(self) -> "list[FrozenTrial]":
         from optuna.trial import TrialState as OptunaState  # noqa: PLC0415
@@ -280,7 +283,7 @@ class Study:
         saved, _ = newest(record.run.checkpoints)
         curve = self.curves()[record.number]
         if saved is not None and saved.step in curve and self.should_prune(record.number, saved.step):
-            return pruned(curve, saved.step)
+            return pruned(self.plan, curve, saved.step)
         return None
 
 
