@@ -62,7 +62,7 @@ def with_end(trial: FrozenTrial, state: TrialState, values: list[float] | None) 
 
 def played(config: SweepConfig, axes: Sequence[Axis], score: Score, number: int) -> tuple[list[Proposal], list]:
     """The first proposals of a sweep whose trials all complete, and their history."""
-    study, proposals = optuna.create_study(directions=[o.direction for o in config.objectives]), []
+    study, proposals = optuna.create_study(directions=[o.direction or "minimize" for o in config.objectives]), []
     for _ in range(number):
         proposals.append(propose(config, axes, EXPERIMENT, study.trials))
         study.add_trial(with_end(template(axes, proposals[-1], {}), TrialState.COMPLETE, score(proposals[-1].values)))
@@ -95,7 +95,7 @@ def test_a_sweep_that_is_resumed_from_its_journal_proposes_what_it_would_have_pr
     axes = SMALL if kind == "grid" else MIXED
     ends = random.Random(1)
     path, number = str(tmp_path / "journal"), 9 if kind == "grid" else 14
-    directions = [objective.direction for objective in config.objectives]
+    directions = [objective.direction or "minimize" for objective in config.objectives]
     study = optuna.create_study(study_name="s", storage=JournalStorage(JournalFileBackend(path)), directions=directions)
     for _ in range(number):
         proposal = propose(config, axes, EXPERIMENT, study.trials)
@@ -369,7 +369,7 @@ def test_nsga2_goes_on_where_trials_fail():
 def test_a_proposal_is_in_the_journal_whole_by_one_line(kind, tmp_path):
     config, axes = sweep(kind), SMALL if kind == "grid" else MIXED
     path = tmp_path / "journal"
-    directions = [objective.direction for objective in config.objectives]
+    directions = [objective.direction or "minimize" for objective in config.objectives]
 
     def opened(file: Path) -> optuna.Study:
         return optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(file))))

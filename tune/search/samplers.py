@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dxmi.training.config import ExperimentConfig
-from tune.config.sweep import SweepConfig
+from tune.config.sweep import MINIMIZE, SweepConfig
 from tune.search.space import Axis, Value, grid_points, value_at
 
 if TYPE_CHECKING:  # Optuna and SciPy are imported where they are used: most of what reads a study needs neither
@@ -83,7 +83,7 @@ def _from_model(sweep: SweepConfig, axes: Sequence[Axis], history: "Sequence[Fro
     """What Optuna's sampler asks for, in a study in memory that holds the history."""
     import optuna  # noqa: PLC0415
 
-    directions: list[Any] = [objective.direction for objective in sweep.objectives]
+    directions: list[Any] = [objective.direction or MINIMIZE for objective in sweep.objectives]
     study = optuna.create_study(directions=directions, sampler=_sampler(sweep, len(history)))
     study.add_trials(history)
     asked = study.ask({axis.path: axis.distribution for axis in axes})
