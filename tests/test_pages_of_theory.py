@@ -8,7 +8,7 @@ import functools
 import importlib
 import re
 import textwrap
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -147,18 +147,6 @@ def test_every_setting_of_an_optimizer_is_named():
     assert [f.name for f in fields(PolicyOptimizerConfig) if f"`{f.name}`" not in text] == []
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_headings_and_files(page):
-    path = METHOD if page == "method" else PAGE
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[page]):
-        file, _, anchor = target.partition("#")
-        linked = (path.parent / file).resolve() if file else path
-        assert linked.is_file(), target
-        if anchor:
-            headings = re.findall(r"^#+ (.+)$", linked.read_text(), flags=re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
 def test_the_exact_solution_is_what_the_page_says():
     (block,) = code_blocks(PAGES["method"])
     names: dict[str, Any] = {}
@@ -167,10 +155,8 @@ def test_the_exact_solution_is_what_the_page_says():
 
 
 def test_the_example_of_an_algorithm_runs():
-    """Its two classes, with the names that the modules of algorithms import, do an update on the digits."""
-    names: dict[str, Any] = {"dataclass": dataclass}
-    for module in ("configs", "policy_gradient", "reinforce"):
-        names |= vars(importlib.import_module(f"dxmi.algorithms.{module}"))
+    """Its two classes, with no more than they import, do an update on the digits."""
+    names: dict[str, Any] = {}
     for block in code_blocks(PAGES["algorithms"]):
         exec(compile(block, str(PAGE), "exec", dont_inherit=True), names)
     network = {"hidden": 8, "layers": 2, "embedding": 4}

@@ -445,7 +445,7 @@ def _layout_of(network: nn.Module, state: State) -> tuple[str, list[Row], tuple[
                 layout = layout_of(network, state) if callable(layout_of) else layout_of
                 return name, layout.rows(network), layout.ignored
     raise UserError(
-        f"The checkpoint is in no layout that {type(network).__name__} can be read from (README, Networks, has them): "
+        f"The checkpoint is in no layout that {type(network).__name__} can be read from (configs/README.md has them): "
         f"its first names are {', '.join(map(printable, list(state)[:3]))}."
     )
 
