@@ -128,7 +128,7 @@ def test_initial_weights_come_from_the_generator_alone():
 
 
 def test_a_model_that_is_no_denoiser_is_refused(tmp_path):
-    with pytest.raises(UserError, match=stating("no model … diffusers")):
+    with pytest.raises(UserError, match=stating("not hold … diffusers model")):
         config_of_folder(tmp_path)
     for change, sentence in (
         ({"_class_name": "UNet2DConditionModel"}, "holds a UNet2DConditionModel"),
@@ -143,7 +143,7 @@ def test_a_model_that_is_no_denoiser_is_refused(tmp_path):
 
 
 def test_a_network_that_diffusers_has_not_is_refused(tmp_path):
-    with pytest.raises(UserError, match=stating("no U-Net")):
+    with pytest.raises(UserError, match=stating("not a U-Net")):
         write_folder(make(MlpConfig(hidden=8)), EVENT, tmp_path)
 
 

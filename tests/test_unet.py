@@ -236,7 +236,7 @@ def test_an_image_that_cannot_be_halved_is_refused():
 
 
 def test_labels_for_a_network_without_classes_are_refused():
-    with pytest.raises(UserError, match=stating("no classes")):
+    with pytest.raises(UserError, match=stating("not class-conditional")):
         make(UnetConfig(**SMALL)).embed_labels(torch.tensor([1]))
 
 

@@ -1,4 +1,4 @@
-"""What every network shares: the interfaces, the common part of a config, and the time embedding."""
+"""The interfaces of the networks, conditioning, and the time embedding."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,12 +11,12 @@ from dxmi.errors import UserError
 
 
 class Denoiser(nn.Module, ABC):
-    """Predicts the noise in a noised input, or what else its schedule reads it as.
+    """Predicts the noise in a noised input, or the quantity that its schedule interprets the output as.
 
     Attributes:
-        dropout: share of activations that training drops; if it is not 0, `forward` takes a seed for each sample.
-        classes: how many classes it is conditioned on; 0 for none.
-        latent: how many numbers are in the latent that it takes beside its input, Z; 0 for none.
+        dropout: probability of dropping an activation in training; if not 0, `forward` takes a seed per sample.
+        classes: number of classes that it is conditioned on; 0 if it is unconditional.
+        latent: dimension Z of the latent that it takes in addition to its input; 0 if it takes none.
     """
 
     dropout: float = 0.0
@@ -28,31 +28,31 @@ class Denoiser(nn.Module, ABC):
         """Embeddings [N, E] of diffusion steps [N], which may be fractional."""
 
     def embed_labels(self, labels: Tensor) -> Tensor:  # noqa: ARG002
-        """What labels [B] add to an embedding, [B, E]."""
-        raise UserError(f"{type(self).__name__} knows no classes, but was given labels.")
+        """The term that labels [B] add to an embedding, [B, E]."""
+        raise UserError(f"{type(self).__name__} is not class-conditional, but was given labels.")
 
     def embed_latent(self, latent: Tensor) -> Tensor:  # noqa: ARG002
-        """What latents [B, Z] add to an embedding, [B, E]."""
-        raise UserError(f"{type(self).__name__} takes no latent, but was given one.")
+        """The term that latents [B, Z] add to an embedding, [B, E]."""
+        raise UserError(f"{type(self).__name__} does not take a latent, but was given one.")
 
     @abstractmethod
     def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None = None) -> Tensor:
-        """The noise in `x` [B, *event].
+        """Predict the noise in `x`: [B, *event].
 
         Args:
             x: [B, *event].
-            embedding: one a batch [1, E] or one a sample [B, E].
-            seed: of each sample's dropout, 62 bits, int64, [B]; without it nothing is dropped.
+            embedding: one for the batch [1, E] or one per sample [B, E].
+            seed: dropout seed of each sample, 62 bits, int64, [B]; None disables dropout.
         """
 
 
 def conditioned(
     network: Denoiser, embedding: Tensor, condition: Condition = UNCONDITIONAL, latent: Tensor | None = None
 ) -> Tensor:
-    """An embedding [1 or B, E] of steps with that of the labels and of the latent [B, Z] added to it.
+    """Add the embeddings of the labels and of the latent [B, Z] to an embedding of steps [1 or B, E].
 
     Raises:
-        UserError: the network needs labels or a latent and has none, or the other way round.
+        UserError: the network needs labels or a latent that are missing, or does not take those that were given.
     """
     labels = condition.labels
     if condition.embeddings is not None or condition.prompts is not None:
@@ -68,29 +68,29 @@ def conditioned(
 
 
 class Critic(nn.Module, ABC):
-    """Scores an input: an energy.
+    """Scores an input; used as an energy.
 
     Attributes:
-        classes: how many classes it is conditioned on; 0 for none.
+        classes: number of classes that it is conditioned on; 0 if it is unconditional.
     """
 
     classes: int = 0
 
     @property
     def offsets(self) -> tuple[nn.Parameter, ...]:
-        """Parameters that do no more than add one constant to all scores."""
+        """Parameters whose only effect is to add the same constant to all scores."""
         return ()
 
     @abstractmethod
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The score of `x` [B, *event]: [B]. A network with classes needs the label of each, int64 [B]."""
+        """The scores of `x` [B, *event]: [B]. A class-conditional network needs the labels, int64 [B]."""
 
 
 class TimedCritic(nn.Module, ABC):
-    """Scores an input at a step: a value.
+    """Scores an input at a step; used as a value function.
 
     Attributes:
-        classes: how many classes it is conditioned on; 0 for none.
+        classes: number of classes that it is conditioned on; 0 if it is unconditional.
     """
 
     classes: int = 0
@@ -101,16 +101,22 @@ class TimedCritic(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, embedding: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The score of `x` [B, *event], given embeddings [1, E] or [B, E], and labels [B] if it has classes: [B]."""
+        """The scores of `x` [B, *event]: [B].
+
+        Args:
+            x: [B, *event].
+            embedding: one for the batch [1, E] or one per sample [B, E].
+            labels: int64 [B] if the network is class-conditional, else None.
+        """
 
 
 class SinusoidalEmbedding(nn.Module):
     """Sines and cosines of a step at geometric frequencies from 1 to 1 / 10,000 (arXiv 1706.03762, section 3.5).
 
     Args:
-        dim: how many, even.
-        endpoint: reach 1 / 10,000, as DDPM's code does; else it would be the next frequency after the last.
-        cosine_first: cosines before sines, as in ADM's code.
+        dim: size of the embedding, an even number.
+        endpoint: whether the last frequency is 1 / 10,000, as in DDPM's code; else 1 / 10,000 would be the next one.
+        cosine_first: whether cosines come before sines, as in ADM's code.
     """
 
     frequency: Tensor
@@ -122,7 +128,7 @@ class SinusoidalEmbedding(nn.Module):
         self.register_buffer("frequency", torch.exp(-math.log(10_000.0) * exponent).float(), persistent=False)
 
     def forward(self, steps: Tensor) -> Tensor:
-        """[N] to [N, dim]."""
+        """Map steps [N] to [N, dim]."""
         angle = steps.to(self.frequency.dtype)[:, None] * self.frequency
         waves = (angle.cos(), angle.sin()) if self.cosine_first else (angle.sin(), angle.cos())
         return torch.cat(waves, dim=1)

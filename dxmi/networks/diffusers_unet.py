@@ -14,12 +14,12 @@ from dxmi.networks.layers import fan_in_uniform, image_event
 
 
 class DiffusersDenoiser(Denoiser):
-    """A UNet2DModel. The embedding is the step itself, with the label beside it: the model embeds both on its own.
+    """A UNet2DModel. The embedding holds only the step and the label: the model itself embeds both.
 
     Args:
-        config: its settings.
+        config: settings of the model.
         event: (C, H, W) of one sample, H = W.
-        generator: of the weights.
+        generator: draws the initial weights.
 
     Raises:
         UserError: diffusers is not installed, or refuses the config.
@@ -40,26 +40,26 @@ class DiffusersDenoiser(Denoiser):
         self.model: nn.Module = _initialised(network, generator)
 
     def embed(self, steps: Tensor) -> Tensor:
-        """[N] to [N, 2]: the step, and room for a label."""
+        """Map steps [N] to [N, 2]: the step, and a zero to which a label can be added."""
         step = steps.float()
         return torch.stack((step, torch.zeros_like(step)), dim=1)
 
     def embed_labels(self, labels: Tensor) -> Tensor:
-        """[B] to [B, 2]."""
+        """Map labels [B] to [B, 2]."""
         if not self.classes:
             return super().embed_labels(labels)
         label = labels.float()
         return torch.stack((torch.zeros_like(label), label), dim=1)
 
     def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None = None) -> Tensor:  # noqa: ARG002
-        """The noise in `x` [B, C, H, W]; nothing is dropped."""
+        """Predict the noise in `x` [B, C, H, W], without dropout."""
         labels = embedding[:, 1].long() if self.classes else None
         (noise,) = self.model(x, embedding[:, 0], class_labels=labels, return_dict=False)
         return cast("Tensor", noise)
 
 
 def _initialised(network: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A network that was made on the meta device, on the CPU with PyTorch's initialisation, drawn from `generator`."""
+    """Move a network from the meta device to the CPU with PyTorch's initialization, drawn from `generator`."""
     network.to_empty(device="cpu")
     for layer in network.modules():
         if isinstance(layer, nn.GroupNorm):
@@ -72,5 +72,5 @@ def _initialised(network: nn.Module, generator: torch.Generator) -> nn.Module:
                 for parameter in layer.parameters(recurse=False):
                     parameter.uniform_(-bound, bound, generator=generator)
         elif any(True for _ in layer.parameters(recurse=False)):
-            raise UserError(f"A UNet2DModel with a {type(layer).__name__} cannot be initialised from a seed.")
+            raise UserError(f"A UNet2DModel with a {type(layer).__name__} cannot be initialized from a seed.")
     return network

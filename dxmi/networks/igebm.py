@@ -1,7 +1,7 @@
 """The residual energy of IGEBM (Du & Mordatch, arXiv 1903.08689) as DxMI uses it: a critic of images.
 
-conv, then six residual blocks without normalisation (1st, 3rd and 5th halve the resolution), ReLU, sum over the pixels,
-a linear map to one number, and one more scale and shift of that number, which is learned.
+A convolution, six residual blocks without normalization (the 1st, 3rd and 5th halve the resolution), ReLU, a sum over
+the pixels, a linear map to one number, and a learned scale and shift of that number.
 
 Axis letters: B batch, C channels, H height, W width, E embedding.
 """
@@ -27,7 +27,7 @@ _SLOPE = 0.2
 
 
 class _Block(nn.Module):
-    """lrelu(half(skip(x) + conv(lrelu(conv(x))))), each convolution followed by its class's scale and shift."""
+    """lrelu(half(skip(x) + conv(lrelu(conv(x))))), each convolution followed by a scale and a shift per class."""
 
     def __init__(
         self, inputs: int, outputs: int, config: IgebmConfig, generator: torch.Generator, *, down: bool, timed: bool
@@ -43,7 +43,7 @@ class _Block(nn.Module):
         self.steps = linear(config.embedding, outputs, generator) if timed else None
 
     def forward(self, x: Tensor, labels: Tensor | None, embedding: Tensor | None) -> Tensor:
-        """[B, inputs, H, W] to [B, outputs, H', W'], at the steps embedded in [1 or B, E]."""
+        """Map [B, inputs, H, W] to [B, outputs, H', W'], given the embedded steps [1 or B, E]."""
         h: Tensor = self.conv_in(x)
         if self.steps is not None and embedding is not None:
             h = h + as_map(self.steps(embedding))
@@ -58,18 +58,18 @@ class _Block(nn.Module):
 
 
 def _unit_table(classes: int, outputs: int) -> nn.Embedding:
-    """For each class two scales of 1 and two shifts of 0 for each channel: [classes, 4 C]."""
+    """A table [classes, 4 C] that holds two scales of 1 and two shifts of 0 per class and channel."""
     ones, zeros = torch.ones(classes, 2 * outputs), torch.zeros(classes, 2 * outputs)
     return nn.Embedding(classes, 4 * outputs, _weight=torch.cat((ones, zeros), dim=1))
 
 
 def _leaky(x: Tensor) -> Tensor:
-    """Leaky ReLU of a map that nobody else holds: in place where no gradient will ask for what went in."""
+    """Leaky ReLU, in place when gradients are disabled; `x` must not be used afterwards."""
     return F.leaky_relu(x, _SLOPE, inplace=not torch.is_grad_enabled())
 
 
 class _Body(nn.Module):
-    """All but the interfaces."""
+    """The network without the critic interfaces."""
 
     def __init__(self, config: IgebmConfig, event: tuple[int, ...], generator: torch.Generator, *, timed: bool) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class _Body(nn.Module):
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, labels: Tensor | None, embedding: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] to [B]."""
+        """Map [B, C, H, W] to scores [B]."""
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         h = _leaky(self.conv_in(x))
@@ -110,18 +110,18 @@ class IgebmCritic(Critic):
 
     @property
     def offsets(self) -> tuple[nn.Parameter, ...]:
-        """The biases of the last layer, and of the scale behind it if there is one."""
+        """The bias of the last layer, and that of the output scale if there is one."""
         last = (self.body.linear, self.body.output_scale)
         return tuple(layer.bias for layer in last if isinstance(layer, nn.Linear))
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] to [B]."""
+        """Map [B, C, H, W] to scores [B]."""
         score: Tensor = self.body(x, require_labels(labels, self.classes))
         return score
 
 
 class IgebmTimedCritic(TimedCritic):
-    """A time-conditioned score: the embedded step shifts each block's first convolution."""
+    """A time-conditioned score: the embedded step shifts the output of each block's first convolution."""
 
     def __init__(self, config: IgebmConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
         super().__init__()
@@ -129,11 +129,11 @@ class IgebmTimedCritic(TimedCritic):
         self.body = _Body(config, event, generator, timed=True)
 
     def embed(self, steps: Tensor) -> Tensor:
-        """[N] to [N, E]."""
+        """Map steps [N] to [N, E]."""
         embedding: Tensor = self.body.steps(steps)  # type: ignore[misc]
         return embedding
 
     def forward(self, x: Tensor, embedding: Tensor, labels: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] and [1 or B, E] to [B]."""
+        """Map [B, C, H, W] and embedded steps [1 or B, E] to scores [B]."""
         score: Tensor = self.body(x, require_labels(labels, self.classes), embedding)
         return score

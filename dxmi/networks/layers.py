@@ -1,4 +1,4 @@
-"""Layers that the image networks share: initialised from a generator, and pure functions of what they are given.
+"""Layers that the image networks share: initialized from a generator, and pure functions of their arguments.
 
 Axis letters: B batch, C channels, H height, W width, N = H W pixels, G heads, D channels of a head, E embedding.
 """
@@ -16,34 +16,34 @@ from dxmi.networks.base import SinusoidalEmbedding
 
 LayerT = TypeVar("LayerT", nn.Linear, nn.Conv2d)
 Init = Callable[[int, int], tuple[float, float]]
-"""From a layer's fan-in and fan-out to the bounds of the uniform distributions of its weights and of its biases."""
+"""Maps a layer's fan-in and fan-out to the bounds of the uniform distributions of its weights and of its biases."""
 
 
 # ----------------------------------------------------------------------------
-# Initialisation.
+# Initialization.
 
 
 def fan_average(fan_in: int, fan_out: int) -> tuple[float, float]:
-    """Weights of variance 2 / (fan_in + fan_out), biases zero: DDPM's (arXiv 2006.11239, released code)."""
+    """Weights of variance 2 / (fan_in + fan_out) and zero biases, as in DDPM's released code (arXiv 2006.11239)."""
     return math.sqrt(6.0 / (fan_in + fan_out)), 0.0
 
 
 def zero(fan_in: int, fan_out: int) -> tuple[float, float]:  # noqa: ARG001
-    """Everything zero: the last layer of a residual branch, which then starts as no branch at all."""
+    """Zero weights and biases, for the last layer of a residual branch, which then starts as the identity."""
     return 0.0, 0.0
 
 
 def fan_in_uniform(fan_in: int, fan_out: int) -> tuple[float, float]:  # noqa: ARG001
-    """Weights and biases within 1 / sqrt(fan_in): PyTorch's own."""
+    """Weights and biases within 1 / sqrt(fan_in), PyTorch's default."""
     bound = 1.0 / math.sqrt(fan_in)
     return bound, bound
 
 
 class Linear(nn.Linear):
-    """A linear layer whose weights somebody else sets.
+    """A linear layer that does not initialize its weights; `fill` does.
 
-    PyTorch's own initialisation would draw from the global generator. On the meta device it would not, but that takes a
-    second of imports in every process.
+    PyTorch's default initialization would draw from the global generator. Creating the layer on the meta device avoids
+    that, but costs a second of imports in every process.
     """
 
     def reset_parameters(self) -> None:
@@ -51,14 +51,14 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution whose weights somebody else sets, as for `Linear`."""
+    """A convolution that does not initialize its weights, see `Linear`."""
 
     def reset_parameters(self) -> None:
         """Leave the weights as they are."""
 
 
 def fill(layer: LayerT, init: Init, generator: torch.Generator) -> LayerT:
-    """`layer` with weights from `generator`."""
+    """Draw the weights of `layer` from `generator`; returns `layer`."""
     positions = layer.weight[0, 0].numel()
     bounds = init(layer.weight.shape[1] * positions, layer.weight.shape[0] * positions)
     with torch.no_grad():
@@ -70,20 +70,20 @@ def fill(layer: LayerT, init: Init, generator: torch.Generator) -> LayerT:
 def linear(
     inputs: int, outputs: int, generator: torch.Generator, init: Init = fan_average, *, bias: bool = True
 ) -> nn.Linear:
-    """A linear layer."""
+    """A linear layer with weights drawn from `generator`."""
     return fill(Linear(inputs, outputs, bias=bias), init, generator)
 
 
 def conv(
     inputs: int, outputs: int, size: int, generator: torch.Generator, init: Init = fan_average, *, bias: bool = True
 ) -> nn.Conv2d:
-    """A convolution with a `size` x `size` kernel, an odd number, that keeps height and width."""
+    """A convolution with a `size` x `size` kernel, `size` odd, that keeps height and width."""
     layer = Conv2d(inputs, outputs, size, padding=size // 2, bias=bias)
     return fill(layer, init, generator)
 
 
 def label_table(classes: int, outputs: int, generator: torch.Generator) -> nn.Embedding:
-    """One standard normal row a class, [classes, outputs]."""
+    """An embedding table with one standard normal row per class, [classes, outputs]."""
     return nn.Embedding(classes, outputs, _weight=torch.randn(classes, outputs, generator=generator))
 
 
@@ -92,17 +92,17 @@ def label_table(classes: int, outputs: int, generator: torch.Generator) -> nn.Em
 
 
 def silu(x: Tensor) -> Tensor:
-    """SiLU, in place where no gradient will ask for what went in."""
+    """SiLU, in place when gradients are disabled."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
-    """SiLU of the normalised `x`, which is left alone."""
+    """SiLU of the normalized `x`; `x` itself is not modified."""
     return silu(norm(x))
 
 
 def as_map(vector: Tensor) -> Tensor:
-    """[B, C] to [B, C, 1, 1], to be added to a map."""
+    """Reshape [B, C] to [B, C, 1, 1], which broadcasts over a feature map."""
     return vector[:, :, None, None]
 
 
@@ -115,10 +115,10 @@ class Attention(nn.Module):
 
     Args:
         channels: C.
-        heads: G; a divisor of C.
-        norm: of the input.
-        generator: of the weights.
-        scale: of the sum, 1 or 1 / sqrt(2).
+        heads: G, a divisor of C.
+        norm: applied to the input of the attention.
+        generator: draws the initial weights.
+        scale: factor of the residual sum, 1 or 1 / sqrt(2).
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         self.out = linear(channels, channels, generator, zero)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same."""
+        """Map [B, C, H, W] to [B, C, H, W]."""
         batch, channels, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, N, C], without a copy if x is channels-last
         qkv = self.qkv(tokens).view(batch, height * width, 3, self.heads, channels // self.heads)
@@ -145,12 +145,13 @@ class Attention(nn.Module):
 # ----------------------------------------------------------------------------
 # Dropout.
 
-_LAYER_STRIDE = 0x9E3779B1  # 2^32 over the golden ratio: it sends neighbouring layers far apart
+_LAYER_STRIDE = 0x9E3779B1  # 2^32 over the golden ratio: maps consecutive layer numbers to distant values
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers in which every bit of the input changes each of the output with probability
-    near 1/2 (Wellons' lowbias32); int32 in, int32 out.
+    """A bijection of 32-bit integers in which each input bit flips each output bit with a probability near 1/2.
+
+    This is Wellons' lowbias32; int32 in, int32 out.
     """
     x = x ^ (x >> 16 & 0xFFFF)
     x = x * 0x7FEB352D
@@ -160,31 +161,31 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def dropout_mask(seed: Tensor, layer: int, event: tuple[int, ...], rate: float) -> Tensor:
-    """Which activations stay, [B, *event]; each does with probability 1 - `rate`.
+    """The mask of activations to keep, each with probability 1 - `rate`: bool, [B, *event].
 
-    A hash of (the sample's seed, layer, position), not a draw from a stream: it is the same however a batch is shared
-    among workers, cut into pieces, stacked, or computed a second time for the gradient.
+    The mask is a hash of (seed of the sample, layer, position) instead of a draw from a generator. It is therefore the
+    same if a batch is sharded, split into micro-batches, stacked, or recomputed for the gradient.
 
     Args:
-        seed: one for each sample, 62 bits, int64, [B].
-        layer: tells apart the masks of one evaluation.
+        seed: one per sample, 62 bits, int64, [B].
+        layer: number of the dropout layer, so that the masks of the layers differ.
         event: shape of one sample's activations.
-        rate: in (0, 1).
+        rate: probability of dropping an activation, in (0, 1).
     """
     ones = (1,) * len(event)
     number = (layer + 1) * _LAYER_STRIDE % 2**31
     start = _mix(_mix((seed & 0x7FFFFFFF).int()) ^ number).view(-1, *ones)
-    stride = _mix(_mix((seed >> 31).int()) ^ number).view(-1, *ones) | 1  # odd: no position is met twice
+    stride = _mix(_mix((seed >> 31).int()) ^ number).view(-1, *ones) | 1  # odd: distinct positions stay distinct
     position = torch.arange(math.prod(event), dtype=torch.int32, device=seed.device).view(event)
     return _mix(position * stride + start) >= round(rate * 2**32) - 2**31
 
 
 class Dropout(nn.Module):
-    """Dropout whose randomness is handed to it.
+    """Dropout whose randomness comes from a seed per sample.
 
     Args:
-        rate: probability of an activation to be dropped.
-        layer: a number that no other dropout layer of the network has.
+        rate: probability of dropping an activation.
+        layer: a number that is unique among the dropout layers of the network.
     """
 
     def __init__(self, rate: float, layer: int) -> None:
@@ -193,7 +194,7 @@ class Dropout(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor, seed: Tensor | None) -> Tensor:
-        """[B, C, H, W] to the same; nothing is dropped without `seed` [B]."""
+        """Map [B, C, H, W] to [B, C, H, W]; nothing is dropped if `seed` [B] is None."""
         if seed is None or self.rate == 0.0:
             return x
         mask = dropout_mask(seed, self.layer, tuple(x.shape[1:]), self.rate)
@@ -201,16 +202,16 @@ class Dropout(nn.Module):
 
 
 # ----------------------------------------------------------------------------
-# Spectral normalisation.
+# Spectral normalization.
 
 _POWER_ITERATIONS = 12
 
 
 def spectral(weight: Tensor, start: Tensor) -> Tensor:
-    """`weight` [O, ...] over its largest singular value as a matrix [O, I] (arXiv 1802.05957), by power iteration.
+    """Divide `weight` [O, ...] by the largest singular value of its matrix [O, I] (arXiv 1802.05957).
 
-    The iteration begins at `start` [O] every time instead of where the last one ended. The result then depends on the
-    weights alone, not on how often they were used, at the price of a few more products of a matrix and a vector.
+    The power iteration starts from `start` [O] every time, not from its previous result. The output then depends only
+    on the weights and not on the number of previous calls, at the cost of a few more matrix-vector products.
     """
     matrix = weight.flatten(1)
     with torch.no_grad():
@@ -226,7 +227,7 @@ class SpectralConv(nn.Module):
 
     Args:
         layer: the convolution.
-        generator: of the start of the power iteration.
+        generator: draws the start of the power iteration.
     """
 
     start: Tensor
@@ -238,13 +239,13 @@ class SpectralConv(nn.Module):
         self.register_buffer("start", F.normalize(start, dim=0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, O, H, W]."""
+        """Map [B, C, H, W] to [B, O, H, W]."""
         weight = spectral(self.conv.weight, self.start)
         return F.conv2d(x, weight, self.conv.bias, padding=self.conv.kernel_size[0] // 2)
 
 
 def spectral_convs(network: nn.Module, generator: torch.Generator) -> None:
-    """Put each convolution inside `network` into a `SpectralConv`."""
+    """Wrap each convolution inside `network` in a `SpectralConv`."""
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Conv2d):
@@ -252,15 +253,15 @@ def spectral_convs(network: nn.Module, generator: torch.Generator) -> None:
 
 
 # ----------------------------------------------------------------------------
-# What critics of images share.
+# Shared by the critics of images.
 
 
 class StepMlp(nn.Module):
-    """Steps [N] as sinusoids through two layers: [N, E].
+    """A sinusoidal embedding of steps, followed by two layers.
 
     Args:
         width: E, and the number of sinusoids.
-        generator: of the weights.
+        generator: draws the initial weights.
     """
 
     def __init__(self, width: int, generator: torch.Generator) -> None:
@@ -270,15 +271,15 @@ class StepMlp(nn.Module):
         self.outer = linear(width, width, generator)
 
     def forward(self, steps: Tensor) -> Tensor:
-        """[N] to [N, E]."""
+        """Map steps [N] to [N, E]."""
         return silu(self.outer(silu(self.inner(self.sinusoids(steps)))))
 
 
 def image_event(event: tuple[int, ...], what: str, least: int) -> tuple[int, int]:
-    """(C, H) of an event that must be a square image of at least `least` pixels a side.
+    """(C, H) of an event, which must be a square image with sides of at least `least` pixels.
 
     Raises:
-        UserError: it is not.
+        UserError: the event is not such an image.
     """
     if len(event) != 3 or event[1] != event[2] or event[1] < least:
         raise UserError(f"{what} needs square images of {least} pixels or more, but a sample has shape {tuple(event)}.")
@@ -286,10 +287,10 @@ def image_event(event: tuple[int, ...], what: str, least: int) -> tuple[int, int
 
 
 def require_labels(labels: Tensor | None, classes: int) -> Tensor | None:
-    """The labels if there are classes.
+    """The labels themselves, or None if the network is unconditional.
 
     Raises:
-        UserError: there are classes and no labels, or labels and no classes.
+        UserError: there are classes but no labels, or labels but no classes.
     """
     if (labels is None) != (classes == 0):
         missing = "but no labels were given" if classes else "but labels were given"

@@ -17,7 +17,7 @@ from dxmi.networks.layers import label_table, linear, require_labels
 def _linear(
     inputs: int, outputs: int, generator: torch.Generator, *, bias: bool = True, gain: float = 1.0
 ) -> nn.Linear:
-    """A linear layer initialised uniformly within gain / sqrt(inputs), from `generator`."""
+    """A linear layer with weights drawn uniformly within gain / sqrt(inputs) from `generator`."""
     bound = gain / math.sqrt(inputs)
     return linear(inputs, outputs, generator, lambda *_: (bound, bound), bias=bias)
 
@@ -33,21 +33,21 @@ class _Body(nn.Module):
         self.layers = nn.ModuleList([_linear(a, b, generator, gain=gain) for (a, b), gain in ends])
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """[B, *event] to [B, outputs]; an embedding [1 or B, H] is added to the first layer's pre-activation.
+        """Map [B, *event] to [B, outputs]; an embedding [1 or B, H] is added to the first layer's pre-activation.
 
-        Adding a projected embedding is the same map as concatenating it to the input, without the concatenation.
+        Adding a projected embedding is equivalent to concatenating the embedding to the input, and cheaper.
         """
         first, *others = self.layers
         h: Tensor = first(x.flatten(1))
         if embedding is not None:
             h += embedding
-        for layer in others:  # in place where no gradient will ask for what went in: the rollout's fastest memory
+        for layer in others:  # in place when gradients are disabled, which saves memory traffic in rollouts
             h = layer(nn.functional.silu(h, inplace=not torch.is_grad_enabled()))
         return h
 
 
 class _StepEmbedding(nn.Module):
-    """Steps [N] as additions to the first layer, [N, H]."""
+    """Map steps [N] to terms of the first layer's pre-activation, [N, H]."""
 
     def __init__(self, config: MlpConfig, generator: torch.Generator) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class _StepEmbedding(nn.Module):
 
 
 class MlpDenoiser(Denoiser):
-    """Noise prediction, output like the input."""
+    """Predicts noise of the shape of its input."""
 
     def __init__(self, config: MlpConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
         super().__init__()
@@ -70,19 +70,19 @@ class MlpDenoiser(Denoiser):
         self.labels = label_table(config.classes, config.hidden, generator) if config.classes else None
 
     def embed(self, steps: Tensor) -> Tensor:
-        """[N] to [N, H]."""
+        """Map steps [N] to [N, H]."""
         embedding: Tensor = self.steps(steps)
         return embedding
 
     def embed_labels(self, labels: Tensor) -> Tensor:
-        """[B] to [B, H]."""
+        """Map labels [B] to [B, H]."""
         if self.labels is None:
             return super().embed_labels(labels)
         embedding: Tensor = self.labels(labels)
         return embedding
 
     def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None = None) -> Tensor:  # noqa: ARG002
-        """The noise in `x` [B, *event]; an MLP drops nothing."""
+        """Predict the noise in `x` [B, *event]; the MLP has no dropout."""
         noise: Tensor = self.body(x, embedding)
         return noise.view_as(x)
 
@@ -102,7 +102,7 @@ class MlpCritic(Critic):
         return (self.body.layers[-1].bias,)  # type: ignore[return-value]
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """[B, *event] to [B]."""
+        """Map [B, *event] to scores [B]."""
         labels = require_labels(labels, self.classes)
         score: Tensor = self.body(x, None if self.labels is None else self.labels(labels))
         return score.squeeze(1)
@@ -119,12 +119,12 @@ class MlpTimedCritic(TimedCritic):
         self.labels = label_table(config.classes, config.hidden, generator) if config.classes else None
 
     def embed(self, steps: Tensor) -> Tensor:
-        """[N] to [N, H]."""
+        """Map steps [N] to [N, H]."""
         embedding: Tensor = self.steps(steps)
         return embedding
 
     def forward(self, x: Tensor, embedding: Tensor, labels: Tensor | None = None) -> Tensor:
-        """[B, *event] and [1 or B, H] to [B]."""
+        """Map [B, *event] and embedded steps [1 or B, H] to scores [B]."""
         labels = require_labels(labels, self.classes)
         if self.labels is not None:
             embedding = embedding + self.labels(labels)

@@ -1,8 +1,8 @@
 """NCSN++ (Song et al., arXiv 2011.13456) as the generator of a denoising-diffusion GAN (Xiao et al., arXiv 2112.07804).
 
-A U-Net that predicts the image from a noisy one and a latent z: z goes through an MLP and then scales and shifts every
-norm; the step is added as ever. Resolutions change with the filter [1, 3, 3, 1], the noisy image itself is seen again
-at each resolution on the way down, and every sum of two branches is divided by the square root of two.
+A U-Net that predicts the image from a noisy one and a latent z: an MLP of z scales and shifts every norm, and the step
+embedding is added as in DDPM's U-Net. Resampling uses the filter [1, 3, 3, 1], every lower resolution of the encoder
+also receives the downsampled noisy image, and every sum of two branches is divided by the square root of two.
 
 Axis letters: B batch, C channels, H height, W width, E embedding (of the step, then of the latent), Z latent.
 """
@@ -27,22 +27,22 @@ _ROOT_HALF = math.sqrt(0.5)
 
 
 # ----------------------------------------------------------------------------
-# Resolutions, changed with the separable filter [1, 3, 3, 1] / 8; pixels beyond the edge are zero.
+# Resampling with the separable filter [1, 3, 3, 1] / 8 and zero padding.
 
 
 def _filter(x: Tensor, gain: float) -> Tensor:
-    """The filter for each channel of `x`, [C, 1, 4, 4]."""
+    """The filter of each channel of `x`, [C, 1, 4, 4]."""
     tap = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) * (gain / 8.0)
     return torch.outer(tap, tap).expand(x.shape[1], 1, 4, 4)
 
 
 def fir_half(x: Tensor) -> Tensor:
-    """Filtered, then every second pixel: [B, C, H, W] to [B, C, H / 2, W / 2]."""
+    """Filter, then take every second pixel: [B, C, H, W] to [B, C, H / 2, W / 2]."""
     return F.conv2d(x, _filter(x, 1.0), stride=2, padding=1, groups=x.shape[1])
 
 
 def fir_double(x: Tensor) -> Tensor:
-    """Zeros between the pixels, then filtered: [B, C, H, W] to [B, C, 2 H, 2 W]."""
+    """Insert zeros between the pixels, then filter: [B, C, H, W] to [B, C, 2 H, 2 W]."""
     return F.conv_transpose2d(x, _filter(x, 2.0), stride=2, padding=1, groups=x.shape[1])
 
 
@@ -54,7 +54,7 @@ class _Pyramid(nn.Module):
         self.conv = conv(inputs, outputs, 3, generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, H, W] to [B, outputs, H / 2, W / 2]."""
+        """Map [B, inputs, H, W] to [B, outputs, H / 2, W / 2]."""
         smooth = F.conv2d(x, _filter(x, 1.0), padding=2, groups=x.shape[1])  # [B, inputs, H + 1, W + 1]
         return F.conv2d(smooth, self.conv.weight, self.conv.bias, stride=2)
 
@@ -72,7 +72,7 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class _AdaptiveNorm(nn.Module):
-    """GroupNorm whose scale and shift come from the latent; they start near 1 and 0."""
+    """GroupNorm whose scale and shift are functions of the latent, initially near 1 and 0."""
 
     def __init__(self, channels: int, latent: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -82,13 +82,13 @@ class _AdaptiveNorm(nn.Module):
         self.groups = _groups(channels)
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
-        """[B, C, H, W] to the same."""
+        """Map [B, C, H, W] to [B, C, H, W]."""
         scale, shift = as_map(self.style(latent)).chunk(2, dim=1)
         return torch.addcmul(shift, scale, F.group_norm(x, self.groups, eps=_EPS))
 
 
 class _Block(nn.Module):
-    """(skip(x) + conv(silu(norm(conv(resampled silu(norm(x))) + step)))) / sqrt 2, both norms adaptive."""
+    """(skip(x) + conv(silu(norm(conv(resample(silu(norm(x)))) + step)))) / sqrt(2) with adaptive norms."""
 
     def __init__(
         self, inputs: int, outputs: int, config: NcsnppGanConfig, generator: torch.Generator, resample: str = ""
@@ -104,7 +104,7 @@ class _Block(nn.Module):
         self.skip = nn.Identity() if straight else conv(inputs, outputs, 1, generator)
 
     def forward(self, x: Tensor, step: Tensor, latent: Tensor) -> Tensor:
-        """[B, inputs, H, W] to [B, outputs, H', W']."""
+        """Map [B, inputs, H, W] to [B, outputs, H', W']."""
         h = silu(self.norm_in(x, latent))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
@@ -116,9 +116,9 @@ class _Block(nn.Module):
 
 
 class _Level(nn.Module):
-    """The blocks of one resolution with their attention, and what leads to the next one.
+    """The blocks of one resolution with their attention, and the resampling to the next resolution.
 
-    On the way down there is attention after each block, on the way up after the last one alone.
+    The encoder has attention after each block, the decoder only after the last one.
     """
 
     def __init__(
@@ -136,15 +136,15 @@ class _Level(nn.Module):
 
 
 class NcsnppGan(Denoiser):
-    """A generator: the image from a noisy one, in (-1, 1).
+    """A generator that predicts the image, in (-1, 1), from a noisy one.
 
     Args:
-        config: its settings.
+        config: settings of the network.
         event: (C, H, W) of one sample, H = W.
-        generator: of the weights.
+        generator: draws the initial weights.
 
     Raises:
-        UserError: images of this size cannot be halved as often as the config asks.
+        UserError: images of this size cannot be halved as often as the config requires.
     """
 
     def __init__(self, config: NcsnppGanConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
@@ -170,7 +170,7 @@ class NcsnppGan(Denoiser):
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _add_levels(self, colours: int, generator: torch.Generator) -> None:
-        """Every level, down and up."""
+        """Add all levels of the encoder and the decoder."""
         config = self.config
         block = partial(_Block, config=config, generator=generator)
         widths = [config.channels * multiplier for multiplier in config.multipliers]
@@ -207,19 +207,19 @@ class NcsnppGan(Denoiser):
         return Attention(channels, 1, _norm(channels), generator, scale=_ROOT_HALF)
 
     def embed(self, steps: Tensor) -> Tensor:
-        """[N] to [N, E], with room for a latent."""
+        """Map steps [N] to [N, E], with zeros to which an embedded latent can be added."""
         step = self.embed_out(silu(self.embed_in(self.sinusoids(steps))))
         return F.pad(step, (0, self.config.latent_embedding))
 
     def embed_latent(self, latent: Tensor) -> Tensor:
-        """[B, Z] to [B, E]: what is added to the embedding of a step."""
+        """Map latents [B, Z] to [B, E], to be added to the embedding of a step."""
         h = latent * (latent.square().mean(1, keepdim=True) + 1e-8).rsqrt()
         for layer in self.latent_layers:
             h = silu(layer(h))
         return F.pad(h, (4 * self.config.channels, 0))
 
     def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None = None) -> Tensor:  # noqa: ARG002
-        """The image in `x` [B, C, H, W]; nothing is dropped."""
+        """Predict the image in `x` [B, C, H, W], without dropout."""
         if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         hidden = 4 * self.config.channels
@@ -244,7 +244,7 @@ class NcsnppGan(Denoiser):
         return torch.tanh(self.conv_out(silu(self.norm_out(h))))
 
     def _run(self, step: Tensor, latent: Tensor, block: nn.Module, h: Tensor) -> Tensor:
-        """A block; its activations are kept for the gradient, or not."""
+        """Apply a block, with activation checkpointing if `recompute` is set."""
         if self.config.recompute and torch.is_grad_enabled():
             return checkpoint(block, h, step, latent, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
         return block(h, step, latent)  # type: ignore[no-any-return]

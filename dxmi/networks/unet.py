@@ -1,10 +1,10 @@
 """U-Nets: DDPM's for 32x32 (arXiv 2006.11239) and the ADM one that EDM uses (arXiv 2105.05233, 2206.00364).
 
-They are one network with other blocks. Both go down through levels of halved resolution, remember what they saw on the
-way, and concatenate it on the way up:
+Both are the same network with different blocks: an encoder of levels with halved resolutions, and a decoder with skip
+connections by concatenation:
 
     DDPM:  the embedding is added;      strided convolutions between levels;        one head;  GroupNorm eps 1e-6
-    ADM:   it scales and shifts a norm; residual blocks that resample, or the same; heads of 64 channels;  eps 1e-5
+    ADM:   it scales and shifts a norm; those, or residual blocks that resample;    heads of 64 channels;  eps 1e-5
 
 Axis letters: B batch, C channels, H height, W width, E embedding.
 """
@@ -39,11 +39,11 @@ from dxmi.networks.layers import (
 
 
 class Style(NamedTuple):
-    """What differs between the two kinds.
+    """The differences between the two kinds.
 
     Attributes:
-        adm: whether it is the ADM kind: cosines before sines, convolutions of stride 2 padded on all sides.
-        eps: of each GroupNorm.
+        adm: whether it is the ADM kind: cosines before sines, and strided convolutions padded on all sides.
+        eps: epsilon of each GroupNorm.
         scale_shift: see `EdmUnetConfig`.
         resample_in_blocks: see `EdmUnetConfig`.
         step_scale: see `EdmUnetConfig`.
@@ -70,12 +70,12 @@ Resample = Callable[[Tensor], Tensor]
 
 
 def half(x: Tensor) -> Tensor:
-    """Means of 2x2 pixels: [B, C, H, W] to [B, C, H / 2, W / 2]."""
+    """Average 2x2 pixels: [B, C, H, W] to [B, C, H / 2, W / 2]."""
     return F.avg_pool2d(x, 2)
 
 
 def double(x: Tensor) -> Tensor:
-    """Each pixel as 2x2: [B, C, H, W] to [B, C, 2 H, 2 W]."""
+    """Repeat each pixel 2x2 times: [B, C, H, W] to [B, C, 2 H, 2 W]."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
@@ -83,10 +83,10 @@ class ResidualBlock(nn.Module):
     """skip(x) + conv(dropout(silu(norm(conv(silu(norm(x))) with the embedding)))).
 
     Args:
-        inputs: C of the input.
-        outputs: C of the output.
-        unet: what the blocks of one network share.
-        resample: `half`, `double` or None: what happens to the map between the first norm and the first convolution.
+        inputs: number of input channels.
+        outputs: number of output channels.
+        unet: shared by the blocks of one network.
+        resample: `half`, `double` or None, applied between the first norm and the first convolution.
     """
 
     def __init__(self, inputs: int, outputs: int, unet: "Parts", resample: Resample | None = None) -> None:
@@ -103,7 +103,7 @@ class ResidualBlock(nn.Module):
         self.skip = conv(inputs, outputs, 1, generator) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None) -> Tensor:
-        """[B, inputs, H, W] to [B, outputs, H', W']."""
+        """Map [B, inputs, H, W] to [B, outputs, H', W']."""
         h: Tensor = norm_silu(self.norm_in, x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
@@ -120,7 +120,7 @@ class ResidualBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block, with attention after it on some levels."""
+    """A residual block, followed by attention on some levels."""
 
     def __init__(self, inputs: int, outputs: int, unet: "Parts", *, attention: bool) -> None:
         super().__init__()
@@ -128,13 +128,13 @@ class Stage(nn.Module):
         self.attention = unet.attention(outputs) if attention else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None) -> Tensor:
-        """[B, inputs, H, W] to [B, outputs, H, W]."""
+        """Map [B, inputs, H, W] to [B, outputs, H, W]."""
         h: Tensor = self.attention(self.block(x, embedding, seed))
         return h
 
 
 class Downsample(nn.Module):
-    """A 3x3 convolution of stride 2; DDPM's is padded at the right and at the bottom alone, as TensorFlow did."""
+    """A 3x3 convolution of stride 2; DDPM's is padded only at the right and the bottom, as in TensorFlow."""
 
     def __init__(self, channels: int, unet: "Parts") -> None:
         super().__init__()
@@ -142,25 +142,25 @@ class Downsample(nn.Module):
         self.pads = (1, 1, 1, 1) if unet.style.adm else (0, 1, 0, 1)
 
     def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None) -> Tensor:  # noqa: ARG002
-        """[B, C, H, W] to [B, C, H / 2, W / 2]."""
+        """Map [B, C, H, W] to [B, C, H / 2, W / 2]."""
         return F.conv2d(F.pad(x, self.pads), self.conv.weight, self.conv.bias, stride=2)
 
 
 class Upsample(nn.Module):
-    """Each pixel as 2x2, then a 3x3 convolution."""
+    """Nearest-neighbor upsampling by a factor of 2, then a 3x3 convolution."""
 
     def __init__(self, channels: int, unet: "Parts") -> None:
         super().__init__()
         self.conv = conv(channels, channels, 3, unet.generator)
 
     def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None) -> Tensor:  # noqa: ARG002
-        """[B, C, H, W] to [B, C, 2 H, 2 W]."""
+        """Map [B, C, H, W] to [B, C, 2 H, 2 W]."""
         h: Tensor = self.conv(double(x))
         return h
 
 
 class Level(nn.Module):
-    """The stages of one resolution, and what leads to the next one; the last level of a direction leads nowhere."""
+    """The stages of one resolution, and the resampling to the next one, if there is a next one."""
 
     def __init__(self, stages: list[Stage], resample: nn.Module | None) -> None:
         super().__init__()
@@ -169,11 +169,11 @@ class Level(nn.Module):
 
 
 class Parts:
-    """What the blocks of one network share while they are made.
+    """Builds the layers of one network from its settings.
 
     Args:
-        config: of the network.
-        generator: of its weights.
+        config: settings of the network.
+        generator: draws the initial weights.
     """
 
     def __init__(self, config: UnetConfig, generator: torch.Generator) -> None:
@@ -183,12 +183,12 @@ class Parts:
         self._numbers = 0
 
     def next_number(self) -> int:
-        """0, 1, 2 ...: of the dropout layers."""
+        """The number of the next dropout layer, counted from 0."""
         self._numbers += 1
         return self._numbers - 1
 
     def norm(self, channels: int) -> nn.GroupNorm:
-        """A GroupNorm."""
+        """A GroupNorm with the config's number of groups."""
         return nn.GroupNorm(self.config.groups, channels, eps=self.style.eps)
 
     def attention(self, channels: int) -> Attention:
@@ -197,12 +197,12 @@ class Parts:
         return Attention(channels, heads, self.norm(channels), self.generator)
 
     def down(self, channels: int) -> nn.Module:
-        """From one level to the next lower resolution."""
+        """The downsampling from one level to the next lower resolution."""
         blocks = self.style.resample_in_blocks
         return ResidualBlock(channels, channels, self, half) if blocks else Downsample(channels, self)
 
     def up(self, channels: int) -> nn.Module:
-        """From one level to the next higher resolution."""
+        """The upsampling from one level to the next higher resolution."""
         blocks = self.style.resample_in_blocks
         return ResidualBlock(channels, channels, self, double) if blocks else Upsample(channels, self)
 
@@ -212,15 +212,15 @@ class Parts:
 
 
 class Unet(Denoiser):
-    """A U-Net, output like the input.
+    """A U-Net whose output has the shape of its input.
 
     Args:
-        config: its settings.
+        config: settings of the network.
         event: (C, H, W) of one sample, H = W.
-        generator: of the weights.
+        generator: draws the initial weights.
 
     Raises:
-        UserError: images of this size cannot be halved as often as the config asks.
+        UserError: images of this size cannot be halved as often as the config requires.
     """
 
     def __init__(self, config: UnetConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
@@ -245,7 +245,7 @@ class Unet(Denoiser):
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _add_levels(self, parts: Parts, width: int) -> None:
-        """Every level, down and up, from `width` channels."""
+        """Add all levels of the encoder and the decoder, starting from `width` channels."""
         config = self.config
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         last = len(widths) - 1
@@ -275,20 +275,20 @@ class Unet(Denoiser):
         self.up = cast("Sequence[Level]", nn.ModuleList(up))
 
     def embed(self, steps: Tensor) -> Tensor:
-        """[N] to [N, E]."""
+        """Map steps [N] to [N, E]."""
         h = silu(self.embed_in(self.sinusoids(steps * self.style.step_scale)))
         embedding: Tensor = self.embed_out(h)
         return embedding
 
     def embed_labels(self, labels: Tensor) -> Tensor:
-        """[B] to [B, E]."""
+        """Map labels [B] to [B, E]."""
         if self.labels is None:
             return super().embed_labels(labels)
         embedding: Tensor = self.labels(labels)
         return embedding
 
     def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None = None) -> Tensor:
-        """The noise in `x` [B, C, H, W], or what else its schedule reads it as."""
+        """Predict the noise in `x` [B, C, H, W], or the quantity that the schedule interprets the output as."""
         patch = self.config.patch
         if patch > 1:
             x = F.pixel_unshuffle(x, patch)
@@ -314,14 +314,14 @@ class Unet(Denoiser):
         return F.pixel_shuffle(h, patch) if patch > 1 else h
 
     def _run(self, embedding: Tensor, seed: Tensor | None, block: nn.Module, h: Tensor) -> Tensor:
-        """A block; its activations are kept for the gradient, or not."""
+        """Apply a block, with activation checkpointing if `recompute` is set."""
         if self.config.recompute and torch.is_grad_enabled():  # nothing random is drawn inside
             return checkpoint(block, h, embedding, seed, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
         return block(h, embedding, seed)  # type: ignore[no-any-return]
 
 
 def _checked(config: UnetConfig, event: tuple[int, ...]) -> tuple[int, int]:
-    """C of an event, and its H in patches, which the config can halve."""
+    """C of an event, and its height in patches, checked to be divisible as often as the config halves it."""
     colours, pixels = image_event(event, "A U-Net", least=1)
     halvings = len(config.multipliers) - 1
     if pixels % config.patch:

@@ -1,8 +1,8 @@
 """The wide residual network (Zagoruyko & Komodakis, arXiv 1605.07146) as an energy: the larger critic for LSUN.
 
-6n + 4 convolutions, three of them in skips: one, then three groups of n pre-activation blocks with 16k, 32k and 64k
-channels, of which the second and the third halve the resolution; then a norm, leaky ReLU, the mean over the pixels, and
-a linear map to one number.
+6n + 4 convolutions, three of them in skip connections: an input convolution; three groups of n pre-activation blocks
+with 16k, 32k and 64k channels, of which the second and the third halve the resolution; then a norm, leaky ReLU, the
+mean over the pixels, and a linear map to one number.
 
 Axis letters: B batch, C channels, H height, W width, E embedding.
 """
@@ -28,7 +28,7 @@ _SLOPE = 0.2
 
 
 class _Block(nn.Module):
-    """skip(x) + conv(lrelu(norm(conv(lrelu(norm(x)))))); step and class shift the second norm's input."""
+    """skip(x) + conv(lrelu(norm(conv(lrelu(norm(x)))))); step and class shift the input of the second norm."""
 
     def __init__(
         self,
@@ -51,13 +51,13 @@ class _Block(nn.Module):
         self.skip = nn.Identity() if straight else conv(inputs, outputs, 1, generator)
 
     def forward(self, x: Tensor, shift: Tensor | None) -> Tensor:
-        """[B, inputs, H, W] to [B, outputs, H / stride, W / stride], shifted by an embedding [1 or B, E]."""
+        """Map [B, inputs, H, W] to [B, outputs, H / stride, W / stride], shifted by an embedding [1 or B, E]."""
         h: Tensor = self.conv_in(_leaky(self.norm_in(x)))
         if self.shift is not None and shift is not None:
             h = h + as_map(self.shift(shift))
         h = _leaky(self.norm_out(h))
         h = F.conv2d(h, self.conv_out.weight, self.conv_out.bias, stride=self.stride, padding=1)
-        if self.stride == 2:  # a 1x1 convolution of stride 2
+        if self.stride == 2:  # with `skip`, a 1x1 convolution of stride 2
             x = x[:, :, ::2, ::2]
         skip: Tensor = self.skip(x)
         return skip + h
@@ -72,7 +72,7 @@ def _leaky(x: Tensor) -> Tensor:
 
 
 class _Body(nn.Module):
-    """All but the interfaces."""
+    """The network without the critic interfaces."""
 
     def __init__(
         self, config: WideResNetConfig, event: tuple[int, ...], generator: torch.Generator, *, timed: bool
@@ -96,7 +96,7 @@ class _Body(nn.Module):
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, labels: Tensor | None, embedding: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] to [B]."""
+        """Map [B, C, H, W] to scores [B]."""
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.labels is not None:
@@ -123,7 +123,7 @@ class WideResNetCritic(Critic):
         return (self.body.linear.bias,)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] to [B]."""
+        """Map [B, C, H, W] to scores [B]."""
         score: Tensor = self.body(x, require_labels(labels, self.classes))
         return score
 
@@ -137,11 +137,11 @@ class WideResNetTimedCritic(TimedCritic):
         self.body = _Body(config, event, generator, timed=True)
 
     def embed(self, steps: Tensor) -> Tensor:
-        """[N] to [N, E]."""
+        """Map steps [N] to [N, E]."""
         embedding: Tensor = self.body.steps(steps)  # type: ignore[misc]
         return embedding
 
     def forward(self, x: Tensor, embedding: Tensor, labels: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] and [1 or B, E] to [B]."""
+        """Map [B, C, H, W] and embedded steps [1 or B, E] to scores [B]."""
         score: Tensor = self.body(x, require_labels(labels, self.classes), embedding)
         return score

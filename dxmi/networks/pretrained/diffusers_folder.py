@@ -1,7 +1,7 @@
-"""Folders in which diffusers keeps a model: `config.json` and `diffusion_pytorch_model.safetensors`.
+"""Folders in which diffusers stores a model: `config.json` and `diffusion_pytorch_model.safetensors`.
 
-Our own U-Nets are written to such a folder too, under diffusers' names and with the config of the UNet2DModel that
-computes the same.
+Our own U-Nets can be written to such a folder too, under diffusers' names and with the config of the equivalent
+UNet2DModel.
 """
 
 import json
@@ -27,10 +27,10 @@ _CONFIG = "config.json"
 
 
 def config_of_folder(folder: Path) -> DiffusersConfig:
-    """The config of the model that a folder holds.
+    """The config of the model in a folder.
 
     Raises:
-        UserError: it holds none, or one that `DiffusersConfig` cannot describe.
+        UserError: the folder has no model, or one that `DiffusersConfig` cannot describe.
     """
     tree = _tree_of_folder(folder)
     known = {field.name for field in fields(DiffusersConfig)} - {"kind"}
@@ -43,13 +43,13 @@ def config_of_folder(folder: Path) -> DiffusersConfig:
 
 
 def _tree_of_folder(folder: Path) -> dict[str, Any]:
-    """The config.json of a model that can be a denoiser.
+    """The content of config.json, checked to describe a model that can be a denoiser.
 
     Raises:
-        UserError: there is none, or it is of another model.
+        UserError: the file is missing, or describes another kind of model.
     """
     path = folder / _CONFIG
-    tree = _json(path, f"{folder} holds no model of diffusers: ")
+    tree = _json(path, f"{folder} does not hold a diffusers model: ")
     if tree.get("_class_name") != "UNet2DModel":
         raise UserError(f"{folder} holds a {tree.get('_class_name')}: a denoiser is a UNet2DModel.")
     for key, value in _FIXED.items():
@@ -59,7 +59,7 @@ def _tree_of_folder(folder: Path) -> dict[str, Any]:
 
 
 def _json(path: Path, prefix: str = "") -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
         UserError: the file cannot be read, or holds something else.
@@ -91,18 +91,18 @@ _DEFAULTS: dict[str, Any] = {
     "freq_shift": 0,
     "flip_sin_to_cos": True,
 }
-"""UNet2DModel's own, which a config.json may leave out, where they are not ours."""
+"""Defaults of UNet2DModel, which a config.json may omit, where they differ from ours."""
 
 
 # ----------------------------------------------------------------------------
-# Whether the model of a folder is the network of a config: its names and shapes may fit when its numbers do not.
+# Check that the model in a folder is the network of a config: names and shapes may match when the functions differ.
 
 
 def require_same_model(folder: Path, network: Denoiser, event: tuple[int, ...]) -> None:
-    """Compare a folder's config.json with the network that its weights are for.
+    """Compare the config.json of a folder with the network that is to load its weights.
 
     Raises:
-        UserError: they differ in something that changes what the network computes; it names the first such thing.
+        UserError: they differ in a setting that changes what the network computes; the message names the first one.
     """
     theirs = _effect(_tree_of_folder(folder), folder / _CONFIG)
     if isinstance(network, DiffusersDenoiser):
@@ -136,10 +136,10 @@ _ACTIVATIONS = {"swish": "silu", "SiLU": "silu"}
 
 
 def _effect(tree: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
-    """What a UNet2DModel computes, in words in which two configs of the same effect are equal.
+    """A canonical form of a config, equal for two configs of the same function.
 
     Raises:
-        UserError: the values are of another type than a UNet2DModel's.
+        UserError: the values are not valid for a UNet2DModel.
     """
     values = {key: tree.get(key, default) for key, default in _EFFECT_DEFAULTS.items()}
     try:
@@ -174,7 +174,7 @@ def _described(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _levels(values: Mapping[str, Any], way: str, channels: Sequence[int]) -> list[tuple[str, int]]:
-    """Each level's kind of blocks, with what leads to the next one, and its number of heads, 0 without attention."""
+    """For each level, the kind of its blocks and of its resampling, and its number of heads (0 without attention)."""
     kinds, levels = values[f"{way}_block_types"], []
     for number, (kind, width) in enumerate(zip(kinds, channels, strict=True)):
         attends, plain = kind.startswith("Attn"), f"{way.capitalize()}Block2D"
@@ -192,12 +192,12 @@ def _heads(width: int, head_channels: int | None) -> int:
 
 
 def _side(size: Any) -> int | None:
-    """Height of the images, which are square."""
+    """The height of the images, which are square."""
     return int(size[0]) if isinstance(size, list | tuple) else None if size is None else int(size)
 
 
 # ----------------------------------------------------------------------------
-# The scheduler of a folder: what the model was trained to predict, and on which noise.
+# The scheduler of a folder: the quantity that the model predicts, and the noise that it was trained on.
 
 _SCHEDULER = "scheduler_config.json"
 _EDM_SCHEDULERS = ("EDM", "CMStochasticIterative")
@@ -205,33 +205,33 @@ _OTHER_SCHEDULERS = ("FlowMatch", "ScoreSde", "KarrasVe", "VQDiffusion", "Amused
 
 
 def scheduler_of_folder(folder: Path) -> Path | None:
-    """The scheduler_config.json beside a model, in its pipeline's folder `scheduler`, or at the pipeline's top."""
+    """The scheduler_config.json in the folder of a model, in the `scheduler` folder of its pipeline, or at its top."""
     places = (folder, folder / "scheduler", folder.parent / "scheduler", folder.parent)
     return next((place / _SCHEDULER for place in places if (place / _SCHEDULER).is_file()), None)
 
 
 def require_same_noise(path: Path, family: str, betas: Array) -> None:
-    """Compare a scheduler_config.json with the family of models that a run's schedule cuts.
+    """Compare a scheduler_config.json with the family of models that a run's schedule shortens.
 
     Args:
-        path: of the file.
+        path: path of the file.
         family: `ScheduleConfig.family`.
-        betas: the forward process of DDPM's family, [K].
+        betas: forward process of the DDPM family, [K].
 
     Raises:
-        UserError: the model was trained on other noise or predicts something else.
+        UserError: the model was trained on other noise or predicts another quantity.
     """
     tree = _json(path)
     name = str(tree.get("_class_name", ""))
     edm = name.startswith(_EDM_SCHEDULERS)
     if name.startswith(_OTHER_SCHEDULERS) or edm != (family == "edm") or family not in ("ddpm", "edm"):
-        raise UserError(f"{path} is of {name or 'a scheduler of DDPM'}, whose models schedule.method does not cut.")
+        raise UserError(f"{path} is of {name or 'a DDPM scheduler'}: schedule.method does not support its models.")
     wanted: dict[str, Any] = {"prediction_type": "epsilon", "thresholding": False, "rescale_betas_zero_snr": False}
     if edm:
         wanted = {"sigma_data": 0.5, "prediction_type": "epsilon"}
     for key, value in wanted.items():
         if tree.get(key, value) != value:
-            raise UserError(f"{path} has {key}={tree[key]!r}: a run needs a model of {key}={value!r}.")
+            raise UserError(f"{path} has {key}={tree[key]!r}: a run needs a model with {key}={value!r}.")
     if not edm:
         _require_betas(path, tree, betas)
 
@@ -250,23 +250,23 @@ def _require_betas(path: Path, tree: Mapping[str, Any], betas: Array) -> None:
     wanted |= {"beta_start": float(betas[0]), "beta_end": float(betas[-1])}
     for key, value in wanted.items():
         if tree.get(key, value) != value:
-            raise UserError(f"{path} has {key}={tree[key]!r}: a run cuts models of {key}={value!r}.")
+            raise UserError(f"{path} has {key}={tree[key]!r}: a run needs a model with {key}={value!r}.")
 
 
 def write_folder(network: Denoiser, event: tuple[int, ...], folder: Path) -> None:
-    """Write a denoiser as a folder that `UNet2DModel.from_pretrained` reads.
+    """Write a denoiser to a folder that `UNet2DModel.from_pretrained` can read.
 
     Raises:
-        UserError: it is not a U-Net.
+        UserError: the denoiser is not a U-Net, or has no equivalent in diffusers.
     """
     if isinstance(network, DiffusersDenoiser):
         tree, weights = dict(cast("Any", network.model).config), network.model.state_dict()
     elif isinstance(network, Unet) and network.config.patch > 1:
-        raise UserError(f"The U-Net takes patches of {network.config.patch} pixels: diffusers has no model for it.")
+        raise UserError(f"The U-Net has patches of {network.config.patch} pixels: diffusers has no such model.")
     elif isinstance(network, Unet):
         tree, weights = _tree_of_unet(network, event[0]), to_public(network, "diffusers")
     else:
-        raise UserError(f"{type(network).__name__} is no U-Net: diffusers has no model for it.")
+        raise UserError(f"{type(network).__name__} is not a U-Net: diffusers has no such model.")
     folder.mkdir(parents=True, exist_ok=True)
     tree = {key: value for key, value in tree.items() if not key.startswith("_")}
     (folder / _CONFIG).write_text(json.dumps({"_class_name": "UNet2DModel", **tree}, indent=2, sort_keys=True) + "\n")
@@ -275,7 +275,7 @@ def write_folder(network: Denoiser, event: tuple[int, ...], folder: Path) -> Non
 
 
 def _tree_of_unet(network: Unet, colours: int) -> dict[str, Any]:
-    """The config of the UNet2DModel that computes what `network` does, on steps times its step_scale."""
+    """The config of the UNet2DModel that is equivalent to `network` if steps are multiplied by its step_scale."""
     config, style = network.config, network.style
     resample = "resnet" if style.resample_in_blocks else "conv"
     last = len(config.multipliers) - 1

@@ -1,13 +1,13 @@
-"""Public checkpoints: from the names and shapes of their `state_dict` to ours, and back.
+"""Public checkpoints: conversion between the names and shapes of their `state_dict` and ours.
 
     ddpm       pesser/pytorch_diffusion, FastDPM, and the DxMI release for CIFAR-10
     adm        openai/guided-diffusion, openai/consistency_models, and the DxMI release for ImageNet-64 and LSUN
-    edm        NVlabs/edm, its ADM networks
+    edm        the ADM networks of NVlabs/edm
     diffusers  diffusers' UNet2DModel
     ddgan      NVlabs/denoising-diffusion-gan
     igebm      the energies of the DxMI release
 
-A layout is a table of rows. A row says which of their tensors make one of ours, so it can be read in both directions.
+A layout is a table of rows. A row states which of their tensors make up one of ours, and works in both directions.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ State = Mapping[str, Tensor]
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_MARK = "time_embedding.linear_1.weight"
-"""A name that every UNet2DModel has."""
+"""A tensor name that every UNet2DModel has."""
 SIGMAS = ("log_betas", "std")
-"""What the DxMI release puts beside a policy's weights."""
+"""Tensors that the DxMI release stores next to the weights of a policy."""
 
 
 # ----------------------------------------------------------------------------
@@ -41,15 +41,15 @@ SIGMAS = ("log_betas", "std")
 
 
 class Row(NamedTuple):
-    """One of our tensors, and what makes it in a public layout.
+    """One of our tensors, and the tensors that it consists of in a public layout.
 
     Attributes:
-        ours: its name.
-        theirs: names of theirs, stacked along the first axis.
-        ones: axes of size 1 at the end of theirs that ours has not: a 1x1 convolution that we hold as a linear layer.
+        ours: name of our tensor.
+        theirs: names of their tensors, which are concatenated along the first axis.
+        ones: number of trailing axes of size 1 in theirs that ours lacks: their 1x1 convolution is our linear layer.
         transposed: whether theirs is [inputs, outputs].
-        order: of the rows of a stacked q, k and v in theirs, a permutation of `thd`: three, head, dimension of a head.
-        heads: G, for `order`.
+        order: order of the rows of a stacked q, k, v in theirs, a permutation of `thd`: three, head, head dimension.
+        heads: number of heads G, for `order`.
     """
 
     ours: str
@@ -60,17 +60,19 @@ class Row(NamedTuple):
     heads: int = 1
 
     def read(self, state: State, like: Tensor) -> Tensor:
-        """Our tensor, of the shape of `like`, from theirs.
+        """Convert their tensors to ours, which has the shape of `like`.
 
         Raises:
-            UserError: the shapes do not match, or a tensor is not of finite floating-point numbers.
+            UserError: the shapes do not match, or a tensor holds other than finite floating-point numbers.
         """
         parts = [_floats(name, state[name]) for name in self.theirs]
         parts = [self._without_ones(part) for part in parts]
         parts = [part.T if self.transposed and part.dim() == 2 else part for part in parts]
         if len({part.shape[1:] for part in parts}) > 1 or not all(part.dim() for part in parts):
             shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-            raise UserError(f"{' and '.join(self.theirs)} of the checkpoint have shapes that make no tensor: {shapes}.")
+            raise UserError(
+                f"{' and '.join(self.theirs)} of the checkpoint cannot be concatenated, their shapes are {shapes}."
+            )
         whole = torch.cat(parts)
         if whole.shape != like.shape:
             raise UserError(
@@ -80,12 +82,12 @@ class Row(NamedTuple):
         return _reordered(whole, self.order, "thd", self.heads).contiguous()
 
     def _without_ones(self, part: Tensor) -> Tensor:
-        """Without its last axes of size 1, where it has them."""
+        """Drop the trailing axes of size 1, if it has them."""
         kept = part.dim() - self.ones
         return part.reshape(part.shape[:kept]) if kept > 0 and set(part.shape[kept:]) <= {1} else part
 
     def write(self, ours: Tensor) -> dict[str, Tensor]:
-        """Their tensors from ours."""
+        """Convert our tensor to theirs."""
         parts = _reordered(ours.detach(), "thd", self.order, self.heads).chunk(len(self.theirs))
         parts = tuple(part.T if self.transposed and part.dim() > 1 else part for part in parts)
         ones = (1,) * self.ones
@@ -94,10 +96,10 @@ class Row(NamedTuple):
 
 
 def _floats(name: str, tensor: Tensor) -> Tensor:
-    """A tensor of theirs in float32, which all of its numbers must fit into.
+    """Convert one of their tensors to float32.
 
     Raises:
-        UserError: they do not, or are of another kind.
+        UserError: the dtype is not a floating-point one, or a number is not finite in float32.
     """
     if tensor.dtype not in _FLOATS:
         kinds = ", ".join(str(kind).removeprefix("torch.") for kind in _FLOATS)
@@ -106,7 +108,7 @@ def _floats(name: str, tensor: Tensor) -> Tensor:
     bad = single.numel() - int(single.isfinite().sum())
     if bad:
         raise UserError(
-            f"{name} of the checkpoint holds {bad} numbers of {single.numel()} that are not finite in float32: "
+            f"{name} of the checkpoint has {bad} of {single.numel()} numbers that are not finite in float32: "
             "training had diverged when it was written, or the file is damaged."
         )
     return single
@@ -116,7 +118,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _reordered(rows: Tensor, source: str, target: str, heads: int) -> Tensor:
-    """The first axis [3 G D] in another order of its three factors."""
+    """Permute the three factors of the first axis [3 G D]."""
     if source == target:
         return rows
     sizes = {"t": 3, "h": heads, "d": len(rows) // (3 * heads)}
@@ -126,22 +128,22 @@ def _reordered(rows: Tensor, source: str, target: str, heads: int) -> Tensor:
 
 
 def _pairs(ours: str, theirs: str) -> list[Row]:
-    """A layer's weight and bias."""
+    """The rows of a layer's weight and bias."""
     return [Row(f"{ours}.{name}", (f"{theirs}.{name}",)) for name in ("weight", "bias")]
 
 
 # ----------------------------------------------------------------------------
-# The U-Net's parts, and where each layout keeps them.
+# The parts of the U-Net, and their names in each layout.
 
 
 class Place(NamedTuple):
     """A part of our U-Net.
 
     Attributes:
-        ours: its name.
+        ours: our name of it.
         way: down, middle or up.
         level: 0 at the highest resolution.
-        stage: its number in the level; of what leads to the next level, how many stages there are.
+        stage: index of the stage in its level; for a resample, the number of stages of the level.
         part: block, attention or resample.
     """
 
@@ -176,15 +178,15 @@ class UnetLayout:
     """How a public repository names the tensors of a U-Net.
 
     Attributes:
-        ends: our names of the layers outside the levels, with theirs.
-        labels: their name of the class table.
+        ends: maps our names of the layers outside the levels to theirs.
+        labels: their name of the class embedding table.
         block: their names of a block's norm_in, conv_in, embedding, norm_out, conv_out and skip.
         attention: their names of norm, q k v (one or three), and out.
-        where: a place's name.
+        where: returns their name of a place.
         order: see `Row`.
-        ones: see `Row`; of the attention's layers.
+        ones: see `Row`; applies to the layers of the attention.
         labels_transposed: whether their class table is [E, classes].
-        ignored: endings of names that hold no weights.
+        ignored: suffixes of the names of tensors that are not weights.
     """
 
     ends: Mapping[str, str]
@@ -198,7 +200,7 @@ class UnetLayout:
     ignored: tuple[str, ...] = ()
 
     def rows(self, network: Unet) -> list[Row]:
-        """Every row of a network."""
+        """All rows of a network."""
         rows = [row for ours, theirs in self.ends.items() for row in _pairs(ours, theirs)]
         if network.labels is not None:
             rows.append(Row("labels.weight", (self.labels,), transposed=self.labels_transposed))
@@ -253,7 +255,7 @@ def _in_adm(place: Place, network: Unet) -> str:
     blocks = network.config.blocks
     if place.way == "middle":
         return f"middle_block.{2 * place.stage + (place.part == 'attention')}"
-    if place.way == "down":  # input block 0 is the first convolution
+    if place.way == "down":  # input block 0 is the input convolution
         number = 1 + place.level * (blocks + 1) + place.stage
         end = ("" if network.style.resample_in_blocks else ".op") if place.part == "resample" else ""
         return f"input_blocks.{number}.{int(place.part == 'attention')}{end}"
@@ -337,7 +339,7 @@ _EDM = UnetLayout(
 
 
 # ----------------------------------------------------------------------------
-# The generators of denoising-diffusion GANs: one list of modules, in the order in which they are used.
+# The generators of denoising-diffusion GANs: one list of modules, in the order of their use.
 
 
 def _ddgan_rows(network: NcsnppGan) -> list[Row]:
@@ -383,7 +385,7 @@ def _ddgan_rows(network: NcsnppGan) -> list[Row]:
             add_block(f"up.{number}.resample")
     for ours in ("norm_out", "conv_out"):
         add(ours)
-    for number in range(len(network.latent_layers)):  # between them, activations without weights
+    for number in range(len(network.latent_layers)):  # the even numbers are activations, which have no weights
         add(f"latent_layers.{number}", f"z_transform.{2 * number + 1}")
     return rows
 
@@ -432,7 +434,7 @@ def _igebm_rows(network: IgebmCritic) -> list[Row]:
 
 
 def _layout_of(network: nn.Module, state: State) -> tuple[str, list[Row], tuple[str, ...]]:
-    """The name, rows and ignored endings of the layout in which `state` is."""
+    """The name, rows and ignored suffixes of the layout of `state`."""
     if isinstance(network, IgebmCritic):
         return "igebm", _igebm_rows(network), (".parametrizations.weight.0._v",)
     if isinstance(network, NcsnppGan):
@@ -445,20 +447,23 @@ def _layout_of(network: nn.Module, state: State) -> tuple[str, list[Row], tuple[
                 layout = layout_of(network, state) if callable(layout_of) else layout_of
                 return name, layout.rows(network), layout.ignored
     raise UserError(
-        f"The checkpoint is in no layout that {type(network).__name__} can be read from (configs/README.md has them): "
-        f"its first names are {', '.join(map(printable, list(state)[:3]))}."
+        f"The layout of the checkpoint is not one that {type(network).__name__} can be read from (see "
+        f"configs/README.md): its first names are {', '.join(map(printable, list(state)[:3]))}."
     )
 
 
 def _adm(network: Unet, state: State) -> UnetLayout:  # noqa: ARG001
-    """guided-diffusion's attention has 1-D convolutions, and q, k and v head by head; the EDM teachers' has neither."""
+    """The layout of guided-diffusion, or that of the EDM teachers.
+
+    The attention of guided-diffusion has 1-D convolutions, and stacks q, k and v head by head; the teachers' does not.
+    """
     if any(name.endswith(".qkv.weight") and tensor.dim() == 3 for name, tensor in state.items()):
         return replace(_ADM, ones=1, order="htd")
     return _ADM
 
 
 def _edm(network: Unet, state: State) -> UnetLayout:  # noqa: ARG001
-    """The first convolution is named by its resolution."""
+    """The layout of EDM, whose input convolution is named after its resolution."""
     return replace(_EDM, ends={**_EDM.ends, "conv_in": f"enc.{network.size}x{network.size}_conv"})
 
 
@@ -468,11 +473,11 @@ _UNETS: dict[str, tuple[str, UnetLayout | Callable[[Unet, State], UnetLayout]]] 
     "map_layer0.weight": ("edm", _edm),
     DIFFUSERS_MARK: ("diffusers", _DIFFUSERS),
 }
-"""By a name that each layout has and no other."""
+"""Layouts by a tensor name that occurs only in that layout."""
 
 
 def is_known(names: Iterable[str]) -> bool:
-    """Whether tensors of these names may be in one of the layouts, by a name that only they have."""
+    """Whether the names contain one that identifies a known layout."""
     names = set(names)
     return bool(names & (_UNETS.keys() | {"all_modules.0.weight"})) or (
         "linear.weight" in names and any(name.startswith("blocks.0.conv1.") for name in names)
@@ -480,17 +485,17 @@ def is_known(names: Iterable[str]) -> bool:
 
 
 def load_public(network: nn.Module, state: State) -> str:
-    """Put the weights of a public checkpoint into `network`; the sigmas that it may hold are left out.
+    """Load the weights of a public checkpoint into `network`; sigmas in the checkpoint are ignored.
 
     Args:
         network: a U-Net, a generator or an IGEBM energy, changed in place.
-        state: names and tensors, as `read_public` returns them.
+        state: tensors by name, as returned by `read_public`.
 
     Returns:
-        The name of its layout, as in the module's docstring.
+        The name of the layout, as in the module's docstring.
 
     Raises:
-        UserError: the layout is unknown, the checkpoint is of another network than the config describes, or its
+        UserError: the layout is unknown, the checkpoint belongs to another network than the config describes, or its
             weights are not finite numbers.
     """
     state = {name: tensor for name, tensor in state.items() if name not in SIGMAS}
@@ -511,22 +516,22 @@ def _require_same_names(rows: list[Row], names: set[str]) -> None:
 
 
 def public_log_sigma(state: State) -> Tensor | None:
-    """Log sigma_t of each step of a fine-tuned policy of the DxMI release, [T]; None of other checkpoints.
+    """Log sigma_t of each step of a fine-tuned policy of the DxMI release, [T]; None for other checkpoints.
 
-    They are its `log_betas`, the last of which its `std` overrules.
+    These are the values of `log_betas`, except that `std`, if present, gives the last one.
 
     Raises:
-        UserError: they are not finite numbers, one for each step.
+        UserError: they are not finite numbers, one per step.
     """
     if "log_betas" not in state:
         return None
     log_sigma = _floats("log_betas", state["log_betas"]).clone()
     std = _floats("std", state["std"]) if "std" in state else None
     if log_sigma.dim() != 1 or len(log_sigma) == 0 or (std is not None and std.shape != log_sigma.shape):
-        raise UserError("log_betas and std of the checkpoint must be one number for each step of its policy.")
+        raise UserError("log_betas and std of the checkpoint must hold one number per step of the policy.")
     if std is not None:
         if std[-1] <= 0.0:
-            raise UserError(f"std of the checkpoint ends with {float(std[-1])}: the last step needs noise.")
+            raise UserError(f"The last std of the checkpoint is {float(std[-1])}: it must be greater than 0.")
         log_sigma[-1] = std[-1].log()
     return log_sigma
 
@@ -542,7 +547,7 @@ def digest(state: State) -> str:
 
 
 def to_public(network: Unet, layout: str) -> dict[str, Tensor]:
-    """A U-Net's weights in the layout `ddpm`, `adm` (as the EDM teachers') or `diffusers`."""
+    """The weights of a U-Net in the layout `ddpm`, `adm` (that of the EDM teachers) or `diffusers`."""
     rows = {"ddpm": _DDPM, "adm": _ADM, "diffusers": _DIFFUSERS}[layout].rows(network)
     ours = network.state_dict()
     return {name: tensor for row in rows for name, tensor in row.write(ours[row.ours]).items()}

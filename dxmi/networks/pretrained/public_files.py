@@ -1,8 +1,9 @@
-"""Public checkpoints as files: which of the states in one is the network's, and under which names.
+"""Files of public checkpoints: find the state of the network in a file, and restore its original names.
 
-Trainers keep a network in many ways: in one state_dict or among others, in a list, beside its moving average, behind
-the prefixes of wrappers. `read_public` takes the average where there is one, says what it took and what it left aside,
-and gives the tensors under the names that the network's own state_dict has, for `dxmi.networks.pretrained.layouts`.
+Training codes store a network in many ways: as a state_dict or as one of several, in a list, next to its moving
+average, or with the prefixes of wrappers. `read_public` takes the average if there is one, reports what it took and
+what it ignored, and returns the tensors under the names of the network's own state_dict, which
+`dxmi.networks.pretrained.layouts` expects.
 """
 
 import json
@@ -19,18 +20,18 @@ from dxmi.networks.pretrained.layouts import SIGMAS, is_known
 from dxmi.persistence.tensor_files import printable, read_tensor_file, require_dense
 
 _INFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
-"""What torch.compile, FSDP, activation checkpointing and Fabric put into names, at any place."""
+"""Infixes that torch.compile, FSDP, activation checkpointing and Fabric insert anywhere in a name."""
 _WRAPPERS = (
     *("module.", "model.", "net.", "diffusion_model.", "unet.", "denoise_fn.", "denoiser.", "network.", "score_model."),
     *("online_model.", "generator.", "netG.", "model_fn."),
 )
-"""What other modules that hold the network put before its names."""
+"""Prefixes of modules that contain the network."""
 _AVERAGE_WORDS = {"ema", "emas", "shadow", "averaged", "average", "avg", "swa", "polyak", "emamodel", "modelema"}
 _NOT_WEIGHTS = {"optimizer", "optimizers", "optimiser", "optim", "scheduler", "scaler", "rng", "backup", "collected"}
 _COUNTERS = {"n_averaged", "initted", "step", "decay", "num_updates", "num_batches_tracked"}
-"""One number each, which keepers of averages save among the weights."""
+"""Scalars that implementations of moving averages save among the weights."""
 _FEWEST = 4
-"""Tensors of an average that stands among others; a layer that has the name of one has fewer."""
+"""Minimum number of tensors of an average among other tensors; a layer with the name of an average has fewer."""
 _BUFFERS = ("num_batches_tracked", "running_mean", "running_var", "resample_filter", "sigmas", "betas", "freqs")
 _DEPTH = 8
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -42,12 +43,12 @@ class PublicWeights:
     """A network's weights in a public layout.
 
     Attributes:
-        tensors: by the names that the network's own state_dict has.
-        path: the file or folder that they are from.
-        taken: where in it they were; empty if there is only one place.
-        note: a sentence that says what was taken and what was left aside; empty if nothing was.
-        keys: the places and names that were seen, for sentences.
-        folder: of diffusers, whose config.json describes the network; None of other files.
+        tensors: tensors by their names in the network's own state_dict.
+        path: the file or folder that was read.
+        taken: location of the tensors within the file; empty if it holds nothing else.
+        note: a sentence that states what was taken and what was ignored; empty if nothing was ignored.
+        keys: the keys that the file holds, for messages.
+        folder: diffusers folder whose config.json describes the network; None for other files.
     """
 
     tensors: dict[str, Tensor]
@@ -60,13 +61,13 @@ class PublicWeights:
 
 @dataclass(frozen=True)
 class _State:
-    """Tensors by name at one place of a file.
+    """The tensors at one location of a file.
 
     Attributes:
-        place: keys that lead to it.
-        tensors: by name; by number where the file has a list.
-        average: whether it is a moving average.
-        named: whether the file gives names.
+        place: sequence of keys that leads to the location.
+        tensors: tensors by name, or by index if the file holds a list.
+        average: whether they are a moving average.
+        named: whether the file holds their names.
     """
 
     place: tuple[str, ...]
@@ -80,10 +81,10 @@ class _State:
 
 
 def read_public(path: Path) -> PublicWeights:
-    """The weights of a public checkpoint: a file of PyTorch or safetensors, or a folder of diffusers.
+    """Read the weights of a public checkpoint: a file of PyTorch or safetensors, or a folder of diffusers.
 
     Raises:
-        UserError: it cannot be read, or holds no state_dict.
+        UserError: the checkpoint cannot be read, or holds no state_dict.
     """
     if path.is_dir():
         return _of_folder(path)
@@ -96,19 +97,19 @@ def read_public(path: Path) -> PublicWeights:
 
 
 # ----------------------------------------------------------------------------
-# One file: its states, and which of them is taken.
+# Single files: find all states, and choose one.
 
 
 def _of_content(content: object, path: Path) -> PublicWeights:
-    """The state of a file's content that is the network's, the average if there is one.
+    """The state of the network in the content of a file, preferably a moving average.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no state_dict in the file.
     """
     found = [state for state in _states(content) if state.tensors]
     if not found:
         raise UserError(
-            f"Checkpoint {path} holds no state_dict: save a network's, as torch.save or safetensors do. "
+            f"Checkpoint {path} holds no state_dict: save that of a network with torch.save or safetensors. "
             f"It holds {_keys_of(content)}."
         )
     candidates = [part for state in _with_names(found, path) for part in _parts(state, path)]
@@ -119,12 +120,12 @@ def _of_content(content: object, path: Path) -> PublicWeights:
     tensors = {name: require_dense(tensor, name, path) for name, tensor in tensors.items()}
     note = _note(path, chosen, candidates, content)
     if len(tensors) > len(chosen.tensors):
-        note += f" {len(tensors) - len(chosen.tensors)} tensors that it lacks are the raw ones."
+        note += f" {len(tensors) - len(chosen.tensors)} tensors that it lacks were taken from the raw weights."
     return PublicWeights(tensors, path, chosen.name, note, _keys_of(content))
 
 
 def _states(content: object, place: tuple[str, ...] = ()) -> Iterator[_State]:
-    """Every dictionary or list of tensors that is not an optimiser's."""
+    """All dictionaries and lists of tensors, except for those of optimizers."""
     if len(place) > _DEPTH or (place and _words(place[-1]) & _NOT_WEIGHTS):
         return
     average = any(_is_average(key) for key in place)
@@ -141,7 +142,7 @@ def _states(content: object, place: tuple[str, ...] = ()) -> Iterator[_State]:
 
 
 def _words(key: str) -> set[str]:
-    """The words of a key in snake_case or camelCase."""
+    """The words of a snake_case or camelCase key, in lower case."""
     return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)}
 
 
@@ -150,10 +151,10 @@ def _is_average(key: str) -> bool:
 
 
 def _with_names(states: list[_State], path: Path) -> list[_State]:
-    """Lists of averaged parameters under the names of the raw ones, which stand in the same order.
+    """Give lists of averaged parameters the names of the raw ones, which are in the same order.
 
     Raises:
-        UserError: they do not match.
+        UserError: a list does not match any state_dict of the file.
     """
     raw = [state for state in states if state.named and not state.average]
     named = [state for state in states if state.named]
@@ -174,12 +175,13 @@ def _named_like(state: _State, raw: Sequence[_State], path: Path) -> _State:
                 return replace(state, tensors=dict(zip(names, values, strict=True)), named=True)
     raise UserError(
         f"Checkpoint {path}: {state.name} is a list of {len(values)} averaged tensors without names, and no state_dict "
-        "beside it has as many of the same shapes. Load it where it comes from, and save the average's state_dict."
+        "in the file has as many of the same shapes. Load it with the code that wrote it, and save the average's "
+        "state_dict."
     )
 
 
 def _parts(state: _State, path: Path) -> Iterator[_State]:
-    """A state without wrappers; where averages stand among the raw weights, each apart."""
+    """Strip wrappers from a state, and split averages off the raw weights that they are stored with."""
     tensors = {_without_infixes(name): tensor for name, tensor in state.tensors.items()}
     tensors = {name: t for name, t in tensors.items() if t.numel() != 1 or name.rpartition(".")[2] not in _COUNTERS}
     tensors = _unwrapped(tensors)
@@ -202,10 +204,10 @@ def _without_infixes(name: str) -> str:
 
 
 def _with_dots(part: dict[str, Tensor], raw: Mapping[str, Tensor], place: str, path: Path) -> dict[str, Tensor]:
-    """An average whose keeper has taken the dots out of the names, as latent diffusion's does, under the raw names.
+    """Restore the raw names of an average that was saved without the dots in its names, as in latent diffusion.
 
     Raises:
-        UserError: two raw names are the same without dots, or there are none to compare with.
+        UserError: a name without dots matches no raw name, or more than one.
     """
     if any("." in name for name in part):
         return part
@@ -215,14 +217,14 @@ def _with_dots(part: dict[str, Tensor], raw: Mapping[str, Tensor], place: str, p
             names.setdefault(inner.replace(".", ""), []).append(inner)
     if any(len(names.get(name, [])) != 1 for name in part):
         raise UserError(
-            f"Checkpoint {path}: {place} is an average under names without dots, which those of the raw weights do not "
-            "explain. Load it where it comes from, and save the average's state_dict."
+            f"Checkpoint {path}: {place} is an average whose names have no dots, and they cannot be matched with the "
+            "names of the raw weights. Load it with the code that wrote it, and save the average's state_dict."
         )
     return {names[name][0]: tensor for name, tensor in part.items()}
 
 
 def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what wrappers put before every one of them."""
+    """Remove the prefixes of wrappers that all names share."""
     while True:
         wrapped = [name for name in tensors if name not in SIGMAS]
         prefix = next((p for p in _WRAPPERS if wrapped and all(name.startswith(p) for name in wrapped)), None)
@@ -232,7 +234,7 @@ def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _focused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The network's own tensors, where other modules and tables stand beside it."""
+    """Select the network's own tensors if the state also holds other modules and tables."""
     tensors = _unwrapped(tensors)
     if is_known(tensors):
         return tensors
@@ -245,9 +247,10 @@ def _focused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _with_average_of_list(states: list[_State], content: object) -> list[_State]:
-    """In a list of a network's state, its optimiser's and a second state of the same names, that one is the average.
+    """Mark the average in a list: the last state whose names all occur in the first state.
 
-    Trainers after ermongroup/ddim and pesser/pytorch_diffusion write [model, optimiser, epoch, step, average].
+    Training codes derived from ermongroup/ddim and pesser/pytorch_diffusion write
+    [model, optimizer, epoch, step, average].
     """
     if not isinstance(content, list | tuple) or any(state.average for state in states):
         return states
@@ -257,7 +260,7 @@ def _with_average_of_list(states: list[_State], content: object) -> list[_State]
 
 
 def _chosen(states: list[_State]) -> _State:
-    """An average of a layout that is known, else a raw state of one, else the largest."""
+    """An average in a known layout, else raw weights in a known layout, else the largest state."""
     known = [state for state in states if is_known(state.tensors)]
     pool = known or [max(states, key=lambda state: (_size(state), state.average))]
     averages = [state for state in pool if state.average]
@@ -269,13 +272,13 @@ def _size(state: _State) -> int:
 
 
 def _decay(name: str) -> float:
-    """The decay that the name of an average tells, 0 if it tells none: of several the longest is taken."""
+    """The decay in the name of an average, 0 if there is none; the average with the largest decay is taken."""
     numbers = re.findall(r"0?\.\d+", name)
     return float(numbers[-1]) if numbers else 0.0
 
 
 def _note(path: Path, chosen: _State, states: Sequence[_State], content: object) -> str:
-    """What was taken and what was left aside; empty where the file holds nothing else."""
+    """A sentence about what was taken and what was ignored; empty if the file holds nothing else."""
     others = [state.name or "the weights at the top" for state in states if state is not chosen]
     top = list(content) if isinstance(content, Mapping) else [f"[{n}]" for n in range(len(content))]  # type: ignore[arg-type]
     optimisers = [str(key) for key in top if _words(str(key)) & _NOT_WEIGHTS]
@@ -301,7 +304,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _with_new_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names that diffusers gives to an attention's layers since version 0.15, in place of older ones."""
+    """Rename the layers of attentions as diffusers does since version 0.15."""
 
     def new(name: str) -> str:
         head, _, end = name.rpartition(".")
@@ -317,22 +320,22 @@ def _with_new_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 _STEM = "diffusion_pytorch_model"
 _MODELS = ("unet_ema", "unet")
-"""Folders in which pipelines and training scripts keep the model, the average first."""
+"""Folders in which pipelines and training scripts store the model, the average first."""
 _RANKS = {"ema": 0, "": 1, "non_ema": 3}
 
 
 def _of_folder(path: Path) -> PublicWeights:
-    """The weights in a model's folder, or in that of a pipeline.
+    """Read the weights in the folder of a model or of a pipeline.
 
     Raises:
-        UserError: it holds none, or a part of them is missing.
+        UserError: the folder holds no weights, or a shard is missing.
     """
     places = [path, *(path / name for name in _MODELS)]
     found = [place for place in places if _weight_files(place)]
     if not found:
         seen = sorted(entry.name for entry in path.iterdir())
         raise UserError(
-            f"{path} is not a folder of diffusers: it has no {_STEM}.safetensors or .bin, nor has a folder unet in it. "
+            f"{path} is not a folder of diffusers: neither it nor a folder unet in it has {_STEM}.safetensors or .bin. "
             f"It holds {_listed(seen) if seen else 'nothing'}."
         )
     files = _weight_files(found[0])
@@ -345,9 +348,9 @@ def _of_folder(path: Path) -> PublicWeights:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """A model's files of weights, each whole or the index of its shards; the one to take first.
+    """The weight files of a model, or the indices of their shards, in the order of preference.
 
-    Averages come before plain files, those before halved precision, and what is no average last.
+    Averages come first, then plain files, then other variants such as half precision, and `non_ema` files last.
     """
     if not folder.is_dir():
         return []
@@ -363,10 +366,10 @@ def _preference(name: str) -> tuple[int, bool, bool, str]:
 
 
 def _plain(content: object, path: Path) -> dict[str, Tensor]:
-    """A file's content that must be tensors by name alone.
+    """The content of a file, which must be a mapping from names to tensors.
 
     Raises:
-        UserError: it is not.
+        UserError: it is something else.
     """
     if not isinstance(content, Mapping):
         raise UserError(f"Checkpoint {path} holds {_keys_of(content)}: it must hold tensors by name.")
@@ -374,10 +377,10 @@ def _plain(content: object, path: Path) -> dict[str, Tensor]:
 
 
 def _shards(index: Path) -> dict[str, Tensor]:
-    """The tensors of the files that an index names.
+    """Read the tensors of all files that an index lists.
 
     Raises:
-        UserError: it cannot be read, or a file or tensor that it names is not there.
+        UserError: the index cannot be read, or a file or tensor that it lists is missing.
     """
     try:
         places = json.loads(index.read_text())["weight_map"]
@@ -386,14 +389,16 @@ def _shards(index: Path) -> dict[str, Tensor]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is not an index of sharded weights ({type(error).__name__}: {error}).") from error
     if outside:
-        raise UserError(f"{index} names {_listed(outside)}, which is not in its folder: fetch the whole folder again.")
+        raise UserError(
+            f"{index} lists {_listed(outside)}, which is outside its folder: download the whole folder again."
+        )
     missing = [name for name in files if not (index.parent / name).exists()]
     if missing:
-        raise UserError(f"{index} names {_listed(missing)}, which is not there: fetch the missing files.")
+        raise UserError(f"{index} lists {_listed(missing)}, which does not exist: download the missing files.")
     tensors: dict[str, Tensor] = {}
     for name in files:
         tensors |= _plain(read_tensor_file(index.parent / name), index.parent / name)
     lacking = [name for name in places if name not in tensors]
     if lacking:
-        raise UserError(f"{index} names {_listed(lacking)}, which its files do not hold: fetch them again.")
+        raise UserError(f"{index} lists {_listed(lacking)}, which its files do not hold: download them again.")
     return tensors
