@@ -317,7 +317,7 @@ def test_a_sweep_is_sent_left_followed_again_and_ended(cluster):
     assert "trial 0: started" in said
     assert "stopped by SIGTERM" in said
     wait_until((studies / "long" / "report.html").exists, 40)
-    assert missing("ended before", cluster.submit("--cancel", job)) == []
+    assert missing("already ended", cluster.submit("--cancel", job)) == []
 
 
 @pytest.mark.slow

@@ -779,7 +779,7 @@ def test_the_job_waits_for_a_worker_is_stopped_and_a_second_one_goes_on(pods, tm
     assert "stopped by SIGTERM" in said
     assert "was stopped" in pods.ray("job", "status", "first")
     done = pods.shell(submitter_command(pods.address, "second", tmp_path / "shared"))
-    assert missing("Going on … lr-1", done) == [], done
+    assert missing("Resuming … lr-1", done) == [], done
     assert "succeeded" in pods.ray("job", "status", "second")
     records = Study.read(StudyFolder(study)).records()
     assert [record.state for record in records] == [TrialState.COMPLETE] * 2

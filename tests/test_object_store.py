@@ -221,7 +221,7 @@ def test_the_command_keeps_a_run_and_goes_on_with_what_is_kept(tmp_path, capsys)
     assert names == {path.relative_to(theirs) for path in theirs.rglob("*")}
     capsys.readouterr()
     assert main(["train", *arguments, f"out={tmp_path / 'b' / 'run'}"]) == 0
-    assert "has finished before" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     assert learned(tmp_path / "b" / "run") == learned(ours)
 
 

@@ -95,7 +95,7 @@ def test_ctrl_c_saves_and_another_number_of_workers_goes_on(folder, undisturbed)
     wait_until(lambda: iteration(run) >= 10)
     process.send_signal(signal.SIGINT)
     said = ended(process, 130)
-    assert f"Go on with: dxmi train --resume {run}" in said
+    assert f"To resume: dxmi train --resume {run}" in said
     assert not workers_of(folder)
     ended(start(folder, "train", "--resume", str(run), "resources.num_workers=1"))
     ours, theirs = (json.loads((r / "summary.json").read_text()) for r in (run, undisturbed))

@@ -194,10 +194,10 @@ def test_the_dry_run_says_how_many_seeds_share_a_program(tmp_path, capsys):
     def text(*overrides: str) -> str:
         where = (f"ablation={path}", "name=study", "--studies", str(tmp_path), "--dry-run")
         assert main(["ablate", *changed(TINY, *overrides), *where]) == 0
-        (line,) = (line for line in capsys.readouterr().out.splitlines() if "in one program" in line)
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "trained together" in line)
         return line
 
-    assert missing("measurement", text()) == []
+    assert missing("measured", text()) == []
     assert missing("2 seeds", text("resources.stack_seeds=2")) == []
     chosen = Ablation(*TINY, f"ablation={path}", name="study", studies=tmp_path)
     chosen.folder.path.mkdir()

@@ -1,4 +1,4 @@
-"""`dxmi config`: what would run."""
+"""`dxmi config`: print the resolved configuration of an experiment."""
 
 import argparse
 
@@ -10,7 +10,7 @@ from tune.config.compose import compose_experiment
 
 
 def config(args: argparse.Namespace) -> int:
-    """Print every setting of an experiment and its value."""
+    """Print every setting of an experiment with its value, as YAML."""
     composed = compose_experiment(args.overrides)
     print(f"# signature {composed.experiment.signature}")
     print(yaml.safe_dump(to_tree(composed.experiment), sort_keys=False), end="")

@@ -1,4 +1,4 @@
-"""Runs a command, and turns what it raises into a sentence and an exit code."""
+"""Runs a command and converts its exceptions to an error message and an exit code."""
 
 import argparse
 import errno
@@ -13,7 +13,7 @@ from tune.messages import complain, discard_output
 
 
 def run(command: Command, args: argparse.Namespace) -> int:
-    """Run one command; returns its exit code: 0 done, 1 failed, 2 bad input, 130 stopped by a signal."""
+    """Run a command and return its exit code: 0 success, 1 failure, 2 bad input, 130 stopped by a signal."""
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
         for option, value in vars(args).items():
@@ -26,11 +26,11 @@ def run(command: Command, args: argparse.Namespace) -> int:
     except (DivergedError, WorkersLostError) as error:
         complain(str(error))
         return FAILED
-    except BrokenPipeError:  # the reader of our output has left, as in `dxmi config | head`
+    except BrokenPipeError:  # the reader closed the pipe, as in `dxmi config | head`
         discard_output()
         return FAILED
     except OSError as error:
-        if error.filename is None:  # no file of the user's
+        if error.filename is None:  # not caused by a file of the user
             raise
         complain(f"{error.filename} could not be read or written: {error.strerror or error}.{_advice(error)}")
         return FAILED
@@ -38,4 +38,4 @@ def run(command: Command, args: argparse.Namespace) -> int:
 
 def _advice(error: OSError) -> str:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return " What was saved before is whole: free some space and go on with --resume." if full else ""
+    return " Everything saved so far is intact: free some space, then continue with --resume." if full else ""

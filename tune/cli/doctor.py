@@ -1,4 +1,4 @@
-"""`dxmi doctor`: is this machine ready for a sweep, and if not, what is to be done?"""
+"""`dxmi doctor`: check whether this machine is ready for a sweep, and advise on what is not."""
 
 import argparse
 import os
@@ -31,7 +31,7 @@ from tune.studies.folder import studies_in
 
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "mlflow", "hydra-core", "torch-fidelity", "numpy", "scikit-learn")
 _OLDEST = {"ray": (2, 54), "mlflow": (3, 11), "torch": (2, 10), "hydra-core": (1, 3, 6)}
-"""Older ones have known holes."""
+"""Minimum versions; earlier ones have known vulnerabilities."""
 _GB = 1e9
 _MIN_MEMORY, _MIN_SHARED_MEMORY, _MIN_DISK = 4 * _GB, 0.2 * _GB, 5 * _GB
 
@@ -43,7 +43,7 @@ _OTHER_FOLDER = {
 
 
 class Status(StrEnum):
-    """How a check turned out."""
+    """Result of a check."""
 
     GOOD = "ok"
     WARNING = "look"
@@ -52,11 +52,11 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """One completed check.
 
     Attributes:
-        subject: what.
-        status: how it is.
+        subject: what was checked.
+        status: its result.
         text: what was found.
         advice: what to do about it; empty if nothing.
     """
@@ -68,10 +68,10 @@ class Check:
 
 
 def run_checks(studies: Path) -> list[Check]:
-    """Look at everything; starts nothing and writes nothing.
+    """Run every check. Starts no process and writes no file.
 
     Args:
-        studies: the folder that holds studies.
+        studies: the folder that holds the studies.
     """
     functions: list[Callable[[Path], Iterator[Check]]] = [
         _versions, _devices, _memory, _disk, _caches, _store, _running, _addresses, _upload,
@@ -109,7 +109,7 @@ def _devices(_: Path) -> Iterator[Check]:
         return
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     text = f"{', '.join(names) or 'no GPU'}; trials: {slots}"
-    unused = "PyTorch was built without CUDA, so a GPU would not be seen." if torch.version.cuda is None else ""
+    unused = "this build of PyTorch lacks CUDA support: the GPU cannot be used." if torch.version.cuda is None else ""
     yield Check("devices", Status.GOOD, text, unused if Path("/dev/nvidia0").exists() else "")
 
 
@@ -117,19 +117,19 @@ def _memory(_: Path) -> Iterator[Check]:
     memory = _meminfo()
     if memory:
         low = memory["MemAvailable"] < _MIN_MEMORY
-        advice = "Ray and its workers want 4 GB: end other programs, or set sweep.max_concurrent=1." if low else ""
+        advice = "Ray and its workers need 4 GB: close other programs, or set sweep.max_concurrent=1." if low else ""
         text = f"{memory['MemAvailable'] / _GB:.1f} of {memory['MemTotal'] / _GB:.1f} GB available"
         yield Check("memory", Status.WARNING if low else Status.GOOD, text, advice)
-    shared = Path("/dev/shm")  # noqa: S108  (Ray's object store lies there)
+    shared = Path("/dev/shm")  # noqa: S108  (location of Ray's object store)
     if shared.is_dir():
         free = shutil.disk_usage(shared).free
         low = free < _MIN_SHARED_MEMORY
-        advice = "Ray's object store wants 0.2 GB: in a container, start it with --shm-size=1g." if low else ""
+        advice = "Ray's object store needs 0.2 GB: start a container with --shm-size=1g." if low else ""
         yield Check("shared memory", Status.BAD if low else Status.GOOD, f"{free / _GB:.1f} GB free", advice)
 
 
 def _meminfo() -> dict[str, float]:
-    """Bytes by name, from the kernel; empty where there is no such file."""
+    """Read /proc/meminfo: bytes by name, or an empty dict where the file does not exist."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -142,21 +142,21 @@ def _disk(studies: Path) -> Iterator[Check]:
         folders = [("disk for studies", studies), ("disk for Ray", ray_folder())]
     except UserError as error:
         folders = [("disk for studies", studies)]
-        yield Check("disk for Ray", Status.BAD, "no folder for its sockets", str(error))
+        yield Check("disk for Ray", Status.BAD, "no usable folder for its sockets", str(error))
     for subject, folder in folders:
         place = _existing(folder)
         free = shutil.disk_usage(place).free
         text = f"{free / _GB:.1f} GB free at {folder}"
         if not os.access(place, os.W_OK):
-            yield Check(subject, Status.BAD, f"{place} cannot be written", _OTHER_FOLDER[subject])
+            yield Check(subject, Status.BAD, f"{place} cannot be written to", _OTHER_FOLDER[subject])
         elif free < _MIN_DISK:
-            yield Check(subject, Status.WARNING, text, "a study of 40 digits trials fills about 2 GB.")
+            yield Check(subject, Status.WARNING, text, "a study of 40 trials on digits takes about 2 GB.")
         else:
             yield Check(subject, Status.GOOD, text)
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """Return the folder, or its nearest parent that exists."""
     folder = folder.resolve()
     while not folder.exists():
         folder = folder.parent
@@ -169,26 +169,26 @@ def _caches(_: Path) -> Iterator[Check]:
     yield Check("cache", Status.GOOD, f"{kept} results, {_size(cache) / _GB:.2f} GB in {cache} (DXMI_CACHE)")
     folders = data_root().iterdir() if data_root().is_dir() else iter(())
     sets = sorted(path.name for path in folders if path.is_dir() and path.name != "cache")
-    text = f"{', '.join(sets) or 'no files'} in {data_root()} (DXMI_DATA); digits needs none"
+    text = f"{', '.join(sets) or 'no files'} in {data_root()} (DXMI_DATA); digits needs no files"
     yield Check("data", Status.GOOD, text)
 
 
 def _store(studies: Path) -> Iterator[Check]:
     database = studies / "mlflow.db"
     if not database.exists():
-        yield Check("tracking store", Status.GOOD, f"none yet; the first sweep makes {database}")
+        yield Check("tracking store", Status.GOOD, f"none yet; the first sweep creates {database}")
         return
     try:
         runs = _runs_in(database)
     except sqlite3.Error as error:
-        advice = "if a sweep is writing, try again; else move the file away: the next resume writes it anew."
+        advice = "if a sweep is writing to it, try again; otherwise move the file away: the next resume recreates it."
         yield Check("tracking store", Status.BAD, f"{database}: {error}", advice)
         return
     yield Check("tracking store", Status.GOOD, f"{database}: {runs} runs; dxmi ui shows them")
 
 
 def _runs_in(database: Path) -> int:
-    """How many runs a whole tracking store holds; an SQLite error if it is not whole."""
+    """Count the runs in a tracking store; raises an SQLite error if the store is corrupt."""
     with closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True, timeout=2.0)) as connection:
         complaint = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if complaint != "ok":
@@ -204,7 +204,7 @@ def _running(studies: Path) -> Iterator[Check]:
 
 def _addresses(_: Path) -> Iterator[Check]:
     taken = not is_free(DEFAULT_PORT)
-    advice = "dxmi ui then takes the next free port." if taken else ""
+    advice = "dxmi ui will use the next free port." if taken else ""
     text = f"{HOST}:{DEFAULT_PORT} is {'taken' if taken else 'free'}"
     yield Check("MLflow UI", Status.WARNING if taken else Status.GOOD, text, advice)
     cluster = os.environ.get("RAY_ADDRESS")
@@ -213,27 +213,27 @@ def _addresses(_: Path) -> Iterator[Check]:
             "Ray",
             Status.WARNING,
             f"RAY_ADDRESS is {cluster}",
-            "sweeps and groups use that cluster; unset it to use this machine alone.",
+            "sweeps and multi-worker runs use that cluster; unset it to use only this machine.",
         )
     try:
         socket.getaddrinfo(socket.gethostname(), None)
     except OSError:
-        advice = f"add {socket.gethostname()} to /etc/hosts: Ray looks its own name up."
+        advice = f"add {socket.gethostname()} to /etc/hosts: Ray resolves its own host name."
         yield Check("host name", Status.WARNING, "does not resolve", advice)
 
 
 def _upload(_: Path) -> Iterator[Check]:
     tree = survey(Path.cwd())
-    text = f"{tree.bytes / 1e6:.1f} MB in {tree.folder} would go to a cluster"
+    text = f"{tree.bytes / 1e6:.1f} MB in {tree.folder} would be uploaded to a cluster"
     if tree.bytes <= UPLOAD_MEGABYTES * 1e6:
         yield Check("upload", Status.GOOD, text)
         return
-    advice = f"dxmi submit takes {UPLOAD_MEGABYTES} MB: move away, or list in .gitignore, {tree.biggest}."
+    advice = f"dxmi submit uploads at most {UPLOAD_MEGABYTES} MB. Move away, or list in .gitignore: {tree.biggest}."
     yield Check("upload", Status.WARNING, text, advice)
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file or of everything in a folder; links are not followed."""
+    """Total bytes of a file or of a folder's contents; links are not followed."""
     if path.is_symlink():
         return 0
     if path.is_file():
@@ -248,9 +248,9 @@ _STYLES = {Status.GOOD: "green", Status.WARNING: "yellow", Status.BAD: "red"}
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Say whether this machine is ready; exit code 1 if something has to be done first."""
+    """Print whether this machine is ready; returns exit code 1 if any check is bad."""
     checks = run_checks(args.studies)
-    table = TextTable("", "what", "found", "what to do")
+    table = TextTable("", "check", "found", "what to do")
     for check in checks:
         style = _STYLES[check.status]
         table.add_row(Text(check.status.value, style=style), check.subject, check.text, check.advice)

@@ -1,4 +1,4 @@
-"""What the command `dxmi` exits with."""
+"""Exit codes of `dxmi`."""
 
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
-"""Done; failed; refused because of what the user wrote; stopped by a signal."""
+"""Success; failure; rejected input; stopped by a signal."""

@@ -1,4 +1,4 @@
-"""`dxmi submit | fetch`: jobs on a cluster, and what they leave in object storage."""
+"""`dxmi submit | fetch`: jobs on a cluster, and their results in object storage."""
 
 import argparse
 import os
@@ -12,9 +12,9 @@ from tune.reporting.terminal import Terminal
 
 
 def submit(args: argparse.Namespace) -> int:
-    """Start a job on a cluster and follow it, or follow or end one that was started before."""
+    """Submit a job to a cluster and follow it, or follow or cancel an earlier one."""
     if (args.attach or args.cancel) and args.command:
-        raise UserError("--attach and --cancel are about a job that there is: leave out the command after --.")
+        raise UserError("--attach and --cancel refer to an existing job: leave out the command after --.")
     if args.attach or args.cancel:
         jobs = _jobs(args)
         return _cancel(jobs, args.cancel) if args.cancel else _follow(jobs, args.attach, args)
@@ -35,7 +35,7 @@ def _jobs(args: argparse.Namespace) -> Jobs:
 
 
 def _cancel(jobs: Jobs, job: str) -> int:
-    said = f"{job} has been asked to end." if jobs.stop(job) else f"{job} had ended before."
+    said = f"cancellation of {job} requested." if jobs.stop(job) else f"{job} had already ended."
     complain(said)
     return OK
 
@@ -46,12 +46,12 @@ def _follow(jobs: Jobs, job: str, args: argparse.Namespace) -> int:
         return follow(jobs, job, lambda text: console.out(text, end="", highlight=False), args.patience)
     except KeyboardInterrupt:
         again = f"dxmi submit --address {jobs.address}"
-        complain(f"the job goes on. Follow it again: {again} --attach {job}. End it: {again} --cancel {job}")
+        complain(f"the job continues. To follow it: {again} --attach {job}. To cancel it: {again} --cancel {job}")
         return STOPPED
 
 
 def fetch(args: argparse.Namespace) -> int:
-    """Copy a study or a run from where all nodes keep theirs."""
+    """Copy a study or a run from shared storage to this machine."""
     folder = storage.fetch(args.address, args.into, storage.light if args.without_checkpoints else storage.whole)
     Terminal().out(f"Fetched: {folder}", highlight=False)
     return OK

@@ -1,6 +1,6 @@
-"""The entry point `dxmi`: parses the command line, then imports what runs the command, which takes seconds.
+"""The entry point `dxmi`: parses the command line, then imports the implementation of the command.
 
-Importing may be interrupted by Ctrl-C too; see `_interrupts_raised`.
+The import takes seconds and can be interrupted by Ctrl-C, see `_interrupts_raised`.
 """
 
 import signal
@@ -14,7 +14,7 @@ from tune.cli.exit_codes import BAD_INPUT, STOPPED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code, see `tune.cli.dispatch.run`."""
+    """Run a command and return its exit code, see `tune.cli.dispatch.run`."""
     try:
         return _run(arguments)
     except KeyboardInterrupt:
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    # Imported here, where a Ctrl-C is caught: reading the first module from a slow disk takes long enough.
+    # Imported here so that Ctrl-C is caught: loading the first module from a slow disk can take a while.
     with _interrupts_raised():
         from dxmi.errors import UserError  # noqa: PLC0415
 
@@ -41,7 +41,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _prepare_machine() -> None:
-    """Before anything else is imported, since libraries look for a home on import."""
+    """Set the environment up before other imports: some libraries look for a home directory when imported."""
     from tune.machine import give_home, spare_loopback  # noqa: PLC0415
 
     spare_loopback()
@@ -52,9 +52,9 @@ def _prepare_machine() -> None:
 
 @contextmanager
 def _interrupts_raised() -> Iterator[None]:
-    """Raise a KeyboardInterrupt at the end if one came inside and a library swallowed it, as some do on import."""
+    """Raise KeyboardInterrupt on exit if one occurred inside but was swallowed, as some libraries do on import."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _in_main_thread():
-        yield  # it is ignored, or somebody else handles it
+        yield  # SIGINT is ignored or has another handler
         return
     came = False
 

@@ -1,11 +1,12 @@
-"""The command line: its commands and their options.
+"""The argument parser: all commands and their options.
 
-A command is named here by its module and function, which `implementation` imports when it is run: help needs neither
-PyTorch nor Ray.
+A command is registered by the name of its module and function, which `implementation` imports only when the command
+runs, so that `--help` needs neither PyTorch nor Ray.
 """
 
 import argparse
 import importlib
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,34 +15,42 @@ from dxmi.training.config import CHECKPOINTS, EXPORT_FORMATS
 from tune.config.files import ablations, groups, sweeps
 
 PICTURED = 64
-"""Images in a picture of the data."""
+"""Number of images in a picture of the data."""
 _LARGEST = float.fromhex("0x1.fffffep+127")
-"""Of single precision."""
+"""The largest finite number in single precision."""
 _INTRO = """\
-Cut a diffusion model to a few steps and fine-tune those with DxMI (arXiv 2407.00626).
+Shorten a diffusion model to a few sampling steps and fine-tune them with DxMI (arXiv 2407.00626).
 
-  dxmi train experiment=digits                     pretrain, shorten, fine-tune, score (3 minutes on a laptop)
+Train a model:
+  dxmi train experiment=digits                     pretrain, shorten, fine-tune and score (3 minutes on a laptop)
   dxmi train experiment=digits algorithm.entropy_coef=0.03 out=runs/low-entropy
-  dxmi train --resume runs/low-entropy             go on after an interruption
+  dxmi train --resume runs/low-entropy             resume an interrupted run
   dxmi sample runs/low-entropy --num 64 --out grid.png
   dxmi evaluate runs/low-entropy
   dxmi export runs/my-unet --format diffusers --out my-unet
-  dxmi config experiment=digits                    every setting and its value
-  dxmi data experiment=digits --grid digits.png    what the data hold, and how they look
+  dxmi config experiment=digits                    print every setting with its value
+  dxmi data experiment=digits --grid digits.png    describe the data and draw examples
 
-  dxmi sweep experiment=digits sweep=demo          eight trials, a leaderboard and a report (minutes on a laptop)
+Run a study of many trials:
+  dxmi sweep experiment=digits sweep=demo          8 trials, a leaderboard and a report (minutes on a laptop)
   dxmi sweep experiment=digits sweep=learning_rates name=lr-1 --dry-run
-  dxmi sweep --resume lr-1                         go on after an interruption
-  dxmi studies | dxmi report lr-1 | dxmi ui lr-1   what there is, its report, its curves in MLflow
-  dxmi doctor                                      is this machine ready?
+  dxmi sweep --resume lr-1                         resume an interrupted study
+  dxmi studies                                     list the studies
+  dxmi report lr-1                                 rebuild the tables and report.html of a study
+  dxmi ui lr-1                                     open a study in the MLflow UI
+  dxmi doctor                                      check whether this machine is ready
+
+`dxmi COMMAND --help` describes the options of a command.
 """
+_WIDTH = 110
+"""Characters in a line of the list of config groups."""
 
 Command = Callable[[argparse.Namespace], int]
-"""What runs a command; it returns the exit code."""
+"""The implementation of a command; returns the exit code."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The parsed command line; settings may stand before and after options, which argparse alone would refuse."""
+    """Parse the command line; unlike plain argparse, settings are accepted both before and after options."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(args, "overrides")]
@@ -53,20 +62,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def implementation(args: argparse.Namespace) -> Command:
-    """What runs the command that was parsed, imported here."""
+    """Import and return the implementation of the parsed command."""
     module, function = args.implementation
     found: Command = getattr(importlib.import_module(f"tune.cli.{module}"), function)
     return found
 
 
 class _Commands:
-    """The commands of a parser, to which each function below adds one."""
+    """The subcommands of a parser; each function below adds one."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         self._commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(self, name: str, module: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
-        """A command, which the function of its name in a module of `tune.cli` runs."""
+        """Add a command that is implemented by the function of the same name in a module of `tune.cli`."""
         sub = self._commands.add_parser(
             name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
         )
@@ -107,75 +116,108 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(commands: _Commands) -> None:
-    sub = commands.add("train", "runs", "run an experiment from pretraining to its summary", _about_overrides())
-    _overrides(sub, "settings; out=DIR chooses the run folder; with --resume only resources.*")
+    text = "Run an experiment: pretraining, shortening, fine-tuning and evaluation."
+    sub = commands.add("train", "runs", text, _about_overrides())
+    _overrides(sub, "Settings to override. out=DIR sets the run folder. With --resume, only resources.* is allowed.")
     source = sub.add_mutually_exclusive_group()
-    source.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with an interrupted run")
-    source.add_argument("--config", type=Path, metavar="FILE", help="a whole config, like a study's best.yaml")
+    source.add_argument("--resume", type=Path, metavar="RUN_DIR", help="Resume the interrupted run in this folder.")
+    source.add_argument(
+        "--config", type=Path, metavar="FILE", help="Read a complete config from a file, such as a study's best.yaml."
+    )
 
 
 def _sample(commands: _Commands) -> None:
-    sub = commands.add("sample", "runs", "draw samples from a run's policy")
+    sub = commands.add("sample", "runs", "Draw samples from the policy of a run.")
     _run_arguments(sub)
-    sub.add_argument("--num", type=_positive, default=64, help="how many (default 64)")
-    sub.add_argument("--label", type=int, metavar="N", help="of this class alone (default: as often as in the data)")
-    sub.add_argument("--steps-grid", action="store_true", help="every step of each sample, noise first")
+    sub.add_argument("--num", type=_positive, default=64, metavar="N", help="Number of samples (default: 64).")
     sub.add_argument(
-        "--out", type=Path, default=Path("samples.png"), help="a .png, or an .npz of uint8 NHWC or of points"
+        "--label", type=int, metavar="N", help="Sample only this class (default: the class frequencies of the data)."
+    )
+    sub.add_argument("--steps-grid", action="store_true", help="Save every step of each sample, starting from noise.")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default=Path("samples.png"),
+        metavar="FILE",
+        help="Output file: a .png grid, or an .npz of uint8 NHWC images or of points (default: samples.png).",
     )
 
 
 def _evaluate(commands: _Commands) -> None:
-    sub = commands.add("evaluate", "runs", "score a run's policy")
+    sub = commands.add("evaluate", "runs", "Score the policy of a run.")
     _run_arguments(sub)
-    sub.add_argument("--num-samples", type=_positive, help="samples to score (default: as the run did)")
-    sub.add_argument("--out", type=Path, help="write the scores to this .json too")
+    sub.add_argument(
+        "--num-samples", type=_positive, metavar="N", help="Number of samples to score (default: as in the run)."
+    )
+    sub.add_argument("--out", type=Path, metavar="FILE", help="Also write the scores to this JSON file.")
 
 
 def _export(commands: _Commands) -> None:
-    sub = commands.add("export", "runs", "write a run's policy for use elsewhere")
-    sub.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run")
+    sub = commands.add("export", "runs", "Export the policy of a run for use with another library.")
+    sub.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="Folder of the run.")
     sub.add_argument(
-        "--format", choices=EXPORT_FORMATS, default="diffusers", help="diffusers: a UNet2DModel and its few steps"
+        "--format",
+        choices=EXPORT_FORMATS,
+        default="diffusers",
+        help="Output format; diffusers: a UNet2DModel and its sampling steps (default: diffusers).",
     )
     _checkpoint_and_device(sub)
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="Output folder; it must not exist yet.")
 
 
 def _data(commands: _Commands) -> None:
-    text = "read the data of an experiment and print what was found"
+    text = "Load the data of an experiment and describe them."
     sub = commands.add("data", "runs", text, _about_overrides())
-    _overrides(sub, "settings, as for train")
+    _overrides(sub, "Settings to override, as for train.")
     sub.add_argument(
-        "--grid", type=Path, metavar="FILE.png", help=f"draw {PICTURED} samples with their labels, or points"
+        "--grid",
+        type=Path,
+        metavar="FILE.png",
+        help=f"Draw {PICTURED} labeled images, or points of planar data, to this file.",
     )
 
 
 def _config(commands: _Commands) -> None:
-    _overrides(commands.add("config", "config", "print what would run", _about_overrides()), None)
+    text = "Print the resolved config of an experiment as YAML, without running it."
+    _overrides(commands.add("config", "config", text, _about_overrides()), "Settings to override, as for train.")
 
 
 def _about_overrides() -> str:
-    options = "\n".join(f"  {group}={' | '.join(names)}" for group, names in groups().items())
-    return f"overrides are key=value in Hydra's grammar; see `dxmi config` for every key. Groups:\n\n{options}\n"
+    options = "\n".join(_option_line(group, names) for group, names in groups().items())
+    return (
+        "Settings use Hydra's override syntax, key=value. `dxmi config` prints every key with its value.\n"
+        f"Config groups and their options:\n\n{options}\n"
+    )
 
 
-def _overrides(sub: argparse.ArgumentParser, text: str | None) -> None:
+def _option_line(group: str, names: Sequence[str]) -> str:
+    return textwrap.fill(
+        f"{group}={' | '.join(names)}", _WIDTH, initial_indent="  ", subsequent_indent=" " * (len(group) + 3)
+    )
+
+
+def _overrides(sub: argparse.ArgumentParser, text: str) -> None:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help=text)
 
 
 def _run_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run")
+    sub.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="Folder of the run.")
     sub.add_argument(
-        "--guidance", type=_finite, default=0.0, metavar="S", help="value guidance: after each step descend the value"
+        "--guidance",
+        type=_finite,
+        default=0.0,
+        metavar="S",
+        help="Scale of value guidance, a gradient step down the value after each sampling step (default: 0).",
     )
-    sub.add_argument("--seed", type=int, help="of the noise (default: the run's evaluation seed)")
+    sub.add_argument(
+        "--seed", type=int, metavar="N", help="Seed of the sampling noise (default: the run's evaluation seed)."
+    )
     _checkpoint_and_device(sub)
 
 
 def _checkpoint_and_device(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--checkpoint", choices=CHECKPOINTS, default="best", help="which policy (default best)")
-    sub.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: as the run)")
+    sub.add_argument("--checkpoint", choices=CHECKPOINTS, default="best", help="Checkpoint to load (default: best).")
+    sub.add_argument("--device", help="Device: auto, cpu, cuda or cuda:N (default: as in the run).")
 
 
 # ----------------------------------------------------------------------------
@@ -186,40 +228,46 @@ def _sweep(commands: _Commands) -> None:
     sub = commands.add(
         "sweep",
         "sweeps",
-        "run a study of many trials",
-        f"sweep=NAME is one of {', '.join(sweeps())}, or FILE.yaml; name=STUDY names the study;\n"
-        "sweep.budget.trials=8, sweep.sampler.kind=sobol, tracking.uri=http://... and the like change one setting;\n"
-        "the rest as for train.\n",
+        "Search hyperparameters in a study of many trials.",
+        f"sweep=NAME selects a sweep: {', '.join(sweeps())}, or a path FILE.yaml.\n"
+        "name=STUDY names the study. Settings of the sweep are overridden in the same way, for example\n"
+        "sweep.budget.trials=8, sweep.sampler.kind=sobol or tracking.uri=http://... All other settings are\n"
+        "those of train.\n",
     )
-    _overrides(sub, "sweep=NAME, experiment=NAME, any setting")
-    _study_options(sub, "print trials, space, time and disk, and start nothing")
+    _overrides(sub, "sweep=NAME, experiment=NAME and any setting to override.")
+    _study_options(sub, "Print the trials, search space and estimated time and disk usage, then exit.")
 
 
 def _ablate(commands: _Commands) -> None:
     sub = commands.add(
         "ablate",
         "sweeps",
-        "compare arms with a baseline, seed by seed, and say how sure it is",
-        f"ablation=NAME is one of {', '.join(ablations())}, or FILE.yaml; name=STUDY names the study;\n"
-        "ablation.seeds=6, ablation.generations=3 and the like change one setting; the rest as for train.\n",
+        "Compare variants with a baseline over paired seeds, with significance tests.",
+        f"ablation=NAME selects an ablation: {', '.join(ablations())}, or a path FILE.yaml.\n"
+        "name=STUDY names the study. Settings of the ablation are overridden in the same way, for example\n"
+        "ablation.seeds=6 or ablation.generations=3. All other settings are those of train.\n",
     )
-    _overrides(sub, "ablation=NAME, experiment=NAME, any setting")
-    _study_options(sub, "print arms, design, seeds and time, and start nothing")
+    _overrides(sub, "ablation=NAME, experiment=NAME and any setting to override.")
+    _study_options(sub, "Print the arms, design, seeds and estimated time, then exit.")
 
 
 def _study_options(sub: argparse.ArgumentParser, dry_run: str) -> None:
-    sub.add_argument("--resume", metavar="STUDY", help="go on with a study; only budgets and resources may change")
+    sub.add_argument(
+        "--resume",
+        metavar="STUDY",
+        help="Resume a study, given by name or folder. Only resources, budgets and tracking may change.",
+    )
     sub.add_argument("--dry-run", action="store_true", help=dry_run)
     _studies_argument(sub)
 
 
 def _studies(commands: _Commands) -> None:
-    _studies_argument(commands.add("studies", "studies", "list studies and their states"))
+    _studies_argument(commands.add("studies", "studies", "List studies with their states and best scores."))
 
 
 def _report(commands: _Commands) -> None:
-    sub = commands.add("report", "report", "write a study's tables and report.html anew")
-    sub.add_argument("study", metavar="STUDY", help="name or folder of a study")
+    sub = commands.add("report", "report", "Rebuild the tables and report.html of a study.")
+    sub.add_argument("study", metavar="STUDY", help="Name or folder of the study.")
     _studies_argument(sub)
 
 
@@ -227,11 +275,16 @@ def _ui(commands: _Commands) -> None:
     sub = commands.add(
         "ui",
         "ui",
-        "open MLflow's page on the studies here, on this machine only",
-        "It prints the addresses of each study's curves in one chart, of its best checkpoint and of all its metrics.\n",
+        "Start the MLflow UI for the local studies.",
+        "The server is reachable only from this machine. For each study, the command prints the addresses of the\n"
+        "chart of all training curves, of the best checkpoint and of all metrics.\n",
     )
-    sub.add_argument("study", nargs="?", metavar="STUDY", help="name or folder of a study (default: the newest ones)")
-    sub.add_argument("--port", type=_positive, help="to listen on (default: the first free one from 5000 on)")
+    sub.add_argument(
+        "study", nargs="?", metavar="STUDY", help="Name or folder of a study (default: the most recent studies)."
+    )
+    sub.add_argument(
+        "--port", type=_positive, metavar="PORT", help="Port to listen on (default: the first free one from 5000)."
+    )
     _studies_argument(sub)
 
 
@@ -239,35 +292,80 @@ def _submit(commands: _Commands) -> None:
     sub = commands.add(
         "submit",
         "jobs",
-        "run a command on a Ray cluster, as a job that outlives this terminal",
-        "dxmi submit --address http://head:8265 -- sweep experiment=digits sweep=demo --studies /shared/studies\n",
+        "Run a dxmi command as a job on a Ray cluster; the job does not depend on this terminal.",
+        "Example:\n"
+        "  dxmi submit --address http://head:8265 -- sweep experiment=digits sweep=demo --studies /shared/studies\n",
     )
-    sub.add_argument("command", nargs="*", metavar="COMMAND", help="after --: a command of dxmi with its arguments")
-    sub.add_argument("--address", help="of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS or this machine's)")
+    sub.add_argument(
+        "command", nargs="*", metavar="COMMAND", help="The dxmi command to run and its arguments, after --."
+    )
+    sub.add_argument(
+        "--address",
+        metavar="URL",
+        help="Address of the cluster's dashboard (default: $RAY_API_SERVER_ADDRESS, or else this machine's).",
+    )
     again = sub.add_mutually_exclusive_group()
-    again.add_argument("--attach", metavar="ID", help="follow a job that was submitted before")
-    again.add_argument("--cancel", metavar="ID", help="end a job; a sweep saves first and can be resumed")
-    sub.add_argument("--no-follow", action="store_true", help="submit, print the id, and return")
-    sub.add_argument("--env", action="append", default=[], metavar="NAME", help="pass this variable on; repeatable")
-    sub.add_argument("--working-dir", type=Path, default=Path(), metavar="DIR", help="the checkout (.)")
-    sub.add_argument("--max-upload-mb", type=_positive, default=100, metavar="N", help="refuse a larger tree (100)")
-    sub.add_argument("--no-token", action="store_true", help="the cluster wants no token, and is protected otherwise")
-    sub.add_argument("--patience", type=_positive, default=300, metavar="S", help="wait for a silent cluster (300 s)")
+    again.add_argument("--attach", metavar="ID", help="Follow the output of a job that was submitted earlier.")
+    again.add_argument("--cancel", metavar="ID", help="Cancel a job; a sweep saves its state and can be resumed.")
+    sub.add_argument("--no-follow", action="store_true", help="Submit the job, print its ID and exit.")
+    sub.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Pass this environment variable to the job; may be given several times.",
+    )
+    sub.add_argument(
+        "--working-dir",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="Checkout to upload (default: the current folder).",
+    )
+    sub.add_argument(
+        "--max-upload-mb",
+        type=_positive,
+        default=100,
+        metavar="N",
+        help="Refuse to upload more than this many megabytes (default: 100).",
+    )
+    sub.add_argument(
+        "--no-token",
+        action="store_true",
+        help="Allow a cluster without token authentication, if its network is otherwise protected.",
+    )
+    sub.add_argument(
+        "--patience",
+        type=_positive,
+        default=300,
+        metavar="S",
+        help="Seconds to wait for an unresponsive cluster (default: 300).",
+    )
 
 
 def _fetch(commands: _Commands) -> None:
-    sub = commands.add("fetch", "jobs", "copy a study or a run from resources.storage_path to this machine")
-    sub.add_argument("address", metavar="ADDRESS", help="of the study or run, like s3://bucket/studies/lr-1")
-    sub.add_argument("--into", type=Path, default=Path("studies"), metavar="DIR", help="where to (./studies)")
-    sub.add_argument("--without-checkpoints", action="store_true", help="records and pictures alone")
+    sub = commands.add("fetch", "jobs", "Copy a study or a run from resources.storage_path to this machine.")
+    sub.add_argument(
+        "address", metavar="ADDRESS", help="Address of the study or run, for example s3://bucket/studies/lr-1."
+    )
+    sub.add_argument(
+        "--into", type=Path, default=Path("studies"), metavar="DIR", help="Destination folder (default: ./studies)."
+    )
+    sub.add_argument("--without-checkpoints", action="store_true", help="Copy only records and images.")
 
 
 def _doctor(commands: _Commands) -> None:
-    _studies_argument(commands.add("doctor", "doctor", "is this machine ready for a sweep?"))
+    _studies_argument(commands.add("doctor", "doctor", "Check whether this machine is ready for a sweep."))
 
 
 def _studies_argument(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--studies", type=Path, default=Path("studies"), metavar="DIR", help="their folder (./studies)")
+    sub.add_argument(
+        "--studies",
+        type=Path,
+        default=Path("studies"),
+        metavar="DIR",
+        help="Folder that holds the studies (default: ./studies).",
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -277,12 +375,12 @@ def _studies_argument(sub: argparse.ArgumentParser) -> None:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not abs(number) <= _LARGEST:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number of single precision")
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number in single precision")
     return number

@@ -1,4 +1,4 @@
-"""`dxmi report`: a study's tables and its page, made from its records."""
+"""`dxmi report`: rebuild a study's tables and HTML report from its records."""
 
 import argparse
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from tune.studies.study import Study
 
 
 def show_results(console: Terminal, folder: StudyFolder, plan: Plan, records: Sequence[TrialRecord]) -> None:
-    """The table, and which of it a training-free sampler beats."""
+    """Print a study's result table and name the entries that a training-free sampler beats."""
     if isinstance(plan, AblationPlan):
         results = results_of(plan, folder, records)
         table, sentences = arms_table(results), results.outdone
@@ -33,7 +33,7 @@ def show_results(console: Terminal, folder: StudyFolder, plan: Plan, records: Se
 
 
 def report(args: argparse.Namespace) -> int:
-    """Write a study's tables and report anew, and say where they are."""
+    """Rewrite a study's tables and report, and print the path of the report."""
     name, root = place(args.study, args.studies)
     require_name(name)
     study = Study.read(StudyFolder(root / name))

@@ -43,18 +43,18 @@ from tune.reporting.text_tables import TextTable
 
 
 def train(args: argparse.Namespace) -> int:
-    """Run an experiment to its summary, or go on with one."""
+    """Run an experiment to its summary, or resume one."""
     config, out = _resumed(args) if args.resume else _read(args) if args.config else _composed(args)
     run = RunDirectory(out)
     console = Terminal()
     address, keep = _kept(config, out)
     finished = run.read_summary()
     if finished is None and steps_in(run.checkpoints):
-        console.out(f"Going on with the run in {out}.", highlight=False)
+        console.out(f"Resuming the run in {out}.", highlight=False)
     require_no_stack(config, "dxmi train")
     experiment = Experiment(config)
     if finished is None:
-        _ = experiment.data  # the map of a folder takes minutes, in which Ctrl-C ends at once: there is nothing to save
+        _ = experiment.data  # indexing a folder takes minutes; Ctrl-C exits at once since there is nothing to save yet
     with ProgressReporter(console) as reporter, gentle_stop(reporter.ask_to_stop):
         if config.resources.num_workers > 1:
             keep()
@@ -65,37 +65,37 @@ def train(args: argparse.Namespace) -> int:
             finally:
                 keep()
     if summary is None:
-        complain(f"stopped and saved. Go on with: dxmi train --resume {out}")
+        complain(f"stopped and saved. To resume: dxmi train --resume {out}")
         return STOPPED
     if finished is not None:
-        console.out(f"This run has finished before; nothing was done again. Its folder is {out}.", highlight=False)
+        console.out(f"The run in {out} is already finished; nothing was recomputed.", highlight=False)
     show_result(console, run, summary)
     return OK
 
 
 def _kept(config: ExperimentConfig, out: Path) -> tuple[str | None, Callable[[], None]]:
-    """Where the run is kept beside its folder, and what copies it there."""
+    """Return the address of the run's copy in shared storage, if any, and the function that updates that copy."""
     storage_path = config.resources.storage_path
     if storage_path is None:
         return None, lambda: None
-    storage = importlib.import_module("tune.integrations.object_store")  # pyarrow takes a while
+    storage = importlib.import_module("tune.integrations.object_store")  # pyarrow is slow to import
     address = str(storage.join(storage_path, out.resolve().name))
     storage.Remote(address).require_reachable()
     return address, storage.copied(address, out)
 
 
 def _on_workers(experiment: Experiment, out: Path, reporter: ProgressReporter, address: str | None) -> Summary | None:
-    """`train` on several processes of a Ray of its own, or on the cluster's."""
-    _ = experiment.data  # what is wrong with the data is said before anything starts
-    parallel = importlib.import_module("tune.execution.ray_train")  # Ray takes seconds
-    with parallel.ray_for(experiment.config), gentle_stop(reporter.ask_to_stop):  # Ray's start takes SIGTERM for itself
+    """Run `train` on several workers of a local Ray instance or of the cluster."""
+    _ = experiment.data  # errors in the data are reported before Ray starts
+    parallel = importlib.import_module("tune.execution.ray_train")  # Ray takes seconds to import
+    with parallel.ray_for(experiment.config), gentle_stop(reporter.ask_to_stop):  # ray.init replaces SIGTERM's handler
         try:
             summary: Summary | None = parallel.train_on_workers(
                 experiment.config, out=out, report=reporter, address=address
             )
         except WorkersLostError as error:
             write_atomic(out / "error.txt", error.details)
-            complain(f"tracebacks are in {out / 'error.txt'}. Go on with: dxmi train --resume {out}")
+            complain(f"see {out / 'error.txt'} for the tracebacks. To resume: dxmi train --resume {out}")
             raise
         finally:
             if address is not None:
@@ -110,11 +110,11 @@ def _composed(args: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
 
 
 def _read(args: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
-    """A whole config from a file; only resources.* and out= may be added."""
+    """Read a complete config from a file; only resources.* and out= may be overridden."""
     out = [override for override in args.overrides if override.startswith("out=")]
     other = [o for o in args.overrides if not o.startswith(("resources.", "out="))]
     if other:
-        raise UserError(f"--config runs the config in {args.config}: change it there, or leave out {' '.join(other)}.")
+        raise UserError(f"--config uses the settings of {args.config}: edit it, or leave out {' '.join(other)}.")
     tree = read_yaml(args.config, f"The config {args.config} cannot be read.")
     config = _with_resources(build(ExperimentConfig, tree), [o for o in args.overrides if o not in out])
     return config, out_folder(out) or _default_out(config)
@@ -132,7 +132,7 @@ def _with_resources(config: ExperimentConfig, overrides: Sequence[str]) -> Exper
 def _resumed(args: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
     other = [override for override in args.overrides if not override.startswith("resources.")]
     if other:
-        raise UserError(f"--resume goes on with the run's own config: leave out {' '.join(other)}.")
+        raise UserError(f"--resume uses the run's own config: leave out {' '.join(other)}.")
     config = build(ExperimentConfig, RunDirectory(args.resume).read_config())
     return _with_resources(config, args.overrides), args.resume
 
@@ -153,7 +153,7 @@ def _trained(args: argparse.Namespace) -> Trained:
 
 
 def sample(args: argparse.Namespace) -> int:
-    """Draw samples from a run's policy into a file."""
+    """Draw samples from a run's policy and write them to a file."""
     if args.out.suffix not in (".png", ".npz"):
         raise UserError(f"--out is {args.out}: it must end in .png or .npz.")
     _require_folder(args.out)
@@ -172,7 +172,7 @@ def sample(args: argparse.Namespace) -> int:
 
 
 def _save_arrays(path: Path, samples: Tensor, data: DataConfig) -> None:
-    """Images as uint8 [..., H, W, C], points as float32 [..., 2]."""
+    """Write images as uint8 [..., H, W, C] or points as float32 [..., 2]."""
     buffer = io.BytesIO()
     if data.is_planar:
         np.savez_compressed(buffer, points=samples.cpu().numpy())
@@ -202,7 +202,7 @@ def evaluate(args: argparse.Namespace) -> int:
     table.add_column("value", justify="right")
     for key, value in scores.values.items():
         table.add_row(key, f"{value:,.4f}" if value % 1 else f"{value:,.0f}")
-    table.add_row("seconds for 1,000 samples", f"{scores.seconds_per_1000:.3f}")
+    table.add_row("seconds per 1,000 samples", f"{scores.seconds_per_1000:.3f}")
     Terminal().print(table)
     if args.out:
         write_json(args.out, scores.values)
@@ -210,16 +210,16 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    """Write a run's policy for use elsewhere."""
+    """Export a run's policy to another library's format."""
     _require_folder(args.out)
     trained = _trained(args)
     export_diffusers(trained, args.out)
-    Terminal().out(f"The policy that counts as the best, of iteration {trained.step}: {args.out}", highlight=False)
+    Terminal().out(f"Exported the policy of iteration {trained.step}: {args.out}", highlight=False)
     return OK
 
 
 def data(args: argparse.Namespace) -> int:
-    """Say what a data set holds."""
+    """Describe the data set of an experiment."""
     config = compose_experiment(args.overrides).experiment
     if args.grid is not None:
         if args.grid.suffix != ".png":
@@ -234,18 +234,18 @@ def data(args: argparse.Namespace) -> int:
 
 
 def _labels_of(experiment: Experiment) -> str:
-    """What becomes of the labels in this experiment."""
+    """Describe how the experiment uses the labels of its data."""
     try:
         used = labels_text(experiment.class_counts)
     except UserError as error:
         return str(error)
     if used:
-        return f"those of training are the data's, those of samples are {used}"
-    return "given to no network (network.denoiser.classes is 0)" if experiment.data.num_classes else ""
+        return f"taken from the data in training, {used} in sampling"
+    return "not used by any network (network.denoiser.classes is 0)" if experiment.data.num_classes else ""
 
 
 def _draw_data(path: Path, data: Dataset) -> None:
-    """Images with their labels, or points over their density."""
+    """Draw images with their labels, or points over their density."""
     if isinstance(data, Images):
         pixels, labels = some_of(data, PICTURED)
         names = data.class_names

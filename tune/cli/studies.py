@@ -1,4 +1,4 @@
-"""`dxmi studies`: what studies there are."""
+"""`dxmi studies`: list the studies in a folder."""
 
 import argparse
 from collections import Counter
@@ -20,18 +20,18 @@ from tune.studies.study import Study
 
 
 def place(study: str, studies: Path) -> tuple[str, Path]:
-    """A study's name and the folder it is in; it may be given as a path, too."""
+    """Split a study, given by name or by path, into its name and the folder that contains it."""
     path = Path(study)
     require_target(path if len(path.parts) > 1 else studies / path, "The study")
     return (path.name, path.parent) if len(path.parts) > 1 else (study, studies)
 
 
 def studies(args: argparse.Namespace) -> int:
-    """List the studies there are."""
+    """List the studies with their states and best scores."""
     found = studies_in(args.studies)
     console = Terminal()
     if not found:
-        console.out(f"There are no studies in {args.studies} yet: dxmi sweep begins one.", highlight=False)
+        console.out(f"There are no studies in {args.studies} yet: start one with dxmi sweep.", highlight=False)
         return OK
     table = TextTable("study", "state", "trials", "best", "wall time")
     for folder in found:
@@ -60,7 +60,7 @@ def _row(folder: StudyFolder) -> tuple[str, ...]:
 
 
 def _state(folder: StudyFolder, is_done: bool) -> str:
-    """running, finished, or interrupted."""
+    """Return "running", "finished" or "interrupted"."""
     lock = FileLock(folder.path / ".lock")
     try:
         lock.acquire(timeout=0)

@@ -30,12 +30,12 @@ from tune.studies.arm_results import changes_text
 from tune.studies.folder import StudyFolder
 from tune.studies.leaderboard import changed_inputs
 
-_TIMED_ELSEWHERE = ", and much less on GPUs: this machine has none, so its CPU was timed"
+_TIMED_ELSEWHERE = ", timed on this machine's CPU since it has no GPU; GPUs take much less"
 
 
 def sweep(args: argparse.Namespace) -> int:
-    """Run a sweep, go on with one, or say what it would do."""
-    warnings.simplefilter("ignore", FutureWarning)  # of Ray, at import, about its own next version
+    """Run or resume a sweep, or describe it with --dry-run."""
+    warnings.simplefilter("ignore", FutureWarning)  # raised by Ray on import about its own next version
     chosen = _chosen(args)
     console = Terminal()
     chosen.check()
@@ -50,7 +50,7 @@ def sweep(args: argparse.Namespace) -> int:
 
 
 def _leave_working_folder(chosen: Sweep) -> None:
-    """Ray may replace a job's folder while it runs, and nothing works in a folder that is gone."""
+    """Leave the job's working folder, which Ray may delete while the job runs."""
     chosen.folder = StudyFolder(chosen.folder.path.absolute())
     os.chdir("/")
 
@@ -62,7 +62,7 @@ def _chosen(args: argparse.Namespace) -> Sweep:
     found = Sweep.resume(name, *args.overrides, studies=studies)
     if isinstance(found.plan, AblationPlan):
         raise UserError(
-            f"{found.folder.path} is an ablation. To go on with it: {found.plan.resume_line(found.folder.path)}"
+            f"{found.folder.path} is an ablation. To resume it: {found.plan.resume_line(found.folder.path)}"
         )
     return found
 
@@ -70,17 +70,17 @@ def _chosen(args: argparse.Namespace) -> Sweep:
 def _announce(console: Terminal, chosen: Sweep) -> None:
     cost = chosen.estimate()
     chosen.check_room(cost)
-    again = "Going on with" if chosen.folder.exists else "Study"
+    again = "Resuming study" if chosen.folder.exists else "Study"
     console.out(
         f"{again} {chosen.plan.name}: {cost.trials} trials, {chosen.slots}; "
-        f"about {duration(cost.seconds)} and {cost.bytes / 1e9:.1f} GB in all, less where trials are stopped early"
+        f"about {duration(cost.seconds)} and {cost.bytes / 1e9:.1f} GB in total, less if trials are stopped early"
         f"{_TIMED_ELSEWHERE if cost.elsewhere else ''}.",
         highlight=False,
     )
 
 
 def _plan(console: Terminal, chosen: Sweep, cost: Estimate) -> None:
-    """What --dry-run prints."""
+    """Print the plan of a sweep for --dry-run."""
     plan, sweep = chosen.plan, chosen.plan.sweep
     console.out(f"Study {plan.name} (signature {plan.signature}) in {chosen.folder.path}", highlight=False)
     space = TextTable("setting", "values", "default", title="space", title_justify="left")
@@ -94,7 +94,7 @@ def _plan(console: Terminal, chosen: Sweep, cost: Estimate) -> None:
         "objective": objectives,
         "concurrency": str(chosen.slots),
         "time": _time(cost),
-        "disk": f"{cost.bytes / 1e9:.2f} GB ({cost.trial_bytes / 1e6:.0f} MB a trial)",
+        "disk": f"{cost.bytes / 1e9:.2f} GB ({cost.trial_bytes / 1e6:.0f} MB per trial)",
         "tracking": plan.tracking.uri,
     }
     table = TextTable(show_header=False)
@@ -107,12 +107,12 @@ def _plan(console: Terminal, chosen: Sweep, cost: Estimate) -> None:
 
 def _time(cost: Estimate) -> str:
     shared = f"{duration(cost.shared_seconds)} of pretraining and references, once; " if cost.shared_seconds else ""
-    each = f"{duration(cost.trial_seconds)} a trial that runs to its end"
+    each = f"{duration(cost.trial_seconds)} for each trial that is not stopped early"
     return f"about {duration(cost.seconds)}: {shared}{each}{_TIMED_ELSEWHERE if cost.elsewhere else ''}"
 
 
 def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
-    """The end table, where everything is, and the exit code."""
+    """Print the result table and the paths of the outputs; returns the exit code."""
     show_results(console, result.folder, chosen.plan, result.records)
     places = {"report": result.folder.report, "best config": result.folder.best, "table": result.folder.leaderboard}
     if isinstance(chosen.plan, AblationPlan):
@@ -134,27 +134,27 @@ def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
             complain(sentence)
     resume = chosen.plan.resume_line(result.folder.path)
     if result.undelivered:
-        complain(f"the tracking server has not got {result.undelivered} records yet. To deliver them: {resume}")
+        complain(f"{result.undelivered} records have not reached the tracking server. To deliver them: {resume}")
     if result.interrupted:
-        complain(f"{result.ended or 'interrupted'}. Everything is saved; go on with: {resume}")
+        complain(f"{result.ended or 'interrupted'}. Everything is saved. To resume: {resume}")
         return STOPPED
     if result.all_failed:
-        complain("every trial failed; the table says why.")
+        complain("every trial failed; the table shows the reasons.")
         return FAILED
     return OK
 
 
 def _in_mlflow(plan: Plan, result: SweepResult) -> list[str]:
-    """What shows a study in MLflow: a command or a server, and the addresses of its pages there."""
+    """Lines that tell how to open a study in MLflow (a command or a server) and the addresses of its pages."""
     uri = plan.tracking.uri
     if uri == "none":
         return []
     heading = f"{'MLflow:':<13}{f'{_ui_command(result.folder)} serves these pages' if uri == 'local' else uri}"
-    if uri != "local" and (result.undelivered or result.interrupted):  # nobody is to wait for a server then
+    if uri != "local" and (result.undelivered or result.interrupted):  # do not wait for the server
         return [heading]
     try:
         pages = study_pages(result.folder, plan, result.records, address_of(DEFAULT_PORT))
-    except Exception as error:  # noqa: BLE001  (MLflow raises anything, and the study is whole without its addresses)
+    except Exception as error:  # noqa: BLE001  (MLflow raises many types, and the addresses are optional)
         complain(f"the addresses of the study's pages in MLflow could not be read: {reason_of(error)}.")
         return [heading]
     return [heading, *(f"{'':<13}{line}" for line in (pages.lines() if pages else ()))]
@@ -167,8 +167,8 @@ def _ui_command(folder: StudyFolder) -> str:
 
 
 def ablate(args: argparse.Namespace) -> int:
-    """Run an ablation, go on with one, or say what it would do."""
-    warnings.simplefilter("ignore", FutureWarning)  # of Ray, at import, about its own next version
+    """Run or resume an ablation, or describe it with --dry-run."""
+    warnings.simplefilter("ignore", FutureWarning)  # raised by Ray on import about its own next version
     chosen = _chosen_ablation(args)
     console = Terminal()
     chosen.check()
@@ -182,7 +182,7 @@ def ablate(args: argparse.Namespace) -> int:
     try:
         result = chosen.run(console=console)
     except TuningInterruptedError as error:
-        complain(f"{error}. Everything is saved; the same command goes on.")
+        complain(f"{error}. Everything is saved; run the same command again to continue.")
         return STOPPED
     return _close(console, chosen, result)
 
@@ -195,11 +195,11 @@ def _chosen_ablation(args: argparse.Namespace) -> Ablation:
 
 
 def _show_arms(console: Terminal, chosen: Ablation) -> None:
-    """What --dry-run prints."""
+    """Print the plan of an ablation for --dry-run."""
     plan, ablation = chosen.plan, chosen.plan.ablation
     console.out(f"Ablation {plan.name} (signature {plan.signature}) in {chosen.folder.path}", highlight=False)
     console.out(f"Hypothesis: {' '.join(ablation.hypothesis.split())}", highlight=False)
-    table = TextTable("arm", "changes of the baseline")
+    table = TextTable("arm", "changes to the baseline")
     for arm in plan.arms:
         table.add_row(arm.name, changes_text(arm.changes))
     console.print(table)
@@ -217,13 +217,13 @@ def _show_arms(console: Terminal, chosen: Ablation) -> None:
     }
     if plan.seed_plan is not None:
         first = ablation.seeds.first
-        rows["seeds"] = f"{first}, then more where the verdict is open, {ablation.seeds.cap} at most"
-        rows["trials"] = f"{len(plan.arms) * first}, then up to {plan.num_trials}"
-        rows["time"] += ", with every seed"
+        rows["seeds"] = f"{first}, then more where the verdict is open, at most {ablation.seeds.cap}"
+        rows["trials"] = f"{len(plan.arms) * first} at first, up to {plan.num_trials}"
+        rows["time"] += ", with all seeds"
     if plan.seeds_at_once > 1:
-        rows["in one program"] = _stack_text(chosen)
+        rows["trained together"] = _stack_text(chosen)
     if ablation.tuning is not None:
-        rows["tuning"] = f"{ablation.tuning.trials} trials in each arm, before"
+        rows["tuning"] = f"{ablation.tuning.trials} trials in each arm, before the comparison"
     summary = TextTable(show_header=False)
     for name, value in rows.items():
         summary.add_row(name, value)
@@ -232,11 +232,11 @@ def _show_arms(console: Terminal, chosen: Ablation) -> None:
 
 
 def _stack_text(chosen: Ablation) -> str:
-    """How many seeds of an arm are trained together."""
+    """Describe how many seeds of an arm are trained together."""
     begun = chosen.folder.read_plan() if chosen.folder.exists else None
     recorded = begun.stacked if isinstance(begun, AblationPlan) else None
     known = known_stack(replace(chosen.plan, stacked=recorded))
     if known is None:
-        return "as many seeds of an arm as a measurement at the start finds fastest; recorded in study.yaml"
-    again = ", as this study began" if known == recorded else ""
-    return f"{known} seed{'s' if known > 1 else ''} of an arm{again}"
+        return "the number of seeds per arm measured as fastest at the start; recorded in study.yaml"
+    again = ", as recorded for this study" if known == recorded else ""
+    return f"{known} seed{'s' if known > 1 else ''} per arm{again}"

@@ -1,4 +1,4 @@
-"""`dxmi ui`: MLflow's own page on the store of the studies here, on this machine only."""
+"""`dxmi ui`: serve the MLflow UI for the local studies, reachable only from this machine."""
 
 import argparse
 import itertools
@@ -30,32 +30,32 @@ _PORTS_TRIED = 50
 _LAST_PORT = 65535
 _START_SECONDS = 120.0
 _ENVIRONMENT = {
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # or it starts ten processes
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # otherwise it starts ten processes
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
 }
 
 
 def free_port(wanted: int | None) -> int:
-    """The wanted port, or the first free one from DEFAULT_PORT on.
+    """Return the requested port, or the first free one starting at DEFAULT_PORT.
 
     Raises:
-        UserError: the wanted one is no port or taken, or all are taken.
+        UserError: the requested port is invalid or in use, or no port is free.
     """
     if wanted is not None:
         if not 1 <= wanted <= _LAST_PORT:
             raise UserError(f"--port is {wanted}: it must be in 1..{_LAST_PORT}.")
         if not is_free(wanted):
-            raise UserError(f"Port {wanted} of {HOST} is taken: choose another by --port, or leave --port out.")
+            raise UserError(f"Port {wanted} of {HOST} is taken: choose another with --port, or leave --port out.")
         return wanted
     for port in range(DEFAULT_PORT, DEFAULT_PORT + _PORTS_TRIED):
         if is_free(port):
             return port
-    raise UserError(f"Ports {DEFAULT_PORT} to {DEFAULT_PORT + _PORTS_TRIED - 1} are taken: choose one by --port.")
+    raise UserError(f"Ports {DEFAULT_PORT} to {DEFAULT_PORT + _PORTS_TRIED - 1} are taken: choose one with --port.")
 
 
 def is_free(port: int) -> bool:
-    """Whether a server could listen on a port of this machine."""
+    """Whether a server can listen on a port of this machine."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -66,22 +66,22 @@ def is_free(port: int) -> bool:
 
 
 def address_of(port: int) -> str:
-    """Where MLflow's page is."""
+    """Return the address of the MLflow UI at a port."""
     return f"http://{HOST}:{port}"
 
 
 def serve(store: str, root: Path, port: int, say: Callable[[str], None], pages: Iterable[str]) -> int:
-    """Run MLflow's server until it is stopped; says its addresses when it answers. Returns its exit code.
+    """Run MLflow's server until it is stopped, and print its addresses once it responds. Returns its exit code.
 
     Args:
         store: SQLite URI of the tracking store.
-        root: the studies' folder.
-        port: to listen on.
+        root: the folder that holds the studies.
+        port: the port to listen on.
         say: prints a line.
-        pages: lines about its pages, said then.
+        pages: lines about the pages of the UI, printed once the server responds.
     """
     arguments = ["--backend-store-uri", store, "--artifacts-destination", str(root.resolve() / "mlartifacts")]
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the server would outlive this process
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the server would outlive this process
     server = subprocess.Popen(  # noqa: S603  (no shell; every argument is ours)
         [sys.executable, "-m", "mlflow", "server", *arguments, "--host", HOST, "--port", str(port), "--workers", "1"],
         env={**_ENVIRONMENT, **os.environ},
@@ -91,13 +91,13 @@ def serve(store: str, root: Path, port: int, say: Callable[[str], None], pages: 
     )
     try:
         if _answers(server, port):
-            say(f"MLflow UI: {address_of(port)}  (Ctrl-C ends it)")
+            say(f"MLflow UI: {address_of(port)}  (press Ctrl-C to stop)")
             for line in pages:
                 say(line)
         elif server.poll() is None:
             raise UserError(
-                f"MLflow has not answered at {address_of(port)} in {_START_SECONDS:.0f} s: this machine is busy; try "
-                "again when it has a core to spare, or choose another --port."
+                f"MLflow did not respond at {address_of(port)} within {_START_SECONDS:.0f} s: this machine may be "
+                "busy. Try again when it is less loaded, or choose another --port."
             )
         _, errors = server.communicate()
     except KeyboardInterrupt:
@@ -112,7 +112,7 @@ def serve(store: str, root: Path, port: int, say: Callable[[str], None], pages: 
 
 
 def _answers(server: "subprocess.Popen[str]", port: int) -> bool:
-    """Wait until the server answers; False if it has died or takes too long."""
+    """Wait until the server responds; returns False if it exits or takes too long."""
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
         with suppress(OSError, HTTPException), asked(f"http://{HOST}:{port}/health", 1.0):
@@ -131,10 +131,10 @@ def _end(server: "subprocess.Popen[str]") -> None:
 
 
 def ui(args: argparse.Namespace) -> int:
-    """MLflow's page on the local store, until Ctrl-C."""
+    """Serve the MLflow UI for the local store until Ctrl-C."""
     name, root = (None, args.studies) if args.study is None else place(args.study, args.studies)
     if not root.is_dir():
-        raise UserError(f"There is no folder {root}: run a sweep first, or name the folder by --studies.")
+        raise UserError(f"The folder {root} does not exist: run a sweep first, or give another folder with --studies.")
     console = Terminal()
     study = None if name is None else _tracked(name, root)
     if study is not None and study.plan.tracking.uri != "local":
@@ -150,10 +150,10 @@ def ui(args: argparse.Namespace) -> int:
 
 
 def _tracked(name: str, root: Path) -> Study:
-    """A study that MLflow records.
+    """Read a study that is recorded in MLflow.
 
     Raises:
-        UserError: there is none of this name, or MLflow does not record it.
+        UserError: there is no study of this name, or it is not recorded in MLflow.
     """
     require_name(name)
     study = Study.read(StudyFolder(root / name))
@@ -166,7 +166,7 @@ def _pages(study: Study, server: str) -> list[str]:
     pages = study_pages(study.folder, study.plan, study.records(), server)
     if pages is None:
         raise UserError(
-            f"MLflow has no record of the study {study.plan.name}. To make it: "
+            f"MLflow has no record of the study {study.plan.name}. To create it: "
             f"{study.plan.resume_line(study.folder.path)}"
         )
     return pages.lines()
