@@ -11,4 +11,4 @@ package, do not import PyTorch either. The packages, lowest first:
     training                  the loop, and the config from which all of this is built
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
