@@ -1,1 +1,1 @@
-"""Confidence intervals, tests, corrections for multiplicity, and sequential plans. Nothing here knows of studies."""
+"""Confidence intervals, tests, corrections for multiplicity and sequential plans, independent of how studies run."""

@@ -1,4 +1,4 @@
-"""Every arm against the baseline: a difference, p-values with one error rate, and a verdict."""
+"""Comparison of every arm with the baseline: difference, p-values with a family-wise error rate, and verdict."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,11 @@ from tune.stats.tests import Pairs, p_text, paired, scores_of
 
 
 class Verdict(StrEnum):
-    """What the study says about an arm.
+    """The study's conclusion about an arm.
 
-    `too few seeds` is about the study: whatever the scores had been, this many seeds could not have shown a difference.
-    `no difference shown` is about the arm: they could have, and did not. How large a difference they leave possible is
-    in the interval. `failed` and `unfinished` are about runs without a score: see `tune.studies.arm_results`.
+    `too few seeds`: with this many seeds, no scores could have shown a difference. `no difference shown`: the seeds
+    would have sufficed, but the test is not significant; the interval tells how large a difference is still possible.
+    `failed` and `unfinished` concern runs without a score, see `tune.studies.arm_results`.
     """
 
     BETTER = "better"
@@ -37,29 +37,29 @@ class Verdict(StrEnum):
     NO_DIFFERENCE = "no difference shown"
     TOO_FEW_SEEDS = "too few seeds"
     FAILED = "failed"
-    """Runs of the arm or of the baseline ended without a score. They are not missing at random, so no test is taken."""
+    """Runs of the arm or the baseline ended without a score. They are not missing at random, so nothing is tested."""
     UNFINISHED = "unfinished"
-    """Runs of the arm or of the baseline have not ended, so no test is taken yet."""
+    """Runs of the arm or the baseline have not ended yet, so nothing is tested yet."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm against the baseline; `str` gives a line for a table.
+    """Comparison of an arm with the baseline; `str` gives a table cell.
 
     Attributes:
-        arm: its name.
-        seeds: that have a score of both.
-        left_out: seeds that lack one.
-        difference: mean of arm minus baseline, seed by seed.
-        improvement: the chance that a run of the arm beats a run of the baseline.
-        p: of the sign-flip test on this arm alone.
-        p_adjusted: for all arms together; the verdict goes by it.
-        correction: how it was adjusted.
-        seeds_needed: how many would show a difference like this one.
-        verdict: what it comes to.
-        reason: why, in a sentence or two.
-        gaps: which runs are missing, in words, if the verdict is about them; p, p_adjusted, improvement and
-            seeds_needed are NaN then.
+        arm: Name of the arm.
+        seeds: Number of seeds with a score of both the arm and the baseline.
+        left_out: Number of seeds that lack one of the two scores.
+        difference: Mean of the paired differences, arm minus baseline.
+        improvement: Probability that a run of the arm beats a run of the baseline.
+        p: p-value of the sign-flip test of this arm, without correction.
+        p_adjusted: p-value corrected for all arms; it decides the verdict.
+        correction: Method of the correction.
+        seeds_needed: Number of seeds that would show a difference of this size.
+        verdict: Conclusion about the arm.
+        reason: Explanation of the verdict in one or two sentences.
+        gaps: Description of the missing runs if the verdict is about them, else empty. If set, p, p_adjusted,
+            improvement and seeds_needed are NaN.
     """
 
     arm: str
@@ -77,7 +77,7 @@ class Comparison:
 
     @property
     def verdict_text(self) -> str:
-        """The verdict for a table."""
+        """Verdict, or description of the missing runs, for a table."""
         return self.gaps or str(self.verdict)
 
     def __str__(self) -> str:
@@ -93,7 +93,7 @@ class Comparison:
 
     @property
     def enough(self) -> str:
-        """How many seeds would do, in words."""
+        """Text that says how many seeds would suffice."""
         if math.isinf(self.seeds_needed.low):
             return "no number of seeds would show a difference of 0"
         end = "would do" if math.isfinite(self.seeds_needed.high) else "needed"
@@ -108,26 +108,27 @@ def compare(
     bootstrap: Bootstrap = DEFAULT,
     is_final: bool = True,
 ) -> tuple[Comparison, ...]:
-    """Every arm against the baseline: permutation tests within seeds, with one error rate, and a verdict each.
+    """Compare every arm with the baseline by permutation tests within seeds, with a family-wise error rate.
 
-    Up to 12 arms are compared by closed testing (`tune.stats.multiple_testing.closed_p`), more by sign flips with
-    Holm's correction. A verdict says that an arm's scores are distributed differently from the baseline's; `better` and
-    `worse` go by the sign of the mean difference. Equal means do not protect from a verdict if the paired differences
-    are skewed: see `sign_flip_p`.
+    Up to 12 arms are compared by closed testing (`tune.stats.multiple_testing.closed_p`), more by sign-flip tests with
+    Holm's correction. A verdict states that an arm's scores are distributed differently from the baseline's; `better`
+    and `worse` follow from the sign of the mean difference. With skewed paired differences, a verdict is possible even
+    if the means are equal: see `sign_flip_p`.
 
-    An arm with fewer than two pairs stays in the table, as `too few seeds` with p = 1. An arm that lacks some seeds is
-    tested at those that it has; in the joint tests only the scores that a seed has are permuted.
+    An arm with fewer than two pairs is kept in the table as `too few seeds` with p = 1. An arm that lacks some seeds is
+    tested at the seeds that it has; the joint tests permute only the scores that exist at a seed.
 
     Args:
-        scores: of each arm and of the baseline [seeds], the same seeds in the same order; NaN where a run failed.
-        baseline: its name among them.
+        scores: Scores [seeds] of each arm and the baseline by name, for the same seeds in the same order; NaN where a
+            run failed.
+        baseline: Name of the baseline in `scores`.
         direction: `minimize` if lower is better.
-        bootstrap: level, resamples and seed; all arms together have its rate of false verdicts.
-        is_final: whether no score is still to come. Until then Holm's correction counts every arm, also one without
-            scores, where closed testing would leave that one out of the family.
+        bootstrap: Level, resamples and seed; its error rate of false verdicts holds for all arms jointly.
+        is_final: Whether all scores are in. Otherwise Holm's correction is used: it also counts arms that have no
+            score yet, which closed testing would leave out of the family.
 
     Returns:
-        One an arm, in the order given.
+        One comparison per arm, in the order given.
 
     Raises:
         UserError: no such baseline, no arm, unequal numbers of seeds, an infinite score, or a baseline without scores.
@@ -149,14 +150,14 @@ def judge(
     direction: Direction = "minimize",
     bootstrap: Bootstrap = DEFAULT,
 ) -> tuple[Comparison, ...]:
-    """Verdicts by given p-values, one an arm; those of fewer than two pairs must be 1.
+    """Make the comparisons and verdicts from given p-values.
 
     Args:
-        pairs: one an arm.
-        p_values: one an arm, not yet adjusted for the number of arms.
-        adjusted: the same, adjusted by closed testing; by default Holm's procedure adjusts them.
+        pairs: Paired scores, one entry per arm.
+        p_values: One per arm, not adjusted for the number of arms; must be 1 for an arm with fewer than two pairs.
+        adjusted: p-values adjusted by closed testing; None applies Holm's procedure to `p_values`.
         direction: `minimize` if lower is better.
-        bootstrap: level, resamples and seed.
+        bootstrap: Level, resamples and seed.
     """
     check_direction(direction)
     rules = _Rules(len(pairs), direction, bootstrap)
@@ -185,7 +186,7 @@ def judge(
 
 @dataclass(frozen=True)
 class _Rules:
-    """What every arm of a study is judged by: see `judge`."""
+    """Settings shared by the verdicts on all arms of a study: see `judge`."""
 
     arms: int
     direction: Direction
@@ -201,11 +202,11 @@ class _Rules:
 
     @property
     def fewest(self) -> int:
-        """Seeds with which the tests can show anything."""
+        """Smallest number of seeds at which a test can be significant."""
         return seeds_to_test(self.arms, self.error_rate)
 
     def gains(self, pair: Pairs) -> Array:
-        """Differences with their sign turned so that more is better [seeds]."""
+        """Differences [seeds], with the sign changed where needed so that larger is better."""
         return -pair.differences if self.direction == "minimize" else pair.differences
 
 
@@ -219,9 +220,9 @@ def _verdict(pair: Pairs, index: int, p_values: Sequence[float], adjusted: float
 
 
 def _could_show(pair: Pairs, index: int, p_values: Sequence[float], rules: _Rules) -> bool:
-    """Whether differences of these sizes, all with the same sign, would be significant.
+    """Whether differences of these magnitudes would be significant if all had the same sign.
 
-    Closed testing compares the arm's own p with the error rate; Holm's procedure judges it among the others' p.
+    Closed testing compares the arm's own p with the error rate; Holm's procedure ranks it among the other arms' p.
     """
     smallest = min(p_values[index], smallest_sign_flip_p(pair.differences))
     if rules.correction is not Correction.HOLM:
@@ -232,7 +233,7 @@ def _could_show(pair: Pairs, index: int, p_values: Sequence[float], rules: _Rule
 
 
 def _needed(pair: Pairs, rules: _Rules) -> SeedRange:
-    """How many seeds would do; one pair or none says nothing of the spread, so at least what the tests need."""
+    """Number of seeds that would suffice; with fewer than two pairs the spread is unknown, so only a lower bound."""
     if len(pair.scores) < 2:
         return SeedRange(float(rules.fewest), math.inf)
     return seeds_needed(pair.differences, rules.arms, rules.error_rate)
@@ -251,12 +252,12 @@ def _improvement(pair: Pairs, rules: _Rules) -> Interval:
 
 
 def _reasons(pair: Pairs, verdict: Verdict, needed: SeedRange, rules: _Rules) -> list[str]:
-    """Sentences: what speaks for the verdict."""
+    """Sentences that explain the verdict."""
     seeds = len(pair.scores)
     if verdict in (Verdict.BETTER, Verdict.WORSE):
         return [f"It beats the baseline at {(rules.gains(pair) > 0.0).sum()} of {seeds_text(seeds)}."]
     if seeds < 2:
-        return [f"{seeds_text(seeds)} with both scores: a comparison takes at least two."]
+        return [f"{seeds_text(seeds)} with both scores: a comparison needs at least two."]
     if not pair.differences.any():
         return ["Every score equals the baseline's at the same seed."]
     if verdict is Verdict.NO_DIFFERENCE:
@@ -265,7 +266,7 @@ def _reasons(pair: Pairs, verdict: Verdict, needed: SeedRange, rules: _Rules) ->
 
 
 def _too_few(pair: Pairs, rules: _Rules) -> str:
-    """Why no difference could be shown: the number of seeds, or scores that equal the baseline's."""
+    """Why no difference could be shown: too few seeds, or too many scores equal to the baseline's."""
     seeds, ties = len(pair.scores), int((np.abs(pair.differences) <= rounding(pair.differences)).sum())
     takes = f"{rules.arms} arms take" if rules.arms > 1 else "one arm takes"
     equal = f", at {ties} of which the scores are equal," if ties else ""
@@ -275,7 +276,7 @@ def _too_few(pair: Pairs, rules: _Rules) -> str:
 
 
 def _would_show(needed: SeedRange) -> list[str]:
-    """How many seeds a difference like the one seen takes."""
+    """How many seeds a difference of the observed size needs."""
     if math.isinf(needed.low):
         return ["No number of seeds would show a difference of 0."]
     return [f"One like this takes {needed}."]

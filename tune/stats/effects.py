@@ -1,7 +1,7 @@
 """Effects and interactions of factorial designs, with seeds as blocks.
 
-An effect is computed at each seed alone, from that seed's scores of all runs of the design. What seeds have in common
-drops out, and the effect's values over the seeds are treated like the paired differences of a comparison.
+An effect is computed separately at each seed from that seed's scores of all runs of the design, so that whatever shifts
+all scores of a seed cancels. Its values over the seeds are then tested like the paired differences of a comparison.
 """
 
 import itertools
@@ -23,17 +23,17 @@ Term = Sequence[str]
 
 @dataclass(frozen=True)
 class Effect:
-    """What a factor does, or what several do together; `str` gives a line for a table.
+    """A main effect or an interaction; `str` gives a table line.
 
     Attributes:
-        term: the factors.
-        levels: of each of them, which is compared with the factor's first one; none for designs of -1 and +1.
-        size: the effect, in the score's unit.
-        seeds: with a score of every run.
-        left_out: seeds that lack one.
-        p: of the sign-flip test over the seeds, for this effect alone; NaN if a seed was left out, since runs without
-            a score are not missing at random, and where the number of seeds came of their scores.
-        p_holm: adjusted for all effects that were asked for; NaN likewise.
+        term: Names of the factors.
+        levels: One level per factor, which is compared with the factor's first level; empty for designs of -1 and +1.
+        size: Size of the effect, in the unit of the score.
+        seeds: Number of seeds with a score of every run.
+        left_out: Number of seeds that lack a score.
+        p: p-value of the sign-flip test over the seeds, without correction. NaN if a seed was left out, since runs
+            without a score are not missing at random, or if the number of seeds was chosen depending on the scores.
+        p_holm: p-value corrected for all requested effects; NaN in the same cases.
     """
 
     term: tuple[str, ...]
@@ -51,7 +51,7 @@ class Effect:
         if self.left_out:
             return f"{what}, no test: runs are missing at {self.left_out} of {self.seeds + self.left_out} seeds"
         if math.isnan(self.p):
-            return f"{what}, no test: seeds were added as verdicts needed them ({self.seeds} seeds)"
+            return f"{what}, no test: seeds were added until verdicts were reached ({self.seeds} seeds)"
         return f"{what}, {p_text(self.p_holm)} (Holm, {self.seeds} seeds)"
 
 
@@ -65,26 +65,27 @@ def two_level_effects(
     """Effects of a full or fractional design of -1 and +1 (Box, Hunter and Hunter 2005, chapter 5).
 
     A term's column is the product of its factors' columns; its effect is the mean score at +1 minus that at -1, or
-    twice its least-squares coefficient if the columns are not orthogonal. So the interaction of A and B is half of
-    what A's effect changes by when B goes from -1 to +1.
+    twice its least-squares coefficient if the columns are not orthogonal. The interaction of A and B is therefore half
+    the change of A's effect when B changes from -1 to +1.
 
     Args:
-        design: [runs, factors] of -1 and +1.
-        factors: their names.
-        terms: which effects to estimate, beside the mean.
-        scores: [runs, seeds], NaN where a run failed; a seed that lacks one is left out, and no test taken.
-        bootstrap: level, resamples and seed.
+        design: Design matrix [runs, factors] of -1 and +1.
+        factors: Names of the factors.
+        terms: Effects to estimate in addition to the mean.
+        scores: Scores [runs, seeds], NaN where a run failed. Seeds with a missing score are left out, and then no
+            effect is tested.
+        bootstrap: Level, resamples and seed.
 
     Returns:
-        One a term.
+        One effect per term.
 
     Raises:
-        UserError: shapes that do not fit, an entry other than -1 and +1, an unknown factor, terms that the design
-            cannot tell apart, or fewer than two complete seeds.
+        UserError: mismatching shapes, an entry other than -1 and +1, an unknown factor, terms that the design cannot
+            distinguish, or fewer than two complete seeds.
     """
     signs = np.asarray(design, dtype=np.float64)
     if signs.ndim != 2 or signs.shape[1] != len(factors) or not (np.abs(signs) == 1.0).all():
-        raise UserError(f"The design must be [runs, {len(factors)}] of -1 and +1: one column a factor.")
+        raise UserError(f"The design must be [runs, {len(factors)}] of -1 and +1: one column per factor.")
     coded = {name: _Factor(signs[:, [i]], np.array([[2.0]]), ()) for i, name in enumerate(factors)}
     return _effects(coded, terms, scores, bootstrap)
 
@@ -95,24 +96,26 @@ def level_effects(
     scores: ArrayLike,
     bootstrap: Bootstrap = DEFAULT,
 ) -> tuple[Effect, ...]:
-    """Effects of a design whose factors have any number of levels, each against the factor's first.
+    """Effects of a design whose factors have any number of levels, each compared with the factor's first level.
 
-    The effect of a level is its mean score minus that of the first level, the levels of the other factors weighing the
-    same: least squares with columns that sum to 0 over a factor's levels. The interaction of level i of A and j of B
-    is ((m_ij - m_1j) - (m_i1 - m_11)) / 2, with a third factor the difference of two such halves, halved again. With
-    two levels, first the low one, these are the effects of `two_level_effects`.
+    The effect of a level is its mean score minus that of the first level, with equal weights for the levels of the
+    other factors: least squares with columns that sum to 0 over a factor's levels. The interaction of level i of A and
+    j of B is ((m_ij - m_1j) - (m_i1 - m_11)) / 2; with a third factor it is half the difference of two such
+    interactions. With two levels, the low one first, the effects are those of `two_level_effects`.
 
     Args:
-        levels: of each factor, one a run; the first that occurs is the one to compare with.
-        terms: which effects to estimate, beside the mean.
-        scores: [runs, seeds], NaN where a run failed; a seed that lacks one is left out, and no test taken.
-        bootstrap: level, resamples and seed.
+        levels: Level of each factor in every run; the level of the first run is the reference.
+        terms: Effects to estimate in addition to the mean.
+        scores: Scores [runs, seeds], NaN where a run failed. Seeds with a missing score are left out, and then no
+            effect is tested.
+        bootstrap: Level, resamples and seed.
 
     Returns:
-        For each term, one for each combination of its factors' levels but the first, the last factor's fastest.
+        For each term, one effect per combination of its factors' levels other than the first, the last factor varying
+        fastest.
 
     Raises:
-        UserError: as `two_level_effects`, or a factor with one level.
+        UserError: as `two_level_effects`, or a factor with only one level.
     """
     coded = {name: _coded(name, values) for name, values in levels.items()}
     return _effects(coded, terms, scores, bootstrap)
@@ -123,9 +126,9 @@ class _Factor:
     """A factor's part of the model matrix.
 
     Attributes:
-        columns: [runs, levels - 1], each summing to 0 over the levels.
-        contrasts: [levels - 1, levels - 1], from their coefficients to differences from the first level.
-        labels: of those differences.
+        columns: Columns [runs, levels - 1], each summing to 0 over the levels.
+        contrasts: Matrix [levels - 1, levels - 1] that maps coefficients to differences from the first level.
+        labels: Labels of those differences.
     """
 
     columns: Array
@@ -136,7 +139,7 @@ class _Factor:
 def _coded(name: str, values: Sequence[Hashable]) -> _Factor:
     known = list(dict.fromkeys(values))
     if len(known) < 2:
-        raise UserError(f"Factor {name!r} has one level in all runs: it has no effect to estimate.")
+        raise UserError(f"Factor {name!r} has one level in all runs: its effect cannot be estimated.")
     coding = np.vstack([-np.ones(len(known) - 1), np.eye(len(known) - 1)])  # [levels, levels - 1]
     return _Factor(coding[[known.index(value) for value in values]], coding[1:] - coding[0], tuple(map(str, known[1:])))
 
@@ -144,11 +147,11 @@ def _coded(name: str, values: Sequence[Hashable]) -> _Factor:
 def _effects(
     coded: Mapping[str, _Factor], terms: Sequence[Term], scores: ArrayLike, bootstrap: Bootstrap
 ) -> tuple[Effect, ...]:
-    """The least-squares fit at each seed, its contrasts, and their statistics over the seeds."""
+    """Fit each seed by least squares and compute statistics of the contrasts over the seeds."""
     table = _table(scores, coded)
     complete = table[:, ~np.isnan(table).any(axis=0)]
     if complete.shape[1] < 2:
-        raise UserError(f"{complete.shape[1]} seeds have a score of every run of the design: effects take at least 2.")
+        raise UserError(f"{complete.shape[1]} seeds have a score of every run of the design: effects need at least 2.")
     parts = [_term(coded, term) for term in _checked(coded, terms)]
     _check_rank(parts, terms)
     at_seeds = _contrasts(parts, complete)
@@ -171,7 +174,7 @@ def _effects(
 
 
 def _contrasts(parts: Sequence[_Factor], scores: Array) -> Array:
-    """The effects at each seed [effects, seeds]; what rounding makes of no effect is none."""
+    """Effects at each seed [effects, seeds]; values within rounding error are set to 0."""
     coefficients = np.linalg.lstsq(_model(parts), scores)[0][1:]  # [columns, seeds]
     ends = np.cumsum([part.columns.shape[1] for part in parts])
     by_term = zip(parts, np.split(coefficients, ends[:-1]), strict=True)
@@ -181,12 +184,12 @@ def _contrasts(parts: Sequence[_Factor], scores: Array) -> Array:
 
 
 def _model(parts: Sequence[_Factor]) -> Array:
-    """[runs, 1 + columns], the mean's first."""
+    """Model matrix [runs, 1 + columns], the column of the mean first."""
     return np.hstack([np.ones((len(parts[0].columns), 1)), *(part.columns for part in parts)])
 
 
 def _term(coded: Mapping[str, _Factor], term: Term) -> _Factor:
-    """Products of the factors' columns, and the contrasts that go with them."""
+    """Products of the factors' columns, and their contrasts."""
     both = [coded[name] for name in term]
     columns, contrasts = both[0].columns, both[0].contrasts
     for factor in both[1:]:
@@ -196,7 +199,7 @@ def _term(coded: Mapping[str, _Factor], term: Term) -> _Factor:
 
 
 def _labels(coded: Mapping[str, _Factor], term: Term) -> list[tuple[str, ...]]:
-    """One a contrast, in the order of `_term`; empty ones for a design of -1 and +1."""
+    """One label per contrast, in the order of `_term`; empty labels for a design of -1 and +1."""
     labels = [coded[name].labels for name in term]
     return list(itertools.product(*labels)) if all(labels) else [()]
 
@@ -206,7 +209,7 @@ def _labels(coded: Mapping[str, _Factor], term: Term) -> list[tuple[str, ...]]:
 
 
 def _table(scores: ArrayLike, coded: Mapping[str, _Factor]) -> Array:
-    """[runs, seeds]."""
+    """Checked scores as an array [runs, seeds]."""
     table = np.asarray(scores, dtype=np.float64)
     for name, factor in coded.items():
         if table.ndim != 2 or len(table) != len(factor.columns):
@@ -230,7 +233,7 @@ def _checked(coded: Mapping[str, _Factor], terms: Sequence[Term]) -> Sequence[Te
 
 
 def _check_rank(parts: Sequence[_Factor], terms: Sequence[Term]) -> None:
-    """Refuse a model whose coefficients the design does not determine, by the first term that adds nothing."""
+    """Reject a model whose coefficients the design does not determine, naming the first redundant term."""
     for count, term in enumerate(terms, start=1):
         matrix = _model(parts[:count])
         if np.linalg.matrix_rank(matrix) < matrix.shape[1]:

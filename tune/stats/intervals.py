@@ -1,13 +1,13 @@
-"""Intervals that hold for few seeds: of means, interquartile means, and probabilities of improvement.
+"""Confidence intervals for few seeds: means, interquartile means, and probabilities of improvement.
 
-An arm has a score for each seed, NaN where the run failed. Its seeds are those of the baseline, so that differences are
-taken seed by seed.
+An arm has one score per seed, NaN where the run failed. Arm and baseline use the same seeds, so that differences are
+paired by seed.
 
-How often intervals of 95 % hold the truth, by simulation (tests/test_statistics.py): those of means and differences 93
-to 97 % from 3 seeds on, if the scores are normal, mildly skewed, or symmetric with heavy tails. With skewed scores they
-hold it less often: 90 to 93 % at skewness 2 (exponential), 84 to 90 % for 3 to 9 seeds at skewness 2.8 and 6
-(chi-squared with 1 degree of freedom, lognormal with sigma 1); Student's intervals would be 2 to 4 points below that.
-Those of probabilities of improvement hold it in 92 to 99 %.
+Coverage of 95 % intervals by simulation (tests/test_statistics.py): intervals of means and differences cover the true
+value in 93 to 97 % of cases from 3 seeds on, if the scores are normal, mildly skewed, or symmetric with heavy tails.
+Skewed scores lower the coverage: 90 to 93 % at skewness 2 (exponential), 84 to 90 % for 3 to 9 seeds at skewness 2.8
+and 6 (chi-squared with 1 degree of freedom, lognormal with sigma 1); Student's intervals would be 2 to 4 points lower.
+Intervals of probabilities of improvement cover the true value in 92 to 99 % of cases.
 """
 
 import math
@@ -28,33 +28,33 @@ from tune.stats.multiple_testing import (
 Direction = Literal["minimize", "maximize"]
 
 _SMOOTHING = 0.6
-"""Standard deviation of the noise in a resample, in those of the stratum."""
+"""Standard deviation of the smoothing noise, in standard deviations of the stratum."""
 _TRIMMED = 0.25
 _ROUNDING = 1e-12
-"""Of the largest term: what differs by less is equal."""
+"""Relative to the largest term: values that differ by less count as equal."""
 
 
 class Method(StrEnum):
-    """What an interval rests on."""
+    """How an interval is computed."""
 
     STUDENTISED = "bootstrap-t"
-    """The studentised bootstrap, smoothed."""
+    """Smoothed studentized bootstrap."""
     STUDENT = "t"
     """Student's t times a bootstrap standard error."""
     WILSON = "Wilson"
-    """Wilson's interval of a proportion, at the number of pairs that the bootstrap's variance is worth."""
+    """Wilson's interval of a proportion, with the effective number of pairs implied by the bootstrap variance."""
     NONE = "none"
-    """One seed or none shows no spread: anything is possible."""
+    """Fewer than two seeds: the spread is unknown, so the interval is unbounded."""
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are made, and how sure a study has to be.
+    """Settings of the bootstrap and the confidence level of a study.
 
     Attributes:
-        level: how often intervals are to hold the truth; 1 - level is the rate of false verdicts.
-        resamples: how many.
-        seed: of everything random. The same seed gives the same numbers, whatever else is asked.
+        level: Confidence level of intervals; 1 - level is the error rate of verdicts.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of every random draw. Each computation starts from it, so results do not depend on their order.
     """
 
     level: float = 0.95
@@ -65,16 +65,16 @@ class Bootstrap:
         if not 0.0 < self.level < 1.0:
             raise UserError(f"level is {self.level}: it must lie between 0 and 1, like 0.95.")
         if self.resamples < 100:
-            raise UserError(f"resamples is {self.resamples}: quantiles of the bootstrap take at least 100.")
+            raise UserError(f"resamples is {self.resamples}: bootstrap quantiles need at least 100.")
 
     @property
     def error_rate(self) -> float:
-        """Of false verdicts, of all arms of a study together."""
+        """Family-wise rate of false verdicts over all arms of a study."""
         return 1.0 - self.level
 
     @property
     def generator(self) -> np.random.Generator:
-        """A new one, at its beginning."""
+        """A new random generator, seeded with `seed`."""
         return np.random.default_rng(self.seed)
 
 
@@ -83,14 +83,14 @@ DEFAULT = Bootstrap()
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and where the truth may be.
+    """An estimate with its confidence interval.
 
     Attributes:
-        estimate: in the score's unit, or a probability.
-        low: lower end; minus infinity if nothing is known.
-        high: upper end.
-        level: how often such intervals are to hold the truth.
-        method: what it rests on.
+        estimate: In the unit of the score, or a probability.
+        low: Lower end; minus infinity if unbounded.
+        high: Upper end; infinity if unbounded.
+        level: Confidence level.
+        method: How the interval was computed.
     """
 
     estimate: float
@@ -110,17 +110,17 @@ class Interval:
 
 
 def mean_interval(scores: ArrayLike, bootstrap: Bootstrap = DEFAULT) -> Interval:
-    """The mean and its interval, by the smoothed studentised bootstrap.
+    """The mean and its interval by the smoothed studentized bootstrap.
 
-    Each resample redraws the seeds of each stratum and adds normal noise of 0.6 of its standard deviation. With
+    Each resample redraws the seeds of each stratum and adds normal noise with 0.6 times its standard deviation. With
     t* = (mean* - mean) / error* of the resamples, the interval is mean - t* error at two quantiles of t* (Efron and
-    Tibshirani 1993, section 12.5). The noise draws t* towards Student's t, which it would be for noise alone: without
-    any, the interval of 3 seeds is infinite and that of 5 a third too wide; with much more, it no longer follows skewed
-    scores (smoothing: Polansky and Schucany 1997; the 0.6 is by simulation).
+    Tibshirani 1993, section 12.5). The noise moves the distribution of t* towards Student's t, its limit for pure
+    noise: without noise, the interval of 3 seeds is infinite and that of 5 seeds a third too wide; with much more
+    noise, it no longer adapts to skewed scores (smoothing: Polansky and Schucany 1997; 0.6 was chosen by simulation).
 
     Args:
-        scores: [seeds], or [strata, seeds] for a mean over strata (tasks) of the same number of seeds.
-        bootstrap: level, resamples and seed.
+        scores: Scores [seeds], or [strata, seeds] for a mean over strata (tasks) with the same number of seeds.
+        bootstrap: Level, resamples and seed.
 
     Raises:
         UserError: fewer than two seeds, or a score that is not finite.
@@ -140,14 +140,14 @@ def mean_interval(scores: ArrayLike, bootstrap: Bootstrap = DEFAULT) -> Interval
 def iqm_interval(scores: ArrayLike, bootstrap: Bootstrap = DEFAULT) -> Interval:
     """The interquartile mean (the mean of the middle half: Agarwal et al. 2021, arXiv 2108.13264) and its interval.
 
-    The strata are pooled for the mean and redrawn one by one for the error, as in that paper. The interval is
-    estimate +- t error*, since percentiles of so few seeds cover too little: t is Student's, error* the bootstrap's,
-    times sqrt(n / (n - 1)) for the n seeds of a stratum. One stratum of at least 4 seeds goes without that factor: the
-    bootstrap's error of a trimmed mean is not too small there.
+    The strata are pooled for the mean and resampled separately for the error, as in that paper. The interval is
+    estimate +- t error*, since percentile intervals of so few seeds have too low a coverage: t is Student's quantile
+    and error* the bootstrap standard error times sqrt(n / (n - 1)) for the n seeds of a stratum. The factor is omitted
+    for a single stratum of at least 4 seeds, where the bootstrap error of a trimmed mean is not too small.
 
     Args:
-        scores: [seeds], or [strata, seeds].
-        bootstrap: level, resamples and seed.
+        scores: Scores [seeds] or [strata, seeds].
+        bootstrap: Level, resamples and seed.
 
     Raises:
         UserError: fewer than two seeds, or a score that is not finite.
@@ -167,7 +167,7 @@ def iqm_interval(scores: ArrayLike, bootstrap: Bootstrap = DEFAULT) -> Interval:
 
 
 def _resampled(values: Array, resamples: int, generator: np.random.Generator) -> Array:
-    """[strata, seeds] to [resamples, strata, seeds]: the seeds of each stratum, redrawn."""
+    """Resample the seeds of each stratum: [strata, seeds] to [resamples, strata, seeds]."""
     strata, seeds = values.shape
     chosen = generator.integers(0, seeds, size=(resamples, strata, seeds))
     return values[np.arange(strata)[:, None], chosen]
@@ -185,12 +185,12 @@ def _degrees(values: Array) -> float:
     variances = values.var(axis=1, ddof=1)
     if not variances.any():
         return float(values.shape[1] - 1)
-    variances /= variances.max()  # squares of tiny ones would vanish
+    variances /= variances.max()  # so that squares of tiny variances do not underflow
     return float((values.shape[1] - 1) * variances.sum() ** 2 / (variances**2).sum())
 
 
 # ----------------------------------------------------------------------------
-# The chance of beating the baseline
+# Probability of improvement
 
 
 def probability_of_improvement(
@@ -200,17 +200,18 @@ def probability_of_improvement(
     direction: Direction = "minimize",
     bootstrap: Bootstrap = DEFAULT,
 ) -> Interval:
-    """The chance that a run of the arm beats a run of the baseline, whatever the seeds of the two (Mann and Whitney).
+    """Probability that a run of the arm beats a run of the baseline, with independent seeds (Mann and Whitney).
 
-    The estimate is the share of all n^2 pairs of runs that the arm wins, ties counting half. Its variance v comes from
-    resampling seeds, the arm's and the baseline's runs together, times n / (n - 1). The interval is Wilson's with
-    estimate (1 - estimate) / v pairs, or n if the arm wins all or none: percentiles would then have no width.
+    The estimate is the fraction of all n^2 pairs of runs that the arm wins, with ties counted as half. Its variance v
+    is the bootstrap variance, resampling seeds jointly for arm and baseline, times n / (n - 1). The interval is
+    Wilson's with estimate (1 - estimate) / v pairs, or n pairs if the arm wins all or none, where a percentile interval
+    would have zero width.
 
     Args:
-        arm: scores [seeds].
-        baseline: scores [seeds], of the same seeds.
+        arm: Scores of the arm [seeds].
+        baseline: Scores of the baseline [seeds], for the same seeds.
         direction: `minimize` if lower is better.
-        bootstrap: level, resamples and seed.
+        bootstrap: Level, resamples and seed.
 
     Raises:
         UserError: fewer than two seeds, unequal numbers of them, or a score that is not finite.
@@ -230,7 +231,7 @@ def probability_of_improvement(
 
 
 def _wilson(share: float, pairs: float, level: float) -> Interval:
-    """Wilson's interval (1927) of a share of `pairs`."""
+    """Wilson's interval (1927) of a proportion of `pairs`."""
     from scipy.stats import norm  # noqa: PLC0415  (it takes a second)
 
     z = float(norm.ppf((1.0 + level) / 2.0))
@@ -245,32 +246,32 @@ def _wilson(share: float, pairs: float, level: float) -> Interval:
 
 
 def _strata(scores: ArrayLike) -> Array:
-    """[strata, seeds], at least two seeds, finite."""
+    """Scores as a finite array [strata, seeds] with at least two seeds."""
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim not in (1, 2) or not values.size:
         raise UserError(f"Scores have shape {list(values.shape)}: give [seeds] or [strata, seeds].")
     values = np.atleast_2d(values)
     if values.shape[1] < 2:
-        raise UserError(f"{seeds_text(values.shape[1])} shows no spread: give at least two.")
+        raise UserError(f"{seeds_text(values.shape[1])} given: estimating a spread needs at least two.")
     check_finite(values, "scores")
     return values
 
 
 def check_direction(direction: str) -> None:
-    """Refuse what is neither minimize nor maximize.
+    """Check that a direction is `minimize` or `maximize`.
 
     Raises:
-        UserError: it is something else.
+        UserError: it is neither.
     """
     if direction not in ("minimize", "maximize"):
         raise UserError(f"direction is {direction!r}: it must be minimize or maximize.")
 
 
 def unknown_interval(values: Array, low: float, high: float, bootstrap: Bootstrap) -> Interval:
-    """The interval around a single score, or none: it tells nothing."""
+    """The uninformative interval from `low` to `high`, used for fewer than two scores."""
     return Interval(float(values[0]) if len(values) else math.nan, low, high, bootstrap.level, Method.NONE)
 
 
 def seeds_text(number: int) -> str:
-    """A number of seeds in words."""
+    """Format a number of seeds, like `1 seed` or `3 seeds`."""
     return "1 seed" if number == 1 else f"{number} seeds"

@@ -1,16 +1,16 @@
-"""Paired permutation tests of several arms against one baseline, with one error rate for all arms together.
+"""Paired permutation tests of several arms against one baseline, with a family-wise error rate.
 
-The test of a single arm is the sign-flip test of its differences to the baseline. Several arms are tested by closed
+A single arm is tested by the sign-flip test of its differences from the baseline. Several arms are tested by closed
 testing (Marcus, Peritz and Gabriel 1976): an arm differs if every set of arms that contains it is rejected, each set by
 its own test at the full error rate. The test of a set permutes *all* labels, the baseline's and the arms', within each
 seed, and compares the largest standardized difference between an arm and the baseline. A quarter of the set's error
-rate is left to the sign flips of its arms: the residual is pooled over the set, and an arm that follows the baseline
-closely would be lost in the noise of others.
+rate is reserved for the sign-flip tests of its arms: since the residual is pooled over the set, the effect of an arm
+that follows the baseline closely could otherwise be masked by the noise of other arms.
 
-What is tested is exchangeability: under the hypothesis of a set, the scores that the baseline and the set's arms have
-at a seed could be swapped without changing their distribution. So the error rate holds, for any distribution of the
-scores, if an arm that does nothing behaves like another run of the baseline. It is not a test of equal means: an arm
-whose scores are spread or skewed differently from the baseline's may be found different although the means agree.
+The null hypothesis is exchangeability: at each seed, the scores of the baseline and the set's arms could be swapped
+without changing their joint distribution. The error rate therefore holds for any distribution of the scores, provided
+that an arm without effect behaves like another run of the baseline. It is not a test of equal means: an arm whose
+scores differ from the baseline's in spread or skewness may be found different although the means agree.
 """
 
 import itertools
@@ -27,21 +27,22 @@ from dxmi.errors import UserError
 Array = NDArray[np.float64]
 
 MOST_EXACT = 20
-"""Seeds up to which all of the 2^n sign vectors are listed."""
+"""Largest number of seeds for which all 2^n sign vectors are enumerated."""
 MOST_CLOSED = 12
-"""Arms up to which all of the 2^k sets of arms are tested; more are left to Holm's procedure."""
+"""Largest number of arms for closed testing, which tests all 2^k sets of arms; beyond, Holm's procedure is used."""
 SIGN_FLIPS = 0.25
-"""Share of a set's error rate that its arms' sign flips have, by Bonferroni; the permutations have the rest."""
+"""Share of a set's error rate that is used by the sign-flip tests of its arms (Bonferroni); permutations use the rest.
+"""
 PERMUTATIONS = 4_999
-"""Drawn at random for a set of at least two arms, beside the one observed, where there are too many to list."""
+"""Number of random permutations, in addition to the observed one, where there are too many to enumerate."""
 _MOST_LISTED = 25_000
 _RANDOM_SIGNS = 50_000
 _ROUNDING = 1e-12
-"""Relative to the largest term: what differs by less is equal."""
+"""Relative to the largest term: values that differ by less count as equal."""
 _TIE = 1e-9
-"""Relative difference up to which two statistics are equal."""
+"""Relative difference up to which two statistics count as equal."""
 _CHUNK = 500_000
-"""Numbers in one piece of the work: few enough for a processor's cache."""
+"""Numbers per chunk of permutations, chosen to fit into a processor's cache."""
 
 
 # ----------------------------------------------------------------------------
@@ -49,18 +50,18 @@ _CHUNK = 500_000
 
 
 def sign_flip_p(differences: ArrayLike, seed: int = 0) -> float:
-    """The p-value of the paired sign-flip permutation test, two-sided.
+    """The two-sided p-value of the paired sign-flip permutation test.
 
-    If arm and baseline are exchangeable at each seed, every sign vector s in {-1, 1}^n is as likely as the one seen:
-    p is the share of them with |sum s_i d_i| >= |sum d_i|. All are listed up to 20 seeds, so p is exact and never
-    below 2 / 2^n; beyond, 50,000 are drawn and p = (1 + number) / (1 + 50,000).
+    If arm and baseline are exchangeable at each seed, every sign vector s in {-1, 1}^n is as likely as the observed
+    one, and p is the fraction of them with |sum s_i d_i| >= |sum d_i|. Up to 20 seeds all are enumerated, so that p is
+    exact and at least 2 / 2^n; beyond, 50,000 are drawn and p = (1 + number) / (1 + 50,000).
 
-    The hypothesis is that differences are symmetric about 0, not that their mean is 0: skewed differences of mean 0
-    are rejected too often (see tests/test_statistics.py).
+    The null hypothesis is that differences are symmetric about 0, not that their mean is 0: skewed differences with
+    mean 0 are rejected too often (see tests/test_statistics.py).
 
     Args:
-        differences: [seeds].
-        seed: of the signs that are drawn.
+        differences: Paired differences [seeds].
+        seed: Seed of the random sign vectors.
 
     Raises:
         UserError: fewer than two differences, or one that is not finite.
@@ -74,10 +75,10 @@ def sign_flip_p(differences: ArrayLike, seed: int = 0) -> float:
 
 
 def sign_flip_sums(differences: Array) -> Array:
-    """The sums under all sign vectors with the first sign up, which are half of them: the others' are their negatives.
+    """Sums of the differences under all sign vectors whose first sign is +1; the other half are their negatives.
 
     Returns:
-        [2^(seeds - 1)], in binary order of the signs; the first is the plain sum.
+        Array [2^(seeds - 1)] in binary order of the signs; the first entry is the observed sum.
     """
     sums = differences[:1]
     for difference in differences[1:]:
@@ -86,9 +87,9 @@ def sign_flip_sums(differences: Array) -> Array:
 
 
 def smallest_sign_flip_p(differences: Array) -> float:
-    """The smallest p that the sign-flip test has for differences of these sizes, whatever their signs.
+    """The smallest p-value that the sign-flip test can give for differences of these magnitudes.
 
-    A difference of 0 has no sign, so only the others count: 2 / 2^n for n of them.
+    It is 2 / 2^n for n nonzero differences, since flipping the sign of 0 changes nothing.
     """
     counted = int((np.abs(differences) > rounding(differences)).sum())
     return min(1.0, 2.0 ** (1 - counted))
@@ -101,7 +102,7 @@ def _random_sums(differences: Array, seed: int) -> Array:
 
 
 def rounding(differences: Array) -> float:
-    """How far two sums of the same terms may differ by rounding: equal sums have to count as equal."""
+    """Bound on the rounding error of a sum of the differences, used to treat sums that differ by less as equal."""
     return _ROUNDING * float(np.abs(differences).sum())
 
 
@@ -109,13 +110,14 @@ def holm(p_values: ArrayLike) -> Array:
     """Holm's adjusted p-values (1979): with p_(1) <= ... <= p_(k), the largest (k - j + 1) p_(j) so far, at most 1.
 
     Args:
-        p_values: [arms].
+        p_values: Unadjusted p-values [arms].
 
     Returns:
-        [arms], in the order given. An arm at or under 5 % is significant, with 5 % for all arms together.
+        Adjusted p-values [arms], in the order given. Arms with at most 5 % are significant at a family-wise error rate
+        of 5 %.
 
     Raises:
-        UserError: a p-value is no number in [0, 1].
+        UserError: a p-value is not a number in [0, 1].
     """
     values = np.asarray(p_values, dtype=np.float64)
     if values.ndim != 1 or not ((values >= 0.0) & (values <= 1.0)).all():
@@ -128,14 +130,14 @@ def holm(p_values: ArrayLike) -> Array:
 
 
 def finite_vector(values: ArrayLike, name: str) -> Array:
-    """Values as an array [seeds], at least two, all finite.
+    """Convert values to an array [seeds] of at least two finite numbers.
 
     Raises:
-        UserError: they are not.
+        UserError: the values are not one-dimensional, fewer than two, or not all finite.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1:
-        raise UserError(f"{name.capitalize()} have shape {list(array.shape)}: give one number a seed.")
+        raise UserError(f"{name.capitalize()} have shape {list(array.shape)}: give one number per seed.")
     if len(array) < 2:
         raise UserError(f"{len(array)} {name}: one seed shows no spread, so give at least two.")
     check_finite(array, name)
@@ -143,7 +145,11 @@ def finite_vector(values: ArrayLike, name: str) -> Array:
 
 
 def check_finite(values: Array, name: str) -> None:
-    """Raise a UserError unless all values are finite."""
+    """Check that all values are finite.
+
+    Raises:
+        UserError: a value is NaN or infinite.
+    """
     if not np.isfinite(values).all():
         raise UserError(f"The {name} {values.tolist()} are not all finite: leave out the seeds that failed.")
 
@@ -154,7 +160,7 @@ def check_finite(values: Array, name: str) -> None:
 
 @dataclass(frozen=True)
 class InterimAnalysis:
-    """One test of a sequential study: at how many seeds, and which share of the error rate it may use."""
+    """One test of a sequential study: its number of seeds and its share of the error rate."""
 
     seeds: int
     share: float
@@ -163,25 +169,24 @@ class InterimAnalysis:
 def closed_p(baseline: ArrayLike, arms: ArrayLike, singles: ArrayLike, seed: int = 0) -> Array:
     """Adjusted p-values by closed testing over all sets of arms.
 
-    The adjusted p of an arm is the largest p of all sets that contain it. The p of {arm} alone is given. A set of s > 1
-    arms has p = min(p_permuted / 0.75, s p_single / 0.25) with the smallest p_single of its arms. For p_permuted,
-    labels are permuted within seeds; the statistic is the largest |difference to the baseline| over its standard error,
-    both by least squares from the two-way layout (arms and seeds) of the permuted scores of the set, so that the
-    residual is that of the set. Without missing scores these are mean differences over a pooled residual. All
-    permutations are listed if there are at most 25,000; otherwise 4,999 are drawn, and
-    p_permuted = (1 + number) / (1 + 4,999).
+    The adjusted p of an arm is the largest p of all sets that contain it. The p of a single arm is given. A set of
+    s > 1 arms has p = min(p_permuted / 0.75, s p_single / 0.25) with the smallest p_single of its arms. For p_permuted,
+    labels are permuted within seeds; the statistic is the largest |difference from the baseline| over its standard
+    error, both by least squares in the two-way layout (arms and seeds) of the set's permuted scores. Without missing
+    scores these are mean differences over a pooled residual. All permutations are enumerated if there are at most
+    25,000; otherwise 4,999 are drawn, and p_permuted = (1 + number) / (1 + 4,999).
 
-    Missing scores (NaN) keep their place: only the scores that a seed has are permuted. An arm without any pair adds
-    nothing to a set and is left out of the others' sets.
+    Missing scores (NaN) keep their position: only the scores that exist at a seed are permuted. An arm without any pair
+    contributes nothing and is left out of the sets.
 
     Args:
-        baseline: scores [seeds].
-        arms: scores [arms, seeds], at most 12 arms.
-        singles: the p-value of each arm alone [arms].
-        seed: of the permutations.
+        baseline: Scores of the baseline [seeds].
+        arms: Scores [arms, seeds] of at most 12 arms.
+        singles: Unadjusted p-values of the single arms [arms].
+        seed: Seed of the permutations.
 
     Returns:
-        [arms]. An arm at or under 5 % is significant, with 5 % for all arms together.
+        Adjusted p-values [arms]. Arms with at most 5 % are significant at a family-wise error rate of 5 %.
     """
     scores = np.vstack([np.asarray(baseline, dtype=np.float64), np.asarray(arms, dtype=np.float64)])
     whole = (InterimAnalysis(scores.shape[1], 1.0),)
@@ -191,18 +196,18 @@ def closed_p(baseline: ArrayLike, arms: ArrayLike, singles: ArrayLike, seed: int
 def sequential_closed_p(
     scores: Array, counts: ArrayLike, singles: ArrayLike, analyses: Sequence[InterimAnalysis], seed: int = 0
 ) -> Array:
-    """As `closed_p`, corrected for the analyses of a study whose arms may stop at different numbers of seeds.
+    """Like `closed_p`, corrected for the interim analyses of a study whose arms may stop at different numbers of seeds.
 
-    A set is tested at the analyses that all of its arms have reached, with the seeds up to there. With p_j the p of
-    analysis j and w_j its share, the statistic is m = min p_j / w_j, and the p of the set is P(m* <= m) over the same
-    permutations plus m times the shares of the analyses to come: see `tune.stats.sequential.sequential_p`.
+    A set is tested at every analysis that all of its arms have reached, with the seeds up to that analysis. With p_j
+    the p of analysis j and w_j its share, the statistic is m = min p_j / w_j, and the p of the set is P(m* <= m) over
+    the same permutations plus m times the shares of the remaining analyses: see `tune.stats.sequential.sequential_p`.
 
     Args:
-        scores: [1 + arms, seeds], the baseline's first; NaN where there is none.
-        counts: the seeds that each arm has been given [arms].
-        singles: the p-value of each arm alone, corrected for analyses [arms].
-        analyses: in rising order.
-        seed: of the permutations.
+        scores: Scores [1 + arms, seeds], the baseline in the first row; NaN where a score is missing.
+        counts: Number of seeds that each arm has been run with [arms].
+        singles: p-values of the single arms, corrected for the interim analyses [arms].
+        analyses: Interim analyses in ascending order of seeds.
+        seed: Seed of the permutations.
     """
     table = np.ascontiguousarray(scores, dtype=np.float64)
     if len(table) - 1 > MOST_CLOSED:
@@ -216,7 +221,7 @@ def sequential_closed_p(
 
 @dataclass(frozen=True)
 class _Problem:
-    """The arguments of `sequential_closed_p` by content."""
+    """Hashable form of the arguments of `sequential_closed_p`, used as a cache key."""
 
     content: bytes
     seeds: int
@@ -230,9 +235,9 @@ class _Problem:
         return np.frombuffer(self.content, dtype=np.float64).reshape(-1, self.seeds)
 
     def usable(self) -> list[int]:
-        """The arms with at least one pair, in the order of what they have scored at the first analysis.
+        """Indices of the arms with at least one pair, sorted by their scores at the first analysis.
 
-        So neither the arms' names nor later seeds change the p-value of a set.
+        This order makes the p-value of a set independent of the arms' names and of later seeds.
         """
         scores = self.scores
         paired = ~np.isnan(scores[1:] + scores[0])
@@ -243,7 +248,7 @@ class _Problem:
 
 @lru_cache(maxsize=64)
 def _closed(problem: _Problem) -> tuple[float, ...]:
-    """`sequential_closed_p`, remembered, so that redrawing a table computes nothing again."""
+    """Cached implementation of `sequential_closed_p`, so that redrawing a table does not recompute it."""
     adjusted, usable = np.array(problem.singles), problem.usable()
     for size in range(2, len(usable) + 1):
         sets = np.array(list(itertools.combinations(usable, size)))  # [sets, size]
@@ -254,7 +259,7 @@ def _closed(problem: _Problem) -> tuple[float, ...]:
 
 
 def _p_of_sets(problem: _Problem, sets: NDArray[np.int64]) -> Array:
-    """The permutation p-values of sets of one size [sets], those with the same pattern of scores together."""
+    """Permutation p-values [sets] of sets of the same size, computed jointly for sets with the same missing scores."""
     p_values = np.ones(len(sets))
     scores = problem.scores
     groups: dict[tuple[bytes, int], list[int]] = {}
@@ -273,9 +278,9 @@ def _p_of_sets(problem: _Problem, sets: NDArray[np.int64]) -> Array:
 
 
 def _p_of_tables(tables: Array, analyses: Sequence[InterimAnalysis], to_come: float, seed: int) -> Array:
-    """The p-values of [sets, treatments, seeds] that lack the same scores, the baseline's row first [sets]."""
+    """p-values [sets] of tables [sets, treatments, seeds] with the same missing scores, the baseline's row first."""
     present = ~np.isnan(tables[0]).T  # [seeds, treatments]
-    present &= present[:, :1]  # without the baseline's score a seed compares nothing with it
+    present &= present[:, :1]  # a seed without the baseline's score contributes no comparison
     scores = _centered(tables.transpose(0, 2, 1), present)
     statistics = _statistics(scores, present, analyses, seed)  # [analyses, permutations, sets], the observed one first
     if len(analyses) == 1 and not to_come:
@@ -289,7 +294,7 @@ def _p_of_tables(tables: Array, analyses: Sequence[InterimAnalysis], to_come: fl
 
 
 def _centered(scores: Array, present: NDArray[np.bool_]) -> Array:
-    """Scores [sets, seeds, treatments] minus their seed's mean, 0 where there is none, the largest of a set 1."""
+    """Center scores [sets, seeds, treatments] within seeds and scale each set to a maximum of 1; 0 where missing."""
     filled = np.where(present, scores, 0.0)
     means = filled.sum(axis=2, keepdims=True) / np.maximum(present.sum(axis=1), 1)[:, None]
     centered = np.where(present, filled - means, 0.0)
@@ -298,7 +303,7 @@ def _centered(scores: Array, present: NDArray[np.bool_]) -> Array:
 
 
 def _ranked_p(values: Array) -> Array:
-    """The p of every permutation among all of them, column by column: the share with a statistic at least as large."""
+    """p-value of each permutation, per column: the fraction of permutations with a statistic at least as large."""
     p_values = np.empty_like(values)
     for column in range(values.shape[1]):
         own = values[:, column]
@@ -307,16 +312,16 @@ def _ranked_p(values: Array) -> Array:
 
 
 def _statistics(scores: Array, present: NDArray[np.bool_], analyses: Sequence[InterimAnalysis], seed: int) -> Array:
-    """The largest squared standardized difference, at each analysis and permutation, of each set.
+    """The largest squared standardized difference of each set, at each analysis and permutation.
 
     Args:
-        scores: [sets, seeds, treatments], centered within seeds, 0 where missing.
-        present: where there is a score [seeds, treatments].
-        analyses: those to test at.
-        seed: of the permutations.
+        scores: Scores [sets, seeds, treatments], centered within seeds, 0 where missing.
+        present: Mask of the existing scores [seeds, treatments].
+        analyses: Analyses at which to test.
+        seed: Seed of the permutations.
 
     Returns:
-        [analyses, permutations, sets]; without a residual, the sum of squares that the difference explains counts.
+        Array [analyses, permutations, sets]. If the residual is 0, a small lower bound replaces it.
     """
     layouts = [_layout(present[: analysis.seeds]) for analysis in analyses]
     bounds = [0, *(analysis.seeds for analysis in analyses)]
@@ -335,9 +340,9 @@ def _statistics(scores: Array, present: NDArray[np.bool_], analyses: Sequence[In
 
 
 def _totals(permutations: NDArray[np.intp], scores: Array) -> Array:
-    """Each treatment's total under each permutation: [permutations, treatments, sets].
+    """Total of each treatment under each permutation: [permutations, treatments, sets].
 
-    As a product of a matrix of 0 and 1 with the scores, which serves all sets at once.
+    Computed as the product of a 0-1 matrix with the scores, for all sets at once.
     """
     number, seeds, treatments = permutations.shape
     chosen = np.eye(treatments)[permutations.transpose(0, 2, 1)]  # [permutations, treatments, seeds, from treatment]
@@ -347,12 +352,12 @@ def _totals(permutations: NDArray[np.intp], scores: Array) -> Array:
 
 @dataclass(frozen=True)
 class _Layout:
-    """The intrablock analysis of a two-way layout in which scores may be missing.
+    """Intrablock analysis of a two-way layout with possibly missing scores.
 
     Attributes:
-        seeds: with every score, or 0 if any lacks one.
-        inverse: the pseudoinverse of the treatments' information matrix [treatments, treatments].
-        variances: of each arm's difference to the baseline, in those of a score [arms].
+        seeds: Number of seeds if no score is missing, else 0.
+        inverse: Pseudoinverse of the treatments' information matrix [treatments, treatments].
+        variances: Variance of each arm's difference from the baseline, in units of the variance of a score [arms].
     """
 
     seeds: int
@@ -360,13 +365,13 @@ class _Layout:
     variances: Array
 
     def statistic(self, totals: Array, squares: Array) -> Array:
-        """The largest squared difference over its variance and the residual [permutations, sets].
+        """The largest squared difference, divided by its variance and the residual [permutations, sets].
 
         Args:
-            totals: of each treatment, of scores centered within seeds [permutations, treatments, sets].
-            squares: their sum of squares [sets], which no permutation changes.
+            totals: Totals of the treatments, from scores centered within seeds [permutations, treatments, sets].
+            squares: Sum of squares of the centered scores [sets], which is invariant under permutations.
         """
-        if self.seeds:  # the inverse is 1 / seeds on totals, which sum to 0
+        if self.seeds:  # on totals, which sum to 0, the pseudoinverse is division by the number of seeds
             explained = np.einsum("pjs,pjs->ps", totals, totals) / self.seeds
             gaps = np.maximum(totals[:, 1:].max(axis=1) - totals[:, 0], totals[:, 0] - totals[:, 1:].min(axis=1))
             largest = gaps**2 / (2.0 * self.seeds)
@@ -393,10 +398,10 @@ def _layout(present: NDArray[np.bool_]) -> _Layout:
 
 
 def _permutations(present: NDArray[np.bool_], sets: int, seed: int) -> Iterator[NDArray[np.intp]]:
-    """Permutations [some, seeds, treatments] of the scores that each seed has, the identity first, in pieces.
+    """Yield chunks [permutations, seeds, treatments] of permutations of each seed's scores, the identity first.
 
-    Every one is listed where that is feasible. Arms are alike to the statistic, so at one seed it matters only which
-    score becomes the baseline's.
+    All permutations are enumerated where that is feasible. The statistic is symmetric in the arms, so at one of the
+    seeds it is enough to choose which score is assigned to the baseline.
     """
     seeds, treatments = present.shape
     number = treatments * math.factorial(treatments) ** (seeds - 1)
@@ -417,7 +422,7 @@ def _permutations(present: NDArray[np.bool_], sets: int, seed: int) -> Iterator[
 
 @lru_cache(maxsize=8)
 def _listed(seeds: int, treatments: int) -> NDArray[np.intp]:
-    """All permutations within seeds, but at the first seed only which treatment changes places with the baseline."""
+    """All permutations within seeds, except that at the first seed only swaps with the baseline are enumerated."""
     every = np.array(list(itertools.permutations(range(treatments))))
     first = np.tile(np.arange(treatments), (treatments, 1))
     first[np.arange(treatments), 0], first[np.arange(treatments), np.arange(treatments)] = np.arange(treatments), 0

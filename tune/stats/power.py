@@ -1,6 +1,6 @@
-"""How many seeds a study takes: the fewest that can show anything, and how many a pilot suggests.
+"""Number of seeds for a study: the minimum at which a difference can be shown, and the number suggested by a pilot.
 
-Power is that of the tests in `tune.stats.multiple_testing`, for normal differences of one arm while no other arm
+Power refers to the tests in `tune.stats.multiple_testing`, with normal differences of one arm while no other arm
 differs, which is the hardest case.
 """
 
@@ -16,34 +16,34 @@ from dxmi.errors import UserError
 from tune.stats.multiple_testing import MOST_CLOSED, SIGN_FLIPS, Array, finite_vector, rounding
 
 POWER = 0.8
-"""Chance of a verdict that `seeds_needed` asks for."""
+"""Power for which `seeds_needed` computes the number of seeds."""
 _SURE = 0.9
-"""Chance with which either end of the range of `seeds_needed` is right."""
+"""One-sided confidence of each end of the range of `seeds_needed`."""
 _FINEST = 0.005
-"""Error rate below which 4,999 permutations are too few to decide."""
+"""Smallest error rate for which 4,999 permutations are enough."""
 _MOST_SEEDS = 1_000
-"""More than these are as good as no number."""
+"""Largest number of seeds that is considered; beyond, the result is infinity."""
 _DRAWS = 4_000
 _MOST_SUBSETS = 10
-"""Seeds up to which the sign-flip test's own power is computed; beyond, it is the t test's."""
+"""Largest number of seeds for which the power of the sign-flip test is computed; beyond, the t test's is used."""
 
 
 class Correction(StrEnum):
-    """How p-values allow for several arms."""
+    """Correction of p-values for several arms."""
 
     NONE = "sign flip"
-    """One arm needs no correction."""
+    """No correction, for a single arm."""
     CLOSED = "closed"
-    """Permutation within seeds, closed over all sets of arms."""
+    """Closed testing by permutation within seeds over all sets of arms."""
     HOLM = "Holm"
     """Holm's correction of the arms' sign-flip tests."""
 
 
 def correction_of(arms: int, error_rate: float) -> Correction:
-    """Closed testing for 2 to 12 arms; Holm's procedure for more arms, or error rates below .005.
+    """Choose closed testing for 2 to 12 arms, and Holm's procedure for more arms or error rates below .005.
 
     Raises:
-        UserError: there is no arm.
+        UserError: `arms` is less than 1.
     """
     if arms < 1:
         raise UserError(f"arms is {arms}: a study compares at least one arm with its baseline.")
@@ -54,11 +54,11 @@ def correction_of(arms: int, error_rate: float) -> Correction:
 
 @dataclass(frozen=True)
 class SeedRange:
-    """From how many seeds to how many would show a difference; `str` says it, as in `9 to 30 seeds`.
+    """Range of the number of seeds that would show a difference; `str` gives text like `9 to 30 seeds`.
 
     Attributes:
-        low: if the true difference is as large as the pilot allows.
-        high: if it is as small as the pilot allows; infinity if that may be no difference.
+        low: Number for the largest true difference that is consistent with the pilot.
+        high: Number for the smallest one; infinity if a difference of 0 is consistent with the pilot.
     """
 
     low: float
@@ -69,7 +69,7 @@ class SeedRange:
 
     @property
     def numbers(self) -> str:
-        """`9 to 30`, `6`, `at least 9` or `no number of`."""
+        """The range as text: `9 to 30`, `6`, `at least 9` or `no number of`."""
         if math.isinf(self.low):
             return "no number of"
         if math.isinf(self.high):
@@ -78,32 +78,34 @@ class SeedRange:
 
 
 def seeds_to_test(arms: int, error_rate: float) -> int:
-    """The fewest seeds with which the tests can find an arm different from the baseline.
+    """The smallest number of seeds at which the tests can find an arm different from the baseline.
 
-    The smallest p of the sign-flip test with n seeds is 2 / 2^n. Closed testing compares that with the error rate,
-    since its sets of several arms have far more permutations: 6 seeds for up to 12 arms. Holm's first step compares it
-    with error_rate / arms.
+    The smallest p of the sign-flip test with n seeds is 2 / 2^n. Closed testing compares it with the error rate, since
+    sets of several arms have far more permutations: 6 seeds for up to 12 arms. Holm's first step compares it with
+    error_rate / arms.
     """
     share = arms if correction_of(arms, error_rate) is Correction.HOLM else 1
-    return math.ceil(1.0 + math.log2(share / error_rate) - 1e-9)  # rounding must not add one where the two are equal
+    return math.ceil(
+        1.0 + math.log2(share / error_rate) - 1e-9
+    )  # the tolerance keeps rounding from adding one in case of equality
 
 
 def seeds_needed(differences: ArrayLike, arms: int, error_rate: float) -> SeedRange:
-    """How many seeds would show a difference like the one seen, 4 times out of 5.
+    """Number of seeds that would show a difference like the observed one with a power of 80 %.
 
     A few seeds determine the standardized difference (mean over standard deviation) only roughly. Its exact confidence
-    interval for normal differences (from the noncentral t distribution) is taken with 10 % on either side, and the
-    range is from the seeds that its upper end needs to those that its lower end needs, each for a power of 80 %.
+    interval for normal differences (from the noncentral t distribution) is taken with 10 % in each tail; the range goes
+    from the number of seeds for its upper end to that for its lower end.
 
-    By simulation (tests/test_power.py), a new study with the upper number of seeds finds true differences of 0.8
-    standard deviations or more in 86 to 100 % of cases after pilots of 3 to 9 seeds, one with the lower number in 40 to
-    70 % of cases below 2 standard deviations. Pilots of 3 seeds that happen to have an upper end for a true difference
-    of 0.5 exaggerate it: 66 %. Most of those have none.
+    By simulation (tests/test_power.py), a new study with the upper number of seeds finds true differences of at least
+    0.8 standard deviations in 86 to 100 % of cases after pilots of 3 to 9 seeds, and one with the lower number finds
+    differences below 2 standard deviations in 40 to 70 % of cases. For a true difference of 0.5, most pilots of 3 seeds
+    have an infinite upper number; those with a finite one overestimate the difference, and the power is 66 %.
 
     Args:
-        differences: to the baseline [seeds].
-        arms: how many are compared with the baseline.
-        error_rate: of false verdicts, of all arms together.
+        differences: Differences from the baseline [seeds].
+        arms: Number of arms that are compared with the baseline.
+        error_rate: Family-wise rate of false verdicts.
 
     Raises:
         UserError: fewer than two differences, or one that is not finite.
@@ -123,7 +125,7 @@ def seeds_needed(differences: ArrayLike, arms: int, error_rate: float) -> SeedRa
 def _pivots(seeds: int) -> tuple[Array, Array]:
     """Draws of Z and sqrt(V / (n - 1)), where sqrt(n) mean / s = (Z + sqrt(n) effect) / sqrt(V / (n - 1)).
 
-    Solved for the effect, quantiles over the draws are the ends of its confidence interval.
+    Solving for the effect, the ends of its confidence interval are quantiles over the draws.
     """
     generator = np.random.default_rng(seeds)
     normal = generator.standard_normal(5 * _DRAWS)
@@ -131,7 +133,7 @@ def _pivots(seeds: int) -> tuple[Array, Array]:
 
 
 def _seeds_for(effect: float, arms: int, error_rate: float) -> float:
-    """The fewest seeds that show a standardized difference; infinity beyond 1,000."""
+    """The smallest number of seeds that shows a standardized difference; infinity beyond 1,000."""
     if effect <= smallest_effect(_MOST_SEEDS, arms, error_rate):
         return math.inf
     low, high = seeds_to_test(arms, error_rate), _MOST_SEEDS
@@ -143,11 +145,11 @@ def _seeds_for(effect: float, arms: int, error_rate: float) -> float:
 
 @lru_cache(maxsize=4096)
 def smallest_effect(seeds: int, arms: int, error_rate: float) -> float:
-    """The standardized difference of one arm that is found 4 times out of 5, while no other arm differs.
+    """The standardized difference of one arm that is detected with a power of 80 % while no other arm differs.
 
-    For each of 4,000 draws of normal noise it is the difference from which on every set with the arm is rejected. Sets
-    of s > 1 arms are taken to have Student's t for s comparisons by Bonferroni, with the degrees of freedom of their
-    pooled residual.
+    It is a quantile, over 4,000 draws of normal noise, of the smallest difference at which every set that contains the
+    arm is rejected. Sets of s > 1 arms are approximated by Student's t with Bonferroni's correction for s comparisons
+    and the degrees of freedom of their pooled residual.
     """
     if seeds < seeds_to_test(arms, error_rate):
         return math.inf
@@ -170,16 +172,16 @@ def smallest_effect(seeds: int, arms: int, error_rate: float) -> float:
 
 
 def _t_threshold(means: Array, squares: Array, seeds: int, size: int, error_rate: float) -> Array:
-    """The difference from which on |mean| passes Student's t over the residual of `size` arms, for each draw."""
+    """For each draw, the smallest difference that is significant by Student's t, over the residual of `size` arms."""
     bar = t_bar(seeds, size, error_rate)
     return np.asarray(bar * np.sqrt(squares / (size * (seeds - 1)) / seeds) - means)
 
 
 def _sign_flip_threshold(noise: Array, error_rate: float) -> Array:
-    """The difference from which on the sign-flip test is significant, for each draw [draws, seeds].
+    """For each draw of noise [draws, seeds], the smallest difference at which the sign-flip test is significant.
 
-    Flipping the signs of a subset makes the sum no smaller where the subset's mean is negative. So with K sign vectors
-    of 2^(n-1) allowed, the one observed among them, fewer than K subsets may have a mean below 0.
+    Flipping the signs of a subset with a negative mean makes the sum larger. If K of the 2^(n-1) sign vectors, the
+    observed one included, may reach the observed sum, then fewer than K subsets may have a negative mean.
     """
     seeds = noise.shape[1]
     allowed = math.floor(error_rate * 2.0 ** (seeds - 1) + 1e-9)
@@ -197,7 +199,7 @@ def t_bar(seeds: int, size: int, error_rate: float) -> float:
 
 
 def hardest_bar(seeds: int, arms: int, error_rate: float) -> float:
-    """What a mean difference must exceed, in its standard errors, for every test that decides about an arm."""
+    """The threshold for a mean difference, in standard errors, that makes every test of an arm significant."""
     if correction_of(arms, error_rate) is Correction.HOLM:
         return t_bar(seeds, 1, error_rate / arms)
     return max(t_bar(seeds, size, error_rate) for size in range(1, arms + 1))

@@ -1,14 +1,14 @@
-"""Adding seeds only where the verdict is still open: interim analyses, what each may decide, and which arms continue.
+"""Sequential studies, which add seeds only to undecided arms: interim analyses, corrected p-values, stopping rules.
 
-Testing often and stopping at the first significant p would raise the rate of false verdicts. Here a plan, made before
-the first run, says at which numbers of seeds the tests are taken and how much of the error rate each may use, and
-p-values are corrected for all of them: `sequential_p` for single arms, `sequential_closed_p` for sets of arms.
-Everything is a function of the scores so far, so that a decision can be taken again after a crash.
+Repeated testing that stops at the first significant p would raise the rate of false verdicts. Here a plan, made before
+the first run, fixes at which numbers of seeds the tests are made and which share of the error rate each may use, and
+p-values are corrected for all of them: `sequential_p` for single arms, `sequential_closed_p` for sets of arms. All
+decisions are functions of the scores so far, so that they can be repeated after a crash.
 
-A set of arms can only be tested with as many seeds as all of its arms have. So arms that have no verdict yet get their
-seeds together until the study stops, and those with a verdict drop out: every set with one of them is rejected already,
-with the seeds that it had then. Which of the open arms looks best so far decides nothing, which would be a selection
-that no p-value allows for. Beyond 12 arms, where Holm's correction needs no sets, futile arms stop one by one.
+A set of arms can only be tested at the seeds that all of its arms have. Undecided arms therefore get new seeds together
+until the study stops. Decided arms get no more seeds: every set that contains one is already rejected with the seeds
+that it had then. Undecided arms are not selected by their scores so far, since p-values do not account for such a
+selection. Beyond 12 arms, where Holm's correction does not use sets, futile arms stop one by one.
 """
 
 import math
@@ -34,7 +34,7 @@ from tune.stats.power import Correction, correction_of, hardest_bar, seeds_to_te
 from tune.stats.tests import Pairs, pair_up, scores_of
 
 _WEIGHTS = (0.25, 0.25, 0.5)
-"""Of the error rate: at the first test, half way from there, and at the cap."""
+"""Shares of the error rate: at the first test, half way between it and the cap, and at the cap."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,13 @@ class SeedPlan:
     """How many seeds the arms of a study may get.
 
     Attributes:
-        arms: that are compared with the baseline.
-        start: seeds of every arm to begin with.
-        cap: seeds of an arm at most; 20, since the test lists all sign vectors.
-        step: seeds that are added at once.
-        error_rate: of false verdicts, of all arms and analyses together.
-        futility: the study stops if no arm's chance of a verdict by the cap is at least this.
+        arms: Number of arms that are compared with the baseline.
+        start: Number of seeds that every arm starts with.
+        cap: Largest number of seeds of an arm; at most 20, since the test enumerates all sign vectors.
+        step: Number of seeds that are added at a time.
+        error_rate: Rate of false verdicts over all arms and analyses.
+        futility: Threshold on the predicted probability of a verdict by the cap; the study stops when it is below the
+            threshold for every arm.
     """
 
     arms: int
@@ -61,7 +62,7 @@ class SeedPlan:
         if not 0.0 < self.error_rate < 1.0:
             raise UserError(f"error_rate is {self.error_rate}: it must lie between 0 and 1, like 0.05.")
         if not 0.0 <= self.futility < 1.0:
-            raise UserError(f"futility is {self.futility}: it must be a chance, at least 0 and below 1.")
+            raise UserError(f"futility is {self.futility}: it must be a probability, at least 0 and below 1.")
         if self.start < 2 or self.step < 1:
             raise UserError(
                 f"A plan starts with at least 2 seeds and adds at least 1, not {self.start} and {self.step}."
@@ -75,15 +76,16 @@ class SeedPlan:
 
     @property
     def interim_analyses(self) -> tuple[int, ...]:
-        """Numbers of seeds at which arms may stop, in rising order."""
+        """Numbers of seeds at which arms may stop, in ascending order."""
         return (*range(self.start, self.cap, self.step), self.cap)
 
     @property
     def tests(self) -> tuple[tuple[int, float], ...]:
-        """(number of seeds, share of the error rate) of each interim analysis that tests; the shares sum to 1.
+        """(Number of seeds, share of the error rate) of each interim analysis with a test; the shares sum to 1.
 
-        A quarter is for the first analysis that can decide with it, in the hardest step; a quarter for one half way
-        from there to the cap; the rest for the cap, so that hardly a verdict is lost that the cap would have found.
+        A quarter is used at the first analysis at which it can suffice for a verdict, in the hardest step; a quarter
+        half way between that and the cap; the rest at the cap, so that little power is lost compared with a single test
+        at the cap.
         """
         first = self._first_test
         half_way = (first + self.cap) / 2.0
@@ -94,29 +96,29 @@ class SeedPlan:
 
     @property
     def correction(self) -> Correction:
-        """How p-values allow for the number of arms."""
+        """Correction for the number of arms."""
         return correction_of(self.arms, self.error_rate)
 
     @property
     def _first_test(self) -> int:
-        """The fewest seeds with which the first test's share can show anything."""
+        """The smallest number of seeds at which a test can be significant with the first test's share."""
         compared = self.arms if self.correction is Correction.HOLM else 1
         return seeds_to_test(1, _WEIGHTS[0] * self.error_rate / compared)
 
 
 def sequential_p(differences: ArrayLike, tests: Sequence[tuple[int, float]]) -> float:
-    """The p-value of the sign-flip test, corrected for the tests taken so far and for those to come.
+    """The p-value of the sign-flip test, corrected for the tests made so far and for the remaining ones.
 
     With p_j the exact p of test j on its first n_j differences and w_j its share, let m = min p_j / w_j over the tests
-    taken. Corrected is P(min p_j / w_j <= m), exactly, over all sign vectors, plus m times the shares of the tests to
-    come. The first summand is the permutation test of the statistic m; the second is what the tests to come can at
-    most add to it (Bonferroni). So another test never raises the corrected p, a verdict once reached stays, and after
-    the last test the corrected p is an exact one: stopping at any analysis keeps the error rate.
+    made so far. The corrected p is P(min p_j / w_j <= m), exact over all sign vectors, plus m times the shares of the
+    remaining tests. The first summand is the permutation test of the statistic m; the second bounds what the remaining
+    tests can add (Bonferroni). Therefore another test never raises the corrected p, a verdict is never revoked, and
+    after the last test the corrected p is exact: stopping at any analysis keeps the error rate.
 
     Args:
-        differences: in the order in which the seeds were run.
-        tests: (number of differences, share) of every test of the plan, in order; those with more differences than
-            there are have yet to come.
+        differences: Paired differences in the order in which the seeds were run.
+        tests: (Number of differences, share) of every test of the plan, in order; tests with more differences than are
+            given count as remaining.
 
     Raises:
         UserError: more than 20 differences, or one that is not finite.
@@ -124,7 +126,7 @@ def sequential_p(differences: ArrayLike, tests: Sequence[tuple[int, float]]) -> 
     values = np.asarray(differences, dtype=np.float64)
     if values.ndim != 1 or len(values) > MOST_EXACT or not np.isfinite(values).all():
         raise UserError(f"Differences {values.tolist()}: give at most {MOST_EXACT} finite numbers.")
-    smallest = np.array([math.inf])  # of p_j / w_j, under each sign vector; the first is the one seen
+    smallest = np.array([math.inf])  # of p_j / w_j, for each sign vector; the first is the observed one
     seeds, to_come = 1, 0.0
     for count, share in tests:
         if count > len(values):
@@ -140,7 +142,7 @@ def sequential_p(differences: ArrayLike, tests: Sequence[tuple[int, float]]) -> 
 
 
 def _flipped_p(differences: Array) -> Array:
-    """The test's p under each sign vector with the first sign up [2^(seeds - 1)], in the order of `sign_flip_sums`."""
+    """p-value under each sign vector whose first sign is +1 [2^(seeds - 1)], in the order of `sign_flip_sums`."""
     sizes = np.abs(sign_flip_sums(differences))
     ranks = np.searchsorted(np.sort(sizes), sizes - rounding(differences), side="left")
     return 1.0 - ranks / len(sizes)
@@ -151,21 +153,20 @@ def _flipped_p(differences: Array) -> Array:
 
 
 def next_seeds(scores: Mapping[str, ArrayLike], baseline: str, plan: SeedPlan) -> dict[str, int]:
-    """The arms that need more runs, and how many seeds each should have then; empty when all is said.
+    """The arms that need more runs, with the total number of seeds for each; empty when the study can stop.
 
-    An arm without a verdict continues until continuing is futile: until the chance of a verdict by the cap, as
-    `_chance` predicts it, is below `plan.futility` for each of them. The baseline needs as many seeds as the arm with
-    the most.
+    Undecided arms continue until the probability of a verdict by the cap, as predicted by `_chance`, is below
+    `plan.futility` for each of them. The baseline needs as many seeds as the arm with the most seeds.
 
     Args:
-        scores: of each arm and of the baseline [its seeds so far], NaN where a run failed; seeds come in the same
-            order for all, and an arm may have fewer than the baseline.
-        baseline: its name among them.
-        plan: of the study.
+        scores: Scores [seeds so far] of each arm and the baseline by name, NaN where a run failed. All have the seeds
+            in the same order, and an arm may have fewer than the baseline.
+        baseline: Name of the baseline in `scores`.
+        plan: Plan of the study.
 
     Raises:
-        UserError: no such baseline, another number of arms than planned, more seeds of an arm than of the baseline or
-            than the cap, or an infinite score.
+        UserError: no such baseline, a different number of arms than planned, an arm with more seeds than the baseline
+            or the cap, or an infinite score.
     """
     arms = _arms(scores, baseline, plan)
     going_on = _going_on(arms, _adjusted(arms, scores, baseline, plan), plan)
@@ -181,18 +182,18 @@ def review(
     resamples: int = DEFAULT.resamples,
     seed: int = 0,
 ) -> tuple[Comparison, ...]:
-    """Every arm against the baseline as `compare` has it, with p-values corrected for the plan's interim analyses.
+    """Compare every arm with the baseline like `compare`, with p-values corrected for the plan's interim analyses.
 
-    An arm that may still get seeds is `too few seeds`; one whose study stopped for futility is `no difference shown`:
-    the study, with its cap, could have shown one.
+    The verdict on an arm that may still get seeds is `too few seeds`; after a stop for futility it is `no difference
+    shown`, since the study could have shown a difference by its cap.
 
     Args:
-        scores: as for `next_seeds`.
-        baseline: its name among them.
-        plan: of the study.
+        scores: As for `next_seeds`.
+        baseline: Name of the baseline in `scores`.
+        plan: Plan of the study.
         direction: `minimize` if lower is better.
-        resamples: of the bootstrap.
-        seed: of everything random.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of every random draw.
 
     Raises:
         UserError: as `next_seeds`.
@@ -212,12 +213,12 @@ def review(
 
 @dataclass(frozen=True)
 class _Arm:
-    """Where an arm stands.
+    """Current state of an arm.
 
     Attributes:
-        pairs: its scores and the baseline's so far.
-        seeds: that were run, failed ones included.
-        p: corrected for analyses, not for the number of arms.
+        pairs: Its scores and the baseline's so far.
+        seeds: Number of seeds that were run, including failed runs.
+        p: p-value corrected for the interim analyses, not for the number of arms.
     """
 
     pairs: Pairs
@@ -228,7 +229,7 @@ class _Arm:
 def _arms(scores: Mapping[str, ArrayLike], baseline: str, plan: SeedPlan) -> list[_Arm]:
     if baseline not in scores or len(scores) - 1 != plan.arms:
         raise UserError(
-            f"The plan is for {plan.arms} arms and the baseline {baseline!r}, the scores are of "
+            f"The plan is for {plan.arms} arms and the baseline {baseline!r}, but there are scores of "
             f"{', '.join(map(repr, scores)) or 'nothing'}: make a plan for these arms before the first run."
         )
     theirs = scores_of(baseline, scores[baseline])
@@ -240,7 +241,7 @@ def _arm(name: str, ours: Array, theirs: Array, plan: SeedPlan) -> _Arm:
     if seeds > min(len(theirs), plan.cap):
         raise UserError(
             f"Arm {name!r} has {seeds} seeds, the baseline {len(theirs)}, and the cap is {plan.cap}: "
-            "an arm has no more than either."
+            "an arm must not have more than either."
         )
     pairs = pair_up(name, ours, theirs[:seeds])
     common = np.cumsum(~np.isnan(ours) & ~np.isnan(theirs[:seeds]))
@@ -252,7 +253,7 @@ def _arm(name: str, ours: Array, theirs: Array, plan: SeedPlan) -> _Arm:
 
 
 def _adjusted(arms: Sequence[_Arm], scores: Mapping[str, ArrayLike], baseline: str, plan: SeedPlan) -> Array:
-    """The arms' p-values, corrected for analyses and for the number of arms."""
+    """The arms' p-values, corrected for the interim analyses and for the number of arms."""
     p_values = [arm.p for arm in arms]
     if plan.correction is not Correction.CLOSED:
         return holm(p_values)
@@ -273,12 +274,12 @@ def _going_on(arms: Sequence[_Arm], adjusted: Array, plan: SeedPlan) -> list[_Ar
 
 
 def _chance(arm: _Arm, plan: SeedPlan) -> float:
-    """The chance that a t test at the cap, in the hardest step, will find a difference (predictive power).
+    """Predictive power: the probability that a t test at the cap, in the hardest step, finds a difference.
 
-    With n of N seeds, mean d and spread s, the mean at the cap is d + s sqrt(1/n - 1/N) T, T of Student's t with n - 1
-    degrees of freedom (Spiegelhalter, Freedman and Blackburn 1986, with a flat prior), and has to pass
-    s t / sqrt(N) with t from `hardest_bar`. One pair says nothing, so 1; an arm without any has failed wherever it
-    ran, so 0.
+    With n of N seeds, mean d and spread s, the mean at the cap is d + s sqrt(1/n - 1/N) T, where T has Student's t
+    distribution with n - 1 degrees of freedom (Spiegelhalter, Freedman and Blackburn 1986, with a flat prior). It must
+    exceed s t / sqrt(N) with t from `hardest_bar`. The result is 1 for a single pair, which carries no information
+    about the spread, and 0 for an arm without pairs, all of whose runs failed.
     """
     differences = arm.pairs.differences
     n = len(differences)
@@ -296,7 +297,7 @@ def _chance(arm: _Arm, plan: SeedPlan) -> float:
 
 
 def _with_plan(comparison: Comparison, arm: _Arm, plan: SeedPlan, *, is_open: bool) -> Comparison:
-    """Say of an arm without a verdict whether it goes on, or why it stopped before the cap."""
+    """Set verdict and reason of an undecided arm: whether it continues, or why it stopped before the cap."""
     where = f"{arm.seeds} of at most {plan.cap} seeds"
     if is_open:
         reason = f"Still open after {where}."

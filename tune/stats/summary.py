@@ -1,4 +1,4 @@
-"""One arm by itself: its mean, its interquartile mean, its spread; and the variances of two levels of seeds."""
+"""Summary of a single arm (mean, interquartile mean, spread) and variance components of two levels of seeds."""
 
 import math
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from tune.stats.tests import scores_of
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """An arm without comparison.
+    """Summary statistics of an arm's scores.
 
     Attributes:
-        arm: its name.
-        seeds: that have a score.
-        missing: that have none.
-        mean: of the scores.
-        iqm: their interquartile mean.
-        spread: standard deviation between seeds; NaN for fewer than two.
+        arm: Name of the arm.
+        seeds: Number of seeds with a score.
+        missing: Number of seeds without a score.
+        mean: Mean of the scores.
+        iqm: Interquartile mean of the scores.
+        spread: Standard deviation between seeds; NaN for fewer than two.
     """
 
     arm: str
@@ -34,10 +34,10 @@ class ArmSummary:
 
 
 def summarize(arm: str, scores: ArrayLike, bootstrap: Bootstrap = DEFAULT) -> ArmSummary:
-    """Level and spread of an arm's scores [seeds], of which those that are NaN are counted and left out.
+    """Summarize an arm's scores [seeds]; NaN counts as a missing score.
 
     Raises:
-        UserError: they are no list of numbers, or one is infinite.
+        UserError: the scores are not a list of numbers, or one is infinite.
     """
     values = scores_of(arm, scores)
     present = values[~np.isnan(values)]
@@ -57,14 +57,14 @@ def summarize(arm: str, scores: ArrayLike, bootstrap: Bootstrap = DEFAULT) -> Ar
 
 @dataclass(frozen=True)
 class Variances:
-    """Where the noise of a score comes from.
+    """Variance components of a score.
 
     Attributes:
-        training: variance between training seeds, in the score's unit squared; 0 if the estimate is negative.
-        generation: variance between generation seeds of one trained model.
-        of_mean: variance of the mean over all scores, the square of its standard error.
-        training_seeds: how many.
-        generation_seeds: how many for each of them.
+        training: Variance between training seeds, in the squared unit of the score; 0 if the estimate is negative.
+        generation: Variance between generation seeds of one trained model.
+        of_mean: Variance of the mean over all scores, the square of its standard error.
+        training_seeds: Number of training seeds.
+        generation_seeds: Number of generation seeds per training seed.
     """
 
     training: float
@@ -75,18 +75,18 @@ class Variances:
 
 
 def variance_components(scores: ArrayLike) -> Variances:
-    """The variances of training and generation, by the method of moments for a balanced nested design.
+    """Estimate the variances of training and generation by the method of moments for a balanced nested design.
 
     y_ij = mu + a_i + e_ij for a training and b generation seeds. With the mean squares MS_a = b sum (y_i. - y..)^2 /
     (a - 1) and MS_e = sum (y_ij - y_i.)^2 / (a (b - 1)): generation = MS_e, training = max(0, (MS_a - MS_e) / b), and
     the mean has variance MS_a / (a b) = training / a + generation / (a b) (Searle, Casella and McCulloch 1992).
-    Nested means that the e_ij are independent, as they are if each run is scored on noise of its own
-    (`dxmi.evaluation.sampling.stream_of`). With one noise for all runs they would share a term that no mean over runs
-    reduces.
-    The interval of an arm's mean is `mean_interval(scores.mean(axis=1))`: only training seeds are independent.
+    Nested means that the e_ij are independent, which holds if each run is scored on its own noise
+    (`dxmi.evaluation.sampling.stream_of`). With the same noise for all runs they would share a term that averaging over
+    runs does not reduce. The interval of an arm's mean is `mean_interval(scores.mean(axis=1))`, since only training
+    seeds are independent.
 
     Args:
-        scores: [training seeds, generation seeds]; those of a difference to the baseline will do as well.
+        scores: Scores, or differences from the baseline [training seeds, generation seeds].
 
     Raises:
         UserError: fewer than two seeds on either level, or a score that is not finite.
@@ -94,7 +94,7 @@ def variance_components(scores: ArrayLike) -> Variances:
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 2 or min(values.shape) < 2:
         raise UserError(
-            f"Scores of shape {list(values.shape)} do not tell training from generation: "
+            f"Scores of shape {list(values.shape)} do not separate training from generation: "
             "give [training seeds, generation seeds], at least two of each."
         )
     check_finite(values, "scores")

@@ -1,4 +1,4 @@
-"""What the tests of an arm are taken on: its scores and the baseline's, paired by seed; and p-values in words."""
+"""Scores of an arm and the baseline paired by seed, as input of the tests, and formatting of p-values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from tune.stats.multiple_testing import Array
 
 @dataclass(frozen=True)
 class Pairs:
-    """The scores of an arm and of the baseline at the seeds that have both.
+    """The scores of an arm and the baseline at the seeds that have both.
 
     Attributes:
-        arm: its name.
-        scores: of the arm [seeds].
-        baseline: scores [seeds].
-        left_out: seeds that lack one of the two.
+        arm: Name of the arm.
+        scores: Scores of the arm [seeds].
+        baseline: Scores of the baseline [seeds].
+        left_out: Number of seeds that lack one of the two scores.
     """
 
     arm: str
@@ -34,15 +34,15 @@ class Pairs:
 
 
 def paired(scores: Mapping[str, ArrayLike], baseline: str) -> tuple[Pairs, ...]:
-    """Every arm's scores beside the baseline's, at the seeds that have both.
+    """Pair every arm's scores with the baseline's at the seeds that have both.
 
     Raises:
-        UserError: as `compare`.
+        UserError: as `tune.stats.comparison.compare`.
     """
     if baseline not in scores:
         raise UserError(f"There is no arm {baseline!r} to compare with: the arms are {', '.join(scores) or 'none'}.")
     if len(scores) < 2:
-        raise UserError(f"The baseline {baseline!r} is the only arm: a comparison needs another.")
+        raise UserError(f"The baseline {baseline!r} is the only arm: a comparison needs another arm.")
     theirs = scores_of(baseline, scores[baseline])
     if np.isnan(theirs).all():
         raise UserError(f"The baseline {baseline!r} has no score at any seed: nothing can be compared with it.")
@@ -50,7 +50,7 @@ def paired(scores: Mapping[str, ArrayLike], baseline: str) -> tuple[Pairs, ...]:
 
 
 def pair_up(arm: str, ours: Array, theirs: Array) -> Pairs:
-    """An arm's scores and the baseline's [seeds], of which some may be NaN, at the seeds that have both.
+    """Pair an arm's scores [seeds] with the baseline's [seeds], leaving out seeds at which either is NaN.
 
     Raises:
         UserError: unequal numbers of seeds.
@@ -65,22 +65,22 @@ def pair_up(arm: str, ours: Array, theirs: Array) -> Pairs:
 
 
 def scores_of(arm: str, scores: ArrayLike) -> Array:
-    """An arm's scores as numbers [seeds], NaN where there is none.
+    """An arm's scores as an array [seeds], NaN where a score is missing.
 
     Raises:
-        UserError: they are no list of numbers, or one is infinite.
+        UserError: the scores are not a list of numbers, or one is infinite.
     """
     try:
         values = np.asarray(scores, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise UserError(f"The scores of arm {arm!r} are {scores!r}: they must be numbers.") from error
     if values.ndim != 1 or np.isinf(values).any():
-        raise UserError(f"The scores of arm {arm!r} are {values.tolist()}: give one finite number a seed, or NaN.")
+        raise UserError(f"The scores of arm {arm!r} are {values.tolist()}: give one finite number per seed, or NaN.")
     return values
 
 
 def p_text(p: float) -> str:
-    """A p-value for people: two digits, as in `p = .031`."""
+    """Format a p-value with two digits, as in `p = .031`."""
     if p < 0.001:
         return "p < .001"
     return f"p = {p:.2g}".replace("= 0.", "= .")
