@@ -225,7 +225,7 @@ def test_a_file_that_asks_for_code_is_refused_and_runs_nothing(tmp_path, legacy)
         path.write_bytes(pickle.dumps(Attack(made)))
     else:
         torch.save({"fc.weight": Attack(made)}, path)
-    with pytest.raises(UserError, match=stating("weights.pth … tensors alone … executed")):
+    with pytest.raises(UserError, match=stating("weights.pth … other than tensors … executed")):
         load_inception(path, CPU)
     assert not made.exists()
 

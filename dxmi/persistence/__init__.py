@@ -1,1 +1,1 @@
-"""What a run keeps on disk: files written atomically, the cache, checkpoints, the run directory, provenance."""
+"""Storage: atomic file writes, the cache, checkpoints, the run directory, provenance."""

@@ -1,8 +1,8 @@
-"""Results that are computed once and read ever after, by file name; safe against a second process and a killed one.
+"""A cache of results in files, safe for concurrent and for killed processes.
 
-The name has to hold the signature of everything that the result depends on. Whoever finds no result takes the lock and
-computes it; the others wait for the lock and then read. A killed writer's lock is freed by the system, and what it had
-half written is never at the final name.
+The file name must contain the signature of everything that the result depends on. On a miss, the caller takes the lock
+and computes the result; other processes wait for the lock and then read it. The operating system releases the lock of
+a killed process, and a partially written result never has the final name.
 """
 
 import hashlib
@@ -25,22 +25,22 @@ _ALONE_POLL_SECONDS = 0.5
 
 
 def cache_root() -> Path:
-    """Where results are kept: $DXMI_CACHE, else ~/.cache/dxmi/cache."""
+    """The cache folder: $DXMI_CACHE, else ~/.cache/dxmi/cache."""
     return variable_folder("DXMI_CACHE", "~/.cache/dxmi/cache")
 
 
 def lock_for(path: Path) -> FileLock:
-    """The lock of the one who computes `path`; its folder is made.
+    """The lock to hold while computing `path`; creates the folder.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be created or written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         (path.parent / f".{path.name}.lock").touch()
     except OSError as error:
         raise UserError(
-            f"The cache folder {path.parent} cannot be written ({error.strerror}): set DXMI_CACHE to one that can."
+            f"The cache folder {path.parent} cannot be written ({error.strerror}): set DXMI_CACHE to a writable one."
         ) from error
     return FileLock(path.parent / f".{path.name}.lock")
 
@@ -50,9 +50,9 @@ class Entry:
     """A result in the cache, or the right to compute it.
 
     Attributes:
-        path: its file.
-        workers: of this process's group.
-        tensors: the result; None if it is to be computed by whoever holds this entry.
+        path: file of the result.
+        workers: process group of the caller.
+        tensors: the result; None if the holder of this entry must compute it.
     """
 
     path: Path
@@ -60,9 +60,10 @@ class Entry:
     tensors: dict[str, Tensor] | None
 
     def write(self, tensors: dict[str, Tensor]) -> None:
-        """Keep what all workers of the group have computed.
+        """Store a result that all workers of the group have computed.
 
-        From here on `tensors` is the first one's, and to the bit and the stride what a later process will read.
+        Afterwards `tensors` is the result of the first worker, with the bits and strides that a later process will
+        read.
         """
         kept: dict[str, Tensor] = {}
         self.workers.on_first(lambda: kept.update(_write(self.path, tensors)))
@@ -71,15 +72,16 @@ class Entry:
 
 @contextmanager
 def entry(path: Path, workers: Workers = ALONE, on_wait: Callable[[], None] | None = None) -> Iterator[Entry]:
-    """The entry of `path`; while it lasts nobody else computes it.
+    """The cache entry of `path`; no other process computes it until the context exits.
 
-    Workers of a group hold it together, and its first one reads and writes the file. While another process computes
-    it, the others are told so every few seconds, so that none takes the first for hung.
+    The workers of a group hold the entry together, and the first worker reads and writes the file. While another
+    process computes the result, the first worker reports this to the others every few seconds, so that they do not
+    run into their timeout.
 
     Args:
-        path: its file.
-        workers: of this process's group.
-        on_wait: called by all of them every now and then while another process computes it; may raise to give up.
+        path: file of the result.
+        workers: process group of the caller.
+        on_wait: called regularly by all workers while another process computes the result; may raise to give up.
     """
     on_wait = on_wait or (lambda: None)
     with ExitStack() as held:
@@ -98,7 +100,7 @@ def cached(
     workers: Workers = ALONE,
     on_wait: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors in `path`, computed and written first if they are not there or damaged; `on_wait` as for `entry`."""
+    """The tensors in `path`, computed and written first if missing or damaged; for `on_wait` see `entry`."""
     with entry(path, workers, on_wait) as held:
         if held.tensors is None:
             held.write(compute())
@@ -107,18 +109,18 @@ def cached(
 
 
 def _found_or_mine(path: Path, held: ExitStack, on_wait: Callable[[], None]) -> dict[str, Tensor] | None:
-    """The result; without one, None and the lock."""
+    """The result; if there is none, take the lock and return None."""
     found = _read(path)
     if found is None:
         lock = lock_for(path)
         while not _acquired(lock, held, _ALONE_POLL_SECONDS):
             on_wait()
-        found = _read(path)  # another process may have been first
+        found = _read(path)  # another process may have written it meanwhile
     return found
 
 
 def _acquired(lock: FileLock, held: ExitStack, seconds: float) -> bool:
-    """Whether the lock could be had within that time; `held` then lets go of it."""
+    """Acquire the lock within `seconds`, to be released by `held`; returns whether that succeeded."""
     try:
         lock.acquire(timeout=seconds)
     except Timeout:
@@ -128,8 +130,12 @@ def _acquired(lock: FileLock, held: ExitStack, seconds: float) -> bool:
 
 
 def _claim(path: Path, held: ExitStack, tensors: dict[str, Tensor]) -> str:
-    """Whether the result is found (and then put into `tensors`), or mine to compute, or another process is busy."""
-    tensors.update(_read(path) or {})  # first without the lock, which a cache that may only be read cannot give
+    """Read the result or take the lock.
+
+    Returns:
+        "found" (the result is in `tensors`), "mine" (this process must compute it), or "busy" (another process does).
+    """
+    tensors.update(_read(path) or {})  # first without the lock, which needs write access to the cache
     if tensors:
         return "found"
     if not _acquired(lock_for(path), held, _POLL_SECONDS):
@@ -140,7 +146,7 @@ def _claim(path: Path, held: ExitStack, tensors: dict[str, Tensor]) -> str:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Write the sha256 of what follows, then safetensors; returns what `_read` will."""
+    """Write a sha256 followed by safetensors; returns the tensors as `_read` will."""
     data = pack(tensors)
     write_atomic(path, hashlib.sha256(data).digest() + data)
     return unpack(data)

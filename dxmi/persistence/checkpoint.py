@@ -1,12 +1,12 @@
-"""Checkpoints: a folder of safetensors and JSON with a manifest of sha256 sums, renamed into place when complete.
+"""Checkpoints: folders of safetensors and JSON with a manifest of sha256 sums, renamed into place when complete.
 
     step_00000150/
         algorithm.safetensors    networks, averages, reference variance
-        state.safetensors        optimisers, random generators, data order
-        meta.json                step, best so far, seconds spent
+        state.safetensors        optimizers, random generators, data order
+        meta.json                step, best score so far, elapsed seconds
         manifest.json            sha256 of the other files
 
-Nothing in them is ever executed on loading.
+Loading a checkpoint never executes code from it.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that is cut short, altered or incomplete; the sentence names the file."""
+    """A checkpoint is truncated, altered or incomplete; the message names the file."""
 
 
 class Meta(dict[str, Any]):
-    """The plain values of a checkpoint; asking for one that is not there is an error of the checkpoint's."""
+    """The plain values of a checkpoint; a missing key raises a `DamagedCheckpointError`."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         super().__init__(values)
@@ -48,12 +48,12 @@ class Meta(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved.
+    """The content of a checkpoint.
 
     Attributes:
-        path: its folder.
-        step: the iteration after which it was taken.
-        groups: tensors by name, by file; on the host.
+        path: folder of the checkpoint.
+        step: the iteration after which it was saved.
+        groups: for each tensor file, its tensors by name, on the host.
         meta: plain values.
     """
 
@@ -64,12 +64,12 @@ class Checkpoint:
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies in `folder`."""
+    """The path of the checkpoint of `step` in `folder`."""
     return folder / f"step_{step:08d}"
 
 
 def save(folder: Path, step: int, groups: Groups, meta: Mapping[str, Any]) -> Path:
-    """Write one checkpoint and return its folder; an older one of the same step is replaced."""
+    """Write a checkpoint and return its folder; an existing checkpoint of the same step is replaced."""
     final, part = path_of(folder, step), folder / f".step_{step:08d}.{os.getpid()}.part"
     shutil.rmtree(part, ignore_errors=True)
     with naming(final):
@@ -96,10 +96,10 @@ def _write_files(folder: Path, step: int, groups: Groups, meta: Mapping[str, Any
 
 
 def load(path: Path) -> Checkpoint:
-    """Read one checkpoint, every byte checked.
+    """Read a checkpoint and verify the checksum of every file.
 
     Raises:
-        DamagedCheckpointError: a file is missing, altered, cut short, or a link.
+        DamagedCheckpointError: a file is missing, altered, truncated, or a link.
     """
     manifest = _read_manifest(path)
     files = {name: _read_checked(path / name, digest) for name, digest in manifest.items()}
@@ -109,15 +109,15 @@ def load(path: Path) -> Checkpoint:
 
 
 def restore(module: nn.Module, saved: Checkpoint, group: str) -> None:
-    """Load a group into a module.
+    """Load a group of tensors into a module.
 
     Raises:
-        DamagedCheckpointError: the checkpoint lacks it, or holds the tensors of another module.
+        DamagedCheckpointError: the checkpoint lacks the group, or its tensors do not fit the module.
     """
     try:
         module.load_state_dict(saved.groups[group])
     except KeyError as error:
-        raise DamagedCheckpointError(f"Checkpoint {saved.path} is damaged: it lacks {group}.") from error
+        raise DamagedCheckpointError(f"Checkpoint {saved.path} is damaged: {group} is missing.") from error
     except RuntimeError as error:
         last_line = str(error).strip().splitlines()[-1].strip()
         raise DamagedCheckpointError(f"Checkpoint {saved.path} does not fit its run's config: {last_line}") from error
@@ -129,10 +129,10 @@ def _meta(path: Path, data: bytes) -> Meta:
     except ValueError:
         meta = None
     if not isinstance(meta, dict) or not isinstance(meta.get("step"), int):
-        raise DamagedCheckpointError(f"Checkpoint {path} is damaged: meta.json holds no step.")
+        raise DamagedCheckpointError(f"Checkpoint {path} is damaged: meta.json has no step.")
     best = meta.get("best")
     if best is not None and not (isinstance(best, dict) and isinstance(best.get("step"), int)):
-        raise DamagedCheckpointError(f"Checkpoint {path} is damaged: meta.json holds a best that has no step.")
+        raise DamagedCheckpointError(f"Checkpoint {path} is damaged: best in meta.json has no step.")
     return Meta(path, meta)
 
 
@@ -164,7 +164,7 @@ def _read_checked(path: Path, digest: str) -> bytes:
 
 def _read(path: Path) -> bytes:
     if path.is_symlink() or path.parent.is_symlink():
-        raise DamagedCheckpointError(f"Checkpoint {path.parent} holds a link, {path.name}: it must be a plain file.")
+        raise DamagedCheckpointError(f"Checkpoint {path.parent} contains a link, {path.name}: it must be a plain file.")
     try:
         return path.read_bytes()
     except OSError as error:
@@ -174,7 +174,7 @@ def _read(path: Path) -> bytes:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of which `folder` holds a checkpoint, ascending; links and plain files are none."""
+    """The steps of the checkpoints in `folder`, ascending; links and plain files are ignored."""
     entries = (
         (entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink()) if folder.is_dir() else ()
     )
@@ -183,7 +183,7 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a sentence about each newer one that is not."""
+    """The newest intact checkpoint, and a message about each newer one that is damaged."""
     complaints: list[str] = []
     for step in reversed(steps_in(folder)):
         try:
@@ -194,7 +194,7 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def prune(folder: Path, keep: set[int]) -> None:
-    """Delete the checkpoints of all steps but `keep`, and what a killed writer left behind."""
+    """Delete all checkpoints except for the steps in `keep`, and the partial files of killed writers."""
     for step in set(steps_in(folder)) - keep:
         shutil.rmtree(path_of(folder, step))
     for part in folder.glob(".step_*.part"):

@@ -1,4 +1,4 @@
-"""Files that are either there whole or not there: written under a temporary name, synced, renamed."""
+"""Atomic file writes (temporary name, fsync, rename), and checks of paths that the user gives."""
 
 import json
 import os
@@ -10,31 +10,31 @@ from typing import Any
 from dxmi.errors import UserError
 
 PLACE: Mapping[str, bool] = {"is_place": True}
-"""Metadata of a config's field that holds a path or an address: what a user writes there is taken as it is written."""
+"""Metadata of a config field that holds a path or an address: its value is taken literally."""
 _SPACE = 0x20
 
 
 def user_path(text: str, what: str) -> Path:
-    """A path that a user wrote, with ~ expanded.
+    """A path given by the user, with ~ expanded.
 
     Raises:
-        UserError: it is empty, holds control characters, is not UTF-8, or names an unknown user.
+        UserError: it is empty, contains control characters, is not UTF-8, or names an unknown user.
     """
     user_text(text, what)
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
         own = text == "~" or text.startswith("~/")
-        why = "your home folder is unknown: set HOME" if own else "there is no such home folder"
+        why = "your home folder is unknown: set HOME" if own else "this home folder does not exist"
         raise UserError(f"{what} is {text}: {why}.") from error
 
 
 def require_target(path: Path, what: str) -> Path:
-    """The path itself, unless a symbolic link in it leads nowhere.
+    """The path itself, unless it contains a dangling symbolic link.
 
     Args:
-        path: what a user named; it need not exist.
-        what: the setting, option or variable that names it.
+        path: a path given by the user, which need not exist.
+        what: the setting, option or variable that gives it.
 
     Raises:
         UserError: the path or a folder above it is a link whose target does not exist.
@@ -42,17 +42,17 @@ def require_target(path: Path, what: str) -> Path:
     for place in (*reversed(path.parents), path):
         if os.path.islink(place) and not os.path.exists(place):
             raise UserError(
-                f"{what} is {path}, but {place} is a link to {os.readlink(place)}, which does not exist: restore what "
-                "it leads to, or change the link."
+                f"{what} is {path}, but {place} is a link to {os.readlink(place)}, which does not exist: restore its "
+                "target, or change the link."
             )
     return path
 
 
 def variable_folder(variable: str, usual: str) -> Path:
-    """The folder that an environment variable names, else the usual one.
+    """The folder that an environment variable names, or the default if it is not set.
 
     Raises:
-        UserError: the variable names none, the usual one is in a home folder that is unknown, or a link leads nowhere.
+        UserError: the value is not a path, the default is in an unknown home folder, or a link is dangling.
     """
     given = os.environ.get(variable)
     if given:
@@ -64,21 +64,21 @@ def variable_folder(variable: str, usual: str) -> Path:
 
 
 def user_text(text: str, what: str) -> None:
-    """Refuse what can be no path or address.
+    """Check that a text can be a path or an address.
 
     Raises:
-        UserError: it is empty, holds control characters, or is not UTF-8.
+        UserError: it is empty, contains control characters, or is not UTF-8.
     """
     if not text.strip() or any(ord(character) < _SPACE for character in text):
         raise UserError(f"{what} is {text!r}: it must be the path of a folder.")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # bytes of a command line that no encoding explains
+    except UnicodeEncodeError as error:  # undecodable bytes of a command line
         raise UserError(f"{what} is {text!r}: it must be UTF-8 text; rename the file or folder.") from error
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
+    """Make renames inside `folder` durable against a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -88,7 +88,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an error of the file system name this path, where it would name none or a temporary one."""
+    """Make file system errors name this path, where they would name none or a temporary one."""
     try:
         yield
     except OSError as error:
@@ -96,7 +96,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write and fsync; not atomic by itself."""
+    """Write and fsync; not atomic."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -104,7 +104,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replace `path` by `data`: a reader or a crash sees the old content or the new, nothing between."""
+    """Replace the content of `path` atomically: readers, and a crash, see either the old or the new content."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with naming(path):
         try:
@@ -116,5 +116,5 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, tree: Any) -> None:
-    """`write_atomic` of indented JSON; NaN and infinity are refused, since JSON has none."""
+    """Write indented JSON atomically; NaN and infinity raise a ValueError, since JSON cannot represent them."""
     write_atomic(path, json.dumps(tree, indent=2, allow_nan=False) + "\n")

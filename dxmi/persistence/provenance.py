@@ -1,4 +1,4 @@
-"""Where a result comes from: revision of the code, versions of the libraries, the device."""
+"""Provenance of a result: the revision of the code, the versions of the libraries, and the device."""
 
 import platform
 import subprocess
@@ -13,7 +13,7 @@ _PACKAGES = ("dxmi", "torch", "numpy", "scipy", "scikit-learn", "torch-fidelity"
 
 @cache
 def git_revision() -> str | None:
-    """The commit of the source tree that is running, with `-dirty` if it was changed; None outside a checkout."""
+    """The commit of the running source tree, with `-dirty` if it has changes; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -32,7 +32,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Python's and the libraries' versions."""
+    """The versions of Python and of the libraries."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -43,5 +43,5 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words."""
+    """A readable name of the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"

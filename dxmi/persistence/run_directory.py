@@ -1,11 +1,11 @@
-"""A run's folder: its config, records, checkpoints and pictures.
+"""The folder of a run: its config, metrics, checkpoints and images.
 
 config.yaml      the resolved config
-metrics.jsonl    one row a logged step
-checkpoints/     the best, the last and the one before it
-samples/         grids from the same noise, one an evaluation; reference_*.png: real data and samples of references
-curves.png       scores against iterations, references as lines
-summary.json     what came out; it exists only when the run has finished
+metrics.jsonl    one row per logged step
+checkpoints/     the best, the last and the one before the last
+samples/         one grid per evaluation, from the same noise; reference_*.png: real data and samples of references
+curves.png       scores by iteration, with references as lines
+summary.json     the result; exists only if the run has finished
 """
 
 import json
@@ -24,7 +24,7 @@ Row = dict[str, float | int | str]
 
 
 class RunDirectory:
-    """Reads and writes one run's folder.
+    """Reads and writes the folder of a run.
 
     Args:
         path: the folder, which need not exist yet.
@@ -40,16 +40,19 @@ class RunDirectory:
         self.summary = path / "summary.json"
 
     def reference_picture(self, name: str) -> Path:
-        """The picture to compare samples with: data, full (the model with all of its steps) or few (the best
-        training-free sampler with no more network evaluations than the policy).
+        """The path of an image to compare samples with.
+
+        Args:
+            name: data, full (the model with all of its steps) or few (the best training-free sampler with no more
+                network evaluations than the policy).
         """
         return self.samples / f"reference_{name}.png"
 
     def create(self) -> None:
-        """Make the folders.
+        """Create the folders.
 
         Raises:
-            UserError: they cannot be made or written, or one is a link that leads nowhere.
+            UserError: a folder cannot be created or written, or is a dangling link.
         """
         for folder in (self.path, self.checkpoints, self.samples):
             require_target(folder, "The run folder")
@@ -60,45 +63,45 @@ class RunDirectory:
                 raise PermissionError(13, "Permission denied")
         except OSError as error:
             raise UserError(
-                f"The run folder {self.path} cannot be written: {error.strerror}. Choose another."
+                f"The run folder {self.path} cannot be written: {error.strerror}. Choose another folder."
             ) from error
 
     def lock(self) -> FileLock:
-        """The exclusive right to write here, held until it is released or the process ends.
+        """Take the exclusive right to write to this folder, held until the lock is released or the process ends.
 
         Raises:
-            UserError: another process has it.
+            UserError: another process holds the lock.
         """
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise UserError(
-                f"Another process is training in {self.path}: wait for it, or choose another out."
+                f"Another process is training in {self.path}: wait for it, or set out to another folder."
             ) from error
         return lock
 
     def write_config(self, tree: Mapping[str, Any]) -> None:
-        """Record the resolved config."""
+        """Write the resolved config."""
         write_atomic(self.config, yaml.safe_dump(dict(tree), sort_keys=False))
 
     def read_config(self) -> dict[str, Any]:
-        """The recorded config as a tree.
+        """Read the config as a tree of plain values.
 
         Raises:
-            UserError: there is none, or it is not plain YAML.
+            UserError: the file is missing, or is not plain YAML.
         """
         return read_yaml(self.config, f"{self.path} is not a run folder: it has no config.yaml.")
 
     def write_summary(self, tree: Mapping[str, Any]) -> None:
-        """Record the result; after this the run counts as finished."""
+        """Write the result, which marks the run as finished."""
         write_json(self.summary, tree)
 
     def read_summary(self) -> dict[str, Any] | None:
-        """The result, or None while there is none.
+        """Read the result; None if the run has not finished.
 
         Raises:
-            UserError: it is not JSON.
+            UserError: the file is not JSON.
         """
         try:
             summary = json.loads(self.summary.read_text())
@@ -111,17 +114,17 @@ class RunDirectory:
         return summary
 
     def append(self, rows: list[Row]) -> None:
-        """Add rows to metrics.jsonl, on disk when this returns."""
+        """Append rows to metrics.jsonl, and fsync."""
         with self.metrics.open("a") as file:
             file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
 
     def rows(self) -> list[Row]:
-        """The rows of metrics.jsonl; a last line that a killed writer cut short is left out.
+        """Read the rows of metrics.jsonl; an incomplete last line, left by a killed writer, is ignored.
 
         Raises:
-            UserError: another line is no row.
+            UserError: another line is not a valid row.
         """
         if not self.metrics.exists():
             return []
@@ -134,11 +137,11 @@ class RunDirectory:
         except ValueError:
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(f"{self.metrics} is damaged: line {number} is no row. Delete that line.")
+            raise UserError(f"{self.metrics} is damaged: line {number} is not a row. Delete that line.")
         return row
 
     def forget_after(self, step: int) -> None:
-        """Drop the rows of later steps than `step`, which a resumed run will write again."""
+        """Delete the rows of all steps after `step`, which the resumed run will write again."""
         kept = [row for row in self.rows() if int(row["step"]) <= step]
         write_atomic(self.metrics, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
 
@@ -147,11 +150,14 @@ _MAX_YAML_BYTES = 1_000_000
 
 
 class _AliasError(Exception):
-    """A file holds an alias, by which a small one could become large in memory."""
+    """A file contains an alias, with which a small file could expand to a large tree."""
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Stops at the first alias. Not LibYAML's: deeply nested files hold that up for minutes, or end the process."""
+    """A safe loader that refuses aliases.
+
+    It is not based on LibYAML, which takes minutes for deeply nested files, or crashes the process.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -160,10 +166,14 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, missing: str) -> dict[str, Any]:
-    """A mapping of plain values from a YAML file: no object tags, no aliases, no more than a megabyte.
+    """Read a mapping of plain values from a YAML file, without object tags or aliases, of at most a megabyte.
+
+    Args:
+        path: path of the file.
+        missing: message of the error if the file cannot be opened.
 
     Raises:
-        UserError: with the sentence `missing` if there is no such file, or with what is wrong in it.
+        UserError: the file cannot be opened, or is not such a mapping.
     """
     try:
         size = path.stat().st_size
@@ -173,11 +183,11 @@ def read_yaml(path: Path, missing: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a plain YAML config: it is not UTF-8 text.") from error
     if size > _MAX_YAML_BYTES:
-        raise UserError(f"{path} has {size} bytes: a config has at most {_MAX_YAML_BYTES}.")
+        raise UserError(f"{path} has {size} bytes: a config may have at most {_MAX_YAML_BYTES}.")
     try:
         tree = yaml.load(text, Loader=_PlainLoader)  # noqa: S506  (it is a safe loader)
     except _AliasError as error:
-        raise UserError(f"{path} uses YAML aliases: write the values out.") from error
+        raise UserError(f"{path} contains YAML aliases: write out the values.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = _reason(error)
         raise UserError(f"{path} is not a plain YAML config: {reason}") from error
@@ -187,9 +197,9 @@ def read_yaml(path: Path, missing: str) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """What a YAML error says, and where; of text with a colon, what to do about it."""
+    """The problem and the position of a YAML error, with a hint if the cause is an unquoted colon."""
     problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
     if problem is None or mark is None:
         return " ".join(str(error).split())
-    hint = ": text with a colon in it must be in quotes" if "mapping values" in problem else ""
+    hint = ": text that contains a colon must be quoted" if "mapping values" in problem else ""
     return f"{problem} at line {mark.line + 1}, column {mark.column + 1}{hint}"

@@ -1,6 +1,6 @@
-"""Files of tensors that others wrote: PyTorch's and safetensors', read without executing anything in them.
+"""Third-party tensor files (PyTorch and safetensors), read without executing any code in them.
 
-Whatever the file is, reading ends in its content or in one sentence that says what is wrong with it.
+Reading returns the content of the file, or raises an error with a sentence that states what is wrong with it.
 """
 
 import argparse
@@ -22,30 +22,30 @@ from dxmi.errors import UserError
 _ZIP = b"PK\x03\x04"
 _HEAD_BYTES = 512
 _MAX_HEADER_BYTES = 100_000_000
-"""Of safetensors, by its format."""
+"""Upper limit of the safetensors format."""
 _TEXT_BYTES = frozenset(range(0x20, 0x7F)) | {0x09, 0x0A, 0x0D}
 _OTHER_FORMATS = {
-    b"version https://git-lfs": "is a pointer of Git LFS and not the file: run `git lfs pull` where it was cloned",
-    b"\x1f\x8b": "is compressed by gzip: unpack it",
-    b"\xfd7zXZ\x00": "is compressed by xz: unpack it",
-    b"BZh": "is compressed by bzip2: unpack it",
-    b"\x28\xb5\x2f\xfd": "is compressed by Zstandard: unpack it",
-    b"7z\xbc\xaf\x27\x1c": "is an archive of 7-Zip: unpack it",
-    b"\x89HDF\r\n": "is a file of HDF5 or Keras: convert it to PyTorch first",
-    b"GGUF": "is a file of llama.cpp (GGUF): convert it to safetensors first",
-    b"\x93NUMPY": "is a NumPy array: save a network's state_dict",
-    b"\x89PNG": "is a picture",
-    b"\xff\xd8\xff": "is a picture",
+    b"version https://git-lfs": "is a Git LFS pointer and not the file: run `git lfs pull` in the clone",
+    b"\x1f\x8b": "is compressed with gzip: unpack it",
+    b"\xfd7zXZ\x00": "is compressed with xz: unpack it",
+    b"BZh": "is compressed with bzip2: unpack it",
+    b"\x28\xb5\x2f\xfd": "is compressed with Zstandard: unpack it",
+    b"7z\xbc\xaf\x27\x1c": "is a 7-Zip archive: unpack it",
+    b"\x89HDF\r\n": "is an HDF5 or Keras file: convert it to PyTorch first",
+    b"GGUF": "is a llama.cpp file (GGUF): convert it to safetensors first",
+    b"\x93NUMPY": "is a NumPy array: save the state_dict of a network",
+    b"\x89PNG": "is an image",
+    b"\xff\xd8\xff": "is an image",
     b"%PDF": "is a PDF",
 }
-"""What a file that is no checkpoint is, by its first bytes."""
+"""Descriptions of files that are not checkpoints, by their first bytes."""
 
 
 def read_tensor_file(path: Path) -> object:
-    """The content of a file of safetensors or of PyTorch's `torch.save`: tensors in containers, and numbers.
+    """Read a file written by safetensors or `torch.save`: containers of tensors and numbers.
 
     Raises:
-        UserError: it is not there, is damaged, is something else, or asks for code to be run.
+        UserError: the file is missing or damaged, has another format, or would have to execute code.
     """
     if not path.is_file():
         raise UserError(f"Checkpoint {path} {_what_is_there(path)}.")
@@ -68,42 +68,45 @@ def _what_is_there(path: Path) -> str:
 
 
 def _require_checkpoint(path: Path, head: bytes) -> None:
-    """Refuse what the first bytes show to be something else.
+    """Check the first bytes of a file.
 
     Raises:
-        UserError: they do.
+        UserError: they show that the file is not a checkpoint.
     """
     for start, what in _OTHER_FORMATS.items():
         if head.startswith(start):
             raise UserError(f"Checkpoint {path} {what}.")
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not head:
-        what = "is empty: fetch it again"
+        what = "is empty: download it again"
     elif text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<!--")):
-        what = "is a web page and not the file itself: fetch it again, by the address of the download"
+        what = "is a web page and not the file itself: download it again from its direct address"
     elif head[257:262] == b"ustar":
         what = "is a tar archive: unpack it"
     elif set(head) <= _TEXT_BYTES:
-        what = "is text and holds no tensors"
+        what = "is a text file without tensors"
     else:
         return
     raise UserError(f"Checkpoint {path} {what}.")
 
 
 def _read(path: Path, head: bytes) -> object:
-    """The content.
+    """Read the content of a file.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: the file is damaged, or would have to execute code.
     """
     read: Callable[[Path], object]
     if _is_safetensors(head):
-        read, damaged = load_file, "is a damaged file of safetensors"
+        read, damaged = load_file, "is a damaged safetensors file"
     elif head.startswith(_ZIP):
         _require_whole_archive(path)
-        read, damaged = _unpickled, "cannot be read as tensors alone, and nothing else in it is executed"
+        read, damaged = _unpickled, "holds objects other than tensors, and code in a file is never executed"
     else:
-        read, damaged = _unpickled, "is damaged, or cannot be read as tensors alone, and nothing else in it is executed"
+        read, damaged = (
+            _unpickled,
+            "is damaged, or holds objects other than tensors, and code in a file is never executed",
+        )
     try:
         return read(path)
     except OSError:
@@ -113,13 +116,13 @@ def _read(path: Path, head: bytes) -> object:
 
 
 _CURE = (
-    "Fetch it again; if it is whole, load it where it comes from, and save its state_dict by "
+    "Download it again; if it is intact, load it with the code that wrote it, and save its state_dict with "
     "safetensors.torch.save_file."
 )
 
 
 def _reason(error: Exception) -> str:
-    """The name of what it asked for, or the first line of what the reader said."""
+    """The name of the rejected object, or the first line of the reader's message."""
     lines = [printable(line.strip()) for line in str(error).splitlines() if line.strip()]
     if isinstance(error, pickle.UnpicklingError):
         lines = [line for line in lines if "GLOBAL" in line]
@@ -131,24 +134,24 @@ _REASON = 160
 
 
 def _is_safetensors(head: bytes) -> bool:
-    """Whether a file begins with the length of a JSON header, and with a brace."""
+    """Whether a file begins with the length of a JSON header and a brace."""
     return len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= _MAX_HEADER_BYTES
 
 
 def _require_whole_archive(path: Path) -> None:
-    """Check the archive that `torch.save` writes, whose sums PyTorch itself does not look at.
+    """Verify the checksums of an archive written by `torch.save`, which PyTorch itself does not.
 
     Raises:
-        UserError: it is cut short, altered, or not one of PyTorch's.
+        UserError: the archive is truncated, altered, or was not written by `torch.save`.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             names, damaged = archive.namelist(), archive.testzip()
     except Exception as error:
-        raise UserError(f"Checkpoint {path} is damaged or cut short{_reason(error)}: fetch it again.") from error
+        raise UserError(f"Checkpoint {path} is damaged or truncated{_reason(error)}: download it again.") from error
     if damaged is not None:
         raise UserError(
-            f"Checkpoint {path} is damaged: {printable(damaged)} in it does not match its checksum. Fetch it again."
+            f"Checkpoint {path} is damaged: {printable(damaged)} in it does not match its checksum. Download it again."
         )
     if any("constants.pkl" in name for name in names):
         raise UserError(f"Checkpoint {path} is a TorchScript program: save its state_dict instead.")
@@ -157,29 +160,31 @@ def _require_whole_archive(path: Path) -> None:
 
 
 def _unpickled(path: Path) -> object:
-    """A PyTorch file of tensors, containers and numbers, and what public trainers put beside them."""
+    """Load a PyTorch file of tensors, containers, numbers, and the metadata types that public training codes save."""
     make_number: Any = np.float64(0.0).__reduce__()[0]
     safe: list[Any] = [make_number, (make_number, "numpy.core.multiarray.scalar"), np.dtype, argparse.Namespace]
     safe += [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64, np.int32, np.bool_)]
     with torch.serialization.safe_globals(safe), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it has to say of odd files, the error says better
+        warnings.simplefilter("ignore")  # the error message covers unusual files
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def printable(name: object) -> str:
-    """A name or a path as any terminal and file can take it: what is no UTF-8 or cannot be printed becomes `?`."""
+    """A name or a path for terminals and files: characters that are not UTF-8 or not printable become `?`."""
     return "".join(character if character.isprintable() else "?" for character in str(name))
 
 
 def require_dense(tensor: Tensor, name: str, path: Path) -> Tensor:
-    """A tensor that can be a weight, on the host and without tricks of memory.
+    """A detached tensor that can be a weight: dense, on the host, and backed by enough memory.
 
     Raises:
-        UserError: it is not a plain floating-point tensor, or larger than the memory behind it.
+        UserError: the tensor is sparse, quantized, not on the host, or larger than its storage.
     """
     name = printable(name)
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         raise UserError(f"Checkpoint {path}: {name} is not a plain tensor ({tensor.layout}, {tensor.dtype}).")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise UserError(f"Checkpoint {path}: {name} of shape {tuple(tensor.shape)} is larger than what the file holds.")
+        raise UserError(
+            f"Checkpoint {path}: {name} of shape {tuple(tensor.shape)} is larger than its data in the file."
+        )
     return tensor.detach().resolve_conj().resolve_neg()

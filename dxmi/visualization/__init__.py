@@ -1,1 +1,1 @@
-"""Pictures of samples, curves, densities and values."""
+"""Figures of samples, curves, densities and values."""

@@ -1,4 +1,4 @@
-"""What a run draws of its samples: grids of images, or figures in the plane."""
+"""Figures of the samples of a run: grids of images, or plots of the plane."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -14,29 +14,29 @@ from dxmi.visualization.pictures import save_figure, save_grid, save_steps_grid
 from dxmi.visualization.planar import energy_figure, samples_figure, shown_times, steps_figure, values_figure
 
 _CELLS = 120
-"""A side of a map."""
+"""Cells per side of a map."""
 
 
 class Gallery(ABC):
-    """Draws one kind of samples.
+    """Draws samples of one kind.
 
     Attributes:
-        num_rows: samples that a picture of all steps shows.
+        num_rows: number of samples that a figure of all steps shows.
     """
 
     num_rows: int
 
     @abstractmethod
     def draw_samples(self, path: Path, samples: Tensor) -> None:
-        """Samples as a data set stores them, [N, *event]."""
+        """Draw samples, in the format in which a data set stores them, [N, *event]."""
 
     @abstractmethod
     def draw_steps(self, path: Path, states: Tensor) -> None:
-        """The whole way of samples, [T+1, N, *event]."""
+        """Draw all states of samples, [T+1, N, *event]."""
 
     @abstractmethod
     def draw_value(self, folder: Path, value: Value, num_steps: int) -> None:
-        """Maps of the value and the energy where the plane has them; `num_steps` is T."""
+        """Draw maps of the value and the energy, if the data are in the plane; `num_steps` is T."""
 
 
 class ImageGallery(Gallery):
@@ -45,22 +45,22 @@ class ImageGallery(Gallery):
     num_rows = 8
 
     def draw_samples(self, path: Path, samples: Tensor) -> None:
-        """A nearly square grid."""
+        """Draw a nearly square grid."""
         save_grid(path, samples)
 
     def draw_steps(self, path: Path, states: Tensor) -> None:
-        """One row a sample, one column a step."""
+        """Draw a grid with one row per sample and one column per step."""
         save_steps_grid(path, states)
 
     def draw_value(self, folder: Path, value: Value, num_steps: int) -> None:
-        """A value of images has no picture."""
+        """Do nothing: values of images are not drawn."""
 
 
 class PlanarGallery(Gallery):
-    """Figures in the plane.
+    """Plots of the plane.
 
     Args:
-        distribution: of the data; its density is drawn behind samples.
+        distribution: distribution of the data, whose density is drawn behind the samples.
     """
 
     num_rows = 2_000
@@ -70,16 +70,16 @@ class PlanarGallery(Gallery):
         self.log_density = _map(grid_log_density(distribution, _CELLS))
 
     def draw_samples(self, path: Path, samples: Tensor) -> None:
-        """Dots over the data's density."""
+        """Draw the samples as dots over the density of the data."""
         save_figure(path, samples_figure(samples.cpu(), self.log_density.exp()))
 
     def draw_steps(self, path: Path, states: Tensor) -> None:
-        """One panel a step, and some ways."""
+        """Draw one panel per step, and some of the paths."""
         save_figure(path, steps_figure(states.cpu(), self.log_density.exp()))
 
     @torch.no_grad()
     def draw_value(self, folder: Path, value: Value, num_steps: int) -> None:
-        """values.png and energy.png.
+        """Write values.png and energy.png.
 
         Raises:
             DivergedError: a value is not finite.
@@ -94,10 +94,10 @@ class PlanarGallery(Gallery):
 
 
 def _map(heights: Tensor) -> Tensor:
-    """Heights over the cells of `square_grid` as pictures have them: [y, x]."""
+    """Reshape values in the cells of `square_grid` to an image, indexed [y, x]."""
     return heights.view(_CELLS, _CELLS).T
 
 
 def build_gallery(name: str) -> Gallery:
-    """The gallery for samples like those of the data set `name`, which need not be there."""
+    """The gallery for samples of the data set `name`, whose files are not needed."""
     return PlanarGallery(DISTRIBUTIONS[name]) if name in DISTRIBUTIONS else ImageGallery()

@@ -1,4 +1,4 @@
-"""Pictures of a run: grids of images, and curves."""
+"""Figures of a run: grids of images, and curves."""
 
 import io
 import math
@@ -16,17 +16,17 @@ from dxmi.formatting import score_text
 from dxmi.persistence.files import write_atomic
 
 _MIN_SIDE = 32
-"""Small images are enlarged until a side has at least this many pixels."""
+"""Smaller images are enlarged until their sides have at least this many pixels."""
 _GAP = 2
 _PAPER = 255
 _CURVES, _ENTRY = (11.0, 5.2), 0.19
-"""Inches of the figure of curves, and of a line of its legend."""
+"""Size in inches of the figure of curves, and height in inches of an entry of its legend."""
 _TILE, _LINE, _LABEL = 0.9, 0.2, 16
-"""Of an image with its label: inches of the image and of the line below, and the most letters in that."""
+"""Height in inches of a labeled image and of the label below it, and the maximum length of a label."""
 
 
 def grid(pixels: Tensor, columns: int) -> Tensor:
-    """Images uint8 [N, C, H, W] side by side, `columns` a row, enlarged if small: uint8 [C, H', W']."""
+    """Arrange images uint8 [N, C, H, W] in rows of `columns`, enlarged if they are small: uint8 [C, H', W']."""
     scale = max(1, -(-_MIN_SIDE // pixels.shape[-1]))
     pixels = pixels.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     n, c, h, w = pixels.shape
@@ -39,7 +39,7 @@ def grid(pixels: Tensor, columns: int) -> Tensor:
 
 
 def save_png(path: Path, picture: Tensor) -> None:
-    """Write uint8 [C, H, W] with C 1 or 3."""
+    """Write an image uint8 [C, H, W], C 1 or 3, as PNG."""
     array = picture[0].numpy() if len(picture) == 1 else picture.permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format="png")
@@ -47,12 +47,12 @@ def save_png(path: Path, picture: Tensor) -> None:
 
 
 def save_grid(path: Path, pixels: Tensor) -> None:
-    """A nearly square grid of uint8 [N, C, H, W]."""
+    """Write a nearly square grid of images uint8 [N, C, H, W]."""
     save_png(path, grid(pixels, columns=max(1, round(len(pixels) ** 0.5))))
 
 
 def save_labelled_grid(path: Path, pixels: Tensor, labels: Sequence[str]) -> None:
-    """A nearly square grid of uint8 [N, C, H, W], below each image its label."""
+    """Write a nearly square grid of images uint8 [N, C, H, W], each with its label below it."""
     columns = max(1, math.ceil(len(pixels) ** 0.5))
     rows = math.ceil(len(pixels) / columns)
     figure = Figure(figsize=(_TILE * columns, (_TILE + _LINE) * rows))
@@ -69,7 +69,7 @@ def save_labelled_grid(path: Path, pixels: Tensor, labels: Sequence[str]) -> Non
 
 
 def save_steps_grid(path: Path, states: Tensor) -> None:
-    """One row a sample, one column a step: uint8 states [T+1, N, C, H, W]."""
+    """Write a grid of states uint8 [T+1, N, C, H, W], one row per sample and one column per step."""
     save_png(path, grid(states.transpose(0, 1).flatten(0, 1), columns=len(states)))
 
 
@@ -79,20 +79,20 @@ Curve = Sequence[tuple[float, float]]
 def curves_figure(
     metric: str, curve: Curve, references: Mapping[str, float], best: tuple[float, float], others: Mapping[str, Curve]
 ) -> Figure:
-    """The score against iterations with the references as lines, and small panels of what was logged.
+    """Plot the score by iteration with the references as lines, and small panels of logged metrics.
 
     Args:
-        metric: name of the score.
-        curve: (iteration, score) on the noise on which the best checkpoint is chosen.
-        references: name to score on the report's noise, each drawn as a horizontal line.
-        best: iteration and score on the report's noise of the best checkpoint, drawn as a star.
+        metric: key of the score.
+        curve: (iteration, score) on the selection noise, which is used to choose the best checkpoint.
+        references: scores on the report noise by name, drawn as horizontal lines.
+        best: iteration of the best checkpoint and its score on the report noise, drawn as a star.
         others: logged metrics by key, as (iteration, value).
     """
     figure = Figure(figsize=_CURVES)
     lines = len(references) + 2
     axes = _placed(figure, 1, left=0.75, right=6.35, top=_CURVES[1] - 0.1 - _ENTRY * math.ceil(lines / 2))[0]
     axes.plot(*_columns(curve), marker="o", markersize=3, color="C0", label="fine-tuned (selection noise)")
-    label = f"best  {score_text(best[1])} (report noise, as the lines)"
+    label = f"best  {score_text(best[1])} (report noise, like the lines)"
     axes.plot(*best, marker="*", markersize=13, color="C0", linestyle="none", label=label)
     for index, (name, value) in enumerate(references.items(), start=1):
         axes.axhline(value, color=f"C{index}", linestyle="--", linewidth=1, label=f"{name}  {score_text(value)}")
@@ -103,14 +103,14 @@ def curves_figure(
         getattr(axes.yaxis, f"set_{which}_formatter")(FormatStrFormatter("%g"))
     axes.tick_params(axis="y", which="minor", labelsize=8)
     axes.grid(axis="y", which="both", color="0.92")
-    # Above the axes: no line hides it, and matplotlib need not search for a free place (which warns where it is slow).
+    # Above the axes: no curve hides it, and Matplotlib does not search for a free place, which is slow and may warn.
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False, fontsize=8, borderaxespad=0.2)
     _draw_others(figure, others)
     return figure
 
 
 def _placed(figure: Figure, rows: int, *, left: float, right: float, top: float) -> list[Axes]:
-    """Axes below one another between edges in inches: a layout engine would draw the figure twice to find them."""
+    """A column of axes between edges in inches; a layout engine would draw the figure twice to place them."""
     width, height = figure.get_size_inches()
     edges = {"left": left / width, "right": right / width, "bottom": 0.5 / height, "top": top / height}
     return list(figure.subplots(rows, 1, sharex=True, squeeze=False, gridspec_kw={**edges, "hspace": 0.45})[:, 0])

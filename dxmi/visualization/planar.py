@@ -1,6 +1,6 @@
-"""Figures in the plane: samples over the data, the way to them, and maps of the energy and of the value.
+"""Figures of the plane: samples over the density of the data, their paths, and maps of the energy and the value.
 
-Axis letters: N points, T policy steps, S cells a side of a map, which is indexed [y, x].
+Axis letters: N points, T policy steps, S cells per side of a map, which is indexed [y, x].
 """
 
 import math
@@ -18,34 +18,34 @@ from torch import Tensor
 from dxmi.data.planar import SQUARE
 
 _VIEW = 1.15 * SQUARE
-"""Half the side of what is shown: a little more than the square, for samples that stray."""
+"""Half the side of the visible region, slightly larger than the square to show samples outside it."""
 _EXTENT = (-SQUARE, SQUARE, -SQUARE, SQUARE)
 _PANEL, _GAP = 2.2, 0.1
 _SIDE = _PANEL - _GAP
 _TITLE, _BAR = 0.25, 0.8
-"""Inches of a panel's place and of the gap between two, of a side of a panel, of its title, and of a colour bar with
-its numbers.
+"""Sizes in inches: spacing of panels, gap between panels, side of a panel, height of its title, and width of a color
+bar with its numbers.
 """
 _COLUMNS = (4, 3)
-"""Of panels: the number that leaves fewer places empty."""
+"""Candidate numbers of columns, of which the one with fewer empty places is used."""
 _MOST_TIMES = 11
-"""Panels of a figure that has one for each t."""
+"""Maximum number of panels in a figure with one panel per t."""
 _PATHS = 60
-"""Ways of single samples that a panel shows; more of them hide one another."""
+"""Number of sample paths that a panel shows; more would overlap too much."""
 _ANGLES = ListedColormap(0.85 * hsv_to_rgb([(hue, 0.85, 1.0) for hue in np.linspace(0.0, 1.0, 256)]))
-"""Colours around a circle, dark enough for dots on white."""
+"""A cyclic colormap, dark enough for dots on white."""
 _LEVELS = 12
-"""Lines of equal height in a map."""
+"""Number of contour lines in a map."""
 _DEPTH = 20.0
-"""Nats below its maximum at which the data's density is shown as nothing."""
+"""Range in nats of the map of the data's -log p, beyond which it is clipped."""
 
 
 def samples_figure(samples: Tensor, density: Tensor) -> Figure:
-    """Samples as dots over the data's density in grey.
+    """Plot samples as dots over the density of the data in gray.
 
     Args:
         samples: [N, 2].
-        density: of the data, as a map [S, S].
+        density: density of the data as a map [S, S].
     """
     figure = Figure(figsize=(4.2, 4.4))
     axes = _place(figure, 0.1, 0.3, 4.0)
@@ -58,17 +58,17 @@ def samples_figure(samples: Tensor, density: Tensor) -> Figure:
 
 
 def shown_times(num_steps: int) -> list[int]:
-    """The t = 0 .. T that figures have panels for: all of them if they are few, else some, evenly, with both ends."""
+    """The values of t that figures show: all of 0 .. T if they are few, else evenly spaced ones with both ends."""
     panels = min(num_steps + 1, _MOST_TIMES)
     return [round(index * num_steps / (panels - 1)) for index in range(panels)]
 
 
 def steps_figure(states: Tensor, density: Tensor) -> Figure:
-    """Where the samples are at each t, coloured by the angle at which they end; and some of the ways they took.
+    """Plot the samples at each t, colored by the angle of their final position, and some of their paths.
 
     Args:
         states: x_0 .. x_T, [T+1, N, 2].
-        density: of the data, as a map [S, S].
+        density: density of the data as a map [S, S].
     """
     last = len(states) - 1
     times = shown_times(last)
@@ -87,10 +87,10 @@ def steps_figure(states: Tensor, density: Tensor) -> Figure:
 
 
 def values_figure(maps: Mapping[int, Tensor]) -> Figure:
-    """V(x, t) on one scale; the last is the energy.
+    """Plot maps of V(x, t) on a common scale; the last one is the energy.
 
     Args:
-        maps: by t, ascending up to T, [S, S] each.
+        maps: maps [S, S] by t, in ascending order up to T.
     """
     *times, last = maps
     titles = [f"$V(x, {t})$" for t in times] + [f"$V(x, {last}) = E(x)$"]
@@ -100,16 +100,16 @@ def values_figure(maps: Mapping[int, Tensor]) -> Figure:
     images = [_heights(axes, one, low, high) for axes, one in zip(panels.panels, maps.values(), strict=True)]
     width, height = panels.figure.get_size_inches()
     bar = _place(panels.figure, width - _BAR - _TITLE, 0.1 * height, _GAP, 0.8 * height)
-    panels.figure.colorbar(images[0], cax=bar, label="V: low is good")
+    panels.figure.colorbar(images[0], cax=bar, label="V (lower is better)")
     return panels.figure
 
 
 def energy_figure(energy: Tensor, log_density: Tensor, beta: float) -> Figure:
-    """The energy and its density exp(-beta E) / Z beside the data's -log p and p.
+    """Plot the energy and its density exp(-beta E) / Z next to -log p and p of the data.
 
     Args:
-        energy: a map [S, S].
-        log_density: of the data, a map [S, S].
+        energy: energy as a map [S, S].
+        log_density: log density of the data as a map [S, S].
         beta: the inverse temperature at which the energy fits best.
     """
     of_energy, of_data = rf"$\exp(-\beta E(x)) / Z$, $\beta$ = {beta:.3g}", "data: $p(x)$"
@@ -127,27 +127,27 @@ def energy_figure(energy: Tensor, log_density: Tensor, beta: float) -> Figure:
 
 
 def _normalised(log_density: Tensor) -> Tensor:
-    """Probabilities of the cells of a map."""
+    """The probability of each cell of a map."""
     return log_density.double().flatten().softmax(0).view_as(log_density)
 
 
 class _Panels(NamedTuple):
-    """A figure of small square panels, row by row."""
+    """A figure with its square panels, in row-major order."""
 
     figure: Figure
     panels: list[Axes]
 
 
 def _panels(titles: Sequence[str], columns: int | None = None, *, bar: float = 0.0, margin: float = 0.0) -> _Panels:
-    """One panel a title; the places that are left over stay empty.
+    """Create one panel per title.
 
-    A layout engine would draw the figure twice more to find these places.
+    The positions are computed here, since a layout engine would draw the figure twice more to find them.
 
     Args:
-        titles: of the panels.
-        columns: of panels.
-        bar: inches that are left free beside each panel.
-        margin: inches that are left free beside all.
+        titles: titles of the panels.
+        columns: number of columns; chosen by the number of panels if None.
+        bar: free space in inches to the right of each panel.
+        margin: free space in inches to the right of all panels.
     """
     columns = columns or min(_COLUMNS, key=lambda number: -len(titles) % number)
     rows = -(-len(titles) // columns)
@@ -164,18 +164,18 @@ def _panels(titles: Sequence[str], columns: int | None = None, *, bar: float = 0
 
 
 def _place(figure: Figure, left: float, bottom: float, width: float, height: float | None = None) -> Axes:
-    """Axes at a place in inches, square unless a height is given."""
+    """Add axes at a position in inches, square unless a height is given."""
     across, up = figure.get_size_inches()
     return figure.add_axes((left / across, bottom / up, width / across, (width if height is None else height) / up))
 
 
 def _image(axes: Axes, heights: Tensor, colours: str, low: float, high: float) -> AxesImage:
-    """A map in colours."""
+    """Draw a map in colors."""
     return axes.imshow(heights.numpy(), extent=_EXTENT, origin="lower", cmap=colours, vmin=low, vmax=high)
 
 
 def _heights(axes: Axes, heights: Tensor, low: float | None = None, high: float | None = None) -> AxesImage:
-    """A map with lines of equal height, from its lowest to its highest unless a range is given."""
+    """Draw a map with contour lines; its range is that of the values unless it is given."""
     low = float(heights.min()) if low is None else low
     high = float(heights.max()) if high is None else high
     if high > low:
@@ -185,8 +185,8 @@ def _heights(axes: Axes, heights: Tensor, low: float | None = None, high: float 
 
 
 def _shade(axes: Axes, density: Tensor) -> None:
-    """The data's density in light grey."""
-    _image(axes, density, "Greys", 0.0, 2.5 * float(density.max()))  # the darkest is light: dots stand out on it
+    """Draw the density of the data in light gray."""
+    _image(axes, density, "Greys", 0.0, 2.5 * float(density.max()))  # light even at the maximum, so that dots stand out
 
 
 def _dots(axes: Axes, points: Tensor, *, color: str, size: float = 3.0) -> None:
@@ -194,7 +194,7 @@ def _dots(axes: Axes, points: Tensor, *, color: str, size: float = 3.0) -> None:
 
 
 def _columns(points: Tensor) -> tuple[Any, Any]:
-    """Points [N, 2] as x [N] and y [N]."""
+    """Split points [N, 2] into x [N] and y [N]."""
     x, y = points.numpy().T
     return x, y
 
