@@ -88,20 +88,20 @@ def test_beside_gpus_trials_share_these(cpus, gpus, part, threads, max_concurren
         ),
         (
             {"device": "cuda:0"}, None, 8, 2,
-            "resources.device is cuda:0: in a sweep Ray gives each trial its GPU; write cuda, auto or cpu.",
+            "resources.device is cuda:0: in a sweep Ray assigns the GPUs; use cuda, auto or cpu.",
         ),
-        ({"device": "cuda:3"}, None, 8, 0, "write cuda, auto or cpu."),
+        ({"device": "cuda:3"}, None, 8, 0, "use cuda, auto or cpu."),
         ({"gpus": 4.0}, None, 8, 2, "resources.gpus is 4, but this machine has 2 GPUs."),
         ({"threads": 9}, None, 8, 0, "resources.threads is 9, but this machine has 8 CPU threads."),
         (
             {}, 9, 8, 0,
-            "sweep.max_concurrent is 9, but this machine holds 8 trials at once: it has 8 CPU threads and 0 GPUs, and "
-            "each trial takes 1 and 0.",
+            "sweep.max_concurrent is 9, but this machine can run 8 trials at once: it has 8 CPU threads and 0 GPUs, "
+            "and each trial needs 1 and 0.",
         ),
-        ({"threads": 3}, 3, 8, 0, "holds 2 trials at once: it has 8 CPU threads and 0 GPUs, and each trial takes 3"),
-        ({"gpus": 0.5}, 3, 16, 1, "holds 2 trials at once"),
-        ({"gpus": 2.0}, 2, 16, 3, "holds 1 trials at once"),
-        ({"gpus": 0.25}, 5, 4, 2, "holds 4 trials at once"),
+        ({"threads": 3}, 3, 8, 0, "can run 2 trials at once: it has 8 CPU threads and 0 GPUs, and each trial needs 3"),
+        ({"gpus": 0.5}, 3, 16, 1, "can run 2 trials at once"),
+        ({"gpus": 2.0}, 2, 16, 3, "can run 1 trials at once"),
+        ({"gpus": 0.25}, 5, 4, 2, "can run 4 trials at once"),
     ],
 )  # fmt: skip
 def test_more_than_there_is_is_refused(resources, max_concurrent, cpus, gpus, sentence):

@@ -1,6 +1,6 @@
-"""Scores the chosen trials of a sweep once more, on noise that took no part in choosing them.
+"""Scores the selected trials of a sweep again, on noise that was not used to select them.
 
-What comes out is kept in confirmation.json, see `tune.studies.confirmation`.
+The results are stored in confirmation.json, see `tune.studies.confirmation`.
 """
 
 import math
@@ -28,13 +28,15 @@ _POLL_SECONDS = 0.5
 
 
 def confirm(study: Study, slots: Slots, address: Callable[[int], str | None], is_stopped: Callable[[], bool]) -> None:
-    """Score the chosen trials that have not been, where trials run; each result is kept as soon as it is there.
+    """Score the selected trials that are not yet confirmed; each result is stored as soon as it is available.
+
+    A single evaluation on the CPU runs in this process, all others as Ray tasks.
 
     Args:
-        study: whose trials have ended; it is driven by this process, and Ray is running.
+        study: a study whose trials have ended, driven by this process while Ray is running.
         slots: the share of the machine that one evaluation gets.
-        address: where a trial's run is kept; None if in its run folder.
-        is_stopped: whether to give up, looked at several times a second; the next session goes on.
+        address: maps a trial's number to the storage address of its run; None if the run is in its folder.
+        is_stopped: whether to stop early, polled several times a second; the next session continues.
     """
     waiting = unconfirmed(study, study.records())
     if len(waiting) == 1 and not slots.gpu_share and not on_cluster():
@@ -44,7 +46,7 @@ def confirm(study: Study, slots: Slots, address: Callable[[int], str | None], is
 
 
 class _Stopped(Exception):  # noqa: N818  (not an error)
-    """The user asked for it."""
+    """The user requested a stop."""
 
 
 def _confirm_here(
@@ -54,19 +56,19 @@ def _confirm_here(
     address: Callable[[int], str | None],
     is_stopped: Callable[[], bool],
 ) -> None:
-    """In this process, which has imported everything that another one would first have to."""
+    """Score one trial in this process, which saves the imports of a new one."""
 
     def on_step() -> None:
         if is_stopped():
             raise _Stopped
 
     out, step = str(record.run.path.resolve()), record.outcome.step
-    assert step is not None  # a complete trial has one
+    assert step is not None  # set for every complete trial
     try:
         result = fresh_scores(out, step, slots.threads, address(record.number), on_step)
     except _Stopped:
         return
-    except Exception as error:  # noqa: BLE001  (the sweep has ended well, whatever happens here)
+    except Exception as error:  # noqa: BLE001  (a failure here must not fail the finished sweep)
         result = {"problem": last_line(f"{type(error).__name__}: {error}")}
     keep(folder, record, result)
 
@@ -78,7 +80,7 @@ def _confirm_on_ray(
     address: Callable[[int], str | None],
     is_stopped: Callable[[], bool],
 ) -> None:
-    import ray  # noqa: PLC0415  (tables are written without it)
+    import ray  # noqa: PLC0415  (not needed to write tables)
     from ray.exceptions import RayError  # noqa: PLC0415
 
     task = ray.remote(num_cpus=slots.threads, num_gpus=slots.gpu_share, max_retries=0)(fresh_scores)
@@ -104,14 +106,17 @@ def _confirm_on_ray(
 def fresh_scores(
     out: str, step: int, threads: int, address: str | None = None, on_step: Callable[[], None] | None = None
 ) -> dict[str, Any]:
-    """`scores` of a run's best checkpoint on the noise of confirmations, or the `problem` that there is.
+    """Score a run's best checkpoint on the noise reserved for confirmation.
 
     Args:
         out: the run's folder.
         step: iteration of the checkpoint.
-        threads: of PyTorch.
-        address: where the run is kept, if this node has no such folder.
-        on_step: called as samples are drawn; what it raises ends this.
+        threads: number of PyTorch threads.
+        address: storage address of the run, if this node does not have its folder.
+        on_step: called after each sampling step; its exceptions propagate.
+
+    Returns:
+        A dict with the key `scores`, or with the key `problem` and an error message.
     """
     try:
         if address is None:
@@ -128,9 +133,9 @@ def _scores(run: RunDirectory, step: int, threads: int, on_step: Callable[[], No
     tree["resources"] = {**tree.get("resources", {}), "threads": threads}
     trained = load_trained(run, build(ExperimentConfig, tree), "best")
     if trained.step != step:
-        raise UserError(f"the checkpoint of iteration {step} in {run.path} is gone or damaged.")
+        raise UserError(f"the checkpoint of iteration {step} in {run.path} is missing or damaged.")
     values = trained.scores(None, None, 0.0, CONFIRMATION, on_step=on_step).values
     for key, value in values.items():
         if not math.isfinite(value):
-            raise UserError(f"{key} is {value} there.")
+            raise UserError(f"{key} is {value} on fresh noise.")
     return values

@@ -1,7 +1,7 @@
-"""The decisions of a sweep: which trial is next, which one stops, when all is over. Nothing here knows Ray.
+"""The decisions of a sweep: which trial to start, which to stop, and when the session ends.
 
-The Ray backend reports what happens; the controller records it in the study and decides what is done next. It can be
-tested with a made-up clock and made-up trials.
+The controller does not depend on Ray: the Ray backend reports events, and the controller records them in the study and
+decides what to do next. It can be tested with a fake clock and fake trials.
 """
 
 import time
@@ -42,21 +42,21 @@ class StopReason(StrEnum):
 
 @dataclass
 class RunningTrial:
-    """A trial that runs now.
+    """A trial that is currently running.
 
     Attributes:
-        record: what is known of it.
+        record: its record in the study.
         spec: what it runs.
-        since: when this session began with it, on the controller's clock.
-        phase: what it does.
-        step: how far in that phase.
-        phase_total: steps of that phase.
-        score: the newest.
-        best: the best so far.
+        since: when it was started in this session, on the controller's clock.
+        phase: its current phase.
+        step: the current step of that phase.
+        phase_total: number of steps of that phase.
+        score: the latest score.
+        best: the best score so far.
         stop_reason: why it was asked to stop, if it was.
-        attempts: times it was started in this session.
-        together: trials that were begun in the same program, this one included.
-        program: the number of the first of them.
+        attempts: number of times it was started in this session.
+        together: number of trials started in the same program, including this one.
+        program: number of the first of those trials.
     """
 
     record: TrialRecord
@@ -77,13 +77,13 @@ class RunningTrial:
 
 @dataclass(frozen=True)
 class Note:
-    """Something that happened, for people.
+    """A message to the user about an event.
 
     Attributes:
         text: one line.
-        number: of the trial, if it is about one.
-        bad: whether it belongs on the error stream.
-        minor: whether a live table shows it anyway.
+        number: number of the trial concerned, if any.
+        bad: whether to print it to the error stream.
+        minor: whether to omit it where a live table shows the same information.
     """
 
     text: str
@@ -97,16 +97,16 @@ class Controller:
     """One session of a study.
 
     Args:
-        study: driven by this process.
-        slots: of the machine.
-        clock: seconds that only grow.
-        note: called with each event.
+        study: the study, driven by this process.
+        slots: how trials share the machine.
+        clock: monotonic clock in seconds.
+        note: called with a message about each event.
 
     Attributes:
-        running: the trials that run now.
-        ending: why no more trials are begun, if so.
+        running: the trials that are running.
+        ending: why no more trials are started; empty while trials are started.
         interrupted: whether the session ends before the study does.
-        stack: how many seeds are trained in one program.
+        stack: number of seeds trained in one program.
     """
 
     study: Study
@@ -130,7 +130,7 @@ class Controller:
         ended = [r for r in self.study.records() if r.state is not TrialState.RUNNING]
         self.states = [r.state for r in ended]
         self.ended_before = len(ended)
-        # The journal knows of ended trials only, and progress.json may be older than a kill.
+        # The journal covers only ended trials, and progress.json may be outdated if the process was killed.
         seconds_ended = sum(r.outcome.seconds for r in ended) * self.slots.devices_of_a_trial
         self._device_seconds = max(float(progress["device_seconds"]), seconds_ended)
         self._bytes = sum(self.study.tidy(r.number) for r in ended)
@@ -141,7 +141,7 @@ class Controller:
     # Launching
 
     def next(self) -> TrialRecord | None:
-        """The trial to start now, or None if there is none or no room."""
+        """Return the next trial to start, or None if there is none or all slots are in use."""
         if self.ending or len({trial.program for trial in self.running.values()}) >= self.slots.concurrent:
             return None
         record = self._waiting.pop(0) if self._waiting else self.study.add()
@@ -153,14 +153,14 @@ class Controller:
         return record
 
     def stack_seeds(self, number: int) -> None:
-        """Train that many seeds of an arm in one program from here on, and keep that in the study's plan."""
+        """From now on, train this many seeds of an arm in one program; recorded in the study's plan."""
         self.stack = number
         self.study.record_stack(number)
         if number > 1:
-            self.note(Note(f"{number} seeds of an arm are trained together, as one program"))
+            self.note(Note(f"{number} seeds of each arm are trained together in one program"))
 
     def next_program(self) -> list[TrialRecord]:
-        """The trials to start now in one program: one, and others that differ from it in their seeds alone."""
+        """Return the next trials to start in one program, which differ only in their seeds."""
         first = self.next()
         if first is None:
             return []
@@ -173,7 +173,7 @@ class Controller:
         return together
 
     def _next_for_program(self, first: TrialRecord) -> TrialRecord | None:
-        """A trial that waits or is new, and belongs into the program of `first`."""
+        """Return a waiting or new trial that can share the program of `first`, or None."""
         for record in self._waiting:
             if self.plan.share_program(record.values, first.values, self.stack):
                 self._waiting.remove(record)
@@ -185,31 +185,31 @@ class Controller:
 
     @property
     def has_nothing_to_do(self) -> bool:
-        """Whether the study had ended before."""
+        """Whether every trial of the study had ended before this session."""
         return not self._waiting and self.study.is_done
 
     def changed(self) -> bool:
-        """Whether there is something new to record since the last call."""
+        """Whether anything worth recording has changed since the last call."""
         changed, self._changed = self._changed, False
         return changed
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing runs and nothing more will be begun."""
+        """Whether no trial is running and no more will be started."""
         return bool(self.ending) and not self.running
 
     # ------------------------------------------------------------------------
-    # What trials tell
+    # Events
 
     def started(self, number: int) -> None:
-        """A trial's process took it up, perhaps again."""
+        """Handle the start or restart of a trial's process."""
         trial = self.running[number]
         trial.attempts += 1
         if trial.attempts == 1:
             self._say(trial, "started", minor=True)
 
     def receive(self, report: TrialReport) -> None:
-        """A trial reported a score, or how it ended."""
+        """Handle a trial's report of a score or of its end."""
         if isinstance(report, Scored):
             self._scored(report.number, report.step, report.metrics[self.plan.metric])
         else:
@@ -229,7 +229,7 @@ class Controller:
         return self.plan.metric.removeprefix("eval/")
 
     def heartbeat(self, number: int, phase: str, step: int, total: int) -> None:
-        """A trial says how far it is; only the display needs it."""
+        """Record a trial's progress, which is used only for display."""
         trial = self.running.get(number)
         if trial is None:
             return
@@ -238,11 +238,11 @@ class Controller:
         trial.step, trial.phase_total = step, total
 
     def noted(self, number: int, text: str) -> None:
-        """A trial has something to say to a person."""
+        """Pass a message from a trial on to the user."""
         self.note(Note(text, number, bad=True))
 
     def _ended(self, report: LastReport) -> None:
-        """A trial returned: with its summary, or because it was told to, or with what was wrong."""
+        """Handle the end of a trial: finished, stopped on request, or failed."""
         trial = self.running[report.number]
         if isinstance(report, OutOfDisk):
             self.stop_all(StopReason.INTERRUPT, f"the disk is full ({report.reason}); free some space")
@@ -250,11 +250,11 @@ class Controller:
         if outcome is not None:
             self._finish(trial, outcome)
         else:
-            self._say(trial, "interrupted; the next resume goes on with it")
+            self._say(trial, "interrupted; it continues when the study is resumed")
             self._leave(trial)
 
     def _outcome(self, trial: RunningTrial, report: LastReport) -> Outcome | None:
-        """How it ended; None if it has not, and a resume is to go on with it."""
+        """Return a trial's outcome, or None if it was interrupted and is to continue after a resume."""
         seconds, curve = self._seconds(trial), self.study.curves().get(trial.record.number, {})
         if isinstance(report, Finished):
             return completed(self.plan, report.summary, seconds)
@@ -268,12 +268,12 @@ class Controller:
         return None
 
     def crashed(self, number: int, error: str, *, again: bool) -> None:
-        """A trial's process raised or died; `again` if it is started once more."""
+        """Handle an exception or the death of a trial's process; `again` if it will be restarted."""
         trial, reason = self.running[number], last_line(error)
         if again and trial.stop_reason is None:
-            self._say(trial, f"crashed ({reason}) and is started again", bad=True)
+            self._say(trial, f"crashed ({reason}); restarting", bad=True)
             return
-        if trial.stop_reason is not None or self.interrupted:  # it was to stop anyway, and its checkpoints are whole
+        if trial.stop_reason is not None or self.interrupted:  # it was about to stop; its checkpoints are complete
             self._ended(Stopped(number))
             return
         curve = self.study.curves().get(number, {})
@@ -283,7 +283,7 @@ class Controller:
         return self.clock() - trial.since
 
     def _seconds(self, trial: RunningTrial) -> float:
-        """What a trial has cost in this session: of a program, its part."""
+        """Return a trial's cost in this session: its wall time, divided by the number of trials in its program."""
         return self._wall(trial) / trial.together
 
     def _finish(self, trial: RunningTrial, outcome: Outcome) -> None:
@@ -301,7 +301,7 @@ class Controller:
         self._say(trial, text, bad=outcome.state.is_failure)
 
     def _leave(self, trial: RunningTrial) -> None:
-        """A trial holds its devices no longer."""
+        """Remove a trial that no longer holds its devices."""
         del self.running[trial.record.number]
         self._device_seconds += self._seconds(trial) * self.slots.devices_of_a_trial
 
@@ -313,7 +313,7 @@ class Controller:
     # Budgets and stops
 
     def tick(self) -> None:
-        """Look at the clock and at the budgets."""
+        """Check time limits and budgets; called several times a second."""
         if self.clock() - self._written > _PROGRESS_EVERY:
             self.write_progress()
         for trial in self.running.values():
@@ -325,7 +325,7 @@ class Controller:
             self.stop_all(StopReason.BUDGET, used_up)
 
     def _used_up(self) -> str:
-        """Which budget is used up, in words; empty if none is."""
+        """Describe the budget that is used up, or return an empty string."""
         budget, failed = self.budget, sum(state.is_failure for state in self.states)
         device_hours = self.device_seconds / 3600.0
         if budget.wall_minutes is not None and self.wall_seconds > budget.wall_minutes * 60.0:
@@ -333,33 +333,34 @@ class Controller:
         if budget.device_hours is not None and device_hours > budget.device_hours:
             return f"the budget of {budget.device_hours:g} device hours is used up"
         if self._bytes > budget.disk_gb * 1e9:
-            return f"the study fills {self._bytes / 1e9:.1f} GB of a budget of {budget.disk_gb:g}"
+            return f"the study uses {self._bytes / 1e9:.1f} GB of a budget of {budget.disk_gb:g} GB"
         if budget.failed_trials is not None and failed >= budget.failed_trials:
-            return f"{failed} trials have failed, which is the budget"
+            return f"{failed} trials have failed, which reaches the budget"
         return ""
 
     @property
     def wall_seconds(self) -> float:
-        """Of the study, over all its sessions."""
+        """Wall time of the study over all its sessions."""
         return self._earlier + self.clock() - self._began
 
     @property
     def device_seconds(self) -> float:
-        """Seconds of trials times the devices that they hold, over all sessions."""
+        """Device time of all trials (seconds times devices held) over all sessions."""
         running = sum(self._seconds(trial) for trial in self.running.values())
         return self._device_seconds + running * self.slots.devices_of_a_trial
 
     @property
     def session_seconds(self) -> float:
-        """Of this session."""
+        """Wall time of this session."""
         return self.clock() - self._began
 
     def stop_all(self, reason: StopReason, why: str) -> None:
-        """Begin nothing more, and tell every trial to save and return."""
+        """Start no more trials, and ask every running trial to save and return."""
         self._stopping = True
         self.ending = why
         self.interrupted = self.interrupted or reason is StopReason.INTERRUPT
-        self.note(Note(f"{why}: no more trials are begun" + (", those that run save and stop" if self.running else "")))
+        saving = "; running trials save and stop" if self.running else ""
+        self.note(Note(f"{why}: no more trials are started{saving}"))
         for trial in self.running.values():
             self._request_stop(trial, reason)
 
@@ -368,12 +369,12 @@ class Controller:
             trial.stop_reason = self._stop_requests[trial.record.number] = reason
 
     def take_stop_requests(self) -> dict[int, StopReason]:
-        """What trials are to be asked to stop, and why, since the last call; the Ray backend passes it on."""
+        """Return the stop requests since the last call, as reasons by trial number, for the backend to deliver."""
         requests, self._stop_requests = self._stop_requests, {}
         return requests
 
     def write_progress(self) -> None:
-        """Record the study's wall time, and why the session ended if it has."""
+        """Record the study's wall time and, if the session has ended, the reason."""
         self._written = self.clock()
         was_over = _ALL_ENDED if self.has_nothing_to_do and not self.running else ""
         ended = self.ending if self.is_over else was_over

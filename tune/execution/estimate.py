@@ -1,4 +1,4 @@
-"""How long a sweep will take and how much disk it will fill, from a second or two of the real work."""
+"""Estimates the time and disk usage of a sweep by timing a few iterations, which takes a second or two."""
 
 import time
 from collections.abc import Callable
@@ -17,26 +17,26 @@ from tune.execution.slots import Slots
 
 _REPEATS = 3
 _SCORING = 1.5
-"""Generating samples and scoring them, over generating them alone."""
+"""Time of generating and scoring samples, relative to only generating them."""
 _OTHER_BYTES = 1_000_000
-"""Pictures and records of a run."""
+"""Size of a run's images and records."""
 _CHECKPOINTS = 2
-"""Best and last."""
+"""The best and the last checkpoint."""
 _START_SECONDS = 10.0
-"""Starting Ray, and PyTorch in its workers."""
+"""Startup time of Ray and of PyTorch in its workers."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a sweep costs.
+    """Estimated cost of a sweep.
 
     Attributes:
-        shared_seconds: pretraining and references, once; 0 if they are cached.
-        trial_seconds: of each trial that runs to its end.
-        trial_bytes: of each trial's folder.
-        trials: planned.
-        concurrent: trials at once.
-        elsewhere: whether trials get GPUs of other machines, while this one's CPU was timed.
+        shared_seconds: time of pretraining and references, which run once; 0 if cached.
+        trial_seconds: time of each trial that is not stopped early.
+        trial_bytes: size of each trial's folder.
+        trials: number of planned trials.
+        concurrent: number of trials at once.
+        elsewhere: whether trials run on GPUs of other machines, while this machine's CPU was timed.
     """
 
     shared_seconds: float
@@ -48,19 +48,19 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Of the whole sweep, if no trial is stopped early."""
+        """Time of the whole sweep if no trial is stopped early."""
         return _START_SECONDS + self.shared_seconds + self.trials * self.trial_seconds / self.concurrent
 
     @property
     def bytes(self) -> int:
-        """Of the study's folder."""
+        """Size of the study's folder."""
         return self.trials * self.trial_bytes
 
 
 def estimate(config: ExperimentConfig, slots: Slots, trials: int) -> Estimate:
     """Time a few iterations of each phase with one trial's threads.
 
-    A cluster's GPUs may be on other nodes, or on none yet: without one here, the CPU is timed.
+    The GPUs of a cluster may be on other nodes or not yet available: if this machine has none, its CPU is timed.
 
     Raises:
         UserError: the data cannot be read.
@@ -98,13 +98,13 @@ def _measured(experiment: Experiment, slots: Slots, trials: int) -> Estimate:
 
 
 def _reference_evaluations(config: ExperimentConfig) -> int:
-    """Network evaluations of all references, for one sample of each."""
+    """Total number of network evaluations for one sample from every reference."""
     full, steps = config.evaluate.full_reference, config.evaluate.reference_steps or ()
     return sum(reference.evaluations for reference in references(config.schedule, full=full, steps=steps))
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The shortest of a few calls."""
+    """Return the shortest time of a few calls."""
     times = []
     for _ in range(_REPEATS):
         start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""`dxmi submit`: a command of ours on an existing Ray cluster, as a Ray job.
+"""`dxmi submit`: runs a `dxmi` command as a job on an existing Ray cluster.
 
-The working tree goes along, without data, runs and virtual environments; the job's output comes back until it ends. The
-connection may drop meanwhile, and so may we: the job goes on, and `--attach` follows it again.
+The working tree is uploaded without data, runs and virtual environments, and the job's output is printed until it ends.
+If the connection drops or this process exits, the job continues, and `--attach` follows it again.
 """
 
 import logging
@@ -31,25 +31,25 @@ LEFT_OUT = (
     ".env", ".env.*", ".netrc", ".pgpass", ".ssh", ".aws", "*.pem", "*.key", "auth_token", ".ray-token*",
     "credentials*", "kubeconfig*",
 )  # fmt: skip
-"""Patterns of gitignore's kind; the last two lines are what could hold a secret."""
+"""Patterns in gitignore syntax; the last two lines are files that could hold secrets."""
 PASSED_ON = ("DXMI_CACHE", "DXMI_DATA")
-"""Variables that a job gets if they are set here."""
+"""Environment variables passed to a job if they are set here."""
 UPLOAD_MEGABYTES = 100
-"""What is sent unless more is allowed."""
+"""Default upload limit."""
 _CREDENTIALS = re.compile(
     r"(?<!abfs:)(?<!abfss:)//[^/\s]*@|tracking\.uri.*[@?#]|storage_path.*[?&][^=&]*(key|secret|token|password|sig)[^=&]*=",
     re.IGNORECASE,
 )
-"""In an argument: those of an address, with its scheme or without; an abfs address names its container before the @."""
+"""Matches credentials in an address, with or without scheme; in abfs addresses the container precedes the @."""
 _SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "KEY", "COOKIE")
 _COMMANDS = ("train", "sweep", "report", "studies", "doctor", "config")
 _BIGGEST = 5
 _POLL_SECONDS = 1.0
 _SAVING_SECONDS = "120"
-"""That a job which is told to end has for saving, of Ray's 3."""
+"""Time for a cancelled job to save; Ray's default is 3 s."""
 _LONGEST_WAIT = 15.0
 _ANSWER_SECONDS, _UPLOADED_SECONDS = 10.0, 120.0
-"""To be connected to a cluster, and to be answered once everything is sent."""
+"""Timeouts for connecting to a cluster, and for its response after an upload."""
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 OK, FAILED, STOPPED = 0, 1, 130
 T = TypeVar("T")
@@ -57,12 +57,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Tree:
-    """A working tree as it would be uploaded.
+    """A working tree to be uploaded.
 
     Attributes:
         folder: its root.
-        sizes: bytes by entry of the root, largest first.
-        left_out: patterns that stay here.
+        sizes: bytes to upload by entry of the root, largest first.
+        left_out: patterns of files that are not uploaded.
     """
 
     folder: Path
@@ -71,47 +71,47 @@ class Tree:
 
     @property
     def bytes(self) -> int:
-        """In all."""
+        """Total size."""
         return sum(self.sizes.values())
 
     @property
     def biggest(self) -> str:
-        """Its largest entries, in words."""
+        """Its largest entries, as text."""
         return ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in list(self.sizes.items())[:_BIGGEST])
 
     def require_ours(self) -> None:
-        """Refuse a tree that is no checkout of this project.
+        """Check that the tree is a checkout of this project.
 
         Raises:
-            UserError: it is none.
+            UserError: it is not.
         """
         if not {"dxmi", "tune"} <= set(self.sizes):
             raise UserError(
-                f"{self.folder.resolve()} does not hold the packages dxmi and tune, which the cluster runs: go to the "
-                "checkout's root, or name it by --working-dir."
+                f"{self.folder.resolve()} does not contain the packages dxmi and tune, which the job needs: change to "
+                "the root of the checkout, or give it with --working-dir."
             )
 
     def require_small(self, limit: int) -> None:
-        """Refuse a tree that is too large.
+        """Check that the tree does not exceed a size limit.
 
         Raises:
-            UserError: it is; the sentence names the biggest entries.
+            UserError: it does; the message names the largest entries.
         """
         if self.bytes > limit:
             raise UserError(
                 f"{self.folder} has {self.bytes / 1e6:.0f} MB to upload, and the limit is {limit / 1e6:.0f} MB: move "
-                f"the biggest away ({self.biggest}), list them in .gitignore, or raise --max-upload-mb."
+                f"the largest entries away ({self.biggest}), list them in .gitignore, or raise --max-upload-mb."
             )
 
 
 def survey(folder: Path) -> Tree:
-    """Look at what of a working tree would be uploaded: neither `LEFT_OUT` nor what .gitignore names.
+    """Measure what of a working tree would be uploaded: all files except `LEFT_OUT` and those in .gitignore.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: the folder does not exist.
     """
     if not folder.is_dir():
-        raise UserError(f"--working-dir is {folder}: there is no such folder.")
+        raise UserError(f"--working-dir is {folder}: the folder does not exist.")
     ignored = folder / ".gitignore"
     own = ignored.read_text().splitlines() if ignored.is_file() else []
     left_out = (*LEFT_OUT, *(line for line in own if line.strip() and not line.startswith(("#", "!"))))
@@ -129,21 +129,21 @@ def _size(entry: Path, root: Path, spec: PathSpec[Any]) -> int:
         if entry.is_dir():
             return sum(_size(inner, root, spec) for inner in entry.iterdir())
         return entry.stat().st_size if entry.is_file() else 0
-    except OSError:  # what cannot be read is not sent either
+    except OSError:  # unreadable files are not uploaded
         return 0
 
 
 def environment(names: Sequence[str]) -> dict[str, str]:
-    """The variables that go with a job: `PASSED_ON`, and those that `names` adds.
+    """Return the environment variables to pass to a job: `PASSED_ON` and `names`.
 
     Raises:
-        UserError: one is not set, or looks like a secret, which Ray would show to everybody who sees the job.
+        UserError: a variable is not set, or looks like a secret, which Ray's dashboard would show.
     """
     for name in names:
         if any(word in name.upper() for word in _SECRET_WORDS):
             raise UserError(
-                f"--env {name} looks like a secret, and a job's variables are shown on Ray's dashboard: set it "
-                "where the cluster's nodes start instead."
+                f"--env {name} looks like a secret, and Ray's dashboard shows a job's variables: set it on the "
+                "cluster's nodes before Ray starts there."
             )
         if name not in os.environ:
             raise UserError(f"--env {name} is not set here: set it, or leave it out.")
@@ -151,37 +151,39 @@ def environment(names: Sequence[str]) -> dict[str, str]:
 
 
 def entrypoint(arguments: Sequence[str]) -> str:
-    """The job's command line, of a command of `dxmi` and its arguments.
+    """Build the job's command line from a `dxmi` command and its arguments.
 
     Raises:
-        UserError: it is no command for a cluster, or holds an address with credentials, which Ray would show.
+        UserError: the command cannot run on a cluster, or an argument contains credentials, which Ray would show.
     """
     if not arguments or arguments[0] not in _COMMANDS:
         given = arguments[0] if arguments else "nothing"
-        raise UserError(f"After -- comes a command, one of {', '.join(_COMMANDS)}, and its arguments; not {given}.")
+        raise UserError(
+            f"The command after -- is {given}: it must be one of {', '.join(_COMMANDS)}, with its arguments."
+        )
     if any(_CREDENTIALS.search(unquote(argument)) for argument in arguments):
         raise UserError(
-            "An address after -- holds a user name, a password or a query, and Ray's dashboard shows a job's command: "
-            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the cluster's nodes start instead."
+            "An address after -- contains a user name, a password or a query, and Ray's dashboard shows a job's "
+            "command: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster's nodes instead."
         )
     return shlex.join(["python", "-m", "tune.cli.main", *arguments])
 
 
 def new_id() -> str:
-    """A job's id that no other has."""
+    """Return a unique job ID."""
     return f"dxmi-{secrets.token_hex(6)}"
 
 
 class Jobs:
-    """The job server of a Ray cluster.
+    """A client of a Ray cluster's job server.
 
     Args:
         address: http://host:port.
-        no_token: whether it may let everybody in who reaches it.
+        no_token: whether to accept a server without token authentication.
 
     Raises:
-        UserError: it does not answer, is no job server, wants a token that we have not got, or wants none though
-            others reach it.
+        UserError: the server does not respond, is not a job server, requires a token that is missing or wrong, or
+            does not require one although it can be reached from other machines.
     """
 
     def __init__(self, address: str, *, no_token: bool = False) -> None:
@@ -191,12 +193,12 @@ class Jobs:
         self._client = self._asked(lambda: _client(address))
         if not no_token and not is_loopback(address) and _lets_everybody_in(address):
             raise UserError(
-                f"The cluster at {address} asks for no token, so whoever reaches it runs code there: start it with "
-                "RAY_AUTH_MODE=token, or pass --no-token if something else keeps strangers out."
+                f"The cluster at {address} requires no token, so anyone who can reach it can run code there: start it "
+                "with RAY_AUTH_MODE=token, or pass --no-token if its network is otherwise protected."
             )
 
     def submit(self, job: str, command: str, tree: Tree, variables: dict[str, str]) -> None:
-        """Upload the tree and start a job under an id of ours; one that runs under it already is left alone."""
+        """Upload the tree and start a job under the given ID; does nothing if that job already exists."""
         runtime_env = {
             "working_dir": str(tree.folder.resolve()),
             "excludes": list(tree.left_out),
@@ -207,19 +209,19 @@ class Jobs:
                 lambda: self._client.submit_job(entrypoint=command, submission_id=job, runtime_env=runtime_env), job
             )
         except UnreachableError as error:
-            if "already exists" not in str(error):  # the answer to an earlier try was lost, not the try
+            if "already exists" not in str(error):  # an earlier attempt succeeded but its response was lost
                 raise
 
     def stop(self, job: str) -> bool:
-        """Ask a job to end; returns whether it was running."""
+        """Request cancellation of a job; returns whether it was running."""
         return bool(self._asked(lambda: self._client.stop_job(job), job))
 
     def details(self, job: str) -> Any:
-        """Ray's record of a job."""
+        """Return Ray's record of a job."""
         return self._asked(lambda: self._client.get_job_info(job), job)
 
     def logs(self, job: str) -> str:
-        """All that a job has printed so far."""
+        """Return the complete output of a job so far."""
         return str(self._asked(lambda: self._client.get_job_logs(job), job))
 
     def _asked(self, question: Callable[[], Any], job: str = "") -> Any:
@@ -227,30 +229,31 @@ class Jobs:
             return question()
         except (ConnectionError, OSError) as error:
             raise UnreachableError(
-                f"No Ray cluster answers at {self.address} ({_short(error)}): is that its dashboard, and does it run?"
+                f"No Ray cluster responds at {self.address} ({_short(error)}): check that this is the address of its "
+                "dashboard and that it is running."
             ) from error
         except AuthenticationError as error:
             raise UserError(
-                f"The cluster at {self.address} wants a token, and has got none or a wrong one: put the cluster's own "
-                "into ~/.ray/auth_token, or its path into RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token."
+                f"The cluster at {self.address} requires a token, which is missing or wrong: save the cluster's token "
+                "as ~/.ray/auth_token, or set RAY_AUTH_TOKEN_PATH to its file, and set RAY_AUTH_MODE=token."
             ) from error
         except RuntimeError as error:
             text = str(error)
             if "404" in text or "does not exist" in text:
                 raise UserError(f"The cluster at {self.address} has no job {job}.") from error
-            raise UnreachableError(f"The cluster at {self.address} answered: {_short(error)}") from error
+            raise UnreachableError(f"The cluster at {self.address} responded: {_short(error)}") from error
 
 
 class UnreachableError(UserError):
-    """The cluster does not answer now; it may later."""
+    """The cluster does not respond; the error may be temporary."""
 
 
 def _lets_everybody_in(address: str) -> bool:
-    """Whether a job server lists its jobs for somebody without a token."""
+    """Whether a job server lists its jobs without a token."""
     try:
         with asked(f"{address.rstrip('/')}/api/jobs/", _ANSWER_SECONDS) as answer:
             return bool(answer.status == HTTPStatus.OK)
-    except OSError:  # an HTTPError is one too
+    except OSError:  # includes HTTPError
         return False
 
 
@@ -263,19 +266,19 @@ def _client(address: str) -> Any:
     spare_loopback()
     client = impatient_job_client(address, (_ANSWER_SECONDS, _UPLOADED_SECONDS))
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "ray"]:
-        logging.getLogger(name).setLevel(logging.ERROR)  # what it packs, it says at length
+        logging.getLogger(name).setLevel(logging.ERROR)  # it logs every uploaded file
     return client
 
 
 def patiently(action: Callable[[], T], patience: float) -> T:
-    """What `action` gives, asked again and again while the cluster does not answer.
+    """Return the result of `action`, retried while the cluster does not respond.
 
     Args:
-        action: may be done more than once.
-        patience: seconds.
+        action: a function that is safe to repeat.
+        patience: seconds to keep retrying.
 
     Raises:
-        UnreachableError: it did not answer for so long.
+        UnreachableError: the cluster did not respond within that time.
     """
     deadline, wait = time.monotonic() + patience, _POLL_SECONDS
     while True:
@@ -289,16 +292,16 @@ def patiently(action: Callable[[], T], patience: float) -> T:
 
 
 def follow(jobs: Jobs, job: str, write: Callable[[str], None], patience: float) -> int:
-    """Write what a job prints until it ends; returns its exit code.
+    """Print a job's output until it ends; returns its exit code.
 
     Args:
-        jobs: the cluster's.
-        job: its id.
-        write: takes the text.
-        patience: seconds for which a cluster that does not answer is asked again.
+        jobs: client of the cluster's job server.
+        job: ID of the job.
+        write: called with each piece of output.
+        patience: seconds to keep retrying while the cluster does not respond.
 
     Raises:
-        UnreachableError: it did not answer for so long.
+        UnreachableError: the cluster did not respond within that time.
     """
     written = 0
     while True:
@@ -311,7 +314,7 @@ def follow(jobs: Jobs, job: str, write: Callable[[str], None], patience: float) 
 
 
 def exit_code(details: Any) -> int:
-    """What the job's command ended with."""
+    """Return the exit code of the job's command."""
     if str(details.status) == "SUCCEEDED":
         return OK
     if str(details.status) == "STOPPED":

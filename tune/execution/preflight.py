@@ -1,4 +1,4 @@
-"""What a study may not do on a cluster, refused before anything is started."""
+"""Checks where a study is stored and recorded, before anything is started."""
 
 from pathlib import Path
 
@@ -21,42 +21,42 @@ _MOUNTS = Path("/proc/mounts")
 
 
 def require_fit(studies: Path, tracking: TrackingConfig, storage_path: str | None = None) -> None:
-    """Check where a study is to be kept and recorded.
+    """Check that a study can be stored and recorded where it is configured to be.
 
     Args:
         studies: the study's folder.
         tracking: where it is recorded.
-        storage_path: where its runs are kept if not in its folder.
+        storage_path: where its runs are stored if not in its folder.
 
     Raises:
-        UserError: its folder is relative on a cluster, its SQLite store would be on a network file system, its tracking
-            server's address means another machine on each node, or nothing can be kept at its storage path.
+        UserError: the folder is relative on a cluster, the SQLite store would be on a network file system, the tracking
+            server's address is a loopback address on a cluster, or the storage path is not usable.
     """
     if storage_path is not None:
         Remote(storage_path).require_reachable()
     kind = file_system(studies)
     if tracking.uri == "local" and is_network(kind):
         raise UserError(
-            f"{studies} is on a network file system ({kind}), where SQLite's locks cannot be relied on: record the "
-            "study on an MLflow server, tracking.uri=http://HOST:PORT, or nowhere, tracking.uri=none."
+            f"{studies} is on a network file system ({kind}), where SQLite's locks are unreliable: record the study "
+            "on an MLflow server with tracking.uri=http://HOST:PORT, or not at all with tracking.uri=none."
         )
     if not on_cluster():
         return
     if not studies.is_absolute() and storage_path is None:
         raise UserError(
-            f"--studies is {studies}: on a cluster name an absolute folder that every node sees, since a job's own "
-            "folder differs from node to node and is deleted after it; or a place that every node reaches, by "
+            f"--studies is {studies}: on a cluster it must be an absolute path that every node shares, since a job's "
+            "own folder differs between nodes and is deleted afterwards. Alternatively, set shared storage with "
             "resources.storage_path=s3://bucket/studies."
         )
     if is_loopback(tracking.uri):
         raise UserError(
-            f"tracking.uri is {tracking.uri}: on a cluster that is whichever machine the job's driver runs on. "
-            "Name the server's own host."
+            f"tracking.uri is {tracking.uri}: on a cluster this refers to the machine on which the job's driver runs. "
+            "Use the host name of the server."
         )
 
 
 def file_system(folder: Path, mounts: Path = _MOUNTS) -> str:
-    """The kind of file system that a folder is on or would be made on, as the system calls it; empty if unknown."""
+    """Return the type of the file system that holds, or would hold, a folder; empty if unknown."""
     where, best, kind = str(folder.resolve()), "", ""
     try:
         lines = mounts.read_text().splitlines()
@@ -73,5 +73,5 @@ def file_system(folder: Path, mounts: Path = _MOUNTS) -> str:
 
 
 def is_network(kind: str) -> bool:
-    """Whether a file system of this kind lies on another machine."""
+    """Whether a file system of this type is on another machine."""
     return kind in _NETWORK or kind.startswith(_NETWORK_FUSE)

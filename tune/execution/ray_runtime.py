@@ -1,4 +1,4 @@
-"""The Ray that a command uses: its own on this machine, or the cluster that RAY_ADDRESS names, as in a Ray job."""
+"""The Ray instance that a command uses: a local one, or the cluster at RAY_ADDRESS (which is set in a Ray job)."""
 
 import gc
 import logging
@@ -16,7 +16,7 @@ from tune.machine import made, on_cluster, ray_folder, spare_loopback
 
 _OBJECT_STORE_BYTES = 100_000_000
 _TRIES = 3
-"""Ray waits 30 s for its processes each time, and finds their files in memory the next time."""
+"""Attempts to start Ray. It waits 30 s for its processes, whose files are in the page cache at the next attempt."""
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -24,16 +24,16 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # in vain if a worker hangs
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # never succeeds if a worker hangs
 }
-"""What Ray, Tune and Train need of every process to be quick and quiet."""
+"""Settings with which Ray, Tune and Train start quickly and print little, in every process."""
 
 
 def cluster_nodes() -> list[tuple[int, int]]:
-    """(CPUs, GPUs) of each node that is alive.
+    """Return (CPUs, GPUs) of each node that is alive.
 
     Raises:
-        UserError: RAY_ADDRESS does not answer.
+        UserError: the cluster at RAY_ADDRESS does not respond.
     """
     _connect()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
@@ -42,7 +42,7 @@ def cluster_nodes() -> list[tuple[int, int]]:
 
 
 def actor_here(kind: type) -> Any:
-    """An actor of this class on this very node, without a CPU: it is lost only with whoever made it."""
+    """Create an actor of this class on the current node, without a CPU, so that it shares the fate of its creator."""
     node = ray.get_runtime_context().get_node_id()
     options: dict[str, Any] = {
         "num_cpus": 0,
@@ -65,31 +65,31 @@ def _connect() -> None:
     except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"The Ray at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be used ({reason}): start it, or unset "
-            "RAY_ADDRESS to run on this machine alone."
+            f"The Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be used ({reason}): start it, or unset "
+            "RAY_ADDRESS to use only this machine."
         ) from error
 
 
 def _quiet() -> None:
     spare_loopback()
     os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
-    for name in ("ray", "ray.tune", "ray.train"):  # what matters of it, the caller says
+    for name in ("ray", "ray.tune", "ray.train"):  # the caller reports what matters
         logging.getLogger(name).setLevel(logging.CRITICAL)
     quiet_worker_deaths("worker died or was killed|lost objects")
 
 
 def _require_token() -> None:
-    """Refuse to start a Ray without its token, since its ports listen on every interface whatever its options say."""
+    """Refuse to start Ray without token authentication: its ports listen on all interfaces regardless of options."""
     mode = os.environ.get("RAY_AUTH_MODE", "token")
     if mode.lower() != "token":
         raise UserError(
-            f"RAY_AUTH_MODE is {mode}: Ray would listen on all of this machine's addresses, and whoever reaches them "
-            "would run code here. Unset it, or set it to token."
+            f"RAY_AUTH_MODE is {mode}: Ray would listen on all addresses of this machine, and anyone who can reach "
+            "them could run code here. Unset it, or set it to token."
         )
 
 
 def _start(cpus: int, gpus: int, groups: bool, before_try: Callable[[], None]) -> None:
-    """Start a Ray of our own, again if the machine is so busy that Ray gives up waiting for its own processes."""
+    """Start a local Ray instance, and retry if its processes do not start in time on a busy machine."""
     for _ in range(_TRIES):
         before_try()
         try:
@@ -104,15 +104,15 @@ def _start(cpus: int, gpus: int, groups: bool, before_try: Callable[[], None]) -
                     object_store_memory=_OBJECT_STORE_BYTES,
                     _temp_dir=str(made(ray_folder())),
                 )
-        except Exception as error:  # Ray's own, of no class of its own
+        except Exception as error:  # Ray raises a plain Exception
             if "timed out during startup" not in str(error):
                 raise
             _shut_down()
         else:
             return
     raise UserError(
-        "Ray did not start in time: this machine is busy with other work. Nothing is lost; try again when it has a "
-        "core to spare."
+        "Ray did not start in time: this machine is busy with other work. Nothing is lost; try again when it is less "
+        "loaded."
     )
 
 
@@ -120,22 +120,22 @@ def _start(cpus: int, gpus: int, groups: bool, before_try: Callable[[], None]) -
 def ray_session(
     cpus: int, gpus: int, *, groups: bool = False, before_try: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """The cluster, or a Ray of our own with these devices, while it lasts.
+    """Connect to the cluster, or start a local Ray instance with these devices, for the duration of the context.
 
     Args:
-        cpus: of our own Ray.
-        gpus: of our own Ray.
-        groups: whether Ray Train is to run on it.
-        before_try: called before each try to start one, which may take half a minute; may raise to give up.
+        cpus: CPUs of a local instance.
+        gpus: GPUs of a local instance.
+        groups: whether Ray Train will run on it.
+        before_try: called before each attempt to start Ray, which may take half a minute; may raise to give up.
 
     Raises:
-        UserError: there is another Ray in this process, it would have no token, or the cluster does not answer.
+        UserError: Ray is already running in this process, has no token authentication, or the cluster does not respond.
     """
     if on_cluster():
         _connect()
     else:
         if ray.is_initialized():
-            raise UserError("Ray runs in this process already: end it with ray.shutdown() first.")
+            raise UserError("Ray is already running in this process: call ray.shutdown() first.")
         _require_token()
         _quiet()
         _start(cpus, gpus, groups, before_try)
@@ -146,7 +146,7 @@ def ray_session(
 
 
 def _shut_down() -> None:
-    """End or leave Ray while no thread collects garbage: a handle that one frees then makes Ray end the process."""
+    """Shut Ray down with garbage collection disabled: freeing a handle during shutdown makes Ray exit the process."""
     gc.collect()
     gc.disable()
     try:

@@ -1,10 +1,9 @@
-"""Ray Train around `dxmi.training.run`: one run on several workers.
+"""One run on several workers: Ray Train around `dxmi.training.run`.
 
-Each worker calls the same `train`, with a `Group` that says which rows of each batch are its own. The first worker's
-reports come back to the caller through an actor, one at a time, and the answer, whether to stop, goes the same way and
-from the first worker to the others: a run ends because every worker returns, never because somebody kills it.
-A worker that is lost, or hangs, takes its group down; Ray Train starts the group again, from the run folder's last
-checkpoint, of which Ray Train knows where it lies.
+Every worker calls the same `train` with a `Group` that determines its rows of each batch. The rank-zero worker reports
+to the caller through an actor, one report at a time, and receives whether to stop, which it broadcasts to the other
+workers: a run ends when every worker returns, and no worker is killed to stop it.
+If a worker is lost or hangs, Ray Train restarts the whole group from the last checkpoint in the run folder.
 """
 
 import json
@@ -50,7 +49,7 @@ from tune.messages import last_line
 
 _POLL_SECONDS = 0.5
 _LATE_SECONDS = 60.0
-"""In which a network file system has shown a file to every node."""
+"""Time within which a network file system makes a new file visible on every node."""
 _NOTE = "placement_group"
 _POINTER = "checkpoint.json"
 _CONTROLLER_FAILURES = 2
@@ -59,31 +58,30 @@ _CONTROLLER_FAILURES = 2
 def train_on_workers(
     config: ExperimentConfig, *, out: Path, report: Reporter | None = None, address: str | None = None
 ) -> Summary | None:
-    """`dxmi.training.run.train` on `resources.num_workers` workers of the Ray that this process is connected to.
+    """Run `dxmi.training.run.train` on `resources.num_workers` workers of the Ray instance this process is using.
 
     Args:
         config: what to run.
-        out: the run's folder, which the first worker must be able to reach wherever it runs, unless there is an
-            address.
+        out: the run's folder; without an address, it must be accessible from the node of the rank-zero worker.
         report: as for `train`; called in this process.
-        address: where the run is kept instead, see `tune.integrations.object_store.kept`.
+        address: storage address to keep the run at instead, see `tune.integrations.object_store.kept`.
 
     Returns:
-        The summary, or None if `report` asked for a stop.
+        The summary, or None if `report` requested a stop.
 
     Raises:
         UserError: as `train`.
         DivergedError: as `train`.
-        WorkersLostError: the group was lost too often.
+        WorkersLostError: the group failed more often than it may be restarted.
     """
-    # The other workers notice a hung one in their collectives; Ray Train, when they all are.
+    # A single hung worker is detected by the collectives of the others; this timeout detects that all hang.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.resources.worker_timeout)
     line = actor_here(Line)
     serving = _Serving(line, report or (lambda _: None))
     place = address or str(out.resolve())
     release_lost_group(place)
     state = _state(place)
-    state.clear()  # or Ray Train would go on with what a killed caller left
+    state.clear()  # otherwise Ray Train would resume the state left by a killed caller
     try:
         trainer: Any = _trainer(config, {"out": str(out.resolve()), "line": line, "address": address}, state)
         ended = serving.until_returned(lambda: trainer.fit().return_value)
@@ -94,12 +92,12 @@ def train_on_workers(
 
 
 def _state(place: str) -> Remote:
-    """What Ray Train writes down of the group of the run that is kept there; needed only while the group lives."""
+    """Return the location of Ray Train's state for a run's group; needed only while the group exists."""
     return Remote(join(place, ".ray_train"))
 
 
 def release_lost_group(place: str) -> None:
-    """Free the devices of a group whose caller was killed, which Ray itself would hold until the session ends."""
+    """Free the devices of a group whose caller was killed; Ray would hold them until the session ends."""
     state = _state(place)
     note = state.read(_NOTE)
     try:
@@ -111,7 +109,7 @@ def release_lost_group(place: str) -> None:
 
 
 def _note_group(place: str) -> None:
-    """Write down which devices this worker's group holds, for `release_lost_group`."""
+    """Record the placement group of this worker's group for `release_lost_group`."""
     group = get_current_placement_group()
     if group is not None:
         _state(place).write(_NOTE, group.id.hex().encode())
@@ -148,7 +146,7 @@ def _cluster_has_gpus() -> bool:
 
 
 class _Serving:
-    """Answers the first worker while a group works."""
+    """Answers the reports of the rank-zero worker while a group runs."""
 
     def __init__(self, line: Any, report: Reporter) -> None:
         self._line, self._report = line, report
@@ -156,10 +154,10 @@ class _Serving:
         self._stopping = False
 
     def until_returned(self, fit: Callable[[], Any]) -> Any:
-        """What `fit` returns, which runs in a thread of its own.
+        """Run `fit` in a separate thread and return its result, answering reports meanwhile.
 
         Raises:
-            Exception: the reporter's, or `fit`'s.
+            Exception: any exception of the reporter or of `fit`.
         """
         result: dict[str, Any] = {}
 
@@ -182,7 +180,7 @@ class _Serving:
         return result["returned"]
 
     def _answer(self, message: str) -> bool:
-        """Whether the group is to stop; once it is, it always is."""
+        """Return whether the group is to stop; once true, it remains true."""
         tree = json.loads(message)
         try:
             progress = Progress(**{**tree, "phase": Phase(tree["phase"])})
@@ -193,7 +191,7 @@ class _Serving:
 
 
 def _cause(error: Exception) -> Exception:
-    """What a failed `fit` is to be reported as."""
+    """Return the exception to raise for a failed `fit`."""
     if isinstance(error, WorkerGroupError):
         for failure in error.worker_failures.values():
             if isinstance(failure, UserError | OSError):
@@ -202,14 +200,14 @@ def _cause(error: Exception) -> Exception:
 
 
 def _reason(error: TrainingFailedError) -> str:
-    """One line about the worker that is most likely to blame: another one's lost connection is a consequence."""
+    """Describe the most likely root cause in one line; lost connections of other workers are only consequences."""
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else (error,)
     lines = [f"{type(failure).__name__}: {last_line(str(failure))}" for failure in failures]
     return next((line for line in lines if "ActorDied" in line or "Timeout" in line), lines[0])
 
 
 def _summary(ended: Mapping[str, Any] | None) -> Summary | None:
-    """The first worker's result, from what it returned."""
+    """Convert what the rank-zero worker returned to a summary, or raise its error."""
     if ended is None:
         return None
     if "diverged" in ended:
@@ -224,7 +222,7 @@ def _summary(ended: Mapping[str, Any] | None) -> Summary | None:
 
 
 def _work(loop_config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The function that Ray Train runs in every worker; the first one's result is the group's."""
+    """Training function that Ray Train runs in every worker; rank zero's result is the result of the group."""
     config = build(ExperimentConfig, json.loads(loop_config["tree"]))
     config = replace(config, resources=_own_resources(config))
     group = Group(config.resources.worker_timeout)
@@ -232,7 +230,7 @@ def _work(loop_config: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         with _run_folder(group, loop_config["address"], Path(loop_config["out"])) as (out, saved):
             summary = train(Experiment(config, workers=group), out=out, report=report, saved=saved)
-    except DivergedError as error:  # on all workers alike: starting again would not mend it
+    except DivergedError as error:  # raised on all workers; a restart would not help
         return {"diverged": error.tree()}
     except UserError as error:
         return {"refused": str(error)}
@@ -241,7 +239,7 @@ def _work(loop_config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 @contextmanager
 def _run_folder(group: Group, address: str | None, out: Path) -> Iterator[tuple[Path, Saved]]:
-    """Where the first worker writes, and what every worker calls when a checkpoint is whole."""
+    """Yield the folder to which rank zero writes, and the function that every worker calls after a checkpoint."""
     if not group.is_first:
         yield out, _report_checkpoint
         return
@@ -257,7 +255,7 @@ def _run_folder(group: Group, address: str | None, out: Path) -> Iterator[tuple[
 
 
 def _report_checkpoint(step: int, about: dict[str, Any] | None = None) -> None:
-    """Tell Ray Train of a checkpoint, as all workers must; the first says where it lies."""
+    """Report a checkpoint to Ray Train, as all workers must; rank zero reports its location."""
     with TemporaryDirectory() as folder:
         if about is not None:
             (Path(folder) / _POINTER).write_text(json.dumps(about))
@@ -266,9 +264,9 @@ def _report_checkpoint(step: int, about: dict[str, Any] | None = None) -> None:
 
 
 def _await_checkpoint(checkpoints: Path, remote: Remote | None) -> None:
-    """After a restart, wait until this node sees the last checkpoint that Ray Train knows of.
+    """After a restart, wait until the last checkpoint reported to Ray Train is visible on this node.
 
-    A network file system may show another node's files late; without them more than one interval would be lost.
+    A network file system may delay other nodes' files; without them, more than one checkpoint interval would be lost.
     """
     pointer = ray.train.get_checkpoint()
     if pointer is None:
@@ -283,13 +281,13 @@ def _await_checkpoint(checkpoints: Path, remote: Remote | None) -> None:
 
 
 def _own_resources(config: ExperimentConfig) -> Any:
-    """With this worker's device and threads."""
+    """Return the resources settings with this worker's device and threads."""
     device = get_device() if torch.cuda.is_available() and config.resources.device != "cpu" else torch.device("cpu")
     return replace(config.resources, device=str(device), threads=config.resources.threads or 1)
 
 
 def _asking(line: Any) -> Reporter:
-    """A reporter that asks the caller and waits."""
+    """Return a reporter that sends each report to the caller and waits for the answer."""
 
     def report(progress: Progress) -> bool:
         return bool(ray.get(line.ask.remote(json.dumps(asdict(progress)))))
@@ -298,15 +296,15 @@ def _asking(line: Any) -> Reporter:
 
 
 # ----------------------------------------------------------------------------
-# A Ray for one run
+# A Ray instance for one run
 
 
 @contextmanager
 def ray_for(config: ExperimentConfig) -> Iterator[None]:
-    """The cluster, or a Ray of this run's own on this machine.
+    """Connect to the cluster, or start a local Ray instance for one run.
 
     Raises:
-        UserError: the machine has not what the workers need.
+        UserError: there are not enough devices for the workers.
     """
     slots = find_slots(config.resources, max_concurrent=1)
     with ray_session(slots.cpus, slots.gpus, groups=True):

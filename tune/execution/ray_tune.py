@@ -1,6 +1,6 @@
 """The Ray backend of the controller: Ray Tune starts trials, restarts crashed ones, and delivers their reports.
 
-Tune's own records are scratch: a resume reads the study's journal and run folders, never Tune's state.
+Tune's own state is temporary: resuming reads the study's journal and run folders, never Tune's state.
 """
 
 import math
@@ -34,15 +34,15 @@ from tune.studies.records import TrialRecord
 from tune.studies.study import Study
 
 _GRACE = 7.0
-"""Seconds that an interrupted trial has to save; its last checkpoint is whole in any case. Ray needs some to end, and
-the user waits ten in all."""
+"""Seconds for interrupted trials to save; their last checkpoints are complete in any case. With Ray's shutdown, the
+user waits about ten seconds in total."""
 _COLLECT_EVERY = 0.5
 _WAITING_BYTES = 200_000_000
-"""Of memory, which every node has, for a process that must hold something but no device."""
+"""Memory reserved for a process that only waits: it must request some resource, but no device."""
 _ON_HEAD = {"node:__internal_head__": 0.001}
-"""So little of a resource that only the head node has, which ends with the session anyway: the controller of a group
-runs where the process that waits for it does, and if its node is lost while the workers start, Ray moves their
-reservation to another node and never frees it."""
+"""A minimal share of a resource that only the head node has, which pins a process to it. The controller of a group runs
+on the node of the process that waits for it; if that node were lost while workers start, Ray would move their
+reservation to another node and never free it. Loss of the head node ends the session anyway."""
 _NEVER = "1000000000"
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -57,7 +57,7 @@ _ENVIRONMENT = {
 
 
 class StoppedAtOnceError(BaseException):
-    """A second Ctrl-C, or trials that did not stop in time. No Exception, so that Tune does not wrap it."""
+    """A second Ctrl-C, or trials that did not stop in time. Not an Exception, so that Tune does not wrap it."""
 
 
 def drive(
@@ -67,25 +67,27 @@ def drive(
     look: Callable[[Controller], None],
     trainer: Trainer = train,
 ) -> None:
-    """Run a session of a study until the controller says that it is over.
+    """Run a session of a study until the controller ends it.
 
     Args:
-        controller: decides.
-        sync: of the study.
-        look: called several times a second, to draw and to record.
-        trainer: trains a trial.
+        controller: makes the decisions.
+        sync: copies the study and its runs to shared storage.
+        look: called several times a second to update the display and the records.
+        trainer: trains one trial.
 
     Raises:
-        StoppedAtOnceError: the user, or the grace period, ended it; the study can be resumed.
+        StoppedAtOnceError: the user stopped the session, or the grace period expired; the study can be resumed.
     """
     os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(controller.slots.concurrent)  # or their processes start in turn
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(
+        controller.slots.concurrent
+    )  # otherwise their processes start one by one
     scratch = controller.study.folder.scratch
     shutil.rmtree(scratch, ignore_errors=True)
     control = _Control(controller)
     try:
         slots = controller.slots
-        # Twice, since Ray's start takes SIGTERM for itself.
+        # Listen twice, since ray.init replaces the SIGTERM handler.
         own_ray = ray_session(slots.cpus, slots.gpus, groups=slots.workers > 1, before_try=control.give_up_if_stopped)
         with control.listening(), own_ray, control.listening():
             control.checkpoint()
@@ -109,7 +111,7 @@ def _run_trials(
     control: "_Control",
     trainer: Trainer,
 ) -> None:
-    """Tune's loop, until the controller says that all is over."""
+    """Run Tune's loop until the controller ends the session."""
     if trainer is train:
         together = seeds_together(controller.plan, controller.slots, control.give_up_if_stopped)
         if together is not None:
@@ -122,10 +124,10 @@ def _run_trials(
 
 
 class _Control:
-    """How a session is ended from inside Tune's loop, which would wrap an exception beyond recognition.
+    """Ends a session from inside Tune's loop, where ordinary exceptions would be wrapped.
 
     Attributes:
-        error: what the controller raised, if it did.
+        error: the controller's exception, if any.
     """
 
     def __init__(self, controller: Controller) -> None:
@@ -135,35 +137,38 @@ class _Control:
         self._deadline = math.inf
 
     def listening(self) -> AbstractContextManager[None]:
-        """While it lasts, signals come here."""
+        """Return a context in which this object handles SIGINT and SIGTERM."""
         return gentle_stop(self._stop_gently, self._stop_at_once)
 
     def _stop_gently(self, signal_name: str) -> None:
-        """The first signal: trials save and return, or are given up after a while; their last checkpoints are whole."""
+        """Handle the first signal: let trials save and return, and abandon them after the grace period."""
         self._deadline = time.monotonic() + _GRACE
         self._controller.stop_all(StopReason.INTERRUPT, f"stopped by {signal_name}")
 
     def _stop_at_once(self) -> None:
-        """The second signal."""
+        """Handle the second signal."""
         self._at_once = True
 
     def is_stopped(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal was received."""
         return self._at_once or self._controller.interrupted
 
     def give_up_if_stopped(self) -> None:
-        """End the session here if a signal has come; called where nothing has begun."""
+        """End the session if a signal was received; called before any trial has started."""
         if self.is_stopped():
             raise StoppedAtOnceError
 
     def checkpoint(self) -> None:
-        """End the session here if that was asked for; called where an exception does no harm."""
+        """End the session if the grace period is over or a second signal was received.
+
+        Called only where an exception is harmless.
+        """
         if self._at_once or time.monotonic() > self._deadline:
             raise StoppedAtOnceError
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Turn an error into an end of the session."""
+        """Convert an exception of the body to an end of the session."""
         self.checkpoint()
         try:
             yield
@@ -173,9 +178,9 @@ class _Control:
 
 
 def _trainable(slots: Slots, channel: Any, trainer: Trainer) -> Any:
-    """`run_trials` with what every trial shares."""
+    """Return `run_trials` with the arguments and resources that all trials share."""
     function = ray_tune.with_parameters(run_trials, channel=channel, trainer=trainer)
-    if slots.workers > 1:  # its workers hold the devices; this process only waits for them
+    if slots.workers > 1:  # the workers hold the devices; this process only waits
         return ray_tune.with_resources(function, {"cpu": 0, "memory": _WAITING_BYTES, **_ON_HEAD})
     return ray_tune.with_resources(function, {"cpu": slots.threads, "gpu": slots.gpu_share})
 
@@ -200,21 +205,21 @@ def _tuner(
 
 
 class _Unsaved:
-    """Tune pickles what it is given, for a restore that never comes; nothing of it is to be in the study's folder."""
+    """Excludes an object's state from the pickles that Tune writes for a restore, which is never used."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 class _Search(_Unsaved, Searcher):
-    """Tune's searcher: whatever the controller says."""
+    """A Tune searcher that takes its trials from the controller."""
 
     def __init__(self, controller: Controller, sync: StudySync, control: _Control) -> None:
         super().__init__(metric=STEP, mode="max")
         self._controller, self._sync, self._control = controller, sync, control
 
     def suggest(self, trial_id: str) -> Any:  # noqa: ARG002
-        """A trial's arguments; None while there is no room; FINISHED when there are no more."""
+        """Return a trial's arguments, None while all slots are in use, or FINISHED after the last trial."""
         with self._control.watched():
             together = self._controller.next_program()
             if together:
@@ -222,17 +227,17 @@ class _Search(_Unsaved, Searcher):
             return Searcher.FINISHED if self._controller.ending else None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Nothing: the controller has recorded it."""
+        """Do nothing: the controller has already recorded the trial."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the journal holds everything."""
+        """Do nothing: the study's journal holds everything."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: Tune's state is never read."""
+        """Do nothing: Tune's state is never read."""
 
 
 def _task(controller: Controller, sync: StudySync, record: TrialRecord) -> TrialTask:
-    """What `run_trials` gets for one trial."""
+    """Build the task that is passed to `run_trials` for one trial."""
     study, slots = controller.study, controller.slots
 
     def place(number: int) -> str:
@@ -249,7 +254,7 @@ def _task(controller: Controller, sync: StudySync, record: TrialRecord) -> Trial
 
 
 def trial_tree(study: Study, record: TrialRecord, slots: Slots) -> dict[str, Any]:
-    """A trial's whole config as a tree, with the threads that it really gets, to be run alone as well."""
+    """Return a trial's complete config as a tree, with the threads it gets, such that it can also be run by itself."""
     config = study.spec(record).config
     tree = study.plan.tree_of(record.values) if config is None else to_tree(config)
     tree["resources"] |= {"threads": slots.threads, "stack_seeds": None}
@@ -257,12 +262,12 @@ def trial_tree(study: Study, record: TrialRecord, slots: Slots) -> dict[str, Any
 
 
 def _numbers(trial: Trial) -> list[int]:
-    """The trials of the study that one of Tune's runs."""
+    """Return the numbers of the study's trials that a Tune trial runs."""
     return [task.number for task in tasks_from_json(trial.config[TASKS])]
 
 
 def _traceback(trial: Trial) -> str:
-    """What Tune wrote down when a trial crashed, without colours."""
+    """Return the traceback that Tune recorded when a trial crashed, without ANSI colors."""
     try:
         return Text.from_ansi(Path(trial.error_file).read_text(errors="replace")).plain
     except (OSError, TypeError):
@@ -285,7 +290,7 @@ class _Callback(_Unsaved, ray_tune.Callback):
         self._collected = 0.0
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:  # noqa: ARG002
-        """A trial's actor took it up."""
+        """Handle the start of a trial in its actor."""
         with self._control.watched():
             for number in _numbers(trial):
                 if number in self._controller.running:
@@ -299,11 +304,11 @@ class _Callback(_Unsaved, ray_tune.Callback):
         result: dict[str, Any],
         **_: Any,
     ) -> None:
-        """A trial reported. It waits until this returns, so requests to it are passed on before."""
+        """Handle a trial's report; stop requests are delivered before this returns, while the trial still waits."""
         with self._control.watched():
             report = from_json(result[REPORT])
             has_ended, number = not isinstance(report, Scored), report.number
-            if number not in self._controller.running:  # it crashed after its end was decided
+            if number not in self._controller.running:  # it crashed after its outcome was recorded
                 return
             self._sync.fetch(number, ended=has_ended)
             self._controller.receive(report)
@@ -313,18 +318,20 @@ class _Callback(_Unsaved, ray_tune.Callback):
             self._look(self._controller)
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:  # noqa: ARG002
-        """A trial crashed, and Tune starts it again."""
+        """Handle a crash after which Tune restarts the trial."""
         self._crashed(trial, again=True)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:  # noqa: ARG002
-        """A trial crashed for the last time."""
+        """Handle a crash after which the trial is not restarted."""
         self._crashed(trial, again=False)
 
     def _crashed(self, trial: Trial, *, again: bool) -> None:
         error = _traceback(trial)
         with self._control.watched():
             for number in _numbers(trial):
-                if len(_numbers(trial)) == 1 or number in self._controller.running:  # of several, some may have ended
+                if (
+                    len(_numbers(trial)) == 1 or number in self._controller.running
+                ):  # some trials of a program may have ended
                     self._crashed_one(number, error, again=again)
             self._look(self._controller)
 
@@ -332,7 +339,7 @@ class _Callback(_Unsaved, ray_tune.Callback):
         self._sync.fetch(number, ended=not again)
         self._controller.study.folder.write_error(number, error)
         if self._controller.slots.workers > 1:
-            from tune.execution.ray_train import release_lost_group  # noqa: PLC0415  (Ray Train takes seconds)
+            from tune.execution.ray_train import release_lost_group  # noqa: PLC0415  (slow to import)
 
             run = self._controller.study.folder.run(number).path
             release_lost_group(self._sync.address(number) or str(run.resolve()))
@@ -342,7 +349,7 @@ class _Callback(_Unsaved, ray_tune.Callback):
             self._sync.send(number)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:  # noqa: ARG002
-        """Several times a second."""
+        """Collect messages and check limits; Tune calls this several times a second."""
         self._control.checkpoint()
         now = time.monotonic()
         if now - self._collected < _COLLECT_EVERY:

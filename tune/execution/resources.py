@@ -1,4 +1,4 @@
-"""What this machine or the cluster has, and how many trials it holds at once."""
+"""Determines how many trials this machine or the cluster can run at once."""
 
 from collections.abc import Sequence
 
@@ -11,18 +11,18 @@ from tune.machine import on_cluster
 
 
 def find_slots(resources: ResourcesConfig, max_concurrent: int | None) -> Slots:
-    """Slots for trials with these resources on this machine.
+    """Return the slots for trials with these resources on this machine or the cluster.
 
-    `threads: 0` means one thread on the CPU, and an equal part of the cores beside a GPU.
+    `threads: 0` means one thread per trial on the CPU, and an equal share of the cores per trial with GPUs.
 
-    On a cluster, whose nodes may come and go, `max_concurrent` is taken as it is.
+    On a cluster, whose nodes may come and go, `max_concurrent` is not checked against the available devices.
 
     Raises:
-        UserError: a trial, or the trials that are to run at once, need more than there is.
+        UserError: a trial, or the requested number of concurrent trials, needs more than is available.
     """
     if on_cluster():
         return share_cluster(resources, max_concurrent, cluster_nodes())
-    import torch  # noqa: PLC0415  (only this line needs it)
+    import torch  # noqa: PLC0415  (needed only here)
 
     return share(resources, max_concurrent, available_cpus(), torch.cuda.device_count())
 
@@ -31,7 +31,7 @@ def share(resources: ResourcesConfig, max_concurrent: int | None, cpus: int, gpu
     """`find_slots` for a machine with these devices."""
     if ":" in resources.device:
         raise UserError(
-            f"resources.device is {resources.device}: in a sweep Ray gives each trial its GPU; write cuda, auto or cpu."
+            f"resources.device is {resources.device}: in a sweep Ray assigns the GPUs; use cuda, auto or cpu."
         )
     if resources.device == "cuda" and not gpus:
         raise UserError("resources.device is cuda, but PyTorch sees 0 GPUs: use auto or cpu.")
@@ -45,7 +45,7 @@ def share(resources: ResourcesConfig, max_concurrent: int | None, cpus: int, gpu
         raise UserError(f"resources.threads is {resources.threads}, but this machine has {cpus} CPU threads.")
     if workers * (resources.threads or 1) > cpus:
         raise UserError(
-            f"resources.num_workers is {workers}, and each takes {resources.threads or 1} CPU threads, "
+            f"resources.num_workers is {workers}, and each worker needs {resources.threads or 1} CPU threads, "
             f"but this machine has {cpus}."
         )
     room = _trials_on_gpus(gpu_share * workers, gpus) if on_gpu else cpus // workers
@@ -53,22 +53,22 @@ def share(resources: ResourcesConfig, max_concurrent: int | None, cpus: int, gpu
     room = min(room, cpus // (threads * workers))
     if max_concurrent is not None and max_concurrent > room:
         raise UserError(
-            f"sweep.max_concurrent is {max_concurrent}, but this machine holds {room} trials at once: "
-            f"it has {cpus} CPU threads and {gpus} GPUs, and each trial takes {threads} and {gpu_share:g}."
+            f"sweep.max_concurrent is {max_concurrent}, but this machine can run {room} trials at once: "
+            f"it has {cpus} CPU threads and {gpus} GPUs, and each trial needs {threads} and {gpu_share:g}."
         )
     return Slots(cpus, gpus if on_gpu else 0, threads, gpu_share, max_concurrent or room, workers)
 
 
 def _trials_on_gpus(gpu_share: float, gpus: int) -> int:
-    """A share below 1 lies on one GPU."""
+    """Return how many shares fit on the GPUs; a share below 1 is not split over two GPUs."""
     return gpus * int(1.0 / gpu_share + 1e-6) if gpu_share < 1.0 else int(gpus / gpu_share)
 
 
 def share_cluster(resources: ResourcesConfig, max_concurrent: int | None, nodes: Sequence[tuple[int, int]]) -> Slots:
-    """`find_slots` for a cluster whose nodes have these (CPUs, GPUs): no worker is spread over two nodes.
+    """`find_slots` for a cluster whose nodes have these (CPUs, GPUs); a worker is not split over two nodes.
 
     Raises:
-        UserError: the cluster has no room for a trial now, and nobody has said how many it is to hold.
+        UserError: the cluster currently has no room for a trial, and `max_concurrent` is not given.
     """
     cpus, gpus = sum(c for c, _ in nodes), sum(g for _, g in nodes)
     on_gpu = resources.device != "cpu" and (gpus > 0 or resources.device == "cuda")
@@ -77,9 +77,9 @@ def share_cluster(resources: ResourcesConfig, max_concurrent: int | None, nodes:
     room = workers // resources.num_workers
     if room == 0 and max_concurrent is None:
         raise UserError(
-            f"The cluster has {cpus} CPUs and {gpus} GPUs on {len(nodes)} nodes, and a trial takes "
+            f"The cluster has {cpus} CPUs and {gpus} GPUs on {len(nodes)} nodes, and a trial needs "
             f"{resources.num_workers} workers with {threads} CPUs and {gpu_share:g} GPUs each: use fewer, or, if nodes "
-            "will be added, say by sweep.max_concurrent how many trials are to run at once."
+            "will be added, set sweep.max_concurrent to the number of trials to run at once."
         )
     return Slots(cpus, gpus if on_gpu else 0, threads, gpu_share, max_concurrent or room, resources.num_workers)
 

@@ -1,6 +1,6 @@
-"""How many seeds of an arm are trained in one program: as asked for, as the study did before, or what is fastest.
+"""Chooses how many seeds of an arm are trained in one program: as configured, as recorded, or the fastest number.
 
-The number changes results by rounding, so a choice by measurement is made once, and recorded in the study's plan.
+Since the number affects results by rounding, it is measured only once and then recorded in the study's plan.
 """
 
 import math
@@ -24,28 +24,27 @@ from tune.plans.sweep import Plan
 
 _MOST_ON_CPU, _MOST_ON_GPU = 8, 64
 _MIN_GAIN = 1.05
-"""Times as fast as in turn that a stack has to be; below that it is not worth having."""
+"""Minimum speedup over training one seed after another for which seeds are stacked."""
 _ITERATIONS = 4
-"""Timed at a time; the shortest of some times counts."""
+"""Iterations in one timing; the shortest of several timings is used."""
 _REPEATS = 3
 _POLL_SECONDS = 0.25
 _ENOUGH_SECONDS = 5.0
-"""Of timing one number of seeds."""
+"""Maximum time spent on timing one number of seeds."""
 
 
 def seeds_together(plan: Plan, slots: Slots, on_wait: Callable[[], None] = lambda: None) -> int | None:
-    """Seeds that each program of a study trains; while Ray runs, since the measurement is made where trials are run.
+    """Return how many seeds each program of a study trains, measuring it in a Ray task if necessary.
 
-    What was asked for or recorded is taken whatever the machine; of a measurement, no more than leave every slot
-    something to do.
+    A configured or recorded number is used on any machine. A measured number is limited such that every slot is used.
 
     Args:
-        plan: of the study.
-        slots: how the devices are shared.
-        on_wait: called several times a second while it is measured; may raise to give up.
+        plan: the study's plan.
+        slots: how trials share the devices.
+        on_wait: called several times a second during the measurement; may raise to give up.
 
     Returns:
-        How many; None if the measurement failed, after which each trial is trained alone.
+        The number of seeds, or None if the measurement failed, in which case each trial is trained separately.
     """
     resources, known = plan.experiment.resources, known_stack(plan)
     if known is not None:
@@ -60,13 +59,13 @@ def seeds_together(plan: Plan, slots: Slots, on_wait: Callable[[], None] = lambd
         on_wait()
     try:
         seconds: dict[int, float] = ray.get(measured)
-    except RayError:  # whatever it was, each trial meets it too, and says so where it belongs
+    except RayError:  # each trial will encounter the same error and report it
         return None
     return fastest(seconds)
 
 
 def known_stack(plan: Plan) -> int | None:
-    """Seeds that each program of a study trains, if that takes no measurement."""
+    """Return how many seeds each program of a study trains, or None if it has to be measured."""
     asked = plan.experiment.resources.stack_seeds
     if not _can_be_stacked(plan.experiment):
         return 1
@@ -80,25 +79,29 @@ def _most(slots: Slots) -> int:
 
 
 def _can_be_stacked(config: ExperimentConfig) -> bool:
-    """One process in one piece, and networks that need neither labels nor latents."""
+    """Whether runs use one process without accumulation, and networks that take neither labels nor latents."""
     denoiser = config.network.denoiser
     plain = denoiser.classes == 0 and not isinstance(denoiser, NcsnppGanConfig)
     return plain and config.resources.can_stack_seeds
 
 
 def _numbers(most: int) -> list[int]:
-    """1, and the numbers from `most` down by halves that are worth trying."""
+    """Return the numbers of seeds to time: 1, `most`, and half of `most` if that is at least 2."""
     return sorted({1, most, *([most // 2] if most >= 4 else [])})
 
 
 def fastest(seconds: dict[int, float]) -> int:
-    """The number of seeds with the least seconds a seed, from those of one iteration of all; 1 unless another gains."""
+    """Return the number of seeds with the least time per seed, or 1 if the gain is too small.
+
+    Args:
+        seconds: time of one iteration of all seeds, by the number of seeds.
+    """
     best = min(seconds, key=lambda number: seconds[number] / number)
     return best if seconds[1] * best > _MIN_GAIN * seconds[best] else 1
 
 
 def _seconds_by_number(tree: dict[str, Any], numbers: Sequence[int]) -> dict[int, float]:
-    """Seconds of an iteration of that many seeds in one program; infinite where memory does not suffice."""
+    """Time one iteration for each number of seeds in one program; infinite if out of memory."""
     config = build(ExperimentConfig, tree)
     return {number: _seconds(config, number) for number in numbers}
 
@@ -107,7 +110,7 @@ def _seconds(config: ExperimentConfig, number: int) -> float:
     try:
         phases = [_phase(Experiment(replace(config, seed=config.seed + k))) for k in range(number)]
         times, began = [], time.perf_counter()
-        for _ in range(1 + _REPEATS):  # the first is longer than the others
+        for _ in range(1 + _REPEATS):  # the first includes warm-up
             start = time.perf_counter()
             fit(phases)
             _wait(phases[0])
@@ -127,6 +130,6 @@ def _phase(experiment: Experiment) -> TrainingPhase:
 
 
 def _wait(phase: TrainingPhase) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has completed all queued work."""
     if next(phase.algorithm.parameters()).is_cuda:
         torch.cuda.synchronize()

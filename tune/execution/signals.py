@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks for a gentle stop, the second for one at once, the third gets it."""
+"""Handling of Ctrl-C and SIGTERM: a graceful stop first, then an immediate stop, then exit of the process."""
 
 import os
 import signal
@@ -8,19 +8,19 @@ from contextlib import contextmanager
 from types import FrameType
 
 _BOUNCE_SECONDS = 0.5
-"""`timeout` and some schedulers signal a process and then its whole group: that is one request, not two."""
+"""`timeout` and some schedulers signal a process and then its whole group: both count as one request."""
 
 
 def interrupt() -> None:
-    """What Ctrl-C does where nobody minds it."""
+    """Raise KeyboardInterrupt, the default effect of Ctrl-C."""
     raise KeyboardInterrupt
 
 
 @contextmanager
 def gentle_stop(first: Callable[[str], None], second: Callable[[], None] = interrupt) -> Iterator[None]:
-    """While this lasts, the first signal calls `first` with its name, the second `second`; the third ends the process.
+    """In this context, the first signal calls `first` with its name, the second `second`; the third ends the process.
 
-    A handler runs wherever the main thread happens to be: one that raises does so inside whatever library that is.
+    A handler can run at any point of the main thread: an exception it raises may propagate through any library.
     """
     asked: list[float] = []
 
@@ -38,7 +38,7 @@ def gentle_stop(first: Callable[[str], None], second: Callable[[], None] = inter
 
     try:
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread, as in some notebooks: there is no Ctrl-C to hear
+    except ValueError:  # not the main thread, as in some notebooks: signals cannot be handled
         before = {}
     try:
         yield

@@ -1,4 +1,4 @@
-"""How trials share a machine."""
+"""Description of how trials share a machine."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ class Slots:
     """How trials share a machine.
 
     Attributes:
-        cpus: cores that may be used.
-        gpus: GPUs that may be used; 0 if trials run on the CPU.
-        threads: of each worker.
-        gpu_share: of each worker; 0 on the CPU.
-        concurrent: trials at once.
-        workers: of each trial.
+        cpus: number of usable cores.
+        gpus: number of usable GPUs; 0 if trials run on the CPU.
+        threads: CPU threads of each worker.
+        gpu_share: GPUs, or the fraction of a GPU, of each worker; 0 on the CPU.
+        concurrent: number of trials at once.
+        workers: number of workers of each trial.
     """
 
     cpus: int
@@ -25,7 +25,7 @@ class Slots:
 
     @property
     def devices_of_a_trial(self) -> float:
-        """What a trial's hours are multiplied by: its GPUs, or on the CPU its threads."""
+        """Devices by which a trial's time is multiplied: its GPUs, or its threads on the CPU."""
         return self.workers * (self.gpu_share or float(self.threads))
 
     def __str__(self) -> str:
@@ -33,5 +33,5 @@ class Slots:
         if self.gpu_share:
             each += f" and {self.gpu_share:g} of {self.gpus} GPUs" if self.gpus else f" and {self.gpu_share:g} GPUs"
         if self.workers > 1:
-            return f"{self.concurrent} at once, each with {self.workers} workers, each of them with {each}"
+            return f"{self.concurrent} at once, each with {self.workers} workers with {each} each"
         return f"{self.concurrent} at once, each with {each}"

@@ -1,10 +1,10 @@
-"""A trial, or several seeds of one arm, in a Ray worker: compose, build, train, report.
+"""Runs a trial, or several seeds of one arm, in a Ray worker: build, train, report.
 
-It decides nothing: a stop is asked for from outside.
+A trial makes no decisions: the controller requests its stop.
 
-A trial reports its scores and how it ended to the controller; how far it is goes to the control channel, which answers
-whether it should stop. Ray Tune goes on with a report only when the driver has dealt with it, so the answer that a
-trial gets after a score already knows that score.
+Scores and the outcome are reported to the controller through Ray Tune; progress is sent to the control channel, which
+returns whether to stop. Since Ray Tune resumes a trial only after the driver has processed its report, the response
+after a score already takes that score into account.
 """
 
 import errno
@@ -42,26 +42,26 @@ from tune.execution.trial_messages import (
 from tune.integrations.object_store import Remote, kept, node_folder
 
 STEP, REPORT = "step", "report"
-"""What Tune is told: the one number that it needs, and the text of `to_json`."""
+"""Keys of a report to Tune: the number that Tune requires, and the text of `to_json`."""
 TASKS = "tasks"
-"""The key of what `run_trials` gets."""
+"""Key of the tasks in the config of `run_trials`."""
 _HEARTBEAT_EVERY = 0.5
 _SHOWN = 20
-"""Characters of a bad value that are repeated."""
+"""Maximum number of characters of an invalid value in an error message."""
 _EVALUATION = "eval/"
 
 
 class Trainer(Protocol):
-    """What runs a trial; `dxmi.training.run.train`, or a stand-in in a test."""
+    """A function that runs a trial: `dxmi.training.run.train`, or a substitute in a test."""
 
     def __call__(
         self, experiment: Experiment, *, out: Path, report: Reporter | None = None, saved: Saved | None = None
     ) -> Summary | None:
-        """Train, tell `report` and `saved` about it, and return the summary, or None if it was asked to stop."""
+        """Train, call `report` and `saved`, and return the summary, or None if a stop was requested."""
 
 
 class BadReportError(Exception):
-    """A reported metric is no finite number.
+    """A reported metric is not a finite number.
 
     Attributes:
         step: the iteration it was reported for.
@@ -75,7 +75,7 @@ class BadReportError(Exception):
 
 
 def checked(metrics: Mapping[str, Any], step: int, required: str) -> dict[str, float]:
-    """The metrics as plain floats.
+    """Return the metrics as plain floats.
 
     Raises:
         BadReportError: one of them is not a finite Python or NumPy number, or the required one is missing.
@@ -84,7 +84,7 @@ def checked(metrics: Mapping[str, Any], step: int, required: str) -> dict[str, f
         raise BadReportError(step, required, "missing")
     for key, value in metrics.items():
         if isinstance(value, bool) or not isinstance(value, Real):
-            raise BadReportError(step, key, f"no number but {type(value).__name__}")
+            raise BadReportError(step, key, f"of type {type(value).__name__}, not a number,")
         if not math.isfinite(_float(value)):
             raise BadReportError(step, key, str(value)[:_SHOWN])
     return {key: _float(value) for key, value in metrics.items()}
@@ -93,15 +93,15 @@ def checked(metrics: Mapping[str, Any], step: int, required: str) -> dict[str, f
 def _float(value: Real) -> float:
     try:
         return float(value)
-    except OverflowError:  # a whole number may be larger than any float
+    except OverflowError:  # an integer beyond the range of float
         return math.inf
 
 
 class _Reporter:
-    """Reports a trial's progress to the controller's process; called by `train`."""
+    """Callback of `train` that reports a trial's progress to the controller's process."""
 
     def __init__(self, number: int, metric: str, channel: Any, send: Callable[[TrialReport], None]) -> None:
-        import ray  # noqa: PLC0415  (this module is read by tests without Ray, too)
+        import ray  # noqa: PLC0415  (tests import this module without Ray)
 
         self._ray = ray
         self._number, self._metric, self._channel, self._send = number, metric, channel, send
@@ -110,7 +110,7 @@ class _Reporter:
         self.stop = False
 
     def __call__(self, event: Progress) -> bool:
-        if event.of_data and self._number > 0:  # all trials share the data: the first one has said it
+        if event.of_data and self._number > 0:  # all trials share the data, and trial 0 reports on them
             return self.stop
         if event.note:
             self._channel.note.remote(self._number, event.note)
@@ -123,7 +123,7 @@ class _Reporter:
         return self.stop
 
     def end(self, report: LastReport) -> None:
-        """Say how the trial ended."""
+        """Report how the trial ended."""
         self._send(report)
 
     def _heartbeat(self, event: Progress) -> Any:
@@ -131,7 +131,7 @@ class _Reporter:
         return self._channel.heartbeat.remote(self._number, event.phase.value, event.step, event.total)
 
     def _heartbeat_sometimes(self, event: Progress) -> None:
-        """Ask without waiting: the answer is read at a later call."""
+        """Send a heartbeat without waiting; its response is read in a later call."""
         if self._pending is not None and self._ray.wait([self._pending], timeout=0)[0]:
             self.stop = self._ray.get(self._pending) or self.stop
             self._pending = None
@@ -140,12 +140,12 @@ class _Reporter:
 
 
 def run_trials(config: Mapping[str, Any], *, channel: Any, trainer: Trainer = train) -> None:
-    """The function that Ray Tune runs: one trial, or several of one arm that are trained as one program.
+    """Trainable function of Ray Tune: runs one trial, or several trials of one arm in one program.
 
     Args:
-        config: under `TASKS`, the text of `tasks_to_json`.
+        config: holds the text of `tasks_to_json` under `TASKS`.
         channel: an actor of `tune.execution.control_channel.ControlChannel`.
-        trainer: trains a trial that is alone in its process.
+        trainer: trains a single trial; not used for several in one program.
     """
     from ray import tune as ray_tune  # noqa: PLC0415
 
@@ -164,13 +164,13 @@ def run_trials(config: Mapping[str, Any], *, channel: Any, trainer: Trainer = tr
 
 
 def _run_stacked(tasks: Sequence[TrialTask], reporters: Sequence[_Reporter]) -> None:
-    """Train all as one program, and report each when it ends; what a second try could mend is raised at last."""
+    """Train all trials in one program and report each as it ends; retryable errors are raised at the end."""
     crashes: list[Exception] = []
 
     def ended(number: int, outcome: Summary | Exception | None) -> None:
         try:
             reporters[number].end(_result(tasks[number], lambda: _raised_or(outcome)))
-        except Exception as error:  # noqa: BLE001  (Tune hears of it, after the others' ends)
+        except Exception as error:  # noqa: BLE001  (raised to Tune below, after all trials have ended)
             crashes.append(error)
 
     with ExitStack() as held:
@@ -196,7 +196,7 @@ def _raised_or(outcome: Summary | Exception | None) -> Summary | None:
 
 
 def _result(task: TrialTask, train_it: Callable[[], Summary | None]) -> LastReport:
-    """How the training ended. Only what a second try could mend is raised."""
+    """Return how the training ended; only errors that a retry could resolve are raised."""
     try:
         summary = train_it()
     except (DivergedError, BadReportError) as error:
@@ -204,7 +204,7 @@ def _result(task: TrialTask, train_it: Callable[[], Summary | None]) -> LastRepo
     except UserError as error:
         return Refused(task.number, str(error))
     except WorkersLostError as error:
-        raise RuntimeError(f"{error.details}\n{error}") from None  # what is kept is the text of it
+        raise RuntimeError(f"{error.details}\n{error}") from None  # only the text is recorded
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return OutOfDisk(task.number, f"{error.strerror}: {error.filename or task.out}")
@@ -213,11 +213,11 @@ def _result(task: TrialTask, train_it: Callable[[], Summary | None]) -> LastRepo
 
 
 def _summary(task: TrialTask, trainer: Trainer, reporter: _Reporter) -> Summary | None:
-    """What came out of one trial that is alone in its process."""
+    """Train a single trial and return its summary, or None if it was stopped."""
     out, address = Path(task.out), task.address
     config = build(ExperimentConfig, task.tree)
     if config.resources.num_workers > 1:
-        from tune.execution.ray_train import train_on_workers  # noqa: PLC0415  (Ray Train takes seconds)
+        from tune.execution.ray_train import train_on_workers  # noqa: PLC0415  (Ray Train takes seconds to import)
 
         return train_on_workers(config, out=out, report=reporter, address=address)
     with kept(address, out) as (here, keep):
@@ -225,7 +225,7 @@ def _summary(task: TrialTask, trainer: Trainer, reporter: _Reporter) -> Summary 
 
 
 def _copy_run(source: str, out: Path, address: str | None) -> None:
-    """A finished run once more; its files never change, so they are linked where they lie on one disk."""
+    """Copy a finished run; on a local disk its files, which never change, are hard-linked."""
     if address is not None:
         here = node_folder(address)
         Remote(source).pull(here)

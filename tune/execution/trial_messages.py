@@ -1,6 +1,6 @@
-"""What the controller's process and a trial's tell each other: a task one way, reports the other.
+"""Messages between the controller's process and a trial's process: tasks to the trial, reports back.
 
-Both cross the border as JSON text, since Ray Tune would flatten, copy and keep each value of a tree.
+Both are passed as JSON text, since Ray Tune would flatten, copy and store every value of a tree.
 """
 
 import json
@@ -14,12 +14,12 @@ class TrialTask:
     """A trial to run.
 
     Attributes:
-        number: of the trial.
-        tree: its config as plain values, which the trial's process builds once.
+        number: number of the trial.
+        tree: its config as plain values, from which the trial's process builds the config.
         out: its run folder.
-        address: where the run is kept, or None if in its folder.
+        address: storage address of the run, or None if it is stored in its folder.
         metric: the score that every evaluation must report.
-        same_as: the folder or the address of a finished run with the same config, or None.
+        same_as: folder or address of a finished run with the same config, or None.
     """
 
     number: int
@@ -31,22 +31,22 @@ class TrialTask:
 
 
 def tasks_to_json(tasks: Sequence[TrialTask]) -> str:
-    """Tasks as text."""
+    """Convert tasks to JSON text."""
     return json.dumps([asdict(task) for task in tasks])
 
 
 def tasks_from_json(text: str) -> list[TrialTask]:
-    """The inverse of `tasks_to_json`."""
+    """Inverse of `tasks_to_json`."""
     return [TrialTask(**task) for task in json.loads(text)]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A trial evaluated its policy.
+    """A trial has evaluated its policy.
 
     Attributes:
-        number: of the trial.
-        step: its iteration.
+        number: number of the trial.
+        step: iteration of the evaluation.
         metrics: finite numbers by key.
     """
 
@@ -60,8 +60,8 @@ class Finished:
     """A trial has run to its end.
 
     Attributes:
-        number: of the trial.
-        summary: of its run.
+        number: number of the trial.
+        summary: summary of its run.
     """
 
     number: int
@@ -70,10 +70,10 @@ class Finished:
 
 @dataclass(frozen=True)
 class Stopped:
-    """A trial has saved and returned, since it was asked to.
+    """A trial has saved its state and returned on request.
 
     Attributes:
-        number: of the trial.
+        number: number of the trial.
     """
 
     number: int
@@ -81,11 +81,11 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Diverged:
-    """A number of a trial was not finite.
+    """A trial has produced a non-finite value.
 
     Attributes:
-        number: of the trial.
-        reason: which, in a sentence.
+        number: number of the trial.
+        reason: a sentence that names the value.
     """
 
     number: int
@@ -94,11 +94,11 @@ class Diverged:
 
 @dataclass(frozen=True)
 class Refused:
-    """A trial's config, or what it names, was refused.
+    """A trial's config, or a file it refers to, is invalid.
 
     Attributes:
-        number: of the trial.
-        reason: why, in a sentence.
+        number: number of the trial.
+        reason: a sentence that says why.
     """
 
     number: int
@@ -107,11 +107,11 @@ class Refused:
 
 @dataclass(frozen=True)
 class OutOfDisk:
-    """A trial could not write.
+    """A trial could not write because the disk is full.
 
     Attributes:
-        number: of the trial.
-        reason: the error of the system, and the file.
+        number: number of the trial.
+        reason: the system's error message and the file.
     """
 
     number: int
@@ -121,7 +121,7 @@ class OutOfDisk:
 LastReport = Finished | Stopped | Diverged | Refused | OutOfDisk
 """How a trial ended."""
 TrialReport = Scored | LastReport
-"""What a trial reports."""
+"""Any report of a trial."""
 
 _KINDS: dict[str, type[TrialReport]] = {
     "scored": Scored,
@@ -134,12 +134,12 @@ _KINDS: dict[str, type[TrialReport]] = {
 
 
 def to_json(report: TrialReport) -> str:
-    """A report as text."""
+    """Convert a report to JSON text."""
     kind = next(kind for kind, cls in _KINDS.items() if type(report) is cls)
     return json.dumps({"kind": kind, **asdict(report)})
 
 
 def from_json(text: str) -> TrialReport:
-    """The inverse of `to_json`."""
+    """Inverse of `to_json`."""
     tree = json.loads(text)
     return _KINDS[tree.pop("kind")](**tree)
