@@ -1,1 +1,1 @@
-"""What a study has done: its folder, its records, the leaderboard, and the results of its arms."""
+"""State and results of a study: its folder, trial records, leaderboard, and the results of its arms."""

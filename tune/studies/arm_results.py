@@ -1,9 +1,9 @@
-"""What an ablation came to: scores by arm and seed, comparisons with the baseline, effects, and its files.
+"""Results of an ablation: scores by arm and seed, comparisons with the baseline, effects, and output files.
 
-A run that diverges, crashes or is stopped leaves no score, and is rarely an average one: of an arm whose worst runs
-diverge, the mean of the others looks too good. So an arm is tested only if every run of it, and of the baseline at the
-same seeds, is complete. Otherwise its verdict says what is missing (`failed at 3 of 9 seeds`, `2 of 9 running`), and it
-has no p-value. The difference is still shown, at the seeds that have both scores.
+A run that diverges, crashes or is stopped has no score, and such runs are not a random sample: if the worst runs of an
+arm diverge, the mean of its other runs looks too good. An arm is therefore tested only if all of its runs, and the
+baseline's at the same seeds, are complete. Otherwise its verdict states what is missing (`failed at 3 of 9 seeds`,
+`2 of 9 running`), and it has no p-value. The difference is still shown, at the seeds that have both scores.
 """
 
 import itertools
@@ -56,22 +56,22 @@ _TESTS = {
     ),
 }
 TUNING = "tuning"
-"""The folder in a study's own in which each arm's tuning is a study."""
+"""Subfolder of a study that holds one study for the tuning of each arm."""
 _LOST = {
     "failed": (TrialState.DIVERGED, TrialState.FAILED),
     "pruned": (TrialState.PRUNED,),
     "stopped": (TrialState.STOPPED,),
 }
-"""States of a run that will never have a score, by what is said of them."""
+"""States of runs that ended without a score, by the word that describes them."""
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What became of the runs of an arm.
+    """Numbers of an arm's runs by state.
 
     Attributes:
-        planned: how many the arm is to have, as far as can be told now.
-        states: how many of those that have begun are in each state.
+        planned: Number of runs planned for the arm so far.
+        states: Number of started runs in each state.
     """
 
     planned: int
@@ -79,32 +79,32 @@ class Runs:
 
     @property
     def not_begun(self) -> int:
-        """How many are still to begin."""
+        """Number of runs that have not started."""
         return self.planned - sum(self.states.values())
 
     @property
     def unfinished(self) -> int:
-        """How many may still get a score."""
+        """Number of runs that may still get a score."""
         return self.states.get(TrialState.RUNNING, 0) + self.not_begun
 
     @property
     def missing(self) -> int:
-        """How many have no score."""
+        """Number of runs without a score."""
         return self.planned - self.states.get(TrialState.COMPLETE, 0)
 
     @property
     def lost(self) -> int:
-        """How many ended without a score."""
+        """Number of runs that ended without a score."""
         return self.missing - self.unfinished
 
     def __str__(self) -> str:
-        """Every missing run by its state, like `2 diverged, 1 running`; empty if none is missing."""
+        """Numbers of missing runs by state, like `2 diverged, 1 running`; empty if none is missing."""
         counts = {state.value: self.states.get(state, 0) for state in TrialState if state is not TrialState.COMPLETE}
         return _counted({**counts, "not begun": self.not_begun})
 
     @property
     def gaps(self) -> str:
-        """The missing runs as a verdict: `failed at 3 of 9 seeds`, `2 of 9 running`; empty if none is missing."""
+        """Verdict about missing runs: `failed at 3 of 9 seeds`, `2 of 9 running`; empty if none is missing."""
         lost = {word: sum(self.states.get(state, 0) for state in states) for word, states in _LOST.items()}
         still = _counted({"running": self.states.get(TrialState.RUNNING, 0), "not begun": self.not_begun})
         if not self.lost:
@@ -119,13 +119,13 @@ def _counted(counts: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Results:
-    """An ablation's results so far.
+    """Results of an ablation so far.
 
     Attributes:
-        plan: of the study.
-        folder: of the study.
-        records: its trials by arm and seed.
-        seeds: those that any arm has been given, in order.
+        plan: Plan of the study.
+        folder: Folder of the study.
+        records: Trial records by arm and seed.
+        seeds: Seeds that any arm has been run with, in order.
     """
 
     plan: AblationPlan
@@ -135,7 +135,7 @@ class Results:
 
     @cached_property
     def scores(self) -> dict[str, Array]:
-        """Of each arm the objective [seeds], NaN where there is none (yet)."""
+        """Objective values [seeds] of each arm, NaN where there is no score (yet)."""
         return {arm.name: np.array([self._score(arm.name, seed) for seed in self.seeds]) for arm in self.plan.arms}
 
     def _score(self, arm: str, seed: int) -> float:
@@ -149,22 +149,22 @@ class Results:
 
     @cached_property
     def runs(self) -> dict[str, Runs]:
-        """What became of each arm's runs."""
+        """Numbers of runs by state, for each arm."""
         return {arm.name: self._runs(arm.name, self._planned(arm.name)) for arm in self.plan.arms}
 
     def _planned(self, arm: str) -> int:
-        """All seeds; where they are added as needed, the first ones and those that the arm has been given since."""
+        """Number of runs planned so far: all seeds, or in a sequential study the first ones and those added since."""
         begun = sum(name == arm for name, _ in self.records)
         return max(begun, self.plan.ablation.seeds.first)
 
     def _runs(self, arm: str, planned: int) -> Runs:
-        """Of the first `planned` seeds."""
+        """Numbers of an arm's runs at the first `planned` seeds."""
         records = (self.records.get((arm, seed)) for seed in self.plan.seeds[:planned])
         return Runs(planned, Counter(record.state for record in records if record is not None))
 
     @cached_property
     def gaps(self) -> dict[str, str]:
-        """By arm, which runs a verdict on it lacks, its own or the baseline's, in words; no entry if it lacks none."""
+        """Text about the missing runs, its own and the baseline's, of each arm that lacks any for its verdict."""
         found = {arm: self._gaps(arm) for arm in self.runs}
         return {arm: text for arm, text in found.items() if text}
 
@@ -175,7 +175,7 @@ class Results:
 
     @property
     def unfinished(self) -> str:
-        """A sentence about the runs that may still get a score; empty if there is none."""
+        """Sentence about the runs that may still get a score; empty if there are none."""
         running = sum(runs.states.get(TrialState.RUNNING, 0) for runs in self.runs.values())
         counts = {"running": running, "not begun": sum(runs.not_begun for runs in self.runs.values())}
         total = sum(runs.planned for runs in self.runs.values())
@@ -189,7 +189,7 @@ class Results:
 
     @cached_property
     def comparisons(self) -> tuple[Comparison, ...]:
-        """Every arm beside the baseline; nothing as long as the baseline has no score."""
+        """Comparison of every arm with the baseline; empty while the baseline has no score."""
         if np.isnan(self.scores[BASELINE]).all() or len(self.plan.arms) < 2:
             return ()
         return tuple(
@@ -198,7 +198,7 @@ class Results:
         )
 
     def _tested(self) -> tuple[Comparison, ...]:
-        """The tests of all arms together, to which those that lack something contribute nothing."""
+        """Joint tests of all arms, with the scores of arms with missing runs left out."""
         if self.plan.seed_plan is None:
             scores = {name: self._complete_only(name, own) for name, own in self.scores.items()}
             is_final = not self.unfinished
@@ -211,21 +211,21 @@ class Results:
         return review(so_far, BASELINE, self.plan.seed_plan, direction=self._direction)
 
     def _so_far_open(self, comparison: Comparison) -> Comparison:
-        """While other arms run, an arm has no verdict but one that Holm's correction for all of them allows."""
+        """Set an arm's verdict to unfinished while other arms run, unless it is significant with Holm's correction."""
         if comparison.p_adjusted <= self._bootstrap.error_rate:
             return comparison
         reason = "Runs of other arms have not ended, and p-values are for all arms together."
         return replace(comparison, verdict=Verdict.UNFINISHED, reason=reason, gaps="other arms have not ended")
 
     def _is_lost(self, arm: str) -> bool:
-        """Whether a run that the arm is judged by has ended without a score."""
+        """Whether a run that the arm's verdict depends on ended without a score."""
         return bool(self.runs[arm].lost or self._runs(BASELINE, self.runs[arm].planned).lost)
 
     def _complete_only(self, arm: str, scores: Array) -> Array:
         return np.full_like(scores, math.nan) if arm in self.gaps and arm != BASELINE else scores
 
     def _untested(self, arm: str) -> Comparison:
-        """The difference at the seeds that have both scores, and what is missing in the place of a verdict."""
+        """Comparison without a test: the difference at seeds with both scores, and the missing runs as verdict."""
         pair = {BASELINE: self.scores[BASELINE], arm: self.scores[arm]}
         (found,) = compare(pair, BASELINE, direction=self._direction, bootstrap=self._bootstrap)
         baseline = self._runs(BASELINE, self.runs[arm].planned)
@@ -251,7 +251,7 @@ class Results:
         return Bootstrap(1.0 - self.plan.ablation.level)
 
     def _so_far(self) -> dict[str, Array]:
-        """Each arm's scores at the seeds that have ended for it and for the baseline, which are the first ones."""
+        """Each arm's scores at the leading seeds whose runs have ended for both the arm and the baseline."""
         paired = self._ended(BASELINE)
         return {name: scores[: min(self._ended(name), paired)] for name, scores in self.scores.items()}
 
@@ -266,12 +266,12 @@ class Results:
 
     @cached_property
     def summaries(self) -> dict[str, ArmSummary]:
-        """Level and spread of each arm."""
+        """Summary statistics of each arm."""
         return {name: summarize(name, scores, self._bootstrap) for name, scores in self.scores.items()}
 
     @cached_property
     def others(self) -> dict[str, dict[str, ArmSummary]]:
-        """Level and spread of each arm in each score that is shown beside the objective: by metric, then by arm."""
+        """Summary statistics of the scores that are shown in addition to the objective, by metric and arm."""
         return {metric: self._other(metric) for metric in self.plan.also}
 
     def _other(self, metric: str) -> dict[str, ArmSummary]:
@@ -282,7 +282,7 @@ class Results:
         return {name: summarize(name, values, self._bootstrap) for name, values in scores.items()}
 
     def _best_score(self, arm: str, seed: int, metric: str) -> float:
-        """Of the best checkpoint; NaN where there is none, as of the energy where none was trained."""
+        """Score of the best checkpoint; NaN if it does not exist, like scores of an energy that was not trained."""
         record = self.records.get((arm, seed))
         if record is None or record.state is not TrialState.COMPLETE:
             return math.nan
@@ -290,7 +290,7 @@ class Results:
 
     @cached_property
     def outdone(self) -> list[str]:
-        """Sentences about the arms whose mean a training-free sampler beats with no more network evaluations."""
+        """Sentences about arms whose mean is worse than a training-free sampler with at most as many evaluations."""
         found = []
         for arm in self.plan.arms:
             scored = self._scored_summaries(arm.name)
@@ -309,7 +309,7 @@ class Results:
 
     @cached_property
     def variances(self) -> dict[str, Variances]:
-        """Of each arm with at least two seeds and two draws of the evaluation's noise, where its spread comes from."""
+        """Variance components of each arm with at least two seeds and two draws of the evaluation's noise."""
         found = {}
         for arm in self.plan.arms:
             draws = [draw for draw in (self._generations(arm.name, seed) for seed in self.seeds) if len(draw) > 1]
@@ -327,10 +327,10 @@ class Results:
 
     @cached_property
     def effects(self) -> tuple[Effect, ...]:
-        """Main effects and interactions of two, of a factorial design with at least two complete seeds.
+        """Main effects and two-factor interactions of a factorial design with at least two complete seeds.
 
-        They are computed at the seeds at which every run is complete; if any run is missing, they are not tested, and
-        neither where seeds are added as verdicts need them, which no such test allows for.
+        They are computed at the seeds at which every run is complete. They are not tested if a run is missing or in a
+        sequential study, since the tests are not corrected for interim analyses.
         """
         if not self.plan.ablation.factors or self.complete.sum() < 2:
             return ()
@@ -351,7 +351,7 @@ class Results:
 
     @property
     def no_effects(self) -> str:
-        """Why there are no effects, in a sentence; empty if there are, or if the design has no factors."""
+        """Sentence that explains why there are no effects; empty if there are, or if the design has no factors."""
         if not self.plan.ablation.factors or self.effects:
             return ""
         return (
@@ -361,7 +361,7 @@ class Results:
 
     @cached_property
     def tuning(self) -> dict[str, Runs]:
-        """What became of the trials by which each arm was tuned; nothing without tuning."""
+        """Numbers of tuning trials by state, for each arm; empty without tuning."""
         if self.plan.ablation.tuning is None:
             return {}
         return {arm.name: self._tuning(arm.name) for arm in self.plan.arms}
@@ -370,7 +370,7 @@ class Results:
         planned = self.plan.ablation.tuning.trials if self.plan.ablation.tuning is not None else 0
         try:
             records = Study.read(StudyFolder(self.folder / TUNING / f"{self.plan.name}-{arm}")).records()
-        except UserError:  # it has not begun, or only the study itself was copied
+        except UserError:  # tuning has not started, or only the study itself was copied
             return Runs(planned, {})
         return Runs(planned, Counter(record.state for record in records))
 
@@ -382,14 +382,14 @@ def _why_untested(own: Runs, baseline: Runs, is_lost: bool) -> str:
     )
     if is_lost:
         return (
-            f"Runs without a score: {missing}. They are not missing at random, so the scores of the others are not "
-            "those of the arm, and no test is taken; the difference is that of the seeds that have both scores."
+            f"Runs without a score: {missing}. They are not missing at random, so the other scores do not represent "
+            "the arm, and no test is taken; the difference is that of the seeds that have both scores."
         )
     return f"Runs without a score yet: {missing}. The test is taken when all have ended."
 
 
 def _mean_references(summaries: Sequence[Mapping[str, Any]]) -> "list[ScoredReference]":
-    """The references that all summaries have, with their mean scores."""
+    """The references that all summaries contain, with their mean scores."""
     from dxmi.evaluation.references import scored_references  # noqa: PLC0415  (it imports PyTorch)
 
     scores = [{r.key: r.score for r in scored_references(summary)} for summary in summaries]
@@ -401,7 +401,7 @@ def _mean_references(summaries: Sequence[Mapping[str, Any]]) -> "list[ScoredRefe
 
 
 def _terms(plan: AblationPlan) -> list[tuple[str, ...]]:
-    """Every main effect, and every interaction of two that is not confounded with one that is there already."""
+    """All main effects, and all two-factor interactions that are not confounded with an earlier term."""
     factors = list(plan.ablation.factors)
     terms: list[tuple[str, ...]] = [(name,) for name in factors]
     design = two_level_design(plan.ablation)
@@ -413,7 +413,7 @@ def _terms(plan: AblationPlan) -> list[tuple[str, ...]]:
 
 
 def results_of(plan: AblationPlan, folder: StudyFolder, records: Sequence[TrialRecord]) -> Results:
-    """The results of an ablation's study."""
+    """Collect the results of an ablation."""
     by_cell = {(str(record.values[ARM]), int(record.values[SEED])): record for record in records}
     begun = {seed for _, seed in by_cell}
     return Results(plan, folder.path, by_cell, tuple(seed for seed in plan.seeds if seed in begun))
@@ -424,16 +424,16 @@ def results_of(plan: AblationPlan, folder: StudyFolder, records: Sequence[TrialR
 
 
 def arms_frame(results: Results) -> "pd.DataFrame":
-    """One row an arm, the baseline first.
+    """Results with one row per arm, the baseline first.
 
     Returns:
-        Columns arm, changes, seeds (with a score), missing (without one), how many of these are diverged, failed,
-        pruned, stopped, running and not_begun, mean, mean_low, mean_high, iqm, std, difference, difference_low,
-        difference_high, p (of the arm alone), p_adjusted (for all arms), correction (how it was adjusted), improvement
-        (the chance of beating the baseline), verdict (or which runs it lacks), seeds_needed_low, seeds_needed_high, the
-        standard deviations std_training and std_generation where the evaluation's noise was drawn more than once, of
-        each further score X: X, X_low, X_high, and with tuning inside arms tuning_trials and tuning_missing, those of
-        them that are not complete.
+        Data frame with the columns arm, changes, seeds (number with a score), missing (number without), the numbers of
+        missing runs that are diverged, failed, pruned, stopped, running and not_begun, mean, mean_low, mean_high, iqm,
+        std, difference, difference_low, difference_high, p (uncorrected), p_adjusted (corrected for all arms),
+        correction (its method), improvement (probability of beating the baseline), verdict (or the missing runs),
+        seeds_needed_low, seeds_needed_high, the standard deviations std_training and std_generation if the evaluation's
+        noise was drawn more than once, X, X_low and X_high for each further score X, and with tuning inside arms
+        tuning_trials and tuning_missing (the number of tuning trials that are not complete).
     """
     import pandas as pd  # noqa: PLC0415
 
@@ -479,7 +479,7 @@ def _row(results: Results, arm: str, changes: Mapping[str, Any], comparison: Com
 
 
 def _other_columns(results: Results, arm: str) -> dict[str, float]:
-    """Mean and interval of each further score."""
+    """Columns with mean and interval of each further score."""
     columns: dict[str, float] = {}
     for metric, summaries in results.others.items():
         mean, name = summaries[arm].mean, metric.removeprefix("eval/")
@@ -489,12 +489,12 @@ def _other_columns(results: Results, arm: str) -> dict[str, float]:
 
 
 def changes_text(changes: Mapping[str, Any]) -> str:
-    """What an arm changes, in words."""
+    """An arm's changes as text."""
     return ", ".join(f"{path}={show(value)}" for path, value in changes.items())
 
 
 def notes(results: Results) -> list[str]:
-    """Sentences that belong under every table of arms."""
+    """Notes to be shown under every table of arms."""
     generations = results.plan.ablation.generations
     found = [f"Intervals of {100.0 * (1.0 - results.plan.ablation.level):g} %.", p_note(results)]
     if generations > 1:
@@ -512,7 +512,7 @@ def notes(results: Results) -> list[str]:
 
 
 def verdict_text(results: Results, arm: str, comparison: Comparison | None) -> str:
-    """The verdict on an arm for a table, or what is missing for one; of the baseline, what it lacks."""
+    """The verdict on an arm for a table; for the baseline, its missing runs."""
     return results.gaps.get(arm, "") if comparison is None else comparison.verdict_text
 
 
@@ -522,13 +522,13 @@ def p_cell(comparison: Comparison) -> str:
 
 
 def p_label(results: Results) -> str:
-    """The heading of the p-values that verdicts go by: `p (closed)`, `p (Holm)` or, of one arm, `p`."""
+    """Heading of the column of adjusted p-values: `p (closed)`, `p (Holm)` or, for a single arm, `p`."""
     correction = _correction(results)
     return "p" if correction is Correction.NONE else f"p ({correction})"
 
 
 def p_note(results: Results) -> str:
-    """Which test the p-values are of, and what it tests."""
+    """Note on the test that the p-values belong to, and its hypothesis."""
     return _TESTS[_correction(results)]
 
 
@@ -547,14 +547,14 @@ def other_cells(results: Results, arm: str) -> list[str]:
 
 
 def mean_text(summary: ArmSummary) -> str:
-    """A mean with its interval, which one seed does not have; nothing where there is no score."""
+    """A mean with its interval, or without one for a single seed; empty if there is no score."""
     if summary.seeds > 1:
         return str(summary.mean)
     return "" if math.isnan(summary.mean.estimate) else number(summary.mean.estimate)
 
 
 def latex(results: Results) -> str:
-    """The table for a paper, in the form of the booktabs package."""
+    """The table in LaTeX, for the booktabs package."""
     objective = results.plan.objectives[0]
     compared = {comparison.arm: comparison for comparison in results.comparisons}
     others = other_labels(results)
@@ -582,14 +582,14 @@ def latex(results: Results) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Plain text as LaTeX takes it."""
+    """Escape plain text for LaTeX."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     special |= {character: f"\\{character}" for character in "&%$#_{}"}
     return "".join(special.get(character, character) for character in text)
 
 
 def write_tables(results: Results) -> tuple[Path, Path]:
-    """Write ablation.csv and ablation.tex into the study's folder; returns where they are."""
+    """Write ablation.csv and ablation.tex into the study's folder and return their paths."""
     folder = results.folder
     csv, tex = folder / "ablation.csv", folder / "ablation.tex"
     write_atomic(csv, arms_frame(results).to_csv(index=False))

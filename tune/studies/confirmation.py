@@ -1,11 +1,11 @@
-"""The best trial of a sweep, scored once more on noise that took no part in choosing it.
+"""Scores of a sweep's best trial on fresh noise, which was not used to select it.
 
-The trials of a sweep are ranked by scores that each contain an error from the evaluation's noise, so the first of many
-is likely to be one whose error flatters it (the winner's curse). When the sweep ends, the best checkpoint of the best
-trial, or of each trial on the Pareto front, is scored on a stream of its own, and that score stands beside the one by
-which it was chosen. An ablation chooses nothing, so it has no such scores.
+The scores that rank the trials of a sweep contain errors from the evaluation's noise, so the best of many trials is
+likely to have a favorable error (the winner's curse). When the sweep ends, the best checkpoint of the best trial, or of
+each trial on the Pareto front, is scored on a separate random stream, and the result is shown next to the score that
+was used for the selection. An ablation does not select a trial, so it has no such scores.
 
-    studies/NAME/confirmation.json    by trial: the iteration of the checkpoint, and every score or why there is none
+    studies/NAME/confirmation.json    for each trial, the iteration of the checkpoint and all scores, or the problem
 """
 
 import json
@@ -28,13 +28,13 @@ FILE = "confirmation.json"
 
 @dataclass(frozen=True)
 class Confirmation:
-    """What came out of scoring a trial on fresh noise.
+    """Result of scoring a trial on fresh noise.
 
     Attributes:
-        step: iteration of the checkpoint.
-        scores: by key; empty if it could not be scored.
-        problem: why not, in a sentence.
-        version: of the scores.
+        step: Iteration of the checkpoint.
+        scores: Scores by key; empty if the checkpoint could not be scored.
+        problem: Why it could not be scored; empty otherwise.
+        version: Version of the scoring.
     """
 
     step: int
@@ -43,12 +43,12 @@ class Confirmation:
     version: int = SCORING_VERSION
 
     def value(self, plan: Plan, objective: ObjectiveConfig) -> float | None:
-        """An objective on fresh noise; None if there is none, as of the number of steps, which has no noise."""
+        """The value of an objective on fresh noise; None if it has none, like the number of steps."""
         return self.scores.get(plan.metric if objective.metric == "score" else objective.metric)
 
 
 def chosen(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The trials that the sweep chooses: the best, or with two objectives the Pareto front."""
+    """The trials that the sweep selects: the best one, or the Pareto front with two objectives."""
     if isinstance(plan, AblationPlan):
         return []
     if len(plan.objectives) > 1:
@@ -57,7 +57,7 @@ def chosen(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 
 def confirmations(folder: StudyFolder, records: Sequence[TrialRecord]) -> dict[int, Confirmation]:
-    """What is known of the trials on fresh noise, by number; nothing of another checkpoint or an older way to score."""
+    """Scores on fresh noise by trial number, without those of other checkpoints or scoring versions."""
     steps, found = {record.number: record.outcome.step for record in records}, {}
     for number, confirmation in _read(folder).items():
         if confirmation.version == SCORING_VERSION and confirmation.step == steps.get(number, -1):
@@ -66,7 +66,7 @@ def confirmations(folder: StudyFolder, records: Sequence[TrialRecord]) -> dict[i
 
 
 def _read(folder: StudyFolder) -> dict[int, Confirmation]:
-    """The file's content; nothing of a file that is damaged, since it is made again."""
+    """The file's content; empty if the file is missing or damaged, since it can be recomputed."""
     try:
         tree = json.loads((folder.path / FILE).read_text())
         return {int(number): Confirmation(**about) for number, about in tree.items()}
@@ -75,7 +75,7 @@ def _read(folder: StudyFolder) -> dict[int, Confirmation]:
 
 
 def unconfirmed(study: Study, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The chosen trials that have no score on fresh noise but a checkpoint to score."""
+    """The selected trials that have a checkpoint but no score on fresh noise."""
     known = confirmations(study.folder, records)
     waiting = (record for record in chosen(study.plan, records) if record.number not in _scored(known))
     return [record for record in waiting if _has_checkpoint(record)]
@@ -92,15 +92,15 @@ def _has_checkpoint(record: TrialRecord) -> bool:
 
 
 def obstacle(folder: StudyFolder, record: TrialRecord, records: Sequence[TrialRecord]) -> str:
-    """Why a chosen trial has no score on fresh noise, in words; empty if it has one."""
+    """Why a selected trial has no score on fresh noise; empty if it has one."""
     known = confirmations(folder, records).get(record.number)
     if known is not None:
         return known.problem
-    return "the sweep has not ended" if _has_checkpoint(record) else "its checkpoint is gone"
+    return "the sweep has not ended" if _has_checkpoint(record) else "its checkpoint was deleted"
 
 
 def keep(folder: StudyFolder, record: TrialRecord, result: Mapping[str, Any]) -> None:
-    """Write a trial's result into the study's confirmation.json."""
+    """Add a trial's result to the study's confirmation.json."""
     assert record.outcome.step is not None  # a complete trial has one
     found = {**_read(folder), record.number: Confirmation(record.outcome.step, **result)}
     write_json(folder.path / FILE, {str(number): asdict(found[number]) for number in sorted(found)})

@@ -1,4 +1,4 @@
-"""The folder of a study: where its files are, its lock, its plan and its progress."""
+"""The folder of a study: paths of its files, its lock, its plan and its progress."""
 
 import difflib
 import json
@@ -20,10 +20,10 @@ from tune.plans.sweep import FORMAT, Plan
 
 
 class StudyFolder:
-    """Where a study lives.
+    """The folder of a study.
 
     Args:
-        path: studies/NAME.
+        path: Path of the folder, studies/NAME.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,12 +39,12 @@ class StudyFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a study was begun here."""
+        """Whether the folder holds a study."""
         return self.plan.exists()
 
     @property
     def changed(self) -> float:
-        """When a trial last began, scored or ended, in seconds since 1970."""
+        """Time of the last start, score or end of a trial, in seconds since the epoch."""
         path = self.journal if self.journal.exists() else self.plan
         return path.stat().st_mtime
 
@@ -53,20 +53,20 @@ class StudyFolder:
         return RunDirectory(self.trials / f"{number:04d}")
 
     def error(self, number: int) -> Path:
-        """Where a crashed trial's traceback is."""
+        """Path of a crashed trial's traceback."""
         return self.run(number).path / "error.txt"
 
     def write_error(self, number: int, error: str) -> None:
-        """Keep a crashed trial's traceback."""
+        """Write a crashed trial's traceback to its run folder."""
         path = self.error(number)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, error + "\n")
 
     def lock(self) -> FileLock:
-        """The exclusive right to drive this study, held until it is released or the process ends.
+        """Acquire the exclusive lock for driving this study, held until it is released or the process ends.
 
         Raises:
-            UserError: another process has it, or the folder cannot be written.
+            UserError: another process holds it, or the folder is not writable.
         """
         self.require_own()
         try:
@@ -82,20 +82,20 @@ class StudyFolder:
         return lock
 
     def require_own(self) -> None:
-        """Refuse a folder that somebody else owns.
+        """Check that the folder belongs to the current user.
 
         Raises:
-            UserError: it is somebody else's.
+            UserError: it belongs to another user.
         """
         with suppress(FileNotFoundError, NotADirectoryError):
             if self.path.stat().st_uid != os.getuid():
                 raise UserError(f"The study folder {self.path} belongs to another user: choose another name.")
 
     def read_plan(self) -> Plan:
-        """The plan as it was written when the study began.
+        """Read the plan that was written when the study was created.
 
         Raises:
-            UserError: there is none, it is damaged, or the folder has been renamed.
+            UserError: there is no plan, it is damaged, or the folder has been renamed.
         """
         self.require_own()
         tree = read_yaml(self.plan, _no_study(self.path))
@@ -103,13 +103,13 @@ class StudyFolder:
             raise UserError(f"{self.plan} has format {tree.get('format')!r}: this version of dxmi reads {FORMAT}.")
         plan = any_plan_from(tree)
         if plan.name != self.path.resolve().name:
-            raise UserError(f"The study in {self.path} is called {plan.name}: name its folder so.")
+            raise UserError(f"The study in {self.path} is called {plan.name}: rename its folder to that.")
         if plan.signature != tree.get("signature"):
             raise UserError(f"{self.plan} has been edited, or was written by another version of dxmi: restore it.")
         return plan
 
     def read_progress(self) -> dict[str, Any]:
-        """Seconds so far, and why the last session ended; nothing of a study that has not begun or a damaged file."""
+        """Read the seconds so far and why the last session ended; default values if the file is missing or damaged."""
         try:
             tree = json.loads(self.progress.read_text())
         except (FileNotFoundError, ValueError):
@@ -122,18 +122,24 @@ class StudyFolder:
         }
 
     def write_progress(self, seconds: float, ended: str, device_seconds: float = 0.0) -> None:
-        """Record wall seconds, why the session ended if it has, and seconds of trials times the devices they held."""
+        """Write progress.json.
+
+        Args:
+            seconds: Wall seconds so far.
+            ended: Why the session ended; empty while it runs.
+            device_seconds: Sum over trials of their seconds times the number of devices that they held.
+        """
         tree = {"seconds": float(seconds), "device_seconds": float(device_seconds), "ended": ended}
         write_json(self.progress, tree)
 
     def begin(self, plan: Plan) -> Plan:
-        """Write the plan; if there is one, check that it is the same but for its budget and resources.
+        """Write the plan. If there already is one, it must be the same except for budget and resources.
 
         Returns:
-            The plan, with what the study has recorded of its own choices.
+            The plan, with the number of seeds per program that the study has recorded.
 
         Raises:
-            UserError: the folder holds another study.
+            UserError: the folder holds a different study.
         """
         if self.exists:
             self.require_same(plan)
@@ -148,27 +154,27 @@ class StudyFolder:
         write_atomic(self.plan, yaml.safe_dump(plan.tree(), sort_keys=False, allow_unicode=True))
 
     def require_same(self, plan: Plan) -> None:
-        """Refuse a plan that is not the one that the study was begun with.
+        """Check that a plan has the same identity as the study's plan.
 
         Raises:
-            UserError: it is another, and how it differs.
+            UserError: it differs; the message lists the differences.
         """
         changed = differences(self.read_plan().identity, plan.identity)
         if changed:
             raise UserError(
-                f"The study {plan.name} was begun with other settings ({'; '.join(changed[:5])}). "
+                f"The study {plan.name} was started with other settings ({'; '.join(changed[:5])}). "
                 "Choose another name, or delete its folder."
             )
 
 
 def _no_study(path: Path) -> str:
-    """The sentence about a folder without a study, with the names beside it that are nearest."""
+    """Error message for a folder without a study, which suggests similar names of studies next to it."""
     near = difflib.get_close_matches(path.name, [folder.path.name for folder in studies_in(path.parent)])
-    hint = f"Did you mean {' or '.join(near)}?" if near else "`dxmi studies` lists those there are."
+    hint = f"Did you mean {' or '.join(near)}?" if near else "`dxmi studies` lists the existing studies."
     return f"There is no study in {path}. {hint}"
 
 
 def studies_in(root: Path) -> list[StudyFolder]:
-    """The studies in a folder, by name."""
+    """The studies in a folder, sorted by name."""
     found = (StudyFolder(path) for path in sorted(root.iterdir())) if root.is_dir() else iter(())
     return [folder for folder in found if folder.exists]

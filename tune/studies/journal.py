@@ -1,6 +1,6 @@
-"""The journal of a study: Optuna's storage in one file, to which lines are appended.
+"""The journal of a study: Optuna's storage in one append-only file.
 
-Optuna is imported when a journal is opened: most of what knows studies can do without.
+Optuna is imported only when a journal is opened, since most code that handles studies does not need it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def create(journal: Path, name: str, directions: Sequence[Any]) -> "Study":
-    """The study of this name, begun if the journal holds none."""
+    """The study of this name, created if the journal does not contain it."""
     import optuna  # noqa: PLC0415
 
     return optuna.create_study(
@@ -26,7 +26,7 @@ def create(journal: Path, name: str, directions: Sequence[Any]) -> "Study":
 
 
 def load(journal: Path, name: str) -> "Study | None":
-    """The study of this name; None if there is no journal, or it holds no such study."""
+    """The study of this name, or None if the journal does not exist or does not contain it."""
     import optuna  # noqa: PLC0415
 
     if not journal.exists():
@@ -38,7 +38,7 @@ def load(journal: Path, name: str) -> "Study | None":
 
 
 def _no_sampler() -> "BaseSampler":
-    """Optuna's study is never asked: see `tune.search.samplers`."""
+    """A placeholder sampler: the Optuna study never proposes trials, see `tune.search.samplers`."""
     from optuna.samplers import RandomSampler  # noqa: PLC0415
 
     return RandomSampler(0)
@@ -49,16 +49,16 @@ def _storage(journal: Path) -> "JournalStorage":
     from optuna.storages import JournalStorage  # noqa: PLC0415
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock  # noqa: PLC0415
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every trial; so do we
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # Optuna logs every trial, and so does this program
     return JournalStorage(JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal))))
 
 
 @contextmanager
 def readable(journal: Path) -> Iterator[None]:
-    """Say so if the journal is damaged; Optuna would raise whatever its content makes Python raise.
+    """Turn the errors that Optuna raises on a damaged journal into a message.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the journal cannot be read.
     """
     try:
         yield
@@ -70,8 +70,9 @@ def readable(journal: Path) -> Iterator[None]:
 
 
 def mend(journal: Path) -> None:
-    """Drop what a killed writer left: its lock, for which Optuna would wait 30 s, and half a last line, after which it
-    would refuse all that is written.
+    """Remove what a killed writer left behind: its lock and an incomplete last line.
+
+    Optuna would wait 30 s for the lock, and would reject everything that is appended after an incomplete line.
     """
     journal.with_name(journal.name + ".lock").unlink(missing_ok=True)
     with suppress(FileNotFoundError), journal.open("rb+") as file:

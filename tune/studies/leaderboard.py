@@ -1,6 +1,7 @@
 """The leaderboard of a study: a data frame, leaderboard.csv, and best.yaml.
 
-Only complete trials have a rank. The score of any other is on the noise that chose its checkpoint, which flatters it.
+Only complete trials have a rank. Other trials are scored on the noise that selected their checkpoint, so their scores
+are biased towards better values.
 """
 
 import csv
@@ -31,24 +32,24 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NOT_COMPARABLE = "*"
-"""Follows a score on the noise that chose the checkpoint."""
+"""Mark after a score on the noise that selected the checkpoint."""
 NOT_COMPUTED = "-"
-"""Stands in a table where a score was not computed."""
+"""Table cell of a score that was not computed."""
 FRESH = "fresh_"
-"""Begins the name of a column with scores on noise that took no part in choosing the trial."""
+"""Prefix of columns with scores on fresh noise, which was not used to select the trial."""
 _OWN_COLUMNS = ("rank", "trial", "state", "score", "step", "seconds", "checkpoint", "reason")
 _LONGEST_REASON = 400
 _NEEDED = {"reference", "num_steps", "num_samples", "device", "threads", "versions"}
-"""What a report reads in a summary."""
+"""Keys of a summary that a report needs."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 # ----------------------------------------------------------------------------
-# Words
+# Text
 
 
 def short_names(plan: Plan) -> dict[str, str]:
-    """Each varying path to its shortest end that means no other setting and no column, like policy.lr."""
+    """Map each varying path to its shortest unambiguous suffix, like policy.lr, that is not the name of a column."""
     known = [*flat(to_tree(plan.experiment))]
     taken = {*_OWN_COLUMNS, *objective_columns(plan)}
 
@@ -66,41 +67,41 @@ def _ends_so(path: str, end: str) -> bool:
 
 
 def objective_columns(plan: Plan) -> list[str]:
-    """One column an objective; `seconds` is there already, and means the whole trial."""
+    """One column name per objective; `seconds` is renamed, since the column `seconds` holds the time of the trial."""
     return ["finetune_seconds" if objective.metric == "seconds" else objective.metric for objective in plan.objectives]
 
 
 def fidelity_columns(plan: Plan) -> list[str]:
-    """Precision and recall, but for those that are objectives."""
+    """Columns of precision and recall, except for those that are objectives."""
     return [key for key in fidelity_keys(plan.experiment) if key not in objective_columns(plan)]
 
 
 def metric_label(plan: Plan, objective: ObjectiveConfig) -> str:
-    """What an objective measures, for people."""
+    """Human-readable label of an objective."""
     if objective.metric == "score":
         return plan.metric.removeprefix("eval/")
     return "seconds of fine-tuning" if objective.metric == "seconds" else objective.metric.removeprefix("eval/")
 
 
 def better(objective: ObjectiveConfig) -> str:
-    """Which way is up."""
+    """Text that states the direction of an objective."""
     return "lower is better" if objective.direction == "minimize" else "higher is better"
 
 
 def number(value: float, metric: str = "score") -> str:
-    """A measured number for people: a count as it is, else two decimals, or three digits if it is small."""
+    """Format a measured number: a count as it is, otherwise two decimals, or three digits if it is small."""
     if metric == "num_steps":
         return f"{value:g}"
     return score_text(value)
 
 
 def settings(plan: Plan, record: TrialRecord) -> list[str]:
-    """What varies in a trial, in words."""
+    """The varying settings of a trial as text."""
     return [f"{name} {show(record.values[path])}" for path, name in short_names(plan).items()]
 
 
 def summary_of(record: TrialRecord) -> Mapping[str, Any]:
-    """What the run came to; empty if that is gone or damaged, since a report is made of what there is."""
+    """The run's summary; empty if it is missing or damaged, since a report uses whatever is available."""
     try:
         summary = record.run.read_summary() or {}
     except UserError:
@@ -109,36 +110,36 @@ def summary_of(record: TrialRecord) -> Mapping[str, Any]:
 
 
 def best_of(plan: Plan, records: Sequence[TrialRecord]) -> TrialRecord | None:
-    """The first of the leaderboard, if a trial is complete."""
+    """The first trial of the leaderboard, or None if no trial is complete."""
     first = next(iter(ranked(plan, records)), None)
     return first if first is not None and first.state is TrialState.COMPLETE else None
 
 
 def fresh_scores_of(records: Sequence[TrialRecord]) -> dict[int, Confirmation]:
-    """What is known of the trials on noise that took no part in choosing them, by number."""
+    """Scores of trials on fresh noise, which was not used to select them, by trial number."""
     return confirmations(StudyFolder(records[0].run.path.parent.parent), records) if records else {}
 
 
 def fresh_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
-    """How the best trial scores on noise that took no part in choosing it; empty if no trial is complete."""
+    """Sentence with the best trial's scores on fresh noise; empty if no trial is complete."""
     best = best_of(plan, records)
     if best is None or isinstance(plan, AblationPlan):
         return ""
     fresh = fresh_scores_of(records).get(best.number)
     if fresh is None or not fresh.scores:
         why = obstacle(StudyFolder(best.run.path.parent.parent), best, records).rstrip(".")
-        return f"Trial {best.number} has no score on fresh noise ({why}): as the first of many it may look too good."
+        return f"Trial {best.number} has no score on fresh noise ({why}): as the best of many, it may look too good."
     values = (
         f"{metric_label(plan, o)} {number(value, o.metric)}"
         for o in plan.objectives
         if (value := fresh.value(plan, o)) is not None
     )
     text = ", ".join(values) or f"{plan.metric.removeprefix('eval/')} {number(fresh.scores[plan.metric])}"
-    return f"On fresh noise, which took no part in choosing it, trial {best.number} has {text}."
+    return f"On fresh noise, which was not used to select it, trial {best.number} has {text}."
 
 
 def free_sampler_sentences(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
-    """Whether training-free samplers are better than the best trial, or than trials on the Pareto front."""
+    """Sentences about training-free samplers that are better than the best trial or trials on the Pareto front."""
     best = best_of(plan, records)
     results = pareto_front(plan, records) if len(plan.objectives) > 1 else [best]
     return outdone_sentences(plan.metric, [_outdone(plan, record) for record in results if record is not None])
@@ -158,13 +159,13 @@ def _outdone(plan: Plan, record: TrialRecord) -> Outdone | None:
 
 
 def leaderboard(plan: Plan, records: Sequence[TrialRecord]) -> "pd.DataFrame":
-    """One row a trial, in rank order.
+    """The leaderboard with one row per trial, in rank order.
 
     Returns:
-        Columns rank (of complete trials), trial, state, each objective but the score, score, precision and recall where
-        the data has them, fresh_X for each objective X by which the chosen trials have been scored once more, see
-        `tune.studies.confirmation`, step (of the best checkpoint), each parameter by its path, seconds, signature,
-        checkpoint (relative to the study, if it is still there) and reason (one line).
+        Data frame with the columns rank (of complete trials), trial, state, each objective other than the score, score,
+        precision and recall where the data has them, fresh_X for each objective X that has scores on fresh noise (see
+        `tune.studies.confirmation`), step (of the best checkpoint), each parameter by its path, seconds, signature,
+        checkpoint (relative to the study, empty if it was deleted) and reason (one line).
     """
     import pandas as pd  # noqa: PLC0415
 
@@ -222,7 +223,7 @@ def _checkpoint(record: TrialRecord) -> str:
 
 
 def _reason(record: TrialRecord) -> str:
-    """One printable line: it may be the end of somebody's traceback."""
+    """The reason as a single printable line, since it may be the end of an arbitrary traceback."""
     if record.same_as is not None and not record.outcome.reason:
         return f"same config as trial {record.same_as}"
     text = "".join(character if character.isprintable() else " " for character in record.outcome.reason)
@@ -235,9 +236,9 @@ def _reason(record: TrialRecord) -> str:
 
 
 def changed_inputs(plan: Plan, records: Sequence[TrialRecord]) -> str:
-    """Sentences if trials that should share data or public weights did not: files changed while the study went on.
+    """Sentences about data or public weights that changed while the study ran; empty if none did.
 
-    A trial that is gone on with notices by itself; one that is begun afterwards takes the files as they then are.
+    A resumed trial detects such a change itself; a trial that starts afterwards uses the changed files.
     """
     summaries = {record.number: summary for record in records if (summary := summary_of(record))}
     configs = {record.number: plan.tree_of(record.values) for record in records if record.number in summaries}
@@ -248,17 +249,17 @@ def changed_inputs(plan: Plan, records: Sequence[TrialRecord]) -> str:
     }
     found = {"The data": _course(data), "The files of pretrain.weights": _course(weights)}
     return " ".join(
-        f"{what} changed while this study went on ({course}): scores of trials before and after do not compare."
+        f"{what} changed while this study ran ({course}): scores of trials before and after are not comparable."
         for what, course in found.items()
         if course
     )
 
 
 def _course(seen: Mapping[int, tuple[str | None, Any]]) -> str:
-    """Which signature is that of which trials, where trials with the same setting have several.
+    """Text that lists the signatures and from which trial on each was used; empty if none changed.
 
     Args:
-        seen: by trial, the signature of what it read, and the setting that names it.
+        seen: For each trial, the signature of the files it read and the setting that names them.
     """
     found: dict[str, dict[str, int]] = {}
     for number, (signature, setting) in seen.items():
@@ -269,7 +270,7 @@ def _course(seen: Mapping[int, tuple[str | None, Any]]) -> str:
 
 
 def _scored_with(summary: Mapping[str, Any]) -> str | None:
-    """The signature of the data that a trial was scored with, if it tells."""
+    """The signature of the data that a trial was scored with, or None if it is not recorded."""
     about = summary.get("scored_with")
     reference = about.get("reference") if isinstance(about, dict) else None
     return reference if isinstance(reference, str) else None
@@ -280,7 +281,7 @@ def _scored_with(summary: Mapping[str, Any]) -> str | None:
 
 
 def write_leaderboard(study: Study, records: Sequence[TrialRecord]) -> None:
-    """Write leaderboard.csv: one line a trial, numbers in full."""
+    """Write leaderboard.csv: one line per trial, numbers with full precision."""
     frame = leaderboard(study.plan, records)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -290,7 +291,7 @@ def write_leaderboard(study: Study, records: Sequence[TrialRecord]) -> None:
 
 
 def _cell(value: Any) -> str:
-    """As CSV text; what a spreadsheet would run as a formula is quoted by an apostrophe."""
+    """Value as CSV text; text that a spreadsheet would evaluate as a formula is prefixed with an apostrophe."""
     import pandas as pd  # noqa: PLC0415
 
     if isinstance(value, str):
@@ -301,10 +302,10 @@ def _cell(value: Any) -> str:
 
 
 def write_best(study: Study, records: Sequence[TrialRecord]) -> Path | None:
-    """Write best.yaml: the whole config of the best complete trial, for `dxmi train --config best.yaml`.
+    """Write best.yaml: the full config of the best complete trial, for `dxmi train --config best.yaml`.
 
     Returns:
-        Where it is, or None if no trial is complete.
+        Path of the file, or None if no trial is complete.
     """
     best = best_of(study.plan, records)
     if best is None:
@@ -318,7 +319,7 @@ def write_best(study: Study, records: Sequence[TrialRecord]) -> Path | None:
         f"{better(objective)}), best checkpoint at iteration {best.outcome.step}",
         f"signature {best.signature}",
         *([fresh] if (fresh := fresh_sentence(study.plan, records)) else []),
-        "again: dxmi train --config best.yaml",
+        "to repeat: dxmi train --config best.yaml",
     ]
     text = "".join(f"# {line}\n" for line in header) + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     write_atomic(study.folder.best, text)
@@ -326,7 +327,7 @@ def write_best(study: Study, records: Sequence[TrialRecord]) -> Path | None:
 
 
 def _resources(record: TrialRecord, planned: dict[str, Any]) -> dict[str, Any]:
-    """Those of the run: the sums of a network's layers, and so the bits, depend on the number of threads."""
+    """The resources that the run used, since bitwise results depend on the number of threads."""
     if not record.run.config.exists():
         return planned
     resources: dict[str, Any] = record.run.read_config().get("resources", planned)

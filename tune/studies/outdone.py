@@ -1,4 +1,4 @@
-"""Results that a training-free sampler beats with no more network evaluations."""
+"""Results that are worse than those of a training-free sampler with at most as many network evaluations."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outdone:
-    """A result that a training-free sampler beats with no more network evaluations.
+    """A result that is worse than a training-free sampler's with at most as many network evaluations.
 
     Attributes:
-        subject: whose result.
-        score: of the result.
-        label: the sampler in words.
-        reference: its score.
+        subject: Name of the trial or arm.
+        score: Score of the trial or arm.
+        label: Human-readable name of the sampler.
+        reference: Score of the sampler.
     """
 
     subject: str
@@ -36,7 +36,11 @@ def outdone(
     evaluations: int,
     direction: str = MINIMIZE,
 ) -> Outdone | None:
-    """The best training-free sampler with no more network evaluations than a result has, if it is better than that."""
+    """Compare a result with the best training-free sampler that needs at most as many network evaluations.
+
+    Returns:
+        The comparison if the sampler is better, else None.
+    """
     from dxmi.evaluation.references import best_reference  # noqa: PLC0415  (it imports PyTorch)
 
     best = best_reference(references, evaluations, direction)
@@ -46,7 +50,7 @@ def outdone(
 
 
 def outdone_sentences(metric: str, found: Iterable[Outdone | None]) -> list[str]:
-    """Which results are worse than a sampler that needs no fine-tuning: a sentence a sampler."""
+    """Sentences about results that are worse than a sampler without fine-tuning, one per sampler."""
     groups: dict[tuple[str, str], list[str]] = {}
     for one in found:
         if one is not None:

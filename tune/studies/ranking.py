@@ -1,4 +1,4 @@
-"""The order of trials: the leaderboard and the Pareto front."""
+"""Ranking of trials: the leaderboard order and the Pareto front."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from tune.studies.records import TrialRecord, TrialState
 
 
 def ranked(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The leaderboard: complete trials by the first objective, then the others by score, then those without one."""
+    """Leaderboard order: complete trials by the first objective, then others by score, then trials without a score."""
     sign = plan.objectives[0].sign
 
     def key(record: TrialRecord) -> tuple[int, float, int]:
@@ -20,7 +20,7 @@ def ranked(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 
 def pareto_front(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The complete trials that no other beats in one objective without losing in another, by the first objective."""
+    """The Pareto-optimal complete trials, sorted by the first objective."""
     signs = [objective.sign for objective in plan.objectives]
     points = {
         record.number: tuple(sign * value for sign, value in zip(signs, record.outcome.objectives, strict=True))

@@ -1,4 +1,4 @@
-"""A trial as a study records it: its state, its outcome, and how outcomes are made."""
+"""Records of trials: specification, state and outcome."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from tune.search.space import Value
 
 
 class TrialState(StrEnum):
-    """What became of a trial."""
+    """State of a trial."""
 
     RUNNING = "running"
-    """Begun, and not ended: it runs, or the next resume goes on with it."""
+    """Started and not ended: it runs now, or continues when the study is resumed."""
     COMPLETE = "complete"
     PRUNED = "pruned"
-    """Stopped early because it fell behind."""
+    """Stopped early by the pruner."""
     STOPPED = "stopped"
-    """Stopped because a budget was used up."""
+    """Stopped because a budget was exhausted."""
     DIVERGED = "diverged"
-    """A reported number was not one."""
+    """Stopped because a metric was NaN or infinite."""
     FAILED = "failed"
-    """It crashed, or its config was refused."""
+    """Crashed, or its config was rejected."""
 
     @property
     def is_failure(self) -> bool:
@@ -39,12 +39,12 @@ class Outcome:
     """How a trial ended.
 
     Attributes:
-        state: any but RUNNING.
-        reason: a sentence, where it is not complete.
-        score: of the best checkpoint: on fresh noise if complete, else on the noise that chose it.
-        step: iteration of that checkpoint.
-        objectives: one value an objective, if complete.
-        seconds: wall time of the trial in the session that ended it.
+        state: Any state except RUNNING.
+        reason: Why the trial is not complete; empty if it is.
+        score: Score of the best checkpoint: on fresh noise if complete, otherwise on the noise that selected it.
+        step: Iteration of that checkpoint.
+        objectives: One value per objective, if complete.
+        seconds: Wall time of the trial in the session in which it ended.
     """
 
     state: TrialState
@@ -57,13 +57,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """A trial as it was proposed. It is made once: where it is proposed, or when its study is resumed.
+    """A trial as it was proposed. It is built once: when it is proposed, or when its study is resumed.
 
     Attributes:
-        number: from 0, in the order of proposal.
-        values: what varies, by path.
-        config: what it runs; None if the values are refused together.
-        refusal: why they are; empty if they are not.
+        number: Index from 0, in the order of proposal.
+        values: Values of the varying settings by path.
+        config: Config of the run; None if the combination of values is invalid.
+        refusal: Why the combination is invalid; empty if it is valid.
     """
 
     number: int
@@ -73,30 +73,31 @@ class TrialSpec:
 
     @classmethod
     def of(cls, plan: Plan, number: int, values: Mapping[str, Value]) -> Self:
-        """The trial of a plan with these values."""
+        """Build the trial of a plan with the given values."""
         try:
             return cls(number, values, plan.config_of(values))
-        except UserError as error:  # the trial's own process will say so, too
+        except UserError as error:  # the trial's own process reports it as well
             return cls(number, values, None, str(error))
 
     @property
     def iterations(self) -> int:
-        """Of its fine-tuning; 0 if it is refused."""
+        """Number of fine-tuning iterations; 0 if the config is invalid."""
         return 0 if self.config is None else self.config.train.iterations
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """A trial as it is known now.
+    """Current record of a trial.
 
     Attributes:
-        number: from 0, in the order of proposal.
-        values: what varies, by path.
-        signature: of its whole config.
-        seed: of its run.
-        run: its run folder.
-        outcome: how it ended, or RUNNING.
-        same_as: an earlier complete trial with the same config, whose result this one shares.
+        number: Index from 0, in the order of proposal.
+        values: Values of the varying settings by path.
+        signature: Signature of the full config.
+        seed: Seed of the run.
+        run: Run folder.
+        outcome: How the trial ended, or an outcome in the state RUNNING.
+        same_as: Number of an earlier complete trial with the same config, whose result is reused; None if there is
+            none.
     """
 
     number: int
@@ -109,11 +110,11 @@ class TrialRecord:
 
     @property
     def state(self) -> TrialState:
-        """What became of it."""
+        """State of the trial."""
         return self.outcome.state
 
     def curve(self, metric: str) -> dict[int, float]:
-        """Scores by iteration, on the noise that chooses the best checkpoint."""
+        """Scores by iteration, on the noise that selects the best checkpoint."""
         rows = self.run.rows()
         return {int(row["step"]): float(row[metric]) for row in rows if metric in row}
 
@@ -143,7 +144,7 @@ def pruned(plan: Plan, curve: Mapping[int, float], step: int, seconds: float = 0
 
 
 def unfinished(plan: Plan, curve: Mapping[int, float], state: TrialState, reason: str, seconds: float) -> Outcome:
-    """The outcome of a trial that ended with whatever scores it had."""
+    """The outcome of a trial that ended early, with the best of the scores that it had."""
     sign = sign_of(plan.direction)
     best = min(curve, key=lambda s: sign * curve[s], default=None)
     score = None if best is None else curve[best]

@@ -1,15 +1,15 @@
-"""A study: its folder, its plan, and what became of its trials.
+"""A study: its folder, its plan, and the records of its trials.
 
     studies/NAME/
         study.yaml        the plan: experiment, sweep with its space, tracking; written once
-        optuna.journal    every trial: values, state, scores by iteration; opens in optuna-dashboard
-        trials/0007/      the run folder of trial 7, as `dxmi train` writes it; error.txt if it crashed
+        optuna.journal    every trial: values, state, scores by iteration; can be opened in optuna-dashboard
+        trials/0007/      run folder of trial 7, as written by `dxmi train`; error.txt if it crashed
         progress.json     wall seconds so far, and why the last session ended
         confirmation.json the best trial's scores on fresh noise, see tune.studies.confirmation
         leaderboard.csv, best.yaml, report.html
 
-The journal and the run folders are the truth: everything else is made from them. One driver writes at a time. Nothing
-in here is pickled, so that opening a study runs no code.
+The journal and the run folders are the source of truth: everything else is derived from them. Only one driver writes at
+a time. Nothing is pickled, so opening a study executes no code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 _RECORDED = "dxmi"
-"""The user attribute of an Optuna trial that holds what Optuna has no place for."""
+"""User attribute of an Optuna trial that holds the fields that Optuna does not have."""
 
 
 _TO_OPTUNA = {
@@ -44,7 +44,7 @@ _TO_OPTUNA = {
     TrialState.DIVERGED: "FAIL",
     TrialState.FAILED: "FAIL",
 }
-"""The names of Optuna's states."""
+"""Names of Optuna's states by state of a trial."""
 
 
 # ----------------------------------------------------------------------------
@@ -56,9 +56,9 @@ _TO_OPTUNA = {
 
 
 class Study:
-    """The trials of a study, on disk whenever a method returns.
+    """The trials of a study; every change is on disk when the method returns.
 
-    Make it by `Study.drive` to change it, by `Study.read` to look at it.
+    Open it with `Study.drive` to change it, or with `Study.read` to read it.
     """
 
     def __init__(self, folder: StudyFolder, plan: Plan, optuna_study: "optuna.Study") -> None:
@@ -72,10 +72,10 @@ class Study:
 
     @classmethod
     def drive(cls, folder: StudyFolder, plan: Plan) -> Self:
-        """The study for whoever holds the folder's lock: begun, or gone on with.
+        """Create or resume the study. The caller must hold the folder's lock.
 
         Raises:
-            UserError: the folder holds another study.
+            UserError: the folder holds a different study.
         """
         plan = folder.begin(plan)
         journal.mend(folder.journal)
@@ -85,13 +85,13 @@ class Study:
 
     @classmethod
     def read(cls, folder: StudyFolder) -> Self:
-        """The study as it is now, perhaps while another process drives it.
+        """Open the current state of the study for reading; another process may be driving it.
 
         Raises:
-            UserError: there is none, or its driver was killed before the first trial.
+            UserError: there is no study, or its driver was killed before the first trial.
         """
         plan = folder.read_plan()
-        missing = UserError(f"The study {plan.name} has no trials yet. Go on with: {plan.resume_line(folder.path)}")
+        missing = UserError(f"The study {plan.name} has no trials yet. Resume it with: {plan.resume_line(folder.path)}")
         with journal.readable(folder.journal):
             study = journal.load(folder.journal, plan.name)
             if study is None:
@@ -99,7 +99,7 @@ class Study:
             return cls(folder, plan, study)._with_whole_records()
 
     def _with_whole_records(self) -> Self:
-        """This study, once every record of its journal has been read: a lost line shows only here."""
+        """Read every record, which detects lines that are missing in the journal, and return this study."""
         self.records()
         return self
 
@@ -107,23 +107,23 @@ class Study:
     # Reading
 
     def records(self) -> list[TrialRecord]:
-        """Every trial, in the order of its number."""
+        """Records of all trials, in the order of their numbers."""
         return [self._record(trial) for trial in self._trials()]
 
     def record(self, number: int) -> TrialRecord:
-        """One trial."""
+        """Record of one trial."""
         return self._record(self._trials()[number])
 
     @property
     def optuna(self) -> "optuna.Study":
-        """Optuna's view, for its plots and importances."""
+        """The Optuna study, for plots and parameter importances."""
         return self._optuna
 
     def _trials(self) -> "list[FrozenTrial]":
         return self._optuna.get_trials(deepcopy=False)
 
     def _record(self, trial: "FrozenTrial") -> TrialRecord:
-        """A trial's record; an ended trial's is made once, since it never changes again."""
+        """A trial's record; records of ended trials are cached, since they do not change anymore."""
         if trial.number in self._ended:
             return self._ended[trial.number]
         record = self._made_record(trial)
@@ -146,10 +146,10 @@ class Study:
         )
 
     def config(self, record: TrialRecord) -> ExperimentConfig:
-        """What a trial runs.
+        """The config of a trial.
 
         Raises:
-            UserError: its values are refused together.
+            UserError: the combination of its values is invalid.
         """
         spec = self.spec(record)
         if spec.config is None:
@@ -157,13 +157,13 @@ class Study:
         return spec.config
 
     def spec(self, record: TrialRecord) -> TrialSpec:
-        """A trial as it was proposed; its config is built once for as long as this object lives."""
+        """A trial as it was proposed; its config is built once and cached in this object."""
         if record.number not in self._specs:
             self._specs[record.number] = TrialSpec.of(self.plan, record.number, record.values)
         return self._specs[record.number]
 
     def curves(self) -> dict[int, dict[int, float]]:
-        """Every trial's scores by iteration."""
+        """Scores by iteration of every trial."""
         for trial in self._trials():
             if trial.number not in self._curves:
                 self._curves[trial.number] = dict(trial.intermediate_values)
@@ -173,17 +173,17 @@ class Study:
     # Changing
 
     def add(self) -> TrialRecord | None:
-        """Propose one more trial and record it as running; None if there is none, or none until another has ended."""
+        """Propose a trial and record it as running; None if there is none to start, or not before another ends."""
         history = self._trials()
         return self._add(history, self.plan.propose(history))
 
     def add_to_program(self, record: TrialRecord, number: int) -> TrialRecord | None:
-        """One more trial for this one's program of `number` seeds, recorded as running; None if there is none."""
+        """Propose a trial that shares this one's program of `number` seeds and record it as running; else None."""
         history = self._trials()
         return self._add(history, self.plan.propose_for_program(history, record.values, number))
 
     def record_stack(self, number: int) -> None:
-        """Keep in the plan how many seeds of an arm each program trains."""
+        """Record in the plan how many seeds of an arm each program trains."""
         if isinstance(self.plan, AblationPlan) and self.plan.stacked != number:
             self.plan = replace(self.plan, stacked=number)
             self.folder.write_plan(self.plan)
@@ -199,7 +199,7 @@ class Study:
 
     @property
     def is_done(self) -> bool:
-        """Whether no further trial will be begun."""
+        """Whether no further trial will be started."""
         return self.plan.is_done(self._trials())
 
     def _about(self, spec: TrialSpec) -> dict[str, Any]:
@@ -208,16 +208,16 @@ class Study:
         else:
             made_up = signature([self.plan.signature, dict(spec.values)])
             about = {"signature": made_up, "seed": self.plan.experiment.seed}
-        self.records()  # sees who has completed since
+        self.records()  # updates the index of complete trials
         return {**about, "same_as": self._complete_by_signature.get(str(about["signature"]))}
 
     def score(self, number: int, step: int, score: float) -> None:
-        """Record a score on a trial's curve."""
+        """Record an intermediate score of a trial."""
         self.curves().setdefault(number, {})[step] = score
         set_intermediate_value(self._optuna, self._trials()[number], step, score)
 
     def should_prune(self, number: int, step: int) -> bool:
-        """Whether a trial that has just been scored should stop early; at its last iteration none does."""
+        """Whether a trial that has just been scored should stop early; never true at its last iteration."""
         if step >= self.spec(self.record(number)).iterations:
             return False
         finished = [record.number for record in self._complete()]
@@ -231,7 +231,7 @@ class Study:
         return self._optuna.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,))
 
     def finish(self, number: int, outcome: Outcome) -> None:
-        """Record how a trial ended, once and for all."""
+        """Record how a trial ended; has no effect if it is already recorded."""
         from optuna.trial import TrialState as OptunaState  # noqa: PLC0415
 
         trial = self._trials()[number]
@@ -243,7 +243,11 @@ class Study:
         self._optuna.tell(number, values, state=OptunaState[_TO_OPTUNA[outcome.state]])
 
     def tidy(self, number: int) -> int:
-        """Of an ended trial keep the best and the last checkpoint; returns the bytes of its run folder."""
+        """Delete all checkpoints of an ended trial except the best and the last.
+
+        Returns:
+            Size of the run folder in bytes.
+        """
         from dxmi.persistence.checkpoint import newest, prune  # noqa: PLC0415  (it imports PyTorch)
 
         run = self.folder.run(number)
@@ -257,9 +261,12 @@ class Study:
     # After a crash
 
     def reconcile(self) -> list[TrialRecord]:
-        """Bring the journal up to date with the run folders; returns the trials that are to go on, oldest first.
+        """Update the journal from the run folders.
 
         A trial may have ended, or may have been about to be pruned, when its driver was killed.
+
+        Returns:
+            The unfinished trials that should be resumed, oldest first.
         """
         unfinished = []
         for record in self.records():
