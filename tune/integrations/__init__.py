@@ -1,1 +1,1 @@
-"""MLflow and object storage."""
+"""Integrations with MLflow and object storage."""

@@ -1,11 +1,11 @@
-"""MLflow as this project uses it: a local store that nothing can break, and runs that nothing is written to twice.
+"""MLflow: a local store that survives crashes of its writers, and a writer of runs whose calls can be repeated.
 
     studies/
-        mlflow.db       every run; made from the study folders, which are the truth
+        mlflow.db       all runs; derived from the study folders, which are the source of truth
         mlartifacts/    files of the runs, hard links into the study folders
-        .mlflow.lock    held while the store is made or moved
+        .mlflow.lock    held while the store is created or relocated
 
-MLflow is imported inside functions, since that takes seconds; the caller chooses the thread.
+MLflow is imported inside functions, since the import takes seconds; the caller chooses the thread.
 """
 
 import logging
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a repeated request could write twice: `MlflowWriter` looks first
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a retry could write twice: `MlflowWriter` checks first
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -43,21 +43,21 @@ _ENVIRONMENT = {
 _LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
 _LOCK_SECONDS = 120.0
 _BUSY_SECONDS = 60.0
-"""How long an SQLite lock that somebody else holds is waited for while the store is opened."""
+"""Seconds to wait for an SQLite lock that another process holds while the store is opened."""
 KIND_TAG, TRAINING_KIND = "mlflow.experimentKind", "custom_model_development"
-"""What makes MLflow's page open an experiment as model training; without it as an app of generative AI. In 3.17 what a
-browser remembers comes before the tag, and what an address says (see `tune.reporting.pages`) before both."""
+"""Tag that makes MLflow's UI show an experiment as model training instead of as a generative AI app. In 3.17, a choice
+stored in the browser overrides the tag, and a choice in the URL (see `tune.reporting.pages`) overrides both."""
 _GUESSED_KINDS = ("", "no_inferred_type")
-"""Kinds that nobody has chosen; so are those that end in _inferred."""
+"""Kinds that no user has chosen; kinds that end in _inferred are not user choices either."""
 _METRICS_A_CALL = 1_000
 _PARAMS_A_CALL = 100
 _RUNS_A_PAGE = 500
 _MAX_TEXT = 5_000
-"""Characters of a parameter or a tag; MLflow refuses more than 6,000."""
+"""Characters of a parameter or a tag; MLflow rejects more than 6,000."""
 
 
 def import_quietly() -> None:
-    """Import MLflow, the first time with defaults for a program that shows its own messages."""
+    """Import MLflow with its messages and progress bars turned off."""
     spare_loopback()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -77,24 +77,25 @@ def store_address(root: Path) -> str:
 
 
 def open_store(root: Path, experiment: str) -> tuple[str, str]:
-    """Make the local store and the experiment in it, unless they are there.
+    """Create the local store and an experiment in it, unless they exist.
 
-    Any number of processes may do so at once, and one that is killed meanwhile leaves nothing behind that the next
-    would stumble over. A store whose folder has been moved is told so.
+    Several processes may call this at the same time, and one that is killed does not leave a broken store behind. If
+    the folder has been moved, the paths in the store are updated.
 
     Args:
-        root: the folder of the studies.
-        experiment: MLflow's experiment.
+        root: Folder of the studies.
+        experiment: Name of the MLflow experiment.
 
     Returns:
-        Its tracking URI and the experiment's id.
+        Tracking URI of the store and id of the experiment.
 
     Raises:
-        UserError: the folder cannot be written, what is there is no MLflow store, or another program keeps it locked.
+        UserError: the folder is not writable, the file in it is not an MLflow store, or another program keeps it
+            locked.
     """
     root = root.resolve()
     if "?" in str(root):
-        raise UserError(f"{root} has a question mark in its name, which SQLite's addresses cannot: rename it.")
+        raise UserError(f"{root} has a question mark in its name, which SQLite's URIs do not allow: rename it.")
     import_quietly()  # before the lock, since it takes seconds
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -125,15 +126,15 @@ def _open_experiment(root: Path, name: str) -> str:
 
 
 def experiment_id(client: "MlflowClient", name: str, location: str | None = None) -> str:
-    """The id of an experiment, which is made if there is none.
+    """The id of an experiment, which is created if it does not exist.
 
     Args:
-        client: of the store.
-        name: of the experiment.
-        location: of the artifacts of a new one; None leaves it to the server.
+        client: Client of the store.
+        name: Name of the experiment.
+        location: Artifact location of a new experiment; None leaves the choice to the server.
 
     Raises:
-        UserError: it was deleted.
+        UserError: the experiment was deleted.
     """
     found = client.get_experiment_by_name(name)
     if found is None:
@@ -142,15 +143,15 @@ def experiment_id(client: "MlflowClient", name: str, location: str | None = None
         return experiment
     if found.lifecycle_stage == "deleted":
         raise UserError(
-            f"MLflow's experiment {name} was deleted: restore it by "
-            f"`mlflow experiments restore -x {found.experiment_id}`, or choose another by tracking.experiment=NAME."
+            f"MLflow's experiment {name} was deleted: restore it with "
+            f"`mlflow experiments restore -x {found.experiment_id}`, or choose another with tracking.experiment=NAME."
         )
     _show_as_training(client, str(found.experiment_id), found.tags)
     return str(found.experiment_id)
 
 
 def _show_as_training(client: "MlflowClient", experiment: str, tags: Mapping[str, str]) -> None:
-    """Let MLflow's page show model training, unless somebody has chosen otherwise; a server may refuse the tag."""
+    """Tag the experiment as model training, unless a user chose another kind; a server may reject the tag."""
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
 
     kind = tags.get(KIND_TAG, "")
@@ -177,10 +178,10 @@ def _locked(root: Path) -> Iterator[None]:
 
 
 def _exists(root: Path) -> bool:
-    """Whether there is a store; a file without a byte, as a killed sqlite3 leaves it, is none.
+    """Whether there is a store; an empty file, as a killed sqlite3 leaves behind, does not count.
 
     Raises:
-        UserError: there is something else.
+        UserError: the file is locked, damaged, or not an MLflow store.
     """
     database = _database(root)
     if not database.exists() or database.stat().st_size == 0:
@@ -192,13 +193,13 @@ def _exists(root: Path) -> bool:
         if "locked" in str(error):
             raise UserError(f"{database} is locked by another program: end it, or wait.") from error
         raise UserError(
-            f"{database} is damaged or is no MLflow store ({error}). Move it away: a resumed study is recorded anew."
+            f"{database} is damaged or not an MLflow store ({error}). Move it away: resumed studies are recorded again."
         ) from error
     return True
 
 
 def _build(root: Path) -> None:
-    """MLflow makes its tables in dozens of steps, any of which a kill may be the last: so it does it elsewhere."""
+    """Create the store in a temporary folder and rename it, since creating MLflow's tables takes dozens of steps."""
     for stale in root.glob(".mlflow.*.part"):
         shutil.rmtree(stale, ignore_errors=True)
     part = Path(mkdtemp(prefix=".mlflow.", suffix=".part", dir=root))
@@ -207,7 +208,7 @@ def _build(root: Path) -> None:
         mlflow_tables(f"sqlite:///{database}", _artifacts(root).as_uri())
         with closing(sqlite3.connect(database)) as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            connection.execute("PRAGMA journal_mode=DELETE")  # so that one file is all there is
+            connection.execute("PRAGMA journal_mode=DELETE")  # so that the database is a single file
         with database.open("rb") as file:
             os.fsync(file.fileno())
         database.replace(_database(root))
@@ -220,8 +221,9 @@ _RELOCATED = (("experiments", "artifact_location"), ("runs", "artifact_uri"))
 
 
 def _relocate(root: Path) -> None:
-    """Tell the store where it is, if its folder was moved or copied. `_build` gave experiment 0 its artifacts' place,
-    from which all others are told apart that are not ours to change.
+    """Update the artifact paths in the store if its folder was moved or copied.
+
+    The old location is that of experiment 0, which `_build` created; paths outside of it are left unchanged.
     """
     here = _artifacts(root).as_uri()
     with closing(sqlite3.connect(_database(root), timeout=_BUSY_SECONDS)) as connection, connection:
@@ -246,10 +248,10 @@ class Point:
     """One value of a metric.
 
     Attributes:
-        key: of the metric.
-        value: finite.
-        step: on the run's own axis.
-        time: when it was measured, milliseconds since 1970.
+        key: Key of the metric.
+        value: Finite value.
+        step: Step of the run.
+        time: Time of the measurement, in milliseconds since the epoch.
     """
 
     key: str
@@ -260,18 +262,18 @@ class Point:
 
 @dataclass
 class Run:
-    """What MLflow has of a run, as far as is known. After an error it is not: find the run again.
+    """Local copy of what MLflow holds of a run. It is unreliable after an error: find the run again.
 
     Attributes:
-        id: MLflow's.
-        status: MLflow's.
-        tags: all of them.
-        artifact_uri: where its files go.
-        params: those it has.
-        keys: metrics it had when it was found.
-        steps: the newest step it has of each metric; None until MLflow was asked.
-        files: artifacts it has; None until MLflow was asked.
-        is_described: whether it has all parameters.
+        id: Id of the MLflow run.
+        status: Status of the MLflow run.
+        tags: All tags.
+        artifact_uri: Location of the artifacts.
+        params: Keys of the parameters that it has.
+        keys: Keys of the metrics that it had when it was found.
+        steps: Newest step of each metric; None until it has been queried.
+        files: Artifacts that it has; None until they have been queried.
+        is_described: Whether it has all parameters.
     """
 
     id: str
@@ -286,15 +288,15 @@ class Run:
 
 
 class MlflowWriter:
-    """Writes runs. Each method looks at what the run has and sends what it lacks, so that any may be called again.
+    """Writer of MLflow runs. Each method sends only what the run lacks, so that every call can be repeated.
 
     Args:
-        client: MLflow's.
-        experiment: id of the experiment that holds the runs.
-        is_local: whether it is the local store, in which a link does instead of a copy.
+        client: MLflow client.
+        experiment: Id of the experiment that holds the runs.
+        is_local: Whether the store is the local one, where artifacts are linked instead of copied.
 
     Attributes:
-        experiment: its id.
+        experiment: Id of the experiment.
     """
 
     def __init__(self, client: "MlflowClient", experiment: str, is_local: bool) -> None:
@@ -321,14 +323,14 @@ class MlflowWriter:
                 return found
 
     def create(self, tags: Mapping[str, str], began: int) -> Run:
-        """A new run that began at `began`, in milliseconds."""
+        """Create a run that started at `began`, in milliseconds since the epoch."""
         short = {key: value[:_MAX_TEXT] for key, value in tags.items()}
         run = _known(self._client.create_run(self.experiment, start_time=began, tags=short))
         run.steps, run.files = {}, set()
         return run
 
     def describe(self, run: Run, params: Mapping[str, str]) -> None:
-        """Give a run its parameters, which never change."""
+        """Log the parameters of a run, which must not change later."""
         from mlflow.entities import Param  # noqa: PLC0415
 
         new = [Param(key, value[:_MAX_TEXT]) for key, value in params.items() if key not in run.params]
@@ -337,7 +339,7 @@ class MlflowWriter:
         run.is_described = True
 
     def log(self, run: Run, points: Iterable[Point]) -> None:
-        """Send those points that a run does not have. Each metric's steps must ascend."""
+        """Log the points that a run does not have yet. The steps of each metric must be ascending."""
         from mlflow.entities import Metric  # noqa: PLC0415
 
         if run.steps is None:
@@ -350,7 +352,7 @@ class MlflowWriter:
         return max((point.step for point in self._client.get_metric_history(run.id, key)), default=-1)
 
     def mark(self, run: Run, tags: Mapping[str, str]) -> bool:
-        """Set those tags that differ; returns whether any did."""
+        """Set the tags that differ, and return whether there were any."""
         from mlflow.entities import RunTag  # noqa: PLC0415
 
         changed = {key: value[:_MAX_TEXT] for key, value in tags.items() if run.tags.get(key) != value[:_MAX_TEXT]}
@@ -360,25 +362,25 @@ class MlflowWriter:
         return bool(changed)
 
     def begin(self, run: Run, tags: Mapping[str, str]) -> None:
-        """Let a run be running."""
+        """Set the tags and mark a run as running."""
         self.mark(run, tags)
         if run.status != "RUNNING":
             self._client.update_run(run.id, status="RUNNING")
             run.status = "RUNNING"
 
     def end(self, run: Run, status: str, tags: Mapping[str, str], ended: int) -> None:
-        """Let a run have ended at `ended`, in milliseconds."""
+        """Set the tags and mark a run as ended at `ended`, in milliseconds since the epoch."""
         if self.mark(run, tags) or run.status != status:
             self._client.set_terminated(run.id, status, ended)
             run.status = status
 
     def upload(self, run: Run, files: Iterable[tuple[Path, str]], *, again: bool = False) -> None:
-        """Add files to a run; one that has vanished meanwhile is left out.
+        """Add files to a run; files that no longer exist are skipped.
 
         Args:
-            run: whose.
-            files: (file, folder among the artifacts).
-            again: also those that it has, since they may have changed.
+            run: The run.
+            files: Pairs of a file and its folder among the artifacts.
+            again: Whether to upload files again that the run has already, since they may have changed.
         """
         links = self._is_local and run.artifact_uri.startswith("file:")
         if run.files is None:
@@ -398,12 +400,12 @@ class MlflowWriter:
 
 
 def open_writer(root: Path, uri: str, name: str) -> MlflowWriter:
-    """What writes and finds the runs of an experiment.
+    """Open a writer for the runs of an experiment.
 
     Args:
-        root: the folder of the studies.
-        uri: local, or http(s)://... of a server.
-        name: of MLflow's experiment, which is made if there is none.
+        root: Folder of the studies.
+        uri: `local`, or the URL of a server (http(s)://...).
+        name: Name of the MLflow experiment, which is created if it does not exist.
 
     Raises:
         UserError: as `open_store`, or the experiment was deleted.
@@ -426,8 +428,9 @@ def _known(run: "MlflowRun") -> Run:
 
 
 def missing(run: Run, points: Iterable[Point]) -> list[Point]:
-    """Those points that a run does not have. Whatever is sent of a metric is sent in the order of its steps, so that
-    the newest step tells which.
+    """The points that a run does not have yet.
+
+    The points of a metric are sent in the order of their steps, so a point is missing if it is after the newest step.
     """
     reached = dict(run.steps or {})
     found = []
@@ -443,7 +446,7 @@ def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def link(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, or a copy where links cannot be; whole at every moment."""
+    """Atomically make `target` a hard link to `source`, or a copy where links are not supported."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and target.samefile(source):
         return

@@ -1,13 +1,13 @@
-"""A study's record in MLflow: one parent run a study, one child run a trial, written by a thread of the driver.
+"""Record of a study in MLflow: a parent run for the study and a child run per trial, written by a background thread.
 
-The study folder is the truth and holds everything, so nothing is queued: whatever MLflow lacks is read from there. What
-it has is remembered; after a restart or an error it is asked. Nothing is therefore lost or written twice, whoever was
-killed or away in between.
+The study folder is the source of truth and holds everything, so nothing is queued: whatever MLflow lacks is read from
+the folder. What MLflow has is cached, and queried after a restart or an error. Therefore nothing is lost or written
+twice, even if a process was killed or the server was unreachable in between.
 
-    tags of a run   study, signature, git_revision; of a trial's also arm, seed, trial_id, state, reason, artifacts
-    parameters      every setting of the trial's config, by its path, but for resources
-    metrics         the rows of metrics.jsonl; best/... and last/... from its summary; of a study fresh/..., its best
-                    trial's scores on noise that took no part in choosing it
+    tags of a run   study, signature, git_revision; for a trial also arm, seed, trial_id, state, reason, artifacts
+    parameters      every setting of the trial's config by its path, except for resources
+    metrics         the rows of metrics.jsonl; best/... and last/... from its summary; for a study fresh/..., the best
+                    trial's scores on noise that was not used to select it
     artifacts       config.yaml, samples/, curves.png, summary.json, error.txt, checkpoints/
 """
 
@@ -54,28 +54,28 @@ _STATUS = {
 }
 _INTERRUPTED = "interrupted"
 _DELIVERED = {"artifacts": "complete"}
-"""The last tag of an ended trial: its run has everything."""
+"""Tag that is set last on the run of an ended trial, when it is complete."""
 _PAUSE = 1.0
-"""Seconds between two looks at what is new; many trials may begin and end meanwhile."""
+"""Seconds between two passes, in which many trials may start and end."""
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0
-"""Seconds between two tries, doubled after each that fails."""
+"""Seconds before a retry, doubled after each failure."""
 _MAX_FAILURES = 3
-"""Trials of a pass that cannot be recorded, after which the others are not tried: the server is away."""
+"""Number of failed trials in a pass after which the remaining ones are not tried: the server seems unreachable."""
 _HANG_SECONDS = 300.0
-"""At the end of a study: how long a trial may take to be recorded, its files included."""
+"""Seconds that recording a trial, including its files, may take at the end of a study."""
 _AT_ONCE_SECONDS = 5.0
-"""The same if the user is in a hurry."""
+"""The same if the user has interrupted the study."""
 _SHOWN = 300
-"""Characters of an error that are repeated to the user."""
+"""Largest number of characters of an error that are shown to the user."""
 
 
 @dataclass(frozen=True)
 class _News:
-    """A study at one moment.
+    """Snapshot of a study.
 
     Attributes:
-        records: its trials.
-        running: numbers of those that run now.
+        records: Records of all trials.
+        running: Numbers of the trials that are running.
     """
 
     records: Sequence[TrialRecord] = ()
@@ -83,7 +83,7 @@ class _News:
 
 
 # ----------------------------------------------------------------------------
-# What a run is to hold
+# Contents of a run
 
 
 def _text(value: Any) -> str:
@@ -93,13 +93,13 @@ def _text(value: Any) -> str:
 def _params(plan: Plan, record: TrialRecord) -> dict[str, str]:
     try:
         settings = flat(to_tree(plan.config_of(record.values)))
-    except UserError:  # together they were refused, and the trial failed
+    except UserError:  # the combination of values is invalid, and the trial failed
         settings = flat(to_tree(plan.experiment)) | dict(record.values)
     return {path: _text(value) for path, value in settings.items() if not path.startswith("resources.")}
 
 
 def _numbers(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """What of a row MLflow can draw, under `prefix` instead of eval/ if there is one."""
+    """The finite numbers of a row by key; if `prefix` is given, it replaces eval/."""
     return {
         prefix + key.removeprefix("eval/") if prefix else key: float(value)
         for key, value in row.items()
@@ -108,7 +108,7 @@ def _numbers(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def _results(record: TrialRecord) -> list[tuple[int, dict[str, float]]]:
-    """(step, metrics) of what came out of a trial that has ended."""
+    """The results of an ended trial as pairs (step, metrics)."""
     outcome = record.outcome
     summary = record.run.read_summary() if outcome.state is TrialState.COMPLETE else None
     if summary is not None:
@@ -118,7 +118,7 @@ def _results(record: TrialRecord) -> list[tuple[int, dict[str, float]]]:
 
 
 def _files(folder: StudyFolder, record: TrialRecord) -> Iterator[tuple[Path, str]]:
-    """(file, folder among the artifacts) of what there is; of an ended trial also what does not change any more."""
+    """The files of a trial as pairs (file, folder among the artifacts); those that still change only after it ended."""
     run = record.run
     yield run.config, ""
     pictures = (run.samples.glob(pattern) for pattern in ("reference_*.png", "step*.png"))
@@ -137,7 +137,7 @@ def _now() -> int:
 
 
 def _written(path: Path) -> int | None:
-    """When a file was last written, in milliseconds."""
+    """Modification time of a file in milliseconds since the epoch; None if it does not exist."""
     try:
         return path.stat().st_mtime_ns // 1_000_000
     except OSError:
@@ -145,7 +145,7 @@ def _written(path: Path) -> int | None:
 
 
 def _span(record: TrialRecord) -> tuple[int, int]:
-    """When a trial began and when it last wrote anything, in milliseconds."""
+    """Times of a trial's start and of its last write, in milliseconds since the epoch."""
     run = record.run
     files = [run.config, run.metrics, run.summary, run.curves, *run.samples.glob("step*.png")]
     times = [written for written in map(_written, files) if written is not None]
@@ -155,15 +155,15 @@ def _span(record: TrialRecord) -> tuple[int, int]:
 
 
 def _num_ended(records: Iterable[TrialRecord]) -> int:
-    """The step of what is known of a study: of a metric, MLflow is sent nothing but newer steps."""
+    """Number of ended trials, used as the step of a study's metrics, since each new value needs a newer step."""
     return sum(record.state is not TrialState.RUNNING for record in records)
 
 
 class _Tally:
-    """The trials that have ended, each counted once.
+    """Running statistics of the ended trials, each counted once.
 
     Args:
-        plan: of the study.
+        plan: Plan of the study.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -174,7 +174,7 @@ class _Tally:
         self._references: dict[str, float] = {}
 
     def count(self, record: TrialRecord) -> None:
-        """Take a trial into account."""
+        """Add a trial, if it has ended and is not counted yet."""
         if record.state is TrialState.RUNNING or record.number in self._counted:
             return
         self._counted.add(record.number)
@@ -189,7 +189,7 @@ class _Tally:
                 self._references = (record.run.read_summary() or {}).get("reference", {})
 
     def points(self, trials: int) -> list[Point]:
-        """The study's metrics; their step is the number of trials that have ended."""
+        """The study's metrics; their step is the number of ended trials."""
         ended, now = self._states.total(), _now()
         if not ended:
             return []
@@ -207,16 +207,16 @@ class _Tally:
 
 
 class _StudyUploader:
-    """Brings MLflow up to date with a study, pass by pass.
+    """Updates MLflow from a study in passes.
 
     Args:
-        folder: of the study.
-        plan: of the study.
-        complain: hears a sentence about a file that cannot be read.
+        folder: Folder of the study.
+        plan: Plan of the study.
+        complain: Called with a message if a file cannot be read.
 
     Attributes:
-        progress: when a trial was last recorded, on the monotonic clock.
-        given_up: set it, and a pass ends after the present trial.
+        progress: Time at which a trial was last recorded, on the monotonic clock.
+        given_up: Event that ends a pass after the current trial.
     """
 
     def __init__(self, folder: StudyFolder, plan: Plan, complain: Callable[[str], None]) -> None:
@@ -228,35 +228,38 @@ class _StudyUploader:
         self._writer: MlflowWriter | None = None
         self._parent: Run | None = None
         self._arms: dict[str, Run] = {}
-        """In an ablation, the run of each arm."""
+        """Run of each arm, in an ablation."""
         self._damaged: set[int] = set()
         self._times: dict[int, dict[int, int]] = {}
-        """When each step of a trial was first seen: a point that is sent again must be the same point."""
+        """Time at which each step of a trial was first seen, so that a point that is sent again has the same time."""
         self._forget_trials()
 
     def _forget_trials(self) -> None:
         self._tally = _Tally(self._plan)
         self._closed: set[int] = set()
-        """Trials that have ended and whose runs have everything."""
+        """Ended trials whose runs are complete."""
         self._first = 0
-        """All trials before it are closed."""
+        """Index of the first trial that may not be closed."""
         self._found: dict[str, Run] = {}
-        """Runs of an earlier session by trial_id, until they are looked at."""
+        """Runs of an earlier session by trial_id, until they are used."""
         self._runs: dict[int, Run] = {}
         self._doubtful: set[int] = set()
-        """Trials of which an error has left open what MLflow has."""
+        """Trials whose state in MLflow is unknown after an error."""
         self._sent: dict[int, object] = {}
-        """How a trial looked when all its rows had been sent."""
+        """Fingerprint of each trial at the time when all its rows had been sent."""
 
     def update(self, news: _News, ended: str | None) -> list[Exception]:
-        """Send what is new; returns what went wrong with single trials.
+        """Send what is new.
 
         Args:
-            news: the study now.
-            ended: None while it goes on; see `Tracker.finish`.
+            news: Current snapshot of the study.
+            ended: None while the study runs; otherwise see `Tracker.finish`.
+
+        Returns:
+            Errors that concern single trials.
 
         Raises:
-            Exception: the server is away, or something else that concerns all trials.
+            Exception: the server is unreachable, or another error that concerns all trials.
         """
         try:
             if self._writer is None:
@@ -265,7 +268,7 @@ class _StudyUploader:
                 self._parent = self._begin_study(self._writer)
             return self._send(self._writer, self._parent, news, ended)
         except Exception:
-            self._writer = self._parent = None  # to be found again, since nothing is sure now
+            self._writer = self._parent = None  # found again in the next pass, since their state is unknown now
             raise
 
     def _send(self, writer: MlflowWriter, parent: Run, news: _News, ended: str | None) -> list[Exception]:
@@ -281,7 +284,7 @@ class _StudyUploader:
             self._end_arms(writer, news.records, "KILLED" if ended else "FINISHED")
             writer.log(parent, self._fresh_points(news.records))
             writer.end(parent, "KILLED" if ended else "FINISHED", {"ended": ended}, _now())
-        # Files come last, since they may be large and a server may refuse them; one that is sent twice does no harm.
+        # Files come last, since they may be large and a server may reject them; sending one twice does no harm.
         unsent = self._each([parent], lambda run: self._upload_study(writer, run, ended is not None))
         refused = self._each(records, lambda record: self._upload(writer, record))
         while self._first < len(news.records) and news.records[self._first].number in self._closed:
@@ -289,7 +292,7 @@ class _StudyUploader:
         return [error for _, error in (*failed, *unsent, *refused)]
 
     def _fresh_points(self, records: Sequence[TrialRecord]) -> list[Point]:
-        """The scores on noise that took no part in choosing a trial: of the best, and of each on a Pareto front."""
+        """Scores on fresh noise of the best trial, and of each trial on a Pareto front."""
         picked, ended, now = chosen(self._plan, records), _num_ended(records), _now()
         known = confirmations(self._folder, records)
         points = []
@@ -303,7 +306,7 @@ class _StudyUploader:
         return [record for record in news.records[self._first :] if record.number not in self._closed]
 
     def _each(self, items: Iterable[T], action: Callable[[T], None]) -> list[tuple[T, Exception]]:
-        """Do it for every item, so that one that fails does not cost the others; returns those that did."""
+        """Apply `action` to every item, continuing after errors, and return the failed items with their errors."""
         failed: list[tuple[T, Exception]] = []
         for item in items:
             if self.given_up.is_set() or len(failed) == _MAX_FAILURES:
@@ -317,7 +320,7 @@ class _StudyUploader:
         return failed
 
     def left(self, news: _News) -> int:
-        """Rows, and trials without any, that MLflow has not got."""
+        """Number of rows, and of trials without rows, that are not recorded in MLflow."""
         return sum(map(self._left, self._open(news)))
 
     def _left(self, record: TrialRecord) -> int:
@@ -332,7 +335,7 @@ class _StudyUploader:
     # The study
 
     def _begin_study(self, writer: MlflowWriter) -> Run:
-        """The parent run, running; what MLflow has of its trials is found again in one search."""
+        """Find or create the parent run, mark it as running, and find the runs of its trials in one search."""
         plan = self._plan
         identity = {"study": plan.name, "signature": plan.signature}
         runs, children = writer.find(identity), []
@@ -353,7 +356,7 @@ class _StudyUploader:
         return run
 
     def _begin_arm(self, writer: MlflowWriter, parent: Run, arm: Arm, children: Sequence[Run]) -> Run:
-        """An arm's run, between the study's and those of its seeds."""
+        """Find or create an arm's run, the child of the study's run and the parent of the runs of its seeds."""
         run = next((child for child in children if child.tags.get("arm") == arm.name), None)
         if run is None:
             plan = self._plan
@@ -369,7 +372,7 @@ class _StudyUploader:
         return run
 
     def _end_arms(self, writer: MlflowWriter, records: Sequence[TrialRecord], status: str) -> None:
-        """What each arm came to: the mean of its scores, and how it compares with the baseline."""
+        """Log the results of each arm, the mean of its scores and the comparison with the baseline, and end its run."""
         if not isinstance(self._plan, AblationPlan):
             return
         results = results_of(self._plan, self._folder, records)
@@ -385,7 +388,7 @@ class _StudyUploader:
             if comparison is not None:
                 numbers |= {"arm/difference": comparison.difference.estimate, "arm/p_adjusted": comparison.p_adjusted}
             finite = _numbers(numbers)
-            ended = _num_ended(records)  # as p-values are of all arms together, they change when any run has ended
+            ended = _num_ended(records)  # p-values are corrected for all arms, so they change when any run ends
             writer.log(run, [Point(key, value, ended, _now()) for key, value in finite.items()])
             tags = {"verdict": verdict_text(results, name, comparison), "missing": str(runs)}
             writer.end(run, status, tags, _now())
@@ -400,7 +403,7 @@ class _StudyUploader:
     # A trial
 
     def _record(self, writer: MlflowWriter, parent: Run, record: TrialRecord, news: _News, ending: bool) -> None:
-        """Everything but its files."""
+        """Record everything of a trial except its files."""
         is_unfinished = record.state is TrialState.RUNNING
         runs_now = is_unfinished and record.number in news.running and not ending
         parent = self._arms.get(str(record.values.get(ARM)), parent)
@@ -410,7 +413,7 @@ class _StudyUploader:
             return
         if run is None:
             if is_unfinished and not runs_now and not ending:
-                return  # it has not begun
+                return  # it has not started
             run = writer.create(self._tags(parent, record), _span(record)[0])
         self._runs[record.number] = run
         if not run.is_described:
@@ -439,7 +442,7 @@ class _StudyUploader:
             memory.pop(number, None)
 
     def _run(self, writer: MlflowWriter, parent: Run, record: TrialRecord) -> Run | None:
-        """A trial's run, if there is one."""
+        """A trial's run, or None if it does not exist."""
         number, trial = record.number, self._trial_id(record)
         if number in self._doubtful:
             runs = writer.find({"mlflow.parentRunId": parent.id, "trial_id": trial})
@@ -453,7 +456,7 @@ class _StudyUploader:
         return f"{self._plan.name}/{record.number:04d}"
 
     def _run_name(self, record: TrialRecord) -> str:
-        """What stands beside a curve: of an ablation's trial its arm and seed."""
+        """Name of a trial's run, which labels its curves: with arm and seed in an ablation."""
         if isinstance(self._plan, AblationPlan):
             return f"{self._plan.name}/{record.values[ARM]}/seed {record.seed}"
         return self._trial_id(record)
@@ -491,13 +494,13 @@ class _StudyUploader:
         return self._readable(record, record.run.rows)
 
     def _readable(self, record: TrialRecord, read: Callable[[], list[T]]) -> list[T]:
-        """What `read` returns; nothing, and a sentence, if the file is damaged: the rest is recorded without it."""
+        """The result of `read`; if the file is damaged, an empty list and a message, so that the rest is recorded."""
         try:
             return read()
         except UserError as error:
             if record.number not in self._damaged:
                 self._damaged.add(record.number)
-                self._complain(f"Trial {record.number} is recorded in MLflow without what this file holds: {error}")
+                self._complain(f"Trial {record.number} is recorded in MLflow without the content of a file: {error}")
             return []
 
 
@@ -524,14 +527,14 @@ def _open_writer(folder: StudyFolder, plan: Plan) -> MlflowWriter:
 
 
 class Tracker:
-    """Records a study in MLflow from a thread of the driver, which waits for it only at the end.
+    """Records a study in MLflow from a background thread of the driver, which waits for it only at the end.
 
     With tracking.uri=none it does nothing.
 
     Args:
-        folder: of the study.
-        plan: of the study.
-        complain: hears a sentence when something goes wrong; called from the thread.
+        folder: Folder of the study.
+        plan: Plan of the study.
+        complain: Called from the thread with a message when something goes wrong.
     """
 
     def __init__(self, folder: StudyFolder, plan: Plan, complain: Callable[[str], None] = complain) -> None:
@@ -550,24 +553,24 @@ class Tracker:
 
     @property
     def address(self) -> str:
-        """What a user opens: the URI of an SQLite file or of a server; empty if nothing is recorded."""
+        """Address for the user to open: the URI of an SQLite file or of a server; empty if nothing is recorded."""
         uri = self._plan.tracking.uri
         if uri == "none":
             return ""
         return store_address(self._folder.path.parent) if uri == "local" else uri
 
     def start(self) -> None:
-        """Begin to record; returns at once."""
+        """Start the thread and return immediately."""
         if self._plan.tracking.uri != "none":
             self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
             self._thread.start()
 
     def update(self, records: Sequence[TrialRecord], *, running: Collection[int]) -> None:
-        """Tell how the study stands; returns at once. Only the newest counts.
+        """Hand over the current state of the study and return immediately. A newer state replaces an older one.
 
         Args:
-            records: all trials, in the order of their numbers.
-            running: numbers of those that really run now; others in the running state wait for a resume.
+            records: Records of all trials, in the order of their numbers.
+            running: Numbers of the trials that are running; others in the running state wait to be resumed.
         """
         self._news = _News(tuple(records), frozenset(running))
         self._something_new.set()
@@ -576,11 +579,11 @@ class Tracker:
         """Deliver what is left, close all runs and end the thread.
 
         Args:
-            ended: empty for a study that ran all its trials or used up its budget, else why it was interrupted.
-            patient: whether a server that is away is waited for, for tracking.patience_seconds.
+            ended: Empty if the study ran all its trials or exhausted its budget, otherwise why it was interrupted.
+            patient: Whether to wait for an unreachable server, for tracking.patience_seconds.
 
         Returns:
-            How many rows and trials could not be delivered; the next session of the study delivers them.
+            Number of rows and trials that could not be delivered; the next session of the study delivers them.
         """
         if self._thread is None:
             return 0
@@ -614,30 +617,30 @@ class Tracker:
             delay = min(2 * delay, _LONGEST_DELAY)
 
     def _attempt(self, ended: str | None) -> bool:
-        """Whether all that there is has been delivered."""
+        """Run one pass and return whether everything has been delivered."""
         try:
             errors = self._uploader.update(self._news, ended)
-        except Exception as error:  # noqa: BLE001  (no error in here may cost the sweep: it is said, and tried again)
+        except Exception as error:  # noqa: BLE001  (an error here must not end the sweep: it is reported, and retried)
             errors = [error]
         if errors:
             self._say(
                 f"MLflow ({self.address}) does not take all records of the study {self._plan.name}: "
-                f"{reason_of(errors[0])}. The sweep goes on, and they are sent again until they arrive."
+                f"{reason_of(errors[0])}. The sweep continues, and they are sent again until they arrive."
             )
         else:
             self._said.clear()
         return not errors
 
     def _say(self, sentence: str) -> None:
-        """Say it once until all is well again."""
+        """Report a message once until everything has been delivered again."""
         if sentence not in self._said:
             self._said.add(sentence)
-            with suppress(OSError):  # whoever read it has left
+            with suppress(OSError):  # the reader of the error stream has exited
                 self._complain(sentence)
 
 
 def reason_of(error: BaseException) -> str:
-    """The innermost reason of an error in a line, without anything secret."""
+    """The innermost cause of an error in one line, with secrets removed."""
     while not isinstance(error, UserError) and (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

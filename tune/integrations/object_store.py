@@ -1,7 +1,7 @@
-"""What one node writes and another reads: a folder's copy on a shared file system or in an object store, by pyarrow.
+"""Copies of folders on a shared file system or in an object store, through pyarrow, for exchange between nodes.
 
-A copy is never better than the folder it was made of: a file goes up whole or not at all, a checkpoint's manifest after
-its other files, `summary.json` last, and what is gone here is deleted there only afterwards.
+A copy never claims to be more complete than the folder: files are uploaded atomically, a checkpoint's manifest after
+its other files, `summary.json` last, and files that were deleted in the folder are deleted in the copy afterwards.
 """
 
 import hashlib
@@ -21,28 +21,28 @@ from dxmi.errors import UserError
 from dxmi.persistence.files import write_atomic
 
 _OBJECT_STORES = ("s3", "gcs", "abfs")
-"""Where a file appears whole when its stream is closed, and folders need not be made."""
+"""File systems where a file appears atomically when its stream is closed, and folders need not be created."""
 _LAST = ("manifest.json", "summary.json")
 _FETCHED = ".fetched_from"
 _TRIES, _WAIT = 4, 1.0
 _SECRETS = ("key", "secret", "token", "password", "signature", "sig")
 T = TypeVar("T")
 Chosen = Callable[[str], bool]
-"""Whether a file, by its path inside the folder, is to be copied."""
+"""Predicate that decides whether to copy a file, given its path inside the folder."""
 
 
 def whole(name: str) -> bool:
-    """All that is worth a copy: no locks, no half-written files, nothing of Ray's."""
+    """Select all files except locks, partially written files and Ray's files."""
     return not any(part.startswith(".") or part.endswith(".part") for part in PurePosixPath(name).parts)
 
 
 def light(name: str) -> bool:
-    """`whole` without checkpoints."""
+    """Select the files of `whole` except checkpoints."""
     return whole(name) and "checkpoints" not in PurePosixPath(name).parts
 
 
 def join(place: str, *names: str) -> str:
-    """The address of what lies below another address."""
+    """Append path components to an address."""
     if place.startswith("/"):
         return "/".join((place.rstrip("/"), *names))
     parts = urlsplit(place)
@@ -53,10 +53,10 @@ class Remote:
     """A folder that every node can reach.
 
     Args:
-        address: an absolute path, or a URI that pyarrow knows: file, s3, gs, abfs, hdfs.
+        address: Absolute path, or URI of a scheme that pyarrow supports: file, s3, gs, abfs, hdfs.
 
     Raises:
-        UserError: it is neither, or holds credentials.
+        UserError: the address is neither, or contains credentials.
     """
 
     def __init__(self, address: str) -> None:
@@ -67,17 +67,17 @@ class Remote:
         self._seen: dict[str, tuple[int, int]] = {}
 
     def push(self, folder: Path, chosen: Chosen = whole) -> None:
-        """Make the copy equal to a folder of this node, which must not change meanwhile but by renaming into place.
+        """Make the copy equal to a local folder, in which files may only be replaced atomically meanwhile.
 
         Raises:
-            OSError: the file system did not answer, several times.
+            OSError: the file system failed repeatedly.
         """
         here = {name: stamp for name, stamp in _stamps(folder).items() if chosen(name)}
         if self._there is None:
             self._there = {name for name in self._listing() if chosen(name)}
         for name in sorted((name for name in here if self._same.get(name) != here[name]), key=_order):
             data = _content(folder / name)
-            if data is None:  # replaced or deleted just now: the next push sees it
+            if data is None:  # deleted just now: the next push handles it
                 continue
             self.write(name, data)
             self._same[name] = here[name]
@@ -87,10 +87,10 @@ class Remote:
         self._there &= set(here)
 
     def pull(self, folder: Path, chosen: Chosen = whole) -> None:
-        """Make a folder of this node equal to the copy.
+        """Make a local folder equal to the copy.
 
         Raises:
-            OSError: the file system did not answer, several times.
+            OSError: the file system failed repeatedly.
         """
         there = {name: stamp for name, stamp in self._listing().items() if chosen(name)}
         for name, stamp in there.items():
@@ -110,18 +110,18 @@ class Remote:
         self._same.update({name: here[name] for name in there if name in here})
 
     def read(self, name: str) -> bytes | None:
-        """A file's content; None if there is none."""
+        """A file's content, or None if the file does not exist."""
         if not self.has(name):
             return None
         return _persistently(lambda: self._content(f"{self._path}/{name}"))
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace a file, which readers see whole."""
+        """Replace a file atomically."""
         path = f"{self._path}/{name}"
         _persistently(lambda: self._replace(path, data))
 
     def delete(self, name: str) -> None:
-        """Delete a file if it is there."""
+        """Delete a file if it exists."""
         if not self.has(name):
             return
         path = f"{self._path}/{name}"
@@ -131,24 +131,24 @@ class Remote:
             self._files.delete_dir(folder)
 
     def clear(self) -> None:
-        """Delete everything in it."""
+        """Delete everything in the folder."""
         _persistently(lambda: self._files.delete_dir_contents(self._path, missing_dir_ok=True))
 
     def remove(self) -> None:
-        """Delete it with everything in it, if that can be done now."""
+        """Delete the folder with everything in it, ignoring errors."""
         with suppress(OSError):
             self._files.delete_dir(self._path)
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether a file exists."""
         path = f"{self._path}/{name}"
         return bool(_persistently(lambda: self._files.get_file_info(path)).is_file)
 
     def require_reachable(self) -> None:
-        """Look whether there is an answer.
+        """Check that the file system can be reached.
 
         Raises:
-            UserError: there is none.
+            UserError: it cannot.
         """
         try:
             _persistently(lambda: self._files.get_file_info(self._path))
@@ -157,7 +157,7 @@ class Remote:
 
     @property
     def for_ray(self) -> tuple[Any, str]:
-        """The file system and the path in it, as Ray takes them."""
+        """The file system and the path in it, in the form that Ray expects."""
         return self._files, self._path
 
     def _content(self, path: str) -> bytes:
@@ -176,7 +176,7 @@ class Remote:
         self._files.move(part, path)
 
     def _listing(self) -> dict[str, tuple[int, int]]:
-        """Size and time of each file by its path inside."""
+        """Size and modification time of each file in the copy, by its path inside the folder."""
         selector = fs.FileSelector(self._path, allow_not_found=True, recursive=True)
         files = [info for info in _persistently(lambda: self._files.get_file_info(selector)) if info.is_file]
         below = {info.path.removeprefix(self._path).lstrip("/"): (info.size, info.mtime_ns or 0) for info in files}
@@ -204,7 +204,7 @@ def _opened(address: str) -> tuple[Any, str]:
 
 
 def _persistently(action: Callable[[], T]) -> T:
-    """Do it again, a few times, if the file system does not answer."""
+    """Call `action`, with a few retries after an OSError."""
     for attempt in range(_TRIES - 1):
         try:
             return action()
@@ -214,7 +214,7 @@ def _persistently(action: Callable[[], T]) -> T:
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of each plain file by its path inside."""
+    """Size and modification time of each regular file in a local folder, by its path inside."""
     stamps = {}
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -231,32 +231,32 @@ def _content(path: Path) -> bytes | None:
 
 
 def _order(name: str) -> tuple[int, str]:
-    """Files of a checkpoint after the rows that lead to it; what says that something is complete, last."""
+    """Sort key of the upload order: checkpoints after other files, and files that mark completeness last."""
     path = PurePosixPath(name)
     return (_LAST.index(path.name) + 2 if path.name in _LAST else int(path.parts[0] == "checkpoints"), name)
 
 
 def _remove(path: Path) -> None:
-    """Delete a file, and its folder if that is empty then."""
+    """Delete a file, and its folder if that becomes empty."""
     path.unlink(missing_ok=True)
     with suppress(OSError):
         path.parent.rmdir()
 
 
 def fetch(address: str, into: Path, chosen: Chosen = whole) -> Path:
-    """Copy a study or a run to this machine, or bring an earlier copy up to date; returns its folder.
+    """Copy a study or a run to this machine, or update an earlier copy, and return its folder.
 
     Raises:
-        UserError: there is none, or something else is where the copy would be.
+        UserError: the address holds neither, or the target folder exists and is not a copy of it.
     """
     remote = Remote(address)
     remote.require_reachable()
     if not any(remote.has(name) for name in ("study.yaml", "config.yaml")):
-        raise UserError(f"{address} holds neither a study nor a run: name the folder that has its study.yaml.")
+        raise UserError(f"{address} holds neither a study nor a run: give the folder that has its study.yaml.")
     folder = into / PurePosixPath(urlsplit(address).path).name
     note = folder / _FETCHED
     if folder.exists() and not (note.is_file() and note.read_text() == address):
-        raise UserError(f"{folder} exists and was not fetched from {address}: choose another folder by --into.")
+        raise UserError(f"{folder} exists and was not fetched from {address}: choose another folder with --into.")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(note, address)
     remote.pull(folder, chosen)
@@ -264,14 +264,14 @@ def fetch(address: str, into: Path, chosen: Chosen = whole) -> Path:
 
 
 # ----------------------------------------------------------------------------
-# A run that is written on one node and kept where all can reach it
+# Runs that are written on one node and kept in shared storage
 
 
 def node_folder(address: str) -> Path:
-    """This node's own folder for what is kept at an address; nobody else can look into it.
+    """This node's private folder for a run that is kept at an address; other users cannot access it.
 
     Raises:
-        UserError: somebody else made it.
+        UserError: the folder belongs to another user.
     """
     root = Path(tempfile.gettempdir()) / f"dxmi-{os.getuid()}"
     root.mkdir(mode=0o700, exist_ok=True)
@@ -283,14 +283,15 @@ def node_folder(address: str) -> Path:
 
 @contextmanager
 def kept(address: str | None, out: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """Where to write a run, and what to call whenever a checkpoint is whole.
+    """Provide a local folder for writing a run, and a function that copies it to shared storage.
 
     Args:
-        address: where the run is kept; None if `out` can be reached by everybody.
-        out: the run's folder.
+        address: Where the run is kept; None if all nodes can reach `out`.
+        out: The run's folder.
 
     Yields:
-        `out` and a call without effect, or this node's folder, equal to what is kept, and a call that keeps it.
+        `out` and a function without effect if `address` is None. Otherwise this node's folder, with the content of the
+        copy, and a function to call after each checkpoint that updates the copy.
     """
     if address is None:
         yield out, lambda: None
@@ -308,11 +309,11 @@ def kept(address: str | None, out: Path) -> Iterator[tuple[Path, Callable[[], No
 
 
 def copied(address: str | None, out: Path) -> Callable[[], None]:
-    """What to call whenever a run that this process writes itself is to be copied.
+    """Return a function that copies a run that this process writes.
 
     Args:
-        address: where the copy is; None for none.
-        out: the run's folder; if it does not exist, it is what the copy holds.
+        address: Where the copy is kept; None for no copy.
+        out: The run's folder; if it does not exist, it is created from the copy.
     """
     if address is None:
         return lambda: None

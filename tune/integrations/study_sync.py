@@ -1,7 +1,7 @@
-"""A study's copy at `resources.storage_path`, where trials on nodes without a common file system leave their runs.
+"""Copy of a study at `resources.storage_path`, through which nodes without a common file system exchange runs.
 
-The driver's folder stays what all else reads. A trial writes to its own node and to the copy; the driver fetches a run
-from there when the trial reports, and sends its own files. A study can be gone on with from the copy alone.
+Everything else reads the driver's folder. A trial writes to its own node and to the copy; the driver fetches the run
+from the copy when the trial reports, and uploads its own files. A study can be resumed from the copy only.
 """
 
 import json
@@ -16,7 +16,7 @@ from tune.integrations.object_store import Remote, join, light, whole
 from tune.studies.folder import StudyFolder
 
 _SEND_EVERY = 5.0
-"""Seconds between two copies of the study's own files."""
+"""Seconds between two uploads of the study's own files."""
 _LEASE_SECONDS = 30.0
 _LEASE = ".driver.json"
 _POLL_SECONDS = 1.0
@@ -24,15 +24,15 @@ Complain = Callable[[str], None]
 
 
 class StudySync:
-    """The copy of a study that is driven by this process; without a storage path nothing is done.
+    """Synchronization of a study that is driven by this process; does nothing without a storage path.
 
     Args:
-        folder: the study's.
-        storage_path: where studies are kept, or None.
-        complain: hears when the copy cannot be made for the time being.
+        folder: Folder of the study.
+        storage_path: Where studies are kept, or None.
+        complain: Called with a message when the copy cannot be updated.
 
     Raises:
-        UserError: the storage path is no place to keep anything.
+        UserError: the storage path is not a valid address.
     """
 
     def __init__(self, folder: StudyFolder, storage_path: str | None, complain: Complain) -> None:
@@ -46,14 +46,14 @@ class StudySync:
         self._me = {"host": socket.gethostname(), "pid": os.getpid()}
 
     def address(self, number: int) -> str | None:
-        """Where a trial's run is kept; None if in its run folder."""
+        """Where a trial's run is kept; None without a storage path."""
         return None if self._address is None else join(self._address, "trials", f"{number:04d}")
 
     def begin(self) -> None:
-        """Become the study's one driver, and fetch what the copy has and this folder has not.
+        """Acquire the lease for driving the study, and fetch the files that only the copy has.
 
         Raises:
-            UserError: another process drives it, or the two went on separately.
+            UserError: another process drives the study, or folder and copy have diverged.
         """
         if self._study is None:
             return
@@ -68,22 +68,22 @@ class StudySync:
             self._study.pull(self._folder.path)
 
     def fetch(self, number: int, *, ended: bool) -> None:
-        """Bring a trial's records and pictures here; its checkpoints too when it has ended."""
+        """Download a trial's records and images, and also its checkpoints if it has ended."""
         if self._study is not None:
             self._remote(number).pull(self._folder.run(number).path, whole if ended else light)
 
     def send(self, number: int) -> None:
-        """Make the copy of an ended trial equal to its run folder, which is tidied by now."""
+        """Update the copy of an ended trial from its run folder, in which surplus checkpoints have been deleted."""
         if self._study is not None:
             self._remote(number).push(self._folder.run(number).path)
 
     def send_study(self) -> None:
-        """Copy the study's own files, now and then; a failure is said once and made good later."""
+        """Upload the study's own files, at most every few seconds; a failure is reported once and retried later."""
         if self._study is not None and time.monotonic() - self._sent > _SEND_EVERY:
             self._send(self._study)
 
     def finish(self) -> None:
-        """Copy what is left, and let others drive the study."""
+        """Upload the remaining files and release the lease."""
         if self._study is None:
             return
         self._send(self._study)
@@ -106,14 +106,18 @@ class StudySync:
             self._failing = False
         except OSError as error:
             if not self._failing:
-                self._complain(f"the study cannot be copied to {self._address} now ({error}); it goes on here.")
+                self._complain(f"the study cannot be copied to {self._address} now ({error}); it continues here.")
             self._failing = True
 
     # ------------------------------------------------------------------------
-    # One driver at a time, as far as a store without locks can tell
+    # Lease for a single driver, in a store without locks
 
     def _await_lease(self, study: Remote) -> None:
-        """Wait until the last driver has been silent for long enough, if it did not say that it left."""
+        """Wait until the lease of the last driver has expired, unless it was released.
+
+        Raises:
+            UserError: another process renews the lease.
+        """
         held, since = study.read(_LEASE), time.monotonic()
         while held is not None and time.monotonic() - since < _LEASE_SECONDS:
             time.sleep(_POLL_SECONDS)
@@ -131,7 +135,7 @@ class StudySync:
 
 
 def _own(name: str) -> bool:
-    """The study's own files, without its trials'."""
+    """Select the study's own files, without those of its trials."""
     return whole(name) and not name.startswith("trials/")
 
 
@@ -147,4 +151,4 @@ def _holder(lease: bytes) -> str:
         tree: dict[str, Any] = json.loads(lease)
         return f"process {tree['pid']} on {tree['host']}"
     except (ValueError, KeyError, TypeError):
-        return "which one it does not say"
+        return "unknown process"
