@@ -1,1 +1,1 @@
-"""What a study is to do: the plan of a sweep, the arms of an ablation, and the settings that have no effect."""
+"""Plans of studies: sweeps, ablations and their arms, and the detection of settings without effect."""

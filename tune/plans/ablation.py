@@ -1,4 +1,4 @@
-"""An ablation's plan: which arm is run with which seed, in which order, and when a verdict needs no more seeds."""
+"""The plan of an ablation: which arm is run with which seed, in which order, and when an arm needs no more seeds."""
 
 import json
 import math
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 ARM, SEED = "arm", "seed"
-"""What varies from trial to trial."""
+"""Names of the two settings that vary between trials."""
 Cell = tuple[str, int]
 """An arm and a seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AblationPlan(Plan):
-    """A study that compares arms with a baseline, seed by seed.
+    """A study that compares arms with a baseline, paired by seed.
 
     Attributes:
-        ablation: what is compared, and how.
-        arms: the baseline first.
-        tuned: by arm, what came out of the sweep inside it, by path; empty without one.
-        stacked: how many seeds of an arm each program trains, as was chosen when the first of them began; None before.
-            A resumed or repeated study repeats the choice, since it changes results by rounding.
+        ablation: Config of the ablation.
+        arms: All arms, the baseline first.
+        tuned: For each arm, the values found by its tuning sweep, by path; empty without tuning.
+        stacked: Number of seeds of an arm that each program trains, as chosen when the first program started; None
+            before. A resumed or repeated study uses the same number, since it changes results by rounding.
     """
 
     ablation: AblationConfig
@@ -53,22 +53,22 @@ class AblationPlan(Plan):
 
     @cached_property
     def also(self) -> tuple[str, ...]:
-        """The further scores that are shown beside the objective."""
+        """The further scores that are shown in addition to the objective."""
         if self.ablation.also is not None:
             return self.ablation.also
         return tuple(key for key in fidelity_keys(self.experiment) if key != self.ablation.objective.metric)
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
-        """Every seed that an arm may get, in the order in which it gets them."""
+        """All seeds that an arm may get, in the order in which they are run."""
         return self.ablation.seeds.numbers(self.experiment.seed)
 
     @cached_property
     def seed_plan(self) -> SeedPlan | None:
-        """When to look at the scores; None if every arm gets the same number of seeds whatever they are.
+        """The plan of a sequential study; None if the number of seeds is fixed.
 
         Raises:
-            UserError: no verdict is possible with so few seeds, or looking takes too many.
+            UserError: no verdict is possible with the given numbers of seeds.
         """
         seeds = self.ablation.seeds
         if seeds.first == seeds.cap:
@@ -77,18 +77,18 @@ class AblationPlan(Plan):
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
-        """The arm and the seed."""
+        """The axes of the study: arm and seed."""
         names = tuple(arm.name for arm in self.arms)
         return Axis(ARM, "choice", choices=names), Axis(SEED, "choice", choices=self.seeds)
 
     @cached_property
     def num_trials(self) -> int:
-        """Trials at most."""
-        _ = self.seed_plan  # which may be refused
+        """Largest number of trials."""
+        _ = self.seed_plan  # validates the plan
         return len(self.arms) * len(self.seeds)
 
     def tree_of(self, values: Mapping[str, Value]) -> dict[str, Any]:
-        """The config of an arm with a seed, as a tree."""
+        """The config of an arm with a seed, as a nested dictionary."""
         arm = next(arm for arm in self.arms if arm.name == values[ARM])
         return tree_with(self.experiment, {**arm.changes, **self.tuned.get(arm.name, {}), SEED: values[SEED]})
 
@@ -96,30 +96,30 @@ class AblationPlan(Plan):
     # The order of the trials
 
     def propose(self, history: "Sequence[FrozenTrial]") -> Proposal | None:
-        """The next arm and seed, seed by seed; None if none can be begun now."""
+        """The next arm and seed, one seed after the other; None if no trial can be started now."""
         found = _by_cell(history)
         return _proposal(cell for cell in self._wanted(found) if cell not in found)
 
     @property
     def seeds_at_once(self) -> int:
-        """The seeds that an arm gets in any case."""
+        """Number of seeds that every arm gets."""
         return self.ablation.seeds.first
 
     def propose_for_program(
         self, history: "Sequence[FrozenTrial]", values: Mapping[str, Value], number: int
     ) -> Proposal | None:
-        """The next seed of the same arm and program."""
+        """The next seed of the same arm and the same program, or None."""
         found = _by_cell(history)
         wanted = (cell for cell in self._wanted(found) if cell not in found)
         return _proposal(cell for cell in wanted if self.share_program({ARM: cell[0], SEED: cell[1]}, values, number))
 
     def share_program(self, one: Mapping[str, Value], other: Mapping[str, Value], number: int) -> bool:
-        """Whether they are of one arm, and their seeds of one block of `number` consecutive ones."""
+        """Whether two trials have the same arm and seeds from the same block of `number` consecutive seeds."""
         blocks = {self.seeds.index(int(str(values[SEED]))) // number for values in (one, other)}
         return one[ARM] == other[ARM] and len(blocks) == 1
 
     def is_done(self, history: "Sequence[FrozenTrial]") -> bool:
-        """Whether every trial that is needed has been begun, and none that runs can call for more."""
+        """Whether all needed trials have been started, and no running trial can lead to further ones."""
         found = _by_cell(history)
         wanted = self._wanted(found)
         return all(cell in found for cell in wanted) and (
@@ -127,14 +127,14 @@ class AblationPlan(Plan):
         )
 
     def _wanted(self, found: "Mapping[Cell, FrozenTrial]") -> list[Cell]:
-        """Every cell that the scores so far ask for, in the order in which they are run."""
+        """The cells that are needed given the scores so far, in the order in which they are run."""
         targets = self._targets(found)
         return [(arm, seed) for k, seed in enumerate(self.seeds) for arm, count in targets.items() if k < count]
 
     def _targets(self, found: "Mapping[Cell, FrozenTrial]") -> dict[str, int]:
-        """How many seeds each arm gets, as far as can be told now.
+        """Number of seeds that each arm gets, given the scores so far.
 
-        The decisions are taken again from the first look on, so that they are the same whoever takes them, and when.
+        All decisions are repeated from the first interim analysis, so that they do not depend on when they are made.
         """
         targets = {arm.name: self.ablation.seeds.first for arm in self.arms}
         while self.seed_plan is not None and _have_ended(found, targets, self.seeds):
@@ -149,14 +149,14 @@ class AblationPlan(Plan):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the trials, their results and the verdicts."""
+        """All settings that determine the trials, their results and the verdicts."""
         ablation = to_tree(self.ablation)
         for free in ("also", "budget", "max_failures", "max_concurrent"):
             del ablation[free]
         return {"experiment": self.experiment.identity, "ablation": ablation, "arms": self._arms()}
 
     def tree(self) -> dict[str, Any]:
-        """What study.yaml holds."""
+        """Content of study.yaml."""
         return {
             "format": FORMAT,
             "name": self.name,
@@ -184,10 +184,10 @@ def ablation_plan(
     tuned: Mapping[str, Mapping[str, Value]] | None = None,
     stacked: int | None = None,
 ) -> AblationPlan:
-    """The plan of an ablation whose arms are known.
+    """Build the plan of an ablation from its arms.
 
     Raises:
-        UserError: its name, its objective or its seeds are refused.
+        UserError: the name, the objective or the seeds are invalid.
     """
     trials = len(arms) * len(ablation.seeds.numbers(experiment.seed))
     sweep = SweepConfig(
@@ -211,10 +211,10 @@ def ablation_plan(
 
 
 def any_plan_from(tree: Mapping[str, Any]) -> Plan:
-    """The plan of a sweep or of an ablation, from what its study.yaml holds.
+    """Build the plan of a sweep or an ablation from the content of its study.yaml.
 
     Raises:
-        UserError: something in it is wrong.
+        UserError: the content is invalid.
     """
     if "ablation" not in tree:
         return plan_from(tree)
@@ -271,8 +271,9 @@ def _scores(
 
 
 def _testable(ours: list[float], theirs: list[float]) -> list[float]:
-    """The scores of an arm, or nothing but NaN if a run of it or of the baseline failed: no verdict is possible then,
-    see `tune.studies.arm_results`, and the arm gets no more seeds.
+    """The scores of an arm, or only NaN if a run of the arm or the baseline failed.
+
+    No verdict is possible then, see `tune.studies.arm_results`, and the arm gets no more seeds.
     """
     is_whole = not any(map(math.isnan, [*ours, *theirs[: len(ours)]]))
     return ours if is_whole else [math.nan] * len(ours)

@@ -1,9 +1,9 @@
-"""Two-level designs, full and fractional: which combinations are run, and what is then confounded with what.
+"""Two-level designs, full and fractional: the combinations that are run, and which effects are confounded.
 
-After Box, Hunter and Hunter, Statistics for Experimenters, chapters 5 and 6. A word is a product of factors, here a
-bit mask: bit i stands for factor i, and the product of two words is their exclusive or, since each factor times itself
-is 1. A fraction runs only those combinations in which every defining word is +1, so two effects whose product is a
-defining word cannot be told apart.
+See Box, Hunter and Hunter, Statistics for Experimenters, chapters 5 and 6. A word is a product of factors, represented
+by a bit mask: bit i stands for factor i, and the product of two words is their exclusive or, since each factor times
+itself is 1. A fraction runs only the combinations in which every defining word is +1, so two effects whose product is
+a defining word cannot be distinguished.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 MAX_FACTORS = 10
 _LETTERS = "ABCDEFGHJK"
-"""Of the factors; I is the identity."""
+"""Letters of the factors; I is reserved for the identity."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class TwoLevelDesign:
     """A 2^(k-p) design.
 
     Attributes:
-        factors: names of the k factors.
-        generators: the p words that define the fraction, each with one factor that the others do not have, the last
-            ones; empty for a full factorial.
+        factors: Names of the k factors.
+        generators: The p words that define the fraction, each of which contains one of the last p factors; empty for a
+            full factorial.
     """
 
     factors: tuple[str, ...]
@@ -34,14 +34,14 @@ class TwoLevelDesign:
 
     @property
     def num_arms(self) -> int:
-        """2^(k-p)."""
+        """Number of arms, 2^(k-p)."""
         return int(2 ** (len(self.factors) - len(self.generators)))
 
     @cached_property
     def matrix(self) -> NDArray[np.int8]:
-        """The combinations, [arms, factors]: +1 is a factor's first level, the baseline's, and -1 its second.
+        """The combinations [arms, factors]: +1 is a factor's first level, that of the baseline, and -1 its second.
 
-        The first row is the baseline. The other way round it would be in no fraction of odd words.
+        The first row is the baseline. With the opposite signs, fractions with odd words would not contain it.
         """
         num_basic = len(self.factors) - len(self.generators)
         rows = np.array(list(itertools.product((1, -1), repeat=num_basic)), dtype=np.int8)
@@ -50,7 +50,7 @@ class TwoLevelDesign:
 
     @cached_property
     def words(self) -> tuple[int, ...]:
-        """The defining relation without I: every product of generators, shortest first."""
+        """The defining relation without I: all products of generators, shortest first."""
         return tuple(sorted(_products(self.generators), key=_order))
 
     @property
@@ -59,13 +59,13 @@ class TwoLevelDesign:
         return min((word.bit_count() for word in self.words), default=None)
 
     def aliases(self, order: int = 2) -> dict[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-        """What each main effect and each interaction of two factors is confounded with.
+        """Aliases of each main effect and each two-factor interaction.
 
         Args:
-            order: of the longest interactions that are named.
+            order: Highest order of the interactions that are listed.
 
         Returns:
-            Names of the confounded factors, shortest first, by the names of an effect's own.
+            For each effect, given by the names of its factors, the effects confounded with it, shortest first.
         """
         singles = [1 << i for i in range(len(self.factors))]
         pairs = [a | b for a, b in itertools.combinations(singles, 2)]
@@ -81,7 +81,7 @@ class TwoLevelDesign:
         return tuple(self.factors[i] for i in _members(word, len(self.factors)))
 
     def describe(self, order: int = 2) -> str:
-        """The design for people: factors by letter, defining relation, and every alias up to `order`."""
+        """Describe the design as text: factors by letter, defining relation, and all aliases up to `order`."""
         num, added = len(self.factors), len(self.generators)
         title = f"2^({num}-{added})" if added else f"2^{num}"
         lines = [f"{title} design in {self.num_arms} arms, " + self._strength()]
@@ -102,12 +102,13 @@ class TwoLevelDesign:
 
 
 def smallest_fraction(factors: Sequence[str], resolution: int) -> TwoLevelDesign:
-    """The two-level design with the fewest arms that has at least this resolution; where several have, the one with
-    the fewest short words (least aberration).
+    """The two-level design with the fewest arms that has at least the given resolution.
+
+    Among several such designs, the one with the fewest short words (minimum aberration) is chosen.
 
     Args:
-        factors: at most `MAX_FACTORS`.
-        resolution: 3 or more.
+        factors: Names of at most `MAX_FACTORS` factors.
+        resolution: Resolution, at least 3.
     """
     num = len(factors)
     for num_basic in range(1, num):
@@ -137,7 +138,7 @@ def _products(generators: Sequence[int]) -> list[int]:
 
 
 def _word_lengths(generators: Sequence[int], num: int) -> tuple[int, ...]:
-    """How many defining words there are of each length, from 1 to `num`."""
+    """Numbers of defining words of each length from 1 to `num`."""
     lengths = [word.bit_count() for word in _products(generators)]
     return tuple(lengths.count(length) for length in range(1, num + 1))
 
@@ -151,5 +152,5 @@ def _letters(word: int) -> str:
 
 
 def _order(word: int) -> tuple[int, list[int]]:
-    """Short words first, then as in a dictionary."""
+    """Sort key: by length, then lexicographically."""
     return word.bit_count(), _members(word, word.bit_length())

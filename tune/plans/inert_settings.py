@@ -1,8 +1,8 @@
-"""Whether a setting does anything: two configs that train the same, bit for bit, differ in nothing that counts.
+"""Detection of settings without effect: two configs whose training is bitwise equal differ only in such settings.
 
-Each config is trained for a few iterations on a small copy of itself. The iterations are taken from all over the run
-(the first, the last, and some between), so that a warm-up, a decay or a moving average acts as it would. Where that
-cannot be done quickly, or ends in a number that is none, nothing is claimed.
+A small version of each config is trained for a few iterations. The iterations are sampled from the whole run (the
+first, the last, and some in between), so that warm-ups, decays and moving averages take effect. If that would take too
+long, or if a result is not finite, no statement is made.
 """
 
 import hashlib
@@ -25,10 +25,11 @@ from dxmi.training.config import ExperimentConfig, ResourcesConfig
 from tune.search.space import flat, tree_with
 
 _EVENT = (1, 8, 8)
-"""Shape of a sample; whether a setting does anything does not depend on it, and so no data are read."""
+"""Shape of a sample. Random samples are used, since whether a setting has an effect does not depend on the data."""
 _HIDDEN = 8
 _SIZES = {"lr": 1e-2, "sigma_lr": 1e-2, "max_grad_norm": 1e-6}
-"""Of settings whose own size could hide an effect in a few float32 updates: a rate is large, a limit always binds."""
+"""Replacements for settings whose values could hide an effect in a few float32 updates: large learning rates, and a
+gradient norm limit that always applies."""
 _STATES_PER_STEP = 4
 """B / T: each draw of B from the T x B states then misses a step with probability e^-4."""
 _MIN_BATCH, _MAX_STEPS = 16, 50
@@ -37,10 +38,12 @@ Digest = str | None
 
 
 def digests(configs: Sequence[ExperimentConfig]) -> dict[str, Digest]:
-    """By the signature of each config, a text that it shares with those that train the same; None where that cannot be
-    told.
+    """Compute digests that are equal for configs whose training is equal.
 
-    Two of them are comparable only if they come from one call, since the small copies depend on what varies.
+    Digests are comparable only within one call, since the small versions depend on which settings vary.
+
+    Returns:
+        Digest by signature of the config; None if it could not be determined.
     """
     trees = [flat(to_tree(config)) for config in configs]
     sizes = _sizes(trees)
@@ -55,12 +58,12 @@ def digests(configs: Sequence[ExperimentConfig]) -> dict[str, Digest]:
 
 
 def _common(trees: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Settings that all configs have, and have in common."""
+    """Paths of the settings that have the same value in all configs."""
     return [path for path, value in trees[0].items() if all(path in tree and tree[path] == value for tree in trees)]
 
 
 def _sizes(trees: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, float]]:
-    """For each path in question, what stands for each of its values; equal values are stood for by equal ones."""
+    """For each path in `_SIZES`, the replacement of each value; distinct values have distinct replacements."""
     values: dict[str, set[float]] = {}
     for tree in trees:
         for path, value in tree.items():
@@ -77,10 +80,10 @@ def _sizes(trees: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, float]]:
 
 @lru_cache(maxsize=1024)
 def _digest(config: ExperimentConfig) -> Digest:
-    """Of a small copy, which is not trained twice in a process."""
+    """Digest of a small config, cached so that it is trained only once per process."""
     networks = (config.network.denoiser, config.network.energy, config.network.value)
     if config.schedule.num_steps > _MAX_STEPS or not all(isinstance(network, MlpConfig) for network in networks):
-        return None  # it would not be quick
+        return None  # it would take too long
     if config.pretrain.weights is not None:
         return None
     experiment = Experiment(config, event=_EVENT)
@@ -92,7 +95,7 @@ def _digest(config: ExperimentConfig) -> Digest:
 
 
 def _lengths(config: ExperimentConfig) -> list[int]:
-    """Of the two phases, and the batches of those that have a length: each of these always has an effect."""
+    """Iterations of both phases, and batch sizes of phases with iterations; these settings always have an effect."""
     phases = (
         (config.pretrain.iterations, config.pretrain.batch_size),
         (config.train.iterations, config.train.batch_size),
@@ -112,10 +115,10 @@ def _hash(facts: Iterable[object], tensors: Iterable[Tensor]) -> str:
 
 
 def _iterations(total: int) -> list[int]:
-    """Which of `total` iterations are gone through, ascending.
+    """The iterations out of `total` that are run, in ascending order.
 
-    At least six if there are as many, since before its sixth RAdam does not look at its second moment; the last two,
-    since a moving average's decay comes into force late and a target network acts one iteration after it has moved.
+    At least six if there are that many, since RAdam does not use its second moment before the sixth; the last two,
+    since a moving average reaches its final decay late and a target network acts one iteration after its update.
     """
     wanted = (0, 1, 2, 3, total // 4, 2 * total // 3, total - 2, total - 1)
     return sorted({iteration for iteration in wanted if 0 <= iteration < total})
@@ -131,7 +134,7 @@ def _batch(num: int, iteration: int, denoiser: Denoiser) -> Batch:
 
 
 def _pretrained(experiment: Experiment) -> Denoiser:
-    """What a few iterations of pretraining make of the denoiser."""
+    """The denoiser after a few iterations of pretraining."""
     config = experiment.config
     denoiser, noise = experiment.build_denoiser(), generator(config.seed, "effects/pretrain")
     ddpm = DDPM(config.pretrain, denoiser, noising=noising(config.schedule))
@@ -142,7 +145,7 @@ def _pretrained(experiment: Experiment) -> Denoiser:
 
 
 def _finetuned(experiment: Experiment, denoiser: Denoiser) -> list[Tensor]:
-    """What a few iterations of fine-tuning leave: everything that a run is judged by."""
+    """All tensors that the results of a run depend on, after a few iterations of fine-tuning."""
     config, algorithm = experiment.config, experiment.build_algorithm(denoiser)
     streams = Streams([{name: generator(config.seed, f"effects/{name}") for name in algorithm.streams}])
     num = max(_MIN_BATCH, _STATES_PER_STEP * config.schedule.num_steps)

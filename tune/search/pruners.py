@@ -1,8 +1,7 @@
-"""Early stopping: pure functions of the trials' curves, so that a decision can be taken again after a crash.
+"""Early stopping: pure functions of the trials' curves, so that decisions can be repeated after a crash.
 
-A curve holds one trial's score by iteration; lower is better here, so that scores to be maximized come with their sign
-changed. A decision about a trial at a step looks at nothing
-that the trial does afterwards.
+A curve holds one trial's scores by iteration. Lower is better here, so scores to be maximized are passed with their
+sign changed. A decision about a trial at a step does not depend on the trial's later scores.
 """
 
 import statistics
@@ -19,11 +18,11 @@ def should_prune(
     """Whether trial `number` should stop at `step`, at which it has just been scored.
 
     Args:
-        rule: the sweep's.
-        curves: every trial's, by number, `number`'s included.
-        finished: trials that ran to their end.
-        number: the trial in question.
-        step: its iteration.
+        rule: Stopping rule of the sweep.
+        curves: Curves of all trials by number, including `number`.
+        finished: Numbers of the trials that ran to their end.
+        number: Number of the trial.
+        step: Iteration at which the trial was scored.
     """
     if rule.rule == "asha":
         return _asha(rule, curves, number, step)
@@ -33,8 +32,10 @@ def should_prune(
 
 
 def _asha(rule: StoppingConfig, curves: Mapping[int, Curve], number: int, step: int) -> bool:
-    """Asynchronous successive halving (arXiv 1810.05934), its stopping variant: a trial that is scored at a rung goes
-    on if it is among the best 1/factor of those that have been scored there so far; the first one always is.
+    """Asynchronous successive halving (arXiv 1810.05934), stopping variant.
+
+    A trial that is scored at a rung continues if it is among the best 1/factor of the trials scored there so far; the
+    first one always continues.
     """
     before = max((s for s in curves[number] if s < step), default=-1)
     rung = rule.first_step
@@ -55,8 +56,9 @@ def _score_at(curve: Curve, rung: int) -> float | None:
 
 
 def _median(rule: StoppingConfig, finished: list[Curve], curve: Curve, step: int) -> bool:
-    """The median rule (Golovin et al. 2017): stop if the best score so far is worse than the median, over finished
-    trials, of their means up to this step.
+    """The median rule (Golovin et al. 2017).
+
+    Stop if the best score so far is worse than the median of the finished trials' mean scores up to this step.
     """
     means = [
         statistics.fmean(scores) for scores in ([v for s, v in c.items() if s <= step] for c in finished) if scores
