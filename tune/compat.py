@@ -1,7 +1,7 @@
-"""Parts of Ray, Optuna and MLflow that are not public and may go with any version, all of them in one place.
+"""All uses of private APIs of Ray, Optuna and MLflow, which may change in any version.
 
-Nothing here is imported before it is used. Where a part is missing, a sentence names the versions that have it; where
-only the looks of the output depend on it, the work continues without it.
+Everything is imported only when it is used. If an API is missing, the error message names the versions that have it;
+if only the appearance of the output depends on it, it is skipped.
 """
 
 import re
@@ -22,22 +22,22 @@ _TESTED = {"ray": "2.54 to 2.60", "optuna": "5.0", "mlflow": "3.11 to 3.17"}
 
 @contextmanager
 def _part(package: str, what: str) -> Iterator[None]:
-    """Turn the absence of a private part into a sentence.
+    """Turn a missing private API into an error message.
 
     Raises:
-        UserError: the block found that a module or an attribute does not exist.
+        UserError: the block raised an ImportError or AttributeError.
     """
     try:
         yield
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"{package} {metadata.version(package)} has no {what} as dxmi uses it ({error}): install a version that "
-            f"has, {package} {_TESTED[package]}."
+            f"has it, {package} {_TESTED[package]}."
         ) from error
 
 
 def quiet_worker_deaths(pattern: str) -> None:
-    """Keep Ray from printing messages of its workers that match `pattern`, where this version can."""
+    """Suppress messages of Ray's workers that match `pattern`, if this version supports it."""
     with suppress(ImportError, AttributeError):
         from ray._private import ray_logging  # noqa: PLC0415
 
@@ -46,14 +46,14 @@ def quiet_worker_deaths(pattern: str) -> None:
 
 @contextmanager
 def lean_ray(*, state_api: bool) -> Iterator[None]:
-    """While it lasts, a Ray that is started here leaves out what no trial needs, where this version can.
+    """Context in which Ray starts without processes that no trial needs, if this version supports it.
 
-    These are the autoscaler, the reader of workers' logs, which `log_to_driver=False` only silences, and the dashboard,
-    of which `include_dashboard=False` leaves a process without a page: three Python processes for every command.
+    These are the autoscaler, the log monitor, which `log_to_driver=False` only silences, and the dashboard, of which
+    `include_dashboard=False` leaves a process without a page: three Python processes per command.
 
     Args:
-        state_api: keep the last one, which answers questions about actors: Ray Train asks it whether the controller of
-            a group is alive, and without an answer waits and leaves a dead group's devices taken.
+        state_api: Keep the dashboard process, which serves the state API. Ray Train queries it to find out whether the
+            controller of a group is alive; without an answer it waits and does not free a dead group's devices.
     """
     try:
         from ray._private.node import Node  # noqa: PLC0415
@@ -72,18 +72,18 @@ def lean_ray(*, state_api: bool) -> Iterator[None]:
 
 
 def _started(*_: Any, **__: Any) -> None:
-    """What takes the place of a process's start."""
+    """Replacement for the methods that start a process."""
 
 
 def impatient_job_client(address: str, seconds: tuple[float, float]) -> Any:
-    """Ray's client of jobs, whose requests otherwise wait for ever.
+    """Ray's job submission client with timeouts; by default its requests wait indefinitely.
 
     Args:
-        address: of the cluster's dashboard.
-        seconds: to connect, and between two bytes of an answer.
+        address: Address of the cluster's dashboard.
+        seconds: Timeouts for connecting and for reading.
 
     Raises:
-        UserError: this version of Ray sends requests in another way.
+        UserError: this version of Ray sends requests differently.
     """
     from ray.job_submission import JobSubmissionClient  # noqa: PLC0415
 
@@ -98,10 +98,10 @@ def impatient_job_client(address: str, seconds: tuple[float, float]) -> Any:
 
 
 def use_ray_token() -> None:
-    """Let this process send Ray's token, if there is one, with each request.
+    """Send Ray's authentication token, if there is one, with each request of this process.
 
     Raises:
-        UserError: this version of Ray has no such thing.
+        UserError: this version of Ray does not support tokens.
     """
     with _part("ray", "token authentication"):
         from ray._private.authentication.authentication_token_setup import (  # noqa: PLC0415
@@ -111,10 +111,10 @@ def use_ray_token() -> None:
 
 
 def set_intermediate_value(study: "Study", trial: "FrozenTrial", step: int, value: float) -> None:
-    """Record a value of a trial that another process runs, for which Optuna has no public call.
+    """Set an intermediate value of a trial that another process runs, for which Optuna has no public API.
 
     Raises:
-        UserError: this version of Optuna cannot.
+        UserError: this version of Optuna does not support it.
     """
     with _part("optuna", "storage of a study"):
         set_value, number = study._storage.set_trial_intermediate_value, trial._trial_id
@@ -122,10 +122,10 @@ def set_intermediate_value(study: "Study", trial: "FrozenTrial", step: int, valu
 
 
 def set_user_attribute(study: "Study", trial: "FrozenTrial", key: str, value: object) -> None:
-    """As `set_intermediate_value`, for what is noted of a trial.
+    """Set a user attribute of a trial that another process runs, like `set_intermediate_value`.
 
     Raises:
-        UserError: this version of Optuna cannot.
+        UserError: this version of Optuna does not support it.
     """
     with _part("optuna", "storage of a study"):
         set_attribute, number = study._storage.set_trial_user_attr, trial._trial_id
@@ -133,14 +133,14 @@ def set_user_attribute(study: "Study", trial: "FrozenTrial", key: str, value: ob
 
 
 def mlflow_tables(database: str, artifacts: str) -> None:
-    """Make MLflow's tables in an empty database.
+    """Create MLflow's tables in an empty database.
 
     Args:
-        database: its address.
-        artifacts: the address of the folder of artifacts.
+        database: URI of the database.
+        artifacts: URI of the artifact folder.
 
     Raises:
-        UserError: this version of MLflow has no such store.
+        UserError: this version of MLflow does not have this store.
     """
     with _part("mlflow", "SQLAlchemy store"):
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: PLC0415

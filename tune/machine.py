@@ -1,7 +1,7 @@
-"""What of a machine's surroundings has to be put right before Ray, MLflow and others meet it.
+"""Adjustments of the environment that Ray, MLflow and other libraries need.
 
-A temporary folder with a long name, a user without a home, a proxy between a machine and itself: each of them is usual
-somewhere, and ends in some library's traceback, or in a request that is never answered.
+A temporary folder with a long path, a user without a home folder, a proxy that also applies to loopback addresses: each
+is common on some machines, and leads to a traceback of a library or to a request that is never answered.
 """
 
 import ipaddress
@@ -17,9 +17,9 @@ from urllib.request import ProxyHandler, build_opener
 from dxmi.errors import UserError
 
 _LONGEST_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.10"
-"""What Ray puts after its folder to name a socket."""
+"""Longest suffix that Ray appends to its folder in the path of a socket."""
 _SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
-"""Of a socket's whole path, at most."""
+"""Largest length of a socket's path in bytes."""
 _LOOPBACK = ("localhost", "127.0.0.1", "127.0.0.0/8", "::1", "[::1]")
 
 # ----------------------------------------------------------------------------
@@ -27,12 +27,12 @@ _LOOPBACK = ("localhost", "127.0.0.1", "127.0.0.0/8", "::1", "[::1]")
 
 
 def ray_folder() -> Path:
-    """Where a Ray of our own keeps its sockets and logs: Ray's usual place, or where that cannot be, one of our own.
+    """The folder for the sockets and logs of a local Ray: Ray's default if it is usable, otherwise a private folder.
 
-    Nothing is made here, see `made`.
+    The folder is not created, see `made`.
 
     Raises:
-        UserError: there is no short folder that can be written.
+        UserError: no writable folder has a short enough path.
     """
     usual = Path(os.environ.get("RAY_TMPDIR") or _temporary()).absolute() / "ray"
     if _fits(usual) and _can_be_made(usual):
@@ -40,14 +40,14 @@ def ray_folder() -> Path:
     own = next((folder for folder in (place / "ray" for place in _own_places()) if _fits(folder)), None)
     if own is None:
         raise UserError(
-            f"Ray keeps sockets in a folder, and {usual} is too long for them ({_SOCKET_BYTES} bytes with all that "
-            "stands behind it), or cannot be written: set RAY_TMPDIR to a short folder of yours."
+            f"Ray keeps sockets in a folder, and the path {usual} is too long for them (at most {_SOCKET_BYTES} bytes "
+            "including the socket's name), or not writable: set RAY_TMPDIR to a folder of yours with a short path."
         )
     return own
 
 
 def made(folder: Path) -> Path:
-    """The folder, made for this user alone if it is one of ours and is not there."""
+    """Return the folder, after creating it with access for this user only if it is one of `_own_places`."""
     if folder.parent in _own_places():
         folder.parent.mkdir(mode=0o700, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -63,14 +63,14 @@ def _fits(folder: Path) -> bool:
 
 
 def _can_be_made(folder: Path) -> bool:
-    """Whether a folder is there and can be written, or could be made."""
+    """Whether a folder exists and is writable, or can be created."""
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _own_places() -> list[Path]:
-    """Folders of this user alone, which are there or can be made: nobody else can have put anything into them."""
+    """Folders that exist or can be created, and that only this user can access, so their content can be trusted."""
     name, runtime = f"dxmi-{os.getuid()}", os.environ.get("XDG_RUNTIME_DIR")
     places = [Path("/tmp") / name, Path("/var/tmp") / name]  # noqa: S108  (checked)
     places += [Path(runtime) / "dxmi"] if runtime else []
@@ -78,7 +78,7 @@ def _own_places() -> list[Path]:
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether a folder is a real one of this user that nobody else may enter, or can be made so."""
+    """Whether a folder is a real folder that only its owner, this user, can access, or can be created as such."""
     try:
         found = folder.lstat()
     except OSError:
@@ -87,15 +87,15 @@ def _is_own(folder: Path) -> bool:
 
 
 def give_home() -> str:
-    """Give a user whom the system does not know a home folder and a name, for this process and those that it starts.
+    """Set a home folder and a name for a user without an account, for this process and its children.
 
-    Containers run under any number, and PyTorch, Ray and others look both up when they are imported.
+    Containers may run under arbitrary user ids, and PyTorch, Ray and others look up both when they are imported.
 
     Returns:
-        A sentence for the user; empty if there was nothing to do.
+        A message for the user; empty if nothing was changed.
 
     Raises:
-        UserError: there is no folder that could be the home.
+        UserError: no folder can serve as home.
     """
     if not any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")) and not _is_known():
         os.environ["USER"] = str(os.getuid())
@@ -110,7 +110,7 @@ def give_home() -> str:
 
 
 def _is_known() -> bool:
-    import pwd  # noqa: PLC0415  (Unix has it)
+    import pwd  # noqa: PLC0415  (only on Unix)
 
     try:
         pwd.getpwuid(os.getuid())
@@ -124,7 +124,7 @@ def _is_known() -> bool:
 
 
 def is_loopback(uri: str) -> bool:
-    """Whether a server's address means the machine itself."""
+    """Whether a server's URI is a loopback address."""
     host = urlsplit(uri).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -133,9 +133,9 @@ def is_loopback(uri: str) -> bool:
 
 
 def spare_loopback() -> None:
-    """Keep this machine's own addresses from every proxy, for libraries and processes to come.
+    """Exclude loopback addresses from all proxies, for this process and its children.
 
-    Nothing is changed where the environment names no proxy.
+    Nothing is changed if the environment does not set a proxy.
     """
     proxies = {name.lower(): value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     spared = proxies.pop("no_proxy", "")
@@ -147,15 +147,15 @@ def spare_loopback() -> None:
 
 
 def asked(url: str, seconds: float) -> HTTPResponse:
-    """The answer to a GET, which an address of this machine gets without a proxy.
+    """Send a GET request and return the response; loopback addresses are reached without a proxy.
 
     Raises:
-        OSError: there was none in time, or it was an error; so are urllib's own.
+        OSError: there was no response in time, or an error; urllib's errors are subclasses.
     """
     opener = build_opener(ProxyHandler({})) if is_loopback(url) else build_opener()
     return cast("HTTPResponse", opener.open(url, timeout=seconds))
 
 
 def on_cluster() -> bool:
-    """Whether trials run on a Ray that is there already; everybody sees this before anything is started."""
+    """Whether trials run on an existing Ray cluster, as determined by RAY_ADDRESS."""
     return bool(os.environ.get("RAY_ADDRESS"))
