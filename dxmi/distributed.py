@@ -1,9 +1,9 @@
-"""The processes that share the work of one run; most often there is one.
+"""The processes that share the work of one run; usually there is only one.
 
-Each worker takes its rows of every global batch, and a mean over the batch is the sum of every worker's part of it.
-Noise is drawn for the whole batch by each worker and cut to its rows: each then has noise that no other has, and a run
-has the same noise however many workers there are. Their number changes results by rounding alone, a checkpoint is the
-same file, and a run that began with two workers may go on with four.
+Each worker processes its rows of every global batch, and a mean over the batch is the sum of the workers' partial
+means. Each worker draws the noise of the whole batch and takes its rows, so that the noise of a run does not depend on
+the number of workers. That number changes results only by rounding, the checkpoints are the same files, and a run that
+was started with two workers may be resumed with four.
 """
 
 import json
@@ -22,17 +22,17 @@ from dxmi.errors import DivergedError, UserError
 from dxmi.tensors import pack, unpack
 
 _SHORTEST_STEP = 1e-6
-"""Seconds."""
+"""Lower limit in seconds of the measured duration of a step."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """One worker's part of a global batch.
+    """The rows of a global batch that belong to one worker.
 
     Attributes:
-        start: its first row.
-        count: how many rows are its own.
-        num: rows of the global batch.
+        start: first row of the worker.
+        count: number of rows of the worker.
+        num: number of rows of the global batch.
     """
 
     start: int
@@ -40,28 +40,28 @@ class Share:
     num: int
 
     def of(self, x: Tensor, dim: int = 0) -> Tensor:
-        """Its rows of a tensor that holds the global batch along `dim`."""
+        """The worker's rows of a tensor that holds the global batch along `dim`."""
         return x if self.count == self.num else x.narrow(dim, self.start, self.count)
 
     def mean(self, values: Tensor) -> Tensor:
-        """What its rows contribute to the mean over the global batch, along the last axis of `values`."""
+        """The contribution of the worker's rows to the mean over the global batch, along the last axis of `values`."""
         return mean_over(values, self.num)
 
 
 def mean_over(values: Tensor, num: int) -> Tensor:
-    """The part that some rows have in the mean over `num` rows, along the last axis of `values`.
+    """The contribution of some rows to the mean over `num` rows, along the last axis of `values`.
 
-    The parts of all rows, of this process and of others, add up to the mean.
+    The contributions of all rows, in this process and in others, add up to the mean.
     """
     return values.mean(-1) if values.shape[-1] == num else values.sum(-1) / num
 
 
 class Workers(ABC):
-    """The group, as one of its members sees it.
+    """A group of processes, as seen by one of them.
 
     Attributes:
-        rank: of this worker, from 0.
-        size: how many there are.
+        rank: rank of this worker, starting from 0.
+        size: number of workers.
     """
 
     rank: int
@@ -69,38 +69,41 @@ class Workers(ABC):
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the worker that reads and writes files and speaks for the group."""
+        """Whether this is the worker that reads and writes files and reports for the group."""
         return self.rank == 0
 
     def share(self, num: int) -> Share:
-        """This worker's part of a global batch of `num`; parts differ by one row at most."""
+        """This worker's part of a global batch of `num` rows; the sizes of the parts differ by at most one."""
         start, end = self.rank * num // self.size, (self.rank + 1) * num // self.size
         return Share(start, end - start, num)
 
     @abstractmethod
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each tensor summed over the workers, the same bits on all of them; float32 on one device."""
+        """Sum each tensor over the workers, bitwise equal on all of them; the tensors are float32 on one device."""
 
     @abstractmethod
     def gather(self, block: Tensor) -> list[Tensor]:
-        """Every worker's block, in the order of ranks; all have one shape."""
+        """The blocks of all workers in the order of ranks; all have the same shape."""
 
     @abstractmethod
     def _agree(self, content: bytes) -> bytes:
-        """The first worker's bytes."""
+        """Broadcast the first worker's bytes."""
 
     def agree(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The first worker's tensors, on the host; a single worker's as they are."""
+        """Broadcast the first worker's tensors, to the host; a single worker returns its own tensors unchanged."""
         if self.size == 1:
             return dict(tensors)
         return unpack(self._agree(pack(tensors) if self.is_first else b""))
 
     def on_first(self, action: Callable[[], Any]) -> Any:
-        """What `action` gives on the first worker, which alone calls it: plain values that JSON can hold.
+        """Call `action` on the first worker only, and return its result on all workers.
+
+        Args:
+            action: returns a value that JSON can represent.
 
         Raises:
-            UserError: `action` did; it is raised on every worker.
-            DivergedError: likewise.
+            UserError: raised by `action`; it is raised on every worker.
+            DivergedError: raised by `action`; it is raised on every worker.
         """
         if self.size == 1:
             return action()
@@ -123,16 +126,16 @@ class Workers(ABC):
 
 
 class Alone(Workers):
-    """The only one."""
+    """The group of a run with a single process."""
 
     rank, size = 0, 1
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors themselves."""
+        """Return the tensors themselves."""
         return list(tensors)
 
     def gather(self, block: Tensor) -> list[Tensor]:
-        """The block alone."""
+        """Return a list of the block."""
         return [block]
 
     def _agree(self, content: bytes) -> bytes:
@@ -143,12 +146,12 @@ ALONE = Alone()
 
 
 class Group(Workers):
-    """The workers of torch.distributed's default process group, which the caller has set up.
+    """The workers of torch.distributed's default process group, which the caller has initialized.
 
-    Gradients go through that group, NCCL's on GPUs; everything else, through one of gloo's beside it.
+    Gradients are reduced in that group (NCCL on GPUs); everything else uses an additional Gloo group.
 
     Args:
-        timeout: seconds after which a worker that does not answer counts as hung.
+        timeout: seconds after which a worker that does not respond is considered to hang.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -156,14 +159,14 @@ class Group(Workers):
         self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """One all-reduce of all of them together."""
+        """Sum all tensors in a single all-reduce."""
         bucket = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(bucket)
         parts = torch.split(bucket, [tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
     def gather(self, block: Tensor) -> list[Tensor]:
-        """Through the host."""
+        """Gather the blocks through the host."""
         mine = block.cpu().contiguous()
         blocks = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(blocks, mine, group=self._host)
@@ -184,11 +187,11 @@ class Group(Workers):
 
 
 class Pace:
-    """When workers that take the same steps look up from them: about every so many seconds, by the first one's clock.
+    """Makes a periodic action due at the same step on all workers, about every `seconds` of the first worker's clock.
 
     Args:
-        workers: call `due` after each step, all of them equally often.
-        seconds: between two looks, once it is known how long a step takes.
+        workers: process group; all workers must call `due` after each step.
+        seconds: target interval, which is met once the duration of a step is known.
     """
 
     def __init__(self, workers: Workers, seconds: float) -> None:
@@ -197,7 +200,7 @@ class Pace:
         self._since = time.monotonic()
 
     def due(self) -> bool:
-        """Whether to look up after this step; for all workers it is the same one."""
+        """Whether the action is due after this step; the same on all workers."""
         if self._workers.size == 1:
             return self._due_alone()
         self._left -= 1
@@ -207,7 +210,7 @@ class Pace:
         return True
 
     def _due_alone(self) -> bool:
-        """By the clock: to one that need not agree with others, steps of very different lengths are no matter."""
+        """Whether the interval has passed; a single process can use its clock, whatever the durations of the steps."""
         now = time.monotonic()
         if now - self._since < self._seconds:
             return False
@@ -215,7 +218,7 @@ class Pace:
         return True
 
     def _next_stride(self) -> int:
-        """Steps until the next look: as many as fit, but at most twice those since the last one."""
+        """Steps until the next action: as many as fit into the interval, but at most twice the previous number."""
         now = time.monotonic()
         seconds_a_step = max((now - self._since) / self._stride, _SHORTEST_STEP)
         self._since = now

@@ -1,8 +1,8 @@
-"""What can go wrong with a run, as exceptions that the command line turns into sentences."""
+"""Exceptions that the command line reports as messages instead of tracebacks."""
 
 
 class UserError(Exception):
-    """Bad input or a bad file, said in one or two sentences: what is wrong, where, and what to do.
+    """Invalid input or an invalid file. The message says in one or two sentences what is wrong, where, and what to do.
 
     The command line prints it without a traceback and exits with code 2.
     """
@@ -12,10 +12,10 @@ class DivergedError(Exception):
     """A metric, a sample or a weight is not a finite number.
 
     Attributes:
-        step: the iteration after which it was seen.
-        metric: its key, or what else is not finite.
-        value: what it was.
-        message: the sentence for the user.
+        step: the iteration after which it was detected.
+        metric: key of the metric, or a description of what is not finite.
+        value: the value that is not finite.
+        message: the message for the user.
     """
 
     def __init__(self, step: int, metric: str, value: float, message: str = "") -> None:
@@ -31,7 +31,7 @@ class DivergedError(Exception):
         return DivergedError, (self.step, self.metric, self.value, self.message)
 
     def tree(self) -> dict[str, int | str | float]:
-        """The arguments that make this exception again, as plain values."""
+        """The arguments of the constructor, as plain values."""
         return {"step": self.step, "metric": self.metric, "value": self.value, "message": self.message}
 
 
@@ -39,7 +39,7 @@ class WorkersLostError(Exception):
     """The workers of a run were lost more often than `resources.max_restarts` allows.
 
     Attributes:
-        details: tracebacks of the last ones.
+        details: tracebacks of the last workers that were lost.
     """
 
     def __init__(self, reason: str, details: str = "") -> None:

@@ -1,9 +1,9 @@
-"""What the operating system tells of the machine."""
+"""Information about the machine from the operating system."""
 
 import os
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use: those of its affinity mask, or all of them where the system has none (macOS)."""
+    """The number of CPUs in the affinity mask of this process, or of all CPUs if the system has none (macOS)."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

@@ -1,9 +1,9 @@
 """Named random streams: every consumer of randomness has its own generator, derived from a seed and a name.
 
-A stream added or drawn from more often never shifts another, and distinct pairs of seed and name have distinct streams.
-PyTorch's generator for the CPU, a Mersenne twister, keeps only 32 bits of the number given to `manual_seed`: two of
-100,000 streams would more likely than not be the same one. Its whole state is therefore filled from a hash of the name.
-The generators of GPUs are counter-based and keep all 64 bits.
+Adding a stream, or drawing more often from one, never changes another. Distinct pairs of seed and name have distinct
+streams. PyTorch's generator for the CPU, a Mersenne twister, uses only 32 bits of the argument of `manual_seed`: among
+100,000 streams, a collision would be more likely than not. Its whole state is therefore filled from a hash of the
+name. The generators of GPUs are counter-based and use all 64 bits.
 """
 
 import functools
@@ -16,13 +16,16 @@ from torch import Tensor
 from dxmi.errors import UserError
 
 _WORDS = 624
-"""32-bit words of a Mersenne twister's state."""
+"""Number of 32-bit words in the state of a Mersenne twister."""
 _FIRST_BYTE = 24
-"""Where PyTorch's `mt19937` state holds the first of them, each in 64 bits, after its seed and its position."""
+"""Offset of the first word, each stored in 64 bits, in PyTorch's `mt19937` state, after the seed and the position."""
 _STATE_BYTES = {16, len(torch.Generator().get_state())}
-"""Of a GPU's generator, its seed and its offset, and of the CPU's."""
+"""Sizes of the states of a GPU's generator (seed and offset) and of the CPU's."""
 _INIT_FACTOR, _SHIFT, _WORD = 1_812_433_253, 30, 2**32
-"""Of the recurrence that fills the state from a 32-bit seed (Matsumoto and Nishimura, 1998, with the 2002 seeding)."""
+"""Constants of the recurrence that initializes the state from a 32-bit seed.
+
+See Matsumoto and Nishimura, 1998, with the seeding of 2002.
+"""
 
 
 def generator(seed: int, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -31,16 +34,19 @@ def generator(seed: int, stream: str, device: torch.device | str = "cpu") -> tor
 
 
 def continue_stream(own: torch.Generator, state: Tensor) -> bool:
-    """Let a generator go on from a saved state; returns whether it draws what the saved one would have drawn.
+    """Restore a generator from a saved state.
 
-    A state that was saved on another kind of device cannot be set. The generator then begins a stream that is derived
-    from that state, so that going on from it twice gives the same numbers.
+    A state that was saved on another kind of device cannot be restored. The generator then starts a new stream that is
+    derived from the state, so that resuming twice gives the same numbers.
+
+    Returns:
+        Whether the generator continues exactly like the saved one.
 
     Raises:
-        ValueError: it is the state of no generator.
+        ValueError: `state` is not the state of a generator.
     """
     if state.dtype != torch.uint8 or state.numel() not in _STATE_BYTES:
-        raise ValueError(f"{state.numel()} numbers of {state.dtype} are the state of no random generator")
+        raise ValueError(f"{state.numel()} numbers of {state.dtype} are not the state of a random generator")
     if state.shape == own.get_state().shape:
         own.set_state(state)
         return True
@@ -49,7 +55,7 @@ def continue_stream(own: torch.Generator, state: Tensor) -> bool:
 
 
 def _seeded(own: torch.Generator, name: bytes) -> torch.Generator:
-    """The generator at the start of the stream of that name."""
+    """Set a generator to the start of the stream of that name; returns the generator."""
     own.manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8], "little", signed=True))
     if own.device.type == "cpu":
         _fill(own, hashlib.shake_256(name).digest(4 * _WORDS))
@@ -57,7 +63,7 @@ def _seeded(own: torch.Generator, name: bytes) -> torch.Generator:
 
 
 def _fill(twister: torch.Generator, content: bytes) -> None:
-    """Replace all words of a freshly seeded generator's state by `content`, little-endian."""
+    """Replace all words of the state of a newly seeded generator with `content`, little-endian."""
     _check_layout()
     state = twister.get_state()
     _words(state).copy_(torch.from_numpy(np.frombuffer(content, dtype="<u4").astype(np.int64)))
@@ -71,12 +77,16 @@ def _words(state: Tensor) -> Tensor:
 
 @functools.cache
 def _check_layout() -> None:
-    """Raise a UserError unless the state of PyTorch's generator holds its words where they are expected."""
+    """Check that the state of PyTorch's generator has the expected layout.
+
+    Raises:
+        UserError: it does not.
+    """
     first = 1
     second = (_INIT_FACTOR * (first ^ (first >> _SHIFT)) + 1) % _WORD
     state = torch.Generator().manual_seed(first).get_state()
     if len(state) < _FIRST_BYTE + 8 * _WORDS or _words(state)[:2].tolist() != [first, second]:
         raise UserError(
-            f"PyTorch {torch.__version__} keeps the state of its random generator in another layout than versions up "
-            "to 2.13, so that seeds cannot be derived: install one of those."
+            f"PyTorch {torch.__version__} stores the state of its random generator in another layout than versions up "
+            "to 2.13, so seeds cannot be derived: install one of those versions."
         )

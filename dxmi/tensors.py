@@ -1,6 +1,6 @@
-"""Shapes and layouts, tensors as bytes, and the two places where pixels change type.
+"""Shapes and memory layouts, serialization, conversion between pixels and floats, and checks for finite numbers.
 
-Axis letters: B batch, C channels, H height, W width; *event is everything after the batch axis.
+Axis letters: B batch, C channels, H height, W width; *event stands for all axes after the batch axis.
 """
 
 import math
@@ -17,78 +17,78 @@ from dxmi.errors import DivergedError
 
 Item = TypeVar("Item")
 _IMAGE_RANK = 4
-"""B, C, H, W."""
+"""Number of axes of a batch of images, [B, C, H, W]."""
 
 
 def per_sample(scalar: Tensor, like: Tensor) -> Tensor:
-    """`scalar` [B] or [1], reshaped to [B, 1, ...] so that it multiplies `like` [B, *event]."""
+    """Reshape `scalar` [B] or [1] to [B, 1, ...], which broadcasts over `like` [B, *event]."""
     return scalar.view(-1, *[1] * (like.dim() - 1))
 
 
 def pack(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors as safetensors, whatever their layout and device."""
+    """Serialize tensors of any layout and device as safetensors."""
     return save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def unpack(content: bytes) -> dict[str, Tensor]:
-    """The inverse of `pack`: row-major, on the host, in the order of their names.
+    """The inverse of `pack`: row-major tensors on the host, sorted by name.
 
-    A product with a transposed matrix takes another path through BLAS than one with the same matrix stored row by row,
-    and may differ in its last bits. Where a result may be computed or read, both ways therefore have to end here.
+    Matrix products with a transposed and with a row-major matrix use different BLAS routines, and may differ in the
+    last bits. Results that are either computed or read from a file must therefore both be passed through this function.
     """
     return dict(sorted(load_safetensors(content).items()))
 
 
 def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
-    """A copy of `x` with the strides and on the device of `like`, or `x` itself if it has them."""
+    """A copy of `x` with the strides and the device of `like`, or `x` itself if they are already equal."""
     if x.stride() == like.stride() and x.device == like.device:
         return x
     return torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
 def event_sum(x: Tensor) -> Tensor:
-    """Sum over the event of `x` [B, *event]: [B]."""
+    """Sum `x` [B, *event] over the event: [B]."""
     return x.flatten(1).sum(1)
 
 
 def event_mean(x: Tensor) -> Tensor:
-    """Mean over the event of `x` [B, *event]: [B]."""
+    """Average `x` [B, *event] over the event: [B]."""
     return x.flatten(1).mean(1)
 
 
 def from_uint8(images: Tensor) -> Tensor:
-    """Pixels 0..255 as floats in [-1, 1]."""
+    """Convert pixels 0..255 to floats in [-1, 1]."""
     return images.to(torch.float32).mul_(2.0 / 255.0).sub_(1.0)
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Floats as pixels 0..255: the inverse of `from_uint8`, with values outside [-1, 1] clipped.
+    """Convert floats to pixels 0..255: the inverse of `from_uint8`, with values outside [-1, 1] clipped.
 
-    NaN has no pixel: whoever calls this has made sure that `x` is finite, as `dxmi.evaluation.sampling` does.
+    `x` must be finite, since NaN has no equivalent; `dxmi.evaluation.sampling` checks this.
     """
     return x.clamp(-1.0, 1.0).add(1.0).mul(255.0 / 2.0).round_().to(torch.uint8)
 
 
 def decode(stored: Tensor) -> Tensor:
-    """Stored samples as floats: uint8 pixels in [-1, 1], the coordinates of points as they are."""
+    """Convert stored samples to floats: uint8 pixels to [-1, 1]; coordinates of points are unchanged."""
     return from_uint8(stored) if stored.dtype == torch.uint8 else stored
 
 
 def encode(x: Tensor) -> Tensor:
-    """Samples [N, *event] as they are stored: images (events [C, H, W]) as pixels 0..255, points as they are."""
+    """Convert samples [N, *event] for storage: images (events [C, H, W]) to pixels 0..255; points are unchanged."""
     return to_uint8(x) if x.dim() == _IMAGE_RANK else x
 
 
 def num_beyond(x: Tensor, bound: float) -> Tensor:
-    """How many samples of `x` [B, *event] hold NaN or what is larger than `bound`: one reduction on the device, []."""
+    """The number of samples of `x` [B, *event] with NaN or a magnitude above `bound`, reduced on the device, []."""
     return (~(x.abs() <= bound).flatten(1).all(dim=1)).sum()
 
 
 def require_finite(x: Tensor, what: str, step: int = 0) -> Tensor:
-    """`x` itself.
+    """Return `x` after checking that it is finite.
 
     Raises:
-        DivergedError: it holds NaN or infinity; `what` names it in the sentence.
+        DivergedError: `x` contains NaN or infinity; the message calls it `what`.
     """
     bad = ~x.isfinite()
     if bad.any():
@@ -101,10 +101,10 @@ def require_finite(x: Tensor, what: str, step: int = 0) -> Tensor:
 
 
 def require_finite_state(state: Mapping[str, Tensor], what: str, step: int) -> None:
-    """Check the weights of iteration `step`, whose sentence names `what` and the first tensor that is not finite.
+    """Check that the weights of iteration `step` are finite.
 
     Raises:
-        DivergedError: one of them is not finite.
+        DivergedError: a tensor is not finite; the message contains `what` and the name of the tensor.
     """
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -113,10 +113,10 @@ def require_finite_state(state: Mapping[str, Tensor], what: str, step: int) -> N
 
 
 def require_finite_metrics(metrics: dict[str, float], step: int) -> dict[str, float]:
-    """The metrics themselves.
+    """Return the metrics after checking that they are finite.
 
     Raises:
-        DivergedError: one of them is not finite.
+        DivergedError: a metric is not finite.
     """
     for key, value in metrics.items():
         if not math.isfinite(value):
@@ -125,7 +125,7 @@ def require_finite_metrics(metrics: dict[str, float], step: int) -> dict[str, fl
 
 
 def calling(items: Iterable[Item], on_step: Callable[[], None] | None) -> Iterator[Item]:
-    """The items, one after the other; `on_step`, if there is one, is called after each."""
+    """Yield the items, and call `on_step`, if given, after each."""
     for item in items:
         yield item
         if on_step is not None:
@@ -133,7 +133,7 @@ def calling(items: Iterable[Item], on_step: Callable[[], None] | None) -> Iterat
 
 
 def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
-    """Nested tuples, named tuples and dicts with every tensor changed; whatever else they hold stays as it is."""
+    """Apply `change` to every tensor in nested tuples, named tuples and dicts; other values are unchanged."""
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, dict):
@@ -145,18 +145,21 @@ def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    """The tensors of nested tuples and dicts, in order."""
+    """The tensors in nested tuples and dicts, in order."""
     found: list[Tensor] = []
     map_tensors(found.append, tree)
     return found
 
 
 def with_tensors(tree: Any, tensors: Iterator[Tensor]) -> Any:
-    """The inverse of `tensors_of`: the nested tuples and dicts with these tensors in the places of their own."""
+    """The inverse of `tensors_of`: replace the tensors in nested tuples and dicts with these, in order."""
     return map_tensors(lambda _: next(tensors), tree)
 
 
 def chunks(num: int, pieces: int) -> list[slice]:
-    """`num` rows cut into `pieces` slices that differ by one row at most; empty ones are left out, but for the last."""
+    """Split `num` rows into `pieces` slices whose sizes differ by at most one.
+
+    Empty slices are omitted; if there are no rows, one empty slice is returned.
+    """
     edges = [piece * num // pieces for piece in range(pieces + 1)]
     return [slice(a, b) for a, b in pairwise(edges) if b > a] or [slice(0, 0)]

@@ -7,7 +7,7 @@ from dxmi.networks.base import Critic
 
 
 class Energy(nn.Module):
-    """A network's score, read as an energy.
+    """An energy, given by the score of a network.
 
     Args:
         network: a time-independent critic.
@@ -18,6 +18,6 @@ class Energy(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
-        """E(x) of `x` [B, *event], given its class if the network knows classes: [B]."""
+        """E(x) of `x` [B, *event], given the labels if the network is class-conditional: [B]."""
         energy: Tensor = self.network(x, condition.labels) if self.network.classes else self.network(x)
         return energy.float()  # under autocast the score is bfloat16

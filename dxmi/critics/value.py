@@ -1,4 +1,4 @@
-"""The value V(x, t): expected cost-to-go from x at step t, low is good. V(x, T) is the energy."""
+"""The value V(x, t): the expected cost-to-go from x at step t, lower is better. V(x, T) is the energy."""
 
 from abc import ABC, abstractmethod
 
@@ -14,14 +14,14 @@ class Value(nn.Module, ABC):
     """V(x, t), with V(., T) = E.
 
     Attributes:
-        energy: E.
+        energy: the energy E.
     """
 
     energy: Energy
 
     @abstractmethod
     def forward(self, x: Tensor, t: int, condition: Condition = UNCONDITIONAL) -> Tensor:
-        """V(x, t) of `x` [B, *event], all at step `t`: [B]."""
+        """V(x, t) of `x` [B, *event], with all samples at step `t`: [B]."""
 
     @abstractmethod
     def forward_timesteps(
@@ -35,19 +35,19 @@ class Value(nn.Module, ABC):
     ) -> Tensor:
         """V(x_i, t_i), [B].
 
-        Without knowing how many samples are at T, both networks see all of them; nothing then depends on the numbers in
-        `t`, as in a recorded update.
+        With the default numbers, both networks evaluate all samples. The computation then does not depend on the values
+        in `t`, as a CUDA graph requires.
 
         Args:
             x: [B, *event].
-            t: the step of each sample in ascending order, [B].
-            condition: of each sample.
-            num_nonterminal: how many samples, at the beginning, are known to be before T.
-            num_terminal: how many samples, at the end, are known to be at T.
+            t: step of each sample, in ascending order, [B].
+            condition: condition of each sample.
+            num_nonterminal: number of samples at the beginning that are known to be before T.
+            num_terminal: number of samples at the end that are known to be at T.
         """
 
     def gradient(self, x: Tensor, t: int, condition: Condition = UNCONDITIONAL) -> Tensor:
-        """dV(x, t)/dx for each sample: [B, *event]."""
+        """The gradient dV(x, t)/dx of each sample: [B, *event]."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self(x, t, condition).sum(), x)
@@ -55,7 +55,7 @@ class Value(nn.Module, ABC):
 
 
 class SharedValue(Value):
-    """Time-independent: one network is energy and value, V(x, t) = E(x). The paper's choice for images."""
+    """A time-independent value V(x, t) = E(x), which shares the energy's network; the paper's choice for images."""
 
     def __init__(self, energy: Energy) -> None:
         super().__init__()
@@ -79,7 +79,9 @@ class SharedValue(Value):
 
 
 class SeparateValue(Value):
-    """Time-conditioned: its own network before T, the energy at T. The paper's choice for 2D and anomaly detection.
+    """A time-conditioned value: its own network before T, the energy at T.
+
+    This is the paper's choice for 2D data and anomaly detection.
 
     Args:
         energy: V(., T).
@@ -111,7 +113,7 @@ class SeparateValue(Value):
         num_nonterminal: int = 0,
         num_terminal: int = 0,
     ) -> Tensor:
-        """Each network sees only the samples that are, or may be, its own."""
+        """V(x_i, t_i), [B]; each network evaluates only the samples whose values it gives, or may give."""
         start, end = num_nonterminal, len(x) - num_terminal
         if end == 0:
             return self.energy(x, condition)  # type: ignore[no-any-return]
@@ -126,7 +128,7 @@ class SeparateValue(Value):
         return torch.cat((early[:start], between, late[end - start :]))
 
     def _nonterminal(self, x: Tensor, embedding: Tensor, condition: Condition) -> Tensor:
-        """The network's value before T, [B]; it is given the labels if it knows classes."""
+        """The network's value before T, [B]; it receives the labels if it is class-conditional."""
         labels = (condition.labels,) if self.network.classes else ()
         value: Tensor = self.network(x, embedding, *labels)
         return value.float()

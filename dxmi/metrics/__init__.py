@@ -1,1 +1,1 @@
-"""Scores of generated samples. Images of different kinds have different features, and differently named scores."""
+"""Scores of generated samples. Scores from different features have different names."""

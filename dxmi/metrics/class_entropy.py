@@ -1,4 +1,4 @@
-"""The entropy of the classes in the samples."""
+"""The entropy of the classes of the samples."""
 
 from collections.abc import Mapping
 
@@ -12,13 +12,13 @@ from dxmi.metrics.configs import ClassEntropyConfig
 
 
 class ClassEntropy(Metric):
-    """-sum_c p(c) log p(c), where p(c) is the mean probability that a classifier gives to class c.
+    """-sum_c p(c) log p(c), where p(c) is the mean probability that a classifier assigns to class c.
 
     Args:
-        config: which classifier.
+        config: names the classifier.
 
     Raises:
-        UserError: the classifier's file was altered.
+        UserError: the file of the classifier was altered.
     """
 
     def __init__(self, config: ClassEntropyConfig) -> None:
@@ -26,11 +26,11 @@ class ClassEntropy(Metric):
 
     @torch.no_grad()
     def observe(self, samples: Tensor, condition: Condition) -> Tensor:  # noqa: ARG002  (metrics share a signature)
-        """The probability of every class, [n, 10]."""
+        """The class probabilities of each sample, [n, 10]."""
         logits: Tensor = self._classifier.to(samples.device)(samples)
         return logits.softmax(dim=1).cpu()
 
     def scores(self, evidence: Evidence) -> Mapping[str, float]:
-        """In nats."""
+        """The entropy in nats."""
         p = evidence.rows.double().mean(0)
         return {"eval/class_entropy": -float(torch.special.xlogy(p, p).sum())}

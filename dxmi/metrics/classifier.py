@@ -1,7 +1,8 @@
-"""Small grey-image classifiers whose 64 penultimate features stand in for InceptionV3's where it makes no sense.
+"""Small classifiers of gray images, whose 64 penultimate features replace InceptionV3's where it is unsuitable.
 
-Their weights ship in the package as safetensors (float16). `python -m dxmi.metrics.train_classifier NAME` trained each;
-the file's metadata tells its held-out accuracy, and `CLASSIFIERS` its sha256, which is checked whenever it is loaded.
+Their weights ship with the package as safetensors (float16). Each was trained by
+`python -m dxmi.metrics.train_classifier NAME`. The metadata of a file has the held-out accuracy, and `CLASSIFIERS` has
+the sha256, which is verified at every load.
 """
 
 import hashlib
@@ -19,12 +20,12 @@ NUM_CLASSES = 10
 
 @dataclass(frozen=True)
 class ShippedClassifier:
-    """A classifier in the package.
+    """A classifier that ships with the package.
 
     Attributes:
-        size: height and width of its input.
-        accuracy: on held-out images that it was not trained on, of the shipped float16 weights.
-        sha256: of its file.
+        size: height and width of the input.
+        accuracy: accuracy of the shipped float16 weights on held-out images.
+        sha256: checksum of the file.
     """
 
     size: int
@@ -72,10 +73,10 @@ class SmallClassifier(nn.Module):
 
 
 def load_classifier(name: str) -> SmallClassifier:
-    """The shipped classifier of data set `name`, in evaluation mode.
+    """Load the shipped classifier of the data set `name`, in evaluation mode.
 
     Raises:
-        UserError: its file is not the one that was shipped.
+        UserError: the file is not the one that was shipped.
     """
     shipped = CLASSIFIERS[name]
     raw = (files("dxmi.metrics") / "weights" / f"{name}.safetensors").read_bytes()

@@ -1,4 +1,4 @@
-"""How good an energy is as a model of a density: what it tells apart, and how far it is from the density itself.
+"""Measures of an energy as a model of a density: discrimination (AUC), and divergence from the density (KL).
 
 Axis letters: N, M points, G cells of a grid.
 """
@@ -13,18 +13,18 @@ from dxmi.data.planar import SQUARE, Distribution
 from dxmi.tensors import require_finite
 
 _STEEPEST = 1e6
-"""Largest beta times the energy's range over the grid: beyond it all mass is in one cell."""
+"""Upper limit of beta times the range of the energy on the grid; beyond it, all mass is in one cell."""
 
 
 def roc_auc(positive: Tensor, negative: Tensor) -> float:
-    """P(positive > negative) + P(equal) / 2 over all pairs of scores: the area under the ROC curve, exact.
+    """The exact area under the ROC curve: P(positive > negative) + P(equal) / 2 over all pairs of scores.
 
     Args:
         positive: scores that should be high, [N].
         negative: scores that should be low, [M].
 
     Raises:
-        DivergedError: a score is not finite, and so has no rank.
+        DivergedError: a score is not finite, and therefore has no rank.
     """
     positive, negative = (require_finite(scores, "the scores of an AUC") for scores in (positive, negative))
     negative = negative.sort().values
@@ -34,9 +34,9 @@ def roc_auc(positive: Tensor, negative: Tensor) -> float:
 
 
 def square_grid(half_side: float, cells: int) -> Tensor:
-    """The centres of `cells` x `cells` equal fields of the square [-half_side, half_side]^2: float32, [cells^2, 2].
+    """The centers of `cells` x `cells` equal cells of the square [-half_side, half_side]^2: float32, [cells^2, 2].
 
-    The first coordinate changes slowest.
+    The first coordinate varies slowest.
     """
     axis = ((torch.arange(cells, dtype=torch.float64) + 0.5) * (2.0 / cells) - 1.0) * half_side
     return torch.cartesian_prod(axis, axis).float()
@@ -44,19 +44,19 @@ def square_grid(half_side: float, cells: int) -> Tensor:
 
 @cache
 def grid_log_density(distribution: Distribution, cells: int) -> Tensor:
-    """A distribution's log density in each cell of `square_grid(SQUARE, cells)`, only to be read: [cells^2].
+    """The log density of a distribution at each point of `square_grid(SQUARE, cells)`: [cells^2].
 
-    It takes as long as many iterations, so a process computes it once.
+    The result is cached, since it takes as long as many iterations; it must not be modified.
     """
     return distribution.log_density(square_grid(SQUARE, cells))
 
 
 class Calibrated(NamedTuple):
-    """An energy with the temperature at which it fits a density best.
+    """The divergence of an energy from a density at the best temperature.
 
     Attributes:
         kl: KL(p | q_beta) in nats, q_beta proportional to exp(-beta E) on the grid.
-        beta: inverse temperature in nats per unit of energy, 0 or more; 0 makes q_beta uniform.
+        beta: inverse temperature in nats per unit of energy, at least 0; at 0, q_beta is uniform.
     """
 
     kl: float
@@ -64,9 +64,9 @@ class Calibrated(NamedTuple):
 
 
 def calibrated_kl(energy: Tensor, log_density: Tensor) -> Calibrated:
-    """Least over beta >= 0 of KL(p | q_beta), both normalised over the cells of a grid.
+    """Minimize KL(p | q_beta) over beta >= 0, with both densities normalized over the cells of a grid.
 
-    d KL / d beta = E_p[E] - E_{q_beta}[E], which grows with beta, so that the minimum is its one root (or 0).
+    d KL / d beta = E_p[E] - E_{q_beta}[E] increases with beta, so that the minimum is its only root (or 0).
 
     Args:
         energy: E in each cell, [G].
@@ -93,5 +93,5 @@ def calibrated_kl(energy: Tensor, log_density: Tensor) -> Calibrated:
 
 
 def _entropy(p: Tensor) -> float:
-    """-sum p log p with 0 log 0 = 0."""
+    """-sum p log p, where 0 log 0 = 0."""
     return -float(torch.special.xlogy(p, p).sum())

@@ -1,4 +1,4 @@
-"""How much higher the energy is on data that training has not seen."""
+"""The difference between the energy of test data and of training data, a measure of overfitting."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -7,14 +7,14 @@ from dxmi.metrics.base import ENERGY, TEST_SPLIT, Evidence, Metric
 from dxmi.metrics.configs import EnergyGapConfig
 
 _MOST = 10_000
-"""Samples of each split whose energy is computed."""
+"""Maximum number of samples per split whose energy is computed."""
 
 
 class EnergyGap(Metric):
     """(mean E(test) - mean E(train)) / std E(train), of the first 10,000 samples of each.
 
     Args:
-        config: has no settings.
+        config: unused, since there are no settings.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({ENERGY, TEST_SPLIT})

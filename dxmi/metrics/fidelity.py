@@ -1,7 +1,7 @@
-"""FID, KID, precision, recall and Inception Score from features, and features of the shipped classifiers.
+"""FID, KID, precision, recall and Inception Score from features, and the features of the shipped classifiers.
 
-The values are those of torch-fidelity, which the tests compare them with, but importing that package takes seconds
-(it brings torchvision and torch's compiler), in every process of a sweep. Only InceptionV3 needs it.
+The values are those of torch-fidelity, as the tests verify. That package is not used here, because importing it (with
+torchvision and PyTorch's compiler) takes seconds in every process of a sweep. Only InceptionV3 needs it.
 """
 
 from collections.abc import Callable
@@ -18,18 +18,18 @@ _BATCH = 1000
 _SPLITS = 10
 _NEIGHBOR = 3
 _ROWS = 10_000
-"""Rows whose distances to all others are in memory at a time."""
+"""Number of rows whose distances to all others are in memory at the same time."""
 
 
 @torch.no_grad()
 def classifier_features(name: str, pixels: Tensor) -> Tensor:
-    """Features of uint8 `pixels` [N, 1, H, W] by the classifier `name`, float64 on the host, [N, 64]."""
+    """Features of uint8 `pixels` [N, 1, H, W] from the classifier `name`, float64 on the host, [N, 64]."""
     classifier = load_classifier(name).to(pixels.device)
     return torch.cat([classifier.features(batch).cpu() for batch in torch.split(pixels, _BATCH)]).double()
 
 
 def _finite(generated: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """The features themselves, all of them finite."""
+    """The features themselves, checked to be finite."""
     return require_finite(generated, "the features of the samples"), require_finite(reference, "the data's features")
 
 
@@ -54,8 +54,8 @@ def kernel_distance(
 ) -> float:
     """Mean unbiased squared MMD with the cubic kernel over random subsets (KID, arXiv 1801.01401).
 
-    Subsets are as large as the smaller set where that has fewer than `subset_size` rows. `on_step` is called after each
-    of them, and may raise.
+    A subset has `subset_size` rows, or those of the smaller set if it has fewer. `on_step` is called after each subset,
+    and may raise.
 
     Raises:
         DivergedError: a feature is not finite.
@@ -72,7 +72,7 @@ def kernel_distance(
 
 
 def _squared_mmd(x: Tensor, y: Tensor) -> float:
-    """The unbiased estimate of two sets of equal size, [N, D] each."""
+    """The unbiased estimate for two sets of equal size, [N, D] each."""
     num = len(x)
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -87,20 +87,20 @@ def _squared_mmd(x: Tensor, y: Tensor) -> float:
 def precision_recall(
     generated: Tensor, reference: Tensor, on_step: Callable[[], None] | None = None
 ) -> tuple[float, float]:
-    """Fractions of each set within the other's 3-nearest-neighbor balls (arXiv 1904.06991).
+    """The fraction of each set within the 3-nearest-neighbor balls of the other (arXiv 1904.06991).
 
-    `on_step` is called after every 10,000 rows of distances, which take seconds of a CPU, and may raise.
+    `on_step` is called after every 10,000 rows of distances, which take seconds on a CPU, and may raise.
 
     Raises:
-        DivergedError: a feature is not finite: compared with NaN, every sample would be precise.
+        DivergedError: a feature is not finite, since comparisons with NaN would count every sample as precise.
     """
     generated, reference = _finite(generated, reference)
     return _covered(generated, reference, on_step), _covered(reference, generated, on_step)
 
 
 def _covered(points: Tensor, centers: Tensor, on_step: Callable[[], None] | None) -> float:
-    """Fraction of `points` [N, D] that lie within the ball of at least one of `centers` [M, D]."""
-    # A center is its own nearest neighbor, so that the third of the others is the fourth.
+    """The fraction of `points` [N, D] that lie within the ball of at least one of `centers` [M, D]."""
+    # A center is its own nearest neighbor, so the third among the others is the fourth of all.
     blocks = calling(torch.split(centers, _ROWS), on_step)
     radius = torch.cat([torch.cdist(rows, centers).kthvalue(_NEIGHBOR + 1).values for rows in blocks])
     blocks = calling(torch.split(points, _ROWS), on_step)
@@ -109,11 +109,11 @@ def _covered(points: Tensor, centers: Tensor, on_step: Callable[[], None] | None
 
 
 def inception_score(logits: Tensor, seed: int) -> float:
-    """Exponential of the mean KL(p(y | x) | p(y)), a mean over ten parts of the samples (arXiv 1606.03498).
+    """Exponential of the mean KL(p(y | x) | p(y)), averaged over ten parts of the samples (arXiv 1606.03498).
 
     Args:
-        logits: of the classes, [N, C].
-        seed: shuffles.
+        logits: logits of the classes, [N, C].
+        seed: seed of the shuffling of the samples.
 
     Raises:
         DivergedError: a logit is not finite.
@@ -126,6 +126,6 @@ def inception_score(logits: Tensor, seed: int) -> float:
 
 
 def _exponential_divergence(log_p: Tensor) -> Tensor:
-    """Exp of the mean KL of rows of log probabilities [N, C] to their mean distribution."""
+    """Exponential of the mean KL from rows of log probabilities [N, C] to their mean distribution."""
     p = log_p.exp()
     return (p * (log_p - p.mean(dim=0).log())).sum(dim=1).mean().exp()

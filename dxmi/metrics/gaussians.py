@@ -1,12 +1,12 @@
-"""The Frechet distance of many features: a Gaussian fitted once, and the distance that infinitely many samples have.
+"""The Frechet distance to a Gaussian that is fitted once, and its extrapolation to infinitely many samples.
 
     FID(N) = |mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2))      mu, S of N samples, mu', S' of the reference
 
-With S' = R R^T and centred features X [N, D], tr (S S')^(1/2) is the sum of the singular values of X R / sqrt(N - 1):
-a symmetric problem of min(N, D) dimensions, where torch-fidelity solves a general one of D; the values are the same.
+With S' = R R^T and centered features X [N, D], tr (S S')^(1/2) is the sum of the singular values of X R / sqrt(N - 1).
+This is a symmetric problem of size min(N, D), whereas torch-fidelity solves a general one of size D for the same value.
 
-FID(N) is biased, by b / N with a b that depends on the sampler, so that two samplers may swap places as N grows. A line
-through FID against 1 / N meets 1 / N = 0 at an estimate without that bias (Chong and Forsyth, arXiv 1911.07023).
+FID(N) has a bias of b / N, where b depends on the sampler, so that the ranking of two samplers may change with N. The
+intercept of a line fitted to FID against 1 / N is an estimate without this bias (Chong and Forsyth, arXiv 1911.07023).
 
 Axis letters: N samples, D features. Everything is float64.
 """
@@ -20,19 +20,19 @@ from torch import Tensor
 from dxmi.tensors import calling, require_finite
 
 POINTS = 15
-"""Of the line, as in the paper's code."""
+"""Number of points of the line, as in the paper's code."""
 FEWEST = 5_000
-"""Samples of its smallest set, likewise; half of them where there are fewer than twice as many."""
+"""Size of the smallest subset, as in the paper's code; half of the samples if there are fewer than 10,000."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What a Gaussian is fitted to.
+    """The moments of features, from which a Gaussian is fitted.
 
     Attributes:
-        count: samples seen.
-        mean: [D].
-        scatter: sum of (f - mean)(f - mean)^T over them, [D, D].
+        count: number of samples.
+        mean: mean of the features, [D].
+        scatter: sum of (f - mean)(f - mean)^T over the samples, [D, D].
     """
 
     count: int
@@ -41,14 +41,14 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
-        """Of features [N, D]."""
+        """The moments of features [N, D]."""
         features = features.double()
         mean = features.mean(0)
         centred = features - mean
         return cls(len(features), mean, centred.T @ centred)
 
     def merged(self, other: "Moments") -> "Moments":
-        """Of the samples of both (Chan, Golub and LeVeque, 1979)."""
+        """The moments of the union of two sets of samples (Chan, Golub and LeVeque, 1979)."""
         count = self.count + other.count
         gap = other.mean - self.mean
         between = torch.outer(gap, gap) * (self.count * other.count / count)
@@ -56,17 +56,17 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """With N - 1 in the denominator, [D, D]."""
+        """The covariance with N - 1 in the denominator, [D, D]."""
         return self.scatter / (self.count - 1)
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A reference to measure distances to.
+    """The Gaussian of a reference, to which distances are computed.
 
     Attributes:
-        mean: [D].
-        root: R with R R^T its covariance, [D, R].
+        mean: mean, [D].
+        root: a root R of the covariance R R^T, [D, R].
     """
 
     mean: Tensor
@@ -74,7 +74,7 @@ class Gaussian:
 
     @classmethod
     def of(cls, features: Tensor) -> "Gaussian":
-        """Fitted to features [N, D]."""
+        """Fit a Gaussian to features [N, D]."""
         if len(features) > features.shape[1]:
             return cls.fitted(Moments.of(features))
         mean = features.double().mean(0)
@@ -82,15 +82,15 @@ class Gaussian:
 
     @classmethod
     def fitted(cls, moments: Moments) -> "Gaussian":
-        """To moments of samples."""
+        """Fit a Gaussian to moments."""
         root, failed = torch.linalg.cholesky_ex(moments.covariance)
-        if failed:  # fewer samples than features, or features that never differ
+        if failed:  # fewer samples than features, or constant features
             values, vectors = torch.linalg.eigh(moments.covariance)
             root = vectors * values.clamp_min(0.0).sqrt()
-        return cls(moments.mean, root.contiguous())  # LAPACK's are column-major, those read from a file are not
+        return cls(moments.mean, root.contiguous())  # LAPACK returns column-major matrices; files hold row-major ones
 
     def distance(self, features: Tensor) -> float:
-        """FID of features [N, D], at least two of them, on the reference's device.
+        """FID of at least two features [N, D], computed on the device of the reference.
 
         Raises:
             DivergedError: a feature is not finite.
@@ -99,7 +99,7 @@ class Gaussian:
         mean = features.mean(0)
         centred = (features - mean) / (len(features) - 1) ** 0.5
         crossed = centred @ self.root
-        gram = crossed @ crossed.T if len(crossed) < crossed.shape[1] else crossed.T @ crossed  # the smaller one
+        gram = crossed @ crossed.T if len(crossed) < crossed.shape[1] else crossed.T @ crossed  # the smaller of the two
         cross = torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt().sum()
         variances = centred.square().sum() + self.root.square().sum()
         return float((mean - self.mean).square().sum() + variances - 2.0 * cross)
@@ -107,12 +107,12 @@ class Gaussian:
     def distance_at_infinity(
         self, features: Tensor, generator: torch.Generator, on_step: Callable[[], None] | None = None
     ) -> float:
-        """FID of infinitely many samples, extrapolated from random subsets of these [N, D].
+        """FID of infinitely many samples, extrapolated from random subsets of the features.
 
         Args:
-            features: of samples, on the reference's device.
+            features: features of samples, on the device of the reference, [N, D].
             generator: draws the subsets, on the host.
-            on_step: called after each of them, and may raise.
+            on_step: called after each subset; may raise.
         """
         sizes = set_sizes(len(features))
         drawn = [torch.randperm(len(features), generator=generator)[:size] for size in sizes]
@@ -121,13 +121,13 @@ class Gaussian:
 
 
 def set_sizes(num: int) -> list[int]:
-    """Of the subsets of `num` samples, evenly spaced up to all of them."""
+    """The sizes of the subsets of `num` samples, evenly spaced up to `num`."""
     smallest = max(min(FEWEST, num // 2), 2)
     return torch.linspace(smallest, num, POINTS, dtype=torch.float64).round().long().unique().tolist()  # type: ignore[no-any-return, no-untyped-call]
 
 
 def intercept(x: Tensor, y: Tensor) -> float:
-    """Where the line of least squares through points (x, y), each [P], meets x = 0."""
+    """The value at x = 0 of the least-squares line through points (x, y), each [P]."""
     spread = x - x.mean()
     slope = (spread @ y) / (spread @ spread)
     return float(y.mean() - slope * x.mean())

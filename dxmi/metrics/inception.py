@@ -1,7 +1,7 @@
-"""InceptionV3 as FID has always used it (the TensorFlow graph of 2015-12-05), through torch-fidelity.
+"""The InceptionV3 network of the original FID (the TensorFlow graph of 2015-12-05), from torch-fidelity.
 
-torch-fidelity reads weights by running what the pickle asks for. Here a file is read without that, and torch-fidelity
-is given a copy that was written from the tensors found in it.
+torch-fidelity unpickles weights without restrictions, which may execute code. Here the tensors of a file are read
+safely, and torch-fidelity loads a copy that is written from them.
 """
 
 import hashlib
@@ -24,21 +24,21 @@ from dxmi.persistence.files import require_target, user_path
 from dxmi.persistence.tensor_files import read_tensor_file
 
 NETWORK = "inception-v3-compat"
-"""torch-fidelity's name of it."""
+"""The name of the network in torch-fidelity."""
 _MODULE = "feature_extractor_inceptionv3"
 VARIABLE = "DXMI_INCEPTION"
 POOL, LOGITS = "2048", "logits_unbiased"
 NUM_FEATURES = 2048
 _PIECE = {"cuda": 250, "cpu": 25}
-"""Images at a time, which are 299 x 299 inside."""
+"""Images per batch by kind of device; the network resizes them to 299 x 299."""
 
 
 class Features(NamedTuple):
-    """What the network makes of images.
+    """The outputs of the network.
 
     Attributes:
-        pool: of its last pooling layer, float32, [N, 2048].
-        logits: of its classes, without bias, float32, [N, 1008]; [N, 0] if its weights hold no classes.
+        pool: features of the last pooling layer, float32, [N, 2048].
+        logits: logits of the classes, without bias, float32, [N, 1008]; [N, 0] if the weights have no classes.
     """
 
     pool: Tensor
@@ -46,7 +46,7 @@ class Features(NamedTuple):
 
 
 def hub_path() -> Path:
-    """Where torch hub, and torch-fidelity with it, keeps the weights."""
+    """The path at which Torch Hub, and therefore torch-fidelity, stores the weights."""
     name = _url().rsplit("/", 1)[-1]
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
@@ -56,10 +56,10 @@ def _url() -> str:
 
 
 def find_weights() -> Path:
-    """The file of weights: $DXMI_INCEPTION, or below the data, or in torch hub's cache, else fetched into the latter.
+    """Find the file of weights: $DXMI_INCEPTION, in the data folder, or in Torch Hub's cache, else download it there.
 
     Raises:
-        UserError: $DXMI_INCEPTION names no file, or there is none and it cannot be fetched.
+        UserError: $DXMI_INCEPTION is not a file, or there is no file and the download failed.
     """
     named = os.environ.get(VARIABLE)
     if named:
@@ -79,7 +79,7 @@ def _fetch(below: Path) -> Path:
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"InceptionV3's weights are neither in {below} nor in {path}, and {url} cannot be fetched ({error}). Fetch "
-            f"it elsewhere and put it in one of the two, or name it by {VARIABLE}."
+            f"it on another machine and put it in one of the two places, or set {VARIABLE} to its path."
         ) from error
     return path
 
@@ -89,7 +89,7 @@ class Inception:
     """The network on a device.
 
     Attributes:
-        device: where it computes.
+        device: device of the network.
     """
 
     device: torch.device
@@ -97,7 +97,7 @@ class Inception:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, on_piece: Callable[[], None] | None = None) -> Features:
-        """Features of uint8 images [N, C, H, W], C 1 or 3, on this device; `on_piece` is called after every few."""
+        """Features of uint8 images [N, C, H, W], C 1 or 3, on the device; `on_piece` is called after each batch."""
         outputs = []
         for piece in torch.split(pixels.to(self.device), self._piece):
             outputs.append(self._extractor(piece.expand(-1, 3, -1, -1)))
@@ -107,7 +107,7 @@ class Inception:
         return Features(pool, logits[0] if logits else pool.new_empty(len(pool), 0))
 
     def num_pieces(self, num: int) -> int:
-        """How often `on_piece` is called for `num` images."""
+        """The number of batches, and of calls of `on_piece`, for `num` images."""
         return math.ceil(num / self._piece)
 
     @property
@@ -119,7 +119,7 @@ def file_digest(path: Path) -> str:
     """The sha256 of a file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -129,10 +129,10 @@ def file_digest(path: Path) -> str:
 
 @lru_cache(maxsize=1)
 def load_inception(path: Path, device: torch.device) -> Inception:
-    """The network with the weights in `path`; without its classes if these are zeros, as some files have them.
+    """Load the network with the weights in `path`; it has no logits if their weights are zeros, as in some files.
 
     Raises:
-        UserError: they are not InceptionV3's, or ask for code to be run.
+        UserError: the weights are not those of InceptionV3, or the file would have to execute code.
     """
     state: Any = read_tensor_file(path)
     try:
@@ -146,12 +146,12 @@ def load_inception(path: Path, device: torch.device) -> Inception:
 
 
 def _rewritten(state: object) -> io.BytesIO:
-    """Tensors as a file of our own, which torch-fidelity may read as it likes."""
+    """Write tensors to a new file in memory, which torch-fidelity can unpickle safely."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise TypeError("it is no dictionary of tensors")
+        raise TypeError("it is not a dictionary of tensors")
     bad = [str(key) for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
-        raise TypeError(f"{bad[0]} holds numbers that are not finite")
+        raise TypeError(f"{bad[0]} has numbers that are not finite")
     buffer = io.BytesIO()
     torch.save({str(key): value.clone() for key, value in state.items()}, buffer)
     buffer.seek(0)

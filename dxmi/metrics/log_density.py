@@ -14,7 +14,7 @@ class LogDensity(Metric):
     """Mean of max(log p(x), floor).
 
     Args:
-        config: which distribution, and the floor.
+        config: names the distribution and sets the floor.
     """
 
     def __init__(self, config: LogDensityConfig) -> None:
@@ -22,9 +22,9 @@ class LogDensity(Metric):
         self._floor = config.floor
 
     def observe(self, samples: Tensor, condition: Condition) -> Tensor:  # noqa: ARG002  (metrics share a signature)
-        """The log density of every sample, [n, 1]."""
+        """The log density of each sample, [n, 1]."""
         return self._distribution.log_density(samples.cpu()).clamp_min(self._floor)[:, None]
 
     def scores(self, evidence: Evidence) -> Mapping[str, float]:
-        """In nats."""
+        """The mean in nats."""
         return {"eval/log_density": float(evidence.rows.mean())}

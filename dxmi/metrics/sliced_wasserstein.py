@@ -1,4 +1,4 @@
-"""Sliced Wasserstein distance (Bonneel et al., 2015): the mean over random directions of a distance on the line.
+"""Sliced Wasserstein distance (Bonneel et al., 2015): the mean of one-dimensional distances over random directions.
 
 Axis letters: N, M points, D dimensions, P projections, U steps of the merged quantile functions.
 """
@@ -10,7 +10,7 @@ from dxmi.tensors import require_finite
 
 
 def wasserstein_1d(a: Tensor, b: Tensor, order: int) -> Tensor:
-    """Integral |F_a^-1(u) - F_b^-1(u)|^order du of each column's empirical quantile functions, exact: [P].
+    """The exact integral |F_a^-1(u) - F_b^-1(u)|^order du of the empirical quantile functions of each column: [P].
 
     Args:
         a: [N, P].
@@ -19,8 +19,8 @@ def wasserstein_1d(a: Tensor, b: Tensor, order: int) -> Tensor:
     """
     a, b = a.sort(dim=0).values, b.sort(dim=0).values
     n, m = len(a), len(b)
-    # Both quantile functions are constant between consecutive members of {i/n} and {j/m}; in units of 1 / (n m) these
-    # are whole numbers, so nothing is lost to rounding.
+    # Both quantile functions are constant between consecutive elements of {i/n} and {j/m}; in units of 1 / (n m) these
+    # are integers, so there is no rounding error.
     breaks = torch.cat((torch.arange(n + 1) * m, torch.arange(m + 1) * n)).unique()  # type: ignore[no-untyped-call]
     left = breaks[:-1]
     widths = breaks.diff().to(a.dtype).to(a.device) / (n * m)
@@ -30,13 +30,13 @@ def wasserstein_1d(a: Tensor, b: Tensor, order: int) -> Tensor:
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int, generator: torch.Generator, order: int = 2) -> float:
-    """(mean over directions of W_order^order)^(1/order) between point sets.
+    """(mean over directions of W_order^order)^(1/order) between two sets of points.
 
     Args:
         x: [N, *event].
         y: [M, *event].
         projections: number of directions, uniform on the sphere.
-        generator: draws them, on the host.
+        generator: draws the directions, on the host.
         order: 1 or 2.
 
     Raises:

@@ -1,7 +1,7 @@
 """Train one of the shipped feature classifiers: `python -m dxmi.metrics.train_classifier mnist8 --out FOLDER`.
 
-AdamW with cosine decay; one-pixel shifts at 28x28. MNIST, its 8x8 version and Fashion-MNIST are tested on
-their 10,000 test images; the digits, which have no split, on a fifth that training never sees.
+AdamW with cosine decay, and one-pixel shifts at 28x28. MNIST, its 8x8 version and Fashion-MNIST are tested on their
+10,000 test images; the digits, which have no test split, on a fifth that is excluded from training.
 """
 
 import argparse
@@ -20,7 +20,7 @@ _BATCH = 128
 
 
 def split(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training pixels and labels, then held-out pixels and labels."""
+    """Training pixels and labels, and held-out pixels and labels."""
     pixels, labels = LOADERS[name](train=True)
     if name == "digits":
         held_out = torch.arange(len(labels)) % _HELD_OUT == 0
@@ -29,7 +29,7 @@ def split(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def train(pixels: Tensor, labels: Tensor, *, epochs: int, seed: int) -> SmallClassifier:
-    """A classifier of uint8 pixels [N, 1, S, S]."""
+    """Train a classifier on uint8 pixels [N, 1, S, S]."""
     torch.manual_seed(seed)
     classifier = SmallClassifier(pixels.shape[-1])
     batches = epochs * (len(pixels) // _BATCH)
@@ -47,7 +47,7 @@ def train(pixels: Tensor, labels: Tensor, *, epochs: int, seed: int) -> SmallCla
 
 
 def shifted(pixels: Tensor) -> Tensor:
-    """28x28 images moved by at most a pixel each way; 8x8 ones as they are, where a pixel is a stroke."""
+    """Shift 28x28 images randomly by at most one pixel; 8x8 ones, whose strokes are one pixel wide, are unchanged."""
     if pixels.shape[-1] <= 8:
         return pixels
     down, right = (int(i) for i in torch.randint(-1, 2, (2,)))
@@ -55,13 +55,13 @@ def shifted(pixels: Tensor) -> Tensor:
 
 
 def accuracy(classifier: SmallClassifier, pixels: Tensor, labels: Tensor) -> float:
-    """Fraction of `pixels` that is classified as `labels` says."""
+    """The fraction of `pixels` that are classified as `labels`."""
     with torch.no_grad():
         return float((classifier(pixels).argmax(1) == labels).float().mean())
 
 
 def main() -> None:
-    """Train, measure, write, and print what `CLASSIFIERS` should hold."""
+    """Train, evaluate and write a classifier, and print its entry for `CLASSIFIERS`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=LOADERS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights")

@@ -25,7 +25,7 @@ def user_path(text: str, what: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         own = text == "~" or text.startswith("~/")
-        why = "your home folder is unknown: set HOME" if own else "this home folder does not exist"
+        why = "your home folder is unknown: set HOME" if own else "there is no such home folder"
         raise UserError(f"{what} is {text}: {why}.") from error
 
 
