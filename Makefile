@@ -1,13 +1,13 @@
-# make demo      sets up and sweeps on real digits: 5-step samplers overtake the 1000-step model they came from
-# make test      sets up, then format, lint, types, import contracts and tests
-# make test-all  the same with the slow tests, which take an hour
-# make test-gpu  the tests that need a GPU, which are skipped elsewhere
-# make check     format, lint, types and import contracts only
-# make setup     the virtual environment only
+# make setup     create the virtual environment (.venv)
+# make demo      run a sweep on real digits: 5-step samplers outperform the 1000-step model they start from
+# make test      check format, lint, types and import contracts, and run the tests
+# make test-all  the same, including the slow tests, which take an hour
+# make test-gpu  run the tests that need a GPU and are skipped otherwise
+# make check     check only format, lint, types and import contracts
 
 PYTHON ?= python3
 BIN := .venv/bin
-# What Python compiles is kept, whatever the environment says: else every process would compile its libraries anew.
+# Keep compiled bytecode regardless of the environment; otherwise every process would recompile its libraries.
 unexport PYTHONDONTWRITEBYTECODE
 
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
@@ -19,7 +19,7 @@ help:
 
 setup: .venv/.ready
 
-# uv takes a tenth of pip's time, but does not read pip's settings: where packages come from is handed to it.
+# uv is ten times as fast as pip but does not read pip's configuration, so the package index is passed to it.
 pip_setting = $$($(BIN)/python -m pip config get $(1) 2>/dev/null)
 UV_FROM_PIP = \
 	UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$(call pip_setting,global.index-url)}}" \
@@ -43,7 +43,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The checks run beside the tests: mypy, which takes most of their time, uses one core.
+# The checks run in parallel with the tests: mypy, which dominates their time, uses one core.
 test: setup
 	@$(MAKE) --no-print-directory -j2 check tests
 

@@ -1,1 +1,1 @@
-"""What a notebook imports: `Sweep` and `Ablation`."""
+"""The Python API: `Sweep` and `Ablation`."""

@@ -1,9 +1,9 @@
-"""An ablation from its overrides to its report; what `dxmi ablate` does, for a notebook too.
+"""Python API of ablations, which `dxmi ablate` also uses.
 
 from tune import Ablation
 ablation = Ablation("experiment=digits", "ablation=dxmi_terms", name="terms-1")
 ablation.run()
-ablation.comparisons()    # a pandas DataFrame, one row an arm
+ablation.comparisons()    # a pandas DataFrame, one row per arm
 """
 
 from dataclasses import replace
@@ -30,19 +30,19 @@ from tune.studies.leaderboard import best_of
 
 
 class TuningInterruptedError(Exception):
-    """The session was ended before the comparison began; the same command goes on."""
+    """The session ended while arms were being tuned; running it again continues."""
 
 
 class Ablation(Sweep):
-    """A study that compares arms with a baseline, seed by seed.
+    """A study that compares arms with a baseline over paired seeds.
 
     Args:
         overrides: as on the command line: experiment=..., ablation=..., any setting of the baseline, ablation.KEY=...
-        name: of the study; by default those of the experiment and the ablation.
-        studies: the folder that holds studies.
+        name: name of the study; by default the names of the experiment and the ablation.
+        studies: folder that holds the studies.
 
     Raises:
-        UserError: something is wrong with them; nothing has been written.
+        UserError: an argument is invalid; nothing is written.
     """
 
     plan: AblationPlan
@@ -58,21 +58,21 @@ class Ablation(Sweep):
 
     @classmethod
     def of(cls, plan: Plan, studies: str | Path = STUDIES) -> Self:
-        """The ablation of a plan.
+        """Create the ablation of a plan.
 
         Raises:
-            UserError: it is a sweep's.
+            UserError: the plan is that of a sweep.
         """
         if not isinstance(plan, AblationPlan):
             path = Path(studies) / plan.name
-            raise UserError(f"{path} is a sweep. To go on with it: {plan.resume_line(path)}")
+            raise UserError(f"{path} is a sweep. To resume it: {plan.resume_line(path)}")
         return super().of(plan, studies)
 
     def run(self, *, console: Console | None = None, trainer: Trainer = train) -> SweepResult:
-        """Tune each arm if the file says so, run what is left of the study, and write its report.
+        """Tune each arm if `tuning` is set, run the remaining trials, and write the report.
 
         Raises:
-            UserError: as `check`, another process drives the study, or an arm cannot be tuned.
+            UserError: as `check`, or another process runs the study, or an arm cannot be tuned.
         """
         self.check()
         if self.plan.ablation.tuning is not None:
@@ -80,7 +80,7 @@ class Ablation(Sweep):
         return super().run(console=console, trainer=trainer)
 
     def _tuned(self, console: Console | None, trainer: Trainer) -> dict[str, dict[str, Any]]:
-        """Each arm's best values of the settings that are tuned."""
+        """Return the best values of the tuned settings by arm."""
         begun = self.folder.read_plan() if self.folder.exists else None
         if isinstance(begun, AblationPlan):
             return {name: dict(values) for name, values in begun.tuned.items()}
@@ -97,7 +97,7 @@ class Ablation(Sweep):
         return dict(best.values)
 
     def _tuning_plan(self, arm: Arm) -> Plan:
-        """A sweep inside an arm, on a seed of its own."""
+        """Return the plan of a sweep within an arm, on the seed reserved for tuning."""
         tuning, experiment = self.plan.ablation.tuning, arm.config(self.plan.experiment)
         assert tuning is not None
         return plan_from(
@@ -117,14 +117,14 @@ class Ablation(Sweep):
         )
 
     def outcome(self) -> Results:
-        """What it came to so far.
+        """Return the results so far.
 
         Raises:
-            UserError: it has not begun.
+            UserError: the study has not started.
         """
         study = self.study()
         return results_of(self.plan, self.folder, study.records())
 
     def comparisons(self) -> pd.DataFrame:
-        """One row an arm, the baseline first."""
+        """Return one row per arm, with the baseline first."""
         return arms_frame(self.outcome())

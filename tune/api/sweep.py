@@ -1,4 +1,4 @@
-"""A sweep from its overrides to its report; what the command line does, for a notebook too.
+"""Python API of sweeps, which `dxmi sweep` also uses.
 
 from tune import Sweep
 sweep = Sweep("experiment=digits", "sweep=learning_rates", name="lr-1")
@@ -55,15 +55,15 @@ STUDIES = Path("studies")
 
 @dataclass(frozen=True)
 class SweepResult:
-    """How a session of a sweep ended.
+    """Result of a session of a sweep.
 
     Attributes:
-        folder: of the study.
+        folder: folder of the study.
         records: its trials.
         ended: why the session ended.
-        interrupted: whether the study is to be resumed.
-        undelivered: records that the tracking server has not got yet.
-        outdated: sentences about data or weights that changed since the trials ended, where none was left to run.
+        interrupted: whether the study can be resumed.
+        undelivered: number of records that have not reached the tracking server.
+        outdated: warnings about data or weights that changed after the trials ended, if no trial was left to run.
     """
 
     folder: StudyFolder
@@ -75,7 +75,7 @@ class SweepResult:
 
     @property
     def all_failed(self) -> bool:
-        """Whether there are trials, and every one failed or diverged."""
+        """Whether there are trials and all of them failed or diverged."""
         return bool(self.records) and all(record.state.is_failure for record in self.records)
 
 
@@ -84,11 +84,11 @@ class Sweep:
 
     Args:
         overrides: as on the command line: experiment=..., sweep=..., any setting, sweep.KEY=..., tracking.KEY=...
-        name: of the study; by default those of the experiment and the sweep.
-        studies: the folder that holds studies.
+        name: name of the study; by default the names of the experiment and the sweep.
+        studies: folder that holds the studies.
 
     Raises:
-        UserError: something is wrong with them; nothing has been written.
+        UserError: an argument is invalid; nothing is written.
     """
 
     def __init__(self, *overrides: str, name: str | None = None, studies: str | Path = STUDIES) -> None:
@@ -99,17 +99,17 @@ class Sweep:
 
     @classmethod
     def of(cls, plan: Plan, studies: str | Path = STUDIES) -> Self:
-        """The study of a plan."""
+        """Create the study of a plan."""
         sweep = cls.__new__(cls)
         sweep.plan, sweep.folder = plan, StudyFolder(Path(studies) / plan.name)
         return sweep
 
     @classmethod
     def resume(cls, name: str, *overrides: str, studies: str | Path = STUDIES) -> Self:
-        """The study of that name, to go on with; resources.*, sweep.budget.* and tracking.* may be changed.
+        """Open an existing study to resume it; `overrides` may change resources.*, sweep.budget.* and tracking.*.
 
         Raises:
-            UserError: there is no such study, or something else is to be changed.
+            UserError: the study does not exist, or an override changes another setting.
         """
         require_name(name)
         plan = _overridden(StudyFolder(Path(studies) / name).read_plan(), overrides)
@@ -118,26 +118,26 @@ class Sweep:
         return cls.of(plan, studies)
 
     # ------------------------------------------------------------------------
-    # Before
+    # Checks and estimates
 
     @cached_property
     def slots(self) -> Slots:
-        """How this machine, or the cluster as it is when first asked, is shared.
+        """How trials share this machine, or the cluster in its state at first access.
 
         Raises:
-            UserError: it has not what the trials need.
+            UserError: there are not enough devices for the trials.
         """
         return find_slots(self.plan.experiment.resources, self.plan.sweep.max_concurrent)
 
     def estimate(self) -> Estimate:
-        """Time and disk of the whole sweep."""
+        """Estimate the time and disk usage of the whole sweep."""
         return estimate(self.plan.experiment, self.slots, self.plan.num_trials)
 
     def check(self) -> None:
-        """Refuse now what would fail later. Writes nothing.
+        """Check in advance that the study can run. Writes nothing.
 
         Raises:
-            UserError: the folder cannot hold the study, or holds another one.
+            UserError: the study's folder is not usable or holds another study, or the devices do not suffice.
         """
         storage_path = self.plan.experiment.resources.storage_path
         require_fit(self.folder.path, self.plan.tracking, storage_path)
@@ -148,31 +148,31 @@ class Sweep:
         _require_room(self.folder.path, 0)
 
     def check_room(self, cost: Estimate) -> None:
-        """Refuse a sweep that would fill the disk, or its own budget of it.
+        """Check that the sweep fits on the disk and in its disk budget.
 
         Raises:
-            UserError: it would.
+            UserError: it does not fit.
         """
         limit = self.plan.sweep.budget.disk_gb
         if cost.bytes > limit * 1e9:
             raise UserError(
-                f"{cost.trials} trials need about {cost.bytes / 1e9:.1f} GB, and sweep.budget.disk_gb is {limit:g}: "
+                f"{cost.trials} trials need about {cost.bytes / 1e9:.1f} GB, but sweep.budget.disk_gb is {limit:g}: "
                 "raise it, or run fewer trials."
             )
         _require_room(self.folder.path, cost.bytes)
 
     # ------------------------------------------------------------------------
-    # The sweep
+    # Running
 
     def run(self, *, console: Console | None = None, trainer: Trainer = train) -> SweepResult:
-        """Run what is left of the study, then write its report.
+        """Run the remaining trials of the study, then write its report.
 
         Args:
-            console: where progress is shown; standard output by default.
-            trainer: trains a trial.
+            console: where to show progress; standard output by default.
+            trainer: trains one trial.
 
         Raises:
-            UserError: as `check`, or another process drives the study.
+            UserError: as `check`, or another process runs the study.
         """
         self.check()
         console = console or Terminal()
@@ -191,7 +191,7 @@ class Sweep:
             return replace(result, outdated=outdated)
 
     def _outdated(self, study: Study) -> list[str]:
-        """Sentences about data and public weights that are no longer those that complete trials read, each once."""
+        """Return warnings about data and public weights that changed after complete trials read them, each once."""
         found: dict[str, list[str]] = {}
         for record in study.records():
             summary = summary_of(record)
@@ -201,7 +201,11 @@ class Sweep:
                 if read not in found:
                     config = replace(study.config(record), resources=ResourcesConfig(device="cpu"))
                     found[read] = changed_inputs(record.run, summary, Experiment(config))
-        return [f"{text} Choose another name to train on the present ones." for each in found.values() for text in each]
+        return [
+            f"{text} To train on the current ones, choose another name for the study."
+            for each in found.values()
+            for text in each
+        ]
 
     def _sync(self) -> StudySync:
         return StudySync(self.folder, self.plan.experiment.resources.storage_path, complain)
@@ -209,7 +213,7 @@ class Sweep:
     def _drive(
         self, controller: Controller, sync: StudySync, view: SweepView, tracker: Tracker, trainer: Trainer
     ) -> bool:
-        """Returns whether the session was cut off instead of ending."""
+        """Run the session; returns whether it was cut off by a second signal or the grace period."""
 
         def look(controller: Controller) -> None:
             view(controller)
@@ -218,7 +222,7 @@ class Sweep:
             sync.send_study()
 
         study = controller.study
-        waits = trainer is train and unconfirmed(study, study.records())  # a best trial, to be scored on fresh noise
+        waits = trainer is train and unconfirmed(study, study.records())  # the best trials, to be scored on fresh noise
         if controller.has_nothing_to_do and not waits:
             return False
         try:
@@ -241,34 +245,34 @@ class Sweep:
         return SweepResult(self.folder, records, controller.ending, controller.interrupted, undelivered)
 
     # ------------------------------------------------------------------------
-    # After
+    # Results
 
     def study(self) -> Study:
-        """The study as it is now.
+        """Read the study in its current state.
 
         Raises:
-            UserError: it has not begun.
+            UserError: the study has not started.
         """
         return Study.read(self.folder)
 
     def results(self) -> pd.DataFrame:
-        """One row a trial, best first."""
+        """Return one row per trial, best first."""
         study = self.study()
         return leaderboard(study.plan, study.records())
 
     def figures(self) -> dict[str, Figure]:
-        """The report's figures by name."""
+        """Return the figures of the report by name."""
         study = self.study()
         return study_figures(study, study.records())
 
     def report(self) -> Path:
-        """Write report.html anew."""
+        """Rewrite report.html and return its path."""
         study = self.study()
         return write_report(study, study.records())
 
 
 def write_results(study: Study, records: Sequence[TrialRecord]) -> None:
-    """The study's tables and its report: leaderboard.csv, best.yaml or ablation.csv and ablation.tex, report.html."""
+    """Write leaderboard.csv, best.yaml (or ablation.csv and ablation.tex) and report.html of a study."""
     write_leaderboard(study, records)
     if isinstance(study.plan, AblationPlan):
         write_tables(results_of(study.plan, study.folder, records))
@@ -293,14 +297,14 @@ _FREE = ("budget.", "max_failures=", "max_concurrent=")
 
 
 def _overridden(plan: Plan, overrides: Sequence[str]) -> Plan:
-    """The plan with other resources, budget or tracking."""
+    """Return the plan with other resources, budgets or tracking."""
     tree = plan.tree()
     kind = "ablation" if "ablation" in tree else "sweep"
     free = ("resources.", "tracking.", *(f"{kind}.{end}" for end in _FREE))
     other = [override for override in overrides if not override.startswith(free)]
     if other:
         raise UserError(
-            f"--resume goes on with the study's own settings: leave out {' '.join(other)}. Only resources.*, "
+            f"--resume uses the study's own settings: leave out {' '.join(other)}. Only resources.*, "
             f"{kind}.budget.*, {kind}.max_failures, {kind}.max_concurrent and tracking.* may change."
         )
     groups = {kind: tree[kind], "tracking": tree["tracking"], "resources": tree["experiment"]["resources"]}
@@ -313,19 +317,19 @@ _MIN_FREE_BYTES = 50_000_000
 
 
 def _require_room(folder: Path, bytes_needed: int) -> None:
-    """Check that the study's folder can be made and filled.
+    """Check that the study's folder can be created and that its disk has enough free space.
 
     Raises:
-        UserError: it cannot.
+        UserError: the folder cannot be created, or there is too little space.
     """
     parent = require_target(folder, "The study folder").resolve()
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"The study folder {folder} cannot be written: {parent} is not a folder that you may write to.")
+        raise UserError(f"The study folder {folder} cannot be written: {parent} is not a writable folder.")
     free, needed = shutil.disk_usage(parent).free, max(bytes_needed, _MIN_FREE_BYTES)
     if free < needed:
         raise UserError(
-            f"The disk of {parent} has {free / 1e9:.1f} GB free, and the study needs about {needed / 1e9:.1f} GB: "
-            "free some space, or choose another folder by --studies."
+            f"The disk of {parent} has {free / 1e9:.1f} GB free, but the study needs about {needed / 1e9:.1f} GB: "
+            "free some space, or choose another folder with --studies."
         )

@@ -1,19 +1,19 @@
-"""What an ablation is: a hypothesis, a design, seeds, tuning inside each arm, and when it ends.
+"""Settings of an ablation: its hypothesis, design, seeds, tuning within arms, and budget.
 
-A file configs/ablation/NAME.yaml (or any .yaml that `ablation=` names) holds these, and the table of its design, which
-`tune.plans.arms` makes arms of:
+They are read from configs/ablation/NAME.yaml (or any .yaml file given by `ablation=`), together with the table of the
+design, from which `tune.plans.arms` builds the arms:
 
-    design: one_factor                             also list: settings side by side
-    variants:                                      by name, what each changes of the baseline
+    design: one_factor                             also list: settings that are compared directly
+    variants:                                      by name, what each changes in the baseline
       no_entropy: {algorithm.entropy_coef: 0}
       no_costs: {algorithm.entropy_coef: 0, algorithm.cost_coef: 0}
 
     design: leave_one_out
-    components:                                    by name, what switches each of them off
+    components:                                    by name, what disables each of them
       entropy: {algorithm.entropy_coef: 0}
 
-    design: factorial                              also fractional: two levels a factor, and resolution: 3 or 4
-    factors:                                       by name, levels by name; the first is the baseline's own
+    design: factorial                              also fractional: two levels per factor, and resolution: 3 or 4
+    factors:                                       by name, levels by name; the first is that of the baseline
       method: {var: {}, step: {schedule.method: step}}
 """
 
@@ -33,25 +33,25 @@ TABLES = {
     "factorial": "factors",
     "fractional": "factors",
 }
-"""Designs, and the table that describes the arms of each."""
+"""The table that describes the arms, by design."""
 RESOLUTIONS = (3, 4)
 _MIN_SEEDS, _MAX_SEEDS = 2, 1_000
 _MAX_GENERATIONS = 100
-_SEEDS_EXAMPLE = "write how many (6), which ([0, 1, 2]), auto, or {first: 3, cap: 12}, which is auto in other numbers"
+_SEEDS_EXAMPLE = "give a number (6), a list ([0, 1, 2]), auto, or the limits of auto ({first: 3, cap: 12})"
 
 Table = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeedsConfig:
-    """The seeds of every arm. A file says `seeds: 6`, `seeds: [0, 1, 2]`, `seeds: auto`, or auto's own numbers."""
+    """The seeds of every arm. In a file: `seeds: 6`, `seeds: [0, 1, 2]`, `seeds: auto`, or these fields."""
 
     first: int = 3
-    """How many at the beginning."""
+    """Number of seeds at the beginning."""
     cap: int = 12
-    """How many at most: more than `first` are added only where the verdict is still open."""
+    """Maximum number of seeds; more than `first` are added only where the verdict is still open."""
     values: tuple[int, ...] | None = None
-    """These, in this order; null for the experiment's own seed and those after it."""
+    """The seeds in order; null for the experiment's own seed and its successors."""
 
     def __post_init__(self) -> None:
         if not _MIN_SEEDS <= self.first <= _MAX_SEEDS:
@@ -69,23 +69,23 @@ class SeedsConfig:
             raise ValueError(f"values has {len(self.values)} entries, but cap is {self.cap}: make them equal")
 
     def numbers(self, start: int) -> tuple[int, ...]:
-        """Every seed up to the cap, the first ones first; `start` is the experiment's own."""
+        """Return all seeds up to the cap in order; `start` is the experiment's own seed."""
         return self.values or tuple(range(start, start + self.cap))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuningConfig:
-    """A small sweep inside each arm over settings that are not under comparison, with equal budget."""
+    """A small sweep within each arm over settings that are not compared, with the same budget for every arm."""
 
     trials: int = 8
-    """Of each arm."""
+    """Number of trials in each arm."""
     seed: int = 1_000
-    """Of the trials' runs; none of those that are compared, on which a tuned arm would look too good."""
+    """Seed of these trials. It must differ from the compared seeds, on which a tuned arm would look too good."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
-    """Early stopping among the trials of one arm; it never compares two arms."""
+    """Early stopping among the trials of one arm; trials of different arms are never compared."""
     space: Table = field(default_factory=dict)
-    """As in a sweep file, see `tune.search.space`."""
+    """Search space as in a sweep file, see `tune.search.space`."""
 
     def __post_init__(self) -> None:
         if self.trials < 1:
@@ -93,43 +93,44 @@ class TuningConfig:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}: it must be in 0..2^63 - 1")
         if self.sampler.kind == "nsga2":
-            raise ValueError("sampler.kind is 'nsga2', which takes two objectives: an ablation has one")
+            raise ValueError("sampler.kind is 'nsga2', which requires two objectives: an ablation has one")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AblationConfig:
-    """An ablation without its experiment, which is its baseline."""
+    """Settings of an ablation, except for the experiment that is its baseline."""
 
     hypothesis: str = ""
-    """What is expected, and why; required."""
+    """The expected result and the reason for it; required."""
     design: str = "one_factor"
     """one_factor, leave_one_out, factorial, fractional or list."""
     variants: Table = field(default_factory=dict)
     components: Table = field(default_factory=dict)
     all_off: bool = False
-    """leave_one_out: one more arm, without any of the components."""
+    """For leave_one_out: add an arm without any of the components."""
     factors: Table = field(default_factory=dict)
     resolution: int | None = None
-    """fractional: 3 (main effects clear of each other) or 4 (of interactions of two as well); null for 4."""
+    """For fractional: 3 (main effects are not aliased with each other) or 4 (nor with two-factor interactions); null
+    for 4."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     also: tuple[str, ...] | None = None
-    """Further scores, by their keys, whose means are shown beside the objective, and by which no verdict goes; null for
-    precision and recall where the data has them, [] for none."""
+    """Keys of further scores whose means are shown next to the objective but do not affect verdicts; null for precision
+    and recall where available, [] for none."""
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
     generations: int = 1
-    """Independent draws of the evaluation's noise for each trained run."""
+    """Number of independent draws of the evaluation noise for each trained run."""
     level: float = 0.05
-    """Of the tests."""
+    """Significance level of the tests."""
     tuning: TuningConfig | None = None
     budget: LimitsConfig = field(default_factory=LimitsConfig)
     max_failures: int = 2
-    """Times a crashed trial is started again."""
+    """Number of times a crashed trial is restarted."""
     max_concurrent: int | None = None
-    """Trials at once; null for as many as the devices hold."""
+    """Maximum number of trials at once; null for as many as the devices allow."""
 
     def __post_init__(self) -> None:
         if not self.hypothesis.strip():
-            raise ValueError("hypothesis is missing: say in a sentence what you expect, and why")
+            raise ValueError("hypothesis is missing: state in a sentence what you expect and why")
         if self.design not in TABLES:
             raise ValueError(f"design is {self.design!r}: it must be one of {', '.join(TABLES)}")
         self._check_table()
@@ -142,7 +143,11 @@ class AblationConfig:
         require_attempts(self.max_failures, self.max_concurrent)
 
     def _check_table(self) -> None:
-        """Refuse what another design would need: it would do nothing here."""
+        """Reject settings of other designs, which would have no effect.
+
+        Raises:
+            ValueError: there are some.
+        """
         own = TABLES[self.design]
         for name in dict.fromkeys(TABLES.values()):
             if name != own and getattr(self, name):
@@ -154,7 +159,7 @@ class AblationConfig:
 
     @property
     def table(self) -> Table:
-        """What describes the arms: the variants, the components or the factors."""
+        """The table that describes the arms: the variants, components or factors."""
         table: Table = getattr(self, TABLES[self.design])
         return table
 
@@ -164,10 +169,10 @@ class AblationConfig:
 
 
 def parse_ablation(tree: Any) -> AblationConfig:
-    """What an ablation file says; the inverse of `dxmi.config.to_tree`.
+    """Build the settings of an ablation from the tree of a file; the inverse of `dxmi.config.to_tree`.
 
     Raises:
-        UserError: something in it is wrong. Its table is checked by `tune.plans.arms`, which knows the experiment.
+        UserError: a setting is invalid. The table of the design is checked by `tune.plans.arms` against the experiment.
     """
     if not isinstance(tree, Mapping):
         raise UserError(f"ablation is {tree!r}: it must be a group of settings.")
@@ -196,7 +201,7 @@ def _table(name: str, given: Any) -> Table:
 
 
 def _seeds(given: Any) -> dict[str, Any]:
-    """The tree of a `SeedsConfig` from any of the ways to write it."""
+    """Convert any of the accepted forms of `seeds` to the tree of a `SeedsConfig`."""
     if isinstance(given, Mapping):
         return dict(given)
     if given == "auto":

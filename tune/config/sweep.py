@@ -1,6 +1,7 @@
-"""What a sweep is: objectives, sampler, early stopping, budget, and where it is recorded.
+"""Settings of a sweep: objectives, sampler, early stopping, budget, and tracking.
 
-A file configs/sweep/NAME.yaml (or any .yaml that `sweep=` names) holds these, and the space, see `tune.search.space`.
+They are read from configs/sweep/NAME.yaml (or any .yaml file given by `sweep=`), together with the search space, see
+`tune.search.space`.
 """
 
 import math
@@ -13,22 +14,23 @@ MINIMIZE, MAXIMIZE = DIRECTIONS = ("minimize", "maximize")
 SAMPLERS = ("tpe", "sobol", "random", "grid", "nsga2")
 RULES = ("none", "asha", "median")
 KINDS = ("log_uniform", "uniform", "integer", "choice")
-"""Of a setting that varies, see `tune.search.space`."""
+"""Kinds of search dimensions, see `tune.search.space`."""
 _SEEDS = 2**32
 
 
 def sign_of(direction: str) -> float:
-    """1 if lower is better, else -1."""
+    """Return 1 if lower is better, else -1."""
     return 1.0 if direction == MINIMIZE else -1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What a trial is judged by."""
+    """A metric by which trials are compared."""
 
     metric: str = "score"
-    """score: the experiment's own (eval/fid_X, in the plane eval/sliced_wasserstein; of the best checkpoint, on fresh
-    noise); any other eval/... key; num_steps: network evaluations a sample; seconds: of fine-tuning."""
+    """score: the experiment's own metric (eval/fid_X, or eval/sliced_wasserstein for planar data) of the best
+    checkpoint on fresh noise; any other eval/... key; num_steps: network evaluations per sample; seconds: time of
+    fine-tuning."""
     direction: str | None = None
     """minimize or maximize; null for the metric's own direction."""
 
@@ -38,22 +40,22 @@ class ObjectiveConfig:
 
     @property
     def sign(self) -> float:
-        """1 if lower is better, else -1; the direction must be known, see `Plan.objectives`."""
+        """1 if lower is better, else -1; the direction must be set, see `Plan.objectives`."""
         return sign_of(self.direction or MINIMIZE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """Who proposes the next trial."""
+    """The algorithm that proposes trials."""
 
     kind: str = "tpe"
     """tpe, sobol, random, grid, or nsga2 for two objectives."""
     seed: int = 0
-    """Trial n of two sweeps with equal seed and equal results so far is the same."""
+    """Seed of the proposals: with equal seeds and equal earlier results, trial n is the same."""
     startup_trials: int = 10
-    """tpe: random trials before the model; nsga2: the population."""
+    """tpe: number of random trials before the model is used; nsga2: the population size."""
     start_with_defaults: bool = True
-    """Trial 0 has the experiment's own values, if the space contains them."""
+    """Whether trial 0 uses the experiment's own values, if the space contains them."""
 
     def __post_init__(self) -> None:
         if self.kind not in SAMPLERS:
@@ -67,16 +69,17 @@ class SamplerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StoppingConfig:
-    """Early stopping of trials that fall behind."""
+    """Early stopping of unpromising trials."""
 
     rule: str = "none"
-    """none; asha: at each rung only the best 1/factor go on; median: stop below the median of the finished."""
+    """none; asha: at each rung only the best 1/factor continue; median: stop trials worse than the median of the
+    finished trials."""
     first_step: int = 100
-    """Iteration of the first rung (asha), or before which nothing is stopped (median)."""
+    """asha: iteration of the first rung; median: iteration before which no trial is stopped."""
     factor: int = 3
-    """asha: rungs are at first_step x factor^k, and the best 1/factor go on."""
+    """asha: rungs are at first_step x factor^k, and the best 1/factor continue."""
     min_trials: int = 3
-    """median: finished trials needed before any is stopped."""
+    """median: number of finished trials required before any trial is stopped."""
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -88,18 +91,18 @@ class StoppingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LimitsConfig:
-    """When a study ends before its last trial. Whichever comes first; running trials then save and return."""
+    """Limits that end a study before its last trial. The first one reached applies: running trials save and return."""
 
     wall_minutes: float | None = None
-    """Wall time of the study, over all its sessions."""
+    """Wall time of the study over all its sessions."""
     device_hours: float | None = None
-    """Hours of trials, each times the GPUs (on a CPU: times the threads) that it holds."""
+    """Total hours of all trials, each multiplied by its GPUs (or its CPU threads if it uses no GPU)."""
     failed_trials: int | None = None
-    """Trials that failed or diverged."""
+    """Number of trials that failed or diverged."""
     trial_minutes: float | None = None
-    """Wall time of one trial in one session; that trial alone is stopped."""
+    """Wall time of one trial in one session; stops only that trial."""
     disk_gb: float = 100.0
-    """10^9 bytes of the study's trials; each keeps its best and its last checkpoint, which are never deleted."""
+    """Size of the study's trials in 10^9 bytes; each keeps its best and its last checkpoint, which are not deleted."""
 
     def __post_init__(self) -> None:
         if self.failed_trials is not None and self.failed_trials < 1:
@@ -112,10 +115,10 @@ class LimitsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig(LimitsConfig):
-    """When a sweep ends."""
+    """Number of trials and limits of a sweep."""
 
     trials: int = 20
-    """Trials, whatever becomes of them."""
+    """Number of trials, including those that are stopped or fail."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,7 +127,11 @@ class BudgetConfig(LimitsConfig):
 
 
 def require_attempts(max_failures: int, max_concurrent: int | None) -> None:
-    """Raise a ValueError with a sentence unless both are numbers that a study can go by."""
+    """Check the numbers of restarts and of concurrent trials.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
     if max_failures < 0:
         raise ValueError(f"max_failures is {max_failures}: it must be 0 or greater")
     if max_concurrent is not None and max_concurrent < 1:
@@ -133,17 +140,20 @@ def require_attempts(max_failures: int, max_concurrent: int | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """A sweep without its space. Everything but `budget`, `max_failures` and `max_concurrent` enters its signature."""
+    """Settings of a sweep, except for its search space.
+
+    All fields except `budget`, `max_failures` and `max_concurrent` are part of the study's signature.
+    """
 
     objectives: tuple[ObjectiveConfig, ...] = (ObjectiveConfig(),)
-    """One, or two for a Pareto front; the first ranks the leaderboard."""
+    """One objective, or two for a Pareto front; the first one ranks the leaderboard."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     max_failures: int = 2
-    """Times a crashed trial is started again."""
+    """Number of times a crashed trial is restarted."""
     max_concurrent: int | None = None
-    """Trials at once; null for as many as the devices hold."""
+    """Maximum number of trials at once; null for as many as the devices allow."""
 
     def __post_init__(self) -> None:
         if len(self.objectives) > 2:
@@ -153,7 +163,7 @@ class SweepConfig:
         if len(self.objectives) == 2 and self.stopping.rule != "none":
             raise ValueError(f"stopping.rule is {self.stopping.rule!r}: with two objectives it must be none")
         if (self.sampler.kind == "nsga2") != (len(self.objectives) == 2) and self.sampler.kind in ("nsga2", "tpe"):
-            raise ValueError(f"sampler.kind is {self.sampler.kind!r}: nsga2 takes two objectives and tpe one")
+            raise ValueError(f"sampler.kind is {self.sampler.kind!r}: nsga2 requires two objectives and tpe one")
         require_attempts(self.max_failures, self.max_concurrent)
 
 
@@ -161,25 +171,25 @@ def _is_server(uri: str) -> bool:
     try:
         parts = urlsplit(uri)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # brackets or a port that are none
+    except ValueError:  # malformed brackets or port
         return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where MLflow records the study."""
+    """Where the study is recorded in MLflow."""
 
     uri: str = field(default="local", metadata=PLACE)
-    """local: an SQLite file beside the study; http(s)://...: a server; none: no record."""
+    """local: an SQLite file in the folder of the studies; http(s)://...: an MLflow server; none: not recorded."""
     experiment: str = "dxmi"
-    """MLflow's experiment, which holds the studies."""
+    """Name of the MLflow experiment that holds the studies."""
     patience_seconds: float = 60.0
-    """How long the end of a sweep waits for a server that is away; the next resume delivers what is then left."""
+    """Seconds for which a sweep waits at its end for an unreachable server; a resume delivers the remaining records."""
 
     def __post_init__(self) -> None:
         if set("@?#") & set(unquote(self.uri)):  # first, since the next sentence repeats it
             raise ValueError(
-                "uri holds a user name, a password or a query: set MLFLOW_TRACKING_USERNAME and "
+                "uri contains a user name, a password or a query: set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, instead"
             )
         if self.uri not in ("local", "none") and not _is_server(self.uri):
