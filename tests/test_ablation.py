@@ -98,7 +98,7 @@ class Played(Study):
 
 @pytest.fixture
 def played(tmp_path):
-    """`played(**ablation)`: a study that has not begun."""
+    """`played(**ablation)`: a study that has not started."""
 
     def make(name: str = "study", **given) -> Played:
         folder = StudyFolder(tmp_path / name)
@@ -441,12 +441,12 @@ def test_a_study_that_has_not_ended_says_so_and_has_no_verdict(played):
     study = played(seeds=7)
     study.play(shifted(no_entropy=-2.0, fast=1.0), most=3 * 6 + 1)  # the last seed of the baseline alone
     study.add()
-    assert verdicts(study) == {"baseline": "", "no_entropy": "1 of 7 running", "fast": "1 of 7 not begun"}
+    assert verdicts(study) == {"baseline": "", "no_entropy": "1 of 7 running", "fast": "1 of 7 not started"}
     results = outcome(study)
-    assert missing("21 runs … 1 running … 1 not begun … Holm's", results.unfinished) == []
+    assert missing("21 runs … 1 running … 1 not started … Holm's", results.unfinished) == []
     assert results.unfinished in str(arms_table(results).caption)
     assert results.unfinished in latex(results)
-    require_said_everywhere(study, "1 of 7 not begun")
+    require_said_everywhere(study, "1 of 7 not started")
 
 
 def test_a_failed_run_takes_no_verdict_from_another_arm(played):

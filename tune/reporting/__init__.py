@@ -1,1 +1,1 @@
-"""What people read: tables, figures, the report, MLflow pages, and the display of a running study."""
+"""Presentation of results: tables, figures, the HTML report, MLflow pages, and the live display."""

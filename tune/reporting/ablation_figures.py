@@ -1,6 +1,7 @@
-"""What an ablation looks like: a forest of differences, curves with bands arm by arm, interactions of factors.
+"""Figures of an ablation: a forest plot of differences, score curves by arm, and interactions of factors.
 
-Colours mean what they mean in `tune.reporting.figures`; the baseline is grey, and an arm has the colour of its verdict.
+Colors have the same meaning as in `tune.reporting.figures`; the baseline is gray, and an arm has the color of its
+verdict.
 """
 
 import itertools
@@ -32,7 +33,7 @@ Curve = Mapping[int, float]
 
 
 def ablation_figures(results: Results, curves: Mapping[int, Curve]) -> dict[str, Figure]:
-    """The figures that make sense for an ablation: forest, arms, interactions."""
+    """Draw those figures of an ablation for which there are data: forest, arms, interactions."""
     figures = {}
     if results.comparisons:
         figures["forest"] = forest(results)
@@ -48,7 +49,7 @@ def ablation_figures(results: Results, curves: Mapping[int, Curve]) -> dict[str,
 
 
 def forest(results: Results) -> Figure:
-    """Each arm's difference to the baseline with its interval, and what it comes to."""
+    """Draw each arm's difference from the baseline with its interval and verdict."""
     found = results.comparisons
     figure = Figure(figsize=(WIDTH, 1.3 + 0.36 * len(found)), layout="constrained")
     axes = styled(figure.subplots(), grid="x")
@@ -88,7 +89,7 @@ def _percent(interval: Interval) -> str:
 
 
 def arm_curves(results: Results, curves: Mapping[int, Curve]) -> Figure:
-    """A panel an arm: its mean score over the seeds against iterations with an interval, the baseline's behind it."""
+    """Draw one panel per arm: mean score over the seeds against iterations with its interval, and the baseline's."""
     arms = [arm.name for arm in results.plan.arms if arm.name != BASELINE]
     columns = min(_COLUMNS, max(1, len(arms)))
     rows = math.ceil(max(1, len(arms)) / columns)
@@ -118,13 +119,13 @@ def arm_curves(results: Results, curves: Mapping[int, Curve]) -> Figure:
 
 
 def _of_arm(results: Results, curves: Mapping[int, Curve], arm: str) -> list[Curve]:
-    """The curves of an arm's seeds."""
+    """Return the score curves of an arm, one per seed."""
     records = (results.records.get((arm, seed)) for seed in results.seeds)
     return [curves[record.number] for record in records if record is not None and curves.get(record.number)]
 
 
 def _draw_band(axes: Axes, curves: Sequence[Curve], colour: str) -> None:
-    """The mean at the iterations that all have, and its interval if there are two seeds."""
+    """Draw the mean at the iterations that all curves share, with its interval if there are at least two curves."""
     if not curves:
         return
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
@@ -132,7 +133,7 @@ def _draw_band(axes: Axes, curves: Sequence[Curve], colour: str) -> None:
     axes.plot(steps, values.mean(axis=0), color=colour, linewidth=1.6, zorder=4)
     if len(curves) > 1:
         intervals = [mean_interval(values[:, index]) for index in range(len(steps))]
-        low = [max(interval.low, 0.2 * interval.estimate) for interval in intervals]  # a log axis has no 0
+        low = [max(interval.low, 0.2 * interval.estimate) for interval in intervals]  # 0 cannot be shown on a log axis
         axes.fill_between(steps, low, [interval.high for interval in intervals], color=colour, alpha=0.2, linewidth=0)
 
 
@@ -141,7 +142,7 @@ def _draw_band(axes: Axes, curves: Sequence[Curve], colour: str) -> None:
 
 
 def interactions(results: Results) -> Figure:
-    """A panel for each pair of factors: mean scores by the levels of one, a line for each level of the other."""
+    """Draw a panel for each pair of factors: mean scores by the levels of one, with a line per level of the other."""
     factors = list(results.plan.ablation.factors)
     pairs = list(itertools.combinations(factors, 2)) or [(factors[0], factors[0])]
     columns = min(_COLUMNS, len(pairs))
@@ -156,7 +157,7 @@ def interactions(results: Results) -> Figure:
     figure.supylabel(score_label(results.plan, results.plan.objectives[0]), fontsize=NORMAL, color=INK)
     effect = results.effects[0]
     if effect.left_out:
-        missing = f"means over the {effect.seeds} of {effect.seeds + effect.left_out} seeds at which no run is missing"
+        missing = f"means over the {effect.seeds} of {effect.seeds + effect.left_out} seeds without missing runs"
         figure.supxlabel(missing, fontsize=SMALL, color=INK)
     figure.set_label("; ".join(str(effect) for effect in results.effects))
     return figure
@@ -175,7 +176,7 @@ def _draw_interaction(axes: Axes, results: Results, across: str, lines: str) -> 
 
 
 def _mean(results: Results, levels: Mapping[str, str]) -> float:
-    """The mean score of the runs at some levels, at the seeds at which no run of the design is missing."""
+    """Return the mean score of the runs at some levels, over the seeds without missing runs."""
     chosen = [arm.name for arm in results.plan.arms if levels.items() <= arm.levels.items()]
     scores = [results.scores[name][results.complete] for name in chosen]
     return float(np.mean(scores)) if chosen and results.complete.any() else math.nan

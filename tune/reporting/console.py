@@ -1,4 +1,4 @@
-"""What a person sees: progress while a run goes on, tables at its end, sentences when something is wrong."""
+"""Terminal output of a run: progress while it runs, and tables at its end."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,11 +42,11 @@ _UNITS = {
     Phase.REPORT: "policies",
 }
 _PLAIN_LINES = 10
-"""Lines a phase prints when the output is no terminal, evaluations aside."""
+"""Lines printed per phase when the output is not a terminal, not counting evaluations."""
 
 
 class _RateColumn(ProgressColumn):
-    """Steps a second."""
+    """Steps per second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -54,13 +54,13 @@ class _RateColumn(ProgressColumn):
 
 
 class ProgressReporter:
-    """Shows a run's progress: bars on a terminal, plain lines elsewhere. Call it as `train`'s reporter.
+    """Reporter for `train` that shows a run's progress: bars on a terminal, plain lines elsewhere.
 
     Args:
-        console: where to.
+        console: where to print.
 
     Attributes:
-        stop: set it, and the run stops at the next report.
+        stop: whether the run is to stop at its next report.
     """
 
     def __init__(self, console: Console) -> None:
@@ -87,12 +87,12 @@ class ProgressReporter:
         self._bars.stop()
 
     def ask_to_stop(self, _signal: str) -> None:
-        """Let the run save and stop at its next report."""
+        """Make the run save and stop at its next report."""
         self.stop = True
-        complain("saving, then stopping; once more to stop at once.")
+        complain("saving and stopping; press Ctrl-C again to stop immediately.")
 
     def __call__(self, event: Event) -> bool:
-        """Show one event; returns whether a stop was asked for."""
+        """Show one event; returns whether a stop was requested."""
         if event.note:
             complain(event.note)
             return self.stop
@@ -105,7 +105,7 @@ class ProgressReporter:
 
     def _advance(self, event: Event, score: str) -> None:
         if event.phase not in self._tasks:
-            # Started by the first report, so that a resumed run's rate counts only its own steps.
+            # Started by the first report, so that the rate of a resumed run counts only steps of this session.
             task = self._bars.add_task(_LABELS[event.phase], total=event.total, completed=event.step, note="")
             self._tasks[event.phase] = task
         task = self._tasks[event.phase]
@@ -123,21 +123,21 @@ class ProgressReporter:
 
 
 def _score_note(metrics: Mapping[str, float]) -> str:
-    """The evaluation score among `metrics` in words, if there is one."""
+    """Return the evaluation score among `metrics` as text, or an empty string."""
     scores = (key for key in metrics if key.startswith("eval/") and key != NUM_SAMPLES_KEY)
-    first = next(scores, None)  # the one that runs are compared by
+    first = next(scores, None)  # the score by which runs are compared
     return "" if first is None else f"{first.removeprefix('eval/')} {score_text(metrics[first])}"
 
 
 _BESIDE = ("eval/precision_", "eval/recall_", "eval/energy_auc")
-"""How the keys of scores begin that a table shows beside the one that runs are compared by."""
+"""Key prefixes of scores that a table shows in addition to the one by which runs are compared."""
 _NOT_COMPUTED = "-"
 
 
 def result_table(summary: Summary) -> TextTable:
-    """The samplers of a finished run side by side: network evaluations, score, seconds for 1,000 samples.
+    """Compare the samplers of a finished run: network evaluations, score, seconds per 1,000 samples.
 
-    The best of those with no more evaluations than the policy is bold, whether it is fine-tuned or not.
+    The best sampler with at most as many evaluations as the policy is bold, whether fine-tuned or not.
     """
     steps, metric = summary.num_steps, summary.metric.removeprefix("eval/")
     others = [key for key in summary.scores["best"] if key.startswith(_BESIDE)]
@@ -149,15 +149,17 @@ def result_table(summary: Summary) -> TextTable:
     rows = [(reference.label, str(reference.evaluations), reference.key) for reference in references]
     rows += [(after, str(steps), "best"), ("the data itself", "", "data")]
     draws = len(summary.generations)
-    generations = f"; the best is the mean over {draws} draws of the noise" if draws > 1 else ""
+    generations = (
+        f"; the score of the fine-tuned policy is the mean over {draws} draws of the noise" if draws > 1 else ""
+    )
     better = "higher is better" if summary.direction == MAXIMIZE else "lower is better"
     table = TextTable(
-        caption=f"Network evaluations a sample; {metric} of {summary.num_samples:,} samples each, {better}; "
-        f"seconds for 1,000 samples{generations}; {_NOT_COMPUTED} not computed. Bold: the best with at most {steps} "
-        "evaluations."
+        caption=f"Network evaluations per sample; {metric} of {summary.num_samples:,} samples each, {better}; "
+        f"seconds per 1,000 samples{generations}; {_NOT_COMPUTED} not computed. Bold: the best sampler with at most "
+        f"{steps} evaluations."
     )
     headings = [key.removeprefix("eval/") for key in others]
-    for heading in ("sampler", "evaluations", metric, *headings, "seconds for 1,000"):
+    for heading in ("sampler", "evaluations", metric, *headings, "seconds per 1,000"):
         table.add_column(heading, justify="left" if heading == "sampler" else "right")
     for label, evaluations, name in rows:
         if name not in summary.scores:
@@ -170,7 +172,7 @@ def result_table(summary: Summary) -> TextTable:
 
 
 def show_result(console: Console, run: RunDirectory, summary: Summary) -> None:
-    """The table, whether a training-free sampler is better, and where the pictures are."""
+    """Print a run's result table, whether a training-free sampler is better, and the paths of its outputs."""
     console.print(result_table(summary))
     if summary.labels:
         console.out(f"labels: {summary.labels}", highlight=False)
@@ -187,12 +189,12 @@ def show_result(console: Console, run: RunDirectory, summary: Summary) -> None:
 
 
 def show_data(console: Console, found: Description, labels: str) -> None:
-    """What a data set holds.
+    """Print the description of a data set.
 
     Args:
-        console: where to.
-        found: the data set.
-        labels: what becomes of its labels; nothing if it has none.
+        console: where to print.
+        found: description of the data set.
+        labels: how its labels are used; empty if it has none.
     """
     facts = found.facts | ({"labels": labels} if labels else {})
     for name, text in facts.items():
@@ -208,7 +210,7 @@ def _class_table(classes: Sequence[ClassCount]) -> TextTable:
     caption = None
     if hidden:
         fewest, most = min(row.count for row in hidden), max(row.count for row in hidden)
-        caption = f"and {len(hidden):,} more classes, of {fewest:,} to {most:,} samples"
+        caption = f"and {len(hidden):,} more classes with {fewest:,} to {most:,} samples each"
     table = TextTable(caption=caption)
     for heading in ("label", "class", "samples", "share"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
@@ -222,4 +224,4 @@ def _say_path(console: Console, label: str, path: Path) -> None:
 
 
 _CLASSES = 100
-"""Classes that a table shows."""
+"""Maximum number of classes in a table."""

@@ -1,7 +1,7 @@
-"""What the trials of a study look like: score curves, parallel coordinates, slices, importances, the Pareto front.
+"""Figures of a study: score curves, parallel coordinates, slices, importances, the Pareto front.
 
-Each figure's label (`figure.get_label()`) says in words what it shows. Colours are from Okabe and Ito's palette, which
-colour-blind people can tell apart, and one colour means one thing in all figures: the best trial is vermilion.
+Each figure's label (`figure.get_label()`) describes it as text. The colors are from the color-blind-safe palette of
+Okabe and Ito and have the same meaning in all figures: for example, the best trial is vermilion.
 """
 
 import json
@@ -37,13 +37,13 @@ SMALL, NORMAL = 8, 9
 _MAX_LABEL = 16
 _MIN_IMPORTANCE_TRIALS = 6
 _CROWD = 20
-"""More trials than this are drawn paler."""
+"""If there are more trials than this, they are drawn paler."""
 
 Curves = Mapping[int, Mapping[int, float]]
 
 
 def study_figures(study: Study, records: Sequence[TrialRecord]) -> dict[str, Figure]:
-    """The figures that make sense for a study: curves, pareto, parallel, slices, importances."""
+    """Draw those figures of a study for which there are data: curves, pareto, parallel, slices, importances."""
     plan, figures = study.plan, {}
     complete = _complete(records)
     numbers = {record.number for record in records}
@@ -75,15 +75,15 @@ def _first(record: TrialRecord) -> float:
 
 @dataclass(frozen=True)
 class Reference:
-    """A sampler that is not fine-tuned, scored like the trials, or the data.
+    """A sampler without fine-tuning, or the data itself, scored like the trials.
 
     Attributes:
-        label: in words.
-        low: its lowest score over the trials.
-        high: its highest.
-        is_shared: whether it is the same for all trials, up to the rounding of another machine.
-        role: what it is compared for; None for the data.
-        evaluations: of the network, a sample: the fewest and the most over the trials; None for the data.
+        label: human-readable name.
+        low: lowest score over the trials.
+        high: highest score over the trials.
+        is_shared: whether it is the same for all trials, up to rounding on different machines.
+        role: its role in the comparison; None for the data.
+        evaluations: minimum and maximum number of network evaluations per sample over the trials; None for the data.
     """
 
     label: str
@@ -95,9 +95,9 @@ class Reference:
 
 
 def references(records: Iterable[TrialRecord]) -> list[Reference]:
-    """What the summaries of the complete trials say about the references, each of them.
+    """Collect all references from the summaries of the complete trials.
 
-    Where what varies changes a reference (another number of steps, another seed), its scores differ.
+    If a searched setting affects a reference (such as the number of steps or the seed), its scores differ by trial.
     """
     found: dict[tuple[str, str], list[ScoredReference]] = {}
     data: list[float] = []
@@ -125,7 +125,7 @@ def _reference(scored: Sequence[ScoredReference]) -> Reference:
 
 
 def shared_highlights(plan: Plan, records: Sequence[TrialRecord]) -> list[Reference]:
-    """The references that are worth a line: those that all trials share, and of samplers with few steps the best."""
+    """Select the references to draw as lines: those that all trials share, and only the best one with few steps."""
     shared = [reference for reference in references(records) if reference.is_shared]
     few = [reference for reference in shared if reference.role is Role.FEW]
     sign = sign_of(plan.direction)
@@ -138,7 +138,7 @@ def shared_highlights(plan: Plan, records: Sequence[TrialRecord]) -> list[Refere
 
 
 def styled(axes: Axes, *, grid: str = "y") -> Axes:
-    """The same axes in the report's style."""
+    """Apply the report's style to axes and return them."""
     axes.set_facecolor("none")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -153,19 +153,19 @@ def styled(axes: Axes, *, grid: str = "y") -> Axes:
 
 
 def _plain(text: str) -> str:
-    """Cut if long, and with no dollar sign that Matplotlib would take for mathematics."""
+    """Truncate long text and escape dollar signs, which Matplotlib would parse as math."""
     short = text if len(text) <= _MAX_LABEL else text[: _MAX_LABEL - 1] + "…"
     return short.replace("$", r"\$")
 
 
 def _is_log(values: Iterable[float]) -> bool:
-    """Whether scores spread so far that differences of the good ones would vanish."""
+    """Whether scores need a log axis to show differences between the good ones."""
     values = list(values)
     return min(values) > 0.0 and max(values) > 2.0 * min(values)
 
 
 def _log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers in [low, high], as many as fit."""
+    """Return round numbers in [low, high], at most `most`."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     best: list[float] = []
     for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
@@ -180,7 +180,7 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def _scale_scores(axes: Axes, low: float, high: float, *, log: bool) -> None:
-    """The y axis from low to high with a little room, and ticks that people can read."""
+    """Set the y axis to [low, high] with a margin, and readable ticks."""
     if log:
         room = (high / low) ** 0.05
         axes.set_yscale("log")
@@ -194,7 +194,7 @@ def _scale_scores(axes: Axes, low: float, high: float, *, log: bool) -> None:
 
 
 def unit(axis: Axis, value: Value) -> float:
-    """Where on its axis a value lies, in 0..1."""
+    """Return the position of a value on its axis, in 0..1."""
     if axis.kind == "choice":
         place = [json.dumps(choice) for choice in axis.choices].index(json.dumps(value))  # True is not 1
         return place / (len(axis.choices) - 1) if len(axis.choices) > 1 else 0.5
@@ -208,7 +208,7 @@ def _between(low: float, high: float, value: float, *, log: bool) -> float:
 
 
 def _axis_ticks(axis: Axis, most: int) -> list[tuple[float, str]]:
-    """Places in 0..1 and their labels."""
+    """Return tick positions in 0..1 with their labels."""
     if axis.kind == "choice":
         return [(unit(axis, choice), _plain(show(choice))) for choice in axis.choices]
     if axis.kind == "log_uniform":
@@ -220,12 +220,12 @@ def _axis_ticks(axis: Axis, most: int) -> list[tuple[float, str]]:
 
 
 def score_label(plan: Plan, objective: ObjectiveConfig) -> str:
-    """What an axis of scores shows, and which way is up."""
+    """Return the label of a score axis: the metric and which direction is better."""
     return f"{metric_label(plan, objective)} ({better(objective)})"
 
 
 def _is_score(plan: Plan, objective: ObjectiveConfig) -> bool:
-    """Whether trials that are not complete have the objective too, if on other noise."""
+    """Whether incomplete trials have this objective too, although on other noise."""
     return objective.metric in ("score", plan.metric)
 
 
@@ -234,7 +234,7 @@ def _is_score(plan: Plan, objective: ObjectiveConfig) -> bool:
 
 
 def score_curves(plan: Plan, records: Sequence[TrialRecord], curves: Curves) -> Figure:
-    """Every trial's score against iterations, and the references that all share as lines."""
+    """Draw every trial's score against iterations, and the shared references as lines."""
     figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
     axes = styled(figure.subplots())
     best = best_of(plan, records)
@@ -273,7 +273,7 @@ def _draw_curve(
 
 
 def _look(state: TrialState) -> tuple[str, str, float]:
-    """Colour, marker at the end, drawing order."""
+    """Return color, end marker and z-order for a trial's state."""
     if state.is_failure:
         return FAILURE, "x", 4
     if state is TrialState.COMPLETE:
@@ -282,7 +282,7 @@ def _look(state: TrialState) -> tuple[str, str, float]:
 
 
 def _view(curves: Sequence[Mapping[int, float]], lines: Sequence[float], direction: str) -> tuple[float, float]:
-    """The range of the y axis: everything, except that a trial that explodes does not press the others flat."""
+    """Return the range of the y axis, without extreme scores of trials that blow up."""
     sign = sign_of(direction)
     scores = sorted(sign * score for curve in curves for score in curve.values())
     signed = [sign * line for line in lines]
@@ -292,7 +292,7 @@ def _view(curves: Sequence[Mapping[int, float]], lines: Sequence[float], directi
 
 
 def _draw_references(axes: Axes, lines: Sequence[Reference]) -> None:
-    """Dashed lines, each with its name at its right end."""
+    """Draw dashed lines with their names at the right end."""
     low, high = axes.get_ylim()
     log = axes.get_yscale() == "log"
     places = _spread([_between(low, high, line.low, log=log) for line in lines], 0.055)
@@ -303,7 +303,7 @@ def _draw_references(axes: Axes, lines: Sequence[Reference]) -> None:
 
 
 def _spread(places: Sequence[float], gap: float) -> list[float]:
-    """The places, moved up where two would be nearer than the gap."""
+    """Return the positions, moved up where two are closer than the gap."""
     moved: dict[int, float] = {}
     last = -math.inf
     for index in sorted(range(len(places)), key=lambda i: places[i]):
@@ -337,7 +337,7 @@ def _legend(axes: Axes, shown: Sequence[TrialRecord], best: TrialRecord | None) 
 
 
 def parallel_coordinates(plan: Plan, records: Sequence[TrialRecord]) -> Figure:
-    """One line a complete trial through its settings to its first objective, whose colour it has."""
+    """Draw one line per complete trial through its settings to its first objective, which determines its color."""
     complete = sorted(_complete(records), key=lambda r: -plan.objectives[0].sign * _first(r))
     scores = [_first(record) for record in complete]
     log = _is_log(scores)
@@ -369,22 +369,22 @@ def _vertical(axes: Axes, x: float, height: float, name: str, ticks: Iterable[tu
 
 
 def _inset(axis: Axis, place: float) -> float:
-    """Room for the lines of one choice beside each other, at both ends too."""
+    """Return a position with margins at both ends of a choice axis, so that lines of one choice can be spread."""
     return 0.1 + 0.8 * place if axis.kind == "choice" else place
 
 
 def _height(axis: Axis, record: TrialRecord) -> float:
-    """Where a trial's line crosses a setting's axis."""
+    """Return the height at which a trial's line crosses a setting's axis."""
     return _inset(axis, unit(axis, record.values[axis.path]) + 0.2 * _jitter(axis, record))
 
 
 def _halo() -> dict[str, object]:
-    """Behind a label that lines cross."""
+    """Return the style of the box behind a label that lines cross."""
     return {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8}
 
 
 def _draw_lines(axes: Axes, plan: Plan, complete: Sequence[TrialRecord], *, log: bool) -> None:
-    """From the worst to the best, which lies on top."""
+    """Draw the lines from the worst to the best trial, so that the best is on top."""
     scores = [_first(record) for record in complete]
     low, high = min(scores), max(scores)
     paths = [
@@ -401,16 +401,16 @@ def _draw_lines(axes: Axes, plan: Plan, complete: Sequence[TrialRecord], *, log:
 
 
 def _score_color(plan: Plan, place: float) -> tuple[float, float, float, float]:
-    """Dark is good: `place` is where the score lies on its axis, 0 at the bottom."""
+    """Return the color of a score, darker for better; `place` is its position on the axis, 0 at the bottom."""
     badness = place if plan.objectives[0].direction == "minimize" else 1.0 - place
     red, green, blue, _ = _SCORES(0.92 * badness)
     return red, green, blue, 1.0
 
 
 def _score_axis(axes: Axes, plan: Plan, scores: Sequence[float], *, log: bool) -> None:
-    """The last axis: the first objective, in the colours of the lines."""
+    """Draw the last axis: the first objective, in the colors of the lines."""
     x, low, high = len(plan.axes), min(scores), max(scores)
-    bits = [[(x, step / 32), (x, 1.0)] for step in range(32)]  # each over the one before, so that there are no seams
+    bits = [[(x, step / 32), (x, 1.0)] for step in range(32)]  # overlapping, to avoid seams
     colors = [_score_color(plan, (step + 0.5) / 32) for step in range(32)]
     axes.add_collection(LineCollection(bits, colors=colors, linewidths=6, zorder=4, capstyle="butt"))
     objective = plan.objectives[0]
@@ -427,7 +427,7 @@ def _score_axis(axes: Axes, plan: Plan, scores: Sequence[float], *, log: bool) -
 
 
 def slices(plan: Plan, records: Sequence[TrialRecord]) -> Figure:
-    """The first objective against each setting; trials that were stopped early are hollow."""
+    """Draw the first objective against each setting; trials that were stopped early are hollow."""
     objective = plan.objectives[0]
     best, *others = [record for record in ranked(plan, records) if record.state is TrialState.COMPLETE]
     hollow = _stopped_early(records) if _is_score(plan, objective) else []
@@ -455,7 +455,7 @@ def slices(plan: Plan, records: Sequence[TrialRecord]) -> Figure:
 
 
 def _stopped_early(records: Iterable[TrialRecord]) -> list[tuple[TrialRecord, float]]:
-    """With the score of the best checkpoint until then, on the noise that chose it."""
+    """Return trials that were stopped early with their best score, on the noise used to select the checkpoint."""
     stopped = (record for record in records if record.state in (TrialState.PRUNED, TrialState.STOPPED))
     return [(record, record.outcome.score) for record in stopped if record.outcome.score is not None]
 
@@ -479,15 +479,15 @@ def _dots(axes: Axes, axis: Axis, points: Sequence[tuple[TrialRecord, float]], *
 
 
 def _sideways(axis: Axis, record: TrialRecord) -> float:
-    """Where a trial stands on a setting's axis.
+    """Return the horizontal position of a trial on a setting's axis.
 
-    Trials with one choice are spread so that they do not hide each other; the golden ratio does that for any number.
+    Trials with the same choice are spread by multiples of the golden ratio, so that they do not hide each other.
     """
     return unit(axis, record.values[axis.path]) + 0.35 * _jitter(axis, record)
 
 
 def _jitter(axis: Axis, record: TrialRecord) -> float:
-    """Up to half the distance of two choices."""
+    """Return an offset of at most half the distance between two choices; 0 for other axes."""
     return ((record.number * 0.618034) % 1.0 - 0.5) / max(1, len(axis.choices) - 1) if axis.kind == "choice" else 0.0
 
 
@@ -507,25 +507,25 @@ def _label_slice(axes: Axes, axis: Axis, name: str) -> None:
 
 
 def importance_obstacle(plan: Plan, records: Sequence[TrialRecord]) -> str:
-    """Why importances would mean nothing, as a sentence; empty if they mean something."""
+    """Explain why importances cannot be estimated; empty if they can."""
     scores = [_first(record) for record in _complete(records)]
     if len(plan.axes) < 2:
-        return "Only one setting varies, so there is nothing to compare its importance with."
+        return "Only one setting varies, so there are no importances to compare."
     if len(scores) < _MIN_IMPORTANCE_TRIALS:
         return (
-            f"The importance of the settings is estimated from complete trials, of which there are {len(scores)}: "
-            f"it takes at least {_MIN_IMPORTANCE_TRIALS}."
+            f"Importances are estimated from at least {_MIN_IMPORTANCE_TRIALS} complete trials; there are "
+            f"{len(scores)}."
         )
     if len(set(scores)) == 1:
-        return "All complete trials have the same result, so no setting has any importance."
+        return "All complete trials have the same result, so importances are undefined."
     return ""
 
 
 def importances(plan: Plan, records: Sequence[TrialRecord]) -> dict[str, float]:
-    """Share of the variance of the first objective that each setting explains alone, the largest first.
+    """Return the share of the first objective's variance explained by each setting by itself, largest first.
 
-    Functional ANOVA over a random forest (Hutter et al. 2014), with a fixed seed, on complete trials only: those have
-    had the same number of iterations. Ranges are taken as they were searched, log-uniform ones in the logarithm.
+    Uses functional ANOVA over a random forest (Hutter et al. 2014) with a fixed seed, on complete trials only, since
+    these have the same number of iterations. Values are scaled as they were searched: log-uniform ones by logarithm.
     """
     study = optuna.create_study()
     distributions = {axis.path: _as_searched(axis) for axis in plan.axes}
@@ -536,7 +536,7 @@ def importances(plan: Plan, records: Sequence[TrialRecord]) -> dict[str, float]:
 
 
 def _as_searched(axis: Axis) -> BaseDistribution:
-    """Optuna's evaluator would take a log range as linear, and then its lower decades weigh nothing."""
+    """Return an axis as a distribution; log ranges are rescaled since Optuna's evaluator treats them as linear."""
     if axis.kind == "choice":
         return CategoricalDistribution([axis.param(choice) for choice in axis.choices])
     if axis.kind == "integer":
@@ -551,7 +551,7 @@ def _searched_value(axis: Axis, value: Value) -> Param:
 
 
 def importance_bars(plan: Plan, shares: Mapping[str, float], num_trials: int) -> Figure:
-    """Shares as bars, the largest on top."""
+    """Draw importances as bars, the largest on top."""
     names = short_names(plan)
     figure = Figure(figsize=(WIDTH, 0.3 * len(shares) + 0.75), layout="constrained")
     axes = styled(figure.subplots(), grid="x")
@@ -574,7 +574,7 @@ def importance_bars(plan: Plan, shares: Mapping[str, float], num_trials: int) ->
 
 
 def pareto(plan: Plan, records: Sequence[TrialRecord]) -> Figure:
-    """The first objective against the second, and the trials that no other beats in both."""
+    """Draw the first objective against the second, with the Pareto front."""
     first, second = plan.objectives
     complete, front = _complete(records), pareto_front(plan, records)
     on_front = {record.number for record in front}
@@ -594,11 +594,11 @@ def pareto(plan: Plan, records: Sequence[TrialRecord]) -> Figure:
     axes.set(xlabel=score_label(plan, second), ylabel=score_label(plan, first))
     figure.set_label(
         f"{len(complete)} complete trials by {metric_label(plan, first)} and {metric_label(plan, second)}; the front "
-        f"are the trials {', '.join(str(record.number) for record in front)}"
+        f"consists of trials {', '.join(str(record.number) for record in front)}"
     )
     return figure
 
 
 def _steps(second: ObjectiveConfig) -> str:
-    """A front is a staircase: between two of its points nothing is reached but the worse of both."""
+    """Return the draw style of the front: a staircase, since points between two trials are not attained."""
     return "steps-post" if second.direction == "minimize" else "steps-pre"

@@ -1,7 +1,7 @@
-"""The report of a study: one HTML file that says what came out, and opens anywhere without a network.
+"""The report of a study: a single self-contained HTML file with its results.
 
-Everything is inside it: figures as SVG, samples as PNG, the style, and the few lines of script that sort a table. It is
-all made from the records and the run folders, so that it can be written again at any time.
+It embeds figures as SVG, samples as PNG, its style, and a small script that sorts tables, and needs no network. It is
+generated from the records and the run folders, so it can be rewritten at any time.
 """
 
 import base64
@@ -56,7 +56,7 @@ _TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 def write_report(study: Study, records: Sequence[TrialRecord]) -> Path:
-    """Write report.html, for a study in any state; returns where it is."""
+    """Write report.html for a study in any state; returns its path."""
     write_atomic(study.folder.report, _html(study, records, timestamp()))
     return study.folder.report
 
@@ -101,7 +101,7 @@ def _html(study: Study, records: Sequence[TrialRecord], written: str) -> str:
 
 
 def sha256_base64(text: str) -> str:
-    """As a content security policy names a script."""
+    """Return the hash by which a content security policy identifies a script."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -111,7 +111,7 @@ def sha256_base64(text: str) -> str:
 
 @dataclass(frozen=True)
 class _About:
-    """The head of the report, as text."""
+    """The header of the report, as text."""
 
     study: str
     experiment: str
@@ -153,38 +153,38 @@ def _begun(study: Study) -> str:
 
 
 def revisions(records: Sequence[TrialRecord]) -> list[str]:
-    """The revisions of the code that complete trials ended with; the present one if none is complete."""
+    """Return the Git revisions at which complete trials ended, or the current one if no trial is complete."""
     summaries = (summary_of(record) for record in records if record.state is TrialState.COMPLETE)
     found = dict.fromkeys(summary.get("git_revision") or "unknown" for summary in summaries if summary)
     return [*found] or [git_revision() or "unknown"]
 
 
 def _commands(study: Study, records: Sequence[TrialRecord]) -> list[tuple[str, str]]:
-    """What to do, and the command that does it, from the folder that holds the studies'."""
+    """Return descriptions and commands to reproduce the study, to be run from the parent of the studies' folder."""
     folder = f"{study.folder.path.resolve().parent.name}/{study.plan.name}"
     best, found, commands = best_of(study.plan, records), revisions(records), []
     if found != ["unknown"] and len(found) == 1:
-        changed = " (with changes that were not committed)" if found[0].endswith("-dirty") else ""
-        commands.append((f"The code{changed}", f"git checkout {found[0].removesuffix('-dirty')}"))
+        changed = " (with uncommitted changes)" if found[0].endswith("-dirty") else ""
+        commands.append((f"Check out the code{changed}", f"git checkout {found[0].removesuffix('-dirty')}"))
     is_ablation = isinstance(study.plan, AblationPlan)
     if best is not None:
         run = f"{folder}/trials/{best.number:04d}"
         if not is_ablation:
-            commands.append(("The best trial again, with the same numbers", f"dxmi train --config {folder}/best.yaml"))
+            commands.append(("Repeat the best trial with the same results", f"dxmi train --config {folder}/best.yaml"))
         commands += [
             (
-                "Any trial again" if is_ablation else "Any other trial again",
+                "Repeat any trial" if is_ablation else "Repeat any other trial",
                 f"dxmi train --config {folder}/trials/NUMBER/config.yaml",
             ),
-            ("Samples of the best", f"dxmi sample {run} --num 64 --out samples.png"),
-            ("More scores of the best", f"dxmi evaluate {run}"),
+            ("Draw samples from the best trial", f"dxmi sample {run} --num 64 --out samples.png"),
+            ("Score the best trial again", f"dxmi evaluate {run}"),
         ]
     again = study.plan.resume_line(folder)
-    return [*commands, ("Go on with the study, if it has not ended", again)]
+    return [*commands, ("Resume the study if it has not ended", again)]
 
 
 def _shared_config(plan: Plan) -> str:
-    """The experiment without what varies, and without resources, which change no result."""
+    """Return the experiment as YAML, without the settings that vary and without resources."""
     tree = to_tree(plan.experiment)
     del tree["resources"]
     for axis in plan.axes:
@@ -192,7 +192,7 @@ def _shared_config(plan: Plan) -> str:
         group = tree
         for name in groups:
             group = group[name]
-        group.pop(last, None)  # the arm of an ablation is no setting
+        group.pop(last, None)  # the arm of an ablation is not a setting
     return _yaml(tree)
 
 
@@ -206,14 +206,14 @@ def _yaml(tree: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _Drawing:
-    """A figure as SVG, and in words."""
+    """A figure as SVG, with its description."""
 
     svg: Markup
     label: str
 
 
 def _drawn(name: str, figure: Figure) -> _Drawing:
-    """As SVG for the inside of a page: its text stays text, and the same figure gives the same bytes."""
+    """Render a figure as SVG for embedding in a page, with text kept as text and reproducible bytes."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -222,7 +222,7 @@ def _drawn(name: str, figure: Figure) -> _Drawing:
 
 
 def _inline(svg: str, name: str) -> str:
-    """Without what only a file of its own needs, and with coordinates to a hundredth of a point."""
+    """Remove what only a standalone SVG file needs, and round coordinates to a hundredth of a point."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)

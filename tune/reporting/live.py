@@ -1,4 +1,4 @@
-"""What a person sees while a sweep goes on: a live table on a terminal, one plain line an event elsewhere."""
+"""Display of a running sweep: a live table on a terminal, one plain line per event elsewhere."""
 
 import time
 from collections import Counter
@@ -17,14 +17,14 @@ from tune.studies.records import TrialState
 
 _REFRESH = 0.5
 _LINES_EVERY = 60.0
-"""Seconds between two plain lines that say how far trials are."""
+"""Seconds between plain lines about the progress of running trials."""
 
 
 class SweepView:
-    """Shows a session. Call `note` for events, and the view itself whenever time has passed.
+    """Shows a session. Call `note` for events, and the view itself regularly.
 
     Args:
-        console: where to.
+        console: where to print.
     """
 
     def __init__(self, console: Console) -> None:
@@ -43,7 +43,7 @@ class SweepView:
             self._display.stop()
 
     def note(self, note: Note) -> None:
-        """One event: a line above the table, or just a line."""
+        """Print an event, above the table if there is one."""
         line = note.text if note.number is None else f"trial {note.number}: {note.text}"
         if self.console.is_terminal:
             if not note.minor:
@@ -54,7 +54,7 @@ class SweepView:
             self.console.out(line, highlight=False)
 
     def __call__(self, controller: Controller) -> None:
-        """Draw, if it is time."""
+        """Update the display if the refresh interval has passed."""
         now = time.monotonic()
         if self.console.is_terminal and now - self._drawn > _REFRESH:
             self._drawn = now
@@ -70,11 +70,11 @@ def _where(trial: RunningTrial) -> str:
 
 
 def _table(controller: Controller) -> TextTable:
-    """The trials that run, under a line about the whole."""
+    """Build the table of running trials under a headline about the study."""
     table = TextTable(title=_headline(controller), title_justify="left", expand=False)
     names = ", ".join(short_names(controller.plan).values())
     for heading, justify in (
-        ("trial", "right"), (names, "left"), ("doing", "left"), ("step", "right"),
+        ("trial", "right"), (names, "left"), ("phase", "left"), ("step", "right"),
         ("score", "right"), ("best", "right"), ("rate", "right"), ("left", "right"),
     ):  # fmt: skip
         table.add_column(heading, justify=justify)
@@ -95,7 +95,7 @@ def _table(controller: Controller) -> TextTable:
 
 
 def _rate(trial: RunningTrial, now: float) -> float:
-    """Steps a second in this phase."""
+    """Return steps per second in the current phase."""
     passed = now - trial.phase_since
     return (trial.step - trial.phase_start) / passed if passed > 1.0 else 0.0
 
@@ -109,7 +109,7 @@ def _headline(controller: Controller) -> str:
 
 
 def _left(controller: Controller) -> str:
-    """Time left, if every trial to come takes as long as those of this session."""
+    """Describe the remaining time, assuming that remaining trials take as long as those of this session."""
     ended = len(controller.states) - controller.ended_before
     if controller.ending:
         return controller.ending

@@ -1,4 +1,4 @@
-"""Maps of energies and values for a report, of studies in the plane: what the runs drew, made small."""
+"""Maps of energies and values for reports of planar studies: downscaled copies of the runs' figures."""
 
 import base64
 import io
@@ -15,18 +15,18 @@ from tune.studies.records import TrialRecord, TrialState
 
 _SHRINK = 0.8
 _COLOURS = 256
-"""Of a map as it is embedded, spread over all that it has: a quarter of the bytes, and no steps in its colours."""
+"""Palette size of an embedded map: a quarter of the bytes without visible color steps."""
 
 
 @dataclass(frozen=True)
 class Maps:
-    """What one run learned of the plane.
+    """The energy and value functions of one run.
 
     Attributes:
-        name: of the arm or trial.
-        note: which of its runs.
-        energy: a data URI of the figure that has the energy beside the data's -log p.
-        values: a data URI of the figure that has V(x, t).
+        name: name of the arm or trial.
+        note: which of its runs is shown.
+        energy: data URI of the figure of the energy next to -log p of the data.
+        values: data URI of the figure of V(x, t).
     """
 
     name: str
@@ -36,13 +36,13 @@ class Maps:
 
 
 def trial_maps(plan: Plan, records: Sequence[TrialRecord]) -> list[Maps]:
-    """Of the best trial, if it has drawn some."""
+    """Return the maps of the best trial, if it has any."""
     best = best_of(plan, records)
     return [] if best is None else _drawn(f"trial {best.number}", "the best", best)
 
 
 def arm_maps(results: Results) -> list[Maps]:
-    """Of each arm at its first seed, where an energy was trained."""
+    """Return the maps of each arm at its first complete seed, if the arm trains an energy."""
     found = []
     for arm in results.plan.arms:
         runs = [(seed, results.records.get((arm.name, seed))) for seed in results.seeds]
@@ -53,13 +53,13 @@ def arm_maps(results: Results) -> list[Maps]:
 
 
 def _drawn(name: str, note: str, record: TrialRecord) -> list[Maps]:
-    """The maps of a run; none of images, which have no map, or if a picture is damaged."""
+    """Return the maps of a run; none for image data or if a figure cannot be read."""
     energy, values = (_embedded(record.run.samples / f"{what}.png") for what in ("energy", "values"))
     return [Maps(name, note, energy, values)] if energy and values else []
 
 
 def _embedded(path: Path) -> str:
-    """A picture as a data URI, smaller and in fewer colours; empty if it cannot be read."""
+    """Return an image as a data URI, downscaled and with fewer colors; empty if it cannot be read."""
     buffer = io.BytesIO()
     try:
         with Image.open(path) as picture:

@@ -1,7 +1,7 @@
-"""Addresses in MLflow's page: a study's curves in one chart, and its best checkpoint.
+"""Addresses in the MLflow UI: a study's curves in one chart, and its best checkpoint.
 
-MLflow 3 keeps the state of a page behind the # of its address, as JSON that must be percent-encoded: only then does a
-terminal recognise the whole of it as a link.
+MLflow 3 keeps the state of a page in the fragment of its URL as JSON. It is percent-encoded so that terminals recognize
+the whole address as a link.
 """
 
 import json
@@ -24,20 +24,20 @@ from tune.studies.records import TrialRecord
 from tune.studies.study import Study
 
 _MOST_CURVES = 100
-"""In one chart, which MLflow draws in seconds; the address has 40 characters for each."""
+"""Maximum number of curves in a chart, which MLflow draws in seconds; each takes 40 characters of the address."""
 _MOST_STUDIES = 5
-"""That are listed when no study is named."""
+"""Number of studies listed when no study is given."""
 _MODEL_TRAINING = {"workflowType": "machine_learning"}
-"""A new browser shows MLflow's pages for generative AI; these words in an address come before what it remembers."""
+"""Selects MLflow's pages for model training; otherwise a new browser shows those for generative AI."""
 
 
 @dataclass(frozen=True)
 class StudyPages:
-    """Where MLflow shows a study.
+    """Addresses of a study's pages in the MLflow UI.
 
     Attributes:
-        trials: address of the table of its trials beside all their charts.
-        curves: address of the chart in which the trials' curves lie on one another; empty without any curve.
+        trials: address of the table of its trials with charts of all their metrics.
+        curves: address of the chart of all trials' score curves; empty if there are none.
         about: what the chart shows.
         best: address of the best trial's checkpoint; empty if no trial is complete.
     """
@@ -48,25 +48,25 @@ class StudyPages:
     best: str = ""
 
     def lines(self) -> list[str]:
-        """For people, a line each."""
+        """Return one line of text per address."""
         found = {self.about: self.curves, "best checkpoint": self.best, "all metrics": self.trials}
         return [f"{label}: {address}" for label, address in found.items() if address]
 
 
 def study_pages(folder: StudyFolder, plan: Plan, records: Sequence[TrialRecord], server: str) -> StudyPages | None:
-    """Where MLflow shows a study.
+    """Find the addresses of a study's pages in the MLflow UI.
 
     Args:
-        folder: of the study.
-        plan: of the study, which MLflow records.
+        folder: folder of the study.
+        plan: plan of the study, which is recorded in MLflow.
         records: its trials.
-        server: http://host:port of what serves the local store, or will; a study on another server has that one's.
+        server: http://host:port of the server of the local store; not used for a study recorded on another server.
 
     Returns:
         The addresses, or None if MLflow has no record of the study.
 
     Raises:
-        UserError: the store cannot be opened or read, or the server is away.
+        UserError: the store cannot be opened or read, or the server is unreachable.
     """
     uri = plan.tracking.uri
     try:
@@ -74,7 +74,7 @@ def study_pages(folder: StudyFolder, plan: Plan, records: Sequence[TrialRecord],
         return pages_on(server if uri == "local" else uri, writer, plan, records)
     except UserError:
         raise
-    except Exception as error:  # MLflow raises anything
+    except Exception as error:  # MLflow raises many types
         what = "MLflow's record" if uri == "local" else f"the MLflow server {uri}"
         raise UserError(
             f"The pages of the study {plan.name} cannot be read from {what}: {reason_of(error)}."
@@ -82,7 +82,7 @@ def study_pages(folder: StudyFolder, plan: Plan, records: Sequence[TrialRecord],
 
 
 def pages_on(server: str, writer: MlflowWriter, plan: Plan, records: Sequence[TrialRecord]) -> StudyPages | None:
-    """`study_pages` of what a writer has."""
+    """`study_pages` with an open writer."""
     runs = _runs_by_trial(writer, plan)
     if runs is None:
         return None
@@ -98,7 +98,7 @@ def pages_on(server: str, writer: MlflowWriter, plan: Plan, records: Sequence[Tr
 
 
 def newest_pages(root: Path, server: str) -> Iterator[str]:
-    """Lines about the newest studies in a folder, the newest first, and how to get at the others."""
+    """Yield lines about the most recent studies in a folder, newest first, and how to open the others."""
     folders = sorted(studies_in(root), key=lambda folder: folder.changed, reverse=True)
     for folder in folders[:_MOST_STUDIES]:
         yield f"{folder.path.name}:"
@@ -112,7 +112,7 @@ def _lines_about(folder: StudyFolder, server: str) -> list[str]:
         study = Study.read(folder)
         if study.plan.tracking.uri == "none":
             return ["not recorded in MLflow"]
-        if study.plan.tracking.uri != "local":  # which may be away: only who asks for it is to wait
+        if study.plan.tracking.uri != "local":  # the server may be unreachable: it is contacted only on request
             return [f"recorded at {study.plan.tracking.uri}: dxmi ui {folder.path.name} prints its addresses there"]
         pages = study_pages(folder, study.plan, study.records(), server)
     except UserError as error:
@@ -128,7 +128,7 @@ def _trial(plan: Plan, record: TrialRecord) -> str:
 
 
 def _runs_by_trial(writer: MlflowWriter, plan: Plan) -> dict[str, Run] | None:
-    """The study's runs by trial_id; None if MLflow has no run of the study."""
+    """Return the study's runs by trial_id, or None if MLflow has no run of the study."""
     every = writer.find({"study": plan.name})
     parents = [run.id for run in every if run.tags.get("signature") == plan.signature and _parent(run) is None]
     if not parents:
@@ -143,7 +143,7 @@ def _parent(run: Run) -> str | None:
 
 
 def _chosen(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Those whose curves fit into a chart: the best trials, or of an ablation as many seeds of every arm."""
+    """Select trials whose curves fit into a chart: the best ones, or equally many seeds of every arm of an ablation."""
     if not isinstance(plan, AblationPlan):
         return ranked(plan, records)[:_MOST_CURVES]
     order = {arm.name: place for place, arm in enumerate(plan.arms)}
@@ -178,14 +178,14 @@ def _best_page(
 
 
 def experiment_page(server: str, experiment: str) -> str:
-    """The table of an experiment's runs."""
+    """Return the address of the table of an experiment's runs."""
     return f"{_experiment(server, experiment)}/runs?{_encoded(_MODEL_TRAINING)}"
 
 
 def trials_page(server: str, experiment: str, study: str, metric: str) -> str:
-    """A study's trials beside the charts of all their metrics, the best first.
+    """Return the address of a study's trials, best first, with charts of all their metrics.
 
-    In the order of their start, MLflow would fold them under the study's run, which has no curves.
+    Sorted by start time, MLflow would fold them under the study's run, which has no curves.
     """
     state = {
         "searchFilter": f"tags.study = '{study}' AND tags.trial_id LIKE '%/%'",
@@ -198,7 +198,7 @@ def trials_page(server: str, experiment: str, study: str, metric: str) -> str:
 
 
 def curves_page(server: str, experiment: str, runs: Sequence[str], metric: str) -> str:
-    """The chart of a metric of several runs, by step."""
+    """Return the address of the chart of a metric of several runs by step."""
     state = {
         "runs": _json(runs),
         "metric": _json(metric),
@@ -212,7 +212,7 @@ def curves_page(server: str, experiment: str, runs: Sequence[str], metric: str) 
 
 
 def artifact_page(server: str, experiment: str, run: str, path: str) -> str:
-    """A file or folder among a run's artifacts."""
+    """Return the address of a file or folder among a run's artifacts."""
     place = f"runs/{quote(run, safe='')}/artifacts/{quote(path)}"
     return f"{_experiment(server, experiment)}/{place}?{_encoded(_MODEL_TRAINING)}"
 

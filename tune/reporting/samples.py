@@ -1,4 +1,4 @@
-"""The pictures of samples in a report: trials by iteration, arms by seed, and the references."""
+"""Images of samples in a report: trials by iteration, arms by seed, and references."""
 
 import base64
 import functools
@@ -22,23 +22,23 @@ from tune.studies.ranking import ranked
 from tune.studies.records import TrialRecord, TrialState
 
 FIGURE_PIXELS = 60
-"""A side of a figure is so many times that number."""
+"""Pixels of a figure's side per sample of a grid's side."""
 _MATRIX_TRIALS, _MATRIX_STEPS = 8, 6
 _ARM_SIDE = 2
-"""Samples a side in a picture of an ablation's run."""
+"""Samples per side in the image of an ablation's run."""
 _SAMPLES_A_SIDE = (4, 3, 2, 1)
-"""Of each grid, so many samples a side are shown: the first number with which the report stays small."""
+"""Candidates for the samples per side of each grid; the first one that keeps the report small is used."""
 _MAX_SAMPLE_BYTES = 3_000_000
 
 
 @dataclass(frozen=True)
 class MatrixRow:
-    """A trial's samples.
+    """Samples of a trial.
 
     Attributes:
-        trial: which.
-        note: how good it is.
-        pictures: data URIs, one a step; empty where a picture is damaged.
+        trial: name of the trial.
+        note: its rank and score.
+        pictures: data URIs, one per step; empty if an image cannot be read.
     """
 
     trial: str
@@ -48,13 +48,13 @@ class MatrixRow:
 
 @dataclass(frozen=True)
 class Strip:
-    """Real data, or samples of a reference, above the trials' samples.
+    """Real data or samples of a reference, shown above the trials' samples.
 
     Attributes:
         name: what it shows.
-        note: its score, and whose run drew it.
-        picture: a data URI.
-        cells: how many times as wide it is as a trial's picture.
+        note: its score.
+        picture: data URI of the image.
+        cells: its width relative to a trial's image.
     """
 
     name: str
@@ -65,13 +65,13 @@ class Strip:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Pictures of samples, all from the same noise: one row a trial, one column an iteration.
+    """Images of samples from the same noise: one row per trial, one column per iteration.
 
     Attributes:
-        steps: iterations.
-        rows: of pictures.
-        are_figures: whether they are figures and no grids of images, whose pixels are worth seeing.
-        strips: what to compare them with; empty for a study that was run before these were drawn.
+        steps: iterations, or seeds of an ablation.
+        rows: rows of images.
+        are_figures: whether the images are figures, which are scaled smoothly, instead of grids of pixels.
+        strips: images for comparison; empty for studies of versions that did not draw them.
     """
 
     steps: list[int]
@@ -81,7 +81,7 @@ class Matrix:
 
 
 def sample_matrix(plan: Plan, records: Sequence[TrialRecord]) -> Matrix | None:
-    """Grids of the best trials and the last one, at iterations that all of them have; None if there are none."""
+    """Return grids of the best trials and the worst one at common iterations, or None if there are none."""
     chosen = _shown(plan, records)
     if not chosen:
         return None
@@ -103,7 +103,7 @@ def sample_matrix(plan: Plan, records: Sequence[TrialRecord]) -> Matrix | None:
 
 
 def arm_matrix(results: Results) -> Matrix | None:
-    """The best checkpoints' grids: one row an arm, one column a seed; None if there are none."""
+    """Return grids of the best checkpoints with one row per arm and one column per seed, or None if there are none."""
     part = functools.partial(_part, results.plan, _ARM_SIDE)
     seeds = results.seeds[:_MATRIX_STEPS]
     rows = []
@@ -125,13 +125,15 @@ def arm_matrix(results: Results) -> Matrix | None:
 
 
 def reference_strips(plan: Plan, runs: Sequence[TrialRecord], side: int, columns: int) -> list[Strip]:
-    """Real data, the model with all of its steps, and the best training-free sampler, from the first run that has them.
+    """Return images of real data, the model with all steps, and the best training-free sampler.
+
+    They are taken from the first run that has them.
 
     Args:
-        plan: of the study.
-        runs: the best first, or the baseline's.
-        side: samples in the height of a strip, as in a trial's picture.
-        columns: a strip is at most as wide as so many of these.
+        plan: plan of the study.
+        runs: runs in order of preference.
+        side: samples per side of a trial's image; also the height of a strip.
+        columns: maximum width of a strip, in trials' images.
     """
     complete = [run for run in runs if run.state is TrialState.COMPLETE and run.run.reference_picture("data").exists()]
     summary = summary_of(complete[0]) if complete else {}
@@ -149,7 +151,7 @@ def reference_strips(plan: Plan, runs: Sequence[TrialRecord], side: int, columns
 
 
 def _strip_words(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """File, name and note of each picture of references."""
+    """Return file name, label and note of each reference image."""
     scored, floor = scored_references(summary), summary["reference"].get(DATA)
     direction = str(summary.get("direction", MINIMIZE))
     full, few = full_reference(scored, direction), best_reference(scored, summary["num_steps"], direction)
@@ -161,20 +163,20 @@ def _strip_words(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _shown(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Complete trials if there are any, by rank: the first ones and the last."""
+    """Select the best trials and the worst one by rank, only complete ones if there are any."""
     sampled = [record for record in ranked(plan, records) if record.same_as is None and _sampled(record)]
     complete = [record for record in sampled if record.state is TrialState.COMPLETE] or sampled
     return complete if len(complete) <= _MATRIX_TRIALS else [*complete[: _MATRIX_TRIALS - 1], complete[-1]]
 
 
 def _sampled(record: TrialRecord) -> set[int]:
-    """Iterations of which there is a grid."""
+    """Return the iterations at which a grid was drawn."""
     found = (re.fullmatch(r"step_(\d+)\.png", path.name) for path in record.run.samples.glob("step_*.png"))
     return {int(match[1]) for match in found if match}
 
 
 def _thinned(steps: Sequence[int], most: int) -> list[int]:
-    """At most so many, evenly, with the first and the last."""
+    """Return at most `most` evenly spaced steps, including the first and the last."""
     if len(steps) <= most:
         return [*steps]
     return [steps[round(index * (len(steps) - 1) / (most - 1))] for index in range(most)]
@@ -187,18 +189,18 @@ def _matrix_note(record: TrialRecord, place: int) -> str:
 
 
 def _columns(plan: Plan) -> int:
-    """Of a grid of images, see `dxmi.visualization.pictures.save_grid`."""
+    """Return the number of columns of an image grid, see `dxmi.visualization.pictures.save_grid`."""
     return max(1, round(math.sqrt(plan.experiment.evaluate.grid)))
 
 
 def _part(plan: Plan, side: int, picture: Image.Image, width: int | None = None) -> Image.Image:
-    """The upper left corner of a grid of images, `side` samples wide and high; all of a figure, made small.
+    """Crop a grid of images to its upper left `side` x `side` samples, or downscale a figure.
 
     Args:
-        plan: of the study.
-        side: samples.
+        plan: plan of the study.
+        side: number of samples per side.
         picture: a grid or a figure.
-        width: samples in a row, if more than `side` are wanted.
+        width: number of samples per row; `side` if None.
     """
     if plan.experiment.data.is_planar:
         return picture.convert("RGB").resize((FIGURE_PIXELS * side, FIGURE_PIXELS * side), Image.Resampling.LANCZOS)
@@ -209,12 +211,12 @@ def _part(plan: Plan, side: int, picture: Image.Image, width: int | None = None)
 
 
 def _picture(record: TrialRecord, step: int, part: Callable[[Image.Image], Image.Image]) -> str:
-    """A part of what was drawn at a step, as a data URI."""
+    """Return a part of the image drawn at a step as a data URI."""
     return _embedded(record.run.samples / f"step_{step:06d}.png", part)
 
 
 def _embedded(path: Path, part: Callable[[Image.Image], Image.Image]) -> str:
-    """A part of a picture as a data URI; empty if it cannot be read."""
+    """Return a part of an image as a data URI; empty if it cannot be read."""
     buffer = io.BytesIO()
     try:
         with Image.open(path) as picture:

@@ -1,4 +1,4 @@
-"""The sentences of a report: what came out, how the study went, and what to keep in mind."""
+"""Sentences of a report: results, progress of the study, and notes."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from tune.studies.study import Study
 
 _EDGE = 0.05
 FEW = 6
-"""As many settings fit into a sentence."""
+"""Maximum number of settings in a sentence."""
 _TOLD = (
     TrialState.COMPLETE,
     TrialState.PRUNED,
@@ -41,10 +41,10 @@ _TOLD = (
 
 
 def result_sentences(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
-    """What came out: the best trial, and the references beside it."""
+    """Describe the result of a sweep: the best trial compared with the references."""
     best = best_of(plan, records)
     if best is None:
-        return ["No trial is complete, so there is no result yet." if records else "No trial has begun."]
+        return ["No trial is complete, so there is no result yet." if records else "No trial has started."]
     objective, has_front = plan.objectives[0], len(plan.objectives) > 1
     label, value = metric_label(plan, objective), number(best.outcome.objectives[0], objective.metric)
     claim = f"has the best {label}, {value}" if has_front else f"is the best, with {label} {value}"
@@ -58,7 +58,7 @@ def result_sentences(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
 
 
 def _references_sentences(plan: Plan, best: TrialRecord) -> list[str]:
-    """The scores of the references that are worth a line, and of the data; the others are in the table."""
+    """Describe the scores of the main references and of the data; all references are in the table."""
     summary = summary_of(best)
     if not summary:
         return []
@@ -79,15 +79,15 @@ def _front_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
         return " with ".join(f"{metric_label(plan, o)} {number(value, o.metric)}" for o, value in pairs)
 
     if len(front) == 1:
-        return f"It is better than, or equal to, every other in both objectives ({point(front[0])})."
+        return f"It is better than or equal to every other trial in both objectives ({point(front[0])})."
     return f"{len(front)} trials are on the Pareto front, from {point(front[0])} to {point(front[-1])}."
 
 
 def verdict_sentences(results: Results) -> list[str]:
-    """What an ablation says about its arms, most certain first."""
+    """Describe the verdicts of an ablation, most certain first."""
     if not results.comparisons:
         missing = results.gaps.get(BASELINE, "no other arm")
-        return [f"There is nothing to compare with: no run of the baseline is complete ({missing})."]
+        return [f"Nothing can be compared yet: no run of the baseline is complete ({missing})."]
     by_verdict: dict[Verdict, list[str]] = {verdict: [] for verdict in Verdict}
     for comparison in results.comparisons:
         gaps = f"{comparison.gaps}; " if comparison.gaps else ""
@@ -99,7 +99,7 @@ def verdict_sentences(results: Results) -> list[str]:
 
 
 def course_sentences(study: Study, records: Sequence[TrialRecord]) -> list[str]:
-    """How the trials ended, and what of the budget was used."""
+    """Describe how the trials ended and how much of the budget was used."""
     planned = study.plan.num_trials
     if not records:
         return [f"{planned} trial{'s are' if planned > 1 else ' is'} planned."]
@@ -116,20 +116,20 @@ def course_sentences(study: Study, records: Sequence[TrialRecord]) -> list[str]:
     if isinstance(study.plan, AblationPlan) and (study.plan.stacked or 1) > 1:
         stacked = study.plan.stacked
         sentences.append(
-            f"{stacked} seeds of an arm were trained in one program; with resources.stack_seeds={stacked} a repetition "
-            "elsewhere does so too."
+            f"{stacked} seeds of each arm were trained in one program; set resources.stack_seeds={stacked} to do the "
+            "same on another machine."
         )
     return sentences
 
 
 def score_of(record: TrialRecord) -> float:
-    """The score of a complete trial."""
-    assert record.outcome.score is not None  # a complete trial has one
+    """Return the score of a complete trial."""
+    assert record.outcome.score is not None  # set for every complete trial
     return record.outcome.score
 
 
 def report_notes(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
-    """Settings whose best value is at the edge of what was searched."""
+    """Describe settings whose best value is at the edge of the searched range."""
     notes: list[str] = []
     best = best_of(plan, records)
     if best is None:
@@ -140,7 +140,7 @@ def report_notes(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
         if axis.kind in ("log_uniform", "uniform") and not _EDGE < place < 1.0 - _EDGE:
             end = "lower" if place <= _EDGE else "upper"
             notes.append(
-                f"The best {names[axis.path]} ({show(best.values[axis.path])}) lies at the {end} end of its range "
-                f"[{axis.low:g}, {axis.high:g}]: a wider one may hold a better value."
+                f"The best {names[axis.path]} ({show(best.values[axis.path])}) is at the {end} end of its range "
+                f"[{axis.low:g}, {axis.high:g}]: a wider range may contain a better value."
             )
     return notes

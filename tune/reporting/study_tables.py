@@ -1,4 +1,4 @@
-"""The tables of a study for a terminal: the leaderboard of a sweep, the arms of an ablation."""
+"""Tables of a study for a terminal: the leaderboard of a sweep, the arms of an ablation."""
 
 import math
 from collections import Counter
@@ -33,16 +33,16 @@ from tune.studies.leaderboard import (
 from tune.studies.records import TrialRecord, TrialState
 
 _WIDTH, _GAP, _NARROWEST = 100, 2, 24
-"""Of a terminal, between columns, and of the last column: half a checkpoint's path."""
+"""Width of a terminal, gap between columns, and minimum width of the last column, which is half a checkpoint's path."""
 
 
 def leaderboard_table(plan: Plan, records: Sequence[TrialRecord], *, limit: int | None = None) -> TextTable:
-    """The leaderboard for a terminal.
+    """Build the leaderboard for a terminal.
 
     Args:
-        plan: of the study.
+        plan: plan of the study.
         records: its trials.
-        limit: rows at most; failed and diverged trials are listed in any case.
+        limit: maximum number of rows; failed and diverged trials are always listed.
     """
     rows = leaderboard(plan, records).to_dict("records")
     shown = [row for place, row in enumerate(rows) if limit is None or place < limit or _state(row).is_failure]
@@ -70,9 +70,9 @@ class _Column:
     """A column of text.
 
     Attributes:
-        heading: above it.
-        cells: one a row.
-        wraps: whether it may be broken into lines.
+        heading: text above the column.
+        cells: text of each row.
+        wraps: whether its text may be wrapped.
     """
 
     heading: str
@@ -85,7 +85,7 @@ class _Column:
 
 
 def _columns(plan: Plan, rows: Sequence[LeaderboardRow]) -> list[_Column]:
-    """A column a setting, or all settings in one if there are too many for a terminal."""
+    """Build the columns, with one column per setting or a single one if there are too many for a terminal."""
     names = short_names(plan)
     left = [
         _Column("#", [_optional(row["rank"], "{:d}") for row in rows]),
@@ -103,7 +103,7 @@ def _columns(plan: Plan, rows: Sequence[LeaderboardRow]) -> list[_Column]:
     middle = [_Column(name, [show(row[path]) for row in rows]) for path, name in names.items()]
     right = [
         _Column("seconds", [_optional(row["seconds"], "{:,.0f}") for row in rows]),
-        _Column("checkpoint, or how it ended", [_ending(row) for row in rows], wraps=True),
+        _Column("checkpoint, or reason", [_ending(row) for row in rows], wraps=True),
     ]
     if sum(column.width + _GAP for column in (*left, *middle, right[0])) + _NARROWEST > _WIDTH:
         lines = [", ".join(f"{name} {show(row[path])}" for path, name in names.items()) for row in rows]
@@ -112,19 +112,19 @@ def _columns(plan: Plan, rows: Sequence[LeaderboardRow]) -> list[_Column]:
 
 
 def fresh_columns(rows: Sequence[LeaderboardRow]) -> list[str]:
-    """Those of a leaderboard that hold scores on fresh noise."""
+    """Return the columns of a leaderboard that hold scores on fresh noise."""
     return [str(name) for name in (rows[0] if rows else ()) if str(name).startswith(FRESH)]
 
 
 def _heading(name: str) -> str:
-    """A short name of a column, since all have to fit into a terminal."""
+    """Return a short column name, so that all columns fit into a terminal."""
     if name.startswith(FRESH):
         return "fresh" if name == f"{FRESH}score" else name.replace("_", " ", 1)
     return "prec." if name.startswith("eval/precision_") else "recall"
 
 
 def fidelity_text(value: Any) -> str:
-    """Precision or recall, or a mark where it was not computed."""
+    """Format precision or recall, or return a mark if it was not computed."""
     return NOT_COMPUTED if pd.isna(value) else score_text(float(value))
 
 
@@ -141,7 +141,7 @@ def _optional_number(row: LeaderboardRow, metric: str) -> str:
 
 
 def _marked_score(row: LeaderboardRow) -> str:
-    """With a mark or a space behind it, so that the digits stand below each other."""
+    """Format the score, followed by a mark or a space so that digits are aligned."""
     text = _optional_number(row, "score")
     return text and text + (" " if _state(row) is TrialState.COMPLETE else NOT_COMPARABLE)
 
@@ -168,14 +168,14 @@ def _is_missing(row: LeaderboardRow, plan: Plan) -> bool:
 def _caption(plan: Plan, rows: Sequence[LeaderboardRow], shown: Sequence[LeaderboardRow], fresh: str) -> str:
     sentences = [f"{', '.join(f'{metric_label(plan, o)}: {better(o)}' for o in plan.objectives)}."]
     if any(_marked_score(row).endswith(NOT_COMPARABLE) for row in shown):
-        sentences.append(f"{NOT_COMPARABLE} on the noise that chose the checkpoint: not comparable.")
+        sentences.append(f"{NOT_COMPARABLE} on the noise used to select the checkpoint: not comparable.")
     if any(_is_missing(row, plan) for row in shown):
         sentences.append(f"{NOT_COMPUTED} not computed.")
     counts = Counter(str(row["state"]) for row in rows)
     if counts[TrialState.COMPLETE.value] < plan.num_trials and not isinstance(plan, AblationPlan):
         ways = [f"{counts[state.value]} {state.value}" for state in TrialState if counts[state.value]]
-        to_come = [f"{plan.num_trials - len(rows)} not begun"] if len(rows) < plan.num_trials else []
-        sentences.append(f"Of {plan.num_trials} trials {', '.join([*ways, *to_come])}.")
+        to_come = [f"{plan.num_trials - len(rows)} not started"] if len(rows) < plan.num_trials else []
+        sentences.append(f"{plan.num_trials} trials: {', '.join([*ways, *to_come])}.")
     if fresh:
         sentences.append(fresh)
     if len(shown) < len(rows):
@@ -194,7 +194,7 @@ _STYLES = {
 
 
 def arms_table(results: Results) -> TextTable:
-    """The terminal's table: one row an arm, with its verdict."""
+    """Build the table of an ablation for a terminal: one row per arm, with its verdict."""
     objective = results.plan.objectives[0]
     table = TextTable(
         "arm", "seeds", "missing", f"{metric_label(results.plan, objective)}, mean", *other_labels(results),
@@ -215,7 +215,7 @@ def arms_table(results: Results) -> TextTable:
 
 
 def _brief_cells(results: Results, arm: str) -> list[str]:
-    """An arm's further scores without their intervals, which a terminal has no room for."""
+    """Return an arm's further scores, without intervals to save space."""
     means = (summaries[arm].mean.estimate for summaries in results.others.values())
     return [NOT_COMPUTED if math.isnan(mean) else number(mean) for mean in means]
 

@@ -1,4 +1,4 @@
-"""The tables of a report in HTML: trials, arms, samplers, the space, the front, and failures."""
+"""Tables of the HTML report: trials, arms, samplers, the search space, the Pareto front, and failures."""
 
 import math
 import re
@@ -50,13 +50,13 @@ from tune.studies.records import TrialRecord, TrialState
 from tune.studies.study import Study
 
 _SCROLLING_ROWS = 40
-"""A longer table scrolls in its own frame."""
+"""Tables with more rows scroll in a frame."""
 _MANY_COLUMNS = 7
-"""A table with more of them is set smaller."""
+"""Tables with more columns use a smaller font."""
 
 
 def breakable(text: str) -> Markup:
-    """Text in which a long name may go on in the next line after its dots, dashes, slashes and underscores."""
+    """Escape text and allow line breaks in long names after dots, dashes, slashes and underscores."""
     broken = re.sub(r"(?<=[A-Za-z0-9][._/-])(?=[A-Za-z])", "<wbr>", str(escape(text)))
     return Markup(re.sub(r"\[[^][<]*\]", r'<span class="interval">\g<0></span>', broken))  # noqa: S704  (escaped)
 
@@ -66,9 +66,9 @@ class Cell:
     """A cell of a table.
 
     Attributes:
-        text: what stands in it.
-        key: what it is sorted by; empty comes last.
-        style: classes.
+        text: its text.
+        key: its sort key; empty keys come last.
+        style: CSS classes.
     """
 
     text: str
@@ -81,8 +81,8 @@ class HtmlTable:
     """A table.
 
     Attributes:
-        headings: text, longer text for the pointer, classes.
-        rows: classes and cells.
+        headings: text, tooltip and CSS classes of each column.
+        rows: CSS classes and cells of each row.
     """
 
     headings: list[tuple[str, str, str]]
@@ -90,17 +90,17 @@ class HtmlTable:
 
     @property
     def is_long(self) -> bool:
-        """Whether it scrolls in a frame of its own."""
+        """Whether it scrolls in a frame."""
         return len(self.rows) > _SCROLLING_ROWS
 
     @property
     def is_wide(self) -> bool:
-        """Whether its text is small, so that all columns fit into a page."""
+        """Whether it uses a smaller font so that all columns fit on a page."""
         return len(self.headings) > _MANY_COLUMNS
 
 
 def _number_cell(value: Any, text: str, style: str = "number") -> Cell:
-    """Empty for a missing value."""
+    """Return the cell of a number, empty if the value is missing."""
     return Cell("", "", style) if pd.isna(value) else Cell(text, repr(float(value)), style)
 
 
@@ -113,7 +113,7 @@ def _metric_cell(value: Any, metric: str) -> Cell:
 
 
 def _value_cell(axis: Axis, value: Any) -> Cell:
-    """A setting's value."""
+    """Return the cell of a setting's value."""
     return Cell(show(value), show(value)) if axis.kind == "choice" else _number_cell(value, show(value))
 
 
@@ -122,19 +122,19 @@ def _value_heading(plan: Plan, axis: Axis) -> tuple[str, str, str]:
 
 
 def _settings_fit(plan: Plan) -> bool:
-    """Whether a page of 800 pixels has room for a column a setting, beside those of precision and recall."""
+    """Whether an 800-pixel page has room for one column per setting in addition to precision and recall."""
     return len(plan.axes) + len(fidelity_columns(plan)) < FEW
 
 
 def _setting_headings(plan: Plan) -> list[tuple[str, str, str]]:
-    """A column a setting, or one for all if they are too many for a page."""
+    """Return one heading per setting, or a single one if there are too many for a page."""
     if not _settings_fit(plan):
-        return [("settings", "what varies", "")]
+        return [("settings", "settings that vary", "")]
     return [_value_heading(plan, axis) for axis in plan.axes]
 
 
 def _setting_cells(plan: Plan, values: Mapping[Any, Any]) -> list[Cell]:
-    """The cells below `_setting_headings`."""
+    """Return the cells below `_setting_headings`."""
     if _settings_fit(plan):
         return [_value_cell(axis, values[axis.path]) for axis in plan.axes]
     names = short_names(plan)
@@ -142,7 +142,7 @@ def _setting_cells(plan: Plan, values: Mapping[Any, Any]) -> list[Cell]:
 
 
 def board_table(plan: Plan, records: Sequence[TrialRecord]) -> HtmlTable:
-    """The leaderboard."""
+    """Build the leaderboard."""
     frame = leaderboard(plan, records)
     objectives = [name for name in objective_columns(plan) if name != "score"]
     listed = frame.to_dict("records")
@@ -154,11 +154,11 @@ def board_table(plan: Plan, records: Sequence[TrialRecord]) -> HtmlTable:
         *((name.removeprefix("eval/"), name, "number") for name in objectives),
         ("score", plan.metric, "number"),
         *((name.removeprefix("eval/"), f"{name} of the best checkpoint", "number") for name in fidelity),
-        *((name.replace("_", " ", 1), "on noise that took no part in choosing the trial", "number") for name in fresh),
+        *((name.replace("_", " ", 1), "on noise that was not used to select the trial", "number") for name in fresh),
         ("step", "iteration of the best checkpoint", "number"),
         *_setting_headings(plan),
         ("seconds", "wall time of the trial", "number"),
-        ("checkpoint, or why not complete", "checkpoints are relative to the study's folder", ""),
+        ("checkpoint, or reason", "checkpoints are relative to the study's folder", ""),
     ]
     rows = [_board_row(plan, row, objectives, [*fidelity, *fresh]) for row in listed]
     return HtmlTable(headings, rows)
@@ -186,7 +186,7 @@ def _board_row(
 
 
 def _beside_cell(value: Any, name: str) -> Cell:
-    """A score beside the one that trials are ranked by; of precision and recall, a mark where there is none."""
+    """Return the cell of an additional score; missing precision and recall are marked as not computed."""
     if pd.isna(value):
         return Cell("" if name.startswith(FRESH) else NOT_COMPUTED, "", "number")
     return _metric_cell(value, name)
@@ -198,17 +198,17 @@ def _ending_cell(checkpoint: str, reason: str) -> Cell:
 
 @dataclass(frozen=True)
 class _Ablation:
-    """The part of a report that only an ablation has.
+    """The part of a report that is specific to ablations.
 
     Attributes:
-        hypothesis: the file's.
-        arms: a table with a row an arm.
-        reasons: why each verdict is what it is.
-        effects: of factors, a line each.
-        no_effects: why there are none, if there should be.
-        notes: sentences under the table.
-        design: a factorial design in words; empty for others.
-        spreads: where the spread of the scores comes from, a line an arm.
+        hypothesis: hypothesis of the ablation.
+        arms: table with one row per arm.
+        reasons: the reason for each verdict, by arm.
+        effects: effects of factors, one line each.
+        no_effects: why a factorial design has no effects; empty otherwise.
+        notes: sentences about the table.
+        design: description of a factorial design; empty for other designs.
+        spreads: sources of the variance of the scores, one line per arm.
     """
 
     hypothesis: str
@@ -222,7 +222,7 @@ class _Ablation:
 
 
 def ablation_tables(results: Results) -> _Ablation:
-    """What the report shows of an ablation."""
+    """Collect the contents of the report that are specific to ablations."""
     design = two_level_design(results.plan.ablation)
     return _Ablation(
         hypothesis=results.plan.ablation.hypothesis.strip(),
@@ -243,15 +243,15 @@ def ablation_tables(results: Results) -> _Ablation:
 def _arms(results: Results) -> HtmlTable:
     label = metric_label(results.plan, results.plan.objectives[0])
     headings = [
-        ("arm", "what is compared", ""),
-        ("changes of the baseline", "settings", ""),
-        ("seeds", "with a score", "number"),
+        ("arm", "name of the arm", ""),
+        ("changes to the baseline", "settings that differ from the baseline", ""),
+        ("seeds", "number of seeds with a score", "number"),
         ("missing", "runs without a score", ""),
         (label, "mean over the seeds, with its interval", "number"),
         *((name, "mean over the seeds, with its interval", "number") for name in other_labels(results)),
         ("minus baseline", "mean difference at the same seed, with its interval", "number"),
         (p_label(results), p_note(results), "number"),
-        ("beats it", "chance that a run of the arm beats a run of the baseline", "number"),
+        ("beats it", "probability that a run of the arm is better than a run of the baseline", "number"),
         ("verdict", "", ""),
     ]
     compared = {comparison.arm: comparison for comparison in results.comparisons}
@@ -282,7 +282,7 @@ def _arm_row(results: Results, arm: Arm, comparison: Comparison | None) -> list[
 
 
 def _other_cell(summary: ArmSummary) -> Cell:
-    """A further score of an arm, or a mark where it was not computed."""
+    """Return the cell of a further score of an arm, marked if it was not computed."""
     is_missing = math.isnan(summary.mean.estimate)
     return Cell(NOT_COMPUTED, "", "number") if is_missing else _number_cell(summary.mean.estimate, mean_text(summary))
 
@@ -292,10 +292,10 @@ class _Sampler:
     """A row of the table of samplers, as text.
 
     Attributes:
-        name: in words.
-        evaluations: of the network, a sample.
-        score: or its range over the trials.
-        is_best: whether nothing with as few evaluations as the best trial has a better score.
+        name: human-readable name.
+        evaluations: network evaluations per sample.
+        score: its score, or the range over the trials.
+        is_best: whether it has the best score among samplers with at most as many evaluations as the best trial.
         fidelity: precision and recall in the best trial's run.
     """
 
@@ -307,7 +307,7 @@ class _Sampler:
 
 
 def sampler_rows(plan: Plan, records: Sequence[TrialRecord]) -> list[_Sampler]:
-    """Every reference, and the best trial."""
+    """Return a row for every reference and for the best trial."""
     best, found = best_of(plan, records), references(records)
     summary = {} if best is None else summary_of(best)
     if best is None or not found or not summary:
@@ -352,7 +352,7 @@ def _span(reference: Reference) -> str:
 
 
 def space_rows(plan: Plan, records: Sequence[TrialRecord]) -> list[tuple[str, str, str, str]]:
-    """Path, range, the experiment's own value and the best trial's of each setting that varies."""
+    """Return path, range, the experiment's value and the best trial's value of each setting that varies."""
     best = best_of(plan, records)
     return [
         (
@@ -366,7 +366,7 @@ def space_rows(plan: Plan, records: Sequence[TrialRecord]) -> list[tuple[str, st
 
 
 def front_table(plan: Plan, records: Sequence[TrialRecord]) -> HtmlTable | None:
-    """The Pareto front, if there are two objectives and a complete trial."""
+    """Build the table of the Pareto front, or return None without two objectives and a complete trial."""
     front = pareto_front(plan, records)
     if len(plan.objectives) < 2 or not front:
         return None
@@ -402,7 +402,7 @@ class _Failure:
 
 
 def failure_rows(study: Study, records: Sequence[TrialRecord]) -> list[_Failure]:
-    """The trials that have no result because something went wrong."""
+    """Return a row for every trial that failed or diverged."""
     frame = leaderboard(study.plan, records)
     reasons = dict(zip(frame["trial"], frame["reason"], strict=True))
     return [

@@ -10,9 +10,9 @@ _FILE_COLUMNS = 160
 
 
 class Terminal(Console):
-    """A console whose reader may leave: the output ends, the work does not. In a file, tables have room.
+    """A console that tolerates a closed pipe: output stops, but work continues. In a file, tables are wider.
 
-    Text is shown as it is written: brackets are no markup and colons no emoji.
+    Text is printed literally: brackets are not parsed as markup nor colons as emoji.
     """
 
     def __init__(self) -> None:
@@ -21,6 +21,6 @@ class Terminal(Console):
             self.width = _FILE_COLUMNS
 
     def on_broken_pipe(self) -> None:
-        """Called by rich, whose own way is to exit."""
+        """Discard further output; the default implementation of rich exits the process."""
         self.quiet = True
         discard_output()

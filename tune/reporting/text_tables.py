@@ -1,4 +1,4 @@
-"""Tables for a terminal of any width: text is wrapped, numbers are never cut."""
+"""Tables for terminals of any width, in which text is wrapped and numbers are never truncated."""
 
 import math
 import re
@@ -12,22 +12,22 @@ from rich.table import Table
 from rich.text import Text
 
 _LONGEST_WORD = 14
-"""Cells of a word that are kept on one line; a longer one, such as a path, may be broken."""
+"""Words up to this width are kept on one line; longer ones, such as paths, may be broken."""
 _PATH = re.compile(r"\w{2,}/|/\w{2,}")
 
 
 class TextTable(Table):
-    """A table whose numbers are whole at every width.
+    """A table whose numbers are never broken or truncated, at any width.
 
-    Columns that are justified to the right hold numbers and keep their width. The others are wrapped, but not within a
-    number. Where even that is too wide, each row becomes a block of lines, `heading: value`. What is given as a string
-    is shown as it is written: brackets are no markup and colons no emoji.
+    Right-justified columns hold numbers and keep their width. Other columns are wrapped, but not within a number. If
+    the table is still too wide, each row is printed as a block of lines `heading: value`. Strings are printed
+    literally: brackets are not parsed as markup nor colons as emoji.
 
     Args:
-        headings: of the columns, which are justified to the left; `add_column` adds others.
-        title: above the table.
-        caption: below it.
-        settings: what `rich.table.Table` takes.
+        headings: headings of left-justified columns; `add_column` adds others.
+        title: text above the table.
+        caption: text below the table.
+        settings: further arguments of `rich.table.Table`.
     """
 
     def __init__(self, *headings: str, title: str | None = None, caption: str | None = None, **settings: Any) -> None:
@@ -49,7 +49,7 @@ class TextTable(Table):
         super().add_row(*map(_plain, cells), **settings)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The table, or its rows as blocks of lines."""
+        """Render the table, or its rows as blocks of lines if it is too wide."""
         columns = [self._texts(index) for index in range(len(self.columns))]
         wanted = [max(map(_width, texts), default=1) for texts in columns]
         unbounded = options.update_width(sum(wanted) + 10 * len(wanted) + 10)
@@ -68,12 +68,12 @@ class TextTable(Table):
                 column.width = None
 
     def _texts(self, index: int) -> list[Text]:
-        """What stands in a column, its heading included where it is shown."""
+        """Return the texts of a column, including its heading if headings are shown."""
         column = self.columns[index]
         return [_plain(cell) for cell in ([column.header] if self.show_header else []) + list(column.cells)]
 
     def _least(self, index: int, texts: Sequence[Text]) -> int:
-        """The least width at which no number of a column is broken."""
+        """Return the minimum width at which no number of a column is broken."""
         heading, cells = (texts[:1], texts[1:]) if self.show_header else ([], texts)
         words = [word for text in heading for word in text.plain.split()]
         if self.columns[index].justify == "right":
@@ -83,7 +83,7 @@ class TextTable(Table):
         return max([*whole, min(_LONGEST_WORD, max(map(cell_len, words), default=1))], default=1)
 
     def _blocks(self) -> RenderResult:
-        """A block of lines a row."""
+        """Render each row as a block of lines."""
         headings = [_plain(column.header) for column in self.columns]
         if self.title:
             yield self.title
@@ -114,7 +114,10 @@ def _holds_number(word: str) -> bool:
 
 
 def _fitted(wanted: Sequence[int], least: Iterable[int], room: int) -> list[int] | None:
-    """Widths of columns that fit: the widest are made narrower first, none below its least; None if there are none."""
+    """Return column widths that fit into `room`, or None if the minimum widths do not fit.
+
+    The widest columns are narrowed first, and no column below its minimum.
+    """
     floors = [max(1, min(pair)) for pair in zip(wanted, least, strict=True)]
     if sum(floors) > room:
         return None

@@ -100,13 +100,13 @@ class Runs:
     def __str__(self) -> str:
         """Numbers of missing runs by state, like `2 diverged, 1 running`; empty if none is missing."""
         counts = {state.value: self.states.get(state, 0) for state in TrialState if state is not TrialState.COMPLETE}
-        return _counted({**counts, "not begun": self.not_begun})
+        return _counted({**counts, "not started": self.not_begun})
 
     @property
     def gaps(self) -> str:
         """Verdict about missing runs: `failed at 3 of 9 seeds`, `2 of 9 running`; empty if none is missing."""
         lost = {word: sum(self.states.get(state, 0) for state in states) for word, states in _LOST.items()}
-        still = _counted({"running": self.states.get(TrialState.RUNNING, 0), "not begun": self.not_begun})
+        still = _counted({"running": self.states.get(TrialState.RUNNING, 0), "not started": self.not_begun})
         if not self.lost:
             return still.replace(" ", f" of {self.planned} ", 1)
         ended = ", ".join(f"{word} at {count}" for word, count in lost.items() if count)
@@ -177,7 +177,7 @@ class Results:
     def unfinished(self) -> str:
         """Sentence about the runs that may still get a score; empty if there are none."""
         running = sum(runs.states.get(TrialState.RUNNING, 0) for runs in self.runs.values())
-        counts = {"running": running, "not begun": sum(runs.not_begun for runs in self.runs.values())}
+        counts = {"running": running, "not started": sum(runs.not_begun for runs in self.runs.values())}
         total = sum(runs.planned for runs in self.runs.values())
         if not any(counts.values()):
             return ""

@@ -1,4 +1,4 @@
-// Sort a table by a click on a heading: once ascending, twice descending. Empty cells come last.
+// Sort a table by clicking a heading: ascending first, then descending. Empty cells come last.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   table.querySelectorAll("thead th").forEach((heading, column) => {
