@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# MLflow's server with PostgreSQL behind it, until Ctrl-C or SIGTERM: the record of studies that run on many nodes.
+# Runs an MLflow server with PostgreSQL until Ctrl-C or SIGTERM, as the record of studies that run on many nodes.
 #
 #   cluster/mlflow.sh FOLDER [PORT]
 #
-# The first start makes FOLDER, which holds everything: database/, artifacts/, credentials (the database's password, of
-# mode 600), postgresql.log, mlflow.log. Any other start goes on with it, whatever ended the last one. MLflow listens on
-# 127.0.0.1:PORT (5000), PostgreSQL on a socket in FOLDER and on no port. MLFLOW_WORKERS (2) processes answer.
+# The first start creates FOLDER, which holds everything: database/, artifacts/, credentials (the database's password,
+# mode 600), postgresql.log, mlflow.log. Later starts reuse it, no matter how the last one ended. MLflow listens on
+# 127.0.0.1:PORT (5000) with MLFLOW_WORKERS (2) processes; PostgreSQL listens on a socket in FOLDER and not on a port.
 #
-# Needs Debian's or Ubuntu's postgresql, or any other whose programs are on PATH, and `pip install 'dxmi[server]'`.
+# Needs postgresql of Debian or Ubuntu, or another one whose programs are on PATH, and `pip install 'dxmi[server]'`.
 set -euo pipefail
 umask 077
 
@@ -17,7 +17,7 @@ fail() {
 }
 
 # ----------------------------------------------------------------------------
-# What is refused
+# Checks
 
 [[ ($# -eq 1 || $# -eq 2) && $1 != -* ]] || fail "usage: cluster/mlflow.sh FOLDER [PORT]"
 port=${2:-5000}
@@ -28,48 +28,48 @@ folder=$(realpath --canonicalize-missing -- "$1")
 [[ "$folder/" != "$checkout/"* ]] || fail "$folder is in the checkout, which dxmi submit uploads: choose another."
 [[ $(printf %s "$folder" | wc -c) -le 90 ]] || fail "$folder has over 90 bytes, too many for a socket: choose another."
 [[ $folder != *[,\"\\]* ]] || fail "$folder has a comma, a quote or a backslash in it: choose another."
-mkdir -p -- "$folder" || fail "The folder $folder cannot be made: choose another."
+mkdir -p -- "$folder" || fail "The folder $folder cannot be created: choose another."
 [[ -O $folder && -w $folder ]] || fail "$folder is not yours: choose another, or start this as its owner."
 
-# Debian keeps PostgreSQL's programs by version; a database only starts with the version that made it.
+# Debian installs PostgreSQL's programs by version; a database only starts with the version that created it.
 version=$(cat "$folder/database/PG_VERSION" 2>/dev/null || true)
 newest=$(printf '%s\n' /usr/lib/postgresql/*/bin | sort --version-sort | tail --lines=1)
 export PATH="$checkout/.venv/bin:${version:+/usr/lib/postgresql/$version/bin:}$PATH:$newest"
 for program in postgres initdb pg_isready; do
-    command -v "$program" >/dev/null || fail "PostgreSQL is not there ($program): apt-get install postgresql"
+    command -v "$program" >/dev/null || fail "PostgreSQL is not installed ($program): apt-get install postgresql"
 done
 python -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ("mlflow", "psycopg2"))))' ||
-    fail "$(command -v python || echo python) has no MLflow or no psycopg2: pip install 'dxmi[server]'"
+    fail "$(command -v python || echo python) lacks MLflow or psycopg2: pip install 'dxmi[server]'"
 
-unset "${!PG@}" # the user's own settings of PostgreSQL
+unset "${!PG@}" # the user's own PostgreSQL settings
 cd -- "$folder"
 exec 8>servers.lock 9>lock
 flock --wait 2 9 || fail "Another $0 uses $folder: stop it first."
-# Both servers inherit this one: those of a start that was killed may still be ending.
+# Both servers inherit this lock, since those of a killed start may still be shutting down.
 flock --wait 120 8 || fail "Servers of an earlier start still run in $folder: end them first."
 
 # ----------------------------------------------------------------------------
 # The first start
 
-# The password is in a file of libpq's own form: in no command line, no environment, no address and so in no log.
+# The password is in a file in libpq's format, not in a command line, the environment or a URI, so it is never logged.
 if [[ ! -s credentials ]]; then
-    [[ ! -d database ]] || fail "$folder/credentials is missing: put it back, it opens $folder/database."
+    [[ ! -d database ]] || fail "$folder/credentials is missing: restore it, it holds the password of $folder/database."
     password=$(python -c 'import secrets; print(secrets.token_hex(32))')
     printf '*:*:mlflow:mlflow:%s\n' "$password" >credentials.part
     mv credentials.part credentials
 fi
 chmod 600 credentials
 
-# Made elsewhere and then renamed, so that a start that is killed leaves nothing half made. The superuser has no
-# password and cannot log in; MLflow's own role may do nothing outside its database.
+# Created under another name and then renamed, so that a killed start does not leave a partial database. The superuser
+# has no password and cannot log in; MLflow's role has no rights outside its database.
 if [[ ! -d database ]]; then
     rm -rf database.part
     initdb --pgdata=database.part --username=postgres --auth=reject --encoding=UTF8 --no-locale --data-checksums \
-        >>postgresql.log 2>&1 || fail "PostgreSQL cannot make its database; see $folder/postgresql.log."
+        >>postgresql.log 2>&1 || fail "PostgreSQL cannot create its database; see $folder/postgresql.log."
     IFS=: read -r _ _ _ _ password <credentials
     printf '%s;\n' "CREATE ROLE mlflow LOGIN PASSWORD '$password'" "CREATE DATABASE mlflow OWNER mlflow" |
         postgres --single -D database.part -c exit_on_error=on -c log_min_error_statement=panic postgres \
-            >>postgresql.log 2>&1 || fail "PostgreSQL cannot make MLflow's role; see $folder/postgresql.log."
+            >>postgresql.log 2>&1 || fail "PostgreSQL cannot create MLflow's role; see $folder/postgresql.log."
     echo "local mlflow mlflow scram-sha-256" >database.part/pg_hba.conf
     mv database.part database
 fi
@@ -88,18 +88,18 @@ finish() {
             kill -0 "$server" 2>/dev/null || break
             sleep 0.1
         done
-        kill -KILL -- "-$server" 2>/dev/null || true # what is left of its group
+        kill -KILL -- "-$server" 2>/dev/null || true # the rest of its process group
     fi
     if [[ -n $database ]]; then
-        kill -INT "$database" 2>/dev/null || true # the quick end, which is a safe one
+        kill -INT "$database" 2>/dev/null || true # fast shutdown, which is safe
         wait "$database" 2>/dev/null || true
     fi
 }
 trap finish EXIT
 trap 'exit 0' TERM INT
 
-# Start a server in a session of its own, so that a terminal's Ctrl-C is for this script alone, and tell it by SIGNAL to
-# end if this script is killed.
+# Start a server in its own session, so that Ctrl-C in a terminal reaches only this script. The server receives SIGNAL
+# if this script is killed.
 start() { # NAME SIGNAL COMMAND...
     local name=$1 signal=$2
     shift 2
@@ -111,7 +111,7 @@ until_it_answers() { # NAME PID QUESTION...
     shift 2
     local deadline=$((SECONDS + 300))
     until "$@" 2>/dev/null; do
-        ((SECONDS < deadline)) || fail "$name has not answered in 300 s; see $folder/$name.log."
+        ((SECONDS < deadline)) || fail "$name has not responded in 300 s; see $folder/$name.log."
         if ! kill -0 "$pid" 2>/dev/null; then
             tail --lines=20 "$name.log" >&2
             fail "$name has not started; see $folder/$name.log."
@@ -131,7 +131,7 @@ is_healthy() {
     )
 }
 
-# PostgreSQL takes its killed predecessor for alive until the system has forgotten it.
+# PostgreSQL considers a killed predecessor alive until the system has removed its process.
 last=$(head --lines=1 database/postmaster.pid 2>/dev/null || true)
 for _ in {1..100}; do
     [[ -n $last && $(cat "/proc/$last/comm" 2>/dev/null) == postgres ]] || break
@@ -154,5 +154,5 @@ until_it_answers mlflow "$server" is_healthy
 echo "tracking.uri=http://127.0.0.1:$port"
 wait -n "$database" "$server" || true
 kill -0 "$database" 2>/dev/null && ended=mlflow || ended=postgresql
-echo "dxmi: $ended has ended by itself; see $folder/$ended.log." >&2
+echo "dxmi: $ended has exited unexpectedly; see $folder/$ended.log." >&2
 exit 1

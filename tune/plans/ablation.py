@@ -68,7 +68,7 @@ class AblationPlan(Plan):
         """The plan of a sequential study; None if the number of seeds is fixed.
 
         Raises:
-            UserError: no verdict is possible with the given numbers of seeds.
+            UserError: there are too few seeds for a verdict, or more than the tests support.
         """
         seeds = self.ablation.seeds
         if seeds.first == seeds.cap:
