@@ -244,7 +244,10 @@ def test_a_run_states_its_labels_and_keeps_to_them(tmp_path, capsys, monkeypatch
         assert len(set(found)) == 3
         for label in ("4", "10", "-1"):
             assert main(["sample", str(out), "--out", str(path), f"--label={label}"]) == 2
-            assert f"is {label}, of which the run's data has no sample: it has 0, 3." in capsys.readouterr().err
+            assert (
+                f"is {label}, but the data of this run have no samples of it: choose one of 0, 3."
+                in capsys.readouterr().err
+            )
     assert main(["evaluate", str(out)]) == 0
     _ = capsys.readouterr()
     monkeypatch.setitem(LOADERS, "digits", lambda **_: (pixels, labels.roll(1)))  # the same pixels

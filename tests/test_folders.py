@@ -84,10 +84,10 @@ def test_an_empty_or_missing_folder_is_refused_in_a_sentence(tmp_path):
         list_images(tmp_path / "nowhere", class_folders=False)
     with pytest.raises(UserError, match=stating(f"{tmp_path} … no images")):
         list_images(tmp_path, class_folders=False)
-    with pytest.raises(UserError, match=stating(f"{tmp_path} … no folders of classes … data.class_folders=false")):
+    with pytest.raises(UserError, match=stating(f"{tmp_path} … no class folders … data.class_folders=false")):
         list_images(tmp_path, class_folders=True)
     (tmp_path / "cats").mkdir()
-    with pytest.raises(UserError, match=stating(f"{tmp_path} … no images in folders")):
+    with pytest.raises(UserError, match=stating(f"{tmp_path} … no images in class folders")):
         list_images(tmp_path, class_folders=True)
 
 
@@ -375,7 +375,7 @@ def test_hidden_and_system_folders_are_no_classes_and_their_files_no_images(pets
 
 def test_a_folder_of_litter_alone_is_refused_with_what_was_left_out(tmp_path):
     save(tmp_path / ".ipynb_checkpoints" / "a.png", noise(8, 8))
-    with pytest.raises(UserError, match=stating("no folders of classes … hidden … 1 … .ipynb_checkpoints")):
+    with pytest.raises(UserError, match=stating("no class folders … hidden … 1 … .ipynb_checkpoints")):
         list_images(tmp_path, class_folders=True)
     (tmp_path / "a.xyz").write_text("")
     with pytest.raises(UserError, match=stating("no images … name … 1 … a.xyz")):
@@ -406,8 +406,8 @@ def test_every_file_is_an_image_or_counted_with_its_reason(pets):
     listing = list_images(pets, class_folders=True)
     require_notes(
         listing.notes,
-        *("left out … link … above it … 1 … cats/up", "left out … link … nothing … 1 … cats/gone.png"),
-        *("left out … no folder … class … 1 … top.png", "left out … no image … name … 4 … readme.md"),
+        *("left out … link … above it … 1 … cats/up", "left out … link … missing … 1 … cats/gone.png"),
+        *("left out … outside … class folders … 1 … top.png", "left out … not an image … name … 4 … readme.md"),
         "links … followed … 1 … dogs/more",
     )
     assert {"cats/kittens/k.png", "dogs/more/k.png"} < set(listing.files)
@@ -429,7 +429,7 @@ def test_what_may_not_be_read_is_counted(pets, monkeypatch):
     assert listing.labels.tolist() == [0] * 5
     require_notes(
         listing.notes,
-        *("left out … file … not be read … 1 … cats/03.png", "left out … folder … not be read … 1 … dogs"),
+        *("left out … file … cannot be read … 1 … cats/03.png", "left out … folder … cannot be read … 1 … dogs"),
         "classes without images … 1 … dogs (1)",
     )
 
@@ -444,7 +444,7 @@ def test_images_of_other_common_kinds_are_read(tmp_path, suffix):
 def test_files_that_hold_nothing_are_named_before_anything_is_read(pets, tmp_path):
     for name in ("02", "04"):
         (pets / "cats" / f"{name}.png").write_bytes(b"")
-    with pytest.raises(UserError, match=stating("02.png … nothing … 1 more")):
+    with pytest.raises(UserError, match=stating("02.png … empty … 1 more")):
         open_folder(pets, 8, class_folders=True, cache=tmp_path / "cache")
 
 

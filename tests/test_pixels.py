@@ -120,8 +120,8 @@ def test_floats_are_shares_of_white(tmp_path):
 @pytest.mark.parametrize(
     ("pixels", "sentence"),
     [
-        (RAMP.astype(np.float32) * 255.0, r"mode is F, with numbers of 0 to 255"),
-        (RAMP.astype(np.float32) - 0.5, r"mode is F, with numbers of -0\.5 to 0\.5"),
+        (RAMP.astype(np.float32) * 255.0, r"mode is F, with numbers from 0 to 255"),
+        (RAMP.astype(np.float32) - 0.5, r"mode is F, with numbers from -0\.5 to 0\.5"),
         (np.full((SIDE, SIDE), np.nan, np.float32), "mode is F, .* not finite"),
         ((RAMP * 2**30).astype(np.int32), "mode is I, 32-bit .* 0 to 1073741824"),
     ],

@@ -1,7 +1,7 @@
-"""CIFAR-10 as its authors distribute it (Krizhevsky, 2009): binary batches, or Python's, which are pickles.
+"""The official files of CIFAR-10 (Krizhevsky, 2009): binary batches, and Python batches, which are pickles.
 
-A binary batch is rows of 3,073 bytes: the label, then 1,024 red, 1,024 green and 1,024 blue pixels. A Python batch is a
-pickled dictionary with those pixels as an array [N, 3072] under `data` and the labels as a list under `labels`.
+A binary batch consists of rows of 3,073 bytes: the label, then 1,024 red, 1,024 green and 1,024 blue pixels. A Python
+batch is a pickled dictionary with the pixels as an array [N, 3072] under `data` and a list of labels under `labels`.
 """
 
 import io
@@ -18,36 +18,36 @@ from dxmi.errors import UserError
 NUM_CLASSES = 10
 SHAPE = (3, 32, 32)
 BINARY, PYTHON = "cifar-10-batches-bin", "cifar-10-batches-py"
-"""The folders in which the official archives unpack."""
+"""The folders that the official archives contain."""
 _PIXELS = 3 * 32 * 32
 _FAILURES = (
     *(pickle.UnpicklingError, EOFError, ImportError, MemoryError),
     *(AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError),
 )
-"""What a damaged pickle may raise."""
+"""Exceptions that a damaged pickle may raise."""
 
 Batch = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Pixels [N, 3, 32, 32] and labels [N]."""
 
 
 def read_binary_batch(path: Path) -> Batch:
-    """The images and labels of one binary batch.
+    """Read the images and labels of a binary batch.
 
     Raises:
-        UserError: it cannot be read, or is none.
+        UserError: the file cannot be read, or is not a binary batch.
     """
     raw = np.frombuffer(_content(path), dtype=np.uint8)
     if raw.size == 0 or raw.size % (1 + _PIXELS):
-        raise UserError(f"{path} holds {raw.size} bytes, which is no multiple of {1 + _PIXELS}. Fetch it again.")
+        raise UserError(f"{path} holds {raw.size} bytes, which is not a multiple of {1 + _PIXELS}. Fetch it again.")
     rows = raw.reshape(-1, 1 + _PIXELS)
     return _checked(path, rows[:, 1:], rows[:, 0].astype(np.int64))
 
 
 def read_python_batch(path: Path) -> Batch:
-    """The images and labels of one Python batch, without running anything that the pickle asks for.
+    """Read the images and labels of a Python batch without executing code from the pickle.
 
     Raises:
-        UserError: it cannot be read, holds something else, or asks for code to be run.
+        UserError: the file cannot be read, has another content, or would have to execute code.
     """
     try:
         tree = _BatchUnpickler(_content(path), str(path)).load()
@@ -62,7 +62,7 @@ def read_python_batch(path: Path) -> Batch:
 
 
 def binary_rows(batch: Batch) -> bytes:
-    """A batch as the binary files have it."""
+    """The content of a binary file that holds a batch."""
     pixels, labels = batch
     return np.concatenate((labels.astype(np.uint8)[:, None], pixels.reshape(-1, _PIXELS)), axis=1).tobytes()
 
@@ -81,9 +81,9 @@ def _checked(path: Path, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -
 
 
 class _BatchUnpickler(pickle.Unpickler):
-    """Reads dictionaries, lists, numbers, text and uint8 arrays; every other name in a pickle is refused.
+    """Loads dictionaries, lists, numbers, text and uint8 arrays; all other global names in a pickle are refused.
 
-    The names that it knows stand for functions of this module, so that what a pickle can call is all in sight here.
+    The permitted names are mapped to functions of this module, so a pickle can call nothing else.
     """
 
     def __init__(self, content: bytes, name: str) -> None:
@@ -91,30 +91,30 @@ class _BatchUnpickler(pickle.Unpickler):
         self._name = name
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a name in the pickle."""
+        """The replacement of a global name in the pickle."""
         stand_in = _STAND_INS.get((module, name))
         if stand_in is None:
-            raise UserError(f"{self._name} asks for {module}.{name}, which no CIFAR-10 batch needs: do not trust it.")
-        # A pickle may set attributes of what it is given: of a copy, then, and of nothing that outlives it.
+            raise UserError(f"{self._name} loads {module}.{name}, which no CIFAR-10 batch needs: do not trust it.")
+        # A pickle may set attributes of the returned object, which must therefore be a copy.
         return partial(stand_in) if callable(stand_in) else stand_in
 
 
 def _empty_array(*_: Any) -> NDArray[np.uint8]:
-    """An array that the pickle then fills."""
+    """An empty array, which the pickle then fills."""
     return np.empty(0, dtype=np.uint8)
 
 
 def _byte_type(code: str, *_: Any) -> np.dtype[np.uint8]:
-    """The one element type there is."""
+    """The only permitted element type, uint8."""
     if code not in ("u1", "|u1"):
-        raise ValueError(f"elements are {code}")
+        raise ValueError(f"the element type is {code}")
     return np.dtype(np.uint8)
 
 
 def _bytes_of(text: str, encoding: str = "latin1") -> bytes:
-    """Bytes, which protocols before 3 spell as text."""
+    """Encode bytes, which pickle protocols before 3 represent as text."""
     if encoding != "latin1":
-        raise ValueError(f"bytes are spelt in {encoding}")
+        raise ValueError(f"bytes are encoded as {encoding}")
     return text.encode(encoding)
 
 

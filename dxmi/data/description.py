@@ -1,4 +1,4 @@
-"""What a data set turned out to hold, in words and numbers, for `dxmi data`."""
+"""A summary of the content of a data set, for `dxmi data`."""
 
 from dataclasses import dataclass
 
@@ -11,18 +11,18 @@ from dxmi.data.planar import SQUARE, Points
 from dxmi.seeds import generator
 
 _CHUNK = 1_024
-"""Images that are counted at once: a memory map may be larger than the memory."""
+"""Images that are counted at a time, since a memory map may exceed the memory."""
 _COLOURS = {1: ("grey",), 3: ("red", "green", "blue")}
 
 
 @dataclass(frozen=True)
 class ClassCount:
-    """A class.
+    """The size of a class.
 
     Attributes:
-        number: its label.
-        name: of its folder, or as the data set's authors call it.
-        count: samples of it.
+        number: label of the class.
+        name: name of its folder, or the name given by the authors of the data set.
+        count: number of its samples.
     """
 
     number: int
@@ -32,11 +32,11 @@ class ClassCount:
 
 @dataclass(frozen=True)
 class Description:
-    """A data set in words.
+    """A description of a data set as text.
 
     Attributes:
-        facts: what and its value, in the order in which they are told.
-        classes: empty if there are none.
+        facts: values by title, in the order of display.
+        classes: sizes of the classes; empty if there are no classes.
         notes: what was left out or changed when the samples were read.
     """
 
@@ -46,7 +46,7 @@ class Description:
 
 
 def describe(data: Dataset) -> Description:
-    """Number, size, values, identity and classes of a data set; every sample is looked at."""
+    """Describe the number, size, values, identity and classes of the samples; all samples are read."""
     facts = _image_facts(data) if isinstance(data, Images) else _point_facts(data)
     identity = "samples, labels and names of the classes" if data.num_classes else "samples"
     facts["identity"] = f"{data.signature} (hash of {identity})"
@@ -54,7 +54,7 @@ def describe(data: Dataset) -> Description:
 
 
 def class_counts(data: Dataset) -> tuple[ClassCount, ...]:
-    """Every class with its samples."""
+    """The size of every class."""
     if data.class_counts is None:
         return ()
     names = data.class_names if isinstance(data, Images) else ()
@@ -63,7 +63,7 @@ def class_counts(data: Dataset) -> tuple[ClassCount, ...]:
 
 
 def some_of(data: Dataset, num: int) -> tuple[Tensor, Tensor | None]:
-    """`num` samples [num, *event] drawn at random, always the same ones, and their classes [num], sorted by class."""
+    """A fixed random selection of `num` samples [num, *event] and their classes [num], sorted by class."""
     rows = torch.randperm(len(data), generator=generator(0, "data/shown"))[:num].sort().values
     if data.classes is None:
         return data.stored[rows], None
@@ -89,7 +89,7 @@ def _image_facts(images: Images) -> dict[str, str]:
 
 
 def histograms(pixels: Tensor) -> Tensor:
-    """How often each of 256 values occurs in each channel of uint8 images [N, C, H, W]: int64 [C, 256]."""
+    """Count the values in each channel of uint8 images [N, C, H, W]: int64 [C, 256]."""
     counts = torch.zeros(pixels.shape[1], 256, dtype=torch.int64)
     for block in torch.split(pixels, _CHUNK):
         for channel in range(pixels.shape[1]):
@@ -98,7 +98,7 @@ def histograms(pixels: Tensor) -> Tensor:
 
 
 def _values_text(counts: Tensor) -> str:
-    """Range, mean and standard deviation of pixels that are counted by value, [256]."""
+    """Range, mean and standard deviation of pixels, given the counts of their values [256]."""
     values, share = torch.arange(256).double(), counts.double() / counts.sum()
     mean = float((values * share).sum())
     std = float(((values - mean).square() * share).sum().sqrt())

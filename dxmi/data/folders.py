@@ -1,9 +1,10 @@
-"""Folders of images, of any size and number, as a memory map of uint8 pixels that is made once.
+"""Folders of images of any size and number, converted once to a memory map of uint8 pixels.
 
-An image is cropped and resized as ADM does (arXiv 2105.05233), whose ImageNet-64 and LSUN later papers use: halved
-with a box filter while its shorter side is at least twice the wanted one, then bicubic to that side, then the central
-square. Beside the pixels lies a manifest, written last: where there is one, the rest is whole. What is hidden or of the
-system is left out, and nothing without a word: there is one note for each reason, with a count and the first name.
+Images are resized and cropped as in ADM (arXiv 2105.05233), whose versions of ImageNet-64 and LSUN later papers use:
+halved with a box filter while the shorter side is at least twice the target, resized to the target with bicubic
+interpolation, and cropped to the central square. A manifest is written after the pixels, so that a map with a manifest
+is complete. Hidden and system files are left out, as are unreadable ones; for each reason there is a note with the
+number of files and the name of the first.
 
 Axis letters: N images, S side in pixels.
 """
@@ -41,14 +42,14 @@ _SYSTEM = frozenset(
     {"__macosx", "lost+found", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information"}
     | {"__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 )
-"""Folders and files that systems leave behind, in lower case; what begins with a dot is hidden besides."""
+"""Folders and files that operating systems create, in lower case; names that start with a dot are hidden as well."""
 _BACK, _FOLLOWED = "a link back to a folder above it", "links to folders, followed"
-_OTHER = "no image by its name"
+_OTHER = "not an image by its name"
 _SHOWN_CLASSES = 20
 _VERSION = 2
-"""Raised whenever a change of the code changes a pixel."""
+"""Must be incremented whenever a change of the code changes a pixel."""
 _CHUNK = 256
-"""Images decoded together."""
+"""Number of images that are decoded at a time."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ class Listing:
     """The images in a folder.
 
     Attributes:
-        folder: where they lie.
-        files: paths inside it, in order.
-        labels: class of each, int64, [N]; all 0 without classes.
-        classes: names of the folders that are classes, in order; empty without classes.
-        notes: what was left out, and which classes are empty, one sentence for each reason.
+        folder: the folder.
+        files: paths relative to the folder, sorted.
+        labels: class of each image, int64, [N]; all 0 if there are no classes.
+        classes: names of the folders that are classes, sorted; empty if there are no classes.
+        notes: what was left out, and which classes are empty, one sentence per reason.
     """
 
     folder: Path
@@ -70,16 +71,16 @@ class Listing:
     notes: tuple[str, ...] = ()
 
     def fingerprint(self, size: int) -> str:
-        """Of every file's name, bytes and times of change, and of what is made of them: 16 hex digits.
+        """A hash of the names, sizes and modification times of all files, and of the target format: 16 hex digits.
 
         Raises:
-            UserError: a file holds nothing.
-            OSError: one has just gone.
+            UserError: a file is empty.
+            OSError: a file was deleted meanwhile.
         """
         digest, empty = hashlib.sha256(f"{_VERSION} {size} {self.classes}".encode(errors="surrogateescape")), []
         for name in self.files:
             about = (self.folder / name).stat()
-            # A file that takes another's place may bring its times of writing along, but not that of the change.
+            # A file that replaces another may preserve its modification time, but not its change time (ctime).
             times = f"{about.st_size}\0{about.st_mtime_ns}\0{about.st_ctime_ns}\0"
             digest.update(f"{name}\0{times}".encode(errors="surrogateescape"))
             if about.st_size == 0:
@@ -87,22 +88,20 @@ class Listing:
         if empty:
             others = f"; {len(empty) - 1:,} more like it" * (len(empty) > 1)
             first = printable(self.folder / empty[0])
-            raise UserError(
-                f"The image {first} cannot be read (it holds nothing{others}): fetch it again or delete it."
-            )
+            raise UserError(f"The image {first} cannot be read (it is empty{others}): fetch it again or delete it.")
         return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class MappedImages:
-    """Images in a memory map; a row is read from disk when it is asked for.
+    """Images in a memory map; a row is read from disk when it is accessed.
 
     Attributes:
         pixels: uint8, [N, 3, S, S].
         labels: int64, [N].
-        classes: their names, in order; empty without classes.
-        signature: of the pixels, and of the labels and classes if there are any, 12 hex digits.
-        notes: what was left out or changed, one sentence for each reason.
+        classes: names of the classes, in order; empty if there are no classes.
+        signature: hash of the pixels, and of the labels and classes if there are any, 12 hex digits.
+        notes: what was left out or changed, one sentence per reason.
     """
 
     pixels: Tensor
@@ -113,37 +112,37 @@ class MappedImages:
 
     @property
     def num_classes(self) -> int:
-        """0 without classes."""
+        """The number of classes; 0 if there are no classes."""
         return len(self.classes)
 
 
 def list_images(folder: Path, *, class_folders: bool) -> Listing:
-    """The images below a folder, sorted by path.
+    """Find the images in a folder and its subfolders, sorted by path.
 
     Args:
-        folder: where.
-        class_folders: each folder in it is a class, numbered in the order of their names, as in ImageNet.
+        folder: the folder.
+        class_folders: whether each folder in it is a class, numbered in the order of their names, as in ImageNet.
 
     Raises:
-        UserError: there is no such folder, it cannot be read, or there is no image in it.
+        UserError: the folder does not exist, cannot be read, or contains no image.
     """
     if not folder.is_dir():
         raise UserError(
-            f"The folder of images {folder} is missing: put it there, or set data.folder, which lies under DXMI_DATA "
-            "if it is no absolute path."
+            f"The folder of images {folder} is missing: put it there, or set data.folder, which is relative to "
+            "DXMI_DATA unless it is an absolute path."
         )
     search = _Search(folder)
     classes = search.classes() if class_folders else []
     if class_folders and not classes:
         raise UserError(
-            f"{folder} holds no folders of classes: put each class into one, or data.class_folders=false."
+            f"{folder} holds no class folders: put each class into its own folder, or set data.class_folders=false."
             f"{search.explanation()}"
         )
     found = [sorted(search.images(name)) for name in classes or [""]]
     files = [name for names in found for name in names]
     if not files:
         kinds = ", ".join(sorted(SUFFIXES))
-        where = " in folders of classes" if class_folders else ""
+        where = " in class folders" if class_folders else ""
         raise UserError(f"{folder} holds no images{where} ({kinds}).{search.explanation()}")
     labels = torch.tensor([label for label, names in enumerate(found) for _ in names])
     empty = [f"{printable(classes[label])} ({label})" for label, names in enumerate(found) if not names]
@@ -157,29 +156,29 @@ def _empty_classes(names: Sequence[str]) -> str:
 
 
 class Tally:
-    """How many files there were of each kind, and the first of each."""
+    """The number of files of each kind, and the first file of each kind."""
 
     def __init__(self) -> None:
         self.found: dict[str, tuple[int, str]] = {}
 
     def add(self, kind: str, name: str) -> None:
-        """One more."""
+        """Count a file."""
         count, first = self.found.get(kind, (0, printable(name)))
         self.found[kind] = count + 1, first
 
     def sentences(self) -> list[str]:
-        """One for each kind, in the order of their names."""
+        """One sentence per kind, sorted by kind."""
         return [f"{kind}: {count:,} (first: {first})" for kind, (count, first) in sorted(self.found.items())]
 
 
 class _Search:
-    """Looks for images below a folder. Links are followed, but not back to a folder on the way to them.
+    """Searches a folder for images. Links are followed unless they lead back to a parent folder.
 
     Args:
         root: the folder.
 
     Attributes:
-        tally: what was found and not taken, and the links that were followed.
+        tally: counts of the files that were left out, and of the links that were followed.
     """
 
     def __init__(self, root: Path) -> None:
@@ -187,12 +186,12 @@ class _Search:
         self.tally = Tally()
 
     def explanation(self) -> str:
-        """What was left out, to be added to a sentence."""
+        """A sentence about what was left out, to be appended to a message."""
         sentences = self.tally.sentences()
         return f" {'; '.join(sentences)}.".replace(" left", " Left", 1) if sentences else ""
 
     def classes(self) -> list[str]:
-        """The names of the folders in the root that are classes, in order."""
+        """The sorted names of the folders in the root that are classes."""
         names = []
         for entry in self._entries(self.root):
             if _is_folder(entry) and self._is_above(entry):
@@ -202,18 +201,18 @@ class _Search:
                     self.tally.add(_FOLLOWED, entry.name)
                 names.append(entry.name)
             elif _is_image(entry):
-                self._leave("an image in no folder of a class", entry.path)
+                self._leave("an image outside of class folders", entry.path)
             else:
                 self._leave(_OTHER, entry.path)
         return sorted(names)
 
     def _is_above(self, entry: os.DirEntry[str]) -> bool:
-        """Whether a folder in the root is a link to the root, or to a folder that holds it."""
+        """Whether a folder in the root is a link to the root, or to a parent of the root."""
         real = Path(os.path.realpath(entry.path))
         return Path(os.path.realpath(self.root)).is_relative_to(real)
 
     def images(self, name: str) -> Iterator[str]:
-        """Paths in the root of the images below its folder `name`."""
+        """The images in the folder `name` of the root and its subfolders, as paths relative to the root."""
         folder = self.root / name
         return self._below(folder, frozenset({os.path.realpath(self.root), os.path.realpath(folder)}))
 
@@ -230,24 +229,24 @@ class _Search:
             elif not _is_image(entry):
                 self._leave(_OTHER, entry.path)
             elif not os.access(entry.path, os.R_OK):
-                self._leave("a file that may not be read", entry.path)
+                self._leave("a file that cannot be read", entry.path)
             else:
                 yield os.path.relpath(entry.path, self.root)
 
     def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
-        """What is in a folder but for what is hidden, of the system, or a link to nothing; in order."""
+        """The sorted entries of a folder, except for hidden and system files and dangling links."""
         try:
             with os.scandir(folder) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
         except OSError:
-            self._leave("a folder that may not be read", str(folder))
+            self._leave("a folder that cannot be read", str(folder))
             return []
         kept = []
         for entry in entries:
             if entry.name.startswith(".") or entry.name.lower() in _SYSTEM:
-                self._leave("hidden or of the system", entry.path)
+                self._leave("hidden or a system file", entry.path)
             elif entry.is_symlink() and not os.path.exists(entry.path):
-                self._leave("a link to nothing", entry.path)
+                self._leave("a link whose target is missing", entry.path)
             else:
                 kept.append(entry)
         return kept
@@ -259,12 +258,12 @@ class _Search:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that may not be followed
+    except OSError:  # a link that cannot be followed
         return False
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    """By its name, and a file: nobody reads a pipe to its end."""
+    """Whether an entry has the suffix of an image, and is a regular file (reading a pipe could block)."""
     try:
         return os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file()
     except OSError:
@@ -272,22 +271,24 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 
 def open_folder(folder: Path, size: int, *, class_folders: bool, cache: Path) -> MappedImages:
-    """The images of a folder at S = `size`; the first who asks makes the map, and whoever else asks meanwhile waits.
+    """Open the images of a folder at S = `size`, and create the memory map if it does not exist.
+
+    A lock ensures that only one process creates the map while others wait for it.
 
     Args:
-        folder: as for `list_images`.
+        folder: see `list_images`.
         size: S.
-        class_folders: as for `list_images`.
-        cache: folder of maps.
+        class_folders: see `list_images`.
+        cache: folder of the maps.
 
     Raises:
-        UserError: there are no images, one cannot be read, or the map cannot be written.
+        UserError: there are no images, an image cannot be read, or the map cannot be written.
     """
     listing = list_images(folder, class_folders=class_folders)
     try:
         path = cache / f"{listing.fingerprint(size)}.u8"
     except OSError as error:
-        raise UserError(f"{error.filename} has gone from {folder} meanwhile: start again.") from error
+        raise UserError(f"{error.filename} was removed from {folder} meanwhile: start again.") from error
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
@@ -302,7 +303,7 @@ def open_folder(folder: Path, size: int, *, class_folders: bool, cache: Path) ->
 
 
 def _mapped(path: Path, shape: Sequence[int]) -> Tensor:
-    """The whole file as a tensor, of which nothing is read yet; writing to it would change memory alone."""
+    """Map a file as a tensor, read on access; writing to the tensor would not change the file."""
     return torch.from_file(str(path), shared=False, size=int(np.prod(shape)), dtype=torch.uint8).view(*shape)
 
 
@@ -311,7 +312,7 @@ def _manifest_path(path: Path) -> Path:
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a whole map; None if there is none, or the map has another size than it says."""
+    """The manifest of a complete map; None if it is missing or does not match the size of the map."""
     try:
         manifest: dict[str, Any] = json.loads(_manifest_path(path).read_text())
         whole = path.stat().st_size == int(np.prod(manifest["shape"])) and {"signature", "notes"} <= manifest.keys()
@@ -345,9 +346,9 @@ def _make(listing: Listing, size: int, path: Path) -> dict[str, Any]:
 
 
 def _write_pixels(listing: Listing, size: int, file: BinaryIO, changed: Tally) -> str:
-    """All images, in order; returns the signature of their pixels, and counts what was done to them."""
+    """Write all images in order and count the conversions in `changed`; returns the signature of the pixels."""
     digest = shape_hash((len(listing.files), 3, size, size))
-    threads = min(available_cpus(), 32)  # decoding and resizing let go of the interpreter's lock
+    threads = min(available_cpus(), 32)  # decoding and resizing release the GIL
     bar = tqdm(total=len(listing.files), unit="images", desc=f"reading {listing.folder.name}", disable=None)
     with ThreadPoolExecutor(threads) as pool, bar:
         for start in range(0, len(listing.files), _CHUNK):
@@ -366,32 +367,30 @@ def _write_pixels(listing: Listing, size: int, file: BinaryIO, changed: Tally) -
 
 
 def read_square(path: Path, size: int) -> NDArray[np.uint8]:
-    """An image's central square at S = `size`, upright opaque RGB as `dxmi.data.pixels` says: [3, S, S].
+    """Read the central square of an image at S = `size`, as upright opaque RGB (see `dxmi.data.pixels`): [3, S, S].
 
     Raises:
-        UserError: it cannot be read, or the range of its numbers is unknown.
+        UserError: the image cannot be read, or the range of its values is unknown.
     """
     return _read(path, size)[0]
 
 
 def _read(path: Path, size: int) -> tuple[NDArray[np.uint8], frozenset[str]]:
-    """The square, and what had to be done to the image."""
+    """The square, and the conversions that were necessary."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata
+            warnings.simplefilter("ignore")  # about unusual metadata
             with Image.open(path) as image:
                 rgb, done = to_rgb(image)
                 square = central_square(rgb, size)
-    except Exception as error:  # a damaged file makes Pillow raise this and that
+    except Exception as error:  # Pillow raises many types for damaged files
         why = str(error) or type(error).__name__
-        raise UserError(
-            f"The image {printable(path)} cannot be read ({why}): fetch it again or take it away."
-        ) from error
+        raise UserError(f"The image {printable(path)} cannot be read ({why}): fetch it again or delete it.") from error
     return np.asarray(square).transpose(2, 0, 1), done
 
 
 def central_square(image: Image.Image, size: int) -> Image.Image:
-    """The central S x S square after resizing, see the module's docstring."""
+    """Resize an image and crop it to the central S x S square, see the module's docstring."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

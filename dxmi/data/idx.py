@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST and its kin: a big-endian header and raw bytes."""
+"""IDX files, the format of MNIST and Fashion-MNIST: a big-endian header and raw bytes."""
 
 import gzip
 import math
@@ -15,10 +15,10 @@ _UINT8, _MAX_RANK = 0x08, 3
 
 
 def idx_content(path: Path) -> bytes:
-    """What an IDX file holds, unpacked if it is gzipped.
+    """The content of an IDX file, decompressed if it is gzipped.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -27,23 +27,23 @@ def idx_content(path: Path) -> bytes:
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """The array in an IDX file of bytes, plain or gzipped.
+    """Read the array in an IDX file of bytes, plain or gzipped.
 
     Raises:
-        UserError: the file is not one, or is cut short.
+        UserError: the file is not an IDX file of bytes, or is truncated.
     """
     return parsed_idx(path, idx_content(path))
 
 
 def parsed_idx(path: Path, raw: bytes) -> NDArray[np.uint8]:
-    """The array in the content of an IDX file.
+    """Parse the content of an IDX file.
 
     Args:
-        path: where it was read.
-        raw: see `idx_content`.
+        path: path of the file, for messages.
+        raw: content of the file, see `idx_content`.
 
     Raises:
-        UserError: it is not one of bytes, or is cut short.
+        UserError: it is not an IDX file of bytes, or is truncated.
     """
     if len(raw) < 4 or raw[:2] != b"\x00\x00" or raw[2] != _UINT8:
         raise UserError(f"{path} is not an IDX file of bytes. Fetch it again.")

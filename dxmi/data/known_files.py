@@ -1,7 +1,8 @@
-"""The files of MNIST, Fashion-MNIST and CIFAR-10 as their authors publish them, by the MD5 of their content.
+"""The MD5 sums of the official files of MNIST, Fashion-MNIST and CIFAR-10.
 
-Data sets of the same layout pass for one another unless somebody looks. IDX files are compared unpacked; CIFAR-10's
-batches as rows of a label and 3,072 pixels, which is what a binary batch holds and a Python batch comes to.
+Data sets with the same layout are easily confused, so the files are verified. IDX files are compared decompressed, and
+CIFAR-10's batches as rows of a label and 3,072 pixels, the format of a binary batch, to which Python batches are
+converted.
 """
 
 import hashlib
@@ -37,16 +38,16 @@ SETTING = "data.accept_unknown_files=true"
 
 
 def require_published(path: Path, content: bytes, name: str, file: str) -> None:
-    """Check that a file holds what it is called.
+    """Check that a file has the content of an official file.
 
     Args:
-        path: where it was read.
-        content: what is compared.
-        name: of the data set that it should belong to.
-        file: which of that set's files it should be.
+        path: path of the file.
+        content: content to compare.
+        name: name of the data set.
+        file: name of the official file.
 
     Raises:
-        UserError: it holds something else; the sentence names it if it is a known file.
+        UserError: the content differs; the message names the actual file if it is a known one.
     """
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 == _PUBLISHED[name][file]:
@@ -54,10 +55,10 @@ def require_published(path: Path, content: bytes, name: str, file: str) -> None:
     if md5 in _OWNERS:
         whose, which = _OWNERS[md5]
         raise UserError(
-            f"{path} holds {whose}'s {which}, not {name}'s {file}: put each data set into its own folder, or take "
-            f"the file as it is by {SETTING}."
+            f"{path} holds {whose}'s {which}, not {name}'s {file}: put each data set into its own folder, or accept "
+            f"the file with {SETTING}."
         )
     raise UserError(
-        f"{path} is not {name}'s {file} as it is published (MD5 {md5}, not {_PUBLISHED[name][file]}): fetch it "
-        f"again, or take it as it is by {SETTING}."
+        f"{path} is not {name}'s {file} as published (MD5 {md5}, not {_PUBLISHED[name][file]}): fetch it again, or "
+        f"accept it with {SETTING}."
     )

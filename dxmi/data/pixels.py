@@ -1,15 +1,15 @@
-"""Any image that Pillow opens, as upright opaque 8-bit RGB, each mode scaled from its own range.
+"""Conversion of any image that Pillow opens to upright opaque 8-bit RGB, each mode scaled from its own range.
 
-    1, L, P, RGB, RGBX, CMYK, YCbCr, HSV     as Pillow converts them
+    1, L, P, RGB, RGBX, CMYK, YCbCr, HSV     converted by Pillow
     LA, La, PA, RGBA, RGBa, and those above
-    with a transparent colour                composited on white
-    I;16, I;16B, I;16L, I;16N                divided by the largest number that their bits can hold
-    I                                        of PNG and Netpbm the same, with 16 bits; else refused, for its range is
-                                             unknown
-    F                                        0 is black and 1 is white; refused if a pixel lies outside
-    LAB and what else there may be           refused
+    with a transparent color                 composited on white
+    I;16, I;16B, I;16L, I;16N                divided by the largest value that their bits can hold
+    I                                        from PNG and Netpbm: the same, with 16 bits; otherwise refused, since the
+                                             range is unknown
+    F                                        0 is black and 1 is white; refused if a pixel is outside this range
+    LAB and all others                       refused
 
-Pillow itself keeps the upper 8 of 16 bits of each colour of RGB and RGBA. Of an animation the first frame is taken.
+Pillow itself reduces RGB and RGBA with 16 bits per color to the upper 8 bits. The first frame of an animation is used.
 """
 
 import struct
@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-TURNED = "turned upright as EXIF says"
+TURNED = "turned upright according to EXIF"
 TRANSPARENT = "transparent, composited on white"
 DEEP = "of more than 8 bits, scaled from their own range"
-FRAMES = "of several frames, of which the first is taken"
+FRAMES = "of several frames, of which the first is used"
 _WHITE = 255
 _ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 258, 262
-"""Tags of EXIF and TIFF."""
+"""Numbers of EXIF and TIFF tags."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,22 +34,25 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image of an EXIF orientation upright."""
+"""The transposition that makes an image upright, by EXIF orientation."""
 _PLAIN = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 _WITH_ALPHA = ("LA", "PA", "RGBA", "RGBa")
 _SIXTEEN_BITS = ("PNG", "PPM")
-"""Formats whose mode I is 16 bits without sign."""
+"""Formats whose mode I has 16 unsigned bits."""
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, frozenset[str]]:
-    """An opened image as upright opaque RGB, and what had to be done for that: some of the constants above.
+    """Convert an opened image to upright opaque RGB.
+
+    Returns:
+        The image, and the conversions that were necessary, which are constants of this module.
 
     Raises:
-        ValueError: the range of its numbers is unknown; the sentence says why.
+        ValueError: the range of its values is unknown; the message says why.
     """
     done = {FRAMES} if _has_frames(image) else set()
     turned = _turn(image)
-    image.load()  # which turns a TIFF by itself
+    image.load()  # turns a TIFF upright by itself
     rgb, more = _coloured(image)
     turn = _turn(image)
     if turned:
@@ -65,10 +68,10 @@ def _has_frames(image: Image.Image) -> bool:
 
 
 def _turn(image: Image.Image) -> int:
-    """The EXIF orientation if the image does not stand upright, else 0."""
+    """The EXIF orientation if the image is not upright, else 0."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001  (broken metadata, of which Pillow raises this and that, are no metadata)
+    except Exception:  # noqa: BLE001  (broken metadata are ignored; Pillow raises many types for them)
         return 0
     return orientation if orientation in _TURNS else 0
 
@@ -80,7 +83,7 @@ def _coloured(image: Image.Image) -> tuple[Image.Image, set[str]]:
         return _grey(_share_of_16_bits(image)), {DEEP}
     if image.mode == "F":
         return _grey(_share_of_one(image)), {DEEP}
-    if image.mode == "La":  # grey, multiplied by its alpha, which Pillow takes to LA alone
+    if image.mode == "La":  # gray, premultiplied by alpha, which Pillow converts only to LA
         image = image.convert("LA")
     if image.mode in _WITH_ALPHA or (image.mode in _PLAIN and image.has_transparency_data):
         return _opaque(image.convert("RGBA"))
@@ -90,7 +93,7 @@ def _coloured(image: Image.Image) -> tuple[Image.Image, set[str]]:
 
 
 def _opaque(rgba: Image.Image) -> tuple[Image.Image, set[str]]:
-    """RGBA on white."""
+    """Composite an RGBA image on white."""
     if rgba.getchannel("A").getextrema() == (_WHITE, _WHITE):
         return rgba.convert("RGB"), set()
     white = Image.new("RGBA", rgba.size, (_WHITE,) * 4)
@@ -98,8 +101,8 @@ def _opaque(rgba: Image.Image) -> tuple[Image.Image, set[str]]:
 
 
 def _deep(image: Image.Image) -> tuple[Image.Image, set[str]]:
-    """A grey image of up to 16 bits."""
-    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    """Convert a gray image of up to 16 bits."""
+    tags = getattr(image, "tag_v2", {})  # only TIFF images have them
     values, largest = np.asarray(image).astype(np.float64), 2.0 ** tags.get(_BITS, (16,))[0] - 1.0
     share = values / largest
     if tags.get(_PHOTOMETRIC) == 0:  # 0 is white
@@ -114,8 +117,8 @@ def _share_of_16_bits(image: Image.Image) -> NDArray[np.float64]:
     values = np.asarray(image).astype(np.float64)
     if image.format not in _SIXTEEN_BITS or values.min() < 0.0 or values.max() > 65535.0:
         raise ValueError(
-            f"its mode is I, 32-bit whole numbers of {values.min():.0f} to {values.max():.0f}, whose range is unknown: "
-            "save it with 8 or 16 bits"
+            f"its mode is I, 32-bit integers from {values.min():.0f} to {values.max():.0f}, whose range is "
+            "unknown: save it with 8 or 16 bits"
         )
     return values / 65535.0
 
@@ -126,12 +129,12 @@ def _share_of_one(image: Image.Image) -> NDArray[np.float64]:
         raise ValueError("its mode is F, and it holds numbers that are not finite: save it with 8 or 16 bits")
     if values.min() < 0.0 or values.max() > 1.0:
         raise ValueError(
-            f"its mode is F, with numbers of {values.min():.4g} to {values.max():.4g} where 0 is black and 1 is white: "
-            "save it with 8 or 16 bits"
+            f"its mode is F, with numbers from {values.min():.4g} to {values.max():.4g}, where 0 is black and 1 is "
+            "white: save it with 8 or 16 bits"
         )
     return values
 
 
 def _grey(share: NDArray[np.float64]) -> Image.Image:
-    """RGB from shares of white [H, W]."""
+    """An RGB image from gray values [H, W] in 0..1, where 1 is white."""
     return Image.fromarray((share * _WHITE).round().clip(0.0, _WHITE).astype(np.uint8)).convert("RGB")

@@ -1,4 +1,4 @@
-"""Deterministic samplers of a pretrained model, to compare few-step policies with."""
+"""Deterministic samplers of a pretrained model, with which few-step policies are compared."""
 
 from typing import Any
 
@@ -19,12 +19,13 @@ class DpmSolver(Policy):
 
         x_{t+1} = (s_{t+1} / s_t) x_t + a_{t+1} (1 - e^{-h_t}) (D_t + (h_t / (2 h_{t-1})) (D_t - D_{t-1}))
 
-    Without the second difference this is DDIM's step, of which it makes the whole first one, and the last, where h is
-    infinite; D_t is found from it. The prediction before is remembered, so that one object does one walk at a time.
+    Without the term D_t - D_{t-1} this is DDIM's step, which is used for the first step and for the last one, where h
+    is infinite; D_t is computed from DDIM's step. The object stores the previous prediction, and can therefore sample
+    only one batch at a time.
 
     Args:
         network: predicts the noise.
-        schedule: without noise; a step is one network evaluation.
+        schedule: a schedule without noise; each step takes one network evaluation.
         event: shape of one sample.
     """
 
@@ -39,7 +40,7 @@ class DpmSolver(Policy):
         self._before: Tensor | None = None
 
     def transition(self, x: Tensor, t: int | Tensor, *args: Any, **kwargs: Any) -> Gaussian:
-        """DDIM's step and the second difference: all samples are at the same step t, and come from step t - 1."""
+        """One step of the solver, for samples that are all at step t and were at t - 1 in the previous call."""
         assert isinstance(t, int)
         step = super().transition(x, t, *args, **kwargs)
         data = (step.mean - self._ratio[t] * x) / self._gain[t]
@@ -53,16 +54,16 @@ class DpmSolver(Policy):
 class HeunSolver(Policy):
     """Heun's method on EDM's noise levels (arXiv 2206.00364, algorithm 1).
 
-    A step takes two network evaluations, the last one takes one. With d(x, s) = (x - D(x; s)) / s and Euler's step
-    x' = x_t + (s_{t+1} - s_t) d(x_t, s_t):
+    Each step takes two network evaluations, except for the last one, which takes one. With d(x, s) = (x - D(x; s)) / s
+    and Euler's step x' = x_t + (s_{t+1} - s_t) d(x_t, s_t):
 
         x_{t+1} = x_t + (s_{t+1} - s_t) (d(x_t, s_t) + d(x', s_{t+1})) / 2
 
-    The second slope is read off Euler's step from x' to level s_{t+2}; the last step, to level 0, is Euler's.
+    The second slope is computed from Euler's step from x' to level s_{t+2}; the last step, to level 0, is Euler's.
 
     Args:
-        network: as for `Policy`.
-        schedule: of Euler's method.
+        network: see `Policy`.
+        schedule: the schedule of Euler's method.
         event: shape of one sample.
     """
 
@@ -72,7 +73,7 @@ class HeunSolver(Policy):
         self._ratio: list[float] = (change[:-1] / change[1:]).tolist()
 
     def transition(self, x: Tensor, t: int | Tensor, *args: Any, **kwargs: Any) -> Gaussian:
-        """The mean of Euler's step and the one with the slope at its end: all samples are at the same step t."""
+        """The average of Euler's step and of a step with the slope at its end, for samples that are all at step t."""
         assert isinstance(t, int)
         euler = super().transition(x, t, *args, **kwargs)
         if t == self.num_steps - 1:

@@ -1,6 +1,6 @@
-"""Records of what the policy did.
+"""Steps and trajectories of a policy.
 
-Axis letters: T policy steps, B batch, *event. Time counts generation steps: x[0] is noise, x[T] the sample.
+Axis letters: T policy steps, B batch, *event. Time counts generation steps: x[0] is noise, and x[T] is the sample.
 """
 
 import math
@@ -16,7 +16,7 @@ class Gaussian(NamedTuple):
     """One policy step: the isotropic normal N(mean, sigma^2 I) over the next state.
 
     Attributes:
-        mean: [B, *event].
+        mean: mean, [B, *event].
         sigma: standard deviation, [B].
     """
 
@@ -24,7 +24,7 @@ class Gaussian(NamedTuple):
     sigma: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Mean + sigma * noise, reparameterised: gradients reach both; [B, *event]."""
+        """The reparameterized sample mean + sigma * noise, with gradients to both: [B, *event]."""
         return torch.addcmul(self.mean, per_sample(self.sigma, noise), noise)
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Trajectory(NamedTuple):
     """A batch of rollouts.
 
     Attributes:
-        x: states, noise first, [T+1, B, *event].
+        x: states, starting with the noise, [T+1, B, *event].
         mean: mean of each step, [T, B, *event].
         sigma: standard deviation of each step, [T, B].
     """
@@ -59,7 +59,7 @@ class Trajectory(NamedTuple):
 
     @property
     def states(self) -> Tensor:
-        """The states in which the policy acted, x_0 .. x_{T-1}, time-major: [T * B, *event]."""
+        """The states in which the policy acts, x_0 .. x_{T-1}, time-major: [T * B, *event]."""
         return self.x[:-1].flatten(0, 1)
 
     @property

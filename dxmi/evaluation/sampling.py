@@ -1,4 +1,4 @@
-"""What an evaluation looks at: samples of a policy from fixed noise."""
+"""Drawing samples from a policy with fixed noise, for evaluation."""
 
 import math
 import time
@@ -19,7 +19,10 @@ from dxmi.seeds import generator
 from dxmi.tensors import encode, num_beyond
 
 _BOUND = 1e6
-"""Samples of a working policy are of the order of 1: clipped to pixels, larger ones would look like an image."""
+"""Limit above which a sample counts as diverged.
+
+Samples of a working policy are of the order of 1; much larger ones would still look like an image after clipping.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,17 @@ class Sampling:
     """How samples are drawn.
 
     Attributes:
-        policy: from what.
-        stream: name of the noise; with the evaluation's seed it fixes every sample, and everything else that is drawn
-            to score them.
+        policy: the policy to sample from.
+        stream: name of the noise stream; with the evaluation seed it determines all samples, and all random choices in
+            their scoring.
         guide: gradient of a value to descend, see `Policy.sample_states`.
-        guidance: its strength.
-        on_batch: called after each batch with how many samples there are so far; by all workers at the same time.
-        on_step: called after each step of a batch, of which each worker has its own, and equally often by one that has
-            none left; what it raises ends the sampling.
-        workers: take the batches in turn.
-        step: the iteration after which the policy was taken.
-        source: names the policy where its samples are not finite; by default its iteration.
+        guidance: strength of the guidance.
+        on_batch: called with the number of samples so far after each batch, on all workers at the same time.
+        on_step: called after each step of a worker's batch, and equally often on a worker without a batch; an
+            exception that it raises ends the sampling.
+        workers: process group whose workers take the batches in turn.
+        step: iteration of the policy.
+        source: name of the policy in the message about samples that are not finite; by default its iteration.
     """
 
     policy: Policy
@@ -52,46 +55,46 @@ class Sampling:
 
     @property
     def bound(self) -> float:
-        """What no state comes near while all is well: a million times the start's or the data's deviation."""
+        """The magnitude above which a state counts as diverged: a million times the deviation of noise or data."""
         return _BOUND * max(1.0, self.policy.start_sigma)
 
     def states(
         self, num: int, noise: torch.Generator, first: int | None = None, condition: Condition | None = None
     ) -> Iterator[Tensor]:
-        """`Policy.sample_states`, during which `on_step` is called."""
+        """Yield the states of `Policy.sample_states`, and call `on_step` after each."""
         for x in self.policy.sample_states(num, noise, self.guide, self.guidance, condition, first):
             yield x
             if self.on_step is not None:
                 self.on_step()
 
     def sample(self, num: int, noise: torch.Generator, first: int | None = None) -> Tensor:
-        """The last of `states`: [num, *event]."""
+        """Draw samples, the last of `states`: [num, *event]."""
         return deque(self.states(num, noise, first), maxlen=1).pop()
 
     def conditioned_sample(self, num: int, noise: torch.Generator) -> tuple[Tensor, Condition]:
-        """`sample`, and the condition of each sample."""
+        """Draw samples with random conditions; returns both."""
         condition = self.policy.draw_condition(num, noise)
         return deque(self.states(num, noise, None, condition), maxlen=1).pop(), condition
 
     def idle(self) -> None:
-        """What a worker does while others sample: it calls `on_step` as often as they do."""
+        """Call `on_step` as often as for a batch, on a worker that has no batch while others sample."""
         if self.on_step is not None:
             for _ in range(self.policy.num_steps + 1):
                 self.on_step()
 
     def bad(self, x: Tensor) -> Tensor:
-        """How many of the states `x` [B, *event] are not finite or beyond `bound`, []."""
+        """The number of states in `x` [B, *event] that are not finite or beyond `bound`, []."""
         return num_beyond(x, self.bound)
 
     def require_finite(self, bad: Tensor, num: int) -> None:
-        """Check that no sample of a batch of any worker is bad; all workers come to the same result.
+        """Check that no worker has bad samples; the result is the same on all workers.
 
         Args:
-            bad: how many of this worker's are, [].
-            num: how many samples all workers have drawn.
+            bad: number of bad samples of this worker, [].
+            num: number of samples of all workers.
 
         Raises:
-            DivergedError: some are.
+            DivergedError: there are bad samples.
         """
         total = sum(int(one) for one in self.workers.gather(bad.view(1)))
         if total:
@@ -105,30 +108,30 @@ class Sampling:
         if self.step:
             return f"Training diverged: {what}. Lower the learning rates."
         return (
-            f"Sampling diverged: {what}, and nothing was fine-tuned before. The pretrained model is at fault: lower "
+            f"Sampling diverged before any fine-tuning: {what}. The pretrained model is the cause: lower "
             "pretrain.optimizer.lr, or try other pretrain.weights."
         )
 
 
 def stream_of(kind: str, seed: int) -> str:
-    """The name of a run's own noise of one kind.
+    """The name of the noise stream of a run.
 
-    Runs with the same seed, such as the arms of an ablation at that seed, get the same noise, so that their scores are
-    paired. Runs with different seeds get independent noise, so that the spread of their scores contains the effect of
-    the noise, and the interval of a mean over seeds covers it.
+    Runs with the same seed, such as the arms of an ablation at that seed, have the same noise, so that their scores are
+    paired. Runs with different seeds have independent noise, so that the spread of their scores, and the confidence
+    interval of a mean over seeds, include the effect of the noise.
 
     Args:
         kind: SELECTION, REPORT or CONFIRMATION.
-        seed: of the run.
+        seed: seed of the run.
     """
     return f"{kind}/seed_{seed}"
 
 
 def generate(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
-    """`num` samples as a data set stores them [num, *event], pixels in uint8 and points in float32, on every worker.
+    """Draw `num` samples in the format of a data set [num, *event]: pixels in uint8, points in float32.
 
-    The noise of a batch depends on its place only, so the first samples of a longer run are those of a shorter one as
-    long as `batch_size` is the same, and the number of workers changes none of them.
+    The noise of a batch depends only on its index. With the same `batch_size`, the first samples are therefore the same
+    for any `num`, and for any number of workers. All workers receive all samples.
 
     Raises:
         DivergedError: a sample is not finite.
@@ -137,7 +140,7 @@ def generate(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
 
 
 def generate_conditioned(sampling: Sampling, num: int, config: EvaluateConfig) -> tuple[Tensor, Condition]:
-    """The samples that `generate` gives, and the condition of each, on every worker."""
+    """Draw samples as `generate` does; returns them and their conditions, on every worker."""
     workers, batches = sampling.workers, list(_batches(sampling, num, config))
     blocks: list[Tensor] = []
     conditions: list[Condition] = []
@@ -155,7 +158,7 @@ def generate_conditioned(sampling: Sampling, num: int, config: EvaluateConfig) -
 def _own_batch(
     sampling: Sampling, batches: Sequence[tuple[int, torch.Generator]], mine: int, config: EvaluateConfig
 ) -> tuple[Tensor, Condition]:
-    """A worker's batch of this round; the last round may have fewer batches than workers."""
+    """The worker's batch of a round; in the last round there may be fewer batches than workers."""
     if mine < len(batches):
         return sampling.conditioned_sample(config.batch_size, batches[mine][1])
     sampling.idle()
@@ -165,18 +168,18 @@ def _own_batch(
 
 
 def _gathered(condition: Condition, workers: Workers) -> list[Condition]:
-    """Every worker's condition, in the order of ranks."""
+    """The conditions of all workers, in the order of ranks."""
     columns = [[None] * workers.size if own is None else workers.gather(own) for own in condition]
     return [Condition(*row) for row in zip(*columns, strict=True)]
 
 
 def preview(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
-    """The first `num` samples that `generate` gives, up to rounding, without computing the rest of their batches.
+    """Draw the first `num` samples of `generate`, up to rounding, without computing the rest of their batches.
 
     Args:
-        sampling: how samples are drawn; `on_batch` and `workers` have no part in this.
-        num: how many.
-        config: their noise and batches.
+        sampling: how samples are drawn; `on_batch` and `workers` are not used.
+        num: number of samples.
+        config: sets the seed of the noise and the batch size.
 
     Raises:
         DivergedError: a sample is not finite.
@@ -191,11 +194,11 @@ def preview(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
 
 
 class Measured(NamedTuple):
-    """What came of samples that were looked at as they were drawn.
+    """Features of samples, and the speed of the sampling.
 
     Attributes:
-        features: one row a sample, in order, on the host, [num, F].
-        seconds_per_1000: wall time of generating 1,000 samples: the fastest batch's, since others share the device.
+        features: one row per sample, in order, on the host, [num, F].
+        seconds_per_1000: wall time per 1,000 samples, from the fastest batch, since other processes may use the device.
     """
 
     features: Tensor
@@ -205,14 +208,14 @@ class Measured(NamedTuple):
 def measure(
     sampling: Sampling, num: int, config: EvaluateConfig, features_of: Callable[[Tensor, Condition], Tensor]
 ) -> Measured:
-    """The features of the samples that `generate` gives; each worker computes those of its own batches as they come.
+    """Compute the features of the samples of `generate`; each worker computes those of its own batches.
 
     Args:
         sampling: how samples are drawn.
-        num: how many.
-        config: their noise and batches.
-        features_of: samples as a data set stores them, on the device, with their conditions, to rows of features
-            [N, F] on the host; of none [0] for a worker that has no batch left while others have.
+        num: number of samples.
+        config: sets the seed of the noise and the batch size.
+        features_of: maps samples in the format of a data set, on the device, and their conditions to features [N, F]
+            on the host; a worker without a batch in the last round calls it with an empty tensor [0].
 
     Raises:
         DivergedError: a sample is not finite.
@@ -240,7 +243,7 @@ def measure(
 def _timed_batch(
     sampling: Sampling, noise: torch.Generator, config: EvaluateConfig
 ) -> tuple[Tensor, Condition, Tensor, float]:
-    """A batch of samples as a data set stores them, with their conditions, the number of bad ones, and the seconds."""
+    """A batch of samples in the format of a data set, their conditions, the number of bad ones, and the seconds."""
     began = time.perf_counter()
     drawn, condition = sampling.conditioned_sample(config.batch_size, noise)
     x = encode(drawn)
@@ -250,12 +253,12 @@ def _timed_batch(
 
 
 def _in_order(own: list[Tensor], num_batches: int, batch_size: int, workers: Workers) -> Tensor:
-    """The rows of all workers, who have taken batches of `batch_size` in turn; the last one may be shorter."""
+    """The rows of all workers in the order of the batches, which they took in turn; the last batch may be shorter."""
     if workers.size == 1:
         return torch.cat(own)
     width = workers.on_first(lambda: own[0].shape[1])
     blocks: list[Tensor] = []
-    for turn in range(math.ceil(num_batches / workers.size)):  # gathered blocks have to be of one shape
+    for turn in range(math.ceil(num_batches / workers.size)):  # gathered blocks must have the same shape
         block = torch.zeros(batch_size, width)
         if turn < len(own) and len(own[turn]):
             block[: len(own[turn])] = own[turn]
@@ -264,10 +267,10 @@ def _in_order(own: list[Tensor], num_batches: int, batch_size: int, workers: Wor
 
 
 def generate_states(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
-    """The whole way of the samples that `generate` gives: [T+1, num, *event], noise first.
+    """All states of the samples of `generate`, starting with the noise: [T+1, num, *event].
 
     Raises:
-        DivergedError: a state on the way is not finite.
+        DivergedError: a state is not finite.
     """
     alone, batches = replace(sampling, workers=ALONE), []
     for start, noise in _batches(sampling, num, config):
@@ -280,7 +283,7 @@ def generate_states(sampling: Sampling, num: int, config: EvaluateConfig) -> Ten
 
 
 def _batches(sampling: Sampling, num: int, config: EvaluateConfig) -> Iterator[tuple[int, torch.Generator]]:
-    """Where each batch starts, and its noise."""
+    """Yield the index of the first sample of each batch, and the generator of its noise."""
     device = sampling.policy.timestep.device
     for index, start in enumerate(range(0, num, config.batch_size)):
         yield start, generator(config.seed, f"{sampling.stream}/{index}", device)

@@ -117,7 +117,7 @@ def restore(module: nn.Module, saved: Checkpoint, group: str) -> None:
     try:
         module.load_state_dict(saved.groups[group])
     except KeyError as error:
-        raise DamagedCheckpointError(f"Checkpoint {saved.path} is damaged: {group} is missing.") from error
+        raise DamagedCheckpointError(f"Checkpoint {saved.path} is damaged: it lacks {group}.") from error
     except RuntimeError as error:
         last_line = str(error).strip().splitlines()[-1].strip()
         raise DamagedCheckpointError(f"Checkpoint {saved.path} does not fit its run's config: {last_line}") from error

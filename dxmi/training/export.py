@@ -1,4 +1,4 @@
-"""A trained policy for use elsewhere: its denoiser in a format that others read, with the tables of its few steps."""
+"""Export of a trained policy: its denoiser in the format of diffusers, with the coefficients of its steps."""
 
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,19 @@ SAMPLER = "sampler.json"
 _RULE = (
     "x starts as start_sigma * z; then, for t = 0 .. num_steps - 1, x = signal_scale[t] * x + output_scale[t] * "
     "model(input_scale[t] * x, torch.tensor(timestep[t])).sample + sigma[t] * z, with a new standard normal z each "
-    "time. Pixels are in [-1, 1]. A timestep may be fractional, and diffusers rounds one that is no tensor."
+    "time. Pixels are in [-1, 1]. A timestep may be fractional, and diffusers rounds one that is not a tensor."
 )
 
 
 def export_diffusers(trained: Trained, folder: Path) -> None:
-    """Write the policy of a run as a model of diffusers, and its steps as `sampler.json` beside it.
+    """Write the policy of a run as a diffusers model, with its steps in `sampler.json` in the same folder.
 
     Args:
         trained: the run.
-        folder: of the model; it must not exist, or be empty.
+        folder: folder of the model, which must be empty if it exists.
 
     Raises:
-        UserError: there is something in the folder, or the denoiser is no U-Net.
+        UserError: the folder is not empty, or the denoiser is not a U-Net.
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: choose another --out, or delete it.")
@@ -36,7 +36,7 @@ def export_diffusers(trained: Trained, folder: Path) -> None:
 
 
 def sampler_tree(policy: Policy) -> dict[str, Any]:
-    """The steps of a policy as plain numbers, for `model(x, timestep)` of diffusers."""
+    """The coefficients of a policy's steps as plain numbers, for use with `model(x, timestep)` of diffusers."""
     scale = policy.network.style.step_scale if isinstance(policy.network, Unet) else 1.0
     ones = [1.0] * policy.num_steps
     return {

@@ -1,4 +1,4 @@
-"""A finished or interrupted run, loaded to be sampled from or scored again."""
+"""Loading a finished or interrupted run, to draw samples from it or to score it again."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,19 +21,19 @@ from dxmi.training.config import ExperimentConfig
 from dxmi.training.state import ALGORITHM
 
 _SHOWN = 20
-"""Classes that a sentence names."""
+"""Maximum number of classes that a message lists."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A policy with its value.
+    """A trained policy and the algorithm that it belongs to.
 
     Attributes:
-        experiment: the config and what it builds.
-        algorithm: networks as they were saved.
-        step: the iteration after which they were.
-        complaints: a sentence about each damaged checkpoint that was passed over.
-        data: signature of the data that they were trained on; empty if that is unknown.
+        experiment: builds the parts of the run from its config.
+        algorithm: the algorithm with the networks of the checkpoint.
+        step: the iteration after which the checkpoint was saved.
+        complaints: a message about each damaged checkpoint that was skipped.
+        data: signature of the training data; empty if it is unknown.
     """
 
     experiment: Experiment
@@ -43,16 +43,18 @@ class Trained:
     data: str = ""
 
     def states(self, num: int, seed: int | None, guidance: float, label: int | None = None) -> Tensor:
-        """Samples with the way to them, as a data set stores them: [T+1, num, *event], noise first.
+        """Draw samples and return all of their states, starting with the noise: [T+1, num, *event].
+
+        The states have the format in which a data set stores samples.
 
         Args:
-            num: how many.
-            seed: of the noise; None for the run's evaluation seed.
-            guidance: strength of the value's guidance.
-            label: the class of all; None for classes as often as in the data.
+            num: number of samples.
+            seed: seed of the noise; None for the run's evaluation seed.
+            guidance: strength of the guidance by the value.
+            label: class of all samples; None to draw classes with the frequencies of the data.
 
         Raises:
-            UserError: the policy was never trained on that class.
+            UserError: the policy was not trained on that class.
         """
         if label is not None:
             self._draw_only(label)
@@ -68,9 +70,15 @@ class Trained:
         on_batch: Callable[[int], None] | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> Scores:
-        """Every score, on the first draw of the noise of the run's own report unless `seed` or `stream` differs.
+        """Compute all scores, by default on the same noise as in the report of the run.
 
-        `on_batch` and `on_step` are called as samples are drawn, as those of `Sampling`.
+        Args:
+            num_samples: number of samples; None for the run's setting.
+            seed: seed of the noise; None for the run's evaluation seed.
+            guidance: strength of the guidance by the value.
+            stream: kind of the noise, see `stream_of`.
+            on_batch: see `Sampling`.
+            on_step: see `Sampling`.
         """
         config = self._config(seed, num_samples)
         self._require_own_data()
@@ -82,28 +90,28 @@ class Trained:
         )
 
     def _require_own_data(self) -> None:
-        """Scores against other data than those of the run would say something else than its summary."""
+        """Check that the data are those of the run, since other data would give scores that differ from its summary."""
         now = self.experiment.data.signature
         if self.data not in ("", now):
             raise UserError(
-                f"This run was trained on other data (signature {self.data}) than are there now ({now}): restore the "
-                "data files."
+                f"This run was trained on other data (signature {self.data}) than the current data (signature {now}): "
+                "restore the data files."
             )
 
     def _draw_only(self, label: int) -> None:
         counts = self.experiment.class_counts
         if counts is None:
-            raise UserError(
-                f"The label asked for is {label}, but the network of this run knows no classes: leave it out."
-            )
+            raise UserError(f"The label is {label}, but the network of this run has no classes: leave out the label.")
         if not 0 <= label < len(counts) or counts[label] == 0:
             trained = counts.nonzero()[:, 0].tolist()
             shown = ", ".join(str(number) for number in trained[:_SHOWN]) + ", ..." * (len(trained) > _SHOWN)
-            raise UserError(f"The label asked for is {label}, of which the run's data has no sample: it has {shown}.")
+            raise UserError(
+                f"The label is {label}, but the data of this run have no samples of it: choose one of {shown}."
+            )
         self.algorithm.eval_policy.draw_classes(counts.where(torch.arange(len(counts)) == label, 0))
 
     def _config(self, seed: int | None, num_samples: int | None = None) -> EvaluateConfig:
-        """The run's evaluation with what is not None put in its place."""
+        """The run's evaluation config, with the arguments that are not None."""
         given = {"seed": seed, "num_samples": num_samples}
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         try:
@@ -116,18 +124,18 @@ class Trained:
 
 
 def load_trained(run: RunDirectory, config: ExperimentConfig, which: str) -> Trained:
-    """The `best` or `last` checkpoint of a run.
+    """Load the `best` or the `last` checkpoint of a run.
 
     Raises:
-        UserError: the run has no checkpoint that is whole, or its config was edited.
-        DivergedError: its weights are not finite.
+        UserError: the run has no intact checkpoint, or its config was edited.
+        DivergedError: the weights are not finite.
     """
     found, complaints = _find(run, which)
     if found is None:
-        raise UserError(" ".join([*complaints, f"{run.path} has no checkpoint that can be used."]))
+        raise UserError(" ".join([*complaints, f"{run.path} has no usable checkpoint."]))
     require_signature(found, config)
     require_finite_state(found.groups[ALGORITHM], f"Checkpoint {found.path}", found.step)
-    # A run that did not record how many samples there are of each class needs its data for that.
+    # If the class counts were not recorded, they have to be computed from the data.
     recorded = "class_counts" in found.meta or config.network.denoiser.classes == 0
     event = tuple(found.meta["event"]) if recorded else None
     experiment = Experiment(config, event=event, class_counts=found.meta.get("class_counts"))
@@ -140,7 +148,7 @@ def load_trained(run: RunDirectory, config: ExperimentConfig, which: str) -> Tra
 
 
 def _find(run: RunDirectory, which: str) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint asked for, or the newest whole one if it is damaged."""
+    """The requested checkpoint, or the newest intact one if the former is damaged."""
     newest, complaints = checkpoint.newest(run.checkpoints)
     if newest is None or which == "last":
         return newest, complaints

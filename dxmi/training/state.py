@@ -1,4 +1,4 @@
-"""Everything that changes while an algorithm trains, as tensors that a checkpoint can hold."""
+"""The complete training state of a run, as tensors for a checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ ALGORITHM, STATE = "algorithm", "state"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a run has to restore to go on bitwise as if it had never stopped.
+    """The state that a run must restore to continue bitwise as if it had never been interrupted.
 
     Attributes:
         module: networks, averages and other buffers.
-        optimizers: by name.
-        generators: by name.
-        stream: the data order.
+        optimizers: optimizers by name.
+        generators: random generators by name.
+        stream: stream of batches, which has the data order.
     """
 
     module: nn.Module
@@ -34,7 +34,7 @@ class TrainingState:
     stream: BatchStream
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors for `checkpoint.save`."""
+        """The groups of tensors for `checkpoint.save`."""
         state = {f"stream.{key}": value for key, value in self.stream.state().items()}
         state |= {f"generator.{name}": generator.get_state() for name, generator in self.generators.items()}
         for name, optimizer in self.optimizers.items():
@@ -42,20 +42,20 @@ class TrainingState:
         return {ALGORITHM: dict(self.module.state_dict()), STATE: state}
 
     def restore(self, saved: Checkpoint) -> bool:
-        """The inverse of `groups`.
+        """Restore the state from the groups of a checkpoint.
 
         Returns:
-            Whether the run goes on bitwise as it would have; it does not on another kind of device, with other noise.
+            Whether the run continues bitwise; on another kind of device it does not, since its noise differs.
 
         Raises:
-            DamagedCheckpointError: something is missing, or is not what it should be.
+            DamagedCheckpointError: a tensor is missing or invalid.
         """
         checkpoint.restore(self.module, saved, ALGORITHM)
         try:
             return self._restore_rest(saved.groups[STATE])
         except KeyError as error:
             raise DamagedCheckpointError(f"Checkpoint {saved.path} is damaged: it lacks {error.args[0]}.") from error
-        except torch.OutOfMemoryError:  # a RuntimeError too, but no fault of the checkpoint
+        except torch.OutOfMemoryError:  # a RuntimeError that the checkpoint did not cause
             raise
         except (RuntimeError, TypeError, ValueError) as error:
             raise DamagedCheckpointError(f"Checkpoint {saved.path} is damaged: {error}.") from error
@@ -69,12 +69,16 @@ class TrainingState:
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix.`, by the rest of their names."""
+    """The tensors whose names start with `prefix.`, by their names without the prefix."""
     return {key[len(prefix) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{prefix}.")}
 
 
 def newest_checkpoint(folder: Path, workers: Workers) -> tuple[Checkpoint | None, list[str]]:
-    """The first worker's newest whole checkpoint, and a sentence about each damaged one, on all workers."""
+    """Load the newest intact checkpoint on the first worker, and broadcast it to all workers.
+
+    Returns:
+        The checkpoint, if there is one; and, on the first worker only, a message about each damaged checkpoint.
+    """
     found, complaints = checkpoint.newest(folder) if workers.is_first else (None, [])
     if workers.size == 1:
         return found, complaints

@@ -531,7 +531,9 @@ def public_log_sigma(state: State) -> Tensor | None:
         raise UserError("log_betas and std of the checkpoint must hold one number per step of the policy.")
     if std is not None:
         if std[-1] <= 0.0:
-            raise UserError(f"The last std of the checkpoint is {float(std[-1])}: it must be greater than 0.")
+            raise UserError(
+                f"The last std of the checkpoint is {float(std[-1])}: it must be positive, since the last step needs noise."
+            )
         log_sigma[-1] = std[-1].log()
     return log_sigma
 
