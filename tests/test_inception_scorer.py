@@ -232,7 +232,7 @@ def test_workers_share_samples_and_features(network, make_policy, tmp_path, monk
 
     def measured(workers: Workers) -> Tensor:
         shared = Sampling(sampling.policy, "report", workers=workers)
-        return measure(shared, num, config, lambda pixels: network(pixels).pool if len(pixels) else pixels).features
+        return measure(shared, num, config, lambda pixels, _: network(pixels).pool if len(pixels) else pixels).features
 
     one, *others = together(size, measured)
     torch.testing.assert_close(one, network(generate(sampling, num, config)).pool, rtol=1e-5, atol=1e-5)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dxmi.critics.energy import Energy
+from dxmi.data.batch import UNCONDITIONAL, Condition
 from dxmi.data.configs import DataConfig
 from dxmi.data.loading import load
 from dxmi.evaluation.config import CONFIRMATION, PICTURES, REPORT, SELECTION, EvaluateConfig
@@ -26,6 +28,9 @@ class Normal:
     start_sigma = 1.0
     timestep = torch.zeros(1)
 
+    def draw_condition(self, num: int, noise: torch.Generator) -> Condition:
+        return UNCONDITIONAL
+
     def sample_states(self, num: int, noise: torch.Generator, *_: object, **__: object) -> Iterator[Tensor]:
         yield torch.randn((num, *self.event), generator=noise)
 
@@ -33,9 +38,9 @@ class Normal:
 class MeanScorer(PlanarScorer):
     """Scores samples by their mean."""
 
-    def score(self, sampling: Sampling, energy: object = None) -> Scores:
+    def score(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
         mean: Score = lambda samples: {"eval/mean": float(samples.mean())}  # noqa: E731
-        return self._scores(sampling, mean)
+        return self._scores(sampling, energy, mean)
 
 
 @pytest.fixture(scope="module")

@@ -1,43 +1,31 @@
-"""Sampling and InceptionV3 at once: `python tests/benchmarks/fid.py [options] [overrides]`.
+"""Sampling and InceptionV3 in turn: `python tests/benchmarks/fid.py [options] [overrides]`.
 
 Prints the seconds of drawing CIFAR-size samples from an untrained policy, of computing their features, of both as an
-evaluation does them, and the ratio of the last to the slower of the first two. Goal, on a GPU: at most 1.2. On a CPU
-both use the same cores, so that they are done in turn, unless `--threaded` says otherwise.
+evaluation does them, and the ratio of the last to the sum of the first two.
 
 `--num 10000`, `--batch 500` and `--rounds 1` are the samples, those of a batch, and how often all is timed.
-`--stand-in A B` puts sleeps of A and B milliseconds a batch in the place of both: what the overlapping itself costs.
 Without weights (see `dxmi.metrics.inception.find_weights`), random ones are as slow as real ones: `--random`.
 """
 
 import argparse
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dxmi.compat import torch_fidelity
-from dxmi.diffusion.policy import Policy
+from dxmi.data.batch import UNCONDITIONAL, Condition
 from dxmi.diffusion.schedules.build import shorten
 from dxmi.evaluation.config import REPORT, EvaluateConfig
 from dxmi.evaluation.sampling import Sampling, measure
-from dxmi.metrics.inception import NETWORK, NUM_FEATURES, POOL, Inception, find_weights, load_inception
+from dxmi.metrics.inception import NETWORK, POOL, Inception, find_weights, load_inception
 from dxmi.training.build import Experiment
 from tune.config.compose import compose_experiment
 
 EVENT = (3, 32, 32)
-
-
-class Sleeping(Policy):
-    """A policy in whose place somebody sleeps."""
-
-    seconds = 0.0
-
-    def sample_states(self, num: int, *_: Any, **__: Any) -> Iterator[Tensor]:
-        time.sleep(self.seconds)
-        yield torch.zeros(num, *self.event)
 
 
 class _Untrained(torch_fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3):
@@ -76,42 +64,29 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--batch", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--random", action="store_true")
-    parser.add_argument("--threaded", action="store_true", default=None)
-    parser.add_argument("--stand-in", type=float, nargs=2, metavar=("A", "B"))
     return parser.parse_known_args()
 
 
 def main() -> None:
     arguments, overrides = parsed()
-    network = "mlp" if arguments.stand_in else "unet"
-    chosen = [] if any(o.startswith("network=") for o in overrides) else [f"network={network}"]
-    settings = compose_experiment(["schedule.num_steps=10", *chosen, *overrides]).experiment
-    experiment = Experiment(settings, event=(1, 1, 1) if arguments.stand_in else EVENT)
+    chosen = [] if any(o.startswith("network=") for o in overrides) else ["network=unet"]
+    experiment = Experiment(compose_experiment(["schedule.num_steps=10", *chosen, *overrides]).experiment, event=EVENT)
     experiment.use_threads()
-    device, kind = experiment.device, Policy
-    if arguments.stand_in:
-        Sleeping.seconds, between = (milliseconds / 1000.0 for milliseconds in arguments.stand_in)
-        kind = Sleeping
-    policy = experiment.build_policy(experiment.build_denoiser(), shorten(experiment.config.schedule), kind).eval()
+    device, schedule = experiment.device, shorten(experiment.config.schedule)
+    policy = experiment.build_policy(experiment.build_denoiser(), schedule).eval()
     sampling = Sampling(policy, REPORT)
     config = EvaluateConfig(num_samples=arguments.num, batch_size=arguments.batch)
 
-    def nothing(pixels: Tensor) -> Tensor:
+    inception = random_network(device) if arguments.random else load_inception(find_weights(), device)
+
+    def nothing(pixels: Tensor, _: Condition) -> Tensor:
         return torch.zeros(len(pixels), 1)
 
-    if arguments.stand_in:
+    def features(pixels: Tensor, _: Condition = UNCONDITIONAL) -> Tensor:
+        return inception(pixels).pool.cpu()
 
-        def features(pixels: Tensor) -> Tensor:
-            time.sleep(between)
-            return torch.zeros(len(pixels), NUM_FEATURES)
-    else:
-        inception = random_network(device) if arguments.random else load_inception(find_weights(), device)
-
-        def features(pixels: Tensor) -> Tensor:
-            return inception(pixels).pool.cpu()
-
-    def sampled(work: Callable[[Tensor], Tensor], num: int = arguments.num) -> None:
-        measure(sampling, num, config, work, threaded=arguments.threaded)
+    def sampled(work: Callable[[Tensor, Condition], Tensor], num: int = arguments.num) -> None:
+        measure(sampling, num, config, work)
 
     def looked_at() -> None:
         for start in range(0, arguments.num, arguments.batch):
@@ -125,7 +100,7 @@ def main() -> None:
     print(f"sampling alone      {alone:8.2f} s")
     print(f"features alone      {own:8.2f} s")
     print(f"both as evaluated   {both:8.2f} s")
-    print(f"ratio to the slower {both / max(alone, own):8.2f}")
+    print(f"ratio to the sum    {both / (alone + own):8.2f}")
 
 
 if __name__ == "__main__":
