@@ -3,10 +3,12 @@
 import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dxmi.algorithms.base import Algorithm
 from dxmi.algorithms.ddpm import DDPM
 from dxmi.algorithms.dxmi import DxMI
 from dxmi.config import build
@@ -23,6 +25,7 @@ from dxmi.training.run import SeedRun, train, train_stacked
 from dxmi.training.state import TrainingState
 from support import TINY, changed, stacked_step, step
 from tune.config.compose import compose_experiment
+from tune.execution.seed_batching import known_stack
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -130,6 +133,52 @@ def test_pretraining_members_equal_solo_pretraining():
             alone = step(ddpm, state, i)
         require_equal(ddpm.state_dict(), pairs[k][0].state_dict())
         require_equal(alone, {name: values[k] for name, values in metrics.items()})
+
+
+LABELLED = [
+    *("network=mlp_small", "network.denoiser.hidden=16", "network.energy.hidden=12", "network.value.hidden=12"),
+    *(f"network.{role}.classes=10" for role in ("denoiser", "energy", "value")),
+]
+LABELLED_UNET = [
+    *("network=unet_small", "network.denoiser.channels=16", "network.denoiser.classes=10"),
+    "pretrain.optimizer.lr=1e-4",  # Adam's first steps make rounding of small gradients as large as the learning rate
+]
+WITH_LATENTS = [
+    *("network=ddgan_small", "network.denoiser.channels=8", "network.denoiser.latent=5", "schedule=ddgan"),
+    *("network.energy.channels=4", "network.value.channels=4"),
+]
+FRESH = ["algorithm.value=separate", "algorithm.preset=objective", "algorithm.resample_next=true"]
+CONDITIONAL = {
+    "labels": LABELLED,
+    "labels, fresh next states": [*LABELLED, *FRESH, "algorithm.all_states=true"],
+    "labels of a U-Net": LABELLED_UNET,
+    "latents": WITH_LATENTS,
+    "latents, fresh next states": [*WITH_LATENTS, *FRESH],
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch attends to one member after the other
+@pytest.mark.parametrize("phase", ["pretraining", "finetuning"])
+@pytest.mark.parametrize("settings", CONDITIONAL.values(), ids=CONDITIONAL)
+def test_members_with_labels_or_latents_equal_the_solo_run(settings, phase):
+    """Conditions and latents are drawn for each member by its own streams, and mapped with its samples."""
+
+    def start(seed: int) -> tuple[Algorithm, TrainingState]:
+        small = ["experiment=digits", "pretrain.batch_size=8", "train.batch_size=8", "schedule.num_steps=3"]
+        made = Experiment(compose_experiment(changed(small, *settings, f"seed={seed}")).experiment)
+        assert known_stack(SimpleNamespace(experiment=made.config, seeds_at_once=3)) != 1
+        return made.build_finetuning(made.build_denoiser()) if phase == "finetuning" else made.build_pretraining()
+
+    members, states = map(list, zip(*(start(seed) for seed in SEEDS), strict=True))
+    stack = type(members[0]).stacked(members)
+    for i in range(4):
+        metrics = stacked_step(stack, states, i)
+    for k, seed in enumerate(SEEDS):
+        alone, state = start(seed)
+        for i in range(4):
+            own = step(alone, state, i)
+        require_equal(alone.state_dict(), members[k].state_dict())
+        require_equal(own, {name: values[k] for name, values in metrics.items()})
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw", "radam"])

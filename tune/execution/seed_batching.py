@@ -14,7 +14,6 @@ import torch
 from ray.exceptions import RayError
 
 from dxmi.config import build, to_tree
-from dxmi.networks.configs import NcsnppGanConfig
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.fit import TrainingPhase, fit
@@ -67,7 +66,7 @@ def seeds_together(plan: Plan, slots: Slots, on_wait: Callable[[], None] = lambd
 def known_stack(plan: Plan) -> int | None:
     """Return how many seeds each program of a study trains, or None if it has to be measured."""
     asked = plan.experiment.resources.stack_seeds
-    if not _can_be_stacked(plan.experiment):
+    if not plan.experiment.resources.can_stack_seeds:
         return 1
     if asked is not None:
         return min(asked, plan.seeds_at_once)
@@ -76,13 +75,6 @@ def known_stack(plan: Plan) -> int | None:
 
 def _most(slots: Slots) -> int:
     return _MOST_ON_GPU if slots.gpu_share else _MOST_ON_CPU
-
-
-def _can_be_stacked(config: ExperimentConfig) -> bool:
-    """Whether runs use one process without accumulation, and networks that take neither labels nor latents."""
-    denoiser = config.network.denoiser
-    plain = denoiser.classes == 0 and not isinstance(denoiser, NcsnppGanConfig)
-    return plain and config.resources.can_stack_seeds
 
 
 def _numbers(most: int) -> list[int]:
