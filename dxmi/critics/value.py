@@ -113,7 +113,7 @@ class SeparateValue(Value):
         num_nonterminal: int = 0,
         num_terminal: int = 0,
     ) -> Tensor:
-        """V(x_i, t_i), [B]; each network evaluates only the samples whose values it gives, or may give."""
+        """V(x_i, t_i), [B]; each network evaluates only the samples that may be its own."""
         start, end = num_nonterminal, len(x) - num_terminal
         if end == 0:
             return self.energy(x, condition)  # type: ignore[no-any-return]

@@ -28,7 +28,7 @@ class Gallery(ABC):
 
     @abstractmethod
     def draw_samples(self, path: Path, samples: Tensor) -> None:
-        """Draw samples, in the format in which a data set stores them, [N, *event]."""
+        """Draw samples in the format of a data set, [N, *event]."""
 
     @abstractmethod
     def draw_steps(self, path: Path, states: Tensor) -> None:

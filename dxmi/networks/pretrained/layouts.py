@@ -532,7 +532,8 @@ def public_log_sigma(state: State) -> Tensor | None:
     if std is not None:
         if std[-1] <= 0.0:
             raise UserError(
-                f"The last std of the checkpoint is {float(std[-1])}: it must be positive, since the last step needs noise."
+                f"The last std of the checkpoint is {float(std[-1])}: it must be positive, since the last step needs "
+                "noise."
             )
         log_sigma[-1] = std[-1].log()
     return log_sigma
