@@ -12,7 +12,7 @@ from dxmi.seeds import generator
 
 _CHUNK = 1_024
 """Images that are counted at a time, since a memory map may exceed the memory."""
-_COLOURS = {1: ("grey",), 3: ("red", "green", "blue")}
+_COLOURS = {1: ("gray",), 3: ("red", "green", "blue")}
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,12 @@ def _values_text(counts: Tensor) -> str:
 
 def _point_facts(data: Dataset) -> dict[str, str]:
     assert isinstance(data, Points)
-    facts = {"data": data.name, "read from": "drawn, the same whatever a run's seed", "points": f"{len(data):,}"}
+    facts = {"data": data.name, "read from": "generated, independent of the seed of a run", "points": f"{len(data):,}"}
     facts["size"] = f"{data.points.shape[1]} coordinates"
     for name, column in zip(("x", "y"), data.points.double().unbind(1), strict=True):
         facts[name] = (
             f"{column.min():.2f} to {column.max():.2f}, mean {column.mean():.3f}, standard deviation {column.std():.3f}"
         )
     outside = int((data.points.abs() > SQUARE).any(dim=1).sum())
-    facts["outside"] = f"{outside:,} of [-{SQUARE:g}, {SQUARE:g}]^2, on which densities are compared"
+    facts["outside"] = f"{outside:,} points; densities are compared in [-{SQUARE:g}, {SQUARE:g}]^2"
     return facts
