@@ -106,7 +106,7 @@ def _plan(console: Terminal, chosen: Sweep, cost: Estimate) -> None:
 
 
 def _time(cost: Estimate) -> str:
-    shared = f"{duration(cost.shared_seconds)} of pretraining and references, once; " if cost.shared_seconds else ""
+    shared = f"{duration(cost.shared_seconds)} once for pretraining and references, " if cost.shared_seconds else ""
     each = f"{duration(cost.trial_seconds)} for each trial that is not stopped early"
     return f"about {duration(cost.seconds)}: {shared}{each}{_TIMED_ELSEWHERE if cost.elsewhere else ''}"
 
