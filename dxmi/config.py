@@ -2,15 +2,21 @@
 
 A config is a frozen dataclass in a module that does not import PyTorch; its `__post_init__` raises a ValueError that
 begins with the field's name. `build` turns nested mappings (from YAML, from Hydra) into such an object and names the
-full path of what is wrong.
+full path of what is wrong. A default stands in the dataclass only.
+
+Some settings are blocks: the field names a registry in its metadata (`dxmi.registry.chosen_from`), and the `kind` in
+its tree chooses the class. Another kind brings its whole block, see `with_settings`.
+
+Two configs describe the same thing if the same settings differ from the defaults: see `delta`.
 """
 
 import difflib
+import functools
 import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -18,78 +24,69 @@ from dxmi.errors import UserError
 from dxmi.registry import Registry, registry_of
 
 T = TypeVar("T")
+Tree = dict[str, Any]
 
+RESULT, SCORES = "result", "scores"
+"""Identities: of what a config computes, and of the scores of given weights."""
+NO_RESULT: Mapping[str, Any] = {"not_in": frozenset({RESULT, SCORES})}
+"""Metadata of a field that changes no result: it takes part in no identity."""
+NO_SCORE: Mapping[str, Any] = {"not_in": frozenset({SCORES})}
+"""Metadata of a field that changes no score of given weights, or is told by the identity of what scores them."""
+
+_type_hints = functools.cache(typing.get_type_hints)
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
-def build(cls: type[T], tree: Any, path: str = "") -> T:
+# ----------------------------------------------------------------------------
+# From a tree to a config and back
+
+
+def build(cls: type[T], tree: Any, path: str = "", base: T | None = None) -> T:
     """An object of the dataclass `cls` from nested mappings.
 
     Args:
         cls: the config class.
         tree: field names to values; a missing field takes its default.
         path: where in the whole config this tree stands, for messages.
+        base: holds the defaults, where they are not those of `cls`.
 
     Raises:
-        UserError: an unknown field (the nearest known one is named), a value of the wrong type, or one refused.
+        UserError: an unknown field (the nearest known one is named), a value of the wrong type, one that is missing, or
+            one that is refused.
     """
-    if not isinstance(tree, Mapping):
-        raise UserError(f"{path or 'The config'} is {tree!r}: it must be a group of settings.")
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    for key in tree:
+    known = _known_fields(cls)
+    for key in _group(tree, path):
         if key not in known:
-            raise UserError(unknown_key(f"{path}.{key}" if path else str(key), str(key), list(known)))
-    values = {
-        key: _field_value(known[key], hints[key], value, f"{path}.{key}" if path else key)
-        for key, value in tree.items()
-    }
+            raise UserError(unknown_key(_joined(path, key), str(key), list(known), _kind(cls)))
+    hints = _type_hints(typing.cast("Any", cls))
+    values: Tree = {} if base is None else {name: getattr(base, name) for name in known}
+    for key, own in known.items():
+        where, default = _joined(path, key), values.get(key, default_of(own))
+        if key in tree and not (default is MISSING and tree[key] is None):
+            values[key] = _field_value(own, hints[key], tree[key], where, default)
+        elif default is MISSING:
+            raise UserError(f"{where} is missing: it must be {_WORDS.get(hints[key], 'given')}.")
     try:
         return cls(**values)
     except ValueError as error:
-        raise UserError(f"{path}.{error}." if path else f"{error}.") from error
+        raise UserError(f"{_joined(path, str(error))}.") from error
 
 
-def unknown_key(where: str, key: str, known: list[str]) -> str:
-    """The sentence about a key that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}."
-    return f"{where} is not a setting: {hint}"
-
-
-def _field_value(own: Field[Any], hint: Any, value: Any, path: str) -> Any:
-    """`value` as the field asks for it; where it names a registry, as the class of its tree's `kind`."""
-    registry = registry_of(own.metadata)
-    if registry is None:
-        return _value(hint, value, path)
-    default = default_of(own)
-    if value is None and default is None:
-        return None
-    if _holds_several(hint):
-        if not isinstance(value, (list, tuple)) or not value:
-            raise UserError(f"{path} is {value!r}: it must be a list of kinds, like [{registry.kinds()[0]}], or null.")
-        return tuple(_of_kind(registry, one, None, f"{path}[{index}]") for index, one in enumerate(value))
-    return _of_kind(registry, value, None if default is None else default.kind, path)
-
-
-def _holds_several(hint: Any) -> bool:
-    """Whether a field holds a tuple, or null."""
-    return any(typing.get_origin(one) is tuple for one in (hint, *typing.get_args(hint)))
-
-
-def _of_kind(registry: Registry[Any], value: Any, default: str | None, path: str) -> Any:
-    """The config of one thing, from the name of its kind or from a group of settings."""
-    tree = {"kind": value} if isinstance(value, str) else value
-    if not isinstance(tree, Mapping):
-        raise UserError(
-            f"{path} is {value!r}: it must be a group of settings, or one of {', '.join(registry.kinds())}."
-        )
-    return build(kind_class(registry, tree.get("kind", default), path), tree, path)
+def to_tree(config: Any) -> Tree:
+    """The inverse of `build`: nested dicts, lists and scalars that YAML and JSON can hold."""
+    return typing.cast("Tree", json.loads(json.dumps(asdict(config))))
 
 
 def default_of(own: Field[Any]) -> Any:
-    """The default of a config's field."""
+    """The default of a config's field; MISSING if it has none."""
     return own.default if own.default_factory is MISSING else own.default_factory()
+
+
+def unknown_key(where: str, key: str, known: list[str], kind: str | None = None) -> str:
+    """The sentence about a key that does not exist (in a block of some kind), with the nearest one that does."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}."
+    return f"{where} is not a setting{'' if kind is None else f' of {kind}'}: {hint}"
 
 
 def kind_class(registry: Registry[Any], kind: object, path: str) -> type[Any]:
@@ -103,19 +100,71 @@ def kind_class(registry: Registry[Any], kind: object, path: str) -> type[Any]:
     return registry.config_class(kind)
 
 
-def _value(hint: Any, value: Any, path: str) -> Any:
+def _group(tree: Any, path: str) -> Mapping[str, Any]:
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{path or 'The config'} is {tree!r}: it must be a group of settings.")
+    return tree
+
+
+def _joined(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _known_fields(cls: type) -> dict[str, Field[Any]]:
+    return {own.name: own for own in fields(cls)}
+
+
+def _field_value(own: Field[Any], hint: Any, value: Any, path: str, default: Any) -> Any:
+    """`value` as the field asks for it; where it names a registry, as the class of its tree's `kind`."""
+    registry = registry_of(own.metadata)
+    if registry is None or (value is None and type(None) in typing.get_args(hint)):
+        return _value(hint, value, path, default)
+    if not _holds_several(hint):
+        return _of_kind(registry, value, path, _kind(default))
+    if not isinstance(value, (list, tuple)) or not value:
+        raise UserError(f"{path} is {value!r}: it must be a list of kinds, like [{registry.kinds()[0]}], or null.")
+    return tuple(_of_kind(registry, item, f"{path}[{index}]", None) for index, item in enumerate(value))
+
+
+def _holds_several(hint: Any) -> bool:
+    """Whether a field holds a tuple, or null."""
+    return any(typing.get_origin(one) is tuple for one in (hint, *typing.get_args(hint)))
+
+
+def _of_kind(registry: Registry[Any], value: Any, path: str, kind: str | None) -> Any:
+    """The config that the name of a kind or a group of settings describes, of this kind if it names none."""
+    tree = _as_block(value)
+    if not isinstance(tree, Mapping):
+        raise UserError(
+            f"{path} is {value!r}: it must be a group of settings, or one of {', '.join(registry.kinds())}."
+        )
+    return build(kind_class(registry, tree.get("kind", kind), path), tree, path)
+
+
+def _as_block(value: Any) -> Any:
+    """The name of a kind as the block that it stands for; anything else as it is."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+def _kind(block: Any) -> str | None:
+    """The kind of a config or of its class, if it has one."""
+    kind = getattr(block, "kind", None)
+    return kind if isinstance(kind, str) else None
+
+
+def _value(hint: Any, value: Any, path: str, default: Any = None) -> Any:
     """`value` as the type `hint` asks for."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):  # only `X | None` occurs
         if value is None:
             return None
-        return _value(next(arg for arg in args if arg is not type(None)), value, path)
+        return _value(next(arg for arg in args if arg is not type(None)), value, path, default)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or not value:
             raise UserError(f"{path} is {value!r}: it must be a list with something in it, like [2, 1].")
         return tuple(_value(args[0], item, f"{path}[{index}]") for index, item in enumerate(value))
     if is_dataclass(hint):
-        return build(typing.cast("type[Any]", hint), value, path)
+        return build(typing.cast("type[Any]", hint), value, path, default if type(default) is hint else None)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
@@ -126,21 +175,236 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
-def places(cls: type, path: str = "") -> list[str]:
-    """Paths of the settings below `cls` that hold a path or an address, see `dxmi.persistence.files.PLACE`."""
-    hints, found = typing.get_type_hints(cls), []
-    for one in fields(cls):
-        where = f"{path}.{one.name}" if path else one.name
-        if one.metadata.get("is_place"):
-            found.append(where)
-        elif is_dataclass(hints[one.name]):
-            found += places(typing.cast("type", hints[one.name]), where)
+# ----------------------------------------------------------------------------
+# Whole trees, and other values in them
+
+
+def completed(cls: type, tree: Any, path: str = "", base: Any = None) -> Tree:
+    """`tree` with the default of every setting of `cls` that it leaves out; None stands for one that has no default.
+
+    What is unknown is kept: `build` refuses it.
+    """
+    hints = _type_hints(cls)
+    found = dict(_group(tree, path))
+    for own in fields(cls):
+        default = default_of(own) if base is None else getattr(base, own.name)
+        group = _group_class(own, hints[own.name], found.get(own.name, {}), default, _joined(path, own.name))
+        if group is not None:
+            own_base = default if type(default) is group and registry_of(own.metadata) is None else None
+            found[own.name] = completed(group, _as_block(found.get(own.name, {})), _joined(path, own.name), own_base)
+        elif own.name not in found:
+            found[own.name] = None if default is MISSING else _plain(default)
     return found
 
 
-def to_tree(config: Any) -> dict[str, Any]:
-    """The inverse of `build`: nested dicts, lists and scalars that YAML and JSON can hold."""
-    return typing.cast("dict[str, Any]", json.loads(json.dumps(asdict(config))))
+def _group_class(own: Field[Any], hint: Any, value: Any, default: Any, path: str) -> type[Any] | None:
+    """The config class of a field that holds a group of settings; None for a plain value, or for a group left out."""
+    registry = registry_of(own.metadata)
+    if registry is None:
+        return hint if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping) else None
+    value = _as_block(value)
+    if _holds_several(hint) or not isinstance(value, Mapping) or not (value or default is not None):
+        return None
+    return kind_class(registry, value.get("kind", _kind(default)), path)
+
+
+def _plain(value: Any) -> Any:
+    return to_tree(value) if is_dataclass(value) else json.loads(json.dumps(value, default=asdict))
+
+
+def with_settings(cls: type, tree: Mapping[str, Any], settings: Mapping[str, Any]) -> Tree:
+    """A whole tree with other values at some paths; it may still be refused by `build`.
+
+    Another kind is put in first and brings its whole block, see `with_kinds`. The other settings then apply to the new
+    block. A group of settings means those that are named in it.
+
+    Args:
+        cls: the config class.
+        tree: of `completed` or `to_tree`.
+        settings: by path, with dots.
+    """
+    found = with_kinds(cls, tree, settings)
+    for path, value in named_settings(cls, tree, settings).items():
+        if not (value == {} and isinstance(value_of(found, path), Mapping)):  # a group of which nothing is named
+            put(found, path, value)
+    return found
+
+
+def with_kinds(cls: type, tree: Mapping[str, Any], settings: Mapping[str, Any]) -> Tree:
+    """A whole tree with the blocks of the kinds that the settings name.
+
+    A block of another kind has that kind's defaults, but what all kinds share and had another value than its default
+    keeps it.
+    """
+    found: Tree = json.loads(json.dumps(tree))
+    named = named_settings(cls, tree, settings)
+    for path in sorted((path for path in named if path.endswith(".kind")), key=lambda path: path.count(".")):
+        block = path.removesuffix(".kind")
+        place, old = block_at(cls, found, block), value_of(found, block)
+        if place is not None and (not isinstance(old, Mapping) or old.get("kind") != named[path]):
+            put(found, block, _new_block(place, named[path], old, block))
+    return found
+
+
+def named_settings(cls: type, tree: Mapping[str, Any], settings: Mapping[str, Any]) -> Tree:
+    """Settings by their paths in a whole tree: no group of settings, and no kind that stands for its block."""
+    return {
+        f"{path}.kind" if isinstance(value, str) and block_at(cls, tree, path) is not None else path: value
+        for path, value in leaves_of(settings)
+    }
+
+
+def settings_between(cls: type, old: Mapping[str, Any], new: Mapping[str, Any]) -> Tree:
+    """The fewest settings, by path, by which `with_settings` makes one whole tree of another."""
+    kinds = {
+        path: kind
+        for path, kind in leaves_of(new)
+        if path.endswith(".kind") and block_at(cls, new, path.removesuffix(".kind")) and value_of(old, path) != kind
+    }
+    before = with_kinds(cls, old, kinds)
+    return kinds | {path: value for path, value in leaves_of(new) if value != value_of(before, path)}
+
+
+class Block(typing.NamedTuple):
+    """A place in a config whose class is chosen by its `kind`.
+
+    Attributes:
+        registry: of its kinds.
+        shared: the class that all kinds extend.
+    """
+
+    registry: Registry[Any]
+    shared: type[Any]
+
+
+def shared_fields(place: Block) -> set[str]:
+    """The settings that all kinds of a block have."""
+    return set(_known_fields(place.shared))
+
+
+def block_at(cls: type, tree: Mapping[str, Any], path: str) -> Block | None:
+    """The block at a path of a whole tree; None if there is none."""
+    name, _, rest = path.partition(".")
+    own = _known_fields(cls).get(name)
+    if own is None:
+        return None
+    hint, registry = _type_hints(cls)[name], registry_of(own.metadata)
+    shared = next((arg for arg in (hint, *typing.get_args(hint)) if is_dataclass(arg)), None)
+    if not rest:
+        return Block(registry, typing.cast("type[Any]", shared)) if registry is not None and shared else None
+    value = tree.get(name)
+    group = _group_class(own, hint, value, default_of(own), name) if isinstance(value, Mapping) else None
+    return None if group is None else block_at(group, value or {}, rest)
+
+
+def _new_block(place: Block, kind: object, old: Any, path: str) -> Tree:
+    """The defaults of a kind, with what all kinds share as it was in the old block, where it had another value than its
+    default.
+    """
+    new = kind_class(place.registry, kind, path)
+    kept: Tree = {}
+    if isinstance(old, Mapping):
+        before = completed(kind_class(place.registry, old.get("kind"), path), {}, path)
+        kept = {name: old[name] for name in _known_fields(place.shared) if old.get(name) != before.get(name)}
+    return completed(new, {**kept, "kind": kind}, path)
+
+
+def leaves_of(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, value) of each setting; groups may be nested or written with dots."""
+    for key, value in tree.items():
+        where = _joined(path, key)
+        if isinstance(value, Mapping) and value:
+            yield from leaves_of(value, where)
+        else:
+            yield where, value
+
+
+def value_of(tree: Mapping[str, Any], path: str) -> Any:
+    """The value or the group at a path with dots; None if there is nothing."""
+    value: Any = tree
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def put(tree: Tree, path: str, value: Any) -> None:
+    """Set the value or the group at a path with dots.
+
+    Raises:
+        UserError: a part of the path is a value.
+    """
+    *above, last = path.split(".")
+    group: Any = tree
+    for name in above:
+        group = group.setdefault(name, {}) if isinstance(group, dict) else None
+    if not isinstance(group, dict):
+        raise UserError(f"{path} is not a setting: {above[-1]} is a value.")
+    group[last] = value
+
+
+def places(cls: type, path: str = "") -> list[str]:
+    """Paths of the settings below `cls` that hold a path or an address, see `dxmi.persistence.files.PLACE`."""
+    hints, found = _type_hints(cls), []
+    for own in fields(cls):
+        where, registry = _joined(path, own.name), registry_of(own.metadata)
+        if own.metadata.get("is_place"):
+            found.append(where)
+        for group in [hints[own.name]] if registry is None else map(registry.config_class, registry.kinds()):
+            if is_dataclass(group):
+                found += places(typing.cast("type", group), where)
+    return list(dict.fromkeys(found))
+
+
+# ----------------------------------------------------------------------------
+# Identity
+
+
+def delta(config: Any, identity: str | None = None, base: Any = None) -> Tree:
+    """What of a config differs from the defaults, recursively: `build` makes the config of it again.
+
+    A block of another kind than the default's has its `kind`, and what differs from that kind's own defaults. A field
+    that is added with a default therefore changes no delta.
+
+    Args:
+        config: an object of a config class.
+        identity: leave out the fields whose metadata exclude them from this identity.
+        base: holds the defaults, where they are not those of the class.
+    """
+    found = {}
+    for own in fields(config):
+        if identity is not None and identity in own.metadata.get("not_in", ()):
+            continue
+        value, default = getattr(config, own.name), default_of(own) if base is None else getattr(base, own.name)
+        change = _change(own, value, default, identity)
+        if change is not MISSING:
+            found[own.name] = change
+    return found
+
+
+def _change(own: Field[Any], value: Any, default: Any, identity: str | None) -> Any:
+    """How a field differs from its default; MISSING if it does not."""
+    if not is_dataclass(value):
+        plain = _items(value, identity)
+        return plain if default is MISSING or plain != _items(default, identity) else MISSING
+    if registry_of(own.metadata) is None:
+        changes = delta(value, identity, default if type(default) is type(value) else None)
+        return changes if changes or default is None or default is MISSING else MISSING
+    is_other = getattr(value, "kind", None) != _kind(default)
+    changes = {**({"kind": value.kind} if is_other else {}), **delta(value, identity)}  # type: ignore[union-attr]
+    return changes or MISSING
+
+
+def _items(value: Any, identity: str | None) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_items(item, identity) for item in value]
+    if not is_dataclass(value):
+        return _plain(value)
+    return block_delta(value, identity)
+
+
+def block_delta(config: Any, identity: str | None = None) -> Tree:
+    """The kind of a config, if it has one, and what differs from that kind's defaults."""
+    return {**({"kind": config.kind} if hasattr(config, "kind") else {}), **delta(config, identity)}
 
 
 def signature(tree: Any) -> str:
@@ -152,7 +416,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
     """What changed between two trees, one `path: old -> new` a line."""
     lines = []
     for key in sorted({*old, *new}):
-        where = f"{path}.{key}" if path else key
+        where = _joined(path, key)
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             lines += differences(before, after, where)

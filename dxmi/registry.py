@@ -41,6 +41,14 @@ class Registry(Generic[Built]):
         found: type[Any] = imported(self._entries[kind][0])
         return found
 
+    def config(self, kind: str, **settings: Any) -> Any:
+        """A config of a kind, with its defaults where `settings` say nothing.
+
+        Raises:
+            KeyError: there is no such kind.
+        """
+        return self.config_class(kind)(**settings)
+
     def implementation(self, kind: str) -> Any:
         """The class or the function that `build` calls.
 

@@ -4,6 +4,8 @@ import gc
 import io
 import os
 
+from dxmi.diffusion.schedules.configs import VarScheduleConfig
+
 # Before torch and NumPy are imported:
 if "DXMI_TEST_GPU" not in os.environ:  # as `make test-gpu` sets it
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the recorded numbers are those of a CPU
@@ -23,7 +25,6 @@ from dxmi.algorithms.configs import DxMIConfig
 from dxmi.algorithms.dxmi import DxMI
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.build import shorten
-from dxmi.diffusion.schedules.configs import ScheduleConfig
 from dxmi.networks.registry import build_denoiser
 from support import NETWORK, make_parts
 
@@ -110,7 +111,7 @@ def make_policy() -> MakePolicy:
 
     def make(num_steps: int = 4, event: tuple[int, ...] = (3,), seed: int = 0, **schedule: object) -> Policy:
         network = build_denoiser(NETWORK, event, torch.Generator().manual_seed(seed))
-        return Policy(network, shorten(ScheduleConfig(num_steps=num_steps, **schedule)), event)  # type: ignore[arg-type]
+        return Policy(network, shorten(VarScheduleConfig(num_steps=num_steps, **schedule)), event)  # type: ignore[arg-type]
 
     return make
 
@@ -120,7 +121,7 @@ def make_dxmi(make_policy: MakePolicy) -> MakeDxMI:
     """`make(config, num_steps=4, event=(3,), total=100)`: the algorithm around small random MLPs."""
 
     def make(config: DxMIConfig, num_steps: int = 4, event: tuple[int, ...] = (3,), total: int = 100) -> DxMI:
-        policy, schedule = make_policy(num_steps, event), shorten(ScheduleConfig(num_steps=num_steps))
+        policy, schedule = make_policy(num_steps, event), shorten(VarScheduleConfig(num_steps=num_steps))
         return DxMI(config, make_parts(policy, schedule, total))
 
     return make

@@ -81,7 +81,7 @@ def test_every_shipped_ablation_has_a_hypothesis_and_arms_that_its_experiment_ac
     ablation, found, composed = read(f"ablation={name}")
     assert len(ablation.hypothesis.split()) > 10
     assert ablation.hypothesis == written["hypothesis"]
-    assert composed.experiment.data.name == ("gaussians8" if name == "paper_2d" else "digits")
+    assert composed.experiment.data.kind == ("gaussians8" if name == "paper_2d" else "digits")
     assert (composed.source, composed.name) == (name, None)
     assert parse_ablation(yaml.safe_load(yaml.safe_dump(to_tree(ablation)))) == ablation
     assert len(found) == (4 if name == "shortening" else 1 + len(written["variants"]))
@@ -98,7 +98,7 @@ def test_shipped_ablations_compare_what_they_say():
     assert sorted(values("entropy", TAU)) == [0.0, 0.01, 0.03, 0.1, 0.3, 1.0]
     assert sorted(values("steps", "schedule.num_steps")) == [2, 4, 5, 8, 10, 20]
     assert sorted(values("pretraining", "pretrain.iterations")) == [0, 3000, 6000]
-    methods, shapes = values("shortening", "schedule.method"), values("shortening", "schedule.shape")
+    methods, shapes = values("shortening", "schedule.kind"), values("shortening", "schedule.shape")
     assert list(zip(methods, shapes, strict=True)) == [
         *(("var", "quadratic"), ("var", "linear"), ("step", "quadratic"), ("step", "linear"))
     ]
@@ -114,7 +114,7 @@ def test_the_2d_study_has_the_arms_of_the_papers_table():
     assert set(rows) == ddpm | dxmi
     assert len(rows) == len(ddpm | dxmi)
     assert cost == tau
-    methods = values("paper_2d", "schedule.method")
+    methods = values("paper_2d", "schedule.kind")
     assert [method == "var" for method in methods] == [not iterations for iterations in pretrained]
 
 
@@ -200,7 +200,7 @@ def test_numbers_are_names_too(file):
 def test_the_option_of_a_config_group_stands_for_its_settings(file):
     text = "variants: {step: {schedule: step_linear}, wide: {network: mlp}, objective: {algorithm: objective}}\n"
     _, (_, step, wide, objective), composed = read(file(HYPOTHESIS + text), "schedule.num_steps=7")
-    assert step.changes == {"schedule.method": "step", "schedule.shape": "linear"}
+    assert step.changes == {"schedule.kind": "step", "schedule.shape": "linear"}
     assert step.config(composed.experiment).schedule.num_steps == 7
     expected = compose_experiment(["network=mlp", "schedule.num_steps=7"]).experiment
     assert wide.config(composed.experiment) == expected
@@ -214,7 +214,7 @@ def test_the_option_of_a_config_group_stands_for_its_settings(file):
 def test_a_file_may_change_the_experiment_that_is_its_baseline(file):
     text = FILE + "baseline: [algorithm.entropy_coef=0.7, schedule=step_linear, experiment=mnist8]\n"
     experiment = read(file(text))[2].experiment
-    assert (experiment.algorithm.entropy_coef, experiment.schedule.method, experiment.data.name) == (
+    assert (experiment.algorithm.entropy_coef, experiment.schedule.kind, experiment.data.kind) == (
         0.7,
         "step",
         "mnist8",
@@ -224,7 +224,7 @@ def test_a_file_may_change_the_experiment_that_is_its_baseline(file):
 def test_the_command_line_wins_over_a_files_baseline(file):
     text = FILE + "baseline: [algorithm.entropy_coef=0.7, experiment=mnist8]\n"
     experiment = read(file(text), "algorithm.entropy_coef=0.3", "experiment=digits")[2].experiment
-    assert (experiment.algorithm.entropy_coef, experiment.data.name) == (0.3, "digits")
+    assert (experiment.algorithm.entropy_coef, experiment.data.kind) == (0.3, "digits")
     changed = read(file(text), "ablation.baseline=['algorithm.entropy_coef=0.9']")[2].experiment
     assert changed.algorithm.entropy_coef == 0.9
 
@@ -402,7 +402,7 @@ def test_an_ablation_that_is_none_is_refused(overrides, words):
         ),
         (
             HYPOTHESIS + "variants: {a: {data: mnist}}\n",
-            "ablation.variants.a.data.name",
+            "ablation.variants.a.data.kind",
         ),
         (HYPOTHESIS + "variants: {a: {experiment: mnist8}}\n", "ablation.variants.a.experiment"),
         (HYPOTHESIS + "variants: {a: {algorithm.preset: '${x}'}}\n", "write the value out"),

@@ -19,7 +19,7 @@ from dxmi.algorithms.states import StoredStates, draw_states
 from dxmi.critics.energy import Energy
 from dxmi.critics.value import SeparateValue, SharedValue
 from dxmi.data.batch import Batch, Streams
-from dxmi.diffusion.schedules.configs import ScheduleConfig
+from dxmi.diffusion.schedules.configs import VarScheduleConfig
 from dxmi.diffusion.trajectory import Gaussian, Trajectory
 from dxmi.errors import UserError
 from dxmi.networks.base import Critic, TimedCritic
@@ -745,7 +745,7 @@ def test_fine_tuning_without_noise_is_refused_by_name(name):
 
     def build() -> None:
         networks = NetworksConfig(denoiser=small, energy=small)
-        experiment = Experiment(ExperimentConfig(network=networks, schedule=ScheduleConfig(**{name: 0.0})))
+        experiment = Experiment(ExperimentConfig(network=networks, schedule=VarScheduleConfig(**{name: 0.0})))
         experiment.build_finetuning(experiment.build_denoiser())
 
     with pytest.raises((ValueError, UserError), match=name):

@@ -76,9 +76,9 @@ def test_a_variant_is_an_arm_after_the_baseline(design):
 
 
 def test_settings_may_be_nested_and_a_group_keeps_what_is_not_named():
-    nested = {"algorithm": {"policy": {"sigma_lr": 0}, "policy_mask": [1, 0.5, 0]}, "schedule": {"method": "step"}}
+    nested = {"algorithm": {"policy": {"sigma_lr": 0}, "policy_mask": [1, 0.5, 0]}, "schedule": {"kind": "step"}}
     (_, arm) = arms_of(variants={"x": nested})
-    expected = {"algorithm.policy.sigma_lr": 0.0, "algorithm.policy_mask": [1.0, 0.5, 0.0], "schedule.method": "step"}
+    expected = {"algorithm.policy.sigma_lr": 0.0, "algorithm.policy_mask": [1.0, 0.5, 0.0], "schedule.kind": "step"}
     assert arm.changes == expected
     assert arm.config(EXPERIMENT).schedule.num_steps == EXPERIMENT.schedule.num_steps == 3
 
@@ -91,9 +91,9 @@ def test_what_the_baseline_has_already_is_no_change_of_a_bundle():
 def test_a_network_of_another_kind_is_changed_as_a_whole():
     given = {"network": {"denoiser": {"kind": "unet", "channels": 32, "multipliers": [1, 2]}}, TAU: 0}
     (_, arm) = arms_of(variants={"x": given})
-    whole = to_tree(UnetConfig(channels=32, multipliers=(1, 2)))
-    assert arm.changes == {TAU: 0.0, "network.denoiser": whole}
-    assert to_tree(arm.config(EXPERIMENT))["network"]["denoiser"] == whole
+    of_unet = {"network.denoiser.kind": "unet", "network.denoiser.channels": 32, "network.denoiser.multipliers": [1, 2]}
+    assert arm.changes == {TAU: 0.0, **of_unet}
+    assert arm.config(EXPERIMENT).network.denoiser == UnetConfig(channels=32, multipliers=(1, 2))
 
 
 def test_leaving_one_out_switches_each_component_off_alone_and_all_together_if_asked():
@@ -241,7 +241,7 @@ def test_too_many_arms_are_refused_before_any_is_built():
         ({"name": "y"}, "ablation.variants.x.name … vary … result"),
         ({"seed": 1}, "ablation.variants.x.seed … vary … seeds"),
         ({"data.label": 3}, "ablation.variants.x.data.label … vary … data"),
-        ({"data": {"name": "mnist"}}, "ablation.variants.x.data.name … vary … data"),
+        ({"data": {"kind": "mnist"}}, "ablation.variants.x.data.kind … vary … data"),
     ],
 )
 @pytest.mark.parametrize("table", ["variants", "components"])

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dxmi.data.cifar import read_binary_batch, read_python_batch
-from dxmi.data.configs import DataConfig
 from dxmi.data.images import data_root
 from dxmi.data.loading import load
+from dxmi.data.registry import DATA_SETS
 from dxmi.errors import UserError
 from support import stating
 
@@ -75,7 +75,7 @@ def write_python(root: Path, protocol: int | None) -> None:
 
 def test_binary_batches_keep_order_planes_and_labels(root):
     write_binary(root)
-    images = load(DataConfig(name="cifar10", accept_unknown_files=True))
+    images = load(DATA_SETS.config("cifar10", accept_unknown_files=True))
     assert images.pixels.shape == (5 * ROWS, 3, 32, 32)
     assert images.num_classes == 10
     pixels, labels = fake_batch(1)
@@ -88,9 +88,9 @@ def test_binary_batches_keep_order_planes_and_labels(root):
 @pytest.mark.parametrize("protocol", [None, 0, 1, 2, 3, 4])
 def test_python_batches_hold_the_same_images(root, protocol):
     write_python(root, protocol)
-    from_python = load(DataConfig(name="cifar10", accept_unknown_files=True))
+    from_python = load(DATA_SETS.config("cifar10", accept_unknown_files=True))
     write_binary(root)
-    from_binary = load(DataConfig(name="cifar10", accept_unknown_files=True))  # which is preferred
+    from_binary = load(DATA_SETS.config("cifar10", accept_unknown_files=True))  # which is preferred
     assert torch.equal(from_python.pixels, from_binary.pixels)
     assert torch.equal(from_python.labels, from_binary.labels)
     assert from_python.signature == from_binary.signature
@@ -167,15 +167,15 @@ def test_a_damaged_binary_batch_is_named(tmp_path, raw, sentence):
 
 def test_missing_files_are_named_with_where_to_get_them(root):
     with pytest.raises(UserError, match=r"cifar-10-batches-bin.*cifar-10-binary\.tar\.gz"):
-        load(DataConfig(name="cifar10", accept_unknown_files=True))
+        load(DATA_SETS.config("cifar10", accept_unknown_files=True))
     (root / "cifar-10-batches-bin").mkdir()
     with pytest.raises(UserError, match=stating("data_batch_1.bin … read")):
-        load(DataConfig(name="cifar10", accept_unknown_files=True))
+        load(DATA_SETS.config("cifar10", accept_unknown_files=True))
 
 
 def test_one_class_keeps_that_class_alone(root):
     write_binary(root)
-    images = load(DataConfig(name="cifar10", accept_unknown_files=True, label=fake_batch(0)[1][0]))
+    images = load(DATA_SETS.config("cifar10", accept_unknown_files=True, label=fake_batch(0)[1][0]))
     assert images.labels.unique().tolist() == [fake_batch(0)[1][0]]
 
 
@@ -183,7 +183,7 @@ def test_the_real_images_are_the_official_ones():
     folder = data_root() / "cifar-10-batches-bin"
     if not folder.is_dir():
         pytest.skip("CIFAR-10 is not on this machine")
-    images = load(DataConfig(name="cifar10"))
+    images = load(DATA_SETS.config("cifar10"))
     assert images.labels.bincount().tolist() == [5000] * 10
     rows = torch.cat([images.labels.to(torch.uint8)[:, None], images.pixels.flatten(1)], dim=1)
     md5 = hashlib.md5(rows[:10_000].numpy().tobytes()).hexdigest()

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from dxmi.data.configs import DataConfig
 from dxmi.data.description import some_of
 from dxmi.data.loading import load
+from dxmi.data.registry import DATA_SETS
 from support import TINY as SMALL
 from support import changed, missing
 from tune.cli.main import main
@@ -103,7 +103,7 @@ def test_config_prints_yaml_that_holds_every_setting(capsys):
 def test_data_prints_what_it_found(capsys):
     assert main(["data", "experiment=digits"]) == 0
     printed = capsys.readouterr().out
-    digits = load(DataConfig(name="digits"))
+    digits = load(DATA_SETS.config("digits"))
     pixels = digits.pixels.double()
     for words in (
         "digits … 1,797 … 8 x 8 … 1",
@@ -124,7 +124,7 @@ def test_data_says_what_becomes_of_the_labels(capsys):
     assert main(["data", "experiment=gaussians8", "data.num_points=500"]) == 0
     printed = capsys.readouterr().out
     assert "labels" not in printed
-    points = load(DataConfig(name="gaussians8", num_points=500)).points
+    points = load(DATA_SETS.config("gaussians8", num_points=500)).points
     for name, column in zip("xy", points.unbind(1), strict=True):
         facts = f"{name} … {column.min():.2f} … {column.max():.2f} … {column.mean():.3f}"
         assert any(missing(facts, line) == [] for line in printed.splitlines())
@@ -175,12 +175,12 @@ def test_the_pictures_labels_are_the_names_of_the_classes(tmp_path, monkeypatch,
 
 
 def test_a_picture_shows_labels_with_the_frequencies_of_the_data():
-    digits = load(DataConfig(name="digits"))
+    digits = load(DATA_SETS.config("digits"))
     pixels, labels = some_of(digits, 64)
     assert (len(pixels), labels.tolist()) == (64, sorted(labels.tolist()))
     whole = {image.numpy().tobytes(): int(label) for image, label in zip(digits.pixels, digits.labels, strict=True)}
     assert [whole[image.numpy().tobytes()] for image in pixels] == labels.tolist()
-    assert len(some_of(load(DataConfig(name="moons", num_points=20)), 64)[0]) == 20
+    assert len(some_of(load(DATA_SETS.config("moons", num_points=20)), 64)[0]) == 20
 
 
 def test_sample_draws_a_grid(run, tmp_path):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dxmi.algorithms.configs import DxMIConfig
 from dxmi.data.batch import UNCONDITIONAL, Condition, Streams
-from dxmi.data.configs import DataConfig
 from dxmi.data.images import LOADERS, Images
 from dxmi.data.loading import load
+from dxmi.data.registry import DATA_SETS
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.build import shorten
 from dxmi.diffusion.trajectory import Gaussian
@@ -184,7 +184,7 @@ class Perfect(Policy):
 
 def test_perfect_samples_of_nine_to_one_data_score_next_to_nothing(tmp_path):
     """The features' Frechet distance is 0 for the data's own frequencies, and large for even ones."""
-    digits = load(DataConfig(name="digits"))
+    digits = load(DATA_SETS.config("digits"))
     rows = torch.cat([(digits.labels == 0).nonzero()[:162, 0], (digits.labels == 1).nonzero()[:18, 0]])
     images = Images("digits", digits.pixels[rows], digits.labels[rows], "nine-to-one", 2)
     made = experiment(*CLASSES)

@@ -1,6 +1,5 @@
 """Every YAML composes, builds and takes a step; whatever is wrong with a config is a sentence."""
 
-import dataclasses
 import json
 import shlex
 import shutil
@@ -12,10 +11,9 @@ import torch
 import yaml
 
 from dxmi.compat import declare_torchvision_operators
-from dxmi.config import build, differences, places, to_tree
+from dxmi.config import build, delta, differences, leaves_of, places, to_tree
 from dxmi.data.images import Images
 from dxmi.errors import UserError
-from dxmi.networks.registry import CRITICS, DENOISERS, TIMED_CRITICS
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from support import NARROW, NETWORK_OF, missing, stating, step
@@ -40,10 +38,10 @@ def with_fake_images(config: ExperimentConfig) -> Experiment:
     experiment = Experiment(config)
     if config.data.is_planar:
         return experiment
-    event = EVENTS.get(config.data.name, (1, 8, 8))
+    event = EVENTS.get(config.data.kind, (1, 8, 8))
     pixels = torch.randint(0, 256, (64, *event), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     experiment.__dict__["data"] = Images(
-        config.data.name, pixels, torch.zeros(64, dtype=torch.int64), "random", num_classes=10
+        config.data.kind, pixels, torch.zeros(64, dtype=torch.int64), "random", num_classes=10
     )
     return experiment
 
@@ -63,12 +61,22 @@ def test_every_yaml_composes_builds_and_steps(group, name):
     assert all(torch.isfinite(value) for value in metrics.values())
 
 
-@pytest.mark.parametrize("name", groups()["network"])
-def test_a_network_file_lists_every_field_of_its_kind(name):
-    tree = yaml.safe_load((config_folder() / "network" / f"{name}.yaml").read_text())
-    assert set(tree) == {"denoiser", "energy", "value"}
-    for network, registry in zip(tree.values(), (DENOISERS, CRITICS, TIMED_CRITICS), strict=True):
-        assert set(network) == {field.name for field in dataclasses.fields(registry.config_class(network["kind"]))}
+OPTIONS = [(group, name) for group, names in groups().items() if group not in ("experiment", "debug") for name in names]
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_a_file_of_a_group_holds_only_what_differs_from_the_defaults(group, name):
+    """And the kinds that it chooses."""
+    tree = yaml.safe_load((config_folder() / group / f"{name}.yaml").read_text())
+    config = build(ExperimentConfig, {group: tree})
+    differs = with_kinds_named(delta(config).get(group, {}), tree)
+    assert {path for path, _ in leaves_of(tree)} == {path for path, _ in leaves_of(differs)}
+
+
+def with_kinds_named(changes: dict, tree: dict) -> dict:
+    """The changes, and every `kind` that the tree names."""
+    inner = {key: with_kinds_named(changes.get(key, {}), own) for key, own in tree.items() if isinstance(own, dict)}
+    return {**changes, **inner, **({"kind": tree["kind"]} if "kind" in tree else {})}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -113,7 +121,7 @@ def test_published_reproduction_is_as_design_lists_it():
     assert config.algorithm.policy.sigma_lr == 0.0
     assert config.algorithm.policy.max_grad_norm is None
     assert config.algorithm.target_ema is None
-    assert (config.schedule.num_steps, config.schedule.method, config.schedule.shape) == (5, "var", "quadratic")
+    assert (config.schedule.num_steps, config.schedule.kind, config.schedule.shape) == (5, "var", "quadratic")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +155,9 @@ def test_published_reproduction_is_as_design_lists_it():
         ("schedule.kappa=0", "schedule.kappa is 0 … noise"),
         ("schedule.final_sigma=0", "schedule.final_sigma is 0 … noise"),
         ("data.label=10", "data.label is 10 … 0..9"),
-        ("data.num_points=0", "data.num_points is 0"),
+        ("data.num_points=0", "data.num_points … digits"),
+        ("schedule.rho=4", "schedule.rho … var"),
+        ("schedule.kind=kras", "schedule.kind is 'kras' … karras"),
         ("train.batch_size=0", "train.batch_size is 0 … 1"),
         ("evaluate.num_samples=1", "evaluate.num_samples is 1 … 4"),
         ("seed=-1", "seed is -1"),
@@ -198,9 +208,9 @@ def test_a_reference_variance_that_would_do_nothing_is_refused():
 
 def test_a_config_file_that_is_no_yaml_is_a_sentence(tmp_path, monkeypatch):
     copytree(config_folder(), tmp_path / "configs")
-    (tmp_path / "configs" / "data" / "digits.yaml").write_text("name: digits\nname: mnist\n")
+    (tmp_path / "configs" / "data" / "digits.yaml").write_text("kind: digits\nkind: mnist\n")
     monkeypatch.setattr(files, "config_folder", lambda: tmp_path / "configs")
-    with pytest.raises(UserError, match=stating("digits.yaml … duplicate … name")):
+    with pytest.raises(UserError, match=stating("digits.yaml … duplicate … kind")):
         compose_experiment([])
 
 
@@ -215,12 +225,14 @@ def test_an_editors_lock_among_the_configs_does_no_harm(tmp_path, monkeypatch):
     shutil.copytree(config_folder(), tmp_path / "configs")
     (tmp_path / "configs" / "data" / ".#digits.yaml").symlink_to("somebody@host.1234")
     monkeypatch.setattr(files, "config_folder", lambda: tmp_path / "configs")
-    assert compose_experiment([]).experiment.data.name == "digits"
+    assert compose_experiment([]).experiment.data.kind == "digits"
 
 
 def test_points_are_not_mirrored():
-    with pytest.raises(UserError, match=stating("data.flip is true … moons")):
+    with pytest.raises(UserError, match=stating("data.flip … moons")):
         compose_experiment(["data=moons", "data.flip=true"])
+    with pytest.raises(UserError, match=stating("data.num_points is 0")):
+        compose_experiment(["data=moons", "data.num_points=0"])
 
 
 def test_config_folder_is_the_one_of_this_checkout():

@@ -8,11 +8,11 @@ import sklearn.datasets
 import torch
 from PIL import Image
 
-from dxmi.data.configs import DataConfig
 from dxmi.data.dataset import BatchStream
 from dxmi.data.idx import read_idx
 from dxmi.data.images import data_root
 from dxmi.data.loading import load
+from dxmi.data.registry import DATA_SETS
 from dxmi.errors import UserError
 from dxmi.seeds import generator
 from dxmi.tensors import from_uint8
@@ -36,13 +36,13 @@ def mnist_folder(tmp_path, monkeypatch):
 
 
 def test_digits_are_those_that_scikit_learn_loads():
-    images, theirs = load(DataConfig(name="digits")), sklearn.datasets.load_digits()
+    images, theirs = load(DATA_SETS.config("digits")), sklearn.datasets.load_digits()
     assert torch.equal(images.labels, torch.from_numpy(theirs.target).long())
     assert torch.equal(images.pixels[:, 0].double(), (torch.from_numpy(theirs.images) * 255.0 / 16.0).round())
 
 
 def test_digits_are_the_1797_real_ones():
-    images = load(DataConfig(name="digits"))
+    images = load(DATA_SETS.config("digits"))
     assert images.pixels.shape == (1797, 1, 8, 8)
     assert images.pixels.dtype == torch.uint8
     assert (int(images.pixels.min()), int(images.pixels.max())) == (0, 255)
@@ -51,24 +51,24 @@ def test_digits_are_the_1797_real_ones():
 
 
 def test_a_label_keeps_that_class_only_and_changes_the_signature():
-    everything, threes = load(DataConfig(name="digits")), load(DataConfig(name="digits", label=3))
+    everything, threes = load(DATA_SETS.config("digits")), load(DATA_SETS.config("digits", label=3))
     assert len(threes) == 183
     assert threes.labels.unique().tolist() == [3]
     assert threes.signature != everything.signature
 
 
 def test_idx_files_are_read_plain_or_gzipped(mnist_folder):
-    plain = load(DataConfig(name="mnist", accept_unknown_files=True))
+    plain = load(DATA_SETS.config("mnist", accept_unknown_files=True))
     assert plain.event == (1, 28, 28)
     path = mnist_folder / "train-images-idx3-ubyte"
     path.with_suffix(".gz").write_bytes(gzip.compress(path.read_bytes()))
     path.unlink()
-    assert torch.equal(load(DataConfig(name="mnist", accept_unknown_files=True)).pixels, plain.pixels)
+    assert torch.equal(load(DATA_SETS.config("mnist", accept_unknown_files=True)).pixels, plain.pixels)
 
 
 def test_mnist8_is_antialiased_bilinear(mnist_folder):
     """Pillow's bilinear filter, a second implementation, agrees to one grey level."""
-    small = load(DataConfig(name="mnist8", accept_unknown_files=True)).pixels[:, 0].numpy().astype(int)
+    small = load(DATA_SETS.config("mnist8", accept_unknown_files=True)).pixels[:, 0].numpy().astype(int)
     large = read_idx(mnist_folder / "train-images-idx3-ubyte")
     pillow = [np.asarray(Image.fromarray(i).resize((8, 8), Image.Resampling.BILINEAR), dtype=int) for i in large]
     assert np.abs(small - np.stack(pillow)).max() <= 1
@@ -77,7 +77,7 @@ def test_mnist8_is_antialiased_bilinear(mnist_folder):
 def test_a_missing_file_is_named_with_where_it_was_looked_for_and_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("DXMI_DATA", str(tmp_path))
     with pytest.raises(UserError) as missing:
-        load(DataConfig(name="fashion_mnist"))
+        load(DATA_SETS.config("fashion_mnist"))
     sentence = str(missing.value)
     assert "train-images-idx3-ubyte" in sentence
     assert str(tmp_path / "FashionMNIST" / "raw") in sentence
@@ -100,7 +100,7 @@ def test_a_damaged_file_is_named(mnist_folder, damage, sentence):
     path = mnist_folder / "train-images-idx3-ubyte"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=sentence) as refused:
-        load(DataConfig(name="mnist", accept_unknown_files=True))
+        load(DATA_SETS.config("mnist", accept_unknown_files=True))
     assert str(path) in str(refused.value)
 
 
@@ -111,7 +111,7 @@ def test_files_that_hold_no_labelled_images_are_named(mnist_folder, shape):
     if shape[0] == 0:
         (mnist_folder / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(0, np.uint8)))
     with pytest.raises(UserError, match=stating(f"{mnist_folder} … not match")):
-        load(DataConfig(name="mnist", accept_unknown_files=True))
+        load(DATA_SETS.config("mnist", accept_unknown_files=True))
 
 
 def test_default_folder_is_in_the_home_cache(monkeypatch):
@@ -126,12 +126,12 @@ def stream(batch_size: int, count: int = 10) -> BatchStream:
 
 def test_an_epoch_shows_every_image_once():
     batches = stream(5)
-    first_epoch = torch.cat([batches.next(), batches.next()]).flatten()
+    first_epoch = torch.cat([batches.next().x[0], batches.next().x[0]]).flatten()
     assert torch.equal(first_epoch.sort().values, from_uint8(torch.arange(10, dtype=torch.uint8)))
 
 
 def test_a_batch_may_be_larger_than_the_data():
-    assert stream(25).next().shape == (25, 1, 1, 1)
+    assert stream(25).next().x[0].shape == (25, 1, 1, 1)
 
 
 def test_a_stream_goes_on_from_its_state():
@@ -142,4 +142,4 @@ def test_a_stream_goes_on_from_its_state():
     resumed = stream(4)
     resumed.load_state(state)
     for _ in range(7):
-        assert torch.equal(resumed.next(), whole.next())
+        assert torch.equal(resumed.next().x, whole.next().x)

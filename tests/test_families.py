@@ -11,14 +11,15 @@ from dxmi.algorithms.configs import DDPMConfig
 from dxmi.algorithms.ddpm import DDPM
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.build import noising, shorten
-from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, ScheduleConfig
+from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS
 from dxmi.diffusion.schedules.ddgan import gan_levels
 from dxmi.diffusion.schedules.edm import karras_levels
+from dxmi.diffusion.schedules.registry import SCHEDULES
 from dxmi.networks.base import Denoiser
 from support import update
 
-KARRAS = ScheduleConfig(num_steps=10, method="karras")
-GAN = ScheduleConfig(num_steps=4, method="ddgan")
+KARRAS = SCHEDULES.config("karras", num_steps=10)
+GAN = SCHEDULES.config("ddgan", num_steps=4)
 
 
 def skip_out_in(sigma: float) -> tuple[float, float, float]:
@@ -74,7 +75,7 @@ def test_the_levels_are_edms():
 
 @pytest.mark.parametrize(("rho", "noisy_end"), [(7.0, False), (4.0, True)])
 def test_the_grid_ends_at_zero_or_at_the_lowest_level(rho, noisy_end):
-    schedule = shorten(ScheduleConfig(num_steps=4, method="karras", rho=rho, noisy_end=noisy_end))
+    schedule = shorten(SCHEDULES.config("karras", num_steps=4, rho=rho, noisy_end=noisy_end))
     assert len(schedule.level) == 5
     assert schedule.level[0] == schedule.start_sigma == pytest.approx(80.0, rel=1e-12)
     assert schedule.level[-1] == (pytest.approx(0.002, rel=1e-9) if noisy_end else 0.0)
@@ -85,7 +86,7 @@ def test_the_grid_ends_at_zero_or_at_the_lowest_level(rho, noisy_end):
 @pytest.mark.parametrize("noisy_end", [False, True])
 def test_a_step_goes_along_its_direction_down_to_sigma_down(kappa, noisy_end):
     """x + (x - D(x)) / s (sigma_down - s) with sigma_up^2 = kappa^2 s'^2 (s^2 - s'^2) / s^2, for any F."""
-    schedule = shorten(ScheduleConfig(num_steps=6, method="karras", kappa=kappa, noisy_end=noisy_end))
+    schedule = shorten(SCHEDULES.config("karras", num_steps=6, kappa=kappa, noisy_end=noisy_end))
     rng = np.random.default_rng(0)
     for t in range(6):
         s, s_next = schedule.level[t : t + 2]
@@ -165,7 +166,7 @@ def test_the_ancestral_sampler_with_the_exact_network_reproduces_gaussian_data()
 
         return (lambda t: at(t, 1.0) - at(t, 0.0)), (lambda t: at(t, 0.0))
 
-    some, twice = (shorten(ScheduleConfig(num_steps=n, method="karras", final_sigma=0.0)) for n in (400, 800))
+    some, twice = (shorten(SCHEDULES.config("karras", num_steps=n, final_sigma=0.0)) for n in (400, 800))
     (mean, variance), (mean_twice, variance_twice) = (moments(s, *line(s)) for s in (some, twice))
     assert 2.0 * mean_twice - mean == pytest.approx(mu, rel=1e-4)
     assert 2.0 * variance_twice - variance == pytest.approx(v, rel=1e-3)
@@ -242,7 +243,7 @@ def test_pretraining_a_gan_regresses_the_image_at_its_own_steps():
 
 
 def test_models_of_a_family_are_pretrained_alike():
-    families = [ScheduleConfig(method=method).family for method in ("var", "step", "karras", "ddgan")]
+    families = [SCHEDULES.config(method).family for method in ("var", "step", "karras", "ddgan")]
     assert families == ["ddpm", "ddpm", "edm", "ddgan-5"]
-    assert noising(ScheduleConfig(method="var")).regresses_noise
+    assert noising(SCHEDULES.config("var")).regresses_noise
     assert not noising(KARRAS).regresses_noise

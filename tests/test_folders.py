@@ -13,15 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from dxmi.data.configs import DataConfig
+from dxmi.config import build
 from dxmi.data.dataset import BatchStream, content_signature, labelled_signature
 from dxmi.data.folders import central_square, list_images, open_folder, read_square
 from dxmi.data.images import LOADERS
 from dxmi.data.loading import load
+from dxmi.data.registry import DATA_SETS
 from dxmi.distributed import ALONE
 from dxmi.errors import UserError
 from dxmi.seeds import generator
 from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig
 from dxmi.training.reporter import RunReporter
 from dxmi.training.run import Run
 from support import missing, stating
@@ -223,36 +225,39 @@ def test_a_cache_that_cannot_be_written_is_named(imagenet, tmp_path):
 
 def test_a_config_names_a_folder_relative_to_the_data_root(imagenet, tmp_path, monkeypatch):
     monkeypatch.setenv("DXMI_DATA", str(tmp_path))
-    config = DataConfig(name="image_folder", folder="imagenet", size=8, class_folders=True)
+    config = DATA_SETS.config("image_folder", folder="imagenet", size=8, class_folders=True)
     images = load(config)
     assert images.event == (3, 8, 8)
     assert images.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    one = load(DataConfig(name="image_folder", folder="imagenet", size=8, class_folders=True, label=1))
+    one = load(DATA_SETS.config("image_folder", folder="imagenet", size=8, class_folders=True, label=1))
     assert torch.equal(one.pixels, images.pixels[3:])
-    plain = load(DataConfig(name="image_folder", folder=str(imagenet), size=8))
+    plain = load(DATA_SETS.config("image_folder", folder=str(imagenet), size=8))
     assert (plain.num_classes, len(plain)) == (0, 6)
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"name": "image_folder"}, "folder is None … image_folder"),
-        ({"name": "image_folder", "folder": "x"}, "size is None … image_folder"),
-        ({"name": "image_folder", "folder": "x", "size": 0}, "size is 0"),
-        ({"name": "image_folder", "folder": "x", "size": 8, "label": 1}, "label is 1 … no classes"),
-        ({"name": "digits", "size": 8}, "size is 8 … image_folder"),
-        ({"name": "digits", "class_folders": True}, "class_folders is true … image_folder"),
-        ({"name": "cifar10", "label": 10}, "label is 10 … 0..9"),
+        ({"kind": "image_folder"}, "data.folder is missing"),
+        ({"kind": "image_folder", "folder": "x"}, "data.size is missing"),
+        ({"kind": "image_folder", "folder": "x", "size": None}, "data.size is missing"),
+        ({"kind": "image_folder", "folder": "x", "size": 0}, "data.size is 0"),
+        ({"kind": "image_folder", "folder": "x", "size": 8, "label": 1}, "data.label is 1 … no classes"),
+        ({"kind": "image_folder", "folder": "x", "size": 8, "class_folders": True, "label": -1}, "data.label is -1"),
+        ({"kind": "digits", "size": 8}, "data.size … digits"),
+        ({"kind": "digits", "class_folders": True}, "data.class_folders … digits"),
+        ({"kind": "cifar10", "label": 10}, "data.label is 10 … 0..9"),
+        ({"kind": "cifar"}, "data.kind is 'cifar' … cifar10"),
     ],
 )
 def test_settings_that_do_not_belong_together_are_refused(settings, sentence):
-    with pytest.raises(ValueError, match=stating(sentence)):
-        DataConfig(**settings)
+    with pytest.raises(UserError, match=stating(sentence)):
+        build(ExperimentConfig, {"data": settings})
 
 
 def test_a_class_that_is_not_there_is_named(imagenet):
     with pytest.raises(UserError, match=stating("data.label is 7")):
-        load(DataConfig(name="image_folder", folder=str(imagenet), size=8, class_folders=True, label=7))
+        load(DATA_SETS.config("image_folder", folder=str(imagenet), size=8, class_folders=True, label=7))
 
 
 def test_a_stream_reads_the_map(imagenet, tmp_path):
@@ -276,8 +281,8 @@ def pets(tmp_path) -> Path:
 
 
 def signature_of(folder: Path, **changes: object) -> str:
-    settings = {"name": "image_folder", "folder": str(folder), "size": 8, "class_folders": True, **changes}
-    return load(DataConfig(**settings)).signature
+    settings = {"kind": "image_folder", "folder": str(folder), "size": 8, "class_folders": True, **changes}
+    return load(DATA_SETS.config(**settings)).signature
 
 
 def test_the_same_files_in_other_classes_are_other_data(pets):
@@ -286,7 +291,7 @@ def test_the_same_files_in_other_classes_are_other_data(pets):
     for number in (4, 5):  # in the order of the paths the pixels stay as they are
         (pets / "cats" / f"{number:02d}.png").rename(pets / "dogs" / f"{number:02d}.png")
     found.append(signature_of(pets))
-    pixels = load(DataConfig(name="image_folder", folder=str(pets), size=8, class_folders=True)).pixels
+    pixels = load(DATA_SETS.config("image_folder", folder=str(pets), size=8, class_folders=True)).pixels
     assert pixels.shape[0] == 12
     (pets / "dogs").rename(pets / "elks")
     found.append(signature_of(pets))
@@ -328,7 +333,7 @@ def test_labels_of_shipped_and_downloaded_data_are_in_their_identity_too(name, m
     found = []
     for given in (labels, labels.flip(0), labels.roll(1)):
         monkeypatch.setitem(LOADERS, name, lambda *, given=given, **_: (pixels, given))
-        found.append(load(DataConfig(name=name)).signature)
+        found.append(load(DATA_SETS.config(name)).signature)
     assert len(set(found)) == 3
 
 
@@ -388,7 +393,7 @@ def test_empty_classes_are_named_with_their_numbers(pets):
     listing = list_images(pets, class_folders=True)
     assert listing.classes == ("birds", "cats", "dogs", "elks")
     require_notes(listing.notes, "classes without images … 2 … birds (0) … elks (3)")
-    images = load(DataConfig(name="image_folder", folder=str(pets), size=8, class_folders=True))
+    images = load(DATA_SETS.config("image_folder", folder=str(pets), size=8, class_folders=True))
     assert images.class_counts.tolist() == [0, 6, 6, 0]
 
 

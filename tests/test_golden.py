@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         }
     },
     "step schedule, radam": {
-        "schedule": {"method": "step", "shape": "quadratic"},
+        "schedule": {"kind": "step", "shape": "quadratic"},
         "algorithm": {"policy": {"kind": "radam", "warmup": 3}},
     },
 }

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dxmi.data.configs import DataConfig
 from dxmi.data.images import Images
 from dxmi.data.loading import load
+from dxmi.data.registry import DATA_SETS
 from dxmi.distributed import Workers
 from dxmi.errors import UserError
 from dxmi.evaluation import scorers
@@ -250,7 +250,7 @@ def test_the_number_of_samples_is_in_the_key(num, name):
     assert count_name(num) == name
     assert (
         primary_key(
-            ExperimentConfig(data=DataConfig(name="cifar10"), evaluate=EvaluateConfig(num_samples=num)).score_keys()
+            ExperimentConfig(data=DATA_SETS.config("cifar10"), evaluate=EvaluateConfig(num_samples=num)).score_keys()
         ).name
         == f"eval/fid_{name}"
     )
@@ -259,7 +259,7 @@ def test_the_number_of_samples_is_in_the_key(num, name):
 def test_the_data_set_chooses_unless_the_config_does(network, tmp_path):
     plain, inception = EvaluateConfig(num_samples=20), EvaluateConfig(num_samples=20, features="inception")
     cifar = images(channels=3, name="cifar10")
-    digits = load(DataConfig(name="digits"))
+    digits = load(DATA_SETS.config("digits"))
     assert isinstance(build_scorer(digits, plain, tmp_path, CPU), ImageScorer)
     assert isinstance(build_scorer(images(), inception, tmp_path, CPU), InceptionScorer)
     assert isinstance(build_scorer(cifar, plain, tmp_path, CPU), InceptionScorer)

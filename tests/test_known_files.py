@@ -10,12 +10,11 @@ import pytest
 
 from dxmi.data import known_files
 from dxmi.data.cifar import BINARY, PYTHON, binary_rows, read_binary_batch
-from dxmi.data.configs import DataConfig
 from dxmi.data.images import data_root
 from dxmi.data.known_files import CIFAR10, FASHION_MNIST, MNIST, require_published
 from dxmi.data.loading import load
+from dxmi.data.registry import DATA_SETS
 from dxmi.errors import UserError
-from dxmi.training.config import ExperimentConfig
 from support import idx_bytes, stating
 from tune.config.compose import compose_experiment
 
@@ -64,7 +63,7 @@ def root(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("name", ["mnist", "mnist8", "fashion_mnist", "cifar10"])
 def test_published_files_are_taken(root, name):
-    images = load(DataConfig(name=name))
+    images = load(DATA_SETS.config(name))
     assert images.notes == ()
     assert str(root) in images.source
 
@@ -74,7 +73,7 @@ def test_gzipped_files_are_known_by_what_they_hold(root):
         path = root / FOLDERS[MNIST] / part
         path.with_suffix(".gz").write_bytes(gzip.compress(path.read_bytes(), mtime=7))
         path.unlink()
-    assert len(load(DataConfig(name="mnist"))) == 20
+    assert len(load(DATA_SETS.config("mnist"))) == 20
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzipped"])
@@ -87,7 +86,7 @@ def test_fashion_mnist_in_the_place_of_mnist_is_refused_by_name(root, packed):
         with pytest.raises(
             UserError, match=stating("Fashion-MNIST's train-images-idx3-ubyte … not MNIST's")
         ) as refused:
-            load(DataConfig(name=name))
+            load(DATA_SETS.config(name))
         assert str(root / FOLDERS[MNIST]) in str(refused.value)
         assert "data.accept_unknown_files=true" in str(refused.value)
 
@@ -96,7 +95,7 @@ def test_labels_of_another_data_set_are_refused(root):
     """The images are right, and nearly every label wrong."""
     (root / FOLDERS[FASHION_MNIST] / PARTS[1]).write_bytes(FILES[MNIST][PARTS[1]])
     with pytest.raises(UserError, match=stating("MNIST's train-labels-idx1-ubyte … not Fashion-MNIST's")):
-        load(DataConfig(name="fashion_mnist"))
+        load(DATA_SETS.config("fashion_mnist"))
 
 
 def test_a_batch_in_the_place_of_another_is_refused(root):
@@ -104,7 +103,7 @@ def test_a_batch_in_the_place_of_another_is_refused(root):
     for given in ("data_batch_2", "test_batch"):
         (root / BINARY / "data_batch_1.bin").write_bytes(FILES[CIFAR10][given])
         with pytest.raises(UserError, match=stating(f"CIFAR-10's {given} … not CIFAR-10's data_batch_1")):
-            load(DataConfig(name="cifar10"))
+            load(DATA_SETS.config("cifar10"))
 
 
 def test_python_batches_are_compared_by_what_they_come_to(root):
@@ -114,11 +113,11 @@ def test_python_batches_are_compared_by_what_they_come_to(root):
         pixels, labels = read_binary_batch(root / "elsewhere" / f"{name}.bin")
         tree = {"data": pixels.reshape(len(pixels), -1), "labels": labels.tolist()}
         (root / PYTHON / name).write_bytes(pickle.dumps(tree))
-    assert len(load(DataConfig(name="cifar10"))) == 20
+    assert len(load(DATA_SETS.config("cifar10"))) == 20
     tree["labels"][0] = (tree["labels"][0] + 1) % 10
     (root / PYTHON / "data_batch_3").write_bytes(pickle.dumps(tree))
     with pytest.raises(UserError, match=stating("not CIFAR-10's data_batch_3 … published … MD5")):
-        load(DataConfig(name="cifar10"))
+        load(DATA_SETS.config("cifar10"))
 
 
 def test_a_batch_of_rows_is_written_as_it_was_read(tmp_path):
@@ -131,10 +130,10 @@ def test_one_flipped_bit_is_noticed_and_may_be_accepted(root):
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
-    before = load(DataConfig(name="fashion_mnist")).signature
+    before = load(DATA_SETS.config("fashion_mnist")).signature
     with pytest.raises(UserError, match=stating("not MNIST's train-images-idx3-ubyte … published")):
-        load(DataConfig(name="mnist"))
-    images = load(DataConfig(name="mnist", accept_unknown_files=True))
+        load(DATA_SETS.config("mnist"))
+    images = load(DATA_SETS.config("mnist", accept_unknown_files=True))
     assert images.notes == ("taken as they are, whatever is published as mnist (data.accept_unknown_files)",)
     assert images.signature != before
 
@@ -145,20 +144,20 @@ def test_accepting_changes_no_identity_but_that_of_the_data(root):
     assert plain.data != accepting.data
     assert plain.signature == accepting.signature
     assert load(plain.data).signature == load(accepting.data).signature
-    assert "accept_unknown_files" not in ExperimentConfig().identity["data"]
+    assert "accept_unknown_files" not in accepting.identity["data"]
 
 
 @pytest.mark.parametrize("name", ["digits", "gaussians8"])
 def test_data_that_come_from_no_published_file_have_nothing_to_accept(name):
-    with pytest.raises(ValueError, match=stating(f"accept_unknown_files is true … {name}")):
-        DataConfig(name=name, accept_unknown_files=True)
+    with pytest.raises(UserError, match=stating(f"data.accept_unknown_files … {name}")):
+        compose_experiment([f"data={name}", "data.accept_unknown_files=true"])
 
 
 def test_more_than_ten_classes_may_be_accepted(root):
     """EMNIST's letters, say, in MNIST's layout."""
     letters = np.arange(20, dtype=np.uint8) + 3
     (root / FOLDERS[MNIST] / PARTS[1]).write_bytes(idx_bytes(letters))
-    images = load(DataConfig(name="mnist", accept_unknown_files=True))
+    images = load(DATA_SETS.config("mnist", accept_unknown_files=True))
     assert (images.num_classes, images.class_names[-1]) == (23, "22")
     assert images.class_counts.tolist() == [0] * 3 + [1] * 20
 
@@ -180,5 +179,5 @@ def test_no_file_stands_for_two():
 def test_the_real_files_are_the_published_ones(name, folder, counts):
     if not (data_root() / folder).is_dir():
         pytest.skip(f"{folder} is not on this machine")
-    images = load(DataConfig(name=name))
+    images = load(DATA_SETS.config(name))
     assert images.class_counts.tolist() == counts

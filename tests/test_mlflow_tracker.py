@@ -234,7 +234,7 @@ def test_params_are_the_whole_config_by_path_without_resources(studies):
     config = flat(to_tree(configured(EXPERIMENT, made.records[0].values)))
     assert set(params) == {path for path in config if not path.startswith("resources.")}
     assert params["algorithm.policy.lr"] == "1e-05"
-    assert params["data.name"] == "digits"
+    assert params["data.kind"] == "digits"
     assert params["algorithm.policy_mask"] == "[1.0]"
 
 

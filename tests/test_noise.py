@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dxmi.critics.energy import Energy
 from dxmi.data.batch import UNCONDITIONAL, Condition
-from dxmi.data.configs import DataConfig
+from dxmi.data.configs import DigitsConfig
 from dxmi.data.loading import load
+from dxmi.data.registry import DATA_SETS
 from dxmi.evaluation.config import CONFIRMATION, PICTURES, REPORT, SELECTION, EvaluateConfig
 from dxmi.evaluation.sampling import Sampling, generate, stream_of
 from dxmi.evaluation.scorers import ImageScorer, PlanarScorer, Score, Scores
@@ -45,7 +46,7 @@ class MeanScorer(PlanarScorer):
 
 @pytest.fixture(scope="module")
 def points():
-    return load(DataConfig(name="gaussians8", num_points=100))
+    return load(DATA_SETS.config("gaussians8", num_points=100))
 
 
 def test_each_kind_of_noise_of_each_run_is_a_stream_of_its_own():
@@ -81,7 +82,7 @@ def test_everything_that_a_score_of_points_draws_is_of_its_stream(points):
 
 def test_everything_that_a_score_of_images_draws_is_of_its_stream(tmp_path):
     """Of the same samples FID is one number; the scores that look at random parts of them are as many as streams."""
-    digits = load(DataConfig())
+    digits = load(DigitsConfig())
     scorer = ImageScorer(digits, CONFIG, tmp_path, torch.device("cpu"))
     samples = digits.pixels[::30][:50]
     found = [scorer._distances(samples, stream_of(REPORT, seed)) for seed in (0, 1, 0)]

@@ -22,7 +22,7 @@ from dxmi.critics.value import SeparateValue
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.base import StepSchedule
 from dxmi.diffusion.schedules.build import shorten
-from dxmi.diffusion.schedules.configs import ScheduleConfig
+from dxmi.diffusion.schedules.configs import VarScheduleConfig
 from dxmi.diffusion.trajectory import Gaussian
 from dxmi.networks.base import Critic, Denoiser, TimedCritic
 from dxmi.optim.config import OptimizerConfig, PolicyOptimizerConfig
@@ -227,7 +227,7 @@ def solve(preset: str) -> DxMI:
         critic=OptimizerConfig(lr=0.05, decay="linear"),
         energy=OptimizerConfig(lr=0.0),
     )
-    schedule = shorten(ScheduleConfig(num_steps=T, final_sigma=FINAL_SIGMA))
+    schedule = shorten(VarScheduleConfig(num_steps=T, final_sigma=FINAL_SIGMA))
     value = SeparateValue(Energy(FixedEnergy()), Quadratics(), T)
     policy = Policy(Slopes(schedule), schedule, (1,))
     dxmi = DxMI(config, make_parts(policy, schedule, ITERATIONS), value)

@@ -14,10 +14,11 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from dxmi.algorithms.configs import AlgorithmConfig, DDPMConfig
+from dxmi.algorithms.configs import DDPMConfig
 from dxmi.algorithms.registry import ALGORITHMS
 from dxmi.config import build
 from dxmi.optim.config import PolicyOptimizerConfig
+from dxmi.registry import registry_of
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 
@@ -94,10 +95,13 @@ def test_every_setting_exists(page):
 
 
 def is_setting(cls: Any, names: list[str]) -> bool:
-    classes = [ALGORITHMS.config_class(kind) for kind in ALGORITHMS.kinds()] if cls is AlgorithmConfig else [cls]
-    first, rest = names[0], names[1:]
-    hints = [get_type_hints(own)[first] for own in classes if is_dataclass(own) and first in get_type_hints(own)]
-    return bool(hints) and (not rest or any(is_setting(hint, rest) for hint in hints))
+    """Whether the path leads to a setting of `cls`, in a block of any kind."""
+    own = {field.name: field for field in fields(cls)}.get(names[0]) if is_dataclass(cls) else None
+    if own is None or not names[1:]:
+        return own is not None
+    registry = registry_of(own.metadata)
+    groups = [get_type_hints(cls)[own.name]] if registry is None else map(registry.config_class, registry.kinds())
+    return any(is_setting(group, names[1:]) for group in groups)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -11,11 +11,14 @@ from scipy.stats import chi2, norm
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from dxmi.config import build
 from dxmi.critics.energy import Energy
-from dxmi.data.configs import DataConfig
+from dxmi.data.configs import DigitsConfig
 from dxmi.data.dataset import BatchStream
 from dxmi.data.loading import load
 from dxmi.data.planar import DISTRIBUTIONS, SQUARE, Points
+from dxmi.data.registry import DATA_SETS
+from dxmi.errors import UserError
 from dxmi.evaluation.config import NUM_SAMPLES_KEY, REPORT, EvaluateConfig
 from dxmi.evaluation.sampling import Sampling, generate
 from dxmi.evaluation.scorers import PlanarScorer, build_scorer
@@ -23,6 +26,7 @@ from dxmi.metrics.density import calibrated_kl, roc_auc, square_grid
 from dxmi.networks.base import Critic
 from dxmi.seeds import generator
 from dxmi.tensors import decode, encode
+from dxmi.training.config import ExperimentConfig
 from support import stating
 
 NAMES = list(DISTRIBUTIONS)
@@ -159,7 +163,7 @@ def test_samples_have_the_mean_and_mean_square_on_paper(name):
 
 
 def test_a_planar_data_set_is_the_same_every_time_and_held_out_points_are_others():
-    config = DataConfig(name="moons", num_points=300)
+    config = DATA_SETS.config("moons", num_points=300)
     points, again = load(config), load(config)
     assert isinstance(points, Points)
     assert torch.equal(points.stored, again.stored)
@@ -172,13 +176,13 @@ def test_a_planar_data_set_is_the_same_every_time_and_held_out_points_are_others
 
 
 def test_the_signature_of_points_is_that_of_their_content():
-    signatures = {load(DataConfig(name=name, num_points=num)).signature for name in NAMES for num in (10, 20)}
+    signatures = {load(DATA_SETS.config(name, num_points=num)).signature for name in NAMES for num in (10, 20)}
     assert len(signatures) == 2 * len(NAMES)
 
 
 def test_points_have_no_classes():
-    with pytest.raises(ValueError, match=stating("label is 3 … moons … no classes")):
-        DataConfig(name="moons", label=3)
+    with pytest.raises(UserError, match=stating("data.label … moons")):
+        build(ExperimentConfig, {"data": {"kind": "moons", "label": 3}})
 
 
 def test_points_are_batched_stored_and_sampled_as_they_are(make_policy):
@@ -291,7 +295,7 @@ class ExactCritic(Critic):
 
 @pytest.fixture
 def scorer() -> PlanarScorer:
-    points = load(DataConfig(name="gaussians8", num_points=100))
+    points = load(DATA_SETS.config("gaussians8", num_points=100))
     return PlanarScorer(points, EvaluateConfig(num_samples=2_000, projections=32))
 
 
@@ -322,4 +326,4 @@ def test_without_an_energy_the_samples_alone_are_scored(scorer, make_policy):
 def test_the_kind_of_data_chooses_the_scorer(tmp_path, scorer):
     built = build_scorer(scorer.points, scorer.config, tmp_path, torch.device("cpu"))
     assert isinstance(built, PlanarScorer)
-    assert build_scorer(load(DataConfig()), scorer.config, tmp_path, torch.device("cpu")).of_data() is None
+    assert build_scorer(load(DigitsConfig()), scorer.config, tmp_path, torch.device("cpu")).of_data() is None

@@ -139,7 +139,7 @@ def test_a_stopped_planar_run_goes_on_to_the_same_end(run, tmp_path, stop_at):
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_every_distribution_runs_also_from_a_random_network_with_a_shared_value(tmp_path, name):
-    overrides = [f"data.name={name}", "pretrain.iterations=0", "algorithm.value=shared", "train.iterations=2"]
+    overrides = [f"data.kind={name}", "pretrain.iterations=0", "algorithm.value=shared", "train.iterations=2"]
     summary = train(tiny(*overrides), out=tmp_path / "run")
     assert summary is not None
     assert all(math.isfinite(value) for values in summary.scores.values() for value in values.values())

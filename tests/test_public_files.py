@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dxmi.data.configs import DataConfig
 from dxmi.data.loading import load
+from dxmi.data.registry import DATA_SETS
 from dxmi.diffusion.schedules.ddpm import forward_betas
 from dxmi.errors import UserError
 from dxmi.networks.configs import EdmUnetConfig, UnetConfig
@@ -483,10 +484,10 @@ def data_of(root: Path, rng: random.Random) -> tuple[DataConfig, Path]:
     """A data set with one file that is to be altered."""
     return rng.choice(
         [
-            (DataConfig(name="mnist"), root / "MNIST/raw/train-images-idx3-ubyte"),
-            (DataConfig(name="mnist"), root / "MNIST/raw/train-labels-idx1-ubyte"),
-            (DataConfig(name="cifar10"), root / "cifar-10-batches-bin/data_batch_1.bin"),
-            (DataConfig(name="image_folder", folder="pictures", size=8), root / "pictures/1.png"),
+            (DATA_SETS.config("mnist"), root / "MNIST/raw/train-images-idx3-ubyte"),
+            (DATA_SETS.config("mnist"), root / "MNIST/raw/train-labels-idx1-ubyte"),
+            (DATA_SETS.config("cifar10"), root / "cifar-10-batches-bin/data_batch_1.bin"),
+            (DATA_SETS.config("image_folder", folder="pictures", size=8), root / "pictures/1.png"),
         ]
     )
 

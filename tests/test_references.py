@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from dxmi.diffusion.policy import Policy
-from dxmi.diffusion.schedules.configs import ScheduleConfig
+from dxmi.diffusion.schedules.configs import ScheduleConfig, VarScheduleConfig
 from dxmi.diffusion.schedules.ddpm import ancestral_schedule
+from dxmi.diffusion.schedules.registry import SCHEDULES
 from dxmi.evaluation.config import SELECTION, EvaluateConfig
 from dxmi.evaluation.references import (
     Role,
@@ -23,8 +24,8 @@ from dxmi.networks.base import Denoiser
 from support import missing
 from tune.studies.outdone import outdone, outdone_sentences
 
-KARRAS = ScheduleConfig(method="karras", num_steps=10)
-GAN = ScheduleConfig(method="ddgan", num_steps=4)
+KARRAS = SCHEDULES.config("karras", num_steps=10)
+GAN = SCHEDULES.config("ddgan", num_steps=4)
 FEW = ["ddim_5_trailing", "dpm_solver_5_trailing", "ddpm_5_trailing", "ddpm_5_trailing_large"]
 EDM_FEW = ["euler_10_trailing", "dpm_solver_10_trailing", "ancestral_10_trailing", "heun_9_trailing"]
 
@@ -49,10 +50,10 @@ def keys(config: ScheduleConfig, **kwargs: object) -> list[str]:
 
 
 def test_each_family_has_its_references():
-    assert keys(ScheduleConfig()) == ["ddpm_1000", *FEW, "shortened"]
+    assert keys(VarScheduleConfig()) == ["ddpm_1000", *FEW, "shortened"]
     assert keys(KARRAS) == ["ancestral_250_trailing", "heun_79_trailing", *EDM_FEW, "shortened"]
     assert keys(GAN, steps=(5,)) == ["shortened"]
-    assert keys(ScheduleConfig(), full=False) == [*FEW, "shortened"]
+    assert keys(VarScheduleConfig(), full=False) == [*FEW, "shortened"]
     other = replace(KARRAS, rho=5.0)
     assert keys(other, steps=(250,))[:3] == ["ancestral_250_trailing", "heun_79_trailing", "euler_10_trailing_rho5"]
     assert "ancestral_250_trailing_rho5" in keys(other, steps=(250,))
@@ -62,33 +63,33 @@ def test_each_family_has_its_references():
 @pytest.mark.parametrize("shape", ["linear", "quadratic", "trailing"])
 def test_a_policy_on_a_subset_of_the_steps_is_compared_with_the_same_samplers(shape):
     """Whatever the policy's own steps are, the references' are trailing."""
-    found = {r.key: r for r in references(ScheduleConfig(method="step", shape=shape), full=False)}
+    found = {r.key: r for r in references(SCHEDULES.config("step", shape=shape), full=False)}
     assert [*found] == [*FEW, "shortened"]
     for key in FEW:
         assert found[key].schedule.diffusion_step.tolist() == [999, 799, 599, 399, 199]
 
 
 def test_further_numbers_of_steps_have_all_samplers_and_none_is_there_twice():
-    more = keys(ScheduleConfig(), full=False, steps=(5, 7))
+    more = keys(VarScheduleConfig(), full=False, steps=(5, 7))
     assert more == [*FEW, *(key.replace("5", "7") for key in FEW), "shortened"]
-    whole = keys(ScheduleConfig(), steps=(1000,))
+    whole = keys(VarScheduleConfig(), steps=(1000,))
     assert whole == ["ddpm_1000", *FEW, "ddim_1000", "dpm_solver_1000", "ddpm_1000_large", "shortened"]
 
 
-@pytest.mark.parametrize("config", [ScheduleConfig(num_steps=1), ScheduleConfig(method="karras", num_steps=1)])
+@pytest.mark.parametrize("config", [VarScheduleConfig(num_steps=1), SCHEDULES.config("karras", num_steps=1)])
 def test_with_one_step_all_samplers_are_one(config):
     assert len(keys(config, full=False)) == 2
 
 
 def test_with_two_steps_a_solver_of_second_order_is_the_one_of_first_order_and_left_out():
-    two = [ScheduleConfig(num_steps=2), ScheduleConfig(method="karras", num_steps=2)]
+    two = [VarScheduleConfig(num_steps=2), SCHEDULES.config("karras", num_steps=2)]
     assert [keys(config, full=False) for config in two] == [
         ["ddim_2_trailing", "ddpm_2_trailing", "ddpm_2_trailing_large", "shortened"],
         ["euler_2_trailing", "ancestral_2_trailing", "shortened"],
     ]
 
 
-@pytest.mark.parametrize("config", [ScheduleConfig(), KARRAS, ScheduleConfig(method="karras", num_steps=4), GAN])
+@pytest.mark.parametrize("config", [VarScheduleConfig(), KARRAS, SCHEDULES.config("karras", num_steps=4), GAN])
 def test_each_reference_calls_the_network_as_often_as_it_says(config):
     for reference in references(config, full=config is KARRAS, steps=(2, 3)):
         network = Counting()
@@ -99,7 +100,7 @@ def test_each_reference_calls_the_network_as_often_as_it_says(config):
 
 
 def test_deterministic_references_have_no_noise_and_the_last_step_of_none_adds_any():
-    for config in (ScheduleConfig(), KARRAS):
+    for config in (VarScheduleConfig(), KARRAS):
         for reference in references(config):
             if reference.role is Role.SHORTENED:
                 continue
@@ -109,7 +110,7 @@ def test_deterministic_references_have_no_noise_and_the_last_step_of_none_adds_a
 
 
 def test_labels_name_sampler_spacing_variance_and_further_evaluations():
-    labels = {r.key: r.label for config in (ScheduleConfig(), KARRAS) for r in references(config)}
+    labels = {r.key: r.label for config in (VarScheduleConfig(), KARRAS) for r in references(config)}
     assert labels["ddim_5_trailing"] == "5 steps (DDIM, trailing)"
     assert labels["ddpm_5_trailing_large"] == "5 steps (DDPM, trailing, large variance)"
     assert labels["ddpm_1000"] == "1000 steps (DDPM, small variance)"
@@ -136,7 +137,7 @@ class Telling(Counting):
         return embedding[:, :, None, None].expand_as(x)
 
 
-@pytest.mark.parametrize("config", [ScheduleConfig(), KARRAS])
+@pytest.mark.parametrize("config", [VarScheduleConfig(), KARRAS])
 @pytest.mark.parametrize("num", [3, 4, 6])
 def test_a_preview_shows_the_samples_that_the_score_looks_at_and_computes_no_others(config, num):
     evaluate = EvaluateConfig(batch_size=4, num_samples=8)
@@ -165,7 +166,7 @@ def test_the_first_of_many_samples_keep_the_noise_labels_and_latents_that_they_h
 
 def summary(**scores: float) -> dict:
     """Of a run with five steps; the references' scores by key."""
-    told = {reference.key: reference.tree for reference in references(ScheduleConfig(), steps=(3, 10))}
+    told = {reference.key: reference.tree for reference in references(VarScheduleConfig(), steps=(3, 10))}
     return {"num_steps": 5, "reference": scores, "samplers": {key: told[key] for key in scores if key in told}}
 
 

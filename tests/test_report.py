@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from dxmi.config import build, to_tree
-from dxmi.diffusion.schedules.configs import ScheduleConfig
+from dxmi.diffusion.schedules.configs import VarScheduleConfig
 from dxmi.evaluation.references import Role
 from dxmi.evaluation.references import references as of_steps
 from dxmi.persistence import checkpoint
@@ -146,7 +146,7 @@ def _summary(config: ExperimentConfig, value: float, num_steps: int) -> dict:
         },
         "best": {"value": value, "step": 40, "checkpoint": "checkpoints/step_00000040"},
         "reference": {"ddpm_1000": 5.5, f"ddim_{num_steps}_trailing": 3.36, "shortened": 60.0 / num_steps},
-        "samplers": {reference.key: reference.tree for reference in of_steps(ScheduleConfig(num_steps=num_steps))},
+        "samplers": {reference.key: reference.tree for reference in of_steps(VarScheduleConfig(num_steps=num_steps))},
         "num_steps": num_steps,
         "num_samples": 64,
         "seconds": {"pretrain": 0.5, "finetune": 2.0 + num_steps},

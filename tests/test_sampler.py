@@ -11,7 +11,7 @@ from dxmi.algorithms.configs import DxMIConfig
 from dxmi.data.batch import Condition
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.build import shorten
-from dxmi.diffusion.schedules.configs import ScheduleConfig
+from dxmi.diffusion.schedules.configs import VarScheduleConfig
 from dxmi.diffusion.schedules.ddpm import ancestral_schedule, forward_levels
 from dxmi.networks.base import Denoiser
 from support import update
@@ -47,7 +47,7 @@ class GaussianDenoiser(Denoiser):
 
 def numpy_transition(x: np.ndarray, t: int, num_steps: int) -> tuple[np.ndarray, float]:
     """Mean and sigma of a step of ToyDenoiser's policy in float64, from the levels alone (DESIGN section 3)."""
-    schedule = shorten(ScheduleConfig(num_steps=num_steps))
+    schedule = shorten(VarScheduleConfig(num_steps=num_steps))
     g, g_next = schedule.level[t], schedule.level[t + 1]
     sigma = math.sqrt((1 - g_next) / (1 - g) * (1 - g / g_next))
     c = math.sqrt(1 - g_next - sigma**2) - math.sqrt(1 - g) * math.sqrt(g_next / g)
@@ -65,7 +65,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize(("num_steps", "batch_size"), SHAPES)
 def test_transition_equals_a_second_implementation(num_steps, batch_size):
-    policy = Policy(ToyDenoiser(), shorten(ScheduleConfig(num_steps=num_steps)), EVENT)
+    policy = Policy(ToyDenoiser(), shorten(VarScheduleConfig(num_steps=num_steps)), EVENT)
     x = normal(batch_size, *EVENT)
     for t in range(num_steps):
         step = policy.transition(x, t)

@@ -1,5 +1,6 @@
 """Noise schedules against 50-digit arithmetic, the textbook's formulas and the numbers that DESIGN states."""
 
+import json
 import math
 from dataclasses import fields, replace
 
@@ -9,7 +10,12 @@ import pytest
 import scipy.optimize
 
 from dxmi.diffusion.schedules.build import shorten
-from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, SHAPES, SHORTENINGS, ScheduleConfig, timestep_subset
+from dxmi.diffusion.schedules.configs import (
+    NUM_DIFFUSION_STEPS,
+    SHAPES,
+    SHORTENINGS,
+    timestep_subset,
+)
 from dxmi.diffusion.schedules.ddpm import (
     ancestral_schedule,
     bisect,
@@ -20,6 +26,7 @@ from dxmi.diffusion.schedules.ddpm import (
     variances,
 )
 from dxmi.diffusion.schedules.edm import karras_levels, karras_schedule
+from dxmi.diffusion.schedules.registry import SCHEDULES
 
 K = NUM_DIFFUSION_STEPS
 ALL = [(method, shape) for method in SHORTENINGS for shape in SHAPES]
@@ -95,7 +102,7 @@ def test_continuous_step_is_clipped_to_the_first_and_last_step():
 @pytest.mark.parametrize("kappa", [0.0, 0.5, 1.0])
 def test_a_perfect_denoiser_keeps_the_marginals(method, shape, num_steps, kappa):
     """If x_t = sqrt(g) x + sqrt(1-g) eps and the network gives eps, x_{t+1} has mean sqrt(g') x and variance 1-g'."""
-    s = shorten(ScheduleConfig(num_steps=num_steps, method=method, shape=shape, kappa=kappa, final_sigma=0.0))
+    s = shorten(SCHEDULES.config(method, num_steps=num_steps, shape=shape, kappa=kappa, final_sigma=0.0))
     g, g_next = s.level[:-1], s.level[1:]
     np.testing.assert_allclose(s.signal_scale * np.sqrt(g), np.sqrt(g_next), rtol=1e-14)
     variance = (s.signal_scale * np.sqrt(1.0 - g) + s.noise_scale) ** 2 + s.sigma**2
@@ -106,7 +113,7 @@ def test_a_perfect_denoiser_keeps_the_marginals(method, shape, num_steps, kappa)
 @pytest.mark.parametrize(("method", "shape"), ALL)
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 5, 10, 29])
 def test_levels_rise_to_one_and_diffusion_steps_match_them(method, shape, num_steps):
-    s = shorten(ScheduleConfig(num_steps=num_steps, method=method, shape=shape))
+    s = shorten(SCHEDULES.config(method, num_steps=num_steps, shape=shape))
     assert s.num_steps == num_steps
     assert [len(table) for table in (s.diffusion_step, s.signal_scale, s.noise_scale, s.sigma, s.eta)] == [
         num_steps
@@ -122,7 +129,7 @@ def test_levels_rise_to_one_and_diffusion_steps_match_them(method, shape, num_st
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 5, 10, 29])
 def test_eta_is_the_variance_that_the_matching_forward_step_adds(method, shape, num_steps):
     """In generation order the levels are gbar_T .. gbar_0, and 1 - eta_s = gbar_s / gbar_{s-1}."""
-    s = shorten(ScheduleConfig(num_steps=num_steps, method=method, shape=shape))
+    s = shorten(SCHEDULES.config(method, num_steps=num_steps, shape=shape))
     np.testing.assert_allclose(np.cumprod((1.0 - s.eta)[::-1])[::-1], s.level[:-1], rtol=1e-10)
     if method == "var":
         np.testing.assert_allclose(s.eta[::-1], variances(num_steps, shape), rtol=1e-10)
@@ -131,7 +138,7 @@ def test_eta_is_the_variance_that_the_matching_forward_step_adds(method, shape, 
 @pytest.mark.parametrize(("method", "shape"), ALL)
 def test_only_the_last_sigma_is_the_fixed_one(method, shape):
     near, far = (
-        shorten(ScheduleConfig(num_steps=5, method=method, shape=shape, final_sigma=sigma)) for sigma in (0.001, 0.25)
+        shorten(SCHEDULES.config(method, num_steps=5, shape=shape, final_sigma=sigma)) for sigma in (0.001, 0.25)
     )
     assert (near.sigma[-1], far.sigma[-1]) == (0.001, 0.25)
     np.testing.assert_array_equal(near.sigma[:-1], far.sigma[:-1])
@@ -141,7 +148,7 @@ def test_only_the_last_sigma_is_the_fixed_one(method, shape):
 @pytest.mark.parametrize(("method", "shape"), ALL)
 def test_one_step_goes_from_noise_to_the_sample(method, shape):
     """x_1 is the network's estimate of x from the one noisy level: (x_0 - sqrt(1-g) eps) / sqrt(g)."""
-    s = shorten(ScheduleConfig(num_steps=1, method=method, shape=shape))
+    s = shorten(SCHEDULES.config(method, num_steps=1, shape=shape))
     level = LEVELS[800] if (method, shape) == ("step", "quadratic") else LEVELS[-1]
     assert s.level == pytest.approx([level, 1.0], rel=1e-10)
     assert s.signal_scale == pytest.approx([1.0 / np.sqrt(level)], rel=1e-10)
@@ -157,7 +164,7 @@ def test_one_step_goes_from_noise_to_the_sample(method, shape):
 @pytest.mark.parametrize(("num_steps", "noisiest"), [(4, "0.343"), (5, "0.220"), (10, "0.0208")])
 def test_quadratic_var_ends_where_its_cap_puts_it(num_steps, noisiest):
     """eta_i = beta_0 (1 + i v)^2 with v = 0.95 / (sqrt(beta_0) T); DESIGN states the three products."""
-    s = shorten(ScheduleConfig(num_steps=num_steps, method="var", shape="quadratic"))
+    s = shorten(SCHEDULES.config("var", num_steps=num_steps, shape="quadratic"))
     v = 0.95 / (0.01 * num_steps)
     by_hand = np.prod([1.0 - 1e-4 * (1.0 + i * v) ** 2 for i in range(num_steps)])
     assert s.level[0] == pytest.approx(by_hand, rel=1e-13)
@@ -182,7 +189,7 @@ def test_quadratic_var_is_quadratic_and_ends_at_the_last_forward_level_where_the
 
 
 def test_first_sigma_and_eta_of_ten_quadratic_steps():
-    s = shorten(ScheduleConfig(num_steps=10, method="var", shape="quadratic"))
+    s = shorten(SCHEDULES.config("var", num_steps=10, shape="quadratic"))
     assert f"{s.sigma[0]:.4f}" == "0.8372"
     assert f"{s.eta[0]:.4f}" == "0.7482"
 
@@ -190,7 +197,7 @@ def test_first_sigma_and_eta_of_ten_quadratic_steps():
 def test_linear_subset_is_even_and_quadratic_subset_is_squares():
     assert timestep_subset(4, "linear") == [0, 333, 666, 999]
     assert timestep_subset(5, "quadratic") == [0, 50, 200, 450, 800]
-    s = shorten(ScheduleConfig(num_steps=5, method="step", shape="quadratic"))
+    s = shorten(SCHEDULES.config("step", num_steps=5, shape="quadratic"))
     np.testing.assert_allclose(s.level[:-1], LEVELS[[800, 450, 200, 50, 0]], rtol=1e-13)
 
 
@@ -252,7 +259,7 @@ def test_reference_samplers_have_the_trailing_steps_of_diffusers(num_steps, expe
 @pytest.mark.parametrize("kappa", [0.0, 1.0])
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
 def test_a_policy_can_take_the_trailing_steps_too(num_steps, kappa):
-    schedule = shorten(ScheduleConfig(method="step", shape="trailing", num_steps=num_steps, kappa=kappa))
+    schedule = shorten(SCHEDULES.config("step", shape="trailing", num_steps=num_steps, kappa=kappa))
     reference = ddim_schedule(num_steps) if kappa == 0.0 else ancestral_schedule(num_steps)
     assert np.array_equal(schedule.sigma[:-1], reference.sigma[:-1])
     assert np.array_equal(schedule.noise_scale, reference.noise_scale)
@@ -269,7 +276,7 @@ def test_trailing_steps_are_distinct_and_start_at_the_last(num_steps):
 
 @pytest.mark.parametrize(("num_steps", "rho"), [(1, 7.0), (4, 4.0), (10, 7.0)])
 def test_references_of_an_edm_model_spend_no_evaluation_on_the_lowest_level(num_steps, rho):
-    config = ScheduleConfig(method="karras", rho=rho)
+    config = SCHEDULES.config("karras", rho=rho)
     schedule = karras_schedule(config, num_steps, kappa=0.0)
     between = karras_levels(num_steps + 1, config)
     assert schedule.level.tolist() == [*between[:-1], 0.0]
@@ -294,7 +301,6 @@ def test_ddim_schedule_is_deterministic_ddim(num_steps):
 REFUSED = [
     {"num_steps": 0},
     {"num_steps": 1001},
-    {"method": "ddim"},
     {"shape": "cubic"},
     {"shape": "trailing"},
     {"kappa": -0.1},
@@ -303,35 +309,45 @@ REFUSED = [
     {"final_sigma": -0.001},
     {"final_sigma": 1.0},
     {"final_sigma": float("nan")},
-    {"rho": 0.5},
-    {"sigma_min": 0.0},
-    {"sigma_max": float("inf")},
+]
+REFUSED_KARRAS = [{"rho": 0.5}, {"sigma_min": 0.0}, {"sigma_max": float("inf")}]
+REFUSED_STEP = [{"shape": "cubic"}, {"num_steps": 0}]
+ALL_REFUSED = [
+    *(("var", setting) for setting in REFUSED),
+    *(("karras", setting) for setting in REFUSED_KARRAS),
+    *(("step", setting) for setting in REFUSED_STEP),
 ]
 
 
-@pytest.mark.parametrize("setting", REFUSED, ids=str)
-def test_a_bad_setting_is_refused_by_name(setting):
+@pytest.mark.parametrize(("kind", "setting"), ALL_REFUSED, ids=str)
+def test_a_bad_setting_is_refused_by_name(kind, setting):
     (name,) = setting
     with pytest.raises(ValueError, match=f"^{name} is "):
-        ScheduleConfig(**setting)
+        SCHEDULES.config(kind, **setting)
 
 
 def test_more_squares_than_there_are_distinct_steps_are_refused():
     """(28.28 i / (T-1))^2 at i = 1 is below 1 from T = 30 on, and step 0 would be chosen twice."""
     assert timestep_subset(29, "quadratic")[:2] == [0, 1]
     with pytest.raises(ValueError, match="num_steps is 30"):
-        shorten(ScheduleConfig(num_steps=30, method="step", shape="quadratic"))
+        shorten(SCHEDULES.config("step", num_steps=30, shape="quadratic"))
 
 
-PERTURBED = {"num_steps": 6, "method": "step", "shape": "linear", "kappa": 0.5, "final_sigma": 0.01}
-PERTURBED_KARRAS = {"rho": 5.0, "sigma_min": 0.01, "sigma_max": 70.0, "noisy_end": True}
+PERTURBED = {"num_steps": 6, "shape": "linear", "kappa": 0.5, "final_sigma": 0.01}
+PERTURBED |= {"rho": 5.0, "sigma_min": 0.01, "sigma_max": 70.0, "noisy_end": True}
+FIELDS = [(kind, own.name) for kind in SCHEDULES.kinds() for own in fields(SCHEDULES.config_class(kind))]
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(ScheduleConfig)])
-def test_no_field_of_the_schedule_is_dead(name):
-    default = ScheduleConfig(method="karras" if name in PERTURBED_KARRAS else "var")
-    changed = replace(default, **{name: (PERTURBED | PERTURBED_KARRAS)[name]})
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, name in FIELDS if name != "kind"])
+def test_no_field_of_the_schedule_is_dead(kind, name):
+    default = SCHEDULES.config(kind)
+    changed = replace(default, **{name: PERTURBED[name]})
     assert shorten(default).tree() != shorten(changed).tree()
+
+
+def test_no_two_kinds_of_schedule_are_one():
+    tables = [json.dumps(shorten(SCHEDULES.config(kind)).tree()) for kind in SCHEDULES.kinds()]
+    assert len(set(tables)) == len(tables)
 
 
 @pytest.mark.parametrize("root", [0.0, 1e-9, 0.3, 1.0, 17.0, 499.5, 998.5])

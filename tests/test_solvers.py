@@ -10,15 +10,16 @@ from torch import Tensor
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.base import StepSchedule
 from dxmi.diffusion.schedules.build import shorten
-from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, ScheduleConfig
+from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS
 from dxmi.diffusion.schedules.ddpm import ddim_schedule, forward_levels
 from dxmi.diffusion.schedules.edm import SIGMA_DATA, karras_schedule
+from dxmi.diffusion.schedules.registry import SCHEDULES
 from dxmi.diffusion.solvers import DpmSolver, HeunSolver
 from dxmi.networks.base import Denoiser
 
 STD = 0.5
 EDM_STD = 1.0
-KARRAS = ScheduleConfig(method="karras")
+KARRAS = SCHEDULES.config("karras")
 
 
 class OfGaussian(Denoiser):
@@ -58,12 +59,12 @@ def error(kind: type[Policy], schedule: StepSchedule) -> float:
 
 def leading(num_steps: int) -> StepSchedule:
     """DDIM on the steps 0..999, evenly: the last one starts at k = 0."""
-    return shorten(ScheduleConfig(num_steps=num_steps, method="step", shape="linear", kappa=0.0, final_sigma=0.0))
+    return shorten(SCHEDULES.config("step", num_steps=num_steps, shape="linear", kappa=0.0, final_sigma=0.0))
 
 
 def edm_grid(num_steps: int) -> StepSchedule:
     """Euler's method on EDM's own grid: the last step starts at sigma_min."""
-    return shorten(ScheduleConfig(num_steps=num_steps, method="karras", kappa=0.0, final_sigma=0.0))
+    return shorten(SCHEDULES.config("karras", num_steps=num_steps, kappa=0.0, final_sigma=0.0))
 
 
 def on_edm(num_steps: int) -> StepSchedule:

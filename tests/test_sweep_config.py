@@ -127,7 +127,7 @@ def test_an_override_in_hydras_grammar_lands_where_it_should(override, keys, val
 def test_overrides_of_the_experiment_of_tracking_and_the_name_land_too():
     plan = planned("sweep=demo", "experiment=mnist8", "train.iterations=7", "tracking.uri=none", "name=lr-1")
     assert (plan.name, plan.tracking.uri) == ("lr-1", "none")
-    assert (plan.experiment.data.name, plan.experiment.train.iterations) == ("mnist8", 7)
+    assert (plan.experiment.data.kind, plan.experiment.train.iterations) == ("mnist8", 7)
 
 
 def test_a_setting_can_be_added_to_the_space():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dxmi.data.configs import DataConfig
+from dxmi.data.configs import DigitsConfig
 from dxmi.data.loading import load
 from dxmi.distributed import ALONE, Alone, Pace, Share
 from dxmi.errors import UserError
@@ -311,7 +311,7 @@ def test_one_that_is_alone_looks_up_by_the_clock_whatever_its_steps_take(monkeyp
 def test_what_goes_wrong_in_the_first_worker_alone_is_raised_in_all(tmp_path, monkeypatch):
     """The features of the data are looked up by the first one, in a cache that cannot be written."""
     (tmp_path / "cache").write_text("a file")
-    images = load(DataConfig())
+    images = load(DigitsConfig())
     told = []
     monkeypatch.setattr(FirstOfTwo, "_agree", lambda _, content: told.append(json.loads(content)) or content)
     with pytest.raises(UserError, match=stating(f"{tmp_path / 'cache'} … written")):

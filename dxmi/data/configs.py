@@ -1,78 +1,177 @@
-"""Settings of the data sets. Nothing here imports PyTorch."""
+"""Settings of the data sets, a class for each kind. Nothing here imports PyTorch."""
 
 from dataclasses import dataclass, field
 
+from dxmi.config import NO_RESULT
 from dxmi.persistence.files import PLACE
 
-FOLDER = "image_folder"
-IMAGE_SETS = ("digits", "mnist", "mnist8", "fashion_mnist", "cifar10")
-"""Sets that have a loader each in `dxmi.data.images`."""
 PLANAR = ("gaussians8", "two_spirals", "checkerboard", "moons")
-"""Distributions in the plane."""
+"""Kinds whose samples are points in the plane."""
 _MAX_POINTS = 10_000_000
 _MAX_SIZE = 1024
-NAMES = (*IMAGE_SETS, FOLDER, *PLANAR)
-PUBLISHED = tuple(name for name in IMAGE_SETS if name != "digits")
-"""Data sets whose files are compared with those that their authors publish."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which real samples."""
+    """The part of a data set's config that all kinds share."""
 
-    name: str = "digits"
-    """digits, mnist, mnist8, fashion_mnist, cifar10 or image_folder; in the plane: gaussians8, two_spirals,
-    checkerboard or moons."""
-    label: int | None = None
-    """Keep only this class of images; null for all."""
-    num_points: int = 50_000
-    """Training points of a distribution in the plane; image sets have a size of their own."""
-    folder: str | None = field(default=None, metadata=PLACE)
-    """Of image_folder: a path, relative to $DXMI_DATA unless it begins with / or ~."""
-    size: int | None = None
-    """Of image_folder: side in pixels to which its images are cropped and resized."""
-    class_folders: bool = False
-    """Of image_folder: each folder in it is a class, as in ImageNet; else all images below it are of one kind."""
-    flip: bool = False
-    """Mirror half of the images of a training batch, left to right; scores go by the images as they are."""
-
-    accept_unknown_files: bool = False
-    """Take files of mnist, mnist8, fashion_mnist or cifar10 that are not those which their authors publish. It enters
-    no signature of a config: what the files hold is in that of the data."""
-
-    def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise ValueError(f"name is {self.name!r}: it must be one of {', '.join(NAMES)}")
-        self._check_label()
-        self._check_folder()
-        if self.flip and self.is_planar:
-            raise ValueError(f"flip is true, but {self.name} has no images: make it false")
-        if self.accept_unknown_files and self.name not in PUBLISHED:
-            raise ValueError(
-                f"accept_unknown_files is true, but {self.name} is read from no published files: make it false"
-            )
-        if not 1 <= self.num_points <= _MAX_POINTS:
-            raise ValueError(f"num_points is {self.num_points}: it must be in 1..{_MAX_POINTS}")
-
-    def _check_label(self) -> None:
-        if self.label is None:
-            return
-        if self.is_planar or (self.name == FOLDER and not self.class_folders):
-            raise ValueError(f"label is {self.label}, but {self.name} has no classes: make it null")
-        if self.label < 0 or (self.label > 9 and self.name != FOLDER):
-            raise ValueError(f"label is {self.label}: it must be in 0..9, or null for all classes")
-
-    def _check_folder(self) -> None:
-        for name in ("folder", "size"):
-            value, belongs = getattr(self, name), self.name == FOLDER
-            if belongs != (value is not None):
-                raise ValueError(f"{name} is {value!r}: {FOLDER} needs one, and no other data set has any")
-        if self.class_folders and self.name != FOLDER:
-            raise ValueError(f"class_folders is true, but {self.name} is no {FOLDER}: make it false")
-        if self.size is not None and not 1 <= self.size <= _MAX_SIZE:
-            raise ValueError(f"size is {self.size}: it must be in 1..{_MAX_SIZE}")
+    kind: str = "digits"
+    """Which data set: its key in `dxmi.data.registry`."""
 
     @property
     def is_planar(self) -> bool:
         """Whether the samples are points in the plane, not images."""
-        return self.name in PLANAR
+        return False
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether half of a training batch is mirrored."""
+        return False
+
+
+# ----------------------------------------------------------------------------
+# Images.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig(DataConfig):
+    """Images of ten classes."""
+
+    label: int | None = None
+    """Keep only this class of images; null for all."""
+    flip: bool = False
+    """Mirror half of the images of a training batch, left to right; scores go by the images as they are."""
+
+    def __post_init__(self) -> None:
+        if self.label is not None and not 0 <= self.label <= 9:
+            raise ValueError(f"label is {self.label}: it must be in 0..9, or null for all classes")
+
+    @property
+    def mirrors(self) -> bool:
+        """`flip`."""
+        return self.flip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsConfig(ImagesConfig):
+    """1,797 handwritten digits of 8x8 pixels, which come with scikit-learn."""
+
+    kind: str = "digits"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedImagesConfig(ImagesConfig):
+    """Images in files that are compared with those that their authors publish."""
+
+    accept_unknown_files: bool = field(default=False, metadata=NO_RESULT)
+    """Take files that are not those which the authors publish. It enters no signature of a config: what the files hold
+    is in that of the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MnistConfig(PublishedImagesConfig):
+    """MNIST at 28x28."""
+
+    kind: str = "mnist"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mnist8Config(PublishedImagesConfig):
+    """The first 20,000 images of MNIST at 8x8."""
+
+    kind: str = "mnist8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FashionMnistConfig(PublishedImagesConfig):
+    """Fashion-MNIST at 28x28."""
+
+    kind: str = "fashion_mnist"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar10Config(PublishedImagesConfig):
+    """CIFAR-10 at 32x32."""
+
+    kind: str = "cifar10"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolderConfig(DataConfig):
+    """A user's own images, cropped and resized to squares."""
+
+    kind: str = "image_folder"
+    folder: str = field(metadata=PLACE)
+    """A path, relative to $DXMI_DATA unless it begins with / or ~."""
+    size: int
+    """Side in pixels to which the images are cropped and resized."""
+    class_folders: bool = False
+    """Each folder in it is a class, as in ImageNet; else all images below it are of one kind."""
+    label: int | None = None
+    """Keep only this class of images; null for all."""
+    flip: bool = False
+    """Mirror half of the images of a training batch, left to right; scores go by the images as they are."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= _MAX_SIZE:
+            raise ValueError(f"size is {self.size}: it must be in 1..{_MAX_SIZE}")
+        if self.label is None:
+            return
+        if not self.class_folders:
+            raise ValueError(f"label is {self.label}, but there are no classes without class_folders: make it null")
+        if self.label < 0:
+            raise ValueError(f"label is {self.label}: it must be 0 or greater, or null for all classes")
+
+    @property
+    def mirrors(self) -> bool:
+        """`flip`."""
+        return self.flip
+
+
+# ----------------------------------------------------------------------------
+# Points in the plane.
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointsConfig(DataConfig):
+    """Points drawn from a distribution in the plane."""
+
+    num_points: int = 50_000
+    """Training points."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_points <= _MAX_POINTS:
+            raise ValueError(f"num_points is {self.num_points}: it must be in 1..{_MAX_POINTS}")
+
+    @property
+    def is_planar(self) -> bool:
+        """True."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gaussians8Config(PointsConfig):
+    """Eight Gaussians on a circle."""
+
+    kind: str = "gaussians8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoSpiralsConfig(PointsConfig):
+    """Two spirals."""
+
+    kind: str = "two_spirals"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckerboardConfig(PointsConfig):
+    """The dark squares of a checkerboard."""
+
+    kind: str = "checkerboard"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoonsConfig(PointsConfig):
+    """Two half circles that reach into each other."""
+
+    kind: str = "moons"

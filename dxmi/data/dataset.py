@@ -38,7 +38,7 @@ class Dataset(ABC):
     """Real samples, in memory or in a memory map.
 
     Attributes:
-        name: as in `DataConfig`.
+        name: the kind of its config.
         signature: hash of the samples, of their classes and of the classes' names in order, 12 hex digits.
     """
 

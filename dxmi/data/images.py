@@ -13,7 +13,7 @@ from torch import Tensor
 from dxmi.compat import package_folder
 from dxmi.data import cifar, known_files
 from dxmi.data.batch import Condition
-from dxmi.data.configs import FOLDER
+from dxmi.data.configs import ImageFolderConfig, ImagesConfig, PublishedImagesConfig
 from dxmi.data.dataset import Dataset, Split, content_signature, labelled_signature
 from dxmi.data.folders import open_folder
 from dxmi.data.idx import idx_content, parsed_idx
@@ -36,7 +36,7 @@ class Images(Dataset):
     """Images with their classes.
 
     Attributes:
-        name: as in `DataConfig`.
+        name: the kind of its config.
         pixels: uint8, [N, C, H, W].
         labels: class of each, int64, [N]; all 0 if there are no classes.
         signature: hash of the pixels, and of the labels and the names of the classes if there are any, 12 hex digits.
@@ -84,18 +84,15 @@ def data_root() -> Path:
     return variable_folder("DXMI_DATA", "~/.cache/dxmi")
 
 
-def load_images(name: str, label: int | None, *, accept_unknown: bool = False) -> Images:
-    """The training images of the data set `name`, those of class `label` alone unless it is None.
-
-    Args:
-        name: one of `LOADERS`.
-        label: keep this class alone, unless it is None.
-        accept_unknown: take files as they are, though they be not those that the data set's authors publish.
+def load_images(config: ImagesConfig) -> Images:
+    """The images of one of the sets in `LOADERS`.
 
     Raises:
         UserError: a file is missing, damaged or of another data set; the sentence says which, where it was looked for
             and how to get it.
     """
+    name, label = config.kind, config.label
+    accept_unknown = isinstance(config, PublishedImagesConfig) and config.accept_unknown_files
     pixels, labels = LOADERS[name](train=True, accept_unknown=accept_unknown)
     names = CLASS_NAMES[name]
     names += tuple(str(number) for number in range(len(names), int(labels.max()) + 1))  # of files that are not known
@@ -113,22 +110,16 @@ def _test_images(name: str, label: int | None, accept_unknown: bool) -> tuple[Te
     return pixels[chosen], labels[chosen]
 
 
-def load_folder(folder: str, size: int, label: int | None, *, class_folders: bool) -> Images:
+def load_folder(config: ImageFolderConfig) -> Images:
     """The images of a folder as squares; see `dxmi.data.folders`.
-
-    Args:
-        folder: a path; if it is relative, inside `data_root()`.
-        size: side of a square.
-        label: keep this class alone, unless it is None.
-        class_folders: each folder in it is a class.
 
     Raises:
         UserError: it is missing or holds what is no image; the sentence says which.
     """
-    where = require_target(data_root() / user_path(folder, "data.folder"), "data.folder")
-    mapped = open_folder(where, size, class_folders=class_folders, cache=cache_root() / "images")
+    where = require_target(data_root() / user_path(config.folder, "data.folder"), "data.folder")
+    mapped = open_folder(where, config.size, class_folders=config.class_folders, cache=cache_root() / "images")
     images = Images(
-        name=FOLDER,
+        name=config.kind,
         pixels=mapped.pixels,
         labels=mapped.labels,
         signature=mapped.signature,
@@ -137,7 +128,7 @@ def load_folder(folder: str, size: int, label: int | None, *, class_folders: boo
         source=printable(where),
         notes=mapped.notes,
     )
-    return images if label is None else only_class(images, label)
+    return images if config.label is None else only_class(images, config.label)
 
 
 def only_class(images: Images, label: int) -> Images:

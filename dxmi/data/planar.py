@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dxmi.data.configs import PointsConfig
 from dxmi.data.dataset import Dataset, Split, content_signature
 from dxmi.seeds import generator
 
@@ -198,7 +199,7 @@ class Points(Dataset):
     """Points drawn once and for all from a distribution in the plane: the same whatever a run's seed.
 
     Attributes:
-        name: as in `DataConfig`.
+        name: the kind of its config.
         points: for training, float32, [N, 2].
         signature: hash of the points, 12 hex digits.
     """
@@ -226,10 +227,10 @@ class Points(Dataset):
         return _drawn(self.name, num, stream)
 
 
-def load_points(name: str, num: int) -> Points:
-    """The training points of the distribution `name`."""
-    points = _drawn(name, num, "train")
-    return Points(name, points, content_signature(points))
+def load_points(config: PointsConfig) -> Points:
+    """The training points of a distribution."""
+    points = _drawn(config.kind, config.num_points, "train")
+    return Points(config.kind, points, content_signature(points))
 
 
 def _drawn(name: str, num: int, stream: str) -> Tensor:

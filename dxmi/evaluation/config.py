@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from dxmi.config import NO_SCORE
 from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS
 from dxmi.metrics.configs import CLASSIFIER_SETS, MetricConfig
 from dxmi.metrics.registry import METRICS
@@ -26,7 +27,7 @@ NUM_SAMPLES_KEY = "eval/num_samples"
 class EvaluateConfig:
     """What is scored, from how many samples, how often."""
 
-    every: int = 150
+    every: int = field(default=150, metadata=NO_SCORE)
     """Iterations between evaluations."""
     num_samples: int = 5_000
     """Samples of every score: of the curve, of the references and of the final report alike."""
@@ -40,28 +41,28 @@ class EvaluateConfig:
     """Their size."""
     projections: int = 128
     """Directions of the sliced Wasserstein distance."""
-    grid: int = 64
+    grid: int = field(default=64, metadata=NO_SCORE)
     """Images in a sample grid, or points in a picture of samples."""
-    generations: int = 1
+    generations: int = field(default=1, metadata=NO_SCORE)
     """Independent draws of the report's noise on which the best checkpoint is scored; their mean is the score."""
-    result: str = "best"
+    result: str = field(default="best", metadata=NO_SCORE)
     """The checkpoint that counts as the best: best, which has the best score of the samples on noise of its own; or
     last, where that score is not all that matters, as in the plane, where the energy has to be right too."""
-    features: str | None = None
+    features: str | None = field(default=None, metadata=NO_SCORE)
     """Of images: classifier, the small one that ships for some data sets; or inception, InceptionV3's. null for the
     former where there is one, else the latter."""
-    reference_images: int | None = None
+    reference_images: int | None = field(default=None, metadata=NO_SCORE)
     """Of images: how many of the data, drawn once, samples are compared with; null for all of them."""
-    full_reference: bool = True
+    full_reference: bool = field(default=True, metadata=NO_SCORE)
     """Score the pretrained model with all of its steps too, to which end hundreds of evaluations of the network are
     needed for each sample."""
-    reference_steps: tuple[int, ...] | None = None
+    reference_steps: tuple[int, ...] | None = field(default=None, metadata=NO_SCORE)
     """Numbers of network evaluations of further references, or null: with each, all samplers that a policy with so many
     steps is compared with. 1000 adds the 1000-step sampler with the large variance."""
 
     metrics: tuple[MetricConfig, ...] | None = field(default=None, metadata=chosen_from(METRICS))
     """Further metrics, by their kinds, like [class_entropy], or as groups of settings; null for none."""
-    primary: str | None = None
+    primary: str | None = field(default=None, metadata=NO_SCORE)
     """The score by which checkpoints and trials are compared; null for the reward where the algorithm maximizes one,
     else for the distance to the data."""
 

@@ -14,7 +14,13 @@ from typing import Any
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.base import StepSchedule
 from dxmi.diffusion.schedules.build import shorten
-from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, VARIANCES, ScheduleConfig
+from dxmi.diffusion.schedules.configs import (
+    NUM_DIFFUSION_STEPS,
+    VARIANCES,
+    DdganScheduleConfig,
+    KarrasScheduleConfig,
+    ScheduleConfig,
+)
 from dxmi.diffusion.schedules.ddpm import ancestral_schedule, ddim_schedule
 from dxmi.diffusion.schedules.edm import karras_schedule
 from dxmi.diffusion.solvers import DpmSolver, HeunSolver
@@ -108,9 +114,9 @@ def references(config: ScheduleConfig, *, full: bool = True, steps: Sequence[int
 
 def _full(config: ScheduleConfig) -> list[Reference]:
     """The model's own sampler, with all of its steps."""
-    if config.method == "ddgan":
+    if isinstance(config, DdganScheduleConfig):
         return []
-    if config.method == "karras":
+    if isinstance(config, KarrasScheduleConfig):
         many = replace(config, rho=_RHO)
         return [_karras_ancestral(many, _ANCESTRAL_STEPS, Role.FULL), _heun(many, _HEUN_STEPS, Role.FULL)]
     return [_ancestral(NUM_DIFFUSION_STEPS, "small", Role.FULL)]
@@ -122,17 +128,25 @@ def _of_steps(config: ScheduleConfig, num_steps: int, role: Role) -> list[Refere
     With one step all are the same, the jump from the noise to the predicted data. With two, DPM-Solver++(2M) is DDIM
     (or Euler), since its first and last steps are of first order, and Heun's method has one step.
     """
-    if config.method == "ddgan":
+    if isinstance(config, DdganScheduleConfig):
         return []
-    first_order, solver = (_euler, _karras_solver) if config.method == "karras" else (_ddim, _solver)
-    found = [first_order(config, num_steps, role)]
+    if isinstance(config, KarrasScheduleConfig):
+        return _karras_of_steps(config, num_steps, role)
+    found = [_ddim(num_steps, role)]
     if num_steps > 2:
-        found.append(solver(config, num_steps, role))
-    if num_steps > 1 and config.method == "karras":
-        found.append(_karras_ancestral(config, num_steps, role))
-    elif num_steps > 1:
+        found.append(_solver(num_steps, role))
+    if num_steps > 1:
         found += [_ancestral(num_steps, variance, role) for variance in VARIANCES]
-    if num_steps > 2 and config.method == "karras":
+    return found
+
+
+def _karras_of_steps(config: KarrasScheduleConfig, num_steps: int, role: Role) -> list[Reference]:
+    found = [_euler(config, num_steps, role)]
+    if num_steps > 2:
+        found.append(_karras_solver(config, num_steps, role))
+    if num_steps > 1:
+        found.append(_karras_ancestral(config, num_steps, role))
+    if num_steps > 2:
         found.append(_heun(config, (num_steps + 1) // 2, role))
     return found
 
@@ -146,12 +160,12 @@ def _spacing(num_steps: int) -> tuple[str, str]:
     return ("", "") if num_steps == NUM_DIFFUSION_STEPS else ("_trailing", ", trailing")
 
 
-def _ddim(_: ScheduleConfig, num_steps: int, role: Role) -> Reference:
+def _ddim(num_steps: int, role: Role) -> Reference:
     key, words = _spacing(num_steps)
     return Reference(f"ddim_{num_steps}{key}", f"DDIM{words}", role, ddim_schedule(num_steps))
 
 
-def _solver(_: ScheduleConfig, num_steps: int, role: Role) -> Reference:
+def _solver(num_steps: int, role: Role) -> Reference:
     key, words = _spacing(num_steps)
     name = f"DPM-Solver++(2M){words}"
     return Reference(f"dpm_solver_{num_steps}{key}", name, role, ddim_schedule(num_steps), DpmSolver)
@@ -169,31 +183,31 @@ def _ancestral(num_steps: int, variance: str, role: Role) -> Reference:
 # above the noise that is left at the next level, s'^2, unless there are very many steps.
 
 
-def _karras_spacing(config: ScheduleConfig) -> tuple[str, str]:
+def _karras_spacing(config: KarrasScheduleConfig) -> tuple[str, str]:
     """The end of a key, and in words; levels are spaced by rho, which is 7 in the paper."""
     key, words = ("", "") if config.rho == _RHO else (f"_rho{config.rho:g}", f", rho {config.rho:g}")
     return f"_trailing{key}", f", trailing{words}"
 
 
-def _euler(config: ScheduleConfig, num_steps: int, role: Role) -> Reference:
+def _euler(config: KarrasScheduleConfig, num_steps: int, role: Role) -> Reference:
     key, words = _karras_spacing(config)
     schedule = karras_schedule(config, num_steps, kappa=0.0)
     return Reference(f"euler_{num_steps}{key}", f"Euler{words}", role, schedule)
 
 
-def _karras_solver(config: ScheduleConfig, num_steps: int, role: Role) -> Reference:
+def _karras_solver(config: KarrasScheduleConfig, num_steps: int, role: Role) -> Reference:
     key, words = _karras_spacing(config)
     schedule = karras_schedule(config, num_steps, kappa=0.0)
     return Reference(f"dpm_solver_{num_steps}{key}", f"DPM-Solver++(2M){words}", role, schedule, DpmSolver)
 
 
-def _karras_ancestral(config: ScheduleConfig, num_steps: int, role: Role) -> Reference:
+def _karras_ancestral(config: KarrasScheduleConfig, num_steps: int, role: Role) -> Reference:
     key, words = _karras_spacing(config)
     schedule = karras_schedule(config, num_steps, kappa=1.0)
     return Reference(f"ancestral_{num_steps}{key}", f"ancestral{words}", role, schedule)
 
 
-def _heun(config: ScheduleConfig, num_steps: int, role: Role) -> Reference:
+def _heun(config: KarrasScheduleConfig, num_steps: int, role: Role) -> Reference:
     """Two evaluations a step, one in the last."""
     key, words = _karras_spacing(config)
     schedule, evaluations = karras_schedule(config, num_steps, kappa=0.0), 2 * num_steps - 1

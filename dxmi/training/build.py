@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from dxmi.algorithms.base import DEVICE, HOST, Algorithm, Parts, PolicyAlgorithm
 from dxmi.algorithms.ddpm import DDPM
 from dxmi.algorithms.registry import ALGORITHMS
-from dxmi.config import signature, to_tree
+from dxmi.config import RESULT, block_delta, delta, signature
 from dxmi.data.dataset import BatchStream, Dataset
 from dxmi.data.images import data_root
 from dxmi.data.loading import load
@@ -39,7 +38,7 @@ from dxmi.rewards.base import Reward, no_reward
 from dxmi.rewards.metric import MeanReward
 from dxmi.rewards.registry import REWARDS
 from dxmi.seeds import generator
-from dxmi.training.config import ExperimentConfig
+from dxmi.training.config import SCHEMA, ExperimentConfig
 from dxmi.training.state import TrainingState
 
 PRETRAINING_VERSION = 2
@@ -143,25 +142,21 @@ class Experiment:
     @property
     def pretraining_signature(self) -> str:
         """Of everything that the pretrained denoiser depends on."""
-        return signature({"version": PRETRAINING_VERSION, "torch": torch.__version__, **self._pretraining_tree()})
-
-    def _pretraining_tree(self) -> dict[str, Any]:
         config = self.config
-        tree: dict[str, Any] = {
+        weights = None if config.pretrain.weights is None else self.weights_signature
+        identity = {
+            "schema": SCHEMA,
+            "version": PRETRAINING_VERSION,
+            "torch": torch.__version__,
             "seed": config.seed,
             "data": self.data.signature,
-            "network": to_tree(config.network.denoiser),
-            "pretrain": to_tree(config.pretrain),
+            "mirrors": config.data.mirrors,
+            "network": block_delta(config.network.denoiser, RESULT),
+            "pretrain": {**delta(config.pretrain, RESULT), "weights": weights},
+            "precision": config.train.precision,
+            "family": config.schedule.family,
         }
-        if config.data.flip:
-            tree["flip"] = True
-        if config.train.precision != "float32":
-            tree["precision"] = config.train.precision
-        if config.schedule.family != "ddpm":
-            tree["family"] = config.schedule.family
-        if config.pretrain.weights is not None:
-            tree["pretrain"] = {**tree["pretrain"], "weights": self.weights_signature}
-        return tree
+        return signature(identity)
 
     # ------------------------------------------------------------------------
     # Building. Every random stream has a name; see dxmi.seeds.
@@ -348,7 +343,7 @@ class Experiment:
             batch_size,
             generator(self.config.seed, name),
             self._labels() if self.config.network.denoiser.classes else None,
-            flip=self.config.data.flip,
+            flip=self.config.data.mirrors,
             device=self.device,
             workers=self.workers,
             reads_samples=reads_samples,

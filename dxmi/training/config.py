@@ -7,9 +7,11 @@ from typing import Any
 
 from dxmi.algorithms.configs import AlgorithmConfig, DDPMConfig, DxMIConfig
 from dxmi.algorithms.registry import ALGORITHMS
-from dxmi.config import signature, to_tree
-from dxmi.data.configs import DataConfig
-from dxmi.diffusion.schedules.configs import ScheduleConfig
+from dxmi.config import NO_RESULT, RESULT, delta, signature
+from dxmi.data.configs import DataConfig, DigitsConfig
+from dxmi.data.registry import DATA_SETS
+from dxmi.diffusion.schedules.configs import ScheduleConfig, VarScheduleConfig
+from dxmi.diffusion.schedules.registry import SCHEDULES
 from dxmi.evaluation.config import INCEPTION, EvaluateConfig, features_of
 from dxmi.metrics.keys import (
     REWARD_KEY,
@@ -30,6 +32,9 @@ from dxmi.rewards.registry import REWARDS
 _MAX_THREADS = _MAX_WORKERS = _MAX_STACK = 1024
 _OF_ONE = {"compile": "compiled", "cuda_graphs": "recorded"}
 PRECISIONS = ("float32", "bfloat16")
+SCHEMA = 2
+"""Version of the defaults and of the names of settings. It rises when the meaning of a default changes or a setting is
+renamed; `dxmi.training.schema` then reads the configs of before."""
 CHECKPOINTS = ("best", "last")
 """What a run keeps a policy of."""
 EXPORT_FORMATS = ("diffusers",)
@@ -153,22 +158,22 @@ class ResourcesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
-    """The whole of a run. Everything but `resources` and `data.accept_unknown_files` enters its signature."""
+    """The whole of a run. What of it differs from the defaults is its identity."""
 
     name: str = "digits"
     """Of the experiment, for people."""
     seed: int = 0
     """Of initial weights, data order and noise."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=DigitsConfig, metadata=chosen_from(DATA_SETS))
     network: NetworksConfig = field(default_factory=NetworksConfig)
     pretrain: DDPMConfig = field(default_factory=DDPMConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: ScheduleConfig = field(default_factory=VarScheduleConfig, metadata=chosen_from(SCHEDULES))
     algorithm: AlgorithmConfig = field(default_factory=DxMIConfig, metadata=chosen_from(ALGORITHMS))
     reward: RewardConfig | None = field(default=None, metadata=chosen_from(REWARDS))
     """What samples are rewarded for, where the algorithm or the evaluation asks for it; null for nothing."""
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig, metadata=NO_RESULT)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", self.name):
@@ -212,9 +217,9 @@ class ExperimentConfig:
         """The scores of samples against the data."""
         if self.data.is_planar:
             return planar_keys()
-        if features_of(self.data.name, self.evaluate) == INCEPTION:
+        if features_of(self.data.kind, self.evaluate) == INCEPTION:
             return inception_keys(self.evaluate.num_samples)
-        return classifier_keys(self.data.name)
+        return classifier_keys(self.data.kind)
 
     @property
     def signature(self) -> str:
@@ -223,10 +228,5 @@ class ExperimentConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything of a config that decides its run, as a tree.
-
-        All but `resources`, and but for the permission to take unknown files: those are in the signature of the data.
-        """
-        tree = to_tree(self)
-        del tree["resources"], tree["data"]["accept_unknown_files"]
-        return tree
+        """Everything of a config that decides its run, as a tree: what differs from the defaults, and their version."""
+        return {"schema": SCHEMA, **delta(self, RESULT)}

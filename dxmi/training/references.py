@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dxmi.config import signature, to_tree
+from dxmi.config import SCORES, block_delta, delta, signature
 from dxmi.diffusion.policy import Policy
 from dxmi.evaluation.config import PICTURES, REPORT, SCORING_VERSION
 from dxmi.evaluation.references import (
@@ -26,15 +26,10 @@ from dxmi.persistence.cache import cache_root, cached
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.seeds import generator
 from dxmi.training.build import Experiment
+from dxmi.training.config import SCHEMA
 from dxmi.training.progress import Phase
 from dxmi.training.reporter import RunReporter
 from dxmi.visualization.galleries import Gallery
-
-_NOT_OF_SCORES = (
-    *("every", "grid", "generations", "result", "features"),
-    *("reference_images", "full_reference", "reference_steps", "metrics", "primary"),
-)
-"""What of an evaluation's config changes no score of given weights, or is told by the scorer's identity."""
 
 
 class References:
@@ -90,26 +85,21 @@ class References:
 
     def _path(self, reference: Reference, **more: Any) -> Path:
         """Where what comes of a sampler of the pretrained model is cached."""
-        evaluate = to_tree(self._config.evaluate)
+        reward = self._config.reward
         identity = {
+            "schema": SCHEMA,
             "version": SCORING_VERSION,
             "pretraining": self._experiment.pretraining_signature,
             "schedule": reference.schedule.tree(),
-            "evaluate": {key: value for key, value in evaluate.items() if key not in _NOT_OF_SCORES},
+            "evaluate": delta(self._config.evaluate, SCORES),
+            "reward": None if reward is None else block_delta(reward, SCORES),
             "features": self._scorer.identity,
-            **self._further(),
             "stream": stream_of(REPORT, self._config.seed),
             "device": self._experiment.device.type,
             **({} if reference.policy is Policy else {"sampler": reference.policy.__name__}),
             **more,
         }
         return cache_root() / "references" / f"{signature(identity)}.cached"
-
-    def _further(self) -> dict[str, Any]:
-        """What further metrics of the samples depend on."""
-        reward, metrics = self._config.reward, self._config.evaluate.metrics or ()
-        found = {"reward": None if reward is None else to_tree(reward), "metrics": [to_tree(one) for one in metrics]}
-        return {name: value for name, value in found.items() if value}
 
     # ------------------------------------------------------------------------
     # Pictures.

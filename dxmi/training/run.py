@@ -220,7 +220,7 @@ class Run:
         self.workers.on_first(self._take_folder)
         if self._end_if_finished():  # by another process, while this one waited for the folder
             return
-        self.gallery = build_gallery(self.config.data.name)
+        self.gallery = build_gallery(self.config.data.kind)
         self._threads = self.experiment.use_threads()
         self._note(self.experiment.data.notes, of_data=True)
 

@@ -160,7 +160,7 @@ def sample(args: argparse.Namespace) -> int:
     trained = _trained(args)
     states = trained.states(args.num, args.seed, args.guidance, args.label)
     if args.out.suffix == ".png":
-        gallery = build_gallery(trained.experiment.config.data.name)
+        gallery = build_gallery(trained.experiment.config.data.kind)
         if args.steps_grid:
             gallery.draw_steps(args.out, states)
         else:

@@ -25,7 +25,7 @@ from tune.plans.sweep import Plan
 from tune.reporting.pages import study_pages
 from tune.reporting.terminal import Terminal
 from tune.reporting.text_tables import TextTable
-from tune.search.space import show, value_at
+from tune.search.space import show
 from tune.studies.arm_results import changes_text
 from tune.studies.folder import StudyFolder
 from tune.studies.leaderboard import changed_inputs
@@ -85,7 +85,7 @@ def _plan(console: Terminal, chosen: Sweep, cost: Estimate) -> None:
     console.out(f"Study {plan.name} (signature {plan.signature}) in {chosen.folder.path}", highlight=False)
     space = TextTable("setting", "values", "default", title="space", title_justify="left")
     for axis in plan.axes:
-        space.add_row(axis.path, str(axis), show(value_at(plan.experiment, axis.path)))
+        space.add_row(axis.path, str(axis), show(axis.own(plan.experiment)))
     console.print(space)
     objectives = ", ".join(f"{objective.direction} {objective.metric}" for objective in sweep.objectives)
     stopping = "no early stopping" if sweep.stopping.rule == "none" else f"early stopping by {sweep.stopping.rule}"

@@ -14,7 +14,7 @@ design, from which `tune.plans.arms` builds the arms:
 
     design: factorial                              also fractional: two levels per factor, and resolution: 3 or 4
     factors:                                       by name, levels by name; the first is that of the baseline
-      method: {var: {}, step: {schedule.method: step}}
+      method: {var: {}, step: {schedule.kind: step}}
 """
 
 import math

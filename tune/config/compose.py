@@ -3,16 +3,15 @@
 Hydra composes plain values; `dxmi.config.build` turns them into frozen dataclasses and refuses what is wrong.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -20,7 +19,20 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from dxmi.config import build, places, to_tree, unknown_key
+from dxmi.config import (
+    block_at,
+    build,
+    completed,
+    leaves_of,
+    places,
+    put,
+    settings_between,
+    shared_fields,
+    to_tree,
+    unknown_key,
+    value_of,
+    with_kinds,
+)
 from dxmi.errors import UserError
 from dxmi.persistence.files import require_target, user_path, user_text
 from dxmi.persistence.run_directory import read_yaml
@@ -43,7 +55,6 @@ _ROOT = "config"
 _ASIDE = "dxmi_text_put_aside_"
 _SHOWN = 60
 """Characters of a bad override that are repeated to the user."""
-_DEFAULTS = "dxmi_defaults"
 _TRACKING = "tracking"
 _BASELINE = "baseline"
 _OF_ALL = ("experiment", "debug")
@@ -79,7 +90,10 @@ def compose_experiment(overrides: Sequence[str]) -> Composed:
     values = [o for o in parsed if not _is_group(o, options)]
     for override in (o for o in parsed if _is_group(o, options)):
         _check_option(override.key_or_group, override.value(), options)
-    known = _known(tuple(chosen), files.config_folder(), _last_change())
+    known = with_kinds(
+        ExperimentConfig, _known(tuple(chosen), files.config_folder(), _last_change()), _settings_of(values)
+    )
+    values = [o for o in values if not _names_kind(o, known)]  # it is there already
     for override in values:
         _check_path(override, known, options)
     return Composed(build(ExperimentConfig, _with_places(_with_values(known, values), raw)), out)
@@ -155,6 +169,8 @@ def compose_sweep(overrides: Sequence[str]) -> ComposedSweep:
     asked = _asked(SWEEP, files.sweeps(), overrides)
     tree = overridden({SWEEP: _whole_sweep(asked.content), _TRACKING: to_tree(TrackingConfig())}, asked.own)
     experiment = compose_experiment(asked.rest).experiment
+    if "space" in tree[SWEEP]:
+        tree[SWEEP]["space"] = _space_with_options(tree[SWEEP]["space"], asked.rest)
     return ComposedSweep(experiment, tree[SWEEP], tree[_TRACKING], asked.name, asked.source)
 
 
@@ -169,8 +185,9 @@ def compose_ablation(overrides: Sequence[str]) -> ComposedAblation:
     tree = overridden({ABLATION: _whole_ablation(asked.content), _TRACKING: to_tree(TrackingConfig())}, asked.own)
     ablation = tree[ABLATION]
     baseline = _baseline(ablation.pop(_BASELINE, []), asked.rest)
-    experiment = compose_experiment([*baseline, *asked.rest]).experiment
-    ablation = _with_settings(ablation, _with_options)
+    overrides = [*baseline, *asked.rest]
+    experiment = compose_experiment(overrides).experiment
+    ablation = _with_settings(ablation, functools.partial(_with_options, overrides))
     return ComposedAblation(experiment, ablation, tree[_TRACKING], asked.name, asked.source)
 
 
@@ -306,18 +323,62 @@ def _named(where: str, table: Any, change: Settings) -> Any:
     return found
 
 
-def _with_options(where: str, settings: Any) -> Any:
-    """Settings in which the name of a config group's option has become what that option holds."""
+def _with_options(overrides: Sequence[str], where: str, settings: Any) -> Any:  # noqa: ARG001
+    """Settings in which the name of a config group's option has become what it changes of the experiment."""
     if not isinstance(settings, dict):
         return settings
-    options = {group: names for group, names in files.groups().items() if group not in _OF_ALL}
-    found = dict(settings)
-    for group in options.keys() & settings.keys():
-        if isinstance(settings[group], str):
-            _check_option(group, settings[group], options)
-            path = files.config_folder() / group / f"{settings[group]}.yaml"
-            found[group] = read_yaml(path, f"{where} names {path}, which has gone.")
+    names = {group: name for group, name in settings.items() if group in _variable_groups() and isinstance(name, str)}
+    return settings | {group: _option_settings(overrides, group, name) for group, name in names.items()}
+
+
+def _variable_groups() -> dict[str, list[str]]:
+    """Config groups that each hold one group of settings, and the names of their options."""
+    return {group: names for group, names in files.groups().items() if group not in _OF_ALL}
+
+
+def _space_with_options(space: Any, overrides: Sequence[str]) -> Any:
+    """A sweep's space in which a choice between a config group's options has become one between what each of them
+    changes of the experiment, by the options' names.
+    """
+    if not isinstance(space, dict):
+        return space
+    found = dict(space)
+    for group in _variable_groups().keys() & space.keys():
+        names = space[group].get("choice") if isinstance(space[group], dict) else None
+        if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+            choice = {name: _option_settings(overrides, group, name) for name in names}
+            found[group] = {**space[group], "choice": choice}
     return found
+
+
+def _option_settings(overrides: Sequence[str], group: str, name: str) -> dict[str, Any]:
+    """What the option of a group changes of the experiment that the overrides describe, by path inside the group: it is
+    composed once more with that option. Of an option that changes nothing, what its file holds.
+    """
+    _check_option(group, name, _variable_groups())
+    old = to_tree(compose_experiment(overrides).experiment)
+    new = to_tree(compose_experiment(_with_option(overrides, group, name, old)).experiment)
+    changes = settings_between(ExperimentConfig, old, new)
+    return {path.removeprefix(f"{group}."): value for path, value in changes.items()} or _option(group, name)
+
+
+def _with_option(overrides: Sequence[str], group: str, name: str, old: dict[str, Any]) -> list[str]:
+    """The overrides with another option of a group, without those that the option decides: what it names, every kind,
+    and in a block of another kind all but what kinds share.
+    """
+    content = _option(group, name)
+    decided = {f"{group}.{path}" for path, _ in leaves_of(content)}
+
+    def is_kept(key: str) -> bool:
+        block, _, last = key.rpartition(".")
+        if key == group or key in decided:
+            return False
+        place = block_at(ExperimentConfig, old, block) if key.startswith(f"{group}.") else None
+        kind = value_of({group: content}, f"{block}.kind")
+        is_other = kind is not None and kind != value_of(old, f"{block}.kind")
+        return place is None or (last != "kind" and not (is_other and last not in shared_fields(place)))
+
+    return [*(o for o in overrides if is_kept(_key(o))), f"{group}={name}"]
 
 
 def _nested(where: str, tree: Any, is_group: Callable[[Any], bool]) -> Any:
@@ -508,7 +569,8 @@ def _check_key(key: str, known: dict[str, Any], options: dict[str, list[str]]) -
             names = list(dict.fromkeys([*tree, *(options if index == 0 else ())])) if isinstance(tree, dict) else []
             if not names:
                 raise UserError(f"{key} is not a setting: {'.'.join(parts[:index])} is a value.")
-            raise UserError(unknown_key(key, part, names))
+            kind = tree.get("kind")
+            raise UserError(unknown_key(key, part, names, kind if isinstance(kind, str) else None))
         tree = tree[part]
 
 
@@ -516,20 +578,60 @@ def _nearest(name: str, names: list[str]) -> str:
     return unknown_key("", name, names).removeprefix(" is not a setting: ")
 
 
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _known(chosen: tuple[str, ...], folder: Path, changed: int) -> dict[str, Any]:  # noqa: ARG001
-    """The settings that Hydra composes of these groups, only to be read.
+    """The whole tree that these groups describe, only to be read.
 
     Hydra looks for each file in several places and takes tenths of a second, so a process asks it once for the same
     groups; `folder` had its last change at `changed`.
     """
-    defaults = to_tree(ExperimentConfig())
-    del defaults["network"]  # a network's fields depend on its kind: its group lists them all
-    texts: list[str] = []
+    tree = _composed(chosen)
+    options = dict(option.split("=", 1) for option in chosen)
+    blocks = {group: name for group, name in options.items() if group not in _OF_ALL and name != "null"}
+    if blocks:
+        before = completed(ExperimentConfig, _composed(tuple(o for o in chosen if o.startswith(_OF_ALL))))
+        for group, name in blocks.items():
+            _bring_blocks(tree, before, group, _option(group, name))
+    return completed(ExperimentConfig, tree)
+
+
+def _bring_blocks(tree: dict[str, Any], before: dict[str, Any], path: str, content: Any) -> None:
+    """Let each block of an option whose kind is another than the experiment's have nothing of what the experiment says
+    of its own kind, but what all kinds share.
+    """
+    if not isinstance(content, dict):
+        return
+    place = block_at(ExperimentConfig, before, path)
+    if place is None:
+        for name, own in content.items():
+            _bring_blocks(tree, before, f"{path}.{name}", own)
+    elif content.get("kind", value_of(before, f"{path}.kind")) != value_of(before, f"{path}.kind"):
+        block = value_of(tree, path)
+        put(tree, path, {**content, **{name: block[name] for name in shared_fields(place) & block.keys()}})
+
+
+def _composed(chosen: tuple[str, ...]) -> dict[str, Any]:
+    """What Hydra composes of these groups: only what differs from the defaults."""
     GlobalHydra.instance().clear()
-    ConfigStore.instance().store(name=_DEFAULTS, node=_put_aside(defaults, texts))
-    with _refusing(), initialize_config_dir(str(folder), version_base=None):
-        return _plain(compose(_ROOT, overrides=list(chosen)), texts)
+    with _refusing(), initialize_config_dir(str(files.config_folder()), version_base=None):
+        return _plain(compose(_ROOT, overrides=list(chosen)), [])
+
+
+def _option(group: str, name: str) -> dict[str, Any]:
+    """What the file of a group's option holds."""
+    path = files.config_folder() / group / f"{name}.yaml"
+    return read_yaml(path, f"{path} has gone.")
+
+
+def _names_kind(override: Override, known: dict[str, Any]) -> bool:
+    """Whether an override is block=KIND."""
+    is_block = block_at(ExperimentConfig, known, override.key_or_group) is not None
+    return is_block and not override.is_delete() and isinstance(override.value(), str)
+
+
+def _settings_of(overrides: Sequence[Override]) -> dict[str, Any]:
+    """The settings that overrides give a value, by path."""
+    return {override.key_or_group: override.value() for override in overrides if not override.is_delete()}
 
 
 def _last_change() -> int:

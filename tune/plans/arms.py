@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dxmi.config import to_tree
+from dxmi.config import leaves_of, named_settings, settings_between, to_tree, with_kinds
 from dxmi.errors import UserError
 from dxmi.training.config import ExperimentConfig
 from tune.config.ablation import TABLES, AblationConfig, Table
@@ -32,7 +32,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}")
 _EXAMPLES = {
     "variants": "{no_entropy: {algorithm.entropy_coef: 0}}",
     "components": "{entropy: {algorithm.entropy_coef: 0}}",
-    "factors": "{method: {var: {}, step: {schedule.method: step}}}",
+    "factors": "{method: {var: {}, step: {schedule.kind: step}}}",
 }
 
 
@@ -42,8 +42,8 @@ class Arm:
 
     Attributes:
         name: a plain word.
-        changes: of the baseline, by path; empty for the baseline itself. A value is a group only where a network's kind
-            changes, whose settings then are all there.
+        changes: of the baseline, by path; empty for the baseline itself. Another kind brings its whole block, of which
+            the other paths name what is not as that kind's default.
         levels: in a factorial design, the name of each factor's level; else empty.
     """
 
@@ -185,9 +185,10 @@ def _levels(factor: str, levels: Table, experiment: ExperimentConfig) -> Iterato
 def _require_changed(change: _Change, given: Mapping[str, Any]) -> None:
     if change.settings:
         return
-    if not given:
+    named = flat(given)
+    if not named:
         raise UserError(f"{change.where} equals the baseline, since it changes nothing: name a setting.")
-    path, value = next(iter(flat(given).items()))
+    path, value = next(iter(named.items()))
     raise UserError(f"{change.where} equals the baseline, where {path} is {show(value)} already: leave it out.")
 
 
@@ -199,48 +200,28 @@ def _settings(where: str, given: Any, experiment: ExperimentConfig) -> dict[str,
     if not isinstance(given, Mapping):
         raise UserError(f"{where} is {given!r}: it must be a group of settings, like {{algorithm.entropy_coef: 0}}.")
     known, named = to_tree(experiment), {}
-    for path, value in _leaves(given):
+    for path, value in leaves_of(given):
         if path in named:
             raise UserError(f"{where} names {path} twice: keep one.")
         named[path] = value
-    named = _with_whole_networks(named, known)
-    for path, value in named.items():
-        if not (value and isinstance(value, Mapping)):  # a whole network is left to its own schema
-            require_setting(f"{where}.{path}", path, known, _FIXED)
+    named = named_settings(ExperimentConfig, known, named)
+    try:
+        known = with_kinds(ExperimentConfig, known, named)
+    except UserError as error:
+        raise UserError(f"{where} is refused: {error}") from error
+    for path in named:
+        require_setting(f"{where}.{path}", path, known, _FIXED)
     try:
         built = configured(experiment, named)
     except UserError as error:
         raise UserError(f"{where} is refused: {error}") from error
-    new, old = to_tree(built), to_tree(experiment)
-    return {path: _at(new, path) for path in named if _at(new, path) != _at(old, path)}
+    return _changed(experiment, built, named)
 
 
-def _leaves(tree: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Value]]:
-    """(path, value) of each setting; groups may be nested or written with dots."""
-    for key, value in tree.items():
-        where = f"{path}.{key}" if path else str(key)
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, where)
-        else:
-            yield where, value
-
-
-def _with_whole_networks(named: Mapping[str, Value], known: Mapping[str, Any]) -> dict[str, Value]:
-    """Settings of a network of another kind as one value, since its fields are others than the baseline's."""
-    found = dict(named)
-    for name, network in known["network"].items():
-        group = f"network.{name}"
-        if found.get(f"{group}.kind", network["kind"]) != network["kind"]:
-            own = [path for path in found if path.startswith(f"{group}.")]
-            found[group] = {path.removeprefix(f"{group}."): found.pop(path) for path in own}
-    return found
-
-
-def _at(tree: Mapping[str, Any], path: str) -> Value:
-    value: Any = tree
-    for name in path.split("."):
-        value = value[name]
-    return value
+def _changed(experiment: ExperimentConfig, built: ExperimentConfig, named: Mapping[str, Value]) -> dict[str, Value]:
+    """Of the named settings, with their values as built, those that the baseline would not have already."""
+    changes = settings_between(ExperimentConfig, to_tree(experiment), to_tree(built))
+    return {path: changes[path] for path in named if path in changes}
 
 
 # ----------------------------------------------------------------------------

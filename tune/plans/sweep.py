@@ -99,7 +99,8 @@ class Plan:
 
     def tree_of(self, values: Mapping[str, Value]) -> dict[str, Any]:
         """The config of the trial with these values, as a tree that may still be refused."""
-        return tree_with(self.experiment, values)
+        groups = {axis.path: axis for axis in self.axes}
+        return tree_with(self.experiment, {path: groups[path].settings(value) for path, value in values.items()})
 
     def config_of(self, values: Mapping[str, Value]) -> ExperimentConfig:
         """The config of the trial with these values.

@@ -16,7 +16,7 @@ from tune.plans.sweep import Plan, fidelity_keys
 from tune.reporting.figures import Reference, references
 from tune.reporting.sentences import FEW, score_of
 from tune.reporting.study_tables import fresh_columns
-from tune.search.space import Axis, show, value_at
+from tune.search.space import Axis, show
 from tune.stats.comparison import Comparison
 from tune.stats.summary import ArmSummary
 from tune.studies.arm_results import (
@@ -358,7 +358,7 @@ def space_rows(plan: Plan, records: Sequence[TrialRecord]) -> list[tuple[str, st
         (
             axis.path,
             str(axis),
-            show(value_at(plan.experiment, axis.path)),
+            show(axis.own(plan.experiment)),
             "" if best is None else show(best.values[axis.path]),
         )
         for axis in plan.axes

@@ -13,7 +13,7 @@ import numpy as np
 
 from dxmi.training.config import ExperimentConfig
 from tune.config.sweep import MINIMIZE, SweepConfig
-from tune.search.space import Axis, Value, grid_points, value_at
+from tune.search.space import Axis, Value, grid_points
 
 if TYPE_CHECKING:  # Optuna and SciPy are imported where they are used: most of what reads a study needs neither
     from optuna.samplers import BaseSampler
@@ -35,7 +35,7 @@ class Proposal:
 
 def defaults(axes: Sequence[Axis], experiment: ExperimentConfig) -> dict[str, Value] | None:
     """The experiment's own values, or None if the space does not contain them."""
-    values = {axis.path: value_at(experiment, axis.path) for axis in axes}
+    values = {axis.path: axis.own(experiment) for axis in axes}
     return values if all(axis.contains(values[axis.path]) for axis in axes) else None
 
 

@@ -6,8 +6,11 @@ A sweep file writes one line a setting, by its path in the experiment's config:
     algorithm.entropy_coef: {uniform: [0, 1]}
     schedule.num_steps: {integer: [3, 8]}
     algorithm.preset: {choice: [as_released, objective]}
+    schedule: {choice: [var_quadratic, step_linear]}             options of a config group
+    schedule: {choice: {few: {num_steps: 3}, many: {num_steps: 10}}}      groups of settings by name
 
-A grid needs finitely many values, so there a range says how many: {log_uniform: [1.0e-6, 1.0e-4], points: 5}.
+Another kind (schedule.kind: {choice: [var, step]}) brings its whole block. A grid needs finitely many values, so there
+a range says how many: {log_uniform: [1.0e-6, 1.0e-4], points: 5}.
 """
 
 import copy
@@ -16,10 +19,10 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dxmi.config import build, to_tree, unknown_key
+from dxmi.config import build, to_tree, unknown_key, value_of, with_settings
 from dxmi.errors import UserError
 from dxmi.training.config import ExperimentConfig
 from tune.config.sweep import KINDS
@@ -51,6 +54,7 @@ class Axis:
         high: of a range, itself included.
         choices: values of a choice, in the order of the file.
         points: how many values of a range a grid takes; 0 if the file does not say.
+        groups: of a choice between groups of settings, the settings of each by its name, which is the value.
     """
 
     path: str
@@ -59,6 +63,18 @@ class Axis:
     high: float = 0.0
     choices: tuple[Value, ...] = ()
     points: int = 0
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def settings(self, value: Value) -> Value:
+        """What a value puts at the path."""
+        return self.groups[value] if self.groups else value
+
+    def own(self, experiment: ExperimentConfig) -> Value:
+        """The experiment's own value; of groups of settings, the name of the first that changes nothing of it."""
+        if not self.groups:
+            return value_at(experiment, self.path)
+        same = (name for name in self.choices if configured(experiment, {self.path: self.groups[name]}) == experiment)
+        return next(same, "none of these")
 
     @property
     def distribution(self) -> "BaseDistribution":
@@ -169,8 +185,8 @@ def parse_space(tree: Any, experiment: ExperimentConfig) -> tuple[Axis, ...]:
     known = to_tree(experiment)
     axes = []
     for path, spec in specs.items():
-        require_setting(f"sweep.space.{path}", path, known)
         axis = _axis(path, spec)
+        require_setting(f"sweep.space.{path}", path, known, is_group=bool(axis.groups))
         _check_values(axis, experiment)
         axes.append(axis)
     return tuple(axes)
@@ -188,7 +204,9 @@ def _specs(tree: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield from _specs(value, f"{path}.{key}" if path else str(key))
 
 
-def require_setting(where: str, path: str, known: Mapping[str, Any], fixed: Mapping[str, str] = FIXED) -> None:
+def require_setting(
+    where: str, path: str, known: Mapping[str, Any], fixed: Mapping[str, str] = FIXED, *, is_group: bool = False
+) -> None:
     """Check that `path` is one setting of an experiment, and that it may vary.
 
     Args:
@@ -196,9 +214,11 @@ def require_setting(where: str, path: str, known: Mapping[str, Any], fixed: Mapp
         path: with dots.
         known: the experiment as a tree.
         fixed: groups that may not vary, and why.
+        is_group: the path is to be that of a group of settings.
 
     Raises:
-        UserError: it is none (the nearest is named), a group of them, or fixed.
+        UserError: it is none (the nearest is named), a group of them where one is wanted or the other way round, or
+            fixed.
     """
     tree: Any = known
     group = path.partition(".")[0]
@@ -211,8 +231,10 @@ def require_setting(where: str, path: str, known: Mapping[str, Any], fixed: Mapp
             groups = [name for name in known if name not in fixed]
             raise UserError(unknown_key(where, path, near or groups))
         tree = tree[part]
-    if isinstance(tree, Mapping):
+    if isinstance(tree, Mapping) and not is_group:
         raise UserError(f"{where} is a group of settings: name one of them, like {path}.{next(iter(tree))}.")
+    if is_group and not isinstance(tree, Mapping):
+        raise UserError(f"{where} is one setting, not a group: give its choices as a list.")
 
 
 def _axis(path: str, spec: Mapping[str, Any]) -> Axis:
@@ -222,6 +244,9 @@ def _axis(path: str, spec: Mapping[str, Any]) -> Axis:
     if len(kinds) != 1 or extra:
         raise UserError(f"{where} is {dict(spec)!r}: {_EXAMPLE}.")
     kind, body = kinds[0], spec[kinds[0]]
+    if kind == "choice" and isinstance(body, Mapping):
+        _check_groups(f"{where}.choice", body)
+        return Axis(path, kind, choices=_choices(where, [*body], spec), groups=copy.deepcopy(dict(body)))
     if not isinstance(body, Sequence) or isinstance(body, str):
         raise UserError(f"{where}.{kind} is {body!r}: it must be a list.")
     if kind == "choice":
@@ -242,6 +267,12 @@ def _choices(where: str, body: Sequence[Any], spec: Mapping[str, Any]) -> tuple[
         if any(_same(value, other) for other in body[:index]):
             raise UserError(f"{where}.choice names {value!r} twice.")
     return tuple(copy.deepcopy(list(body)))
+
+
+def _check_groups(where: str, body: Mapping[Any, Any]) -> None:
+    for name, settings in body.items():
+        if not isinstance(name, str) or not isinstance(settings, Mapping):
+            raise UserError(f"{where}.{name} is {settings!r}: it must be a name with a group of settings.")
 
 
 def _bounds(where: str, kind: str, body: Sequence[Any]) -> tuple[float, float]:
@@ -266,7 +297,7 @@ def _check_values(axis: Axis, experiment: ExperimentConfig) -> None:
     """Let the experiment's own checks refuse a bound or a choice, before any trial does."""
     for value in axis.choices or (axis.low, axis.high):
         try:
-            configured(experiment, {axis.path: value})
+            configured(experiment, {axis.path: axis.settings(value)})
         except UserError as error:
             raise UserError(f"sweep.space.{axis.path} cannot take {show(value)}: {error}") from error
 
@@ -294,20 +325,13 @@ def configured(experiment: ExperimentConfig, values: Mapping[str, Value]) -> Exp
 
 
 def tree_with(experiment: ExperimentConfig, values: Mapping[str, Value]) -> dict[str, Any]:
-    """The experiment's tree with other values at some paths, which it may still refuse."""
-    tree = to_tree(experiment)
-    for path, value in values.items():
-        *groups, last = path.split(".")
-        group = tree
-        for name in groups:
-            group = group[name]
-        group[last] = value
-    return tree
+    """The experiment's tree with other values at some paths, which it may still refuse; see `with_settings`."""
+    return with_settings(ExperimentConfig, to_tree(experiment), values)
 
 
 def value_at(experiment: ExperimentConfig, path: str) -> Value:
     """The experiment's own value of a setting."""
-    return flat(to_tree(experiment))[path]
+    return value_of(to_tree(experiment), path)
 
 
 def grid_points(axes: Sequence[Axis]) -> list[dict[str, Value]]:

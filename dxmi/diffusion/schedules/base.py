@@ -1,5 +1,6 @@
 """The tables that every schedule consists of: the steps of a sampler, and the forward process of pretraining."""
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -81,3 +82,15 @@ def noised(level: Array) -> Noising:
     """Variance-preserving noise of these signal levels, which is what the network regresses."""
     step = np.arange(len(level), dtype=np.float64)
     return Noising(step, np.sqrt(level), np.sqrt(1.0 - level), np.zeros_like(level), np.ones_like(level))
+
+
+class Schedule(ABC):
+    """What a schedule's config describes. The constructor takes that config."""
+
+    @abstractmethod
+    def steps(self) -> StepSchedule:
+        """The tables of the T policy steps."""
+
+    @abstractmethod
+    def noising(self) -> Noising:
+        """How the models are pretrained that the schedule cuts."""

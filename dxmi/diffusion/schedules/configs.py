@@ -1,71 +1,120 @@
-"""Settings of the schedules. Nothing here imports NumPy or PyTorch."""
+"""Settings of the schedules, a class for each kind. Nothing here imports NumPy or PyTorch."""
 
 import math
 from dataclasses import dataclass
 
 NUM_DIFFUSION_STEPS = 1000
 SHORTENINGS = ("var", "step")
-METHODS = (*SHORTENINGS, "karras", "ddgan")
+"""Kinds that cut DDPM's 1000 steps."""
 SHAPES = ("linear", "quadratic")
 STEP_SHAPES = (*SHAPES, "trailing")
-"""Of method=step."""
+"""Of kind step."""
 VARIANCES = ("small", "large")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """How the 1000-step model is cut to a few steps."""
+    """The part of a schedule's config that all kinds share."""
 
+    kind: str = "var"
+    """var: T new noise levels; step: a subset of the 1000 steps; karras: EDM's levels; ddgan: a diffusion GAN's."""
     num_steps: int = 5
     """T, the number of policy steps."""
-    method: str = "var"
-    """var: T new noise levels; step: a subset of the 1000 steps; karras: EDM's levels; ddgan: a diffusion GAN's."""
-    shape: str = "quadratic"
-    """linear or quadratic spacing of the noise levels (var) or of the chosen steps (step); trailing, of step only: even
-    spacing down from the last step, 999 - 1000 t / T, so that no evaluation is spent on almost clean data."""
     kappa: float = 1.0
     """Stochasticity of the initial sigmas: 1 is the DDPM posterior or the ancestral step, 0 is DDIM or Euler."""
     final_sigma: float = 1e-3
     """Standard deviation of the last step, which is never learned."""
-    rho: float = 7.0
-    """karras: levels are evenly spaced in sigma^(1 / rho)."""
-    sigma_min: float = 0.002
-    """karras: the lowest level."""
-    sigma_max: float = 80.0
-    """karras: the level of the start."""
-    noisy_end: bool = False
-    """karras: the last step leads to `sigma_min`, the last of T + 1 levels, and not from it, the last of T, to 0."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_steps <= NUM_DIFFUSION_STEPS:
             raise ValueError(f"num_steps is {self.num_steps}: it must be in 1..{NUM_DIFFUSION_STEPS}")
-        if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}: it must be one of {', '.join(METHODS)}")
-        shapes = SHAPES if self.method == "var" else STEP_SHAPES
-        if self.shape not in shapes:
-            raise ValueError(
-                f"shape is {self.shape!r}: with method={self.method} it must be one of {', '.join(shapes)}"
-            )
         if not 0.0 <= self.kappa <= 1.0:
             raise ValueError(f"kappa is {self.kappa}: it must be in [0, 1]")
         if not 0.0 <= self.final_sigma < 1.0:
             raise ValueError(f"final_sigma is {self.final_sigma}: it must be in [0, 1)")
+
+    @property
+    def family(self) -> str:
+        """Which models it cuts: those of one family are pretrained alike."""
+        return "ddpm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VarScheduleConfig(ScheduleConfig):
+    """T new noise levels for a DDPM (FastDPM's VAR)."""
+
+    kind: str = "var"
+    shape: str = "quadratic"
+    """linear or quadratic spacing of the noise levels."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_shape(self.kind, self.shape, SHAPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepScheduleConfig(ScheduleConfig):
+    """A subset of the 1000 steps of a DDPM (FastDPM's STEP)."""
+
+    kind: str = "step"
+    shape: str = "quadratic"
+    """linear or quadratic spacing of the chosen steps; trailing: even spacing down from the last one, 999 - 1000 t / T,
+    so that no evaluation is spent on almost clean data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_shape(self.kind, self.shape, STEP_SHAPES)
+        if len(set(timestep_subset(self.num_steps, self.shape))) < self.num_steps:
+            raise ValueError(
+                f"num_steps is {self.num_steps}: shape={self.shape} has fewer distinct steps; use shape=linear or "
+                "fewer num_steps"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KarrasScheduleConfig(ScheduleConfig):
+    """EDM's noise levels with ancestral steps, for networks that are preconditioned as theirs."""
+
+    kind: str = "karras"
+    rho: float = 7.0
+    """Levels are evenly spaced in sigma^(1 / rho)."""
+    sigma_min: float = 0.002
+    """The lowest level."""
+    sigma_max: float = 80.0
+    """The level of the start."""
+    noisy_end: bool = False
+    """The last step leads to `sigma_min`, the last of T + 1 levels, and not from it, the last of T, to 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1.0 <= self.rho <= 100.0:
             raise ValueError(f"rho is {self.rho}: it must be in [1, 100]")
         if not 0.0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min is {self.sigma_min}: it must be greater than 0 and less than sigma_max")
         if not self.sigma_max < math.inf:
             raise ValueError(f"sigma_max is {self.sigma_max}: it must be finite")
-        if self.method == "step" and len(set(timestep_subset(self.num_steps, self.shape))) < self.num_steps:
-            raise ValueError(
-                f"num_steps is {self.num_steps}: shape={self.shape} has fewer distinct steps; use shape=linear or "
-                "fewer num_steps"
-            )
 
     @property
     def family(self) -> str:
-        """Which models it cuts: those of one family are pretrained alike."""
-        return {"karras": "edm", "ddgan": f"ddgan-{self.num_steps}"}.get(self.method, "ddpm")
+        """EDM's."""
+        return "edm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DdganScheduleConfig(ScheduleConfig):
+    """The steps of a denoising-diffusion GAN, whose network predicts the image."""
+
+    kind: str = "ddgan"
+
+    @property
+    def family(self) -> str:
+        """A diffusion GAN is trained for its number of steps."""
+        return f"ddgan-{self.num_steps}"
+
+
+def _require_shape(kind: str, shape: str, shapes: tuple[str, ...]) -> None:
+    if shape not in shapes:
+        raise ValueError(f"shape is {shape!r}: with kind={kind} it must be one of {', '.join(shapes)}")
 
 
 def timestep_subset(num_steps: int, shape: str) -> list[int]:

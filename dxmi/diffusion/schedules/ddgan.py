@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from dxmi.diffusion.schedules.base import Array, Noising, StepSchedule, noised
-from dxmi.diffusion.schedules.configs import ScheduleConfig
+from dxmi.diffusion.schedules.base import Array, Noising, Schedule, StepSchedule, noised
+from dxmi.diffusion.schedules.configs import DdganScheduleConfig
 
 _GAN_BETA_MIN, _GAN_BETA_MAX, _GAN_FIRST_TIME = 0.1, 20.0, 1e-3
 
@@ -20,19 +20,25 @@ def gan_levels(num_steps: int) -> Array:
     return levels
 
 
-def ddgan_steps(config: ScheduleConfig) -> StepSchedule:
-    """The posterior of x_{t+1} given x_t and the image (DDPM, equation 7; of variance kappa^2 times that)."""
-    level = np.append(gan_levels(config.num_steps)[::-1], 1.0)
-    g, g_next = level[:-1], level[1:]
-    sigma = config.kappa * np.sqrt((1.0 - g_next) / (1.0 - g) * (1.0 - g / g_next))
-    signal_scale = np.sqrt((1.0 - g_next - sigma**2) / (1.0 - g))
-    image_scale = np.sqrt(g_next) - np.sqrt(g) * signal_scale
-    sigma[-1] = config.final_sigma
-    steps = np.arange(config.num_steps - 1.0, -1.0, -1.0)
-    return StepSchedule(level, steps, signal_scale, image_scale, sigma, 1.0 - g / g_next)
+class DdganSteps(Schedule):
+    """The T steps of a denoising-diffusion GAN."""
 
+    def __init__(self, config: DdganScheduleConfig) -> None:
+        self.config = config
 
-def ddgan_noising(num_steps: int) -> Noising:
-    """The image at each of the T levels."""
-    levels = gan_levels(num_steps)
-    return replace(noised(levels), data_part=np.ones_like(levels), noise_part=np.zeros_like(levels))
+    def steps(self) -> StepSchedule:
+        """The posterior of x_{t+1} given x_t and the image (DDPM, equation 7; of variance kappa^2 times that)."""
+        config = self.config
+        level = np.append(gan_levels(config.num_steps)[::-1], 1.0)
+        g, g_next = level[:-1], level[1:]
+        sigma = config.kappa * np.sqrt((1.0 - g_next) / (1.0 - g) * (1.0 - g / g_next))
+        signal_scale = np.sqrt((1.0 - g_next - sigma**2) / (1.0 - g))
+        image_scale = np.sqrt(g_next) - np.sqrt(g) * signal_scale
+        sigma[-1] = config.final_sigma
+        steps = np.arange(config.num_steps - 1.0, -1.0, -1.0)
+        return StepSchedule(level, steps, signal_scale, image_scale, sigma, 1.0 - g / g_next)
+
+    def noising(self) -> Noising:
+        """The image at each of the T levels."""
+        levels = gan_levels(self.config.num_steps)
+        return replace(noised(levels), data_part=np.ones_like(levels), noise_part=np.zeros_like(levels))

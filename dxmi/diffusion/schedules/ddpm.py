@@ -10,8 +10,13 @@ from dataclasses import replace
 import numpy as np
 from scipy.special import gammaln
 
-from dxmi.diffusion.schedules.base import Array, Noising, StepSchedule, noised
-from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, ScheduleConfig, timestep_subset
+from dxmi.diffusion.schedules.base import Array, Noising, Schedule, StepSchedule, noised
+from dxmi.diffusion.schedules.configs import (
+    NUM_DIFFUSION_STEPS,
+    StepScheduleConfig,
+    VarScheduleConfig,
+    timestep_subset,
+)
 
 BETA_FIRST, BETA_LAST = 1e-4, 0.02
 _ROOT_TOLERANCE, _ROOT_PRECISION = 1e-12, 4.0 * sys.float_info.epsilon
@@ -63,15 +68,39 @@ def continuous_step(level: float) -> float:
     return bisect(lambda k: math.log(continuous_level(k)) - log_level, 0.0, last)
 
 
-def ddpm_steps(config: ScheduleConfig) -> StepSchedule:
-    """The T steps that a 1000-step model is cut to."""
-    if config.method == "step":
-        steps = np.array(timestep_subset(config.num_steps, config.shape))
-        levels, diffusion_steps = forward_levels()[steps], steps.astype(np.float64)
-    else:
+class VarSteps(Schedule):
+    """T new noise levels, VAR."""
+
+    def __init__(self, config: VarScheduleConfig) -> None:
+        self.config = config
+
+    def steps(self) -> StepSchedule:
+        """The tables of these levels."""
+        config = self.config
         levels = np.cumprod(1.0 - variances(config.num_steps, config.shape), dtype=np.float64)
         diffusion_steps = np.array([continuous_step(level) for level in levels])
-    return _tables(levels, diffusion_steps, config.kappa, config.final_sigma)
+        return _tables(levels, diffusion_steps, config.kappa, config.final_sigma)
+
+    def noising(self) -> Noising:
+        """DDPM's."""
+        return ddpm_noising()
+
+
+class SubsetSteps(Schedule):
+    """A subset of the 1000 steps, STEP."""
+
+    def __init__(self, config: StepScheduleConfig) -> None:
+        self.config = config
+
+    def steps(self) -> StepSchedule:
+        """The tables of these steps."""
+        config = self.config
+        steps = np.array(timestep_subset(config.num_steps, config.shape))
+        return _tables(forward_levels()[steps], steps.astype(np.float64), config.kappa, config.final_sigma)
+
+    def noising(self) -> Noising:
+        """DDPM's."""
+        return ddpm_noising()
 
 
 def _tables(levels: Array, diffusion_steps: Array, kappa: float, final_sigma: float) -> StepSchedule:
@@ -141,6 +170,5 @@ def ancestral_schedule(num_steps: int = NUM_DIFFUSION_STEPS, variance: str = "sm
 
 def _respaced(num_steps: int, kappa: float) -> StepSchedule:
     """Trailing steps of the 1000, without noise in the last."""
-    return ddpm_steps(
-        ScheduleConfig(num_steps=num_steps, method="step", shape="trailing", kappa=kappa, final_sigma=0.0)
-    )
+    config = StepScheduleConfig(num_steps=num_steps, shape="trailing", kappa=kappa, final_sigma=0.0)
+    return SubsetSteps(config).steps()

@@ -7,26 +7,37 @@ c_skip = d^2 / (sigma^2 + d^2),  c_out = sigma d / sqrt(sigma^2 + d^2),  c_in = 
 import numpy as np
 from scipy.special import ndtri
 
-from dxmi.diffusion.schedules.base import Array, Noising, StepSchedule
-from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, ScheduleConfig
+from dxmi.diffusion.schedules.base import Array, Noising, Schedule, StepSchedule
+from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, KarrasScheduleConfig
 
 SIGMA_DATA = 0.5
 """EDM's standard deviation of the data."""
 _LOG_SIGMA_MEAN, _LOG_SIGMA_STD = -1.2, 1.2
 
 
-def karras_levels(num: int, config: ScheduleConfig) -> Array:
+def karras_levels(num: int, config: KarrasScheduleConfig) -> Array:
     """Noise levels from sigma_max down to sigma_min, evenly spaced in sigma^(1 / rho) (equation 5), [num]."""
     ramp = np.linspace(config.sigma_max ** (1.0 / config.rho), config.sigma_min ** (1.0 / config.rho), num)
     levels: Array = ramp**config.rho if num > 1 else np.array([config.sigma_max])
     return levels
 
 
-def edm_steps(config: ScheduleConfig) -> StepSchedule:
-    """The tables on EDM's noise levels."""
-    end = np.zeros(0) if config.noisy_end else np.zeros(1)
-    level = np.append(karras_levels(config.num_steps + config.noisy_end, config), end)
-    return _tables(level, config.kappa, config.final_sigma)
+class KarrasSteps(Schedule):
+    """EDM's noise levels."""
+
+    def __init__(self, config: KarrasScheduleConfig) -> None:
+        self.config = config
+
+    def steps(self) -> StepSchedule:
+        """The tables on these levels."""
+        config = self.config
+        end = np.zeros(0) if config.noisy_end else np.zeros(1)
+        level = np.append(karras_levels(config.num_steps + config.noisy_end, config), end)
+        return _tables(level, config.kappa, config.final_sigma)
+
+    def noising(self) -> Noising:
+        """EDM's."""
+        return edm_noising()
 
 
 def _tables(level: Array, kappa: float, final_sigma: float) -> StepSchedule:
@@ -62,7 +73,7 @@ def edm_noising() -> Noising:
     return Noising(250.0 * np.log(sigma), 1.0 / root, sigma / root, sigma / (SIGMA_DATA * root), -SIGMA_DATA / root)
 
 
-def karras_schedule(config: ScheduleConfig, num_steps: int, kappa: float) -> StepSchedule:
+def karras_schedule(config: KarrasScheduleConfig, num_steps: int, kappa: float) -> StepSchedule:
     """Euler's method (kappa 0) or ancestral steps (kappa 1) on EDM's levels: the last step leads straight to the data.
 
     The levels are the first `num_steps` of one more, so that none of the few is the lowest, `sigma_min`.

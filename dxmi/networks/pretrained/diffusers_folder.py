@@ -225,7 +225,7 @@ def require_same_noise(path: Path, family: str, betas: Array) -> None:
     name = str(tree.get("_class_name", ""))
     edm = name.startswith(_EDM_SCHEDULERS)
     if name.startswith(_OTHER_SCHEDULERS) or edm != (family == "edm") or family not in ("ddpm", "edm"):
-        raise UserError(f"{path} is of {name or 'a DDPM scheduler'}: schedule.method does not support its models.")
+        raise UserError(f"{path} is of {name or 'a DDPM scheduler'}: schedule.kind does not support its models.")
     wanted: dict[str, Any] = {"prediction_type": "epsilon", "thresholding": False, "rescale_betas_zero_snr": False}
     if edm:
         wanted = {"sigma_data": 0.5, "prediction_type": "epsilon"}
