@@ -250,7 +250,7 @@ class Controller:
         if outcome is not None:
             self._finish(trial, outcome)
         else:
-            self._say(trial, "interrupted; it continues when the study is resumed")
+            self._say(trial, "interrupted; continues at the next resume")
             self._leave(trial)
 
     def _outcome(self, trial: RunningTrial, report: LastReport) -> Outcome | None:
@@ -271,7 +271,7 @@ class Controller:
         """Handle an exception or the death of a trial's process; `again` if it will be restarted."""
         trial, reason = self.running[number], last_line(error)
         if again and trial.stop_reason is None:
-            self._say(trial, f"crashed ({reason}); restarting", bad=True)
+            self._say(trial, f"crashed ({reason}), starting again", bad=True)
             return
         if trial.stop_reason is not None or self.interrupted:  # it was about to stop; its checkpoints are complete
             self._ended(Stopped(number))

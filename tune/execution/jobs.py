@@ -111,7 +111,7 @@ def survey(folder: Path) -> Tree:
         UserError: the folder does not exist.
     """
     if not folder.is_dir():
-        raise UserError(f"--working-dir is {folder}: the folder does not exist.")
+        raise UserError(f"--working-dir is {folder}: there is no such folder.")
     ignored = folder / ".gitignore"
     own = ignored.read_text().splitlines() if ignored.is_file() else []
     left_out = (*LEFT_OUT, *(line for line in own if line.strip() and not line.startswith(("#", "!"))))
