@@ -1,6 +1,6 @@
-"""Where Hydra enters: from names and overrides to an `ExperimentConfig`.
+"""Composition of an `ExperimentConfig` from names and overrides with Hydra.
 
-Hydra composes plain values; `dxmi.config.build` turns them into frozen dataclasses and refuses what is wrong.
+Hydra composes plain values; `dxmi.config.build` turns them into frozen dataclasses and rejects invalid values.
 """
 
 import functools
@@ -54,11 +54,11 @@ from tune.config.sweep import (
 _ROOT = "config"
 _ASIDE = "dxmi_text_put_aside_"
 _SHOWN = 60
-"""Characters of a bad override that are repeated to the user."""
+"""Largest number of characters of an invalid override that are shown to the user."""
 _TRACKING = "tracking"
 _BASELINE = "baseline"
 _OF_ALL = ("experiment", "debug")
-"""Groups whose options change settings of any other."""
+"""Groups whose options may change settings of any other group."""
 _PLACES = frozenset(places(ExperimentConfig))
 _OF_STUDIES = frozenset(f"{_TRACKING}.{path}" for path in places(TrackingConfig))
 _OF_ABLATIONS = tuple(f"{ABLATION}.{table}." for table in ("variants", "components", "factors"))
@@ -69,8 +69,8 @@ class Composed:
     """A composed command.
 
     Attributes:
-        experiment: what to run.
-        out: the folder that was asked for, if any.
+        experiment: Config of the experiment.
+        out: Output folder, or None if it was not given.
     """
 
     experiment: ExperimentConfig
@@ -78,10 +78,10 @@ class Composed:
 
 
 def compose_experiment(overrides: Sequence[str]) -> Composed:
-    """The config that `overrides` (Hydra's grammar) describe.
+    """Compose the config from `overrides` in Hydra's grammar.
 
     Raises:
-        UserError: an override is malformed, repeated, unknown or refused.
+        UserError: an override is malformed, repeated, unknown or invalid.
     """
     out = out_folder([o for o in overrides if o.startswith("out=")])
     raw, rest = _raw_places([o for o in overrides if not o.startswith("out=")])
@@ -93,24 +93,24 @@ def compose_experiment(overrides: Sequence[str]) -> Composed:
     known = with_kinds(
         ExperimentConfig, _known(tuple(chosen), files.config_folder(), _last_change()), _settings_of(values)
     )
-    values = [o for o in values if not _names_kind(o, known)]  # it is there already
+    values = [o for o in values if not _names_kind(o, known)]  # kinds have been applied already
     for override in values:
         _check_path(override, known, options)
     return Composed(build(ExperimentConfig, _with_places(_with_values(known, values), raw)), out)
 
 
 def out_folder(given: Sequence[str]) -> Path | None:
-    """The folder that out=DIR names, if it is given.
+    """The folder given by out=DIR, or None.
 
     Raises:
-        UserError: it is given twice, or is no path.
+        UserError: it is given twice, or is not a path.
     """
     text = _raw("out", given)
     return None if text is None else require_target(user_path(text, "out"), "out")
 
 
 def _raw(key: str, given: Sequence[str]) -> str | None:
-    """The one value of key=VALUE, taken as it is written, since Hydra's grammar would want odd names quoted."""
+    """The value of key=VALUE, taken literally, since Hydra's grammar requires quotes for special characters."""
     if len(given) > 1:
         raise UserError(f"{key} is given twice: keep one.")
     return given[0].removeprefix(f"{key}=") if given else None
@@ -122,14 +122,14 @@ def _raw(key: str, given: Sequence[str]) -> str | None:
 
 @dataclass(frozen=True)
 class ComposedSweep:
-    """A composed sweep, as trees of plain values.
+    """A composed sweep, as nested dictionaries of plain values.
 
     Attributes:
-        experiment: what each trial changes a little.
-        sweep: a sweep file's content with overrides, its space included.
-        tracking: where it is recorded.
-        name: of the study, if one was given.
-        source: name of the sweep file.
+        experiment: Experiment that the trials vary.
+        sweep: Content of the sweep file with overrides, including the space.
+        tracking: Where the study is recorded.
+        name: Name of the study, if one was given.
+        source: Name of the sweep file.
     """
 
     experiment: ExperimentConfig
@@ -141,15 +141,15 @@ class ComposedSweep:
 
 @dataclass(frozen=True)
 class ComposedAblation:
-    """A composed ablation, as trees of plain values.
+    """A composed ablation, as nested dictionaries of plain values.
 
     Attributes:
-        experiment: the baseline.
-        ablation: an ablation file's content with overrides but for its baseline, which is in `experiment`;
-            `tune.config.ablation.parse_ablation` reads it.
-        tracking: where it is recorded.
-        name: of the study, if one was given.
-        source: name of the ablation file.
+        experiment: Experiment of the baseline.
+        ablation: Content of the ablation file with overrides, except for the baseline, which is in `experiment`; it is
+            parsed by `tune.config.ablation.parse_ablation`.
+        tracking: Where the study is recorded.
+        name: Name of the study, if one was given.
+        source: Name of the ablation file.
     """
 
     experiment: ExperimentConfig
@@ -160,11 +160,14 @@ class ComposedAblation:
 
 
 def compose_sweep(overrides: Sequence[str]) -> ComposedSweep:
-    """The sweep that `overrides` describe: sweep=NAME or sweep=FILE.yaml, name=STUDY, sweep.KEY=..., tracking.KEY=...,
-    and everything else as for one run.
+    """Compose a sweep from overrides.
+
+    Args:
+        overrides: sweep=NAME or sweep=FILE.yaml, name=STUDY, sweep.KEY=..., tracking.KEY=..., and all overrides of a
+            single run.
 
     Raises:
-        UserError: an override or the sweep file is refused.
+        UserError: an override or the sweep file is invalid.
     """
     asked = _asked(SWEEP, files.sweeps(), overrides)
     tree = overridden({SWEEP: _whole_sweep(asked.content), _TRACKING: to_tree(TrackingConfig())}, asked.own)
@@ -175,11 +178,14 @@ def compose_sweep(overrides: Sequence[str]) -> ComposedSweep:
 
 
 def compose_ablation(overrides: Sequence[str]) -> ComposedAblation:
-    """The ablation that `overrides` describe: ablation=NAME or ablation=FILE.yaml, name=STUDY, ablation.KEY=...,
-    tracking.KEY=..., and everything else as for one run: it wins over the file's own baseline.
+    """Compose an ablation from overrides.
+
+    Args:
+        overrides: ablation=NAME or ablation=FILE.yaml, name=STUDY, ablation.KEY=..., tracking.KEY=..., and all
+            overrides of a single run, which take precedence over the baseline in the file.
 
     Raises:
-        UserError: an override or the ablation file is refused.
+        UserError: an override or the ablation file is invalid.
     """
     asked = _asked(ABLATION, files.ablations(), overrides)
     tree = overridden({ABLATION: _whole_ablation(asked.content), _TRACKING: to_tree(TrackingConfig())}, asked.own)
@@ -193,14 +199,14 @@ def compose_ablation(overrides: Sequence[str]) -> ComposedAblation:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a study's overrides ask for.
+    """The overrides of a study, sorted.
 
     Attributes:
-        name: of the study, if one was given.
-        source: name of the study's file.
-        content: of that file.
-        own: overrides of that content and of tracking.
-        rest: overrides of the experiment.
+        name: Name of the study, if one was given.
+        source: Name of the study's file.
+        content: Content of that file.
+        own: Overrides of that content and of tracking.
+        rest: Overrides of the experiment.
     """
 
     name: str | None
@@ -211,7 +217,7 @@ class _Asked:
 
 
 def _asked(kind: str, shipped: list[str], overrides: Sequence[str]) -> _Asked:
-    """The overrides of a sweep or an ablation (`kind`), sorted, and its file."""
+    """Sort the overrides of a sweep or an ablation (`kind`), and read its file."""
 
     def belongs(override: str, *keys: str) -> bool:
         key = _key(override)
@@ -227,7 +233,7 @@ def _asked(kind: str, shipped: list[str], overrides: Sequence[str]) -> _Asked:
     own = [o for o in overrides if belongs(o, kind, _TRACKING) and not o.startswith(f"{kind}=")]
     rest = [o for o in overrides if not belongs(o, kind, _TRACKING, "name")]
     if any(o.startswith("out=") for o in rest):
-        raise UserError("out is for one run: a study lives in the folder of its name; give name=... instead.")
+        raise UserError("out is for one run: a study is stored in the folder of its name; give name=... instead.")
     return _Asked(name, Path(chosen).stem, _study_file(kind, chosen, shipped), own, rest)
 
 
@@ -236,10 +242,10 @@ def _key(override: str) -> str:
 
 
 def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A tree with overrides in Hydra's grammar; paths and addresses are taken as they are written.
+    """Apply overrides in Hydra's grammar to a nested dictionary; paths and URIs are taken literally.
 
     Raises:
-        UserError: one of them is malformed, repeated or unknown.
+        UserError: an override is malformed, repeated or unknown.
     """
     raw, rest = _raw_places(overrides)
     values = _parse(rest)
@@ -251,7 +257,7 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
 
 
 def _whole_sweep(given: dict[str, Any]) -> dict[str, Any]:
-    """A sweep file's content with the defaults of what it leaves out, so that overrides find every key."""
+    """Add defaults to the content of a sweep file, so that every key can be overridden."""
     whole = {"space": {}, **to_tree(SweepConfig()), **given}
     whole["space"] = _nested("sweep.space", whole["space"], _is_group_of_axes)
     for group, cls in (("sampler", SamplerConfig), ("stopping", StoppingConfig), ("budget", BudgetConfig)):
@@ -261,7 +267,7 @@ def _whole_sweep(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _whole_ablation(given: dict[str, Any]) -> dict[str, Any]:
-    """An ablation file's content with the defaults of what it leaves out, so that overrides find every key."""
+    """Add defaults to the content of an ablation file, so that every key can be overridden."""
     defaults = to_tree(AblationConfig(hypothesis="none")) | {"hypothesis": "", "seeds": "auto"}
     whole = {_BASELINE: [], **defaults, **given}
     for group, cls in (
@@ -286,7 +292,7 @@ def _whole_tuning(tuning: dict[str, Any]) -> dict[str, Any]:
 
 
 def _baseline(given: Any, rest: Sequence[str]) -> list[str]:
-    """An ablation file's overrides of its experiment that `rest`, on the command line, does not name itself."""
+    """The baseline overrides of an ablation file, except for keys that `rest`, the command line, sets itself."""
     if not isinstance(given, list) or not all(isinstance(override, str) for override in given):
         raise UserError(
             f"ablation.{_BASELINE} is {given!r}: it must be a list of overrides, like [algorithm.entropy_coef=1.0]."
@@ -296,11 +302,11 @@ def _baseline(given: Any, rest: Sequence[str]) -> list[str]:
 
 
 Settings = Callable[[str, Any], Any]
-"""From where an entry stands and the settings that it names, to what they become."""
+"""Function that maps the location and the settings of an entry to new settings."""
 
 
 def _with_settings(ablation: dict[str, Any], change: Settings) -> dict[str, Any]:
-    """An ablation with the settings of every entry of its tables changed; names that were numbers have become text."""
+    """Apply `change` to the settings of every entry of an ablation's tables, and convert numeric names to text."""
     found = dict(ablation)
     for table in ("variants", "components"):
         found[table] = _named(f"ablation.{table}", found.get(table, {}), change)
@@ -315,7 +321,7 @@ def _named(where: str, table: Any, change: Settings) -> Any:
     for key, value in table.items():
         if isinstance(key, bool):
             raise UserError(
-                f"{where} has a name that YAML takes for {str(key).lower()}: write on, off, yes, no in quotes."
+                f"{where} has a name that YAML reads as {str(key).lower()}: write on, off, yes, no in quotes."
             )
         if str(key) in found:
             raise UserError(f"{where} names {key} twice: keep one.")
@@ -324,7 +330,7 @@ def _named(where: str, table: Any, change: Settings) -> Any:
 
 
 def _with_options(overrides: Sequence[str], where: str, settings: Any) -> Any:  # noqa: ARG001
-    """Settings in which the name of a config group's option has become what it changes of the experiment."""
+    """Replace names of options of config groups by the changes that the options make to the experiment."""
     if not isinstance(settings, dict):
         return settings
     names = {group: name for group, name in settings.items() if group in _variable_groups() and isinstance(name, str)}
@@ -332,13 +338,14 @@ def _with_options(overrides: Sequence[str], where: str, settings: Any) -> Any:  
 
 
 def _variable_groups() -> dict[str, list[str]]:
-    """Config groups that each hold one group of settings, and the names of their options."""
+    """Config groups that consist of a single group of settings, with the names of their options."""
     return {group: names for group, names in files.groups().items() if group not in _OF_ALL}
 
 
 def _space_with_options(space: Any, overrides: Sequence[str]) -> Any:
-    """A sweep's space in which a choice between a config group's options has become one between what each of them
-    changes of the experiment, by the options' names.
+    """Replace choices between options of a config group by choices between named groups of settings.
+
+    Each group has the name of an option and contains the changes that the option makes to the experiment.
     """
     if not isinstance(space, dict):
         return space
@@ -352,8 +359,10 @@ def _space_with_options(space: Any, overrides: Sequence[str]) -> Any:
 
 
 def _option_settings(overrides: Sequence[str], group: str, name: str) -> dict[str, Any]:
-    """What the option of a group changes of the experiment that the overrides describe, by path inside the group: it is
-    composed once more with that option. Of an option that changes nothing, what its file holds.
+    """Changes that an option of a group makes to the experiment given by the overrides, by path inside the group.
+
+    They are found by composing the experiment again with that option. If the option changes nothing, the content of its
+    file is returned.
     """
     _check_option(group, name, _variable_groups())
     old = to_tree(compose_experiment(overrides).experiment)
@@ -363,8 +372,10 @@ def _option_settings(overrides: Sequence[str], group: str, name: str) -> dict[st
 
 
 def _with_option(overrides: Sequence[str], group: str, name: str, old: dict[str, Any]) -> list[str]:
-    """The overrides with another option of a group, without those that the option decides: what it names, every kind,
-    and in a block of another kind all but what kinds share.
+    """The overrides with a different option of a group, without those that the option determines.
+
+    These are the settings given in the option, all kinds in the group, and in a block whose kind changes all settings
+    except those shared by all kinds.
     """
     content = _option(group, name)
     decided = {f"{group}.{path}" for path, _ in leaves_of(content)}
@@ -382,10 +393,10 @@ def _with_option(overrides: Sequence[str], group: str, name: str, old: dict[str,
 
 
 def _nested(where: str, tree: Any, is_group: Callable[[Any], bool]) -> Any:
-    """A tree whose dotted keys have become groups, as overrides on the command line write them.
+    """Convert dotted keys to nested groups, as in overrides on the command line.
 
     Raises:
-        UserError: a setting is named twice, or is a group of another.
+        UserError: a setting is given twice, or is inside another setting.
     """
     if not is_group(tree):
         return tree
@@ -418,20 +429,20 @@ def _study_file(kind: str, chosen: str, shipped: list[str]) -> dict[str, Any]:
         path = files.config_folder() / kind / f"{chosen}.yaml"
         if chosen not in shipped:
             raise UserError(f"{kind} {chosen!r} does not exist: {_nearest(chosen, shipped)} A file ends in .yaml.")
-        missing = f"The {kind} file {path} has gone."
+        missing = f"The {kind} file {path} no longer exists."
     tree = read_yaml(path, missing)
     _refuse_double_keys(path)
     if "${" in str(tree):
         raise UserError(
-            f"{path} holds a ${{...}}: write the value out; a study's records must not depend on surroundings."
+            f"{path} holds a ${{...}}: write the value out; a study's records must not depend on the environment."
         )
     if "_target_" in str(tree):
-        raise UserError(f"{path} names a _target_: a study's file holds values only, nothing that is to be run.")
+        raise UserError(f"{path} names a _target_: a study's file may only contain values, not code to run.")
     return tree
 
 
 def _refuse_double_keys(path: Path) -> None:
-    """Refuse a key that a YAML file gives twice in one place: only the last of them would be read."""
+    """Reject duplicate keys in a YAML mapping, of which only the last would be read."""
     nodes: list[Any] = [yaml.compose(path.read_text(), Loader=yaml.SafeLoader)]
     while nodes:
         node = nodes.pop()
@@ -441,22 +452,22 @@ def _refuse_double_keys(path: Path) -> None:
             keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             values = [
                 yaml.safe_load(key.value) if key.style is None else key.value for key in keys
-            ]  # 1 is yes to Python
+            ]  # 1 == True in Python, and yes is True in YAML
             twice = next((key for index, key in enumerate(keys) if values[index] in values[:index]), None)
             if twice is not None:
                 raise UserError(
-                    f"{path} names {twice.value} twice in one place, or what YAML takes for the same (yes, on and 1; "
-                    "no, off and 0): keep one, or put it in quotes."
+                    f"{path} names {twice.value} twice in one place, or a value that YAML reads as the same (yes, on "
+                    "and 1; no, off and 0): keep one, or put it in quotes."
                 )
             nodes += [value for _, value in node.value]
 
 
 # ----------------------------------------------------------------------------
-# Paths and addresses, which are taken as they are written: Hydra's grammar gives a meaning to = , $ { [ ' and others
+# Paths and URIs, which are taken literally, since = , $ { [ ' and others are special characters in Hydra's grammar
 
 
 def _is_place(override: str) -> bool:
-    """Whether an override gives a setting that holds a path or an address."""
+    """Whether an override sets a path or a URI."""
     key, found, _ = override.lstrip("+").partition("=")
     if key.startswith(_OF_ABLATIONS):
         return bool(found) and any(key.endswith(f".{place}") for place in _PLACES)
@@ -464,10 +475,10 @@ def _is_place(override: str) -> bool:
 
 
 def _raw_places(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
-    """The paths and addresses among overrides, by their settings, and the other overrides.
+    """Separate the overrides of paths and URIs, by setting, from the other overrides.
 
     Raises:
-        UserError: one is given twice.
+        UserError: a setting is given twice.
     """
     raw: dict[str, str | None] = {}
     for override in (o for o in overrides if _is_place(o)):
@@ -481,7 +492,7 @@ def _raw_places(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[s
 
 
 def _with_places(tree: dict[str, Any], raw: dict[str, str | None]) -> dict[str, Any]:
-    """A tree with the values of `raw` put in, by their paths."""
+    """Insert the values of `raw` into a nested dictionary, by their paths."""
     for key, value in raw.items():
         *groups_above, name = key.split(".")
         group: Any = tree
@@ -494,7 +505,7 @@ def _with_places(tree: dict[str, Any], raw: dict[str, str | None]) -> dict[str, 
 
 
 def _put_aside(tree: Any, texts: list[str]) -> Any:
-    """A tree in which a number stands for every text with a $, which Hydra would take for an interpolation."""
+    """Replace every text that contains a $, which Hydra would read as an interpolation, by a numbered placeholder."""
     if isinstance(tree, dict):
         return {key: _put_aside(value, texts) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -526,7 +537,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         shown = bad if len(bad) <= _SHOWN else bad[:_SHOWN] + "..."
         raise UserError(
             f"{shown!r} is not an override: write key=value, like algorithm.entropy_coef=0.03, "
-            "and odd characters in quotes."
+            "and special characters in quotes."
         ) from error
     seen = set()
     for override in parsed:
@@ -556,7 +567,7 @@ def _check_option(group: str, name: object, options: dict[str, list[str]]) -> No
 
 
 def _check_path(override: Override, known: dict[str, Any], options: dict[str, list[str]]) -> None:
-    """Refuse a key that the composed config does not have; `+key` is left to the schema."""
+    """Reject a key that the composed config does not have; `+key` is checked by the schema."""
     if not override.is_add():
         _check_key(override.key_or_group, known, options)
 
@@ -580,10 +591,10 @@ def _nearest(name: str, names: list[str]) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _known(chosen: tuple[str, ...], folder: Path, changed: int) -> dict[str, Any]:  # noqa: ARG001
-    """The whole tree that these groups describe, only to be read.
+    """All settings composed from the chosen groups, with defaults; the result must not be modified.
 
-    Hydra looks for each file in several places and takes tenths of a second, so a process asks it once for the same
-    groups; `folder` had its last change at `changed`.
+    Hydra searches several places for each file, which takes tenths of a second, so results are cached. The cache key
+    includes the config folder and the time of its last change.
     """
     tree = _composed(chosen)
     options = dict(option.split("=", 1) for option in chosen)
@@ -596,8 +607,9 @@ def _known(chosen: tuple[str, ...], folder: Path, changed: int) -> dict[str, Any
 
 
 def _bring_blocks(tree: dict[str, Any], before: dict[str, Any], path: str, content: Any) -> None:
-    """Let each block of an option whose kind is another than the experiment's have nothing of what the experiment says
-    of its own kind, but what all kinds share.
+    """Reset each block of an option whose kind differs from the experiment's.
+
+    The block keeps only the option's content and, from the experiment, the settings shared by all kinds.
     """
     if not isinstance(content, dict):
         return
@@ -611,36 +623,38 @@ def _bring_blocks(tree: dict[str, Any], before: dict[str, Any], path: str, conte
 
 
 def _composed(chosen: tuple[str, ...]) -> dict[str, Any]:
-    """What Hydra composes of these groups: only what differs from the defaults."""
+    """The settings that Hydra composes from the chosen groups, which are those that differ from the defaults."""
     GlobalHydra.instance().clear()
     with _refusing(), initialize_config_dir(str(files.config_folder()), version_base=None):
         return _plain(compose(_ROOT, overrides=list(chosen)), [])
 
 
 def _option(group: str, name: str) -> dict[str, Any]:
-    """What the file of a group's option holds."""
+    """Content of the file of a group's option."""
     path = files.config_folder() / group / f"{name}.yaml"
-    return read_yaml(path, f"{path} has gone.")
+    return read_yaml(path, f"{path} no longer exists.")
 
 
 def _names_kind(override: Override, known: dict[str, Any]) -> bool:
-    """Whether an override is block=KIND."""
+    """Whether an override has the form block=KIND."""
     is_block = block_at(ExperimentConfig, known, override.key_or_group) is not None
     return is_block and not override.is_delete() and isinstance(override.value(), str)
 
 
 def _settings_of(overrides: Sequence[Override]) -> dict[str, Any]:
-    """The settings that overrides give a value, by path."""
+    """The values that overrides set, by path."""
     return {override.key_or_group: override.value() for override in overrides if not override.is_delete()}
 
 
 def _last_change() -> int:
-    """When a file of the configuration was last changed, in nanoseconds; editors' locks are links to nothing."""
+    """Newest modification time of the config files in nanoseconds. Links are not followed, since the lock files of
+    some editors are dangling links.
+    """
     return max((path.lstat().st_mtime_ns for path in files.config_folder().rglob("*")), default=0)
 
 
 def _with_values(tree: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
-    """A copy of a tree with the values of overrides, put in as Hydra does after it has composed the groups."""
+    """A copy of a nested dictionary with overrides applied in the same way as Hydra does after composing the groups."""
     texts: list[str] = []
     with _refusing():
         config = OmegaConf.create(_put_aside(tree, texts), flags={"struct": True})
@@ -653,12 +667,12 @@ def _apply(config: DictConfig, override: Override) -> None:
     """Set, add or delete one value."""
     key, value = override.key_or_group, override.value()
     if override.package is not None:
-        raise UserError(f"{override.input_line!r} is not an override: @ belongs to groups of settings, not to values.")
+        raise UserError(f"{override.input_line!r} is not an override: @ is for groups of settings, not for values.")
     if override.is_delete():
         _delete(config, key, value)
         return
     if override.is_add() and not isinstance(value, (dict, list)) and OmegaConf.select(config, key) is not None:
-        raise UserError(f"{override.input_line!r} adds a setting that is there: leave the + out.")
+        raise UserError(f"{override.input_line!r} adds a setting that exists already: leave the + out.")
     OmegaConf.update(config, key, value, merge=True, force_add=override.is_add() or override.is_force_add())
 
 
@@ -674,7 +688,7 @@ def _delete(config: DictConfig, key: str, value: object) -> None:
 
 
 def _plain(config: DictConfig, texts: list[str]) -> dict[str, Any]:
-    """Its values, without interpolations, and with the texts that had been put aside."""
+    """Convert to plain values, with interpolations resolved and placeholders replaced by their texts."""
     tree = OmegaConf.to_container(config, resolve=True)
     assert isinstance(tree, dict)
     return {str(key): _put_back(value, texts) for key, value in tree.items()}
@@ -682,7 +696,7 @@ def _plain(config: DictConfig, texts: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """Says in a sentence what Hydra and OmegaConf refuse."""
+    """Turn errors of Hydra and OmegaConf into a UserError."""
     try:
         yield
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -692,14 +706,14 @@ def _refusing() -> Iterator[None]:
 
 
 def require_no_stack(config: ExperimentConfig, what: str) -> None:
-    """Refuse stacked seeds where there is one.
+    """Check that a run of a single seed does not ask for stacked seeds.
 
     Raises:
-        UserError: they are asked for.
+        UserError: `resources.stack_seeds` is set to more than 1.
     """
     stack = config.resources.stack_seeds
     if stack is not None and stack > 1:
         raise UserError(
-            f"resources.stack_seeds is {stack}, but {what} trains each seed alone: leave it out, or use dxmi ablate, "
+            f"resources.stack_seeds is {stack}, but {what} trains seeds separately: leave it out, or use dxmi ablate, "
             "which trains an arm's seeds together."
         )

@@ -1,7 +1,7 @@
-"""From an ablation's table to its arms, each of which is the baseline with some settings changed.
+"""Arms of an ablation, built from its table: each is the baseline with some settings changed.
 
-What could only mislead is refused here, before anything runs: a change of nothing, the same arm twice, a setting that
-does nothing under this baseline, and whatever would make two arms incomparable.
+Misleading arms are rejected before anything runs: an arm without changes, duplicate arms, a setting without effect
+under the baseline, and changes that would make arms incomparable.
 """
 
 import itertools
@@ -22,7 +22,7 @@ BASELINE = "baseline"
 MAX_ARMS = 64
 _ALL_OFF = "without_all"
 _SHOWN = 80
-"""Characters of a bad name that are repeated to the user."""
+"""Largest number of characters of an invalid name that are shown to the user."""
 _FIXED = {
     **FIXED,
     "seed": "every arm is run with the same seeds",
@@ -38,13 +38,13 @@ _EXAMPLES = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting under comparison.
+    """One arm of a comparison.
 
     Attributes:
-        name: a plain word.
-        changes: of the baseline, by path; empty for the baseline itself. Another kind brings its whole block, of which
-            the other paths name what is not as that kind's default.
-        levels: in a factorial design, the name of each factor's level; else empty.
+        name: Name of letters, digits, dots, dashes and underscores.
+        changes: Changes of the baseline by path; empty for the baseline itself. A different kind replaces the whole
+            block by its defaults, and the other paths in the block give the settings that differ from them.
+        levels: Level of each factor in a factorial design, otherwise empty.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class _Change:
-    """What one entry of the table changes.
+    """Changes of one entry of the table.
 
     Attributes:
-        where: the entry, for messages.
-        name: of the entry; of a level, the level's.
-        settings: by path, those that the baseline has otherwise.
-        factor: of a level.
+        where: Location of the entry, for messages.
+        name: Name of the entry or the level.
+        settings: Values by path that differ from the baseline.
+        factor: Name of the factor, for a level.
     """
 
     where: str
@@ -77,8 +77,8 @@ def arms(config: AblationConfig, experiment: ExperimentConfig) -> list[Arm]:
     """The arms of an ablation of `experiment`, the baseline first.
 
     Raises:
-        UserError: the table is empty or too large, a name is no plain word, a setting is unknown, of the wrong type or
-            may not vary, an arm equals the baseline or another arm, or a setting does nothing.
+        UserError: the table is empty or too large, a name is invalid, a setting is unknown, of the wrong type or must
+            not vary, an arm equals the baseline or another arm, or a setting has no effect.
     """
     changes = _changes(config, experiment)
     found = _combined(config, changes)
@@ -89,8 +89,13 @@ def arms(config: AblationConfig, experiment: ExperimentConfig) -> list[Arm]:
 
 
 def two_level_design(config: AblationConfig) -> TwoLevelDesign | None:
-    """The design behind a factorial or fractional ablation whose factors have two levels each, with its coded matrix,
-    whose rows are the arms in their order, and its aliases; None for any other ablation. Its table is an accepted one.
+    """The two-level design of a factorial or fractional ablation, whose rows are the arms in their order.
+
+    Args:
+        config: Ablation with a valid table.
+
+    Returns:
+        The design; None for other ablations and for factors with more than two levels.
     """
     factors = list(config.factors)
     if config.design == "fractional":
@@ -100,16 +105,16 @@ def two_level_design(config: AblationConfig) -> TwoLevelDesign | None:
 
 
 def tuning_axes(config: AblationConfig, arm: ExperimentConfig) -> tuple[Axis, ...]:
-    """What is tuned inside an arm; empty if nothing is.
+    """The axes that are tuned inside an arm; empty without tuning.
 
     Raises:
-        UserError: the space is refused.
+        UserError: the space is invalid.
     """
     if config.tuning is None:
         return ()
     try:
         return parse_space(config.tuning.space, arm)
-    except UserError as error:  # the space is a sweep's, but it stands elsewhere in the file
+    except UserError as error:  # the space has the format of a sweep's, but another location in the file
         raise UserError(str(error).replace("sweep.space", "ablation.tuning.space")) from error
 
 
@@ -118,10 +123,10 @@ def tuning_axes(config: AblationConfig, arm: ExperimentConfig) -> tuple[Axis, ..
 
 
 def _changes(config: AblationConfig, experiment: ExperimentConfig) -> list[_Change]:
-    """What each entry changes, of a factor the levels but the first, which is the baseline's."""
+    """Changes of each entry; for a factor, of each level except the first, which is the baseline's."""
     table = TABLES[config.design]
     if not config.table:
-        raise UserError(f"ablation.{table} is empty: an ablation compares something; write {_EXAMPLES[table]}.")
+        raise UserError(f"ablation.{table} is empty: an ablation needs arms to compare; write {_EXAMPLES[table]}.")
     if table == "factors":
         _check_factors(config)
         return [change for name, levels in config.factors.items() for change in _levels(name, levels, experiment)]
@@ -138,7 +143,7 @@ def _changes(config: AblationConfig, experiment: ExperimentConfig) -> list[_Chan
 def _require_name(where: str, name: object) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         shown = " ".join(where.split())[:_SHOWN]
-        raise UserError(f"{shown} is no name for an arm: use 1 to 40 letters, digits, dots, dashes or underscores.")
+        raise UserError(f"{shown} is not a name for an arm: use 1 to 40 letters, digits, dots, dashes or underscores.")
     if name == BASELINE:
         raise UserError(f"{where} is the name of the arm that changes nothing: choose another.")
 
@@ -162,8 +167,8 @@ def _check_factors(config: AblationConfig) -> None:
         and smallest_fraction(list(config.factors), config.resolution or 4).resolution is None
     ):
         raise UserError(
-            f"ablation.factors has {len(config.factors)} entries, of which no part has resolution "
-            f"{config.resolution or 4}: use design=factorial, which runs every combination, or name more factors."
+            f"ablation.factors has {len(config.factors)} entries, too few for a fraction of resolution "
+            f"{config.resolution or 4}: use design=factorial, which runs all combinations, or add factors."
         )
 
 
@@ -189,13 +194,13 @@ def _require_changed(change: _Change, given: Mapping[str, Any]) -> None:
     if not named:
         raise UserError(f"{change.where} equals the baseline, since it changes nothing: name a setting.")
     path, value = next(iter(named.items()))
-    raise UserError(f"{change.where} equals the baseline, where {path} is {show(value)} already: leave it out.")
+    raise UserError(f"{change.where} equals the baseline, where {path} is already {show(value)}: leave it out.")
 
 
 def _settings(where: str, given: Any, experiment: ExperimentConfig) -> dict[str, Value]:
-    """The settings that an entry names, without those that the baseline has already, as the experiment writes them.
+    """The settings of an entry that differ from the baseline, normalized by the experiment's config.
 
-    A group of settings means those that are named in it; the others stay as they are.
+    A group changes only the settings that are given in it.
     """
     if not isinstance(given, Mapping):
         raise UserError(f"{where} is {given!r}: it must be a group of settings, like {{algorithm.entropy_coef: 0}}.")
@@ -219,7 +224,7 @@ def _settings(where: str, given: Any, experiment: ExperimentConfig) -> dict[str,
 
 
 def _changed(experiment: ExperimentConfig, built: ExperimentConfig, named: Mapping[str, Value]) -> dict[str, Value]:
-    """Of the named settings, with their values as built, those that the baseline would not have already."""
+    """The named settings that differ from the baseline, with their values as built."""
     changes = settings_between(ExperimentConfig, to_tree(experiment), to_tree(built))
     return {path: changes[path] for path in named if path in changes}
 
@@ -229,7 +234,7 @@ def _changed(experiment: ExperimentConfig, built: ExperimentConfig, named: Mappi
 
 
 def _combined(config: AblationConfig, changes: Sequence[_Change]) -> list[Arm]:
-    """The baseline and the arms that the design makes of the changes."""
+    """The baseline and the arms that the design forms from the changes."""
     if config.design in ("factorial", "fractional"):
         return _cells(config, changes)
     if config.design == "leave_one_out":
@@ -242,7 +247,7 @@ def _combined(config: AblationConfig, changes: Sequence[_Change]) -> list[Arm]:
 
 
 def _cells(config: AblationConfig, changes: Sequence[_Change]) -> list[Arm]:
-    """A combination of levels each; the first is the baseline."""
+    """One arm per combination of levels, the baseline first."""
     by_level = {(change.factor, change.name): change for change in changes}
     design = two_level_design(config)
     _require_number(math.prod(map(len, config.factors.values())) if design is None else design.num_arms)
@@ -262,11 +267,11 @@ def _cells(config: AblationConfig, changes: Sequence[_Change]) -> list[Arm]:
 
 def _require_number(number: int) -> None:
     if number > MAX_ARMS:
-        raise UserError(f"The ablation has {number} arms, the baseline included: at most {MAX_ARMS} are allowed.")
+        raise UserError(f"The ablation has {number} arms, including the baseline: at most {MAX_ARMS} are allowed.")
 
 
 def _union(changes: Sequence[_Change]) -> dict[str, Value]:
-    """All changes at once."""
+    """Merge changes that are made together."""
     found: dict[str, Value] = {}
     for change in changes:
         for path in change.settings:
@@ -277,21 +282,21 @@ def _union(changes: Sequence[_Change]) -> dict[str, Value]:
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether two paths are one, or one is inside the other."""
+    """Whether two paths are equal, or one is inside the other."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 # ----------------------------------------------------------------------------
-# Refusals
+# Checks
 
 
 def _require_distinct(found: Sequence[Arm], experiment: ExperimentConfig) -> None:
-    """No name twice, whatever the case of its letters, and no config; every combination of changes builds."""
+    """Check that names (ignoring case) and configs are distinct, and that every arm's config is valid."""
     names: dict[str, str] = {}
     owners: dict[str, str] = {}
     for arm in found:
         if (other := names.get(arm.name.casefold())) is not None:
-            called = arm.name if arm.name == other else f"{other} and {arm.name}, which differ in case alone"
+            called = arm.name if arm.name == other else f"{other} and {arm.name}, which differ only in case"
             raise UserError(f"Two arms of the ablation are called {called}: rename one.")
         names[arm.name.casefold()] = arm.name
         try:
@@ -304,9 +309,7 @@ def _require_distinct(found: Sequence[Arm], experiment: ExperimentConfig) -> Non
 
 
 def _require_effects(changes: Sequence[_Change], found: Sequence[Arm], experiment: ExperimentConfig) -> None:
-    """Refuse a change that does nothing under this baseline, a part of a change that does nothing beside the rest, and
-    two arms that come to the same.
-    """
+    """Reject changes without effect under the baseline, parts of a change without further effect, and equal arms."""
     alone = [configured(experiment, change.settings) for change in changes]
     whole = [arm.config(experiment) for arm in found]
     parts = [list(_without_one(change, experiment)) for change in changes]
@@ -322,17 +325,17 @@ def _require_effects(changes: Sequence[_Change], found: Sequence[Arm], experimen
             )
         for path, without in rest:
             if _same(own, told[without.signature]):
-                raise UserError(f"{change.where}.{path} has no effect beside its other changes: leave it out.")
+                raise UserError(f"{change.where}.{path} has no effect with the other changes: leave it out.")
     _require_different(found, [told[config.signature] for config in whole])
 
 
 def _without_one(change: _Change, experiment: ExperimentConfig) -> Iterator[tuple[str, ExperimentConfig]]:
-    """For each setting of several, the config with all the others."""
+    """For an entry with several settings, yield each path and the config with all the other settings."""
     for path in change.settings if len(change.settings) > 1 else ():
         others = {other: value for other, value in change.settings.items() if other != path}
         try:
             yield path, configured(experiment, others)
-        except UserError:  # the others need it, so it does something
+        except UserError:  # the other settings need it, so it has an effect
             continue
 
 
@@ -340,8 +343,8 @@ def _require_different(found: Sequence[Arm], told: Sequence[str | None]) -> None
     for (one, a), (other, b) in itertools.combinations(zip(found, told, strict=True), 2):
         if _same(a, b):
             raise UserError(
-                f"The arms {one.name} and {other.name} of the ablation train the same, bit for bit, since nothing that "
-                "differs between them has an effect in both: leave one of them out."
+                f"The arms {one.name} and {other.name} of the ablation train the same, bit for bit, since no setting "
+                "that differs between them has an effect: leave one of them out."
             )
 
 

@@ -1,4 +1,4 @@
-"""What a study is to do: its experiment, how trials vary it, how they are judged, and where they are recorded."""
+"""The plan of a study: its experiment, how trials vary it, how they are ranked, and where they are recorded."""
 
 import json
 import re
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 FORMAT = 1
-"""Of study.yaml."""
+"""Version of the format of study.yaml."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study is to do.
+    """The plan of a study.
 
     Attributes:
-        name: of the study.
-        experiment: what each trial changes a little.
-        sweep: how.
-        space: the sweep file's space, as written.
-        tracking: where it is recorded.
+        name: Name of the study.
+        experiment: Experiment that the trials vary.
+        sweep: Config of the sweep.
+        space: Search space as written in the sweep file.
+        tracking: Where the study is recorded.
     """
 
     name: str
@@ -45,35 +45,35 @@ class Plan:
     def __post_init__(self) -> None:
         require_name(self.name)
         _check_objectives(self.sweep, self.experiment)
-        _ = self.num_trials  # a grid may be refused
+        _ = self.num_trials  # validates a grid
 
     command: ClassVar[str] = "sweep"
-    """Of `dxmi`, what runs such a study."""
+    """Subcommand of `dxmi` that runs such a study."""
 
     def resume_line(self, folder: Path | str) -> str:
-        """The command line that goes on with the study in a folder."""
+        """The command line that resumes the study in a folder."""
         return f"dxmi {self.command} --resume {folder}"
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
-        """The space."""
+        """The axes of the search space."""
         return parse_space(self.space, self.experiment)
 
     @cached_property
     def num_trials(self) -> int:
-        """Trials of the whole study."""
+        """Number of trials of the whole study."""
         return num_planned(self.sweep, self.axes)
 
     def propose(self, history: "Sequence[FrozenTrial]") -> Proposal | None:
-        """The trial that follows `history`; None if there is none, or none before a running one has ended."""
+        """Propose the trial that follows `history`; None if there is none, or not before a running trial ends."""
         if len(history) >= self.num_trials:
             return None
-        axes = sorted(self.axes, key=lambda axis: axis.path)  # their order in the file is not in the signature
+        axes = sorted(self.axes, key=lambda axis: axis.path)  # so that it does not depend on their order in the file
         return propose(replace(self.sweep, objectives=self.objectives), axes, self.experiment, history)
 
     @property
     def seeds_at_once(self) -> int:
-        """How many trials may be begun at a time that differ in their seeds alone."""
+        """Number of trials that differ only in their seeds and may be started together."""
         return 1
 
     def propose_for_program(
@@ -82,23 +82,25 @@ class Plan:
         values: Mapping[str, Value],  # noqa: ARG002
         number: int,  # noqa: ARG002
     ) -> Proposal | None:
-        """A further trial for the program of the one with these values, see `share_program`; None if there is none."""
+        """Propose a trial for the same program as the one with these values, see `share_program`; None if there is
+        none.
+        """
         return None
 
     def share_program(self, one: Mapping[str, Value], other: Mapping[str, Value], number: int) -> bool:  # noqa: ARG002
-        """Whether two trials are trained in one program if programs take `number` seeds of an arm.
+        """Whether two trials are trained in the same program if each program trains `number` seeds of an arm.
 
-        It depends on nothing else, since the number of seeds in a program changes results by rounding: a study that is
-        interrupted and resumed trains the same seeds together.
+        The result depends only on the arguments, so that an interrupted and resumed study trains the same seeds
+        together: the number of seeds in a program changes results by rounding.
         """
         return False
 
     def is_done(self, history: "Sequence[FrozenTrial]") -> bool:
-        """Whether every trial has been begun, and none that runs can call for more."""
+        """Whether all trials have been started, and no running trial can lead to further ones."""
         return len(history) >= self.num_trials
 
     def tree_of(self, values: Mapping[str, Value]) -> dict[str, Any]:
-        """The config of the trial with these values, as a tree that may still be refused."""
+        """The config of the trial with these values, as a nested dictionary that is not validated."""
         groups = {axis.path: axis for axis in self.axes}
         return tree_with(self.experiment, {path: groups[path].settings(value) for path, value in values.items()})
 
@@ -106,33 +108,33 @@ class Plan:
         """The config of the trial with these values.
 
         Raises:
-            UserError: it refuses one of them, or one beside another.
+            UserError: a value or the combination of values is invalid.
         """
         return build(ExperimentConfig, self.tree_of(values))
 
     @cached_property
     def primary(self) -> ScoreKey:
-        """The experiment's own score."""
+        """Key of the experiment's primary score."""
         return primary_key(self.experiment.score_keys())
 
     @property
     def metric(self) -> str:
-        """The key of the experiment's own score, like eval/fid_digits."""
+        """Name of the experiment's primary score, like eval/fid_digits."""
         return self.primary.name
 
     @property
     def direction(self) -> Direction:
-        """Whether the experiment's own score is minimized or maximized."""
+        """Whether the experiment's primary score is minimized or maximized."""
         return self.primary.direction
 
     @cached_property
     def objectives(self) -> tuple[ObjectiveConfig, ...]:
-        """What trials are judged by, each with its direction."""
+        """The objectives of the study, each with its direction."""
         return resolved_objectives(self.sweep.objectives, self.experiment)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the trials and their results."""
+        """All settings that determine the trials and their results."""
         sweep = to_tree(self.sweep)
         for free in ("budget", "max_failures", "max_concurrent"):
             del sweep[free]
@@ -140,11 +142,11 @@ class Plan:
 
     @property
     def signature(self) -> str:
-        """12 hex digits that two plans share exactly if they describe the same trials."""
+        """Hash of 12 hex digits; two plans have the same one exactly if they describe the same trials."""
         return signature(self.identity)
 
     def tree(self) -> dict[str, Any]:
-        """What study.yaml holds."""
+        """Content of study.yaml."""
         return {
             "format": FORMAT,
             "name": self.name,
@@ -156,10 +158,10 @@ class Plan:
 
 
 def plan_from(tree: Mapping[str, Any]) -> Plan:
-    """The inverse of `Plan.tree`.
+    """Build a plan from the content of study.yaml, the inverse of `Plan.tree`.
 
     Raises:
-        UserError: something in it is wrong.
+        UserError: the content is invalid.
     """
     given = tree.get("sweep", {})
     if not isinstance(given, Mapping):
@@ -179,7 +181,7 @@ def require_name(name: str) -> None:
     """Check the name of a study.
 
     Raises:
-        UserError: it could not be the name of a folder and of a run.
+        UserError: it is not valid as the name of a folder and of a run.
     """
     if not _NAME.fullmatch(name) or ".." in name:
         shown = name if len(name) <= 60 else name[:60] + "..."
@@ -192,14 +194,14 @@ _OWN_METRICS = ("score", "num_steps", "seconds")
 
 
 def keys_of(experiment: ExperimentConfig) -> list[str]:
-    """The keys of every score of a finished run, the one by which runs are compared first."""
+    """The keys of all scores of a finished run, the primary one first."""
     return [key.name for key in sorted(experiment.score_keys(), key=lambda key: not key.primary)]
 
 
 def resolved_objectives(
     objectives: Sequence[ObjectiveConfig], experiment: ExperimentConfig
 ) -> tuple[ObjectiveConfig, ...]:
-    """The objectives of a study with the direction of their metric where they name none."""
+    """The objectives of a study, with the direction of their metric where none is given."""
     keys = experiment.score_keys()
     known = {key.name: key.direction for key in keys} | {"score": primary_key(keys).direction}
     return tuple(
@@ -209,20 +211,20 @@ def resolved_objectives(
 
 
 def metrics_of(experiment: ExperimentConfig) -> list[str]:
-    """Every metric that an objective may name."""
+    """All metrics that can be objectives."""
     return [*_OWN_METRICS, *keys_of(experiment)]
 
 
 def fidelity_keys(experiment: ExperimentConfig) -> list[str]:
-    """Precision and recall, which tables show beside the score; none where the data has neither."""
+    """Keys of precision and recall, which tables show next to the score; empty if the data does not have them."""
     return [key for key in keys_of(experiment) if key.startswith(("eval/precision_", "eval/recall_"))]
 
 
 def require_metric(where: str, metric: str, known: Sequence[str]) -> None:
-    """Check what a plan calls a metric, at `where`.
+    """Check that a metric is known; `where` is its location in the plan, for the message.
 
     Raises:
-        UserError: it is none of those that are known.
+        UserError: it is not one of the known metrics.
     """
     if metric not in known:
         raise UserError(f"{where} is {metric!r}, which no trial reports: it must be one of {', '.join(known)}.")

@@ -1,7 +1,7 @@
-"""The next trial: a pure function of the sampler's seed and of the trials so far.
+"""Samplers: the next trial as a pure function of the sampler's seed and the trials so far.
 
-Each proposal is drawn by a fresh sampler whose seed is made of the sweep's and of the trial's number, so that a sweep
-that was killed and resumed proposes what it would have proposed.
+Each proposal is drawn by a new sampler, seeded from the sweep's seed and the trial's number, so that a killed and
+resumed sweep makes the same proposals as an uninterrupted one.
 """
 
 import warnings
@@ -15,18 +15,18 @@ from dxmi.training.config import ExperimentConfig
 from tune.config.sweep import MINIMIZE, SweepConfig
 from tune.search.space import Axis, Value, grid_points
 
-if TYPE_CHECKING:  # Optuna and SciPy are imported where they are used: most of what reads a study needs neither
+if TYPE_CHECKING:  # Optuna and SciPy are imported where they are used, since most code that reads a study needs neither
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Values for one trial.
+    """Values proposed for one trial.
 
     Attributes:
-        values: by path.
-        system_attrs: what the sampler wants to be stored with the trial.
+        values: Values by path.
+        system_attrs: Attributes that the sampler stores with the trial.
     """
 
     values: dict[str, Value]
@@ -40,7 +40,7 @@ def defaults(axes: Sequence[Axis], experiment: ExperimentConfig) -> dict[str, Va
 
 
 def num_planned(sweep: SweepConfig, axes: Sequence[Axis]) -> int:
-    """Trials of the whole sweep: the budget's, or the grid's if that is smaller."""
+    """Number of trials of the whole sweep: the budget's, or the size of the grid if that is smaller."""
     budget = sweep.budget.trials
     return min(budget, len(grid_points(axes))) if sweep.sampler.kind == "grid" else budget
 
@@ -48,14 +48,14 @@ def num_planned(sweep: SweepConfig, axes: Sequence[Axis]) -> int:
 def propose(
     sweep: SweepConfig, axes: Sequence[Axis], experiment: ExperimentConfig, history: "Sequence[FrozenTrial]"
 ) -> Proposal:
-    """The trial that follows `history`, whose length is its number."""
+    """Propose the trial that follows `history`; its number is the length of `history`."""
     number, sampler = len(history), sweep.sampler
-    if sampler.kind == "grid":  # it holds the defaults or it does not; all of it is run
+    if sampler.kind == "grid":  # start_with_defaults does not apply, since the whole grid is run
         return Proposal(grid_points(axes)[number])
     first = defaults(axes, experiment) if sampler.start_with_defaults else None
     if first is not None and number == 0:
         attrs = _from_model(sweep, axes, history).system_attrs if sampler.kind == "nsga2" else {}
-        return Proposal(first, attrs)  # nsga2: of the first generation, like those after it
+        return Proposal(first, attrs)  # with nsga2, it belongs to the first generation
     if sampler.kind in ("sobol", "random"):
         index = number - (first is not None)
         units = (_sobol if sampler.kind == "sobol" else _random)(sampler.seed, index, len(axes))
@@ -70,7 +70,7 @@ def _sobol(seed: int, index: int, dimensions: int) -> list[float]:
     engine = qmc.Sobol(dimensions, scramble=True, rng=seed)
     if index:
         engine.fast_forward(index)
-    with warnings.catch_warnings():  # SciPy warns that one point is no balanced set: the sequence goes on
+    with warnings.catch_warnings():  # SciPy warns that a single point is not balanced, but the sequence continues
         warnings.simplefilter("ignore", UserWarning)
         return [float(unit) for unit in engine.random(1)[0]]
 
@@ -80,7 +80,7 @@ def _random(seed: int, index: int, dimensions: int) -> list[float]:
 
 
 def _from_model(sweep: SweepConfig, axes: Sequence[Axis], history: "Sequence[FrozenTrial]") -> Proposal:
-    """What Optuna's sampler asks for, in a study in memory that holds the history."""
+    """Ask Optuna's sampler for a proposal, in an in-memory study that contains the history."""
     import optuna  # noqa: PLC0415
 
     directions: list[Any] = [objective.direction or MINIMIZE for objective in sweep.objectives]
@@ -101,12 +101,12 @@ def _sampler(sweep: SweepConfig, number: int) -> "BaseSampler":
         warnings.simplefilter("ignore", ExperimentalWarning)
         if config.kind == "nsga2":
             return NSGAIISampler(population_size=config.startup_trials, seed=seed)
-        # constant_liar: trials that still run count as bad, so that two at once are not asked to try the same.
+        # constant_liar: running trials count as bad, so that concurrent trials do not get similar values.
         return TPESampler(n_startup_trials=config.startup_trials, multivariate=True, constant_liar=True, seed=seed)
 
 
 def template(axes: Sequence[Axis], proposal: Proposal, user_attrs: dict[str, Any]) -> "FrozenTrial":
-    """A running trial for Optuna's storage, whole: it is there with all its values or not at all."""
+    """A running trial with all its values, to be added to Optuna's storage in a single operation."""
     from optuna.trial import TrialState, create_trial  # noqa: PLC0415
 
     return create_trial(

@@ -1,6 +1,6 @@
-"""The search space: which settings a sweep varies, and over what.
+"""The search space: the settings that a sweep varies, and their ranges.
 
-A sweep file writes one line a setting, by its path in the experiment's config:
+A sweep file has one line per setting, with its path in the experiment's config:
 
     algorithm.policy.lr: {log_uniform: [1.0e-6, 1.0e-4]}
     algorithm.entropy_coef: {uniform: [0, 1]}
@@ -9,8 +9,8 @@ A sweep file writes one line a setting, by its path in the experiment's config:
     schedule: {choice: [var_quadratic, step_linear]}             options of a config group
     schedule: {choice: {few: {num_steps: 3}, many: {num_steps: 10}}}      groups of settings by name
 
-Another kind (schedule.kind: {choice: [var, step]}) brings its whole block. A grid needs finitely many values, so there
-a range says how many: {log_uniform: [1.0e-6, 1.0e-4], points: 5}.
+A different kind (schedule.kind: {choice: [var, step]}) replaces the whole block by its defaults. A grid needs finitely
+many values, so ranges give their number: {log_uniform: [1.0e-6, 1.0e-4], points: 5}.
 """
 
 import copy
@@ -36,7 +36,7 @@ FIXED = {
     "evaluate": "trials that are measured differently cannot be compared",
     "name": "it changes no result",
 }
-"""Groups that no study varies, and why."""
+"""Groups of settings that cannot vary in a study, and why."""
 _MAX_GRID = 100_000
 
 Value = Any
@@ -48,13 +48,13 @@ class Axis:
     """One setting that varies.
 
     Attributes:
-        path: of the setting, like algorithm.policy.lr.
-        kind: one of KINDS.
-        low: of a range.
-        high: of a range, itself included.
-        choices: values of a choice, in the order of the file.
-        points: how many values of a range a grid takes; 0 if the file does not say.
-        groups: of a choice between groups of settings, the settings of each by its name, which is the value.
+        path: Path of the setting, like algorithm.policy.lr.
+        kind: One of KINDS.
+        low: Lower bound of a range.
+        high: Upper bound of a range, inclusive.
+        choices: Values of a choice, in the order of the file.
+        points: Number of values of a range in a grid; 0 if the file does not specify it.
+        groups: Settings of each group by name, if the choice is between groups of settings; the names are the choices.
     """
 
     path: str
@@ -66,11 +66,11 @@ class Axis:
     groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def settings(self, value: Value) -> Value:
-        """What a value puts at the path."""
+        """The config value for a value of the axis: the value itself, or the settings of the group with that name."""
         return self.groups[value] if self.groups else value
 
     def own(self, experiment: ExperimentConfig) -> Value:
-        """The experiment's own value; of groups of settings, the name of the first that changes nothing of it."""
+        """The experiment's own value, or the name of the first group of settings that leaves the experiment unchanged."""
         if not self.groups:
             return value_at(experiment, self.path)
         same = (name for name in self.choices if configured(experiment, {self.path: self.groups[name]}) == experiment)
@@ -78,8 +78,8 @@ class Axis:
 
     @property
     def distribution(self) -> "BaseDistribution":
-        """What Optuna calls it."""
-        from optuna.distributions import (  # noqa: PLC0415  (Optuna takes 400 modules)
+        """The corresponding distribution in Optuna."""
+        from optuna.distributions import (  # noqa: PLC0415  (Optuna loads 400 modules)
             CategoricalDistribution,
             FloatDistribution,
             IntDistribution,
@@ -92,7 +92,7 @@ class Axis:
         return FloatDistribution(self.low, self.high, log=self.kind == "log_uniform")
 
     def param(self, value: Value) -> Param:
-        """How Optuna stores a value: itself, or JSON text if it is a list, with the numbers as in the file."""
+        """Value as stored by Optuna: unchanged, or JSON text if it is a list, with numbers written as in the file."""
         if value is None or isinstance(value, (str, int, float, bool)):
             return value
         return json.dumps(next(choice for choice in self.choices if _same(choice, value)))
@@ -104,7 +104,7 @@ class Axis:
         return next(value for value in self.choices if _same(self.param(value), param))
 
     def contains(self, value: Value) -> bool:
-        """Whether a trial could have this value."""
+        """Whether the value lies in the range or is one of the choices."""
         if self.kind == "choice":
             return any(_same(choice, value) for choice in self.choices)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -112,7 +112,7 @@ class Axis:
         return is_inside and (self.kind != "integer" or value == int(value))
 
     def at(self, unit: float) -> Value:
-        """The value at a place in [0, 1): uniform places give values as the kind says."""
+        """Map `unit` in [0, 1) to a value; uniform `unit` gives values distributed according to the kind."""
         if self.kind == "choice":
             return self.choices[int(unit * len(self.choices))]
         if self.kind == "integer":
@@ -121,13 +121,13 @@ class Axis:
             value = self.low ** (1.0 - unit) * self.high**unit
         else:
             value = self.low * (1.0 - unit) + self.high * unit
-        return min(max(value, self.low), self.high)  # rounding may lead out
+        return min(max(value, self.low), self.high)  # rounding may leave the range
 
     def grid(self) -> list[Value]:
-        """The values that a grid takes.
+        """The values of this axis in a grid.
 
         Raises:
-            UserError: there are infinitely many, and the file does not say how many to take; or too many to list.
+            UserError: a continuous range has no `points`, or there are too many values.
         """
         if self.kind == "choice":
             return list(self.choices)
@@ -153,14 +153,14 @@ class Axis:
 
 
 def show(value: Value) -> str:
-    """A value for people: short numbers, text without quotes."""
+    """Format a value for messages: short numbers, text without quotes."""
     if isinstance(value, float):
         return f"{value:.3g}"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _same(one: Value, other: Value) -> bool:
-    """Equal, and not merely as True equals 1."""
+    """Whether two values are equal, where True and 1 count as different."""
     return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
@@ -169,11 +169,11 @@ def _same(one: Value, other: Value) -> bool:
 
 
 def parse_space(tree: Any, experiment: ExperimentConfig) -> tuple[Axis, ...]:
-    """The axes that a sweep file's `space` describes, in its order.
+    """Parse the `space` of a sweep file into axes, in the same order.
 
     Raises:
-        UserError: a path is no setting of the experiment (the nearest is named), a range is empty or reversed, a log
-            range reaches 0, a choice is empty, or a bound is a value that the experiment refuses.
+        UserError: a path is not a setting of the experiment (the message suggests the closest one), a range is empty or
+            reversed, a log range includes 0, a choice is empty, or a bound is invalid for the experiment.
     """
     specs: dict[str, Mapping[str, Any]] = {}
     for path, spec in _specs(tree, ""):
@@ -193,7 +193,7 @@ def parse_space(tree: Any, experiment: ExperimentConfig) -> tuple[Axis, ...]:
 
 
 def _specs(tree: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(path, spec) of each setting; groups may be nested or written with dots."""
+    """Yield (path, spec) of each setting; groups may be nested or written with dots."""
     where = f"sweep.space.{path}".rstrip(".")
     if not isinstance(tree, Mapping):
         raise UserError(f"{where} is {tree!r}: {_EXAMPLE}.")
@@ -207,18 +207,18 @@ def _specs(tree: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def require_setting(
     where: str, path: str, known: Mapping[str, Any], fixed: Mapping[str, str] = FIXED, *, is_group: bool = False
 ) -> None:
-    """Check that `path` is one setting of an experiment, and that it may vary.
+    """Check that `path` is a setting (or a group of settings) of an experiment, and that it may vary.
 
     Args:
-        where: of the path in a file, for messages.
-        path: with dots.
-        known: the experiment as a tree.
-        fixed: groups that may not vary, and why.
-        is_group: the path is to be that of a group of settings.
+        where: Location of the path in its file, for messages.
+        path: Dotted path.
+        known: The experiment as a nested dictionary.
+        fixed: Groups that must not vary, and why.
+        is_group: Whether the path must be that of a group of settings instead of a single setting.
 
     Raises:
-        UserError: it is none (the nearest is named), a group of them where one is wanted or the other way round, or
-            fixed.
+        UserError: the path is not a setting (the message suggests the closest one), is a group where a single setting
+            is expected or vice versa, or is fixed.
     """
     tree: Any = known
     group = path.partition(".")[0]
@@ -279,13 +279,13 @@ def _bounds(where: str, kind: str, body: Sequence[Any]) -> tuple[float, float]:
     largest = sys.float_info.max
     numbers = [n for n in body if isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) <= largest]
     if len(body) != 2 or len(numbers) != 2:
-        hint = " YAML takes 1e-6 for text: write 1.0e-6." if any(isinstance(n, str) for n in body) else ""
+        hint = " YAML reads 1e-6 as text: write 1.0e-6." if any(isinstance(n, str) for n in body) else ""
         raise UserError(f"{where} is {list(body)!r}: it must be [low, high], two finite numbers.{hint}")
     low, high = numbers
     if low > high:
         raise UserError(f"{where} is [{low}, {high}]: low is above high.")
     if low == high:
-        raise UserError(f"{where} is [{low}, {high}]: one value is no range; set it as an override instead.")
+        raise UserError(f"{where} is [{low}, {high}]: a range needs two different bounds; use an override instead.")
     if kind == "log_uniform" and low <= 0:
         raise UserError(f"{where} is [{low}, {high}]: a log range must begin above 0.")
     if kind == "integer" and (low != int(low) or high != int(high)):
@@ -294,7 +294,7 @@ def _bounds(where: str, kind: str, body: Sequence[Any]) -> tuple[float, float]:
 
 
 def _check_values(axis: Axis, experiment: ExperimentConfig) -> None:
-    """Let the experiment's own checks refuse a bound or a choice, before any trial does."""
+    """Validate bounds and choices with the experiment's own checks, before any trial starts."""
     for value in axis.choices or (axis.low, axis.high):
         try:
             configured(experiment, {axis.path: axis.settings(value)})
@@ -316,16 +316,16 @@ def flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def configured(experiment: ExperimentConfig, values: Mapping[str, Value]) -> ExperimentConfig:
-    """The experiment with other values at some paths.
+    """The experiment with new values at some paths.
 
     Raises:
-        UserError: it refuses one of them.
+        UserError: the result is invalid.
     """
     return build(ExperimentConfig, tree_with(experiment, values))
 
 
 def tree_with(experiment: ExperimentConfig, values: Mapping[str, Value]) -> dict[str, Any]:
-    """The experiment's tree with other values at some paths, which it may still refuse; see `with_settings`."""
+    """The experiment as a nested dictionary with new values, which are not validated; see `with_settings`."""
     return with_settings(ExperimentConfig, to_tree(experiment), values)
 
 
@@ -335,10 +335,10 @@ def value_at(experiment: ExperimentConfig, path: str) -> Value:
 
 
 def grid_points(axes: Sequence[Axis]) -> list[dict[str, Value]]:
-    """Every combination of the axes' grid values, the last axis fastest.
+    """All combinations of the axes' grid values, the last axis varying fastest.
 
     Raises:
-        UserError: there are too many to list.
+        UserError: there are too many.
     """
     lists = [axis.grid() for axis in axes]
     size = math.prod(len(values) for values in lists)
