@@ -70,7 +70,7 @@ class Axis:
         return self.groups[value] if self.groups else value
 
     def own(self, experiment: ExperimentConfig) -> Value:
-        """The experiment's own value, or the name of the first group of settings that leaves the experiment unchanged."""
+        """The experiment's own value, or the name of the first group of settings that does not change it."""
         if not self.groups:
             return value_at(experiment, self.path)
         same = (name for name in self.choices if configured(experiment, {self.path: self.groups[name]}) == experiment)
