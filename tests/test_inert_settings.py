@@ -29,6 +29,7 @@ BASE = build(
     },
 )
 SEPARATE = {"algorithm.value": "separate"}
+REWARDED = {"algorithm": {"kind": "reinforce"}, "reward": {"kind": "quadratic"}}
 NO_CONTROL = {"algorithm.entropy_coef": 0.0, "algorithm.cost_coef": 0.0}
 
 
@@ -116,11 +117,17 @@ ALIVE: list[tuple[Settings, str, Any]] = [
     *(({}, f"network.denoiser.{name}", value) for name, value in (*SIZES, ("embedding", 6))),
     *(({}, f"network.energy.{name}", value) for name, value in SIZES),
     *((SEPARATE, f"network.value.{name}", value) for name, value in (*SIZES, ("embedding", 6))),
+    (
+        {"algorithm": {"kind": "reinforce"}, "reward": {"kind": "quadratic"}},
+        "reward",
+        {"kind": "quadratic", "scale": 2.0},
+    ),
 ]
 
 # No effect by what the setting is documented to be, or by its formula.
 DEAD: list[tuple[Settings, str, Any]] = [
     ({}, "train.log_every", 7),
+    ({}, "reward", {"kind": "quadratic"}),  # DxMI maximizes none: it is only a score
     ({}, "network.energy.embedding", 6),
     ({}, "network.value.hidden", 7),
     ({}, "algorithm.energy.lr", 1e-2),
@@ -170,8 +177,7 @@ def test_every_setting_that_may_vary_is_tried():
     free = {path for path in flat(to_tree(BASE)) if path.partition(".")[0] not in (*FIXED, "seed", "data")}
     free |= {f"schedule.{name}" for name, _ in KARRAS}
     free -= {f"network.{network}.kind" for network in ("denoiser", "energy", "value")}  # only MLPs are tried
-    free -= {"algorithm.kind"}  # there is one
-    free -= {"reward"}  # DxMI, which all of these train, maximizes none
+    free -= {"algorithm.kind"}  # the settings of DxMI are tried
     free -= {"pretrain.weights"}  # nothing is claimed of a run that starts from a file
     dead = {"train.log_every", "network.energy.embedding"}
     assert {path for _, path, _ in ALIVE} == free - dead
