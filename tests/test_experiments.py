@@ -1,4 +1,4 @@
-"""The experiments that are shipped: the published ones as DESIGN lists them, and every one from end to end."""
+"""The experiments that are shipped: the published ones as dxmi/README.md lists them, and every one from end to end."""
 
 from pathlib import Path
 

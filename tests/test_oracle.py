@@ -1,4 +1,4 @@
-"""The linear-quadratic problem with an exact answer (DESIGN section 3, 'Exact oracle'): each loss, then all of DxMI.
+"""The linear-quadratic problem with an exact answer (dxmi/README.md, 'Exact oracle'): each loss, then all of DxMI.
 
 E(x) = x^2 / (2v) makes the optimal step N(a_t x, tau / k_t) and the value V_t(x) = A_t x^2 / 2 + B_t. The oracle's
 entropy is in nats, log sigma + log(2 pi e) / 2; the code's is log sigma. Each step to go therefore adds

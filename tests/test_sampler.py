@@ -46,7 +46,7 @@ class GaussianDenoiser(Denoiser):
 
 
 def numpy_transition(x: np.ndarray, t: int, num_steps: int) -> tuple[np.ndarray, float]:
-    """Mean and sigma of a step of ToyDenoiser's policy in float64, from the levels alone (DESIGN section 3)."""
+    """Mean and sigma of a step of ToyDenoiser's policy in float64, from the levels alone (dxmi/README.md)."""
     schedule = shorten(VarScheduleConfig(num_steps=num_steps))
     g, g_next = schedule.level[t], schedule.level[t + 1]
     sigma = math.sqrt((1 - g_next) / (1 - g) * (1 - g / g_next))

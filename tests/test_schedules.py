@@ -1,4 +1,4 @@
-"""Noise schedules against 50-digit arithmetic, the textbook's formulas and the numbers that DESIGN states."""
+"""Noise schedules against 50-digit arithmetic, the textbook's formulas and the numbers that dxmi/README.md states."""
 
 import json
 import math
@@ -163,7 +163,7 @@ def test_one_step_goes_from_noise_to_the_sample(method, shape):
 
 @pytest.mark.parametrize(("num_steps", "noisiest"), [(4, "0.343"), (5, "0.220"), (10, "0.0208")])
 def test_quadratic_var_ends_where_its_cap_puts_it(num_steps, noisiest):
-    """eta_i = beta_0 (1 + i v)^2 with v = 0.95 / (sqrt(beta_0) T); DESIGN states the three products."""
+    """eta_i = beta_0 (1 + i v)^2 with v = 0.95 / (sqrt(beta_0) T); dxmi/README.md states the three products."""
     s = shorten(SCHEDULES.config("var", num_steps=num_steps, shape="quadratic"))
     v = 0.95 / (0.01 * num_steps)
     by_hand = np.prod([1.0 - 1e-4 * (1.0 + i * v) ** 2 for i in range(num_steps)])
