@@ -12,8 +12,8 @@ iteration:
 Differences from the published code. It keeps the rollouts of five critic steps and then takes ten steps of the policy;
 here each iteration takes `policy_updates` steps with its own rollout. Its log-probability of images is a mean over
 dimensions; here it is the sum, whose gradient differs by a factor that Adam and the clipping of the norm remove. There,
-nothing constrains the critic of images (`gradient_penalty=0`), the sigmas are fixed (`policy.sigma_lr=0`), the last step
-counts as an action (`last_step=true`), and the value's loss moves the critic too.
+nothing constrains the critic of images (`gradient_penalty=0`), the sigmas are fixed (`policy.sigma_lr=0`), the last
+step counts as an action (`last_step=true`), and the value's loss moves the critic too.
 
 Logged metrics (means over the batch, of the last update of the iteration):
 
