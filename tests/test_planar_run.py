@@ -129,6 +129,16 @@ def test_a_run_that_trains_no_energy_neither_scores_nor_draws_one(tmp_path):
 
 
 @pytest.mark.usefixtures("blank_figures")
+def test_a_reward_has_a_floor_in_the_plane_too(tmp_path):
+    """Which is that of the data itself: what a policy that has learned the data gets."""
+    rewarded = tiny("algorithm=reinforce", "reward=log_density", "reward.distribution=moons")
+    summary = train(rewarded, out=tmp_path / "run")
+    assert summary.metric == "eval/reward"
+    points = rewarded.data.held_out(20_000, "another")
+    assert summary.reference["data"] == pytest.approx(float(DISTRIBUTIONS["moons"].log_density(points).mean()), abs=0.1)
+    assert summary.reference["data"] > summary.best["value"]
+
+
 @pytest.mark.parametrize("stop_at", [0, 15])
 def test_a_stopped_planar_run_goes_on_to_the_same_end(run, tmp_path, stop_at):
     out = tmp_path / "run"

@@ -53,7 +53,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dxmi.critics.energy import Energy
-from dxmi.data.batch import Condition
+from dxmi.data.batch import UNCONDITIONAL, Condition
 from dxmi.data.dataset import Dataset, Split
 from dxmi.data.images import Images
 from dxmi.data.planar import SQUARE, Points
@@ -556,7 +556,9 @@ class PlanarScorer(Scorer):
         return self._scores(sampling, energy, score)
 
     def of_data(self, stream: str = REPORT) -> Scores | None:
-        """The floor, which is the mean over sets of fresh points, and the area under the curve of the exact density."""
+        """The floor, which is the mean over sets of fresh points, the area under the curve of the exact density, and
+        what further metrics give for all of these points.
+        """
         start, reference = time.perf_counter(), self.reference(stream)
         sets = [
             self.points.held_out(self.config.num_samples, f"floor/{index}/{stream}") for index in range(_FLOOR_SETS)
@@ -565,7 +567,9 @@ class PlanarScorer(Scorer):
         floor = sum(self._sliced_wasserstein(points, reference, stream) for points in sets) / _FLOOR_SETS
         # The density, not its logarithm, which is minus infinity where there is none; ranks are the same.
         exact = [self.points.distribution.log_density(points).exp() for points in (reference, self._uniform(stream))]
-        values = {_PLANAR_DISTANCE: floor, "eval/energy_auc": roc_auc(*exact)}
+        rows = [metric.observe(torch.cat(sets), UNCONDITIONAL) for metric in self.metrics]
+        further = self._further(rows, None, torch.device("cpu"))
+        values = {_PLANAR_DISTANCE: floor, "eval/energy_auc": roc_auc(*exact), **further}
         return Scores(self._checked(values), seconds)
 
     @torch.no_grad()
