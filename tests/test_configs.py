@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from dxmi.algorithms.registry import ALGORITHMS
 from dxmi.compat import declare_torchvision_operators
 from dxmi.config import build, delta, differences, leaves_of, places, to_tree
 from dxmi.data.images import Images
@@ -46,6 +47,11 @@ def with_fake_images(config: ExperimentConfig) -> Experiment:
     return experiment
 
 
+def needs_reward(algorithm: str) -> bool:
+    tree = yaml.safe_load((config_folder() / "algorithm" / f"{algorithm}.yaml").read_text())
+    return ALGORITHMS.config_class(tree["kind"]).needs_reward
+
+
 @pytest.mark.parametrize(("group", "name"), OPTIONS)
 def test_every_yaml_composes_builds_and_steps(group, name):
     if name == "diffusers":
@@ -53,7 +59,8 @@ def test_every_yaml_composes_builds_and_steps(group, name):
         pytest.importorskip("diffusers", reason="the optional package diffusers is not installed")
     small = ["train.batch_size=4", "pretrain.batch_size=4", "pretrain.weights=null"]
     narrow = NARROW.get(NETWORK_OF.get(name, name), []) if group in ("network", "experiment") else []
-    experiment = with_fake_images(compose_experiment([f"{group}={name}", *small, *narrow]).experiment)
+    rewarded = ["reward=quadratic"] if group == "algorithm" and needs_reward(name) else []
+    experiment = with_fake_images(compose_experiment([f"{group}={name}", *rewarded, *small, *narrow]).experiment)
     ddpm, pretraining = experiment.build_pretraining()
     step(ddpm, pretraining, 0)
     dxmi, state = experiment.build_finetuning(ddpm.network)
@@ -68,7 +75,8 @@ OPTIONS = [(group, name) for group, names in groups().items() if group not in ("
 def test_a_file_of_a_group_holds_only_what_differs_from_the_defaults(group, name):
     """And the kinds that it chooses."""
     tree = yaml.safe_load((config_folder() / group / f"{name}.yaml").read_text())
-    config = build(ExperimentConfig, {group: tree})
+    rewarded = {"reward": {"kind": "quadratic"}} if group == "algorithm" and needs_reward(name) else {}
+    config = build(ExperimentConfig, {**rewarded, group: tree})
     differs = with_kinds_named(delta(config).get(group, {}), tree)
     assert {path for path, _ in leaves_of(tree)} == {path for path, _ in leaves_of(differs)}
 

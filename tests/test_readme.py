@@ -280,6 +280,12 @@ def test_links_lead_to_headings_and_files(page):
             assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.parametrize("page", RUN_PAGES)
+def test_files_that_a_page_names_exist(page):
+    named = re.findall(r"`((?:dxmi|tune|configs|cluster|tests)/[\w/]+\.\w+)`", PAGES[page])
+    assert [file for file in named if "NAME" not in file and not (ROOT / file).exists()] == []
+
+
 def test_every_picture_is_on_a_page():
     text = "".join(page.read_text() for page in LINKED)
     assert [path.name for path in (ROOT / ".readme").iterdir() if f".readme/{path.name})" not in text] == []
