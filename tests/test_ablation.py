@@ -244,7 +244,7 @@ def test_arms_with_one_seed_begin_with_the_same_weights_data_and_noise():
     made = plan()
     experiments = [Experiment(made.config_of({"arm": arm.name, "seed": 1})) for arm in made.arms]
     weights = [experiment.build_denoiser().state_dict() for experiment in experiments]
-    streams = [experiment.build_pretraining()[1].stream.next() for experiment in experiments]
+    streams = [experiment.build_pretraining()[1].stream.next().x for experiment in experiments]
     for own, batch in zip(weights, streams, strict=True):
         assert all(torch.equal(own[key], weights[0][key]) for key in own)
         assert torch.equal(batch, streams[0])
