@@ -79,7 +79,7 @@ class Played(Study):
     def end(self, number: int, value: float) -> None:
         record = self.record(number)
         if math.isnan(value):
-            self.finish(number, unfinished({}, TrialState.FAILED, "made up", 1.0))
+            self.finish(number, unfinished(self.plan, {}, TrialState.FAILED, "made up", 1.0))
             return
         for step in (0, 20, 40):
             self.score(number, step, value + 40.0 - step)
@@ -409,7 +409,7 @@ def test_an_arm_with_missing_runs_has_no_verdict_but_what_is_missing(played, sta
         if arm != "fast" or seed < 4:
             study.end(record.number, scores(arm, seed))
         elif state is not TrialState.RUNNING:
-            study.finish(record.number, unfinished({}, state, "made up", 1.0))
+            study.finish(record.number, unfinished(study.plan, {}, state, "made up", 1.0))
     assert verdicts(study) == {"baseline": "", "no_entropy": "better", "fast": words}
     row = arms_frame(outcome(study)).set_index("arm").loc["fast"]
     assert (row["seeds"], row["missing"], row[state.value]) == (4, 3, 3)

@@ -119,13 +119,13 @@ class Fabricated:
     def pruned(self, *scores: float) -> TrialRecord:
         record = self._begin(list(scores))
         curve = self.study.curves()[record.number]
-        self.study.finish(record.number, pruned(curve, max(curve), 2.0))
+        self.study.finish(record.number, pruned(self.study.plan, curve, max(curve), 2.0))
         return self.study.record(record.number)
 
     def ended(self, state: TrialState, reason: str, *scores: float) -> TrialRecord:
         record = self._begin(list(scores))
         curve = self.study.curves().get(record.number, {})
-        self.study.finish(record.number, unfinished(curve, state, reason, 1.0))
+        self.study.finish(record.number, unfinished(self.study.plan, curve, state, reason, 1.0))
         return self.study.record(record.number)
 
     def running(self, *scores: float) -> TrialRecord:

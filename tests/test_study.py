@@ -655,16 +655,18 @@ def test_two_objectives_come_in_the_order_of_the_plan():
 
 
 def test_the_outcome_of_a_pruned_trial_is_its_best_score_until_then():
-    outcome = pruned({0: 9.0, 100: 5.0, 200: 6.0, 300: 1.0}, 200, 4.0)
+    outcome = pruned(make_plan(), {0: 9.0, 100: 5.0, 200: 6.0, 300: 1.0}, 200, 4.0)
     assert missing("behind … 200", outcome.reason) == []
     assert outcome == Outcome(TrialState.PRUNED, outcome.reason, 5.0, 100, (), 4.0)
 
 
 def test_the_outcome_of_a_stopped_trial_is_its_best_score_if_it_has_one():
-    assert unfinished({0: 9.0, 100: 5.0}, TrialState.STOPPED, "why", 4.0) == Outcome(
+    assert unfinished(make_plan(), {0: 9.0, 100: 5.0}, TrialState.STOPPED, "why", 4.0) == Outcome(
         TrialState.STOPPED, "why", 5.0, 100, (), 4.0
     )
-    assert unfinished({}, TrialState.FAILED, "why", 4.0) == Outcome(TrialState.FAILED, "why", None, None, (), 4.0)
+    assert unfinished(make_plan(), {}, TrialState.FAILED, "why", 4.0) == Outcome(
+        TrialState.FAILED, "why", None, None, (), 4.0
+    )
 
 
 # ----------------------------------------------------------------------------
