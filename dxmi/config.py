@@ -407,6 +407,18 @@ def block_delta(config: Any, identity: str | None = None) -> Tree:
     return {**({"kind": config.kind} if hasattr(config, "kind") else {}), **delta(config, identity)}
 
 
+def identity_tree(config: Any, identity: str) -> Tree:
+    """Every setting of a config that takes part in an identity, with its value: for people, who do not see a default in
+    a delta.
+    """
+    return {
+        own.name: identity_tree(value, identity) if is_dataclass(value) else _plain(value)
+        for own in fields(config)
+        if identity not in own.metadata.get("not_in", ())
+        for value in [getattr(config, own.name)]
+    }
+
+
 def signature(tree: Any) -> str:
     """The first 12 hex digits of the sha256 of a tree of plain values, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]

@@ -45,17 +45,17 @@ PRETRAINING_VERSION = 2
 """Raised whenever a change of the code changes what pretraining computes, so that old results are not read."""
 
 
-def require_signature(saved: Checkpoint, config: ExperimentConfig) -> None:
-    """Check that a checkpoint was written under `config`.
+def require_signature(saved: Checkpoint, signature: str) -> None:
+    """Check that a checkpoint was written under the config with this signature.
 
     Raises:
         UserError: it was not; somebody has edited config.yaml.
     """
     written = saved.meta.get("signature")
-    if written != config.signature:
+    if written != signature:
         raise UserError(
             f"Checkpoint {saved.path} was written under another config (signature {written}) than config.yaml's "
-            f"({config.signature}): restore that file."
+            f"({signature}): restore that file."
         )
 
 

@@ -17,7 +17,7 @@ from dxmi.persistence.checkpoint import Checkpoint
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.tensors import require_finite_state
 from dxmi.training.build import Experiment, require_signature
-from dxmi.training.config import ExperimentConfig
+from dxmi.training.schema import StoredConfig, upgrade_tensors
 from dxmi.training.state import ALGORITHM
 
 _SHOWN = 20
@@ -123,8 +123,13 @@ class Trained:
         return Sampling(self.algorithm.eval_policy, stream, self.algorithm.guide, guidance, step=self.step)
 
 
-def load_trained(run: RunDirectory, config: ExperimentConfig, which: str) -> Trained:
+def load_trained(run: RunDirectory, stored: StoredConfig, which: str) -> Trained:
     """Load the `best` or the `last` checkpoint of a run.
+
+    Args:
+        run: its folder.
+        stored: its config, of this or of an earlier schema.
+        which: the checkpoint.
 
     Raises:
         UserError: the run has no intact checkpoint, or its config was edited.
@@ -133,7 +138,9 @@ def load_trained(run: RunDirectory, config: ExperimentConfig, which: str) -> Tra
     found, complaints = _find(run, which)
     if found is None:
         raise UserError(" ".join([*complaints, f"{run.path} has no usable checkpoint."]))
-    require_signature(found, config)
+    config = stored.config
+    require_signature(found, stored.signature)
+    found = replace(found, groups={ALGORITHM: upgrade_tensors(found.groups[ALGORITHM], stored.schema)})
     require_finite_state(found.groups[ALGORITHM], f"Checkpoint {found.path}", found.step)
     # If the class counts were not recorded, they have to be computed from the data.
     recorded = "class_counts" in found.meta or config.network.denoiser.classes == 0

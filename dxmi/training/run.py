@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dxmi.config import build, differences, to_tree
+from dxmi.config import RESULT, differences, identity_tree
 from dxmi.critics.energy import Energy
 from dxmi.errors import UserError
 from dxmi.evaluation.config import PICTURES, REPORT, SCORING_VERSION, SELECTION
@@ -28,12 +28,12 @@ from dxmi.persistence.checkpoint import Checkpoint, DamagedCheckpointError
 from dxmi.persistence.provenance import device_name, git_revision, versions
 from dxmi.persistence.run_directory import Row, RunDirectory
 from dxmi.training.build import PRETRAINING_VERSION, Experiment, require_signature
-from dxmi.training.config import ExperimentConfig
 from dxmi.training.fit import TrainingPhase, fit
 from dxmi.training.pretraining import Pretraining
 from dxmi.training.progress import Phase, Progress, Reporter, StopRequestedError
 from dxmi.training.references import References
 from dxmi.training.reporter import MetricWindow, RunReporter, Stopwatch
+from dxmi.training.schema import config_tree, read_config
 from dxmi.training.state import ALGORITHM, newest_checkpoint
 from dxmi.training.summary import Summary, read_summary
 from dxmi.visualization.galleries import build_gallery
@@ -246,7 +246,7 @@ class Run:
     def _take_folder(self) -> None:
         self.directory.create()
         self._held.enter_context(self.directory.lock())
-        self.directory.write_config(to_tree(self.config))
+        self.directory.write_config(config_tree(self.config))
 
     def _note(self, sentences: Sequence[str], *, of_data: bool = False) -> None:
         phase = Phase.PRETRAIN if of_data else Phase.FINETUNE
@@ -341,7 +341,7 @@ class Run:
 
     def _check_origin(self, found: Checkpoint) -> None:
         """Refuse a run that was begun with another config or other data; say so if the code has changed."""
-        require_signature(found, self.config)
+        require_signature(found, self.config.signature)
         path, data = self.directory.path, self.experiment.data.signature
         if found.meta["data"] != data:
             raise UserError(
@@ -554,12 +554,13 @@ def refuse_other_run(run: RunDirectory, experiment: Experiment) -> None:
     """Check that a folder holds no other run than this experiment's.
 
     Raises:
-        UserError: it does; the sentence has the differences.
+        UserError: it does, or its config is of an earlier schema; the sentence has the differences.
     """
     if not run.config.exists():
         return
-    old = build(ExperimentConfig, run.read_config())
-    changed = differences(old.identity, experiment.config.identity)
+    stored = read_config(run.read_config())
+    stored.require_present(f"The run in {run.path}")
+    changed = differences(identity_tree(stored.config, RESULT), identity_tree(experiment.config, RESULT))
     if changed:
         raise UserError(
             f"{run.path} holds a run with another config ({'; '.join(changed[:5])}). Choose another out, "

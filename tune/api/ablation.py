@@ -15,7 +15,9 @@ from rich.console import Console
 
 from dxmi.config import build, to_tree
 from dxmi.errors import UserError
+from dxmi.training.config import SCHEMA
 from dxmi.training.run import train
+from dxmi.training.schema import KEY
 from tune.api.sweep import STUDIES, Sweep, SweepResult
 from tune.config.ablation import parse_ablation
 from tune.config.compose import compose_ablation
@@ -94,7 +96,7 @@ class Ablation(Sweep):
             raise TuningInterruptedError(f"{result.ended or 'interrupted'} while the arm {arm.name} was being tuned")
         if best is None:
             raise UserError(f"The arm {arm.name} cannot be tuned: no trial of {sweep.folder.path} is complete.")
-        return dict(best.values)
+        return {axis.path: axis.settings(best.values[axis.path]) for axis in sweep.plan.axes}
 
     def _tuning_plan(self, arm: Arm) -> Plan:
         """Return the plan of a sweep within an arm, on the seed reserved for tuning."""
@@ -103,6 +105,7 @@ class Ablation(Sweep):
         return plan_from(
             {
                 "name": f"{self.plan.name}-{arm.name}",
+                KEY: SCHEMA,
                 "experiment": to_tree(replace(experiment, seed=tuning.seed)),
                 "sweep": {
                     "space": tuning.space,

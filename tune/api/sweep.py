@@ -24,8 +24,9 @@ from dxmi.config import to_tree
 from dxmi.errors import UserError
 from dxmi.persistence.files import require_target
 from dxmi.training.build import Experiment
-from dxmi.training.config import ResourcesConfig
+from dxmi.training.config import SCHEMA, ResourcesConfig
 from dxmi.training.run import changed_inputs, train
+from dxmi.training.schema import KEY
 from tune.config.compose import ComposedSweep, compose_sweep, overridden, require_no_stack
 from tune.execution.controller import Controller
 from tune.execution.estimate import Estimate, estimate
@@ -112,7 +113,9 @@ class Sweep:
             UserError: the study does not exist, or an override changes another setting.
         """
         require_name(name)
-        plan = _overridden(StudyFolder(Path(studies) / name).read_plan(), overrides)
+        begun = StudyFolder(Path(studies) / name).read_plan()
+        begun.require_present()
+        plan = _overridden(begun, overrides)
         if not isinstance(plan, AblationPlan):
             require_no_stack(plan.experiment, "a sweep")
         return cls.of(plan, studies)
@@ -286,6 +289,7 @@ def _plan(composed: ComposedSweep) -> Plan:
     return plan_from(
         {
             "name": name,
+            KEY: SCHEMA,
             "experiment": to_tree(composed.experiment),
             "sweep": composed.sweep,
             "tracking": composed.tracking,

@@ -26,6 +26,7 @@ from dxmi.training.export import export_diffusers
 from dxmi.training.loading import Trained, load_trained
 from dxmi.training.run import labels_text
 from dxmi.training.run import train as train_experiment
+from dxmi.training.schema import read_config
 from dxmi.training.summary import Summary
 from dxmi.visualization.galleries import build_gallery
 from dxmi.visualization.pictures import save_labelled_grid
@@ -116,7 +117,7 @@ def _read(args: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
     if other:
         raise UserError(f"--config uses the settings of {args.config}: edit it, or leave out {' '.join(other)}.")
     tree = read_yaml(args.config, f"The config {args.config} cannot be read.")
-    config = _with_resources(build(ExperimentConfig, tree), [o for o in args.overrides if o not in out])
+    config = _with_resources(read_config(tree).config, [o for o in args.overrides if o not in out])
     return config, out_folder(out) or _default_out(config)
 
 
@@ -133,8 +134,9 @@ def _resumed(args: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
     other = [override for override in args.overrides if not override.startswith("resources.")]
     if other:
         raise UserError(f"--resume uses the run's own config: leave out {' '.join(other)}.")
-    config = build(ExperimentConfig, RunDirectory(args.resume).read_config())
-    return _with_resources(config, args.overrides), args.resume
+    stored = read_config(RunDirectory(args.resume).read_config())
+    stored.require_present(f"The run in {args.resume}")
+    return _with_resources(stored.config, args.overrides), args.resume
 
 
 # ----------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def _trained(args: argparse.Namespace) -> Trained:
     tree = run.read_config()
     if args.device is not None:
         tree["resources"] = {"device": args.device}
-    trained = load_trained(run, build(ExperimentConfig, tree), args.checkpoint)
+    trained = load_trained(run, read_config(tree), args.checkpoint)
     for sentence in trained.complaints:
         complain(sentence)
     return trained

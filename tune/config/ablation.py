@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dxmi.config import build
+from dxmi.config import NO_RESULT, build
 from dxmi.errors import UserError
 from tune.config.sweep import LimitsConfig, ObjectiveConfig, SamplerConfig, StoppingConfig, require_attempts
 
@@ -113,7 +113,7 @@ class AblationConfig:
     """For fractional: 3 (main effects are not aliased with each other) or 4 (nor with two-factor interactions); null
     for 4."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    also: tuple[str, ...] | None = None
+    also: tuple[str, ...] | None = field(default=None, metadata=NO_RESULT)
     """Keys of further scores whose means are shown next to the objective but do not affect verdicts; null for precision
     and recall where available, [] for none."""
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
@@ -122,10 +122,10 @@ class AblationConfig:
     level: float = 0.05
     """Significance level of the tests."""
     tuning: TuningConfig | None = None
-    budget: LimitsConfig = field(default_factory=LimitsConfig)
-    max_failures: int = 2
+    budget: LimitsConfig = field(default_factory=LimitsConfig, metadata=NO_RESULT)
+    max_failures: int = field(default=2, metadata=NO_RESULT)
     """Number of times a crashed trial is restarted."""
-    max_concurrent: int | None = None
+    max_concurrent: int | None = field(default=None, metadata=NO_RESULT)
     """Maximum number of trials at once; null for as many as the devices allow."""
 
     def __post_init__(self) -> None:

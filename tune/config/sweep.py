@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
+from dxmi.config import NO_RESULT
 from dxmi.persistence.files import PLACE
 
 MINIMIZE, MAXIMIZE = DIRECTIONS = ("minimize", "maximize")
@@ -149,10 +150,10 @@ class SweepConfig:
     """One objective, or two for a Pareto front; the first one ranks the leaderboard."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
-    max_failures: int = 2
+    budget: BudgetConfig = field(default_factory=BudgetConfig, metadata=NO_RESULT)
+    max_failures: int = field(default=2, metadata=NO_RESULT)
     """Number of times a crashed trial is restarted."""
-    max_concurrent: int | None = None
+    max_concurrent: int | None = field(default=None, metadata=NO_RESULT)
     """Maximum number of trials at once; null for as many as the devices allow."""
 
     def __post_init__(self) -> None:

@@ -9,12 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dxmi.config import build
 from dxmi.errors import UserError
 from dxmi.evaluation.config import CONFIRMATION
 from dxmi.persistence.run_directory import RunDirectory
-from dxmi.training.config import ExperimentConfig
 from dxmi.training.loading import load_trained
+from dxmi.training.schema import read_config
 from tune.execution.slots import Slots
 from tune.integrations.object_store import Remote
 from tune.machine import on_cluster
@@ -131,7 +130,7 @@ def fresh_scores(
 def _scores(run: RunDirectory, step: int, threads: int, on_step: Callable[[], None] | None) -> dict[str, float]:
     tree = run.read_config()
     tree["resources"] = {**tree.get("resources", {}), "threads": threads}
-    trained = load_trained(run, build(ExperimentConfig, tree), "best")
+    trained = load_trained(run, read_config(tree), "best")
     if trained.step != step:
         raise UserError(f"the checkpoint of iteration {step} in {run.path} is missing or damaged.")
     values = trained.scores(None, None, 0.0, CONFIRMATION, on_step=on_step).values

@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dxmi.config import build, to_tree
+from dxmi.config import RESULT, build, delta, identity_tree, to_tree
 from dxmi.errors import UserError
-from dxmi.training.config import ExperimentConfig
+from dxmi.training.config import SCHEMA, ExperimentConfig
+from dxmi.training.schema import KEY
 from tune.config.ablation import AblationConfig, parse_ablation
 from tune.config.sweep import BudgetConfig, SamplerConfig, SweepConfig, TrackingConfig
 from tune.plans.arms import BASELINE, Arm
+from tune.plans.recorded import Recorded, present_study
 from tune.plans.sweep import FORMAT, Plan, fidelity_keys, keys_of, plan_from, require_metric
 from tune.search.samplers import Proposal
-from tune.search.space import Axis, Value, tree_with
+from tune.search.space import Axis, Value
 from tune.stats.sequential import SeedPlan, next_seeds
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ class AblationPlan(Plan):
     def tree_of(self, values: Mapping[str, Value]) -> dict[str, Any]:
         """The config of an arm with a seed, as a nested dictionary."""
         arm = next(arm for arm in self.arms if arm.name == values[ARM])
-        return tree_with(self.experiment, {**arm.changes, **self.tuned.get(arm.name, {}), SEED: values[SEED]})
+        return self.tree_with({**arm.changes, **self.tuned.get(arm.name, {}), SEED: values[SEED]})
 
     # ------------------------------------------------------------------------
     # The order of the trials
@@ -150,15 +152,20 @@ class AblationPlan(Plan):
     @property
     def identity(self) -> dict[str, Any]:
         """All settings that determine the trials, their results and the verdicts."""
-        ablation = to_tree(self.ablation)
-        for free in ("also", "budget", "max_failures", "max_concurrent"):
-            del ablation[free]
+        ablation = delta(self.ablation, RESULT)
         return {"experiment": self.experiment.identity, "ablation": ablation, "arms": self._arms()}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `identity` is of, with every default: for people."""
+        ablation, experiment = identity_tree(self.ablation, RESULT), identity_tree(self.experiment, RESULT)
+        return {"experiment": experiment, "ablation": ablation, "arms": self._arms()}
 
     def tree(self) -> dict[str, Any]:
         """Content of study.yaml."""
         return {
             "format": FORMAT,
+            KEY: SCHEMA,
             "name": self.name,
             "signature": self.signature,
             "experiment": to_tree(self.experiment),
@@ -183,6 +190,7 @@ def ablation_plan(
     tracking: TrackingConfig,
     tuned: Mapping[str, Mapping[str, Value]] | None = None,
     stacked: int | None = None,
+    recorded: Recorded | None = None,
 ) -> AblationPlan:
     """Build the plan of an ablation from its arms.
 
@@ -207,6 +215,7 @@ def ablation_plan(
         arms=tuple(arms),
         tuned=tuned or {},
         stacked=stacked,
+        recorded=recorded,
     )
 
 
@@ -218,6 +227,7 @@ def any_plan_from(tree: Mapping[str, Any]) -> Plan:
     """
     if "ablation" not in tree:
         return plan_from(tree)
+    tree, recorded = present_study(tree)
     return ablation_plan(
         str(tree.get("name")),
         build(ExperimentConfig, tree.get("experiment", {}), "experiment"),
@@ -226,6 +236,7 @@ def any_plan_from(tree: Mapping[str, Any]) -> Plan:
         tracking=build(TrackingConfig, tree.get("tracking", {}), "tracking"),
         tuned=tree.get("tuned", {}),
         stacked=_stacked(tree.get("stacked")),
+        recorded=recorded,
     )
 
 

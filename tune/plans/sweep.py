@@ -8,11 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dxmi.config import build, signature, to_tree
+from dxmi.config import RESULT, build, delta, identity_tree, signature, to_tree
 from dxmi.errors import UserError
 from dxmi.metrics.keys import MINIMIZE, Direction, ScoreKey, primary_key
-from dxmi.training.config import ExperimentConfig
+from dxmi.training.config import SCHEMA, ExperimentConfig
+from dxmi.training.schema import KEY
 from tune.config.sweep import ObjectiveConfig, SweepConfig, TrackingConfig
+from tune.plans.recorded import Recorded, present_study
 from tune.search.samplers import Proposal, num_planned, propose
 from tune.search.space import Axis, Value, parse_space, tree_with
 
@@ -34,6 +36,7 @@ class Plan:
         sweep: Config of the sweep.
         space: Search space as written in the sweep file.
         tracking: Where the study is recorded.
+        recorded: What an earlier schema recorded, if the study is of one: it can be read, but not resumed.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Plan:
     sweep: SweepConfig
     space: Mapping[str, Any]
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    recorded: Recorded | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         require_name(self.name)
@@ -57,7 +61,7 @@ class Plan:
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
         """The axes of the search space."""
-        return parse_space(self.space, self.experiment)
+        return parse_space(self.space, self.experiment, is_checked=self.recorded is None)
 
     @cached_property
     def num_trials(self) -> int:
@@ -102,7 +106,24 @@ class Plan:
     def tree_of(self, values: Mapping[str, Value]) -> dict[str, Any]:
         """The config of the trial with these values, as a nested dictionary that is not validated."""
         groups = {axis.path: axis for axis in self.axes}
-        return tree_with(self.experiment, {path: groups[path].settings(value) for path, value in values.items()})
+        return self.tree_with({path: groups[path].settings(value) for path, value in values.items()})
+
+    def tree_with(self, settings: Mapping[str, Value]) -> dict[str, Any]:
+        """The experiment with other settings, as a nested dictionary that is not validated."""
+        return tree_with(self.experiment, settings) if self.recorded is None else self.recorded.tree_of(settings)
+
+    def journal_name(self, path: str) -> str:
+        """What the study's journal calls a setting that varies."""
+        return path if self.recorded is None else self.recorded.name_of(path)
+
+    def require_present(self) -> None:
+        """Check that the study may be resumed.
+
+        Raises:
+            UserError: it is of an earlier schema.
+        """
+        if self.recorded is not None:
+            raise UserError(self.recorded.refusal(self.name))
 
     def config_of(self, values: Mapping[str, Value]) -> ExperimentConfig:
         """The config of the trial with these values.
@@ -135,20 +156,24 @@ class Plan:
     @property
     def identity(self) -> dict[str, Any]:
         """All settings that determine the trials and their results."""
-        sweep = to_tree(self.sweep)
-        for free in ("budget", "max_failures", "max_concurrent"):
-            del sweep[free]
-        return {"experiment": self.experiment.identity, "sweep": {**sweep, "space": self.space}}
+        return {"experiment": self.experiment.identity, "sweep": {**delta(self.sweep, RESULT), "space": self.space}}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `identity` is of, with every default: for people."""
+        sweep = {**identity_tree(self.sweep, RESULT), "space": self.space}
+        return {"experiment": identity_tree(self.experiment, RESULT), "sweep": sweep}
 
     @property
     def signature(self) -> str:
         """Hash of 12 hex digits; two plans have the same one exactly if they describe the same trials."""
-        return signature(self.identity)
+        return signature(self.identity) if self.recorded is None else self.recorded.signature
 
     def tree(self) -> dict[str, Any]:
         """Content of study.yaml."""
         return {
             "format": FORMAT,
+            KEY: SCHEMA,
             "name": self.name,
             "signature": self.signature,
             "experiment": to_tree(self.experiment),
@@ -163,6 +188,7 @@ def plan_from(tree: Mapping[str, Any]) -> Plan:
     Raises:
         UserError: the content is invalid.
     """
+    tree, recorded = present_study(tree)
     given = tree.get("sweep", {})
     if not isinstance(given, Mapping):
         raise UserError(f"sweep is {given!r}: it must be a group of settings.")
@@ -174,6 +200,7 @@ def plan_from(tree: Mapping[str, Any]) -> Plan:
         sweep=build(SweepConfig, sweep, "sweep"),
         space=space,
         tracking=build(TrackingConfig, tree.get("tracking", {}), "tracking"),
+        recorded=recorded,
     )
 
 

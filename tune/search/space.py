@@ -168,7 +168,7 @@ def _same(one: Value, other: Value) -> bool:
 # From a sweep file
 
 
-def parse_space(tree: Any, experiment: ExperimentConfig) -> tuple[Axis, ...]:
+def parse_space(tree: Any, experiment: ExperimentConfig, *, is_checked: bool = True) -> tuple[Axis, ...]:
     """Parse the `space` of a sweep file into axes, in the same order.
 
     Raises:
@@ -186,8 +186,9 @@ def parse_space(tree: Any, experiment: ExperimentConfig) -> tuple[Axis, ...]:
     axes = []
     for path, spec in specs.items():
         axis = _axis(path, spec)
-        require_setting(f"sweep.space.{path}", path, known, is_group=bool(axis.groups))
-        _check_values(axis, experiment)
+        if is_checked:
+            require_setting(f"sweep.space.{path}", path, known, is_group=bool(axis.groups))
+            _check_values(axis, experiment)
         axes.append(axis)
     return tuple(axes)
 

@@ -159,7 +159,9 @@ class StudyFolder:
         Raises:
             UserError: it differs; the message lists the differences.
         """
-        changed = differences(self.read_plan().identity, plan.identity)
+        own = self.read_plan()
+        own.require_present()
+        changed = differences(own.settings, plan.settings)
         if changed:
             raise UserError(
                 f"The study {plan.name} was started with other settings ({'; '.join(changed[:5])}). "

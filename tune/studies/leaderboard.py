@@ -17,6 +17,7 @@ from dxmi.config import to_tree
 from dxmi.errors import UserError
 from dxmi.formatting import score_text
 from dxmi.persistence.files import write_atomic
+from dxmi.training.schema import config_tree
 from tune.config.sweep import ObjectiveConfig
 from tune.plans.ablation import AblationPlan
 from tune.plans.sweep import Plan, fidelity_keys
@@ -310,7 +311,7 @@ def write_best(study: Study, records: Sequence[TrialRecord]) -> Path | None:
     best = best_of(study.plan, records)
     if best is None:
         return None
-    tree = to_tree(study.config(best))
+    tree = config_tree(study.config(best))
     tree["resources"] = _resources(best, tree["resources"])
     objective = study.plan.objectives[0]
     header = [

@@ -137,7 +137,7 @@ class Study:
         about: dict[str, Any] = {**trial.user_attrs[_RECORDED]}
         return TrialRecord(
             number=trial.number,
-            values={axis.path: axis.value(trial.params[axis.path]) for axis in self.plan.axes},
+            values={axis.path: axis.value(trial.params[self.plan.journal_name(axis.path)]) for axis in self.plan.axes},
             signature=about["signature"],
             seed=about["seed"],
             run=self.folder.run(trial.number),
