@@ -300,7 +300,8 @@ def test_early_stopping_of_a_score_that_is_to_be_large_is_refused():
 @pytest.mark.parametrize("data", ["digits", "moons"])
 def test_the_metrics_that_an_objective_may_name_are_those_that_are_scored(tmp_path, data):
     evaluate = {"num_samples": 32, "batch_size": 32, "projections": 4}
-    config = build(ExperimentConfig, {"data": {"name": data, "num_points": 100}, "evaluate": evaluate})
+    own = {"kind": data} | ({"num_points": 100} if data == "moons" else {})
+    config = build(ExperimentConfig, {"data": own, "evaluate": evaluate})
     experiment = Experiment(config)
     dxmi = experiment.build_algorithm(experiment.build_denoiser())
     scorer = build_scorer(experiment.data, config.evaluate, tmp_path, experiment.device)

@@ -194,7 +194,7 @@ def _require_changed(change: _Change, given: Mapping[str, Any]) -> None:
     if not named:
         raise UserError(f"{change.where} equals the baseline, since it changes nothing: name a setting.")
     path, value = next(iter(named.items()))
-    raise UserError(f"{change.where} equals the baseline, where {path} is already {show(value)}: leave it out.")
+    raise UserError(f"{change.where} equals the baseline, where {path} is {show(value)} already: leave it out.")
 
 
 def _settings(where: str, given: Any, experiment: ExperimentConfig) -> dict[str, Value]:
