@@ -342,17 +342,35 @@ def put(tree: Tree, path: str, value: Any) -> None:
     group[last] = value
 
 
+def is_place(cls: type, path: str) -> bool:
+    """Whether a setting holds a path or an address, see `dxmi.persistence.files.PLACE`.
+
+    Kinds are imported only in the blocks that the path leads through.
+    """
+    name, _, rest = path.partition(".")
+    own = _known_fields(cls).get(name)
+    if own is None or not rest:
+        return own is not None and bool(own.metadata.get("is_place"))
+    return any(is_place(group, rest) for group in groups_of(cls, own))
+
+
 def places(cls: type, path: str = "") -> list[str]:
-    """Paths of the settings below `cls` that hold a path or an address, see `dxmi.persistence.files.PLACE`."""
-    hints, found = _type_hints(cls), []
+    """Paths of all settings below `cls` that hold a path or an address."""
+    found = []
     for own in fields(cls):
-        where, registry = _joined(path, own.name), registry_of(own.metadata)
-        if own.metadata.get("is_place"):
-            found.append(where)
-        for group in [hints[own.name]] if registry is None else map(registry.config_class, registry.kinds()):
-            if is_dataclass(group):
-                found += places(typing.cast("type", group), where)
+        where = _joined(path, own.name)
+        found += [where] if own.metadata.get("is_place") else []
+        found += [place for group in groups_of(cls, own) for place in places(group, where)]
     return list(dict.fromkeys(found))
+
+
+def groups_of(cls: type, own: Field[Any]) -> list[type]:
+    """Config classes that a field of `cls` may hold: one for a group of settings, those of all kinds for a block."""
+    registry = registry_of(own.metadata)
+    if registry is not None:
+        return [registry.config_class(kind) for kind in registry.kinds()]
+    hint = _type_hints(cls)[own.name]
+    return [hint] if is_dataclass(hint) and isinstance(hint, type) else []
 
 
 # ----------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from dxmi.config import (
     block_at,
     build,
     completed,
+    is_place,
     leaves_of,
-    places,
     put,
     settings_between,
     shared_fields,
@@ -59,8 +59,6 @@ _TRACKING = "tracking"
 _BASELINE = "baseline"
 _OF_ALL = ("experiment", "debug")
 """Groups whose options may change settings of any other group."""
-_PLACES = frozenset(places(ExperimentConfig))
-_OF_STUDIES = frozenset(f"{_TRACKING}.{path}" for path in places(TrackingConfig))
 _OF_ABLATIONS = tuple(f"{ABLATION}.{table}." for table in ("variants", "components", "factors"))
 
 
@@ -471,9 +469,13 @@ def _refuse_double_keys(path: Path) -> None:
 def _is_place(override: str) -> bool:
     """Whether an override sets a path or a URI."""
     key, found, _ = override.lstrip("+").partition("=")
-    if key.startswith(_OF_ABLATIONS):
-        return bool(found) and any(key.endswith(f".{place}") for place in _PLACES)
-    return bool(found) and (key in _PLACES or key in _OF_STUDIES)
+    if not found:
+        return False
+    group, _, rest = key.partition(".")
+    if key.startswith(_OF_ABLATIONS):  # ablation.variants.NAME.PATH, of which a name may have dots
+        names = key.split(".")
+        return any(is_place(ExperimentConfig, ".".join(names[start:])) for start in range(3, len(names)))
+    return is_place(TrackingConfig, rest) if group == _TRACKING else is_place(ExperimentConfig, key)
 
 
 def _raw_places(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
