@@ -55,6 +55,21 @@ def test_the_primary_score_can_be_chosen():
         with_primary([ScoreKey("a")], "b")
 
 
+def test_a_score_that_no_training_free_sampler_has_can_decide(tmp_path):
+    """The area under the energy's ROC curve: the samplers learn no energy, and only the data has a floor of it."""
+    small = ["pretrain.iterations=5", "train.iterations=4", "train.batch_size=16", "evaluate.every=2"]
+    scored = ["evaluate.num_samples=32", "evaluate.batch_size=32", "evaluate.full_reference=false"]
+    made = compose_experiment(["experiment=gaussians8", "evaluate.primary=eval/energy_auc", *small, *scored])
+    summary = train(Experiment(made.experiment), out=tmp_path / "run")
+    assert summary is not None
+    assert (summary.metric, summary.direction) == ("eval/energy_auc", MAXIMIZE)
+    assert list(summary.reference) == ["data"]
+
+
+def test_no_reward_is_an_option():
+    assert compose_experiment([*TINY, "reward=null"]).experiment.reward is None
+
+
 def test_an_algorithm_that_needs_a_reward_is_refused_without_one():
     with pytest.raises(UserError, match=stating("reward is null … algorithm.kind is reinforce … classifier")):
         rewarded(reward=None)

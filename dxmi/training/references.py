@@ -32,6 +32,11 @@ from dxmi.training.reporter import RunReporter
 from dxmi.visualization.galleries import Gallery
 
 
+def primary_scores(metric: str, scores: Mapping[str, Scores]) -> dict[str, float]:
+    """The primary score of every sampler that has it; one that learns no energy has no score of an energy."""
+    return {key: scored.values[metric] for key, scored in scores.items() if metric in scored.values}
+
+
 class References:
     """The training-free samplers that a policy is compared with.
 
@@ -106,8 +111,8 @@ class References:
 
     def draw(self, run: RunDirectory, gallery: Gallery, denoiser: Denoiser, scores: Mapping[str, Scores]) -> None:
         """Pictures to compare samples with: of the data, and on the samples' noise of the best references."""
-        metric = self._scorer.metric
-        scored = [reference.scored(scores[reference.key].values[metric]) for reference in self.compared]
+        found = primary_scores(self._scorer.metric, scores)
+        scored = [reference.scored(found[reference.key]) for reference in self.compared if reference.key in found]
         for name, samples in {"data": self._some_data(), **self._previews(denoiser, scored)}.items():
             draw = functools.partial(gallery.draw_samples, run.reference_picture(name), samples)
             self._experiment.workers.on_first(draw)

@@ -31,7 +31,7 @@ from dxmi.training.build import PRETRAINING_VERSION, Experiment, require_signatu
 from dxmi.training.fit import TrainingPhase, fit
 from dxmi.training.pretraining import Pretraining
 from dxmi.training.progress import Phase, Progress, Reporter, StopRequestedError
-from dxmi.training.references import References
+from dxmi.training.references import References, primary_scores
 from dxmi.training.reporter import MetricWindow, RunReporter, Stopwatch
 from dxmi.training.schema import config_tree, read_config
 from dxmi.training.state import ALGORITHM, newest_checkpoint
@@ -506,7 +506,7 @@ class Run:
             direction=self.scorer.direction,
             directions={key.name: key.direction for key in self.scorer.keys},
             num_samples=config.evaluate.num_samples,
-            reference={name: scored.values[metric] for name, scored in references.items()},
+            reference=primary_scores(metric, references),
             best={**self._outcome(final["best"], self._best["step"]), "selection_value": self._best["value"]},
             last=self._outcome(final["last"], config.train.iterations),
             scores={name: scored.values for name, scored in scores.items()},

@@ -84,7 +84,7 @@ def compose_experiment(overrides: Sequence[str]) -> Composed:
     out = out_folder([o for o in overrides if o.startswith("out=")])
     raw, rest = _raw_places([o for o in overrides if not o.startswith("out=")])
     parsed, options = _parse(rest), files.groups()
-    chosen = [str(o.input_line) for o in parsed if _is_group(o, options)]
+    chosen = [str(o.input_line) for o in parsed if _is_group(o, options) and not _is_left_out(o)]
     values = [o for o in parsed if not _is_group(o, options)]
     for override in (o for o in parsed if _is_group(o, options)):
         _check_option(override.key_or_group, override.value(), options)
@@ -565,7 +565,17 @@ def _is_group(override: Override, options: dict[str, list[str]]) -> bool:
     return override.key_or_group in options
 
 
+_OPTIONAL = ("reward", "debug")
+"""Groups that no experiment chooses an option of, and that `null` leaves out."""
+
+
+def _is_left_out(override: Override) -> bool:
+    return override.key_or_group in _OPTIONAL and override.value() is None
+
+
 def _check_option(group: str, name: object, options: dict[str, list[str]]) -> None:
+    if name is None and group in _OPTIONAL:
+        return
     if name not in options[group]:
         raise UserError(f"{group} {name!r} does not exist: {_nearest(str(name), options[group])}")
 
