@@ -85,7 +85,7 @@ def compose_experiment(overrides: Sequence[str]) -> Composed:
     raw, rest = _raw_places([o for o in overrides if not o.startswith("out=")])
     parsed, options = _parse(rest), files.groups()
     chosen = [str(o.input_line) for o in parsed if _is_group(o, options) and not _is_left_out(o)]
-    values = [o for o in parsed if not _is_group(o, options)]
+    values = [o for o in parsed if not _is_group(o, options) or (_is_left_out(o) and o.key_or_group not in _OF_ALL)]
     for override in (o for o in parsed if _is_group(o, options)):
         _check_option(override.key_or_group, override.value(), options)
     known = with_kinds(
@@ -566,7 +566,7 @@ def _is_group(override: Override, options: dict[str, list[str]]) -> bool:
 
 
 _OPTIONAL = ("reward", "debug")
-"""Groups that no experiment chooses an option of, and that `null` leaves out."""
+"""Groups that `null` leaves out."""
 
 
 def _is_left_out(override: Override) -> bool:
