@@ -3,6 +3,7 @@
 # make test      check format, lint, types and import contracts, and run the tests
 # make test-all  the same, including the slow tests, which take an hour
 # make test-gpu  run the tests that need a GPU and are skipped otherwise
+# make quick     lint, types and the tests of the core, in less than a minute: while you write
 # make check     check only format, lint, types and import contracts
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu tests check clean
+.PHONY: help setup demo quick test test-all test-gpu tests check clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -49,6 +50,12 @@ test: setup
 
 test-all: setup
 	@$(MAKE) --no-print-directory -j2 check tests MARKS="-m ''"
+
+QUICK := golden algorithm algorithms policy_gradient directions fit batches states sampler oracle identity light_imports
+quick: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(QUICK:%=tests/test_%.py)
 
 tests: setup
 	$(PYTEST) $(MARKS)
