@@ -6,6 +6,7 @@ A new algorithm is picked up here by its line in the registry.
 import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,34 @@ def test_a_copy_is_independent(kind):
     advance(type(members[0]).stacked(members), states, range(1))
     assert members[0].optimizers == own
     assert members[0].seeds.size == 1
+
+
+CHANGED = {
+    "entropy_coef": 0.5,
+    "last_step": True,
+    "policy_ema": 0.5,
+    "baseline": "mean",
+    "baseline_updates": 3,
+    "gradient_penalty": 1.0,
+    "critic_updates": 3,
+    "value_updates": 3,
+    "policy_updates": 1,
+    **dict.fromkeys(("policy", "critic", "energy"), {"lr": 1e-2}),
+}
+"""Another value of every setting of the policy-gradient algorithms; test_algorithm has those of DxMI."""
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dxmi"])
+def test_no_setting_is_without_effect(kind):
+    def trained(**changes: Any) -> dict[str, Tensor]:
+        algorithm, state = start(experiment(kind, algorithm={"kind": kind, **changes}))
+        advance(algorithm, [state], range(3))
+        return tensors(algorithm, state)
+
+    settings = [field.name for field in fields(ALGORITHMS.config_class(kind)) if field.name != "kind"]
+    plain, dead = trained(), []
+    for name in settings:
+        other = trained(**{name: CHANGED[name]})
+        if plain.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in plain.items()):
+            dead.append(name)
+    assert dead == []

@@ -175,10 +175,29 @@ SMALL: dict[str, dict[str, Any]] = {
     "wide_resnet": {"depth": 10, "width": 1, "embedding": 8},
 }
 CHANGED: dict[str, Any] = {
-    "hidden": 24, "layers": 4, "embedding": 12, "first_gain": 2.0, "classes": 3, "channels": 64, "blocks": 2,
-    "multipliers": (1, 1), "attention": (16,), "head_channels": 16, "groups": 2, "dropout": 0.5, "patch": 2,
-    "scale_shift": False, "resample_in_blocks": False, "step_scale": 2.0, "latent": 6, "latent_embedding": 12,
-    "latent_layers": 2, "spectral_norm": True, "output_scale": False, "depth": 16, "width": 2,
+    "hidden": 24,
+    "layers": 4,
+    "embedding": 12,
+    "first_gain": 2.0,
+    "classes": 3,
+    "channels": 64,
+    "blocks": 2,
+    "multipliers": (1, 1),
+    "attention": (16,),
+    "head_channels": 16,
+    "groups": 2,
+    "dropout": 0.5,
+    "patch": 2,
+    "scale_shift": False,
+    "resample_in_blocks": False,
+    "step_scale": 2.0,
+    "latent": 6,
+    "latent_embedding": 12,
+    "latent_layers": 2,
+    "spectral_norm": True,
+    "output_scale": False,
+    "depth": 16,
+    "width": 2,
 }
 ONLY_MEMORY = {"kind", "channels_last", "recompute"}
 """Settings that change how a network is computed, not what."""
