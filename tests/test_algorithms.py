@@ -215,14 +215,14 @@ def test_a_copy_is_independent(kind):
 CHANGED = {
     "entropy_coef": 0.5,
     "last_step": True,
-    "policy_ema": 0.5,
+    "policy_ema": 0.05,
     "baseline": "mean",
     "baseline_updates": 3,
     "gradient_penalty": 1.0,
     "critic_updates": 3,
     "value_updates": 3,
     "policy_updates": 1,
-    **dict.fromkeys(("policy", "critic", "energy"), {"lr": 1e-2}),
+    **{name: {"lr": 0.01} for name in ("policy", "critic", "energy")},
 }
 """Another value of every setting of the policy-gradient algorithms; test_algorithm has those of DxMI."""
 
