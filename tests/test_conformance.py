@@ -247,7 +247,7 @@ def test_a_schedule_builds_from_its_defaults(kind):
     config = made("schedule", kind)
     schedule = SCHEDULES.build(config)
     assert schedule.steps().num_steps == config.num_steps
-    assert len(schedule.noising().step) > 0
+    assert len(schedule.forward_process().timestep) > 0
     assert isinstance(config.family, str)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from dxmi.algorithms.configs import DDPMConfig
 from dxmi.algorithms.ddpm import DDPM
 from dxmi.diffusion.policy import Policy
-from dxmi.diffusion.schedules.build import noising, shorten
+from dxmi.diffusion.schedules.build import forward_process, shorten
 from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS
 from dxmi.diffusion.schedules.ddgan import gan_levels
 from dxmi.diffusion.schedules.edm import karras_levels
@@ -95,22 +95,26 @@ def test_a_step_goes_along_its_direction_down_to_sigma_down(kappa, noisy_end):
         up = kappa * math.sqrt(s_next**2 * (s**2 - s_next**2) / s**2)
         down = math.sqrt(s_next**2 - up**2)
         expected = x + (x - (c_skip * x + c_out * f)) / s * (down - s)
-        assert schedule.signal_scale[t] * x + schedule.noise_scale[t] * f == pytest.approx(expected, rel=1e-9, abs=1e-9)
+        assert schedule.signal_scale[t] * x + schedule.output_scale[t] * f == pytest.approx(
+            expected, rel=1e-9, abs=1e-9
+        )
         assert schedule.sigma[t] == (pytest.approx(up, rel=1e-12) if t < 5 else 0.001)
         assert schedule.input_scale[t] == pytest.approx(c_in, rel=1e-12)
-        assert schedule.diffusion_step[t] == pytest.approx(1000.0 * math.log(s) / 4.0, rel=1e-12)
+        assert schedule.timestep[t] == pytest.approx(1000.0 * math.log(s) / 4.0, rel=1e-12)
         assert schedule.eta[t] == pytest.approx(s**2 - s_next**2, rel=1e-12)
 
 
 def test_what_pretraining_regresses_denoises_to_the_data():
     """c_skip x + c_out F = data for the target F of each of the K noise levels, whose log has EDM's distribution."""
-    table = noising(KARRAS)
-    assert len(table.step) == NUM_DIFFUSION_STEPS
+    table = forward_process(KARRAS)
+    assert len(table.timestep) == NUM_DIFFUSION_STEPS
     data, noise = 0.7, -1.3
-    sigma = np.exp(table.step / 250.0)
+    sigma = np.exp(table.timestep / 250.0)
     x = data + sigma * noise
-    np.testing.assert_allclose(table.signal * data + table.noise * noise, x / np.sqrt(sigma**2 + 0.25), rtol=1e-9)
-    target = table.data_part * data + table.noise_part * noise
+    np.testing.assert_allclose(
+        table.signal_scale * data + table.noise_scale * noise, x / np.sqrt(sigma**2 + 0.25), rtol=1e-9
+    )
+    target = table.data_target * data + table.noise_target * noise
     c_skip, c_out = 0.25 / (sigma**2 + 0.25), sigma * 0.5 / np.sqrt(sigma**2 + 0.25)
     np.testing.assert_allclose(c_skip * x + c_out * target, data, rtol=1e-9)
     log_sigma = np.log(sigma)
@@ -122,10 +126,10 @@ def test_what_pretraining_regresses_denoises_to_the_data():
 def test_the_exact_network_is_where_pretraining_ends():
     """Its loss is that of the posterior: E Var(data | x) / c_out^2, which no other function of x goes below."""
     v = 0.16
-    ddpm = DDPM(DDPMConfig(), EdmGaussianWithWeight(0.2, v), noising=noising(KARRAS))
+    ddpm = DDPM(DDPMConfig(), EdmGaussianWithWeight(0.2, v), forward_process=forward_process(KARRAS))
     data = 0.2 + math.sqrt(v) * torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0))
     loss = float(update(ddpm, data, 0, torch.Generator().manual_seed(1))["pretrain/loss"])
-    sigma = np.exp(noising(KARRAS).step / 250.0)
+    sigma = np.exp(forward_process(KARRAS).timestep / 250.0)
     c_out = sigma * 0.5 / np.sqrt(sigma**2 + 0.25)
     expected = float((v * sigma**2 / (v + sigma**2) / c_out**2).mean())
     assert loss == pytest.approx(expected, abs=4.0 * math.sqrt(2.0) * expected / math.sqrt(20_000))
@@ -147,8 +151,8 @@ def moments(schedule, slope, intercept) -> tuple[float, float]:
     mean, variance = 0.0, schedule.start_sigma**2
     for t in range(schedule.num_steps):
         scale = 1.0 if schedule.input_scale is None else schedule.input_scale[t]
-        factor = schedule.signal_scale[t] + schedule.noise_scale[t] * slope(t) * scale
-        mean = factor * mean + schedule.noise_scale[t] * intercept(t)
+        factor = schedule.signal_scale[t] + schedule.output_scale[t] * slope(t) * scale
+        mean = factor * mean + schedule.output_scale[t] * intercept(t)
         variance = factor**2 * variance + schedule.sigma[t] ** 2
     return mean, variance
 
@@ -162,7 +166,7 @@ def test_the_ancestral_sampler_with_the_exact_network_reproduces_gaussian_data()
 
     def line(schedule):
         def at(t: int, u: float) -> float:
-            return float(exact(torch.tensor([[u]]).double(), torch.tensor([[schedule.diffusion_step[t]]])))
+            return float(exact(torch.tensor([[u]]).double(), torch.tensor([[schedule.timestep[t]]])))
 
         return (lambda t: at(t, 1.0) - at(t, 0.0)), (lambda t: at(t, 0.0))
 
@@ -204,16 +208,16 @@ def test_the_steps_of_a_gan_are_the_posteriors_of_the_official_code():
         of_image = beta[i] * math.sqrt(before) / (1.0 - cumulative[i])
         of_state = (1.0 - before) * math.sqrt(1.0 - beta[i]) / (1.0 - cumulative[i])
         deviation = math.sqrt(beta[i] * (1.0 - before) / (1.0 - cumulative[i]))
-        assert schedule.noise_scale[t] == pytest.approx(of_image, rel=1e-9)
+        assert schedule.output_scale[t] == pytest.approx(of_image, rel=1e-9)
         assert schedule.signal_scale[t] == pytest.approx(of_state, rel=1e-9, abs=1e-9)
         assert schedule.sigma[t] == pytest.approx(deviation if i else 0.001, rel=1e-9)
-        assert schedule.diffusion_step[t] == i
+        assert schedule.timestep[t] == i
         assert schedule.eta[t] == pytest.approx(beta[i], rel=1e-9)
 
 
 def test_the_last_step_of_a_gan_is_its_image():
     schedule = shorten(GAN)
-    assert (schedule.signal_scale[-1], schedule.noise_scale[-1]) == (0.0, 1.0)
+    assert (schedule.signal_scale[-1], schedule.output_scale[-1]) == (0.0, 1.0)
 
 
 def test_a_gan_with_the_posterior_mean_keeps_the_mean_of_the_data():
@@ -231,11 +235,11 @@ def test_a_gan_with_the_posterior_mean_keeps_the_mean_of_the_data():
 
 
 def test_pretraining_a_gan_regresses_the_image_at_its_own_steps():
-    table = noising(GAN)
-    np.testing.assert_allclose(table.signal**2, gan_levels(4), rtol=1e-12)
-    np.testing.assert_allclose(table.signal**2 + table.noise**2, 1.0, rtol=1e-12)
-    assert (table.step.tolist(), table.data_part.tolist()) == ([0, 1, 2, 3], [1.0] * 4)
-    assert not table.noise_part.any()
+    table = forward_process(GAN)
+    np.testing.assert_allclose(table.signal_scale**2, gan_levels(4), rtol=1e-12)
+    np.testing.assert_allclose(table.signal_scale**2 + table.noise_scale**2, 1.0, rtol=1e-12)
+    assert (table.timestep.tolist(), table.data_target.tolist()) == ([0, 1, 2, 3], [1.0] * 4)
+    assert not table.noise_target.any()
 
 
 # ----------------------------------------------------------------------------
@@ -245,5 +249,5 @@ def test_pretraining_a_gan_regresses_the_image_at_its_own_steps():
 def test_models_of_a_family_are_pretrained_alike():
     families = [SCHEDULES.config(method).family for method in ("var", "step", "karras", "ddgan")]
     assert families == ["ddpm", "ddpm", "edm", "ddgan-5"]
-    assert noising(SCHEDULES.config("var")).regresses_noise
-    assert not noising(KARRAS).regresses_noise
+    assert forward_process(SCHEDULES.config("var")).regresses_noise
+    assert not forward_process(KARRAS).regresses_noise

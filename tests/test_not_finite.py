@@ -29,6 +29,7 @@ from dxmi.training.build import Experiment
 from dxmi.training.loading import load_trained
 from dxmi.training.progress import Progress
 from dxmi.training.run import train
+from dxmi.training.schema import config_tree, read_config
 from support import TINY, changed, stating
 from tune.config.compose import compose_experiment
 
@@ -206,7 +207,7 @@ def test_weights_of_a_checkpoint_that_are_not_finite_are_never_sampled_from(fini
     algorithm = {**whole.groups["algorithm"], name: torch.full_like(whole.groups["algorithm"][name], math.nan)}
     checkpoint.save(tmp_path / "checkpoints", 0, {**whole.groups, "algorithm": algorithm}, whole.meta)
     with pytest.raises(DivergedError, match=f"in {name}"):
-        load_trained(RunDirectory(tmp_path), short().config, "best")
+        load_trained(RunDirectory(tmp_path), read_config(config_tree(short().config)), "best")
 
 
 def test_a_finished_run_says_that_its_data_have_changed(finished, monkeypatch):
@@ -225,7 +226,7 @@ def test_a_finished_run_says_that_its_data_have_changed(finished, monkeypatch):
     notes.clear()
     train(short(), out=finished, report=report)
     assert notes == []
-    trained = load_trained(RunDirectory(finished), short().config, "best")
+    trained = load_trained(RunDirectory(finished), read_config(config_tree(short().config)), "best")
     trained.experiment.__dict__["data"] = again.data
     with pytest.raises(UserError, match="0123456789ab"):
         trained.scores(None, None, 0.0)

@@ -168,16 +168,16 @@ def test_policy_loss_without_control_is_the_next_value_alone():
 
 
 class Slopes(Denoiser):
-    """eps(x, k_t) = change_t x / noise_scale_t, so that the mean of step t is (signal_scale_t + change_t) x."""
+    """eps(x, k_t) = change_t x / output_scale_t, so that the mean of step t is (signal_scale_t + change_t) x."""
 
     def __init__(self, schedule: StepSchedule) -> None:
         super().__init__()
         self.change = nn.Parameter(torch.zeros(T))
-        self.noise_scale = torch.from_numpy(schedule.noise_scale).float()
+        self.output_scale = torch.from_numpy(schedule.output_scale).float()
 
     def embed(self, steps: Tensor) -> Tensor:
         assert len(steps) == T  # a policy embeds all of its steps at once
-        return (self.change / self.noise_scale)[:, None]
+        return (self.change / self.output_scale)[:, None]
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return embedding * x

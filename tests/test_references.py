@@ -66,7 +66,7 @@ def test_a_policy_on_a_subset_of_the_steps_is_compared_with_the_same_samplers(sh
     found = {r.key: r for r in references(SCHEDULES.config("step", shape=shape), full=False)}
     assert [*found] == [*FEW, "shortened"]
     for key in FEW:
-        assert found[key].schedule.diffusion_step.tolist() == [999, 799, 599, 399, 199]
+        assert found[key].schedule.timestep.tolist() == [999, 799, 599, 399, 199]
 
 
 def test_further_numbers_of_steps_have_all_samplers_and_none_is_there_twice():

@@ -20,7 +20,7 @@ from optuna.trial import create_trial
 from PIL import Image
 from rich.console import Console
 
-from dxmi.config import build, to_tree
+from dxmi.config import to_tree
 from dxmi.diffusion.schedules.configs import VarScheduleConfig
 from dxmi.evaluation.references import Role
 from dxmi.evaluation.references import references as of_steps
@@ -30,6 +30,7 @@ from dxmi.persistence.run_directory import read_yaml
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import train
+from dxmi.training.schema import read_config
 from dxmi.visualization.pictures import save_grid
 from support import TINY, changed, missing
 from tune.config.compose import compose_experiment
@@ -407,7 +408,7 @@ def test_best_yaml_trains_again_to_the_same_numbers(made):
     study.finish(record.number, completed(study.plan, record.run.read_summary()))
     path = write_best(study, sweep.records)
     assert path == study.folder.best
-    config = build(ExperimentConfig, read_yaml(path, ""))
+    config = read_config(read_yaml(path, "")).config
     assert config.signature == record.signature == summary.signature
     again = train(Experiment(config), out=study.folder.path / "again")
     assert again is not None

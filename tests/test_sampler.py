@@ -51,7 +51,7 @@ def numpy_transition(x: np.ndarray, t: int, num_steps: int) -> tuple[np.ndarray,
     g, g_next = schedule.level[t], schedule.level[t + 1]
     sigma = math.sqrt((1 - g_next) / (1 - g) * (1 - g / g_next))
     c = math.sqrt(1 - g_next - sigma**2) - math.sqrt(1 - g) * math.sqrt(g_next / g)
-    noise = np.sin(1.7 * x + schedule.diffusion_step[t] / 300.0)
+    noise = np.sin(1.7 * x + schedule.timestep[t] / 300.0)
     return math.sqrt(g_next / g) * x + c * noise, 0.001 if t == num_steps - 1 else sigma
 
 
@@ -291,8 +291,8 @@ def test_ancestral_sampler_with_the_exact_noise_reproduces_gaussian_data():
     for t in range(s.num_steps):
         g = s.level[t]
         slope = math.sqrt(1.0 - g) / (g * v + 1.0 - g)
-        factor = s.signal_scale[t] + s.noise_scale[t] * slope
-        mean = factor * mean - s.noise_scale[t] * slope * math.sqrt(g) * mu
+        factor = s.signal_scale[t] + s.output_scale[t] * slope
+        mean = factor * mean - s.output_scale[t] * slope * math.sqrt(g) * mu
         variance = factor**2 * variance + s.sigma[t] ** 2
     assert mean == pytest.approx(mu, rel=1e-4)
     assert 0.98 * v < variance < v

@@ -105,7 +105,7 @@ def test_a_perfect_denoiser_keeps_the_marginals(method, shape, num_steps, kappa)
     s = shorten(SCHEDULES.config(method, num_steps=num_steps, shape=shape, kappa=kappa, final_sigma=0.0))
     g, g_next = s.level[:-1], s.level[1:]
     np.testing.assert_allclose(s.signal_scale * np.sqrt(g), np.sqrt(g_next), rtol=1e-14)
-    variance = (s.signal_scale * np.sqrt(1.0 - g) + s.noise_scale) ** 2 + s.sigma**2
+    variance = (s.signal_scale * np.sqrt(1.0 - g) + s.output_scale) ** 2 + s.sigma**2
     # The two terms cancel against each other in the last step, where they are as large as signal_scale.
     np.testing.assert_allclose(variance, 1.0 - g_next, atol=1e-14 * s.signal_scale.max() ** 2)
 
@@ -115,13 +115,11 @@ def test_a_perfect_denoiser_keeps_the_marginals(method, shape, num_steps, kappa)
 def test_levels_rise_to_one_and_diffusion_steps_match_them(method, shape, num_steps):
     s = shorten(SCHEDULES.config(method, num_steps=num_steps, shape=shape))
     assert s.num_steps == num_steps
-    assert [len(table) for table in (s.diffusion_step, s.signal_scale, s.noise_scale, s.sigma, s.eta)] == [
-        num_steps
-    ] * 5
+    assert [len(table) for table in (s.timestep, s.signal_scale, s.output_scale, s.sigma, s.eta)] == [num_steps] * 5
     assert s.level[-1] == 1.0
     assert (np.diff(s.level) > 0.0).all()
-    assert (np.diff(s.diffusion_step) < 0.0).all()
-    for step, level in zip(s.diffusion_step, s.level[:-1], strict=True):
+    assert (np.diff(s.timestep) < 0.0).all()
+    for step, level in zip(s.timestep, s.level[:-1], strict=True):
         assert relative_error(level, exact_continuous_level(step)) < 2e-8  # a root to 1e-12 where the level is 4e-5
 
 
@@ -142,7 +140,7 @@ def test_only_the_last_sigma_is_the_fixed_one(method, shape):
     )
     assert (near.sigma[-1], far.sigma[-1]) == (0.001, 0.25)
     np.testing.assert_array_equal(near.sigma[:-1], far.sigma[:-1])
-    np.testing.assert_array_equal(near.noise_scale, far.noise_scale)
+    np.testing.assert_array_equal(near.output_scale, far.output_scale)
 
 
 @pytest.mark.parametrize(("method", "shape"), ALL)
@@ -152,7 +150,7 @@ def test_one_step_goes_from_noise_to_the_sample(method, shape):
     level = LEVELS[800] if (method, shape) == ("step", "quadratic") else LEVELS[-1]
     assert s.level == pytest.approx([level, 1.0], rel=1e-10)
     assert s.signal_scale == pytest.approx([1.0 / np.sqrt(level)], rel=1e-10)
-    assert s.noise_scale == pytest.approx([-np.sqrt(1.0 - level) / np.sqrt(level)], rel=1e-10)
+    assert s.output_scale == pytest.approx([-np.sqrt(1.0 - level) / np.sqrt(level)], rel=1e-10)
     assert s.sigma.tolist() == [0.001]
     assert s.eta == pytest.approx([1.0 - level], rel=1e-10)
 
@@ -213,9 +211,9 @@ def test_ancestral_schedule_is_the_ddpm_posterior():
     of_xk = np.sqrt(alpha) * (1.0 - abar_before) / (1.0 - abar)
     posterior_variance = (1.0 - abar_before) / (1.0 - abar) * BETAS
     s = ancestral_schedule()
-    assert s.diffusion_step.tolist() == list(range(999, -1, -1))
+    assert s.timestep.tolist() == list(range(999, -1, -1))
     np.testing.assert_allclose(s.signal_scale[::-1], of_xk + of_x0 / np.sqrt(abar), rtol=1e-11)
-    np.testing.assert_allclose(s.noise_scale[::-1], -of_x0 * np.sqrt(1.0 - abar) / np.sqrt(abar), rtol=1e-10)
+    np.testing.assert_allclose(s.output_scale[::-1], -of_x0 * np.sqrt(1.0 - abar) / np.sqrt(abar), rtol=1e-10)
     np.testing.assert_allclose(s.sigma[::-1], np.sqrt(posterior_variance), rtol=1e-11)
 
 
@@ -224,7 +222,7 @@ def test_the_large_variance_is_that_of_the_forward_step_on_the_same_mean():
     small, large = ancestral_schedule(), ancestral_schedule(variance="large")
     np.testing.assert_allclose(large.sigma[:-1], np.sqrt(BETAS[:0:-1]), rtol=1e-11)
     assert large.sigma[-1] == small.sigma[-1] == 0.0
-    for table in ("level", "diffusion_step", "signal_scale", "noise_scale"):
+    for table in ("level", "timestep", "signal_scale", "output_scale"):
         assert np.array_equal(getattr(large, table), getattr(small, table))
 
 
@@ -232,7 +230,7 @@ def test_the_large_variance_is_that_of_the_forward_step_on_the_same_mean():
 def test_respaced_variances_are_those_between_the_levels_that_are_kept(num_steps):
     """Improved DDPM (arXiv 2102.09672, equation 19): beta' = 1 - abar_s / abar_s', beta-tilde' of these levels."""
     small, large = (ancestral_schedule(num_steps, variance) for variance in ("small", "large"))
-    g, g_next = LEVELS[small.diffusion_step.astype(int)], np.append(LEVELS[small.diffusion_step.astype(int)][1:], 1.0)
+    g, g_next = LEVELS[small.timestep.astype(int)], np.append(LEVELS[small.timestep.astype(int)][1:], 1.0)
     beta = 1.0 - g / g_next
     np.testing.assert_allclose(large.sigma[:-1] ** 2, beta[:-1], rtol=1e-10)
     np.testing.assert_allclose(small.sigma**2, (1.0 - g_next) / (1.0 - g) * beta, rtol=1e-10, atol=1e-15)
@@ -253,7 +251,7 @@ def test_reference_samplers_have_the_trailing_steps_of_diffusers(num_steps, expe
     """`timestep_spacing="trailing"`: np.round(np.arange(1000, 0, -1000 / T)) - 1."""
     diffusers = np.round(np.arange(1000, 0, -1000 / num_steps))[:num_steps] - 1
     for schedule in (ddim_schedule(num_steps), ancestral_schedule(num_steps), ancestral_schedule(num_steps, "large")):
-        assert schedule.diffusion_step.tolist() == diffusers.tolist() == expected
+        assert schedule.timestep.tolist() == diffusers.tolist() == expected
 
 
 @pytest.mark.parametrize("kappa", [0.0, 1.0])
@@ -262,7 +260,7 @@ def test_a_policy_can_take_the_trailing_steps_too(num_steps, kappa):
     schedule = shorten(SCHEDULES.config("step", shape="trailing", num_steps=num_steps, kappa=kappa))
     reference = ddim_schedule(num_steps) if kappa == 0.0 else ancestral_schedule(num_steps)
     assert np.array_equal(schedule.sigma[:-1], reference.sigma[:-1])
-    assert np.array_equal(schedule.noise_scale, reference.noise_scale)
+    assert np.array_equal(schedule.output_scale, reference.output_scale)
     assert schedule.sigma[-1] == 1e-3
 
 
@@ -288,10 +286,10 @@ def test_ddim_schedule_is_deterministic_ddim(num_steps):
     """x' = sqrt(g') (x - sqrt(1-g) eps) / sqrt(g) + sqrt(1-g') eps (arXiv 2010.02502, equation 12, eta 0)."""
     s = ddim_schedule(num_steps)
     g, g_next = s.level[:-1], s.level[1:]
-    np.testing.assert_allclose(g, LEVELS[s.diffusion_step.astype(int)], rtol=1e-13)
+    np.testing.assert_allclose(g, LEVELS[s.timestep.astype(int)], rtol=1e-13)
     np.testing.assert_allclose(s.signal_scale, np.sqrt(g_next / g), rtol=1e-14)
-    noise_scale = np.sqrt(1.0 - g_next) - np.sqrt(g_next) * np.sqrt(1.0 - g) / np.sqrt(g)
-    np.testing.assert_allclose(s.noise_scale, noise_scale, rtol=1e-10)
+    output_scale = np.sqrt(1.0 - g_next) - np.sqrt(g_next) * np.sqrt(1.0 - g) / np.sqrt(g)
+    np.testing.assert_allclose(s.output_scale, output_scale, rtol=1e-10)
     assert not s.sigma.any()
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dxmi.config import build
 from dxmi.errors import UserError
 from dxmi.persistence.checkpoint import load, path_of
 from dxmi.training.build import Experiment
-from dxmi.training.config import ExperimentConfig, ResourcesConfig
+from dxmi.training.config import ResourcesConfig
 from dxmi.training.run import train
+from dxmi.training.schema import read_config
 from support import SLOWER, TINY, changed, missing, processes_with, stating, wait_until
 from tune import Ablation
 from tune.cli.main import main
@@ -243,7 +243,7 @@ def require_the_solo_runs(folder: StudyFolder, out: Path) -> None:
     for record in Study.read(folder).records():
         if record.state is not TrialState.COMPLETE:
             continue
-        config = build(ExperimentConfig, record.run.read_config())
+        config = read_config(record.run.read_config()).config
         alone = train(Experiment(config), out=out / str(record.number))
         assert record.outcome.score == pytest.approx(alone.best["value"], rel=1e-3)
         ours, theirs = (load(path_of(run / "checkpoints", 40)) for run in (record.run.path, out / str(record.number)))

@@ -98,9 +98,9 @@ def test_its_steps_are_the_papers(num_steps):
 
 def test_its_grid_ends_one_even_step_from_the_data():
     schedule = ddim_schedule(20)
-    assert schedule.diffusion_step[[0, -1]].tolist() == [NUM_DIFFUSION_STEPS - 1, 49.0]
+    assert schedule.timestep[[0, -1]].tolist() == [NUM_DIFFUSION_STEPS - 1, 49.0]
     assert schedule.sigma.max() == 0.0
-    assert ddim_schedule(1).diffusion_step.tolist() == [NUM_DIFFUSION_STEPS - 1]
+    assert ddim_schedule(1).timestep.tolist() == [NUM_DIFFUSION_STEPS - 1]
 
 
 @pytest.mark.parametrize("num_steps", [2, 3, 4, 5, 8, 10])

@@ -1,7 +1,7 @@
 """DDPM pretraining (Ho et al., arXiv 2006.11239): regress the noise at a random timestep; evaluate the average.
 
 Models of another family than DDPM's see other noise levels and regress another mixture of noise and image, as
-`dxmi.diffusion.schedules.base.Noising` says.
+`dxmi.diffusion.schedules.base.ForwardProcess` says.
 
 Logged metrics:
 
@@ -20,8 +20,8 @@ from dxmi.algorithms.base import Algorithm, Metrics
 from dxmi.algorithms.configs import DDPMConfig
 from dxmi.algorithms.losses import denoising_loss
 from dxmi.data.batch import Batch, Condition, Streams
-from dxmi.diffusion.schedules.base import Noising
-from dxmi.diffusion.schedules.ddpm import ddpm_noising
+from dxmi.diffusion.schedules.base import ForwardProcess
+from dxmi.diffusion.schedules.ddpm import ddpm_forward_process
 from dxmi.distributed import ALONE, Workers
 from dxmi.networks.base import Denoiser, conditioned
 from dxmi.optim.moving_average import MovingAverage
@@ -37,18 +37,18 @@ class DDPM(Algorithm):
         network: the denoiser, trained in place.
         workers: processes that share each batch.
         accumulate: micro-batches into which each process divides its rows.
-        noising: what the network sees and regresses; by default DDPM's.
+        forward_process: what the network sees and regresses; by default DDPM's.
 
     Attributes:
         average: the moving average of the network.
     """
 
     unmapped: ClassVar[Sequence[str]] = ("average",)
-    step: Tensor
-    signal: Tensor
-    noise: Tensor
-    data_part: Tensor
-    noise_part: Tensor
+    timestep: Tensor
+    signal_scale: Tensor
+    noise_scale: Tensor
+    data_target: Tensor
+    noise_target: Tensor
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class DDPM(Algorithm):
         network: Denoiser,
         workers: Workers = ALONE,
         accumulate: int = 1,
-        noising: Noising | None = None,
+        forward_process: ForwardProcess | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -64,10 +64,10 @@ class DDPM(Algorithm):
         self.averages = [MovingAverage.between(network, self.average, config.ema)]
         groups = [(network.parameters(), config.optimizer.lr)]
         self.optimizers = {"network": Optimizer(config.optimizer, groups, config.iterations, workers, accumulate)}
-        noising = noising or ddpm_noising()
-        self.regresses_noise = noising.regresses_noise
-        for name in ("step", "signal", "noise", "data_part", "noise_part"):
-            self.register_buffer(name, torch.from_numpy(getattr(noising, name)).float(), persistent=False)
+        process = forward_process or ddpm_forward_process()
+        self.regresses_noise = process.regresses_noise
+        for name in ("timestep", "signal_scale", "noise_scale", "data_target", "noise_target"):
+            self.register_buffer(name, torch.from_numpy(getattr(process, name)).float(), persistent=False)
 
     def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
         """One optimizer step; returns the metrics that the module's docstring lists."""
@@ -75,7 +75,7 @@ class DDPM(Algorithm):
         share = batch.share
         assert batch.x is not None
         num, event = share.num, tuple(batch.x.shape[2:])
-        step = self._integers(streams, len(self.step), num)
+        step = self._integers(streams, len(self.timestep), num)
         noise = streams.normal("noise", (num, *event))
         dropout = self._integers(streams, 2**62, num) if self.network.dropout else None
         latent = streams.normal("noise", (num, self.network.latent)) if self.network.latent else None
@@ -99,8 +99,10 @@ class DDPM(Algorithm):
         condition: Condition,
     ) -> Mapping[str, Tensor]:
         """The denoising loss of samples [b, *event] at diffusion steps [b]."""
-        noised = (per_sample(self.signal[step], data) * data).addcmul(per_sample(self.noise[step], data), noise)
-        embedding = conditioned(self.network, self.network.embed(self.step[step]), condition, latent)
+        noised = (per_sample(self.signal_scale[step], data) * data).addcmul(
+            per_sample(self.noise_scale[step], data), noise
+        )
+        embedding = conditioned(self.network, self.network.embed(self.timestep[step]), condition, latent)
         predicted = self.network(noised, embedding, dropout).float()
         return {"loss": denoising_loss(predicted, self._target(data, step, noise))}
 
@@ -108,4 +110,6 @@ class DDPM(Algorithm):
         """What the network regresses, [b, *event]."""
         if self.regresses_noise:
             return noise
-        return (per_sample(self.data_part[step], data) * data).addcmul(per_sample(self.noise_part[step], data), noise)
+        return (per_sample(self.data_target[step], data) * data).addcmul(
+            per_sample(self.noise_target[step], data), noise
+        )

@@ -21,7 +21,7 @@ Guide = Callable[[Tensor, int, Condition], Tensor]
 
 
 class Policy(nn.Module):
-    """pi(x_{t+1} | x_t) = N(signal_scale_t x_t + noise_scale_t eps(input_scale_t x_t, k_t), sigma_t^2 I).
+    """pi(x_{t+1} | x_t) = N(signal_scale_t x_t + output_scale_t eps(input_scale_t x_t, k_t), sigma_t^2 I).
 
     It owns what it learns: the denoiser and the free log sigmas. The last sigma is the schedule's, for ever. Where the
     network knows classes, pi is given a label, by default one drawn with the frequencies of the data; where it takes a
@@ -46,9 +46,9 @@ class Policy(nn.Module):
         self.event = event
         self.num_steps = schedule.num_steps
         for name, table in (
-            ("timestep", schedule.diffusion_step),
+            ("timestep", schedule.timestep),
             ("signal_scale", schedule.signal_scale),
-            ("output_scale", schedule.noise_scale),
+            ("output_scale", schedule.output_scale),
         ):
             self.register_buffer(name, torch.from_numpy(table).float(), persistent=False)
         self.start_sigma = schedule.start_sigma
@@ -94,8 +94,8 @@ class Policy(nn.Module):
         seen = x * per_sample(self.input_scale[row], x) if self.scales_input else x
         embedding = conditioned(self.network, embeddings[row], condition, latent)
         noise = self.network(seen, embedding).float()  # under autocast it comes in bfloat16
-        signal_scale, noise_scale = per_sample(self.signal_scale[row], x), per_sample(self.output_scale[row], x)
-        mean = (signal_scale * x).addcmul(noise_scale, noise)
+        signal_scale, output_scale = per_sample(self.signal_scale[row], x), per_sample(self.output_scale[row], x)
+        mean = (signal_scale * x).addcmul(output_scale, noise)
         return Gaussian(mean, log_sigma[row].exp().expand(len(x)))
 
     def step(

@@ -17,7 +17,7 @@ from dxmi.data.images import data_root
 from dxmi.data.loading import load
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.base import StepSchedule
-from dxmi.diffusion.schedules.build import noising, shorten
+from dxmi.diffusion.schedules.build import forward_process, shorten
 from dxmi.diffusion.schedules.ddpm import forward_betas
 from dxmi.distributed import ALONE, Workers
 from dxmi.errors import UserError
@@ -240,7 +240,9 @@ class Experiment:
         network, accumulate = self.build_denoiser(), config.resources.accumulate
         if config.pretrain.weights is not None:
             self._load_public(network)
-        ddpm = DDPM(config.pretrain, network, self.workers, accumulate, noising(config.schedule)).to(self.device)
+        ddpm = DDPM(config.pretrain, network, self.workers, accumulate, forward_process(config.schedule)).to(
+            self.device
+        )
         self._compile(ddpm)
         stream = self._stream(config.pretrain.batch_size, "pretrain/data")
         return ddpm, TrainingState(ddpm, ddpm.optimizers, self._generators("pretrain", ddpm), stream)

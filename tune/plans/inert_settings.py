@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dxmi.algorithms.ddpm import DDPM
 from dxmi.config import build, to_tree
 from dxmi.data.batch import Batch, Condition, Streams
-from dxmi.diffusion.schedules.build import noising
+from dxmi.diffusion.schedules.build import forward_process
 from dxmi.networks.base import Denoiser
 from dxmi.networks.configs import MlpConfig
 from dxmi.seeds import generator
@@ -137,7 +137,7 @@ def _pretrained(experiment: Experiment) -> Denoiser:
     """The denoiser after a few iterations of pretraining."""
     config = experiment.config
     denoiser, noise = experiment.build_denoiser(), generator(config.seed, "effects/pretrain")
-    ddpm = DDPM(config.pretrain, denoiser, noising=noising(config.schedule))
+    ddpm = DDPM(config.pretrain, denoiser, forward_process=forward_process(config.schedule))
     for iteration in _iterations(config.pretrain.iterations):
         ddpm.update(_batch(_MIN_BATCH, iteration, denoiser), iteration, Streams([{"noise": noise}]))
     denoiser.load_state_dict(ddpm.average.state_dict())

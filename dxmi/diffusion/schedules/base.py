@@ -14,13 +14,13 @@ Array = NDArray[np.float64]
 class StepSchedule:
     """The tables of a T-step sampler, in generation order (index t = 0 acts on noise); float64.
 
-    x_{t+1} = signal_scale_t x_t + noise_scale_t eps(input_scale_t x_t, diffusion_step_t) + sigma_t z
+    x_{t+1} = signal_scale_t x_t + output_scale_t eps(input_scale_t x_t, timestep_t) + sigma_t z
 
     Attributes:
         level: signal level before each step and after the last, [T+1], level[T] = 1; karras: noise level.
-        diffusion_step: what the network is told, may be fractional, [T].
+        timestep: what the network is told, may be fractional, [T].
         signal_scale: [T].
-        noise_scale: of the network's output, which for karras and ddgan is not the noise, [T].
+        output_scale: of the network's output, which for karras and ddgan is not the noise, [T].
         sigma: initial standard deviation of each step, [T]; the last is `final_sigma`.
         eta: variance that the matching forward step adds, the first reference variance of the running cost, [T].
         input_scale: of the network's input, [T]; None for 1.
@@ -28,9 +28,9 @@ class StepSchedule:
     """
 
     level: Array
-    diffusion_step: Array
+    timestep: Array
     signal_scale: Array
-    noise_scale: Array
+    output_scale: Array
     sigma: Array
     eta: Array
     input_scale: Array | None = None
@@ -55,33 +55,36 @@ class StepSchedule:
 
 
 @dataclass(frozen=True)
-class Noising:
-    """How a family of models is pretrained: rows that are drawn evenly; float64.
+class ForwardProcess:
+    """How a family of models is pretrained: a table whose rows are drawn uniformly; float64.
+
+    The network sees signal_scale x + noise_scale eps, is told the timestep, and regresses
+    data_target x + noise_target eps.
 
     Attributes:
-        step: what the network is told, [K].
-        signal: [K].
-        noise: [K].
-        data_part: of what it regresses, [K].
-        noise_part: of what it regresses, [K].
+        timestep: [K].
+        signal_scale: [K].
+        noise_scale: [K].
+        data_target: [K].
+        noise_target: [K].
     """
 
-    step: Array
-    signal: Array
-    noise: Array
-    data_part: Array
-    noise_part: Array
+    timestep: Array
+    signal_scale: Array
+    noise_scale: Array
+    data_target: Array
+    noise_target: Array
 
     @property
     def regresses_noise(self) -> bool:
         """Whether the network predicts the noise itself."""
-        return not self.data_part.any() and bool((self.noise_part == 1.0).all())
+        return not self.data_target.any() and bool((self.noise_target == 1.0).all())
 
 
-def noised(level: Array) -> Noising:
+def noised(level: Array) -> ForwardProcess:
     """Variance-preserving noise of these signal levels, which is what the network regresses."""
     step = np.arange(len(level), dtype=np.float64)
-    return Noising(step, np.sqrt(level), np.sqrt(1.0 - level), np.zeros_like(level), np.ones_like(level))
+    return ForwardProcess(step, np.sqrt(level), np.sqrt(1.0 - level), np.zeros_like(level), np.ones_like(level))
 
 
 class Schedule(ABC):
@@ -92,5 +95,5 @@ class Schedule(ABC):
         """The tables of the T policy steps."""
 
     @abstractmethod
-    def noising(self) -> Noising:
+    def forward_process(self) -> ForwardProcess:
         """How the models are pretrained that the schedule cuts."""

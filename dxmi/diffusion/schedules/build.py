@@ -1,6 +1,6 @@
 """From a schedule's config to its tables."""
 
-from dxmi.diffusion.schedules.base import Noising, StepSchedule
+from dxmi.diffusion.schedules.base import ForwardProcess, StepSchedule
 from dxmi.diffusion.schedules.configs import ScheduleConfig
 from dxmi.diffusion.schedules.registry import SCHEDULES
 
@@ -10,6 +10,6 @@ def shorten(config: ScheduleConfig) -> StepSchedule:
     return SCHEDULES.build(config).steps()
 
 
-def noising(config: ScheduleConfig) -> Noising:
+def forward_process(config: ScheduleConfig) -> ForwardProcess:
     """How the models are pretrained that a schedule cuts."""
-    return SCHEDULES.build(config).noising()
+    return SCHEDULES.build(config).forward_process()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dxmi.diffusion.schedules.base import Array, Noising, Schedule, StepSchedule, noised
+from dxmi.diffusion.schedules.base import Array, ForwardProcess, Schedule, StepSchedule, noised
 from dxmi.diffusion.schedules.configs import DdganScheduleConfig
 
 _GAN_BETA_MIN, _GAN_BETA_MAX, _GAN_FIRST_TIME = 0.1, 20.0, 1e-3
@@ -38,7 +38,7 @@ class DdganSteps(Schedule):
         steps = np.arange(config.num_steps - 1.0, -1.0, -1.0)
         return StepSchedule(level, steps, signal_scale, image_scale, sigma, 1.0 - g / g_next)
 
-    def noising(self) -> Noising:
+    def forward_process(self) -> ForwardProcess:
         """The image at each of the T levels."""
         levels = gan_levels(self.config.num_steps)
-        return replace(noised(levels), data_part=np.ones_like(levels), noise_part=np.zeros_like(levels))
+        return replace(noised(levels), data_target=np.ones_like(levels), noise_target=np.zeros_like(levels))

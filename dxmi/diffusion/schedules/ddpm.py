@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from scipy.special import gammaln
 
-from dxmi.diffusion.schedules.base import Array, Noising, Schedule, StepSchedule, noised
+from dxmi.diffusion.schedules.base import Array, ForwardProcess, Schedule, StepSchedule, noised
 from dxmi.diffusion.schedules.configs import (
     NUM_DIFFUSION_STEPS,
     StepScheduleConfig,
@@ -78,12 +78,12 @@ class VarSteps(Schedule):
         """The tables of these levels."""
         config = self.config
         levels = np.cumprod(1.0 - variances(config.num_steps, config.shape), dtype=np.float64)
-        diffusion_steps = np.array([continuous_step(level) for level in levels])
-        return _tables(levels, diffusion_steps, config.kappa, config.final_sigma)
+        timesteps = np.array([continuous_step(level) for level in levels])
+        return _tables(levels, timesteps, config.kappa, config.final_sigma)
 
-    def noising(self) -> Noising:
+    def forward_process(self) -> ForwardProcess:
         """DDPM's."""
-        return ddpm_noising()
+        return ddpm_forward_process()
 
 
 class SubsetSteps(Schedule):
@@ -98,20 +98,20 @@ class SubsetSteps(Schedule):
         steps = np.array(timestep_subset(config.num_steps, config.shape))
         return _tables(forward_levels()[steps], steps.astype(np.float64), config.kappa, config.final_sigma)
 
-    def noising(self) -> Noising:
+    def forward_process(self) -> ForwardProcess:
         """DDPM's."""
-        return ddpm_noising()
+        return ddpm_forward_process()
 
 
-def _tables(levels: Array, diffusion_steps: Array, kappa: float, final_sigma: float) -> StepSchedule:
+def _tables(levels: Array, timesteps: Array, kappa: float, final_sigma: float) -> StepSchedule:
     """Generation-order tables from gbar_1..gbar_T and their diffusion steps (FastDPM, equations 9 and 12)."""
     level = np.append(levels[::-1], 1.0)
     g, g_next = level[:-1], level[1:]
     sigma = kappa * np.sqrt((1.0 - g_next) / (1.0 - g) * (1.0 - g / g_next))
     signal_scale = np.sqrt(g_next / g)
-    noise_scale = np.sqrt(1.0 - g_next - sigma**2) - np.sqrt(1.0 - g) * signal_scale
+    output_scale = np.sqrt(1.0 - g_next - sigma**2) - np.sqrt(1.0 - g) * signal_scale
     sigma[-1] = final_sigma
-    return StepSchedule(level, diffusion_steps[::-1].copy(), signal_scale, noise_scale, sigma, 1.0 - g / g_next)
+    return StepSchedule(level, timesteps[::-1].copy(), signal_scale, output_scale, sigma, 1.0 - g / g_next)
 
 
 def variances(num_steps: int, shape: str) -> Array:
@@ -143,7 +143,7 @@ def variances(num_steps: int, shape: str) -> Array:
     return eta_of(bisect(surplus, 0.0, cap))
 
 
-def ddpm_noising() -> Noising:
+def ddpm_forward_process() -> ForwardProcess:
     """DDPM's: the noise of each of the K steps."""
     return noised(forward_levels())
 

@@ -7,7 +7,7 @@ c_skip = d^2 / (sigma^2 + d^2),  c_out = sigma d / sqrt(sigma^2 + d^2),  c_in = 
 import numpy as np
 from scipy.special import ndtri
 
-from dxmi.diffusion.schedules.base import Array, Noising, Schedule, StepSchedule
+from dxmi.diffusion.schedules.base import Array, ForwardProcess, Schedule, StepSchedule
 from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, KarrasScheduleConfig
 
 SIGMA_DATA = 0.5
@@ -35,16 +35,16 @@ class KarrasSteps(Schedule):
         level = np.append(karras_levels(config.num_steps + config.noisy_end, config), end)
         return _tables(level, config.kappa, config.final_sigma)
 
-    def noising(self) -> Noising:
+    def forward_process(self) -> ForwardProcess:
         """EDM's."""
-        return edm_noising()
+        return edm_forward_process()
 
 
 def _tables(level: Array, kappa: float, final_sigma: float) -> StepSchedule:
     """Generation-order tables from noise levels [T+1].
 
     Euler steps down to sigma_down = sqrt(s'^2 - sigma_up^2), where sigma_up = kappa s' sqrt(1 - s'^2 / s^2) is the
-    policy's noise: of its direction (x - D(x)) / s the part in x goes into signal_scale, that in F into noise_scale.
+    policy's noise: of its direction (x - D(x)) / s the part in x goes into signal_scale, that in F into output_scale.
     """
     s, s_next = level[:-1], level[1:]
     sigma = kappa * s_next * np.sqrt(1.0 - s_next**2 / s**2)
@@ -53,9 +53,9 @@ def _tables(level: Array, kappa: float, final_sigma: float) -> StepSchedule:
     sigma[-1] = final_sigma
     return StepSchedule(
         level,
-        diffusion_step=250.0 * np.log(s),
+        timestep=250.0 * np.log(s),
         signal_scale=1.0 + way * s / total,
-        noise_scale=-way * SIGMA_DATA / np.sqrt(total),
+        output_scale=-way * SIGMA_DATA / np.sqrt(total),
         sigma=sigma,
         eta=s**2 - s_next**2,
         input_scale=1.0 / np.sqrt(total),
@@ -63,14 +63,16 @@ def _tables(level: Array, kappa: float, final_sigma: float) -> StepSchedule:
     )
 
 
-def edm_noising() -> Noising:
+def edm_forward_process() -> ForwardProcess:
     """The logarithm of sigma is normal with mean -1.2 and deviation 1.2: the rows are K of its quantiles. F regresses
     (data - c_skip x) / c_out, which with EDM's weights is its loss (equation 8).
     """
     quantile = ndtri((np.arange(NUM_DIFFUSION_STEPS) + 0.5) / NUM_DIFFUSION_STEPS)
     sigma = np.exp(_LOG_SIGMA_MEAN + _LOG_SIGMA_STD * quantile)
     root = np.sqrt(sigma**2 + SIGMA_DATA**2)
-    return Noising(250.0 * np.log(sigma), 1.0 / root, sigma / root, sigma / (SIGMA_DATA * root), -SIGMA_DATA / root)
+    return ForwardProcess(
+        250.0 * np.log(sigma), 1.0 / root, sigma / root, sigma / (SIGMA_DATA * root), -SIGMA_DATA / root
+    )
 
 
 def karras_schedule(config: KarrasScheduleConfig, num_steps: int, kappa: float) -> StepSchedule:
