@@ -160,7 +160,7 @@ def trained_run(*settings: str) -> Trained:
     """A run of which nothing was trained, with weights that are not zero."""
     config = compose_experiment(["experiment=digits", *settings]).experiment
     experiment = Experiment(config, event=(1, 8, 8))
-    dxmi = experiment.build_dxmi(experiment.build_denoiser())
+    dxmi = experiment.build_algorithm(experiment.build_denoiser())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in dxmi.evaluated.network.parameters():

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dxmi.data.configs import ImageFolderConfig
 from dxmi.data.images import cifar10, data_root, load_folder, mnist
 from dxmi.errors import UserError
 from dxmi.persistence.cache import cache_root
@@ -48,7 +49,7 @@ def test_a_command_names_the_link_and_its_target(name, link, capsys):
 def test_a_folder_of_images(link, relative, monkeypatch):
     monkeypatch.setenv("DXMI_DATA", str(link.parent))
     with pytest.raises(UserError, match=r"data\.folder") as caught:
-        load_folder(link.name if relative else str(link), 32, None, class_folders=False)
+        load_folder(ImageFolderConfig(folder=link.name if relative else str(link), size=32))
     require_named(caught.value, link)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dxmi.critics.energy import Energy
+from dxmi.data.configs import Gaussians8Config
 from dxmi.data.planar import Points, load_points
 from dxmi.distributed import Alone, Workers
 from dxmi.errors import DivergedError, UserError
@@ -163,7 +164,7 @@ class _BrokenCritic(Critic):
 
 
 def test_an_energy_that_is_not_finite_has_no_scores(make_policy):
-    points = load_points("gaussians8", 100)
+    points = load_points(Gaussians8Config(num_points=100))
     assert isinstance(points, Points)
     scorer = PlanarScorer(points, EvaluateConfig(num_samples=64, batch_size=64, projections=4))
     with pytest.raises(DivergedError, match="the energy of iteration 5"):
