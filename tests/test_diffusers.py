@@ -163,10 +163,10 @@ def trained_run(*settings: str) -> Trained:
     dxmi = experiment.build_algorithm(experiment.build_denoiser())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in dxmi.evaluated.network.parameters():
+        for parameter in dxmi.eval_policy.network.parameters():
             if not parameter.any():
                 parameter.normal_(0.0, 0.1, generator=generator)
-        dxmi.evaluated.free_log_sigma.add_(0.1)
+        dxmi.eval_policy.free_log_sigma.add_(0.1)
     return Trained(experiment, dxmi, 7, [])
 
 
@@ -189,7 +189,7 @@ def test_an_exported_policy_draws_the_same_samples_in_diffusers(settings, tmp_pa
     export_diffusers(run, tmp_path / "out")
     model = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", use_safetensors=True).eval()
     steps = json.loads((tmp_path / "out" / "sampler.json").read_text())
-    policy = run.dxmi.evaluated
+    policy = run.algorithm.eval_policy
     noise = policy.noise(3, torch.Generator().manual_seed(1))
     with torch.no_grad():
         sample = steps["start_sigma"] * noise[0]
