@@ -351,7 +351,7 @@ class _StudyUploader:
             children = [child for arm in self._arms.values() for child in writer.find({"mlflow.parentRunId": arm.id})]
         self._found = {child.tags.get("trial_id", ""): child for child in children}
         kind = "ablation" if isinstance(plan, AblationPlan) else "sweep"
-        writer.describe(run, {path: _text(value) for path, value in flat({kind: plan.identity[kind]}).items()})
+        writer.describe(run, {path: _text(value) for path, value in flat({kind: plan.settings[kind]}).items()})
         writer.begin(run, {"planned_trials": str(plan.num_trials), "ended": ""})
         return run
 

@@ -105,8 +105,8 @@ class Plan:
 
     def tree_of(self, values: Mapping[str, Value]) -> dict[str, Any]:
         """The config of the trial with these values, as a nested dictionary that is not validated."""
-        groups = {axis.path: axis for axis in self.axes}
-        return self.tree_with({path: groups[path].settings(value) for path, value in values.items()})
+        meant = {axis.path: axis.settings(values[axis.path]) for axis in self.axes if axis.path in values}
+        return self.tree_with({**values, **meant})
 
     def tree_with(self, settings: Mapping[str, Value]) -> dict[str, Any]:
         """The experiment with other settings, as a nested dictionary that is not validated."""
