@@ -23,6 +23,7 @@ from scipy.stats import norm
 from dxmi.config import to_tree
 from dxmi.errors import UserError
 from dxmi.training.build import Experiment
+from dxmi.training.config import SCHEMA
 from dxmi.visualization.pictures import save_grid
 from support import TINY, missing, stating
 from tune import Ablation
@@ -533,6 +534,7 @@ def test_what_became_of_the_tuning_inside_an_arm_is_said(played):
     study.play(shifted(no_entropy=-2.0, fast=1.0))
     inner = plan_from(
         {
+            "schema": SCHEMA,
             "name": "study-fast",
             "experiment": to_tree(study.plan.experiment),
             "sweep": {"space": tuning["space"], "budget": {"trials": 4}},

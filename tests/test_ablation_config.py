@@ -69,7 +69,7 @@ def file(tmp_path):
 
 
 def test_ablations_are_shipped_and_are_no_group_of_an_experiment():
-    assert {"dxmi_terms", "entropy", "paper_2d", "steps", "pretraining", "shortening"} == set(ablations())
+    assert {"algorithms", "dxmi_terms", "entropy", "paper_2d", "steps", "pretraining", "shortening"} == set(ablations())
     assert "ablation" not in groups()
     assert "sweep" not in groups()
 

@@ -153,7 +153,7 @@ def test_what_is_no_batch_is_refused_in_a_sentence(tmp_path, raw):
     ("raw", "sentence"),
     [
         (b"", "holds 0 bytes"),
-        (bytes(3073 * 2 - 1), "no multiple of 3073"),
+        (bytes(3073 * 2 - 1), "multiple of 3073"),
         (bytes([10]) + bytes(3072), "a label outside 0..9"),
     ],
 )

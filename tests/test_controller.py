@@ -610,7 +610,7 @@ def test_a_death_without_a_word_has_a_reason_too(tmp_path, clock, error):
     session = Session(tmp_path, clock)
     session.begin()
     session.crashed(0, error, again=False)
-    assert missing("died", session.outcome(0).reason) == []
+    assert missing("exited", session.outcome(0).reason) == []
 
 
 def test_the_reason_of_a_crash_is_no_longer_than_a_line_or_two():

@@ -460,7 +460,7 @@ def test_names_that_no_terminal_can_show_are_shown_otherwise(tmp_path):
     with open(folder + b"/\xff\n.txt", "w"):
         pass
     (note,) = list_images(tmp_path / "odd", class_folders=False).notes
-    assert missing("left out … no image … name … 1 … ??.txt", note) == []
+    assert missing("left out … not an image … name … 1 … ??.txt", note) == []
 
 
 def test_a_run_says_what_was_left_out_once_and_keeps_it_in_its_summary(pets, tmp_path, monkeypatch):
@@ -472,4 +472,4 @@ def test_a_run_says_what_was_left_out_once_and_keeps_it_in_its_summary(pets, tmp
     Run._note(run, Experiment(config).data.notes, of_data=True)
     (event,) = said
     assert event.of_data
-    assert missing("left out … no image … name … 1 … cats/notes.txt", event.note) == []
+    assert missing("left out … not an image … name … 1 … cats/notes.txt", event.note) == []

@@ -192,7 +192,7 @@ def compose_ablation(overrides: Sequence[str]) -> ComposedAblation:
     overrides = [*baseline, *asked.rest]
     experiment = compose_experiment(overrides).experiment
     ablation = _with_settings(ablation, functools.partial(_with_options, overrides))
-    if isinstance(ablation.get("tuning"), dict):
+    if isinstance(ablation.get("tuning"), dict) and "space" in ablation["tuning"]:
         ablation["tuning"]["space"] = _space_with_options(ablation["tuning"]["space"], overrides)
     return ComposedAblation(experiment, ablation, tree[_TRACKING], asked.name, asked.source)
 
