@@ -25,8 +25,8 @@ import yaml
 from pathspec import PathSpec
 
 import tune.integrations.mlflow_tracker
-from dxmi.config import to_tree
 from dxmi.persistence.files import write_atomic
+from dxmi.training.schema import config_tree
 from tune.config.compose import compose_experiment
 from tune.config.sweep import SweepConfig, TrackingConfig
 from tune.execution.jobs import LEFT_OUT
@@ -241,7 +241,7 @@ class Made:
         self.run = self.folder.run(0)
         self.run.create()
         config = configured(experiment, values)
-        self.run.write_config(to_tree(config))
+        self.run.write_config(config_tree(config))
         self.record = TrialRecord(0, values, config.signature, 0, self.run, Outcome(TrialState.RUNNING))
         self.said: list[str] = []
         self.go_on(0)

@@ -26,6 +26,7 @@ from dxmi.errors import UserError
 from dxmi.persistence import checkpoint
 from dxmi.persistence.files import write_atomic, write_json
 from dxmi.persistence.run_directory import RunDirectory
+from dxmi.training.schema import config_tree
 from support import free_port, missing, stating, wait_until
 from tune.config.compose import compose_experiment
 from tune.config.sweep import ObjectiveConfig, SweepConfig, TrackingConfig
@@ -94,7 +95,7 @@ class Made:
         run = self.folder.run(number)
         self.records.append(TrialRecord(number, values, config.signature, 0, run, Outcome(TrialState.RUNNING)))
         run.create()
-        run.write_config(to_tree(config))
+        run.write_config(config_tree(config))
         self.go_on(number, 0)
         return number
 

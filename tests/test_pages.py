@@ -17,8 +17,8 @@ from mlflow.exceptions import MlflowException
 import tune.cli.sweeps
 import tune.cli.ui
 import tune.reporting.pages
-from dxmi.config import to_tree
 from dxmi.persistence.checkpoint import path_of
+from dxmi.training.schema import config_tree
 from dxmi.visualization.pictures import save_grid
 from support import TINY, free_port, missing
 from tune.api.sweep import SweepResult
@@ -73,7 +73,7 @@ def played(root: Path, plan: Plan, trials: int = 1000, *, tracked: bool = True) 
 def _end(study: Study, number: int, value: float) -> None:
     run = study.record(number).run
     run.create()
-    run.write_config(to_tree(study.config(study.record(number))))
+    run.write_config(config_tree(study.config(study.record(number))))
     run.append([{"step": step, study.plan.metric: value + 40.0 - step} for step in (0, 20, 40)])
     path_of(run.checkpoints, 40).mkdir()
     (path_of(run.checkpoints, 40) / "meta.json").write_text("{}")

@@ -30,7 +30,7 @@ from dxmi.persistence.run_directory import read_yaml
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import train
-from dxmi.training.schema import read_config
+from dxmi.training.schema import config_tree, read_config
 from dxmi.visualization.pictures import save_grid
 from support import TINY, changed, missing
 from tune.config.compose import compose_experiment
@@ -161,7 +161,7 @@ def _summary(config: ExperimentConfig, value: float, num_steps: int) -> dict:
 
 def _write_run(record: TrialRecord, config: ExperimentConfig, summary: dict) -> None:
     record.run.create()
-    record.run.write_config(to_tree(config))
+    record.run.write_config(config_tree(config))
     checkpoint.path_of(record.run.checkpoints, 40).mkdir()
     for step in STEPS:
         noise = torch.Generator().manual_seed(step)

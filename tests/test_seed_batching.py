@@ -254,7 +254,7 @@ def require_the_solo_runs(folder: StudyFolder, out: Path) -> None:
 def test_a_stacked_ablation_leaves_the_solo_runs_and_one_bad_seed_fails_alone(tmp_path, capsys):
     occupied = tmp_path / "real" / "trials" / "0001"
     occupied.mkdir(parents=True)
-    (occupied / "config.yaml").write_text("name: other\n")
+    (occupied / "config.yaml").write_text("schema: 2\nname: other\n")
     assert main(ablate(tmp_path, "resources.stack_seeds=2", seeds=2)) == 0
     assert missing("2 seeds … together", capsys.readouterr().out) == []
     folder = StudyFolder(tmp_path / "real")

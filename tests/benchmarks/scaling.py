@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from sweep_overhead import resident_megabytes
 
-from dxmi.config import to_tree
+from dxmi.training.schema import config_tree
 from tune.config.compose import compose_experiment
 from tune.config.sweep import BudgetConfig, SamplerConfig, StoppingConfig, SweepConfig, TrackingConfig
 from tune.execution.controller import Controller
@@ -75,7 +75,7 @@ class Replay:
         while (record := self._controller.next()) is not None:
             self._steps[record.number] = 0
             record.run.create()
-            record.run.write_config(to_tree(self._controller.study.config(record)))
+            record.run.write_config(config_tree(self._controller.study.config(record)))
             self._controller.started(record.number)
         for number in list(self._controller.running):
             self._report(self._controller.running[number].record)
