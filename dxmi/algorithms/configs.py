@@ -45,13 +45,13 @@ class DxMIConfig(AlgorithmConfig):
     """Everything that one DxMI iteration depends on."""
 
     preset: str = "as_released"
-    """as_released: entropy and cost enter the policy update alone; objective: the value's target too (m_v = 1)."""
+    """as_released: entropy and cost enter only the policy update; objective: the value's target too (m_v = 1)."""
     entropy_coef: float = 0.1
     """tau: weight of the policy's entropy, per dimension."""
     cost_coef: float = 0.01
     """Weight of the running cost, per dimension."""
     energy_l2: float = 1.0
-    """Weight of the squared-energy regulariser."""
+    """Weight of the squared-energy regularizer."""
     running_cost: str = "transition"
     """transition: (x_{t+1} - x_t)^2 / (2 s_t^2), the method's; noise: of the standardised noise, the reproduction's."""
     step_cost: str = "none"
@@ -132,7 +132,7 @@ class DDPMConfig:
     weights: str | None = field(default=None, metadata=PLACE)
     """A public checkpoint to start from, with `iterations=0` to go no further: a file, or a folder of diffusers."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
-    """Of the denoiser."""
+    """Optimizer of the denoiser."""
 
     def __post_init__(self) -> None:
         if self.iterations < 0:

@@ -34,7 +34,7 @@ class EvaluateConfig:
     batch_size: int = 1_000
     """Samples generated at once."""
     seed: int = 0
-    """Of the noise, together with the run's own seed: runs that share both are compared on the same noise."""
+    """Seed of the noise, together with the run's own seed: runs that share both are compared on the same noise."""
     kid_subsets: int = 20
     """Random subsets that KID averages over."""
     kid_subset_size: int = 1_000
@@ -49,10 +49,10 @@ class EvaluateConfig:
     """The checkpoint that counts as the best: best, which has the best score of the samples on noise of its own; or
     last, where that score is not all that matters, as in the plane, where the energy has to be right too."""
     features: str | None = field(default=None, metadata=NO_SCORE)
-    """Of images: classifier, the small one that ships for some data sets; or inception, InceptionV3's. null for the
-    former where there is one, else the latter."""
+    """Features of images: classifier, the small one that ships for some data sets; or inception, InceptionV3. null for
+    the former where there is one, else the latter."""
     reference_images: int | None = field(default=None, metadata=NO_SCORE)
-    """Of images: how many of the data, drawn once, samples are compared with; null for all of them."""
+    """Number of images of the data, drawn once, that samples are compared with; null for all of them."""
     full_reference: bool = field(default=True, metadata=NO_SCORE)
     """Score the pretrained model with all of its steps too, to which end hundreds of evaluations of the network are
     needed for each sample."""

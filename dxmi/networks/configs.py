@@ -66,7 +66,7 @@ class UnetConfig(NetworkConfig):
     head_channels: int | None = None
     """Channels of an attention head; null for a single head."""
     groups: int = 32
-    """Of each GroupNorm."""
+    """Groups of each GroupNorm."""
     dropout: float = 0.1
     """Share of activations that pretraining drops in each residual block; fine-tuning and sampling drop none."""
     channels_last: bool = False
@@ -173,13 +173,13 @@ class DiffusersConfig(NetworkConfig):
     block_out_channels: tuple[int, ...] = (128, 256, 256, 256)
     """C of each level, highest resolution first."""
     down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
-    """Of each level on the way down."""
+    """Block type of each level on the way down."""
     up_block_types: tuple[str, ...] = ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-    """Of each level on the way up."""
+    """Block type of each level on the way up."""
     layers_per_block: int = 2
     """Residual blocks a level on the way down."""
     downsample_padding: int = 0
-    """0 pads at the right and at the bottom alone."""
+    """0 pads only at the right and at the bottom."""
     downsample_type: str = "conv"
     """conv or resnet."""
     upsample_type: str = "conv"
@@ -189,11 +189,11 @@ class DiffusersConfig(NetworkConfig):
     attention_head_dim: int | None = None
     """Channels of an attention head; null for a single head."""
     norm_num_groups: int = 32
-    """Of each GroupNorm."""
+    """Groups of each GroupNorm."""
     attn_norm_num_groups: int | None = None
-    """Of the GroupNorm before the attention in the middle; null for diffusers' own choice."""
+    """Groups of the GroupNorm before the attention in the middle; null for the default of diffusers."""
     norm_eps: float = 1e-6
-    """Of each GroupNorm."""
+    """Epsilon of each GroupNorm."""
     resnet_time_scale_shift: str = "default"
     """default or scale_shift."""
     freq_shift: int = 1
@@ -244,7 +244,7 @@ class WideResNetConfig(NetworkConfig):
     width: int = 10
     """k: multiplies the 16, 32 and 64 channels of the groups."""
     groups: int = 4
-    """Of each GroupNorm; 0 for no normalisation."""
+    """Groups of each GroupNorm; 0 for no normalization."""
     embedding: int = 128
     """Width of the sinusoidal step embedding of a value; an energy, which knows no time, ignores it."""
     channels_last: bool = False

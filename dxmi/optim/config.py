@@ -16,7 +16,7 @@ def require_rate(name: str, value: float, *, positive: bool = False) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """One network's optimiser."""
+    """One network's optimizer."""
 
     kind: str = "adam"
     """adam, adamw or radam."""
@@ -29,7 +29,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Added to the gradient by adam and radam, decoupled from it by adamw."""
     max_grad_norm: float | None = None
-    """Clip the norm of all of this optimiser's gradients together; null for no clipping."""
+    """Clip the norm of all of this optimizer's gradients together; null for no clipping."""
     warmup: int = 0
     """Iterations over which the learning rate rises linearly from lr / warmup to lr."""
     decay: str = "constant"
@@ -53,7 +53,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyOptimizerConfig(OptimizerConfig):
-    """The policy's optimiser: the denoiser and the log sigmas have a learning rate each and are clipped together."""
+    """The policy's optimizer: the denoiser and the log sigmas have a learning rate each and are clipped together."""
 
     lr: float = 1e-5
     sigma_lr: float = 1e-4

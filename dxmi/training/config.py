@@ -74,7 +74,7 @@ class TrainConfig:
     log_every: int = 50
     """Iterations whose mean is one logged row."""
     precision: str = "float32"
-    """Of the networks' arithmetic in training: float32 or bfloat16. Weights, losses and scores are float32 always."""
+    """Arithmetic of the networks in training: float32 or bfloat16. Weights, losses and scores are always float32."""
 
     def __post_init__(self) -> None:
         if self.iterations < 0:
@@ -161,9 +161,9 @@ class ExperimentConfig:
     """The whole of a run. What of it differs from the defaults is its identity."""
 
     name: str = "digits"
-    """Of the experiment, for people."""
+    """Human-readable name of the experiment."""
     seed: int = 0
-    """Of initial weights, data order and noise."""
+    """Seed of initial weights, data order and noise."""
     data: DataConfig = field(default_factory=DigitsConfig, metadata=chosen_from(DATA_SETS))
     network: NetworksConfig = field(default_factory=NetworksConfig)
     pretrain: DDPMConfig = field(default_factory=DDPMConfig)

@@ -133,7 +133,7 @@ def _tensor_name(name: str) -> str:
 
 
 def identity_of_schema_1(tree: Mapping[str, Any]) -> Tree:
-    """What identified a run under schema 1: its whole tree, but for what changes no result."""
+    """What identified a run under schema 1: its whole tree, except for what changes no result."""
     found: Tree = copy.deepcopy(dict(tree))
     found.pop("resources", None)
     if isinstance(found.get("data"), dict):

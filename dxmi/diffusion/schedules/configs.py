@@ -8,7 +8,7 @@ SHORTENINGS = ("var", "step")
 """Kinds that cut DDPM's 1000 steps."""
 SHAPES = ("linear", "quadratic")
 STEP_SHAPES = (*SHAPES, "trailing")
-"""Of kind step."""
+"""Spacings of kind step."""
 VARIANCES = ("small", "large")
 
 
