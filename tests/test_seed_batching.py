@@ -261,7 +261,7 @@ def test_a_stacked_ablation_leaves_the_solo_runs_and_one_bad_seed_fails_alone(tm
     assert folder.read_plan().stacked == 2
     records = Study.read(folder).records()
     assert [record.state for record in records].count(TrialState.COMPLETE) == 3
-    assert missing("another config", records[1].outcome.reason) == []
+    assert missing("config", records[1].outcome.reason) == []
     members = [json.loads(path.read_text())["members"] for path in folder.trials.glob("*/summary.json")]
     assert sorted(members) == [1, 2, 2]
     require_the_solo_runs(folder, tmp_path / "alone")

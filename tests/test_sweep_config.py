@@ -10,6 +10,7 @@ import yaml
 
 from dxmi.config import build, to_tree
 from dxmi.errors import UserError
+from dxmi.training.config import SCHEMA
 from support import missing
 from tune.config.compose import ComposedSweep, compose_experiment, compose_sweep
 from tune.config.files import config_folder, sweeps
@@ -32,6 +33,7 @@ def _each_experiment_is_composed_once() -> Iterator[None]:
 def plan_of(composed: ComposedSweep) -> Plan:
     return plan_from(
         {
+            "schema": SCHEMA,
             "name": "study" if composed.name is None else composed.name,
             "experiment": to_tree(composed.experiment),
             "sweep": composed.sweep,

@@ -67,6 +67,7 @@ def test_the_result_keeps_its_numbers(width):
     names = ["ddpm_1000", "ddim_5_trailing", "shortened", "best"]
     values = {"eval/fid_digits": 12345.25, "eval/precision_digits": 0.551, "eval/recall_digits": 0.919}
     summary = SimpleNamespace(
+        direction="minimize",
         num_steps=5,
         metric="eval/fid_digits",
         num_samples=5000,
