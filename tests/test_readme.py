@@ -158,7 +158,8 @@ def test_the_floor_of_the_digits_is_what_the_readme_says():
     assert names["floor"] == pytest.approx(float(stated), abs=0.01)
 
 
-SWEEP_FILE, ABLATION_FILE, *_ = re.findall(r"```yaml\n(.+?)```", TUNE, flags=re.DOTALL)
+BLOCKS = re.findall(r"```yaml\n(.+?)```", TUNE, flags=re.DOTALL)
+SWEEP_FILE, ABLATION_FILE = BLOCKS[0], next(block for block in BLOCKS if "hypothesis" in block)
 
 
 def test_the_sweep_file_of_the_page_plans_a_study(newcomer):
