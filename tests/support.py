@@ -117,15 +117,13 @@ NETWORK = MlpConfig(hidden=16, layers=3, embedding=8)
 """A small network of any role."""
 
 
-def make_parts(
-    policy: Policy, schedule: StepSchedule, iterations: int = 100, batch_size: int = 8, **settings: Any
-) -> Parts:
+def make_parts(policy: Policy, schedule: StepSchedule, iterations: int = 100, **settings: Any) -> Parts:
     """What an algorithm is built from, with small random networks; further settings are those of `Parts`."""
     networks = {
         "critic": lambda: build_critic(NETWORK, policy.event, torch.Generator().manual_seed(1)),
         "timed_critic": lambda: build_timed_critic(NETWORK, policy.event, torch.Generator().manual_seed(2)),
     }
-    return Parts(policy, schedule, iterations, batch_size, **{**networks, **settings})
+    return Parts(policy, schedule, iterations, **{**networks, **settings})
 
 
 def without_seeds(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:

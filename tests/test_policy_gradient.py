@@ -89,7 +89,6 @@ def parts() -> Parts:
         policy=Policy(Slopes(), schedule(), (1,)),
         schedule=schedule(),
         iterations=10,
-        batch_size=N,
         critic=Quadratic,
         timed_critic=lambda: Expected(-1.0),
         reward=lambda: QuadraticReward(QuadraticRewardConfig(scale=SCALE)),
@@ -223,7 +222,6 @@ def sft_pg(**settings: object) -> SftPg:
         policy=own.policy,
         schedule=own.schedule,
         iterations=10,
-        batch_size=N,
         critic=Quadratic,
         timed_critic=lambda: Expected(1.0),
     )

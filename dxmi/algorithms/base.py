@@ -44,7 +44,6 @@ class Parts:
         policy: fine-tuned in place.
         schedule: of the policy.
         iterations: planned, the end of a learning-rate decay.
-        batch_size: samples of a batch, of all processes together.
         critic: makes an untrained energy network.
         timed_critic: makes an untrained network of a time-conditioned value.
         reward: makes the reward of the run.
@@ -56,7 +55,6 @@ class Parts:
     policy: Policy
     schedule: StepSchedule
     iterations: int
-    batch_size: int
     critic: Callable[[], Critic]
     timed_critic: Callable[[], TimedCritic]
     reward: Callable[[], Reward] = no_reward

@@ -264,7 +264,6 @@ class Experiment:
             policy=self.build_policy(denoiser, schedule),
             schedule=schedule,
             iterations=config.train.iterations,
-            batch_size=config.train.batch_size,
             critic=lambda: build_critic(network.energy, event, self._weights("energy")).to(self.device),
             timed_critic=lambda: build_timed_critic(config.network.value, event, self._weights("value")).to(
                 self.device
