@@ -16,7 +16,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -35,6 +35,14 @@ NO_SCORE: Mapping[str, Any] = {"not_in": frozenset({SCORES})}
 
 _type_hints = functools.cache(typing.get_type_hints)
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def require_choice(name: str, value: object, choices: Iterable[str], *, or_null: bool = False) -> None:
+    """Raise a ValueError that names the field, its value and the choices, unless the value is one of them (or null)."""
+    choices = tuple(choices)
+    if value not in choices and not (or_null and value is None):
+        end = ", or null" if or_null else ""
+        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(choices)}{end}")
 
 
 # ----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from dxmi.config import require_choice
 from dxmi.optim.config import OptimizerConfig, PolicyOptimizerConfig, require_rate
 from dxmi.persistence.files import PLACE
 
@@ -93,8 +94,7 @@ class DxMIConfig(AlgorithmConfig):
     def __post_init__(self) -> None:
         named = {"preset": PRESETS, "running_cost": RUNNING_COSTS, "step_cost": STEP_COSTS, "value": VALUES}
         for name, choices in named.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
+            require_choice(name, getattr(self, name), choices)
         for name in ("entropy_coef", "cost_coef", "energy_l2", "step_cost_scale"):
             require_rate(f"{name}", getattr(self, name))
         for name in ("energy_updates", "value_updates", "policy_updates"):
@@ -185,8 +185,7 @@ class ReinforceConfig(PolicyGradientConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.baseline not in BASELINES:
-            raise ValueError(f"baseline is {self.baseline!r}: it must be one of {', '.join(BASELINES)}")
+        require_choice("baseline", self.baseline, BASELINES)
         if self.baseline_updates < 1:
             raise ValueError(f"baseline_updates is {self.baseline_updates}: it must be at least 1")
 

@@ -1,8 +1,9 @@
 """Settings of the data sets, a class for each kind. Nothing here imports PyTorch."""
 
+import math
 from dataclasses import dataclass, field
 
-from dxmi.config import NO_RESULT
+from dxmi.config import NO_RESULT, require_choice
 from dxmi.persistence.files import PLACE
 
 PLANAR = ("gaussians8", "two_spirals", "checkerboard", "moons")
@@ -35,16 +36,12 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesConfig(DataConfig):
-    """Images of ten classes."""
+    """The part of the config that all data sets of images share."""
 
     label: int | None = None
     """Keep only this class of images; null for all."""
     flip: bool = False
     """Mirror half of the images of a training batch, left to right; scores go by the images as they are."""
-
-    def __post_init__(self) -> None:
-        if self.label is not None and not 0 <= self.label <= 9:
-            raise ValueError(f"label is {self.label}: it must be in 0..9, or null for all classes")
 
     @property
     def mirrors(self) -> bool:
@@ -53,14 +50,23 @@ class ImagesConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DigitsConfig(ImagesConfig):
+class TenClassesConfig(ImagesConfig):
+    """Images of ten classes."""
+
+    def __post_init__(self) -> None:
+        if self.label is not None and not 0 <= self.label <= 9:
+            raise ValueError(f"label is {self.label}: it must be in 0..9, or null for all classes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsConfig(TenClassesConfig):
     """1,797 handwritten digits of 8x8 pixels, which come with scikit-learn."""
 
     kind: str = "digits"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublishedImagesConfig(ImagesConfig):
+class PublishedImagesConfig(TenClassesConfig):
     """Images in files that are compared with those that their authors publish."""
 
     accept_unknown_files: bool = field(default=False, metadata=NO_RESULT)
@@ -97,7 +103,7 @@ class Cifar10Config(PublishedImagesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFolderConfig(DataConfig):
+class ImageFolderConfig(ImagesConfig):
     """A user's own images, cropped and resized to squares."""
 
     kind: str = "image_folder"
@@ -107,10 +113,6 @@ class ImageFolderConfig(DataConfig):
     """Side in pixels to which the images are cropped and resized."""
     class_folders: bool = False
     """Each folder in it is a class, as in ImageNet; else all images below it are of one kind."""
-    label: int | None = None
-    """Keep only this class of images; null for all."""
-    flip: bool = False
-    """Mirror half of the images of a training batch, left to right; scores go by the images as they are."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= _MAX_SIZE:
@@ -121,11 +123,6 @@ class ImageFolderConfig(DataConfig):
             raise ValueError(f"label is {self.label}, but there are no classes without class_folders: make it null")
         if self.label < 0:
             raise ValueError(f"label is {self.label}: it must be 0 or greater, or null for all classes")
-
-    @property
-    def mirrors(self) -> bool:
-        """`flip`."""
-        return self.flip
 
 
 # ----------------------------------------------------------------------------
@@ -147,6 +144,21 @@ class PointsConfig(DataConfig):
     def is_planar(self) -> bool:
         """True."""
         return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogDensityFields:
+    """Which log density is meant, and how low it counts: what a reward and a metric of it share."""
+
+    distribution: str = "gaussians8"
+    """gaussians8, two_spirals, checkerboard or moons."""
+    floor: float = -20.0
+    """The least value: where the distribution has no mass, its log density is minus infinity."""
+
+    def __post_init__(self) -> None:
+        require_choice("distribution", self.distribution, PLANAR)
+        if not math.isfinite(self.floor):
+            raise ValueError(f"floor is {self.floor}: it must be a finite number")
 
 
 @dataclass(frozen=True, kw_only=True)

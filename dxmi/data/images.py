@@ -13,7 +13,7 @@ from torch import Tensor
 from dxmi.compat import package_folder
 from dxmi.data import cifar, known_files
 from dxmi.data.batch import Condition
-from dxmi.data.configs import ImageFolderConfig, ImagesConfig, PublishedImagesConfig
+from dxmi.data.configs import ImageFolderConfig, PublishedImagesConfig, TenClassesConfig
 from dxmi.data.dataset import Dataset, Split, content_signature, labelled_signature
 from dxmi.data.folders import open_folder
 from dxmi.data.idx import idx_content, parsed_idx
@@ -84,7 +84,7 @@ def data_root() -> Path:
     return variable_folder("DXMI_DATA", "~/.cache/dxmi")
 
 
-def load_images(config: ImagesConfig) -> Images:
+def load_images(config: TenClassesConfig) -> Images:
     """The images of one of the sets in `LOADERS`.
 
     Raises:

@@ -35,6 +35,10 @@ class Distribution(ABC):
     def sample(self, num: int, generator: torch.Generator) -> Tensor:
         """Independent points, float32 on the host: [num, 2]."""
 
+    def bounded_log_density(self, points: Tensor, floor: float) -> Tensor:
+        """max(log density, floor) at `points` [N, 2] on any device, float64 on the host: [N]."""
+        return self.log_density(points.cpu()).clamp_min(floor)
+
     @abstractmethod
     def log_density(self, points: Tensor) -> Tensor:
         """Log density at `points` [N, 2] in nats, float64; minus infinity where there are none: [N]."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from dxmi.config import NO_SCORE
+from dxmi.config import NO_SCORE, require_choice
 from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS
 from dxmi.metrics.configs import CLASSIFIER_SETS, MetricConfig
 from dxmi.metrics.registry import METRICS
@@ -70,10 +70,8 @@ class EvaluateConfig:
         for name in ("every", "batch_size", "kid_subsets", "kid_subset_size", "projections", "grid", "generations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.result not in RESULTS:
-            raise ValueError(f"result is {self.result!r}: it must be one of {', '.join(RESULTS)}")
-        if self.features is not None and self.features not in FEATURES:
-            raise ValueError(f"features is {self.features!r}: it must be one of {', '.join(FEATURES)}, or null")
+        require_choice("result", self.result, RESULTS)
+        require_choice("features", self.features, FEATURES, or_null=True)
         if not all(1 <= steps <= NUM_DIFFUSION_STEPS for steps in self.reference_steps or ()):
             raise ValueError(f"reference_steps is {self.reference_steps}: each must be in 1..{NUM_DIFFUSION_STEPS}")
         if len(set(self.reference_steps or ())) < len(self.reference_steps or ()):

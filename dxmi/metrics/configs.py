@@ -1,9 +1,10 @@
 """Settings of the further metrics, and the keys of their scores. Nothing here imports PyTorch."""
 
-import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from dxmi.data.configs import PLANAR
+from dxmi.config import require_choice
+from dxmi.data.configs import LogDensityFields
 from dxmi.metrics.keys import MAXIMIZE, ScoreKey
 
 CLASSIFIER_SETS = ("digits", "mnist8", "mnist", "fashion_mnist")
@@ -11,15 +12,15 @@ CLASSIFIER_SETS = ("digits", "mnist8", "mnist", "fashion_mnist")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetricConfig:
+class MetricConfig(ABC):
     """The part of a metric's config that all kinds share."""
 
     kind: str = "class_entropy"
     """Which metric: its key in `dxmi.metrics.registry`."""
 
+    @abstractmethod
     def keys(self) -> list[ScoreKey]:
         """The scores that the metric gives."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,7 @@ class ClassEntropyConfig(MetricConfig):
     """The data set whose classifier tells the classes: digits, mnist8, mnist or fashion_mnist."""
 
     def __post_init__(self) -> None:
-        if self.classifier not in CLASSIFIER_SETS:
-            raise ValueError(f"classifier is {self.classifier!r}: it must be one of {', '.join(CLASSIFIER_SETS)}")
+        require_choice("classifier", self.classifier, CLASSIFIER_SETS)
 
     def keys(self) -> list[ScoreKey]:
         """In nats; log 10 at most."""
@@ -39,20 +39,10 @@ class ClassEntropyConfig(MetricConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogDensityConfig(MetricConfig):
+class LogDensityConfig(LogDensityFields, MetricConfig):
     """Mean log density of samples in the plane under the exact distribution of the data."""
 
     kind: str = "log_density"
-    distribution: str = "gaussians8"
-    """gaussians8, two_spirals, checkerboard or moons."""
-    floor: float = -20.0
-    """What a sample counts at least: where the distribution has no mass, its log density is minus infinity."""
-
-    def __post_init__(self) -> None:
-        if self.distribution not in PLANAR:
-            raise ValueError(f"distribution is {self.distribution!r}: it must be one of {', '.join(PLANAR)}")
-        if not math.isfinite(self.floor):
-            raise ValueError(f"floor is {self.floor}: it must be a finite number")
 
     def keys(self) -> list[ScoreKey]:
         """In nats."""

@@ -23,7 +23,7 @@ class LogDensity(Metric):
 
     def observe(self, samples: Tensor, condition: Condition) -> Tensor:  # noqa: ARG002  (metrics share a signature)
         """The log density of each sample, [n, 1]."""
-        return self._distribution.log_density(samples.cpu()).clamp_min(self._floor)[:, None]
+        return self._distribution.bounded_log_density(samples, self._floor)[:, None]
 
     def scores(self, evidence: Evidence) -> Mapping[str, float]:
         """The mean in nats."""

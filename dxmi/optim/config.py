@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from dxmi.config import require_choice
+
 KINDS = ("adam", "adamw", "radam")
 DECAYS = ("constant", "linear", "cosine")
 
@@ -36,10 +38,8 @@ class OptimizerConfig:
     """After the warm-up: constant, or linear or cosine down to 0, which the iteration after the last would have."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind is {self.kind!r}: it must be one of {', '.join(KINDS)}")
-        if self.decay not in DECAYS:
-            raise ValueError(f"decay is {self.decay!r}: it must be one of {', '.join(DECAYS)}")
+        require_choice("kind", self.kind, KINDS)
+        require_choice("decay", self.decay, DECAYS)
         require_rate("lr", self.lr)
         require_rate("weight_decay", self.weight_decay)
         for name in ("beta1", "beta2"):

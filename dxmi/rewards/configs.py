@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from dxmi.data.configs import PLANAR
+from dxmi.config import require_choice
+from dxmi.data.configs import LogDensityFields
 from dxmi.metrics.configs import CLASSIFIER_SETS
 
 
@@ -25,27 +26,16 @@ class ClassifierRewardConfig(RewardConfig):
     """The class that is wanted; null for each sample's own, which the denoiser was given."""
 
     def __post_init__(self) -> None:
-        if self.classifier not in CLASSIFIER_SETS:
-            raise ValueError(f"classifier is {self.classifier!r}: it must be one of {', '.join(CLASSIFIER_SETS)}")
+        require_choice("classifier", self.classifier, CLASSIFIER_SETS)
         if self.label is not None and not 0 <= self.label <= 9:
             raise ValueError(f"label is {self.label}: it must be in 0..9, or null for each sample's own class")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogDensityRewardConfig(RewardConfig):
+class LogDensityRewardConfig(LogDensityFields, RewardConfig):
     """log p(x) of a distribution in the plane, in nats, bounded from below."""
 
     kind: str = "log_density"
-    distribution: str = "gaussians8"
-    """gaussians8, two_spirals, checkerboard or moons."""
-    floor: float = -20.0
-    """The least reward: where the distribution has no mass, its log density is minus infinity."""
-
-    def __post_init__(self) -> None:
-        if self.distribution not in PLANAR:
-            raise ValueError(f"distribution is {self.distribution!r}: it must be one of {', '.join(PLANAR)}")
-        if not math.isfinite(self.floor):
-            raise ValueError(f"floor is {self.floor}: it must be a finite number")
 
 
 @dataclass(frozen=True, kw_only=True)

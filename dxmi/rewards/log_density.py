@@ -30,4 +30,4 @@ class LogDensityReward:
         if x.shape[1:] != (2,):
             shape = tuple(x.shape[1:])
             raise UserError(f"reward.kind is log_density, which scores points in the plane, but samples have {shape}.")
-        return self._distribution.log_density(x.cpu()).clamp_min(self._floor).to(x)
+        return self._distribution.bounded_log_density(x, self._floor).to(x)

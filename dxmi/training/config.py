@@ -7,7 +7,7 @@ from typing import Any
 
 from dxmi.algorithms.configs import AlgorithmConfig, DDPMConfig, DxMIConfig
 from dxmi.algorithms.registry import ALGORITHMS
-from dxmi.config import NO_RESULT, RESULT, delta, signature
+from dxmi.config import NO_RESULT, RESULT, delta, require_choice, signature
 from dxmi.data.configs import DataConfig, DigitsConfig
 from dxmi.data.registry import DATA_SETS
 from dxmi.diffusion.schedules.configs import ScheduleConfig, VarScheduleConfig
@@ -79,8 +79,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.iterations < 0:
             raise ValueError(f"iterations is {self.iterations}: it must be 0 or greater")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision is {self.precision!r}: it must be one of {', '.join(PRECISIONS)}")
+        require_choice("precision", self.precision, PRECISIONS)
         for name in ("batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")

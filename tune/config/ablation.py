@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dxmi.config import NO_RESULT, build
+from dxmi.config import NO_RESULT, build, require_choice
 from dxmi.errors import UserError
 from tune.config.sweep import LimitsConfig, ObjectiveConfig, SamplerConfig, StoppingConfig, require_attempts
 
@@ -131,8 +131,7 @@ class AblationConfig:
     def __post_init__(self) -> None:
         if not self.hypothesis.strip():
             raise ValueError("hypothesis is missing: state in a sentence what you expect and why")
-        if self.design not in TABLES:
-            raise ValueError(f"design is {self.design!r}: it must be one of {', '.join(TABLES)}")
+        require_choice("design", self.design, TABLES)
         self._check_table()
         if self.resolution is not None and self.resolution not in RESOLUTIONS:
             raise ValueError(f"resolution is {self.resolution}: it must be 3 or 4")
