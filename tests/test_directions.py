@@ -7,8 +7,8 @@ import pytest
 
 from dxmi.config import build, to_tree
 from dxmi.errors import UserError
-from dxmi.evaluation.references import Role, ScoredReference, best_reference
-from dxmi.metrics.keys import MAXIMIZE, MINIMIZE, ScoreKey, best_of, is_better, primary_key, with_primary
+from dxmi.evaluation.scored_references import Role, ScoredReference, best_reference
+from dxmi.metrics.keys import MAXIMIZE, MINIMIZE, ScoreKey, best_score, is_better, primary_key, with_primary
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import train
@@ -142,5 +142,5 @@ def test_better_and_best():
     assert is_better(2.0, 1.0, MAXIMIZE)
     assert not is_better(2.0, 1.0, MINIMIZE)
     assert not is_better(1.0, 1.0, MAXIMIZE)
-    assert (best_of([1.0, 2.0], MAXIMIZE), best_of([1.0, 2.0], MINIMIZE)) == (2.0, 1.0)
+    assert (best_score([1.0, 2.0], MAXIMIZE), best_score([1.0, 2.0], MINIMIZE)) == (2.0, 1.0)
     assert ObjectiveConfig(direction="maximize").sign == -1.0

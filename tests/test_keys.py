@@ -2,13 +2,13 @@
 
 import pytest
 
-from dxmi.evaluation.references import Role, ScoredReference, best_reference, full_reference
+from dxmi.evaluation.scored_references import Role, ScoredReference, best_reference, full_reference
 from dxmi.metrics.keys import (
     MAXIMIZE,
     MINIMIZE,
     REWARD_KEY,
     ScoreKey,
-    best_of,
+    best_score,
     classifier_keys,
     inception_keys,
     inception_score_key,
@@ -45,7 +45,7 @@ def test_better_is_strictly_on_the_side_of_the_direction():
     assert not is_better(2.0, 1.0, MINIMIZE)
     assert not is_better(1.0, 2.0, MAXIMIZE)
     assert not any(is_better(1.0, 1.0, direction) for direction in (MINIMIZE, MAXIMIZE))
-    assert (best_of([2.0, 1.0, 3.0], MINIMIZE), best_of([2.0, 1.0, 3.0], MAXIMIZE)) == (1.0, 3.0)
+    assert (best_score([2.0, 1.0, 3.0], MINIMIZE), best_score([2.0, 1.0, 3.0], MAXIMIZE)) == (1.0, 3.0)
 
 
 def test_another_primary_may_be_chosen():

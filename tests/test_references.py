@@ -11,15 +11,9 @@ from dxmi.diffusion.schedules.configs import ScheduleConfig, VarScheduleConfig
 from dxmi.diffusion.schedules.ddpm import ancestral_schedule
 from dxmi.diffusion.schedules.registry import SCHEDULES
 from dxmi.evaluation.config import SELECTION, EvaluateConfig
-from dxmi.evaluation.references import (
-    Role,
-    best_reference,
-    full_reference,
-    highlights,
-    references,
-    scored_references,
-)
+from dxmi.evaluation.references import references
 from dxmi.evaluation.sampling import Sampling, generate, preview
+from dxmi.evaluation.scored_references import Role, best_reference, full_reference, highlights, scored_references
 from dxmi.networks.base import Denoiser
 from support import missing
 from tune.studies.outdone import outdone, outdone_sentences

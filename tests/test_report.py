@@ -22,8 +22,8 @@ from rich.console import Console
 
 from dxmi.config import to_tree
 from dxmi.diffusion.schedules.configs import VarScheduleConfig
-from dxmi.evaluation.references import Role
 from dxmi.evaluation.references import references as of_steps
+from dxmi.evaluation.scored_references import Role
 from dxmi.persistence import checkpoint
 from dxmi.persistence.files import write_json
 from dxmi.persistence.run_directory import read_yaml

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 Direction = Literal["minimize", "maximize"]
 MINIMIZE: Direction = "minimize"
 MAXIMIZE: Direction = "maximize"
+DIRECTIONS: tuple[Direction, ...] = (MINIMIZE, MAXIMIZE)
 
 
 class ScoreKey(NamedTuple):
@@ -43,12 +44,22 @@ def primary_key(keys: Sequence[ScoreKey]) -> ScoreKey:
     return next(key for key in keys if key.primary)
 
 
+def sign_of(direction: str) -> float:
+    """1 if lower is better, else -1."""
+    return 1.0 if direction == MINIMIZE else -1.0
+
+
+def better_text(direction: str) -> str:
+    """Which scores are better, for captions."""
+    return "lower is better" if direction == MINIMIZE else "higher is better"
+
+
 def is_better(score: float, other: float, direction: str) -> bool:
     """Whether a score is strictly better than another."""
-    return score > other if direction == MAXIMIZE else score < other
+    return sign_of(direction) * score < sign_of(direction) * other
 
 
-def best_of(scores: Sequence[float], direction: str) -> float:
+def best_score(scores: Sequence[float], direction: str) -> float:
     """The best of some scores."""
     return max(scores) if direction == MAXIMIZE else min(scores)
 

@@ -11,15 +11,9 @@ from torch import Tensor
 from dxmi.config import SCORES, block_delta, delta, signature
 from dxmi.diffusion.policy import Policy
 from dxmi.evaluation.config import PICTURES, REPORT, SCORING_VERSION
-from dxmi.evaluation.references import (
-    DATA,
-    Reference,
-    ScoredReference,
-    best_reference,
-    full_reference,
-    references,
-)
+from dxmi.evaluation.references import Reference, references
 from dxmi.evaluation.sampling import Sampling, preview, stream_of
+from dxmi.evaluation.scored_references import DATA, ScoredReference, best_reference, full_reference
 from dxmi.evaluation.scorers import Scorer, Scores
 from dxmi.networks.base import Denoiser
 from dxmi.persistence.cache import cache_root, cached

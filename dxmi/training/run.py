@@ -18,8 +18,8 @@ from dxmi.config import RESULT, differences, identity_tree
 from dxmi.critics.energy import Energy
 from dxmi.errors import UserError
 from dxmi.evaluation.config import PICTURES, REPORT, SCORING_VERSION, SELECTION
-from dxmi.evaluation.references import DATA, highlights, scored_references
 from dxmi.evaluation.sampling import Sampling, generate, generate_states, stream_of
+from dxmi.evaluation.scored_references import DATA, highlights, scored_references
 from dxmi.evaluation.scorers import Scores
 from dxmi.metrics.keys import is_better
 from dxmi.networks.base import Denoiser

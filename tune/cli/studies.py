@@ -8,7 +8,7 @@ from filelock import FileLock, Timeout
 
 from dxmi.errors import UserError
 from dxmi.formatting import score_text
-from dxmi.metrics.keys import best_of
+from dxmi.metrics.keys import best_score
 from dxmi.persistence.files import require_target
 from tune.cli.exit_codes import OK
 from tune.messages import duration
@@ -54,7 +54,7 @@ def _row(folder: StudyFolder) -> tuple[str, ...]:
     ended = len(records) - counts[TrialState.RUNNING]
     words = ", ".join(f"{counts[state]} {state.value}" for state in TrialState if counts[state])
     complete = [r.outcome.score for r in records if r.state is TrialState.COMPLETE and r.outcome.score is not None]
-    best = score_text(best_of(complete, plan.direction)) if complete else ""
+    best = score_text(best_score(complete, plan.direction)) if complete else ""
     is_done = study.is_done and ended == len(records)
     return _state(folder, is_done), f"{ended}/{plan.num_trials} ({words})", best, seconds
 

@@ -8,20 +8,15 @@ import math
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
-from dxmi.config import NO_RESULT
+from dxmi.config import NO_RESULT, require_choice
+from dxmi.metrics.keys import DIRECTIONS, MINIMIZE, sign_of
 from dxmi.persistence.files import PLACE
 
-MINIMIZE, MAXIMIZE = DIRECTIONS = ("minimize", "maximize")
 SAMPLERS = ("tpe", "sobol", "random", "grid", "nsga2")
 RULES = ("none", "asha", "median")
 KINDS = ("log_uniform", "uniform", "integer", "choice")
 """Kinds of search dimensions, see `tune.search.space`."""
 _SEEDS = 2**32
-
-
-def sign_of(direction: str) -> float:
-    """Return 1 if lower is better, else -1."""
-    return 1.0 if direction == MINIMIZE else -1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +31,7 @@ class ObjectiveConfig:
     """minimize or maximize; null for the metric's own direction."""
 
     def __post_init__(self) -> None:
-        if self.direction is not None and self.direction not in DIRECTIONS:
-            raise ValueError(f"direction is {self.direction!r}: it must be one of {', '.join(DIRECTIONS)}, or null")
+        require_choice("direction", self.direction, DIRECTIONS, or_null=True)
 
     @property
     def sign(self) -> float:
@@ -59,8 +53,7 @@ class SamplerConfig:
     """Whether trial 0 uses the experiment's own values, if the space contains them."""
 
     def __post_init__(self) -> None:
-        if self.kind not in SAMPLERS:
-            raise ValueError(f"kind is {self.kind!r}: it must be one of {', '.join(SAMPLERS)}")
+        require_choice("kind", self.kind, SAMPLERS)
         if not 0 <= self.seed < _SEEDS:
             raise ValueError(f"seed is {self.seed}: it must be in 0..2^32 - 1")
         smallest = 2 if self.kind == "nsga2" else 1
@@ -83,8 +76,7 @@ class StoppingConfig:
     """median: number of finished trials required before any trial is stopped."""
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ValueError(f"rule is {self.rule!r}: it must be one of {', '.join(RULES)}")
+        require_choice("rule", self.rule, RULES)
         for name, smallest in (("first_step", 1), ("factor", 2), ("min_trials", 1)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {smallest}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dxmi.formatting import score_text
-from dxmi.metrics.keys import best_of
+from dxmi.metrics.keys import best_score
 from tune.execution.slots import Slots
 from tune.execution.trial_messages import (
     Diverged,
@@ -219,7 +219,7 @@ class Controller:
         trial = self.running[number]
         self.study.score(number, step, score)
         trial.score = score
-        trial.best = score if trial.best is None else best_of((trial.best, score), self.plan.direction)
+        trial.best = score if trial.best is None else best_score((trial.best, score), self.plan.direction)
         self._say(trial, f"iteration {step}/{trial.spec.iterations}, {self._label} {score_text(score)}", minor=True)
         if self.study.should_prune(number, step):
             self._request_stop(trial, StopReason.PRUNE)

@@ -18,9 +18,9 @@ from rich.text import Text
 
 from dxmi.data.description import ClassCount, Description
 from dxmi.evaluation.config import NUM_SAMPLES_KEY
-from dxmi.evaluation.references import best_reference, scored_references
+from dxmi.evaluation.scored_references import best_reference, scored_references
 from dxmi.formatting import score_text
-from dxmi.metrics.keys import MAXIMIZE, is_better
+from dxmi.metrics.keys import better_text, is_better
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.progress import Phase
 from dxmi.training.progress import Progress as Event
@@ -152,7 +152,7 @@ def result_table(summary: Summary) -> TextTable:
     generations = (
         f"; the score of the fine-tuned policy is the mean over {draws} draws of the noise" if draws > 1 else ""
     )
-    better = "higher is better" if summary.direction == MAXIMIZE else "lower is better"
+    better = better_text(summary.direction)
     table = TextTable(
         caption=f"Network evaluations per sample; {metric} of {summary.num_samples:,} samples each, {better}; "
         f"seconds per 1,000 samples{generations}; {_NOT_COMPUTED} not computed. Bold: the best sampler with at most "

@@ -20,8 +20,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import create_trial
 
-from dxmi.evaluation.references import DATA, Role, ScoredReference, scored_references
-from tune.config.sweep import ObjectiveConfig, sign_of
+from dxmi.evaluation.scored_references import DATA, Role, ScoredReference, scored_references
+from dxmi.metrics.keys import sign_of
+from tune.config.sweep import ObjectiveConfig
 from tune.plans.sweep import Plan
 from tune.search.space import Axis, Param, Value, show
 from tune.studies.leaderboard import best_of, better, metric_label, number, short_names, summary_of

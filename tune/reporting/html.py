@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from dxmi import __version__
 from dxmi.config import to_tree
+from dxmi.metrics.keys import better_text
 from dxmi.persistence.files import write_atomic
 from dxmi.persistence.provenance import git_revision
 from tune.messages import timestamp
@@ -80,6 +81,7 @@ def _html(study: Study, records: Sequence[TrialRecord], written: str) -> str:
         course=course_sentences(study, records),
         samplers=sampler_rows(study.plan, records),
         fidelity=fidelity_keys(study.plan.experiment),
+        better=better_text(study.plan.direction),
         board=board_table(study.plan, records),
         plan=study.plan,
         has_marked=any(r.outcome.score is not None and r.state is not TrialState.COMPLETE for r in records),

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from dxmi.evaluation.references import DATA, best_reference, full_reference, scored_references
+from dxmi.evaluation.scored_references import DATA, best_reference, full_reference, scored_references
 from dxmi.metrics.keys import MINIMIZE
 from tune.plans.sweep import Plan
 from tune.reporting.sentences import score_of

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from dxmi.evaluation.references import DATA, highlights, scored_references
+from dxmi.evaluation.scored_references import DATA, highlights, scored_references
 from tune.messages import duration, listed
 from tune.plans.ablation import AblationPlan
 from tune.plans.arms import BASELINE

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup, escape
 
-from dxmi.evaluation.references import best_reference, scored_references
+from dxmi.evaluation.scored_references import best_reference, scored_references
 from dxmi.metrics.keys import is_better
 from tune.plans.arms import Arm, two_level_design
 from tune.plans.sweep import Plan, fidelity_keys

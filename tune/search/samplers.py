@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dxmi.metrics.keys import MINIMIZE
 from dxmi.training.config import ExperimentConfig
-from tune.config.sweep import MINIMIZE, SweepConfig
+from tune.config.sweep import SweepConfig
 from tune.search.space import Axis, Value, grid_points
 
 if TYPE_CHECKING:  # Optuna and SciPy are imported where they are used, since most code that reads a study needs neither

@@ -8,10 +8,10 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import ArrayLike
 
+from dxmi.metrics.keys import Direction, sign_of
 from tune.stats.intervals import (
     DEFAULT,
     Bootstrap,
-    Direction,
     Interval,
     check_direction,
     mean_interval,
@@ -207,7 +207,7 @@ class _Rules:
 
     def gains(self, pair: Pairs) -> Array:
         """Differences [seeds], with the sign changed where needed so that larger is better."""
-        return -pair.differences if self.direction == "minimize" else pair.differences
+        return -sign_of(self.direction) * pair.differences
 
 
 def _verdict(pair: Pairs, index: int, p_values: Sequence[float], adjusted: float, rules: _Rules) -> Verdict:

@@ -13,19 +13,17 @@ Intervals of probabilities of improvement cover the true value in 92 to 99 % of 
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from dxmi.errors import UserError
+from dxmi.metrics.keys import DIRECTIONS, Direction, sign_of
 from tune.stats.multiple_testing import (
     Array,
     check_finite,
     finite_vector,
 )
-
-Direction = Literal["minimize", "maximize"]
 
 _SMOOTHING = 0.6
 """Standard deviation of the smoothing noise, in standard deviations of the stratum."""
@@ -220,7 +218,7 @@ def probability_of_improvement(
     if ours.shape != theirs.shape:
         raise UserError(f"The arm has {len(ours)} scores and the baseline {len(theirs)}: pair them by seed.")
     check_direction(direction)
-    gain = (theirs[None, :] - ours[:, None]) * (1.0 if direction == "minimize" else -1.0)
+    gain = (theirs[None, :] - ours[:, None]) * sign_of(direction)
     wins = (np.sign(gain) + 1.0) / 2.0  # [seed of the arm, seed of the baseline]
     estimate, seeds = float(wins.mean()), len(ours)
     even = np.full(seeds, 1.0 / seeds)
@@ -263,7 +261,7 @@ def check_direction(direction: str) -> None:
     Raises:
         UserError: it is neither.
     """
-    if direction not in ("minimize", "maximize"):
+    if direction not in DIRECTIONS:
         raise UserError(f"direction is {direction!r}: it must be minimize or maximize.")
 
 

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dxmi.errors import UserError
+from dxmi.metrics.keys import Direction
 from tune.stats.comparison import Comparison, Verdict, judge
-from tune.stats.intervals import DEFAULT, Bootstrap, Direction
+from tune.stats.intervals import DEFAULT, Bootstrap
 from tune.stats.multiple_testing import (
     MOST_EXACT,
     Array,

@@ -19,13 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dxmi.errors import UserError
+from dxmi.evaluation.scored_references import ScoredReference, scored_references
+from dxmi.metrics.keys import Direction
 from dxmi.persistence.files import write_atomic
 from tune.plans.ablation import ARM, SEED, AblationPlan
 from tune.plans.arms import BASELINE, two_level_design
 from tune.search.space import show
 from tune.stats.comparison import Comparison, Verdict, compare
 from tune.stats.effects import Effect, level_effects
-from tune.stats.intervals import Bootstrap, Direction, Interval, Method
+from tune.stats.intervals import Bootstrap, Interval, Method
 from tune.stats.multiple_testing import Array
 from tune.stats.power import Correction, SeedRange, correction_of
 from tune.stats.sequential import review
@@ -39,8 +41,6 @@ from tune.studies.study import Study
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from dxmi.evaluation.references import ScoredReference
 
 _TESTS = {
     Correction.NONE: (
@@ -388,10 +388,8 @@ def _why_untested(own: Runs, baseline: Runs, is_lost: bool) -> str:
     return f"Runs without a score yet: {missing}. The test is taken when all have ended."
 
 
-def _mean_references(summaries: Sequence[Mapping[str, Any]]) -> "list[ScoredReference]":
+def _mean_references(summaries: Sequence[Mapping[str, Any]]) -> list[ScoredReference]:
     """The references that all summaries contain, with their mean scores."""
-    from dxmi.evaluation.references import scored_references  # noqa: PLC0415  (it imports PyTorch)
-
     scores = [{r.key: r.score for r in scored_references(summary)} for summary in summaries]
     return [
         replace(reference, score=float(np.mean([of_seed[reference.key] for of_seed in scores])))

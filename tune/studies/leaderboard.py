@@ -15,7 +15,9 @@ import yaml
 
 from dxmi.config import to_tree
 from dxmi.errors import UserError
+from dxmi.evaluation.scored_references import scored_references
 from dxmi.formatting import score_text
+from dxmi.metrics.keys import MINIMIZE, better_text
 from dxmi.persistence.files import write_atomic
 from dxmi.training.schema import config_tree
 from tune.config.sweep import ObjectiveConfig
@@ -86,7 +88,7 @@ def metric_label(plan: Plan, objective: ObjectiveConfig) -> str:
 
 def better(objective: ObjectiveConfig) -> str:
     """Text that states the direction of an objective."""
-    return "lower is better" if objective.direction == "minimize" else "higher is better"
+    return better_text(objective.direction or MINIMIZE)
 
 
 def number(value: float, metric: str = "score") -> str:
@@ -147,8 +149,6 @@ def free_sampler_sentences(plan: Plan, records: Sequence[TrialRecord]) -> list[s
 
 
 def _outdone(plan: Plan, record: TrialRecord) -> Outdone | None:
-    from dxmi.evaluation.references import scored_references  # noqa: PLC0415  (it imports PyTorch)
-
     summary, score = summary_of(record), record.outcome.score
     if not summary or score is None:
         return None

@@ -2,14 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from dxmi.evaluation.scored_references import ScoredReference, best_reference
 from dxmi.formatting import score_text
 from dxmi.metrics.keys import MINIMIZE, is_better
 from tune.messages import listed
-
-if TYPE_CHECKING:
-    from dxmi.evaluation.references import ScoredReference
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Outdone:
 def outdone(
     subject: str,
     score: float,
-    references: "Iterable[ScoredReference]",
+    references: Iterable[ScoredReference],
     evaluations: int,
     direction: str = MINIMIZE,
 ) -> Outdone | None:
@@ -41,8 +38,6 @@ def outdone(
     Returns:
         The comparison if the sampler is better, else None.
     """
-    from dxmi.evaluation.references import best_reference  # noqa: PLC0415  (it imports PyTorch)
-
     best = best_reference(references, evaluations, direction)
     if best is None or not is_better(best.score, score, direction):
         return None

@@ -6,9 +6,9 @@ from enum import StrEnum
 from typing import Any, Self
 
 from dxmi.errors import UserError
+from dxmi.metrics.keys import sign_of
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.config import ExperimentConfig
-from tune.config.sweep import sign_of
 from tune.plans.sweep import Plan
 from tune.search.space import Value
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from dxmi.config import signature
 from dxmi.errors import UserError
+from dxmi.metrics.keys import sign_of
 from dxmi.training.config import ExperimentConfig
 from tune.compat import set_intermediate_value, set_user_attribute
-from tune.config.sweep import sign_of
 from tune.plans.ablation import AblationPlan
 from tune.plans.sweep import Plan
 from tune.search.pruners import should_prune
