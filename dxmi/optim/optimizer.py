@@ -125,8 +125,10 @@ class Optimizer:
         """Gradients and means over all micro-batches and processes: one bucket, one all-reduce."""
         names: list[str] = []
         total: list[Tensor] = []
-        for rows in chunks(tensors_of(inputs)[0].shape[1], self.accumulate):
-            means = self._means(loss, _rows(inputs, rows), num, static(rows) if static else {})
+        pieces = chunks(tensors_of(inputs)[0].shape[1], self.accumulate)
+        for rows in pieces:
+            given = inputs if len(pieces) == 1 else _rows(inputs, rows)
+            means = self._means(loss, given, num, static(rows) if static else {})
             grads = torch.autograd.grad(means["loss"].sum(), self.parameters)
             names, numbers = list(means), [*grads, *(mean.detach() for mean in means.values())]
             total = [a + b for a, b in zip(total, numbers, strict=True)] if total else numbers

@@ -2,9 +2,8 @@
 
 Algorithms are written once, on tensors with the seeds in front: [K, ...]. With one seed, a function is called as it is.
 With several, the members' tensors become rows of tables, and a function is mapped over them by `torch.vmap`. Each
-member
-has its own weights and data, and the arithmetic is done for all of them at once. A member stays a module of its own, to
-be saved, restored and evaluated as before.
+member has its own weights and data, and the arithmetic is done for all of them at once. A member stays a module of its
+own, to be saved, restored and evaluated as before.
 """
 
 from abc import ABC, abstractmethod
