@@ -56,7 +56,7 @@ def mean_over(values: Tensor, num: int) -> Tensor:
     return values.mean(-1) if values.shape[-1] == num else values.sum(-1) / num
 
 
-class Workers(ABC):
+class ProcessGroup(ABC):
     """A group of processes, as seen by one of them.
 
     Attributes:
@@ -68,7 +68,7 @@ class Workers(ABC):
     size: int
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this is the worker that reads and writes files and reports for the group."""
         return self.rank == 0
 
@@ -86,17 +86,17 @@ class Workers(ABC):
         """The blocks of all workers in the order of ranks; all have the same shape."""
 
     @abstractmethod
-    def _agree(self, content: bytes) -> bytes:
-        """Broadcast the first worker's bytes."""
+    def _broadcast_bytes(self, content: bytes) -> bytes:
+        """Broadcast rank 0's bytes."""
 
-    def agree(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Broadcast the first worker's tensors, to the host; a single worker returns its own tensors unchanged."""
+    def broadcast(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Broadcast rank 0's tensors, to the host; a single worker returns its own tensors unchanged."""
         if self.size == 1:
             return dict(tensors)
-        return unpack(self._agree(pack(tensors) if self.is_first else b""))
+        return unpack(self._broadcast_bytes(pack(tensors) if self.is_rank_zero else b""))
 
-    def on_first(self, action: Callable[[], Any]) -> Any:
-        """Call `action` on the first worker only, and return its result on all workers.
+    def on_rank_zero(self, action: Callable[[], Any]) -> Any:
+        """Call `action` on rank 0 only, and return its result on all workers.
 
         Args:
             action: returns a value that JSON can represent.
@@ -107,8 +107,8 @@ class Workers(ABC):
         """
         if self.size == 1:
             return action()
-        message = self._said_by(action) if self.is_first else {}
-        message = json.loads(self._agree(json.dumps(message).encode()))
+        message = self._said_by(action) if self.is_rank_zero else {}
+        message = json.loads(self._broadcast_bytes(json.dumps(message).encode()))
         if "error" in message:
             raise UserError(message["error"])
         if "diverged" in message:
@@ -125,7 +125,7 @@ class Workers(ABC):
             return {"diverged": error.tree()}
 
 
-class Alone(Workers):
+class SingleProcess(ProcessGroup):
     """The group of a run with a single process."""
 
     rank, size = 0, 1
@@ -138,14 +138,14 @@ class Alone(Workers):
         """Return a list of the block."""
         return [block]
 
-    def _agree(self, content: bytes) -> bytes:
+    def _broadcast_bytes(self, content: bytes) -> bytes:
         return content
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
-class Group(Workers):
+class TorchProcessGroup(ProcessGroup):
     """The workers of torch.distributed's default process group, which the caller has initialized.
 
     Gradients are reduced in that group (NCCL on GPUs); everything else uses an additional Gloo group.
@@ -172,13 +172,13 @@ class Group(Workers):
         dist.all_gather(blocks, mine, group=self._host)
         return [one.to(block.device) for one in blocks]
 
-    def _agree(self, content: bytes) -> bytes:
+    def _broadcast_bytes(self, content: bytes) -> bytes:
         length = torch.tensor([len(content)])
         dist.broadcast(length, 0, group=self._host)
         size = int(length)
         data = (
             torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            if self.is_first
+            if self.is_rank_zero
             else torch.empty(size, dtype=torch.uint8)
         )
         if size:
@@ -187,14 +187,14 @@ class Group(Workers):
 
 
 class Pace:
-    """Makes a periodic action due at the same step on all workers, about every `seconds` of the first worker's clock.
+    """Makes a periodic action due at the same step on all workers, about every `seconds` of rank 0's clock.
 
     Args:
         workers: process group; all workers must call `due` after each step.
         seconds: target interval, which is met once the duration of a step is known.
     """
 
-    def __init__(self, workers: Workers, seconds: float) -> None:
+    def __init__(self, workers: ProcessGroup, seconds: float) -> None:
         self._workers, self._seconds = workers, seconds
         self._stride = self._left = 1
         self._since = time.monotonic()
@@ -206,7 +206,7 @@ class Pace:
         self._left -= 1
         if self._left > 0:
             return False
-        self._left = self._stride = self._workers.on_first(self._next_stride)
+        self._left = self._stride = self._workers.on_rank_zero(self._next_stride)
         return True
 
     def _due_alone(self) -> bool:

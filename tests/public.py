@@ -83,7 +83,7 @@ def ddpm(
     groups: int,
 ) -> Tensor:
     """The noise in `x` [B, C, H, H] at `steps` [B]."""
-    hidden, half_dim, colours = 4 * channels, channels // 2, x.shape[1]
+    hidden, half_dim, colors = 4 * channels, channels // 2, x.shape[1]
     frequency = torch.tensor([10_000.0 ** (-i / (half_dim - 1)) for i in range(half_dim)], dtype=torch.float64)
     angle = steps.double()[:, None] * frequency
     temb = p.linear("temb.dense.0", torch.cat((angle.sin(), angle.cos()), dim=1), hidden)
@@ -122,7 +122,7 @@ def ddpm(
                 h = attn(f"up.{level}.attn.{i}", h)
         if level:
             h = p.conv(f"up.{level}.upsample.conv", doubled(h), h.shape[1])
-    return p.conv("conv_out", silu(p.norm("norm_out", h, groups, 1e-6)), colours)
+    return p.conv("conv_out", silu(p.norm("norm_out", h, groups, 1e-6)), colors)
 
 
 # ----------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def adm(
     With `guided`, attention is guided-diffusion's: 1-D convolutions whose outputs are [head, (q, k, v), dimension].
     Without, it is that of the EDM teachers: 2-D ones with [(q, k, v), head, dimension].
     """
-    hidden, colours = 4 * channels, x.shape[1]
+    hidden, colors = 4 * channels, x.shape[1]
     half_dim = channels // 2
     frequency = torch.tensor([10_000.0 ** (-i / half_dim) for i in range(half_dim)], dtype=torch.float64)
     angle = steps.double()[:, None] * frequency
@@ -221,7 +221,7 @@ def adm(
                 else:
                     h = p.conv(f"{name}.conv", doubled(h), h.shape[1])
             number += 1
-    return p.conv("out.2", silu(p.norm("out.0", h, groups, 1e-5)), colours)
+    return p.conv("out.2", silu(p.norm("out.0", h, groups, 1e-5)), colors)
 
 
 # ----------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def edm(
     classes: int,
 ) -> Tensor:
     """The network's output at `x` [B, C, H, H], c_noise = log(sigma) / 4 in `steps` [B], and `labels` [B]."""
-    hidden, colours, half_dim = 4 * channels, x.shape[1], channels // 2
+    hidden, colors, half_dim = 4 * channels, x.shape[1], channels // 2
     frequency = torch.tensor([10_000.0 ** (-i / half_dim) for i in range(half_dim)], dtype=torch.float64)
     angle = steps.double()[:, None] * frequency
     emb = silu(p.linear("map_layer0", torch.cat((angle.cos(), angle.sin()), dim=1), hidden))
@@ -291,7 +291,7 @@ def edm(
         for i in range(blocks + 1):
             joined, outputs = torch.cat((h, hs.pop()), dim=1), channels * multipliers[level]
             h = block(f"dec.{at(level)}_block{i}", joined, outputs, attends=h.shape[2] in attention)
-    return p.conv("out_conv", silu(p.norm("out_norm", h, groups, 1e-5)), colours)
+    return p.conv("out_conv", silu(p.norm("out_norm", h, groups, 1e-5)), colors)
 
 
 # ----------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def ddgan(
     latent_layers: int,
 ) -> Tensor:
     """The image in `x` [B, C, H, H] at `steps` [B] with the latent `z` [B, Z]."""
-    colours, half_dim, root = x.shape[1], channels // 2, math.sqrt(2.0)
+    colors, half_dim, root = x.shape[1], channels // 2, math.sqrt(2.0)
     taps = [1 / 8, 3 / 8, 3 / 8, 1 / 8]
     number = -1
 
@@ -399,4 +399,4 @@ def ddgan(
         if level:
             h = block(h, h.shape[1], "up")
     h = silu(p.norm(module(), h, min(h.shape[1] // 4, 32), 1e-6))
-    return torch.tanh(p.conv(module(), h, colours))
+    return torch.tanh(p.conv(module(), h, colors))

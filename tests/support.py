@@ -21,7 +21,7 @@ from dxmi.algorithms.base import Algorithm, Parts
 from dxmi.data.batch import Batch, Condition, Streams
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.base import StepSchedule
-from dxmi.distributed import Alone
+from dxmi.distributed import SingleProcess
 from dxmi.networks.configs import MlpConfig
 from dxmi.networks.registry import build_critic, build_timed_critic
 from dxmi.optim.optimizer import Optimizer, StepResult
@@ -163,7 +163,7 @@ def descend(optimizer: Optimizer, loss: Callable[[], Tensor]) -> StepResult:
     return optimizer.minimize(lambda _: {"loss": loss().view(1)}, torch.zeros(1, 1), num=1)
 
 
-class FirstOfTwo(Alone):
+class FirstOfTwo(SingleProcess):
     """A worker whose fellow does as it does."""
 
     size = 2

@@ -119,7 +119,7 @@ def test_the_2d_study_has_the_arms_of_the_papers_table():
 
 
 def test_a_separate_value_is_the_only_thing_that_its_arm_changes():
-    """Its energy keeps the optimiser that the shared one has in experiment=digits."""
+    """Its energy keeps the optimizer that the shared one has in experiment=digits."""
     _, found, composed = read("ablation=dxmi_terms", "experiment=digits")
     algorithm = next(arm for arm in found if arm.name == "separate_value").config(composed.experiment).algorithm
     assert algorithm.energy == algorithm.critic == composed.experiment.algorithm.critic

@@ -20,7 +20,7 @@ from dxmi.critics.energy import Energy
 from dxmi.critics.value import SeparateValue, SharedValue
 from dxmi.data.batch import Batch, Streams
 from dxmi.diffusion.schedules.configs import VarScheduleConfig
-from dxmi.diffusion.trajectory import Gaussian, Trajectory
+from dxmi.diffusion.trajectory import GaussianStep, Trajectory
 from dxmi.errors import UserError
 from dxmi.networks.base import Critic, TimedCritic
 from dxmi.networks.configs import MlpConfig
@@ -198,7 +198,7 @@ def test_running_cost_is_a_mean_over_dimensions():
     samples = zip(x.numpy(), x_next.numpy(), variance.numpy(), strict=True)
     by_hand = [np.mean((b - a) ** 2) / (2 * s) for a, b, s in samples]
     cost = RunningCost("transition", variance, 0.9)
-    displacement = cost.displacement(x, x_next, Gaussian(x, variance))
+    displacement = cost.displacement(x, x_next, GaussianStep(x, variance))
     np.testing.assert_allclose(cost(displacement, torch.arange(B)).numpy(), by_hand, rtol=1e-6)
 
 
@@ -266,7 +266,7 @@ def test_energy_metrics_are_the_means_on_data_and_on_samples(make_dxmi, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_l2_a_separate_energy_keeps_its_offset(make_dxmi, kind):
-    """A constant cancels in the loss; any optimiser that scales gradients would move it by their rounding noise."""
+    """A constant cancels in the loss; any optimizer that scales gradients would move it by their rounding noise."""
     settings = OptimizerConfig(kind=kind, lr=0.01)
     dxmi = make_dxmi(DxMIConfig(value="separate", energy_l2=0.0, energy=settings))
     before = parameters(dxmi.value.energy)
@@ -574,7 +574,7 @@ def test_moving_average_starts_as_its_source():
 
 
 # ----------------------------------------------------------------------------
-# Optimisers.
+# Optimizers.
 
 
 def test_gradients_are_clipped_over_network_and_log_sigma_together(make_dxmi):
@@ -782,7 +782,7 @@ Perturbations = dict[str, tuple[dict[str, Any], Any]]
 
 
 def of_optimizer(name: str, context: dict[str, Any]) -> Perturbations:
-    """Perturbations of an optimiser's settings, under the config field `name`."""
+    """Perturbations of an optimizer's settings, under the config field `name`."""
     changes = {
         "kind": "radam",
         "lr": 2e-3,

@@ -18,7 +18,7 @@ from dxmi.algorithms.base import PolicyAlgorithm
 from dxmi.algorithms.registry import ALGORITHMS
 from dxmi.config import build
 from dxmi.data.batch import Batch, Streams
-from dxmi.distributed import ALONE, Workers
+from dxmi.distributed import SINGLE_PROCESS, ProcessGroup
 from dxmi.persistence.checkpoint import Checkpoint
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
@@ -29,7 +29,9 @@ NETWORK = {"kind": "mlp", "hidden": 16, "layers": 3, "embedding": 8}
 PAGE = Path(__file__).parents[1] / "dxmi" / "algorithms" / "README.md"
 
 
-def experiment(kind: str, workers: Workers = ALONE, *, seed: int = 0, classes: int = 0, **changes: Any) -> Experiment:
+def experiment(
+    kind: str, workers: ProcessGroup = SINGLE_PROCESS, *, seed: int = 0, classes: int = 0, **changes: Any
+) -> Experiment:
     network = {**NETWORK, "classes": classes}
     tree: dict[str, Any] = {
         "seed": seed,
@@ -122,7 +124,7 @@ def test_micro_batches_change_nothing_but_rounding(kind):
     require_close(tensors(whole, state), tensors(pieces, other))
 
 
-class Pair(Workers):
+class Pair(ProcessGroup):
     """One of two processes, which are threads here."""
 
     size = 2
@@ -143,11 +145,11 @@ class Pair(Workers):
     def gather(self, block: Tensor) -> list[Tensor]:
         return self._exchange(block)
 
-    def _agree(self, content: bytes) -> bytes:
+    def _broadcast_bytes(self, content: bytes) -> bytes:
         return self._exchange(content)[0]
 
 
-def on_two(work: Callable[[Workers], Any]) -> list[Any]:
+def on_two(work: Callable[[ProcessGroup], Any]) -> list[Any]:
     """What `work` returns in each of two processes."""
     board: dict[int, Any] = {}
     barrier, found = threading.Barrier(2), {}
@@ -166,7 +168,7 @@ def on_two(work: Callable[[Workers], Any]) -> list[Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_do_what_one_does(kind):
-    def work(workers: Workers) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def work(workers: ProcessGroup) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         algorithm, state = start(experiment(kind, workers))
         metrics = advance(algorithm, [state], range(3))
         return {name: value.clone() for name, value in algorithm.state_dict().items()}, metrics

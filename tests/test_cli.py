@@ -166,7 +166,7 @@ def test_the_pictures_labels_are_the_names_of_the_classes(tmp_path, monkeypatch,
         "folder": (["data=imagenet64", f"data.folder={tmp_path / 'images'}", "data.size=8"], {"cats", "dogs"}),
     }[source]
     drawn = []
-    monkeypatch.setattr("tune.cli.runs.save_labelled_grid", lambda *given: drawn.append(given))
+    monkeypatch.setattr("tune.cli.runs.save_labeled_grid", lambda *given: drawn.append(given))
     assert main(["data", *settings, "--grid", str(tmp_path / "grid.png")]) == 0
     ((path, pixels, labels),) = drawn
     assert path == tmp_path / "grid.png"

@@ -16,7 +16,7 @@ from dxmi.data.loading import load
 from dxmi.data.registry import DATA_SETS
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.build import shorten
-from dxmi.diffusion.trajectory import Gaussian
+from dxmi.diffusion.trajectory import GaussianStep
 from dxmi.errors import UserError
 from dxmi.evaluation.config import EvaluateConfig
 from dxmi.evaluation.sampling import Sampling
@@ -26,7 +26,7 @@ from dxmi.networks.pretrained.layouts import to_public
 from dxmi.tensors import decode
 from dxmi.training.build import Experiment
 from dxmi.training.config import NetworksConfig
-from dxmi.training.loading import Trained
+from dxmi.training.loading import LoadedRun
 from dxmi.training.run import labels_text
 from support import TINY, changed, stating, step
 from tune.cli.main import main
@@ -179,7 +179,7 @@ class Perfect(Policy):
         place = torch.rand(len(x), generator=torch.Generator().manual_seed(1))
         rows = [(self.images.labels == label).nonzero()[:, 0] for label in range(2)]
         chosen = [rows[label][int(at * len(rows[label]))] for label, at in zip(condition.labels, place, strict=True)]
-        return Gaussian(decode(self.images.pixels[torch.stack(chosen)]), torch.zeros(len(x)))
+        return GaussianStep(decode(self.images.pixels[torch.stack(chosen)]), torch.zeros(len(x)))
 
 
 def test_perfect_samples_of_nine_to_one_data_score_next_to_nothing(tmp_path):
@@ -259,7 +259,7 @@ def test_a_run_states_its_labels_and_keeps_to_them(tmp_path, capsys, monkeypatch
 
 
 def test_a_label_is_refused_where_the_network_knows_none(make_dxmi):
-    trained = Trained(experiment(), make_dxmi(DxMIConfig()), 0, [])
+    trained = LoadedRun(experiment(), make_dxmi(DxMIConfig()), 0, [])
     with pytest.raises(UserError, match=stating("is 3 … no classes")):
         trained.states(1, None, 0.0, 3)
 

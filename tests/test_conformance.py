@@ -216,13 +216,13 @@ NETWORKS = [
 @pytest.mark.parametrize(("name", "kind", "field"), NETWORKS)
 def test_no_setting_of_a_network_is_dead(name, kind, field):
     config = REGISTRIES[name].config(kind, **SMALL[kind])
-    before, after = (behaviour(name, one) for one in (config, replace(config, **{field: CHANGED[field]})))
+    before, after = (behavior(name, one) for one in (config, replace(config, **{field: CHANGED[field]})))
     assert before.keys() != after.keys() or any(
         value.shape != after[key].shape or not torch.equal(value, after[key]) for key, value in before.items()
     )
 
 
-def behaviour(name: str, config: Any) -> dict[str, Tensor]:
+def behavior(name: str, config: Any) -> dict[str, Tensor]:
     """The weights of a network, and what it computes of two samples."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)

@@ -67,7 +67,7 @@ def test_idx_files_are_read_plain_or_gzipped(mnist_folder):
 
 
 def test_mnist8_is_antialiased_bilinear(mnist_folder):
-    """Pillow's bilinear filter, a second implementation, agrees to one grey level."""
+    """Pillow's bilinear filter, a second implementation, agrees to one gray level."""
     small = load(DATA_SETS.config("mnist8", accept_unknown_files=True)).pixels[:, 0].numpy().astype(int)
     large = read_idx(mnist_folder / "train-images-idx3-ubyte")
     pillow = [np.asarray(Image.fromarray(i).resize((8, 8), Image.Resampling.BILINEAR), dtype=int) for i in large]
@@ -105,7 +105,7 @@ def test_a_damaged_file_is_named(mnist_folder, damage, sentence):
 
 
 @pytest.mark.parametrize("shape", [(0, 28, 28), (NUM_IMAGES, 0, 28), (NUM_IMAGES, 784), (NUM_IMAGES + 1, 28, 28)])
-def test_files_that_hold_no_labelled_images_are_named(mnist_folder, shape):
+def test_files_that_hold_no_labeled_images_are_named(mnist_folder, shape):
     path = mnist_folder / "train-images-idx3-ubyte"
     path.write_bytes(idx_bytes(np.zeros(shape, np.uint8)))
     if shape[0] == 0:

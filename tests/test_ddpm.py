@@ -130,10 +130,10 @@ def test_pretraining_approaches_the_optimal_noise_prediction():
     slope, least = closed_form(LEVELS[k])
     z = np.random.default_rng(0).standard_normal((len(k), n, 2))
     level = LEVELS[k][:, None]
-    centred = np.sqrt(level * VAR + 1.0 - level)[:, None] * z
-    x = centred + (np.sqrt(level) * MU)[:, None]
+    centered = np.sqrt(level * VAR + 1.0 - level)[:, None] * z
+    x = centered + (np.sqrt(level) * MU)[:, None]
     with torch.no_grad():
         embedding = ddpm.average.embed(torch.from_numpy(k)).repeat_interleave(n, 0)
         predicted = ddpm.average(torch.from_numpy(x).float().flatten(0, 1), embedding).double().numpy()
-    excess = np.mean((predicted.reshape(x.shape) - slope[:, None] * centred) ** 2)
+    excess = np.mean((predicted.reshape(x.shape) - slope[:, None] * centered) ** 2)
     assert excess < 0.03 * least.mean()

@@ -16,7 +16,7 @@ from dxmi.networks.pretrained.public_files import read_public
 from dxmi.networks.registry import build_denoiser
 from dxmi.training.build import Experiment
 from dxmi.training.export import export_diffusers
-from dxmi.training.loading import Trained
+from dxmi.training.loading import LoadedRun
 from support import stating
 from tune.config.compose import compose_experiment
 
@@ -156,7 +156,7 @@ def test_a_checkpoint_of_another_model_is_refused():
 # Exports of runs.
 
 
-def trained_run(*settings: str) -> Trained:
+def trained_run(*settings: str) -> LoadedRun:
     """A run of which nothing was trained, with weights that are not zero."""
     config = compose_experiment(["experiment=digits", *settings]).experiment
     experiment = Experiment(config, event=(1, 8, 8))
@@ -167,7 +167,7 @@ def trained_run(*settings: str) -> Trained:
             if not parameter.any():
                 parameter.normal_(0.0, 0.1, generator=generator)
         dxmi.eval_policy.free_log_sigma.add_(0.1)
-    return Trained(experiment, dxmi, 7, [])
+    return LoadedRun(experiment, dxmi, 7, [])
 
 
 NARROW = ["network.denoiser.channels=16", "network.energy.channels=4", "network.value.channels=4"]

@@ -40,7 +40,7 @@ def test_effects_by_hand():
 
 
 def yates(cells: np.ndarray) -> list[float]:
-    """Yates's algorithm (1937): sums and differences of neighbours, once a factor; then the mean is dropped."""
+    """Yates's algorithm (1937): sums and differences of neighbors, once a factor; then the mean is dropped."""
     column = list(cells)
     for _ in range(int(math.log2(len(cells)))):
         pairs = list(zip(column[::2], column[1::2], strict=True))

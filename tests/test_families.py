@@ -136,7 +136,7 @@ def test_the_exact_network_is_where_pretraining_ends():
 
 
 class EdmGaussianWithWeight(EdmGaussian):
-    """With a parameter, as an optimiser needs it, that changes nothing."""
+    """With a parameter, as an optimizer needs it, that changes nothing."""
 
     def __init__(self, mu: float, v: float) -> None:
         super().__init__(mu, v)

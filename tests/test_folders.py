@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from dxmi.config import build
-from dxmi.data.dataset import BatchStream, content_signature, labelled_signature
+from dxmi.data.dataset import BatchStream, content_signature, labeled_signature
 from dxmi.data.folders import central_square, list_images, open_folder, read_square
 from dxmi.data.images import LOADERS
 from dxmi.data.loading import load
 from dxmi.data.registry import DATA_SETS
-from dxmi.distributed import ALONE
+from dxmi.distributed import SINGLE_PROCESS
 from dxmi.errors import UserError
 from dxmi.seeds import generator
 from dxmi.training.build import Experiment
@@ -104,14 +104,14 @@ def halved(pixels: np.ndarray) -> np.ndarray:
     return ((narrow[::2] + narrow[1::2] + 1) // 2).astype(np.uint8)
 
 
-def test_powers_of_two_are_means_of_neighbours(tmp_path):
+def test_powers_of_two_are_means_of_neighbors(tmp_path):
     save(tmp_path / "a.png", noise(32, 32))
     expected = halved(halved(noise(32, 32)))
     assert np.array_equal(read_square(tmp_path / "a.png", 8), expected.transpose(2, 0, 1))
 
 
 def test_the_last_resize_is_bicubic_with_antialiasing(tmp_path):
-    """PyTorch's filter, a second implementation, agrees to one grey level; its a is -0.5 with antialiasing, too."""
+    """PyTorch's filter, a second implementation, agrees to one gray level; its a is -0.5 with antialiasing, too."""
     save(tmp_path / "a.png", noise(20, 20))
     found = read_square(tmp_path / "a.png", 12).astype(int)
     pixels = torch.from_numpy(noise(20, 20)).permute(2, 0, 1)[None].float()
@@ -127,12 +127,12 @@ def test_the_square_is_the_central_one():
     assert np.asarray(central_square(Image.fromarray(rows), 8))[:, 0, 0].tolist() == list(range(6, 14))
 
 
-def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
-    grey = Image.fromarray(noise(8, 8)[:, :, 0])
-    grey.save(tmp_path / "grey.png")
-    grey.convert("P").save(tmp_path / "palette.png")
+def test_gray_palette_and_transparent_images_become_rgb(tmp_path):
+    gray = Image.fromarray(noise(8, 8)[:, :, 0])
+    gray.save(tmp_path / "gray.png")
+    gray.convert("P").save(tmp_path / "palette.png")
     Image.fromarray(np.dstack([noise(8, 8), np.full((8, 8), 7, np.uint8)])).save(tmp_path / "clear.png")
-    for name in ("grey", "palette", "clear"):
+    for name in ("gray", "palette", "clear"):
         assert read_square(tmp_path / f"{name}.png", 8).shape == (3, 8, 8)
     on_white = 255.0 + (noise(8, 8).astype(float) - 255.0) * 7.0 / 255.0
     assert np.abs(read_square(tmp_path / "clear.png", 8) - on_white.transpose(2, 0, 1)).max() < 1.0
@@ -158,7 +158,7 @@ def test_the_map_holds_every_image_in_order_with_its_label(imagenet, tmp_path):
     assert torch.equal(mapped.pixels, squares)
     assert torch.equal(mapped.labels, listing.labels)
     assert (mapped.num_classes, mapped.classes) == (2, listing.classes)
-    assert mapped.signature == labelled_signature(content_signature(squares), listing.labels, listing.classes)
+    assert mapped.signature == labeled_signature(content_signature(squares), listing.labels, listing.classes)
     manifest = json.loads(next((tmp_path / "cache").glob("*.json")).read_text())
     assert manifest["classes"] == ["n01440764", "n01443537"]
 
@@ -468,7 +468,7 @@ def test_a_run_says_what_was_left_out_once_and_keeps_it_in_its_summary(pets, tmp
     said = []
     settings = [f"data.folder={pets}", "data.size=8", "network=mlp_small", "network.denoiser.classes=0"]
     config = compose_experiment(["data=imagenet64", *settings, "resources.device=cpu"]).experiment
-    run = SimpleNamespace(config=config, reporter=RunReporter(said.append, ALONE))
+    run = SimpleNamespace(config=config, reporter=RunReporter(said.append, SINGLE_PROCESS))
     Run._note(run, Experiment(config).data.notes, of_data=True)
     (event,) = said
     assert event.of_data

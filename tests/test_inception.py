@@ -116,12 +116,12 @@ def test_other_scores_are_those_of_torch_fidelitys_front_door(weights):
     assert inception_score(ours.logits, 7) == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
 
 
-def test_features_do_not_depend_on_their_batch_and_grey_is_three_equal_channels(weights, monkeypatch):
+def test_features_do_not_depend_on_their_batch_and_gray_is_three_equal_channels(weights, monkeypatch):
     network = load_inception(weights, CPU)
-    grey = pixels(3, channels=1)
-    whole = network(grey)
+    gray = pixels(3, channels=1)
+    whole = network(gray)
     monkeypatch.setitem(inception._PIECE, "cpu", 2)
-    split = network(grey.expand(-1, 3, -1, -1))
+    split = network(gray.expand(-1, 3, -1, -1))
     torch.testing.assert_close(split.pool, whole.pool, rtol=1e-4, atol=1e-6)
     assert (whole.pool.shape, whole.logits.shape) == ((3, 2048), (3, 1008))
 

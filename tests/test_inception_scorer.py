@@ -14,7 +14,7 @@ from torch import Tensor
 from dxmi.data.images import Images
 from dxmi.data.loading import load
 from dxmi.data.registry import DATA_SETS
-from dxmi.distributed import Workers
+from dxmi.distributed import ProcessGroup
 from dxmi.errors import UserError
 from dxmi.evaluation import scorers
 from dxmi.evaluation.config import EvaluateConfig
@@ -94,7 +94,7 @@ def test_what_a_step_raises_ends_the_features_of_the_data_and_of_the_samples(net
     assert (len(list((tmp_path / "features").glob("*.cached"))) == 0) == (after == 1)
 
 
-class Rank(Workers):
+class Rank(ProcessGroup):
     """One of several workers that are threads of this process."""
 
     def __init__(self, rank: int, size: int, shared: list[Any], barrier: threading.Barrier) -> None:
@@ -115,11 +115,11 @@ class Rank(Workers):
         assert len({one.shape for one in blocks}) == 1
         return blocks
 
-    def _agree(self, content: bytes) -> bytes:
+    def _broadcast_bytes(self, content: bytes) -> bytes:
         return self._exchanged(content)[0]
 
 
-def together(size: int, work: Callable[[Workers], Any]) -> list[Any]:
+def together(size: int, work: Callable[[ProcessGroup], Any]) -> list[Any]:
     """What each of several workers makes of the same work."""
     shared, barrier, results = [None] * size, threading.Barrier(size), [None] * size
 
@@ -154,8 +154,8 @@ def test_every_score_is_that_of_its_definition(network, make_policy, tmp_path):
     def drawn(what: str) -> int:
         return int(torch.randint(2**31, (), generator=generator(0, f"report/{what}")))
 
-    neighbours = scorers._some_rows(real.pool, 20, generator(0, "report/neighbours"))
-    precision, recall = precision_recall(fake.pool, neighbours)
+    neighbors = scorers._some_rows(real.pool, 20, generator(0, "report/neighbours"))
+    precision, recall = precision_recall(fake.pool, neighbors)
     expected = {
         "eval/fid_20": frechet_distance(fake.pool.double(), real.pool.double()),
         "eval/kid": kernel_distance(
@@ -223,14 +223,14 @@ def test_workers_share_samples_and_features(network, make_policy, tmp_path, monk
     config = EvaluateConfig(num_samples=20, batch_size=8, kid_subsets=3, kid_subset_size=10, features="inception")
     sampling = Sampling(make_policy(event=(1, 4, 4)), "report")
 
-    def scored(workers: Workers) -> dict[str, float]:
+    def scored(workers: ProcessGroup) -> dict[str, float]:
         return InceptionScorer(images(), config, tmp_path / "group", CPU, workers).full_evaluation(sampling).values
 
     values = together(size, scored)
     alone = InceptionScorer(images(), config, tmp_path / "alone", CPU).full_evaluation(sampling).values
     assert all(one == pytest.approx(alone, rel=1e-6) for one in values)
 
-    def measured(workers: Workers) -> Tensor:
+    def measured(workers: ProcessGroup) -> Tensor:
         shared = Sampling(sampling.policy, "report", workers=workers)
         return measure(shared, num, config, lambda pixels, _: network(pixels).pool if len(pixels) else pixels).features
 

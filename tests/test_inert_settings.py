@@ -34,7 +34,7 @@ NO_CONTROL = {"algorithm.entropy_coef": 0.0, "algorithm.cost_coef": 0.0}
 
 
 def of_optimizer(group: str, context: Settings) -> list[tuple[Settings, str, Any]]:
-    """Changes of an optimiser's settings that do something; among them those that act late or only sometimes."""
+    """Changes of an optimizer's settings that do something; among them those that act late or only sometimes."""
     late = {**context, f"{group}.warmup": 380 if group == "pretrain.optimizer" else 900}
     settled = {**context, f"{group}.decay": "linear"}
     radam = {**context, f"{group}.kind": "radam"}

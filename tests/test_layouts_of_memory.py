@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dxmi.distributed import Alone
+from dxmi.distributed import SingleProcess
 from dxmi.errors import UserError
 from dxmi.optim.config import KINDS, OptimizerConfig
 from dxmi.optim.optimizer import Optimizer
@@ -13,7 +13,7 @@ from dxmi.tensors import laid_out_as, pack, unpack
 from support import descend, stating
 
 
-class RowMajor(Alone):
+class RowMajor(SingleProcess):
     """Sums as those of a group are: views of one bucket."""
 
     def sum(self, tensors: list[Tensor]) -> list[Tensor]:

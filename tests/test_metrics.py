@@ -136,15 +136,15 @@ def test_kernel_distance_of_equal_distributions_is_zero_on_average():
 
 
 def brute_force(generated: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """Fractions within the other set's balls, whose radius is the distance to the third neighbour."""
+    """Fractions within the other set's balls, whose radius is the distance to the third neighbor."""
 
-    def covered(points: np.ndarray, centres: np.ndarray) -> float:
+    def covered(points: np.ndarray, centers: np.ndarray) -> float:
         radii = []
-        for i, centre in enumerate(centres):
-            others = np.delete(centres, i, axis=0)
-            radii.append(sorted(np.linalg.norm(others - centre, axis=1))[2])
+        for i, center in enumerate(centers):
+            others = np.delete(centers, i, axis=0)
+            radii.append(sorted(np.linalg.norm(others - center, axis=1))[2])
         inside = [
-            any(np.linalg.norm(p - c) <= radius for c, radius in zip(centres, radii, strict=True)) for p in points
+            any(np.linalg.norm(p - c) <= radius for c, radius in zip(centers, radii, strict=True)) for p in points
         ]
         return float(np.mean(inside))
 
@@ -159,8 +159,8 @@ def test_precision_and_recall_equal_brute_force_on_unequal_sets(seed):
     assert expected[0] > expected[1]  # a narrow set is precise and recalls little: the two are not swapped
 
 
-def test_too_few_samples_to_have_a_third_neighbour_are_refused():
-    """Precision and recall need three neighbours besides the sample itself."""
+def test_too_few_samples_to_have_a_third_neighbor_are_refused():
+    """Precision and recall need three neighbors besides the sample itself."""
     scores = precision_recall(normal(4, 2), normal(4, 2, seed=1))
     assert all(0.0 <= score <= 1.0 for score in scores)
     with pytest.raises(ValueError, match="num_samples is 3"):

@@ -76,7 +76,7 @@ def test_the_cifar_generator_has_the_size_of_its_shapes():
 
 
 def test_the_latent_matters_and_its_length_does_not():
-    """It is normalised first."""
+    """It is normalized first."""
     network, x, z = make(SMALL).double(), random(2, *EVENT).double(), random(2, 5).double()
     step = network.embed(torch.tensor([3.0]))
     one, twice, other = (network(x, step + network.embed_latent(a)) for a in (z, 2.0 * z, -z))

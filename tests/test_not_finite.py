@@ -13,7 +13,7 @@ from torch import Tensor
 from dxmi.critics.energy import Energy
 from dxmi.data.configs import Gaussians8Config
 from dxmi.data.planar import Points, load_points
-from dxmi.distributed import Alone, Workers
+from dxmi.distributed import ProcessGroup, SingleProcess
 from dxmi.errors import DivergedError, UserError
 from dxmi.evaluation.config import REPORT, EvaluateConfig
 from dxmi.evaluation.sampling import Sampling, generate, generate_states, measure
@@ -27,7 +27,7 @@ from dxmi.networks.pretrained.layouts import to_public
 from dxmi.persistence import checkpoint
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.build import Experiment
-from dxmi.training.loading import load_trained
+from dxmi.training.loading import load_run
 from dxmi.training.progress import Progress
 from dxmi.training.run import train
 from dxmi.training.schema import config_tree, read_config
@@ -86,8 +86,8 @@ def test_a_model_that_was_never_fine_tuned_points_at_pretraining(make_policy):
         generate(Sampling(policy, REPORT, source="the 5-step reference"), 8, CONFIG)
 
 
-class _SecondIsBroken(Alone):
-    """One of two workers, whose neighbour has drawn samples that are not finite."""
+class _SecondIsBroken(SingleProcess):
+    """One of two workers, whose neighbor has drawn samples that are not finite."""
 
     size = 2
 
@@ -101,7 +101,7 @@ def test_all_workers_hear_of_another_ones_samples(make_policy):
             DRAW[draw](Sampling(make_policy(event=(2,)), REPORT, workers=_SecondIsBroken(), step=1))
 
 
-class _Pair(Workers):
+class _Pair(ProcessGroup):
     """Two workers of which the first is here."""
 
     rank, size = 0, 2
@@ -112,7 +112,7 @@ class _Pair(Workers):
     def gather(self, block):
         return [block, block]
 
-    def _agree(self, content: bytes) -> bytes:
+    def _broadcast_bytes(self, content: bytes) -> bytes:
         return content
 
 
@@ -121,7 +121,7 @@ def test_what_diverges_on_the_first_worker_diverges_on_all():
         raise DivergedError(3, "eval/fid_x", math.nan, "a sentence")
 
     with pytest.raises(DivergedError, match="a sentence") as diverged:
-        _Pair().on_first(action)
+        _Pair().on_rank_zero(action)
     again = pickle.loads(pickle.dumps(diverged.value))
     assert (again.step, again.metric, str(again)) == (3, "eval/fid_x", "a sentence")
 
@@ -208,7 +208,7 @@ def test_weights_of_a_checkpoint_that_are_not_finite_are_never_sampled_from(fini
     algorithm = {**whole.groups["algorithm"], name: torch.full_like(whole.groups["algorithm"][name], math.nan)}
     checkpoint.save(tmp_path / "checkpoints", 0, {**whole.groups, "algorithm": algorithm}, whole.meta)
     with pytest.raises(DivergedError, match=f"in {name}"):
-        load_trained(RunDirectory(tmp_path), read_config(config_tree(short().config)), "best")
+        load_run(RunDirectory(tmp_path), read_config(config_tree(short().config)), "best")
 
 
 def test_a_finished_run_says_that_its_data_have_changed(finished, monkeypatch):
@@ -227,7 +227,7 @@ def test_a_finished_run_says_that_its_data_have_changed(finished, monkeypatch):
     notes.clear()
     train(short(), out=finished, report=report)
     assert notes == []
-    trained = load_trained(RunDirectory(finished), read_config(config_tree(short().config)), "best")
+    trained = load_run(RunDirectory(finished), read_config(config_tree(short().config)), "best")
     trained.experiment.__dict__["data"] = again.data
     with pytest.raises(UserError, match="0123456789ab"):
         trained.scores(None, None, 0.0)

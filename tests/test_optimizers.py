@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dxmi.distributed import Alone
+from dxmi.distributed import SingleProcess
 from dxmi.optim.config import KINDS, OptimizerConfig
 from dxmi.optim.moving_average import MovingAverage
 from dxmi.optim.optimizer import Optimizer
@@ -64,7 +64,7 @@ def test_micro_batches_change_rounding_only(kind, accumulate):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-class Adding(Alone):
+class Adding(SingleProcess):
     """A process with another that has the remaining rows: adds what the other computed."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Adding(Alone):
         return [a + b for a, b in zip(tensors, self.others, strict=True)]
 
 
-class Recording(Alone):
+class Recording(SingleProcess):
     """Keeps what a process would send."""
 
     def sum(self, tensors: list[Tensor]) -> list[Tensor]:

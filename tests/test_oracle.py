@@ -23,7 +23,7 @@ from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.base import StepSchedule
 from dxmi.diffusion.schedules.build import shorten
 from dxmi.diffusion.schedules.configs import VarScheduleConfig
-from dxmi.diffusion.trajectory import Gaussian
+from dxmi.diffusion.trajectory import GaussianStep
 from dxmi.networks.base import Critic, Denoiser, TimedCritic
 from dxmi.optim.config import OptimizerConfig, PolicyOptimizerConfig
 from support import make_parts, update
@@ -92,7 +92,7 @@ def test_the_constants_are_designs_and_the_units_of_entropy_differ_by_a_constant
 def control(x: Tensor, x_next: Tensor, log_sigma: Tensor) -> Tensor:
     """The control cost of steps [B, 1], as the algorithm composes it."""
     first, running = slice(0, 1), RunningCost("transition", torch.tensor([S2], dtype=torch.float64), 1.0)
-    cost = running(running.displacement(x, x_next, Gaussian(x, log_sigma.exp())), first)
+    cost = running(running.displacement(x, x_next, GaussianStep(x, log_sigma.exp())), first)
     return ControlCost((1.0,), W, TAU, num_steps=1)(cost, log_sigma, first)
 
 

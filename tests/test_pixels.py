@@ -16,8 +16,8 @@ from support import stating
 SIDE = 8
 RAMP = np.linspace(0.0, 1.0, SIDE * SIDE).reshape(SIDE, SIDE)
 """Shares of white."""
-GREY = (RAMP * 255).round().astype(np.uint8)
-COLOURS = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+GRAY = (RAMP * 255).round().astype(np.uint8)
+COLORS = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
 ALPHA = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
 
 
@@ -38,7 +38,7 @@ def opened(path: Path) -> tuple[np.ndarray, frozenset[str]]:
     return np.asarray(rgb).astype(int), done
 
 
-def grey(shares: np.ndarray) -> np.ndarray:
+def gray(shares: np.ndarray) -> np.ndarray:
     """RGB from shares of white."""
     return np.repeat((shares * 255)[..., None], 3, axis=2)
 
@@ -52,28 +52,28 @@ def test_16_bits_of_either_order_are_scaled_from_65535(mode):
     order = ">" if mode == "I;16B" else "<"
     raw = (RAMP * 65535).round().astype(f"{order}u2").tobytes()
     image = Image.frombytes(mode, (SIDE, SIDE), raw)
-    assert np.abs(converted(image) - grey(RAMP)).max() <= 0.51
+    assert np.abs(converted(image) - gray(RAMP)).max() <= 0.51
     assert to_rgb(image)[1] == {DEEP}
 
 
-def test_a_16_bit_grey_png_keeps_its_mean(tmp_path):
+def test_a_16_bit_gray_png_keeps_its_mean(tmp_path):
     """The reported case: clipped, it became nearly white."""
     path = saved(tmp_path / "a.png", Image.fromarray((RAMP * 65535).round().astype(np.uint16)))
     square = read_square(path, SIDE)
     assert square.mean() == pytest.approx(127.5, abs=0.1)
-    assert np.abs(square - grey(RAMP).transpose(2, 0, 1)).max() <= 0.51
+    assert np.abs(square - gray(RAMP).transpose(2, 0, 1)).max() <= 0.51
 
 
 def test_a_16_bit_pgm_and_a_tiff_of_12_bits_are_scaled_from_their_own_largest(tmp_path):
     words = (RAMP * 65535).round().astype(">u2")
     (tmp_path / "a.pgm").write_bytes(b"P5 8 8 65535\n" + words.tobytes())
-    assert np.abs(opened(tmp_path / "a.pgm")[0] - grey(RAMP)).max() <= 0.51
+    assert np.abs(opened(tmp_path / "a.pgm")[0] - gray(RAMP)).max() <= 0.51
     small = (RAMP * 1023).round().astype(">u2")
     (tmp_path / "b.pgm").write_bytes(b"P5 8 8 1023\n" + small.tobytes())
-    assert np.abs(opened(tmp_path / "b.pgm")[0] - grey(RAMP)).max() <= 0.51
+    assert np.abs(opened(tmp_path / "b.pgm")[0] - gray(RAMP)).max() <= 0.51
     image = Image.fromarray((RAMP * 4095).round().astype(np.uint16))
     image.tag_v2 = {258: (12,)}
-    assert np.abs(converted(image) - grey(RAMP)).max() <= 0.51
+    assert np.abs(converted(image) - gray(RAMP)).max() <= 0.51
 
 
 def test_a_16_bit_tiff_whose_zero_is_white_is_turned_round(tmp_path):
@@ -84,28 +84,28 @@ def test_a_16_bit_tiff_whose_zero_is_white_is_turned_round(tmp_path):
     with Image.open(path) as image:
         assert image.mode == "I;16"
         zero_is_white = image.tag_v2[262] == 0
-    assert np.abs(opened(path)[0] - grey(1.0 - RAMP if zero_is_white else RAMP)).max() <= 0.51
+    assert np.abs(opened(path)[0] - gray(1.0 - RAMP if zero_is_white else RAMP)).max() <= 0.51
     deep.tag_v2 = info
-    assert np.abs(converted(deep) - grey(1.0 - RAMP)).max() <= 0.51
+    assert np.abs(converted(deep) - gray(1.0 - RAMP)).max() <= 0.51
 
 
-def png16(colour_type: int, samples: np.ndarray) -> bytes:
-    """A PNG of 16 bits a sample, [H, W, C], written by hand: Pillow writes none in colour."""
+def png16(color_type: int, samples: np.ndarray) -> bytes:
+    """A PNG of 16 bits a sample, [H, W, C], written by hand: Pillow writes none in color."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
-    header = struct.pack(">IIBBBBB", samples.shape[1], samples.shape[0], 16, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", samples.shape[1], samples.shape[0], 16, color_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (6, 4), (4, 2)], ids=["RGB", "RGBA", "LA"])
-def test_16_bit_colours_keep_their_upper_byte(tmp_path, colour_type, channels):
+@pytest.mark.parametrize(("color_type", "channels"), [(2, 3), (6, 4), (4, 2)], ids=["RGB", "RGBA", "LA"])
+def test_16_bit_colors_keep_their_upper_byte(tmp_path, color_type, channels):
     samples = np.random.default_rng(0).integers(0, 65536, (SIDE, SIDE, channels))
     if channels != 3:
         samples[..., -1] = 65535
-    (tmp_path / "a.png").write_bytes(png16(colour_type, samples))
+    (tmp_path / "a.png").write_bytes(png16(color_type, samples))
     expected = samples[..., :3] // 256 if channels != 2 else np.repeat(samples[..., :1] // 256, 3, axis=2)
     assert np.array_equal(opened(tmp_path / "a.png")[0], expected)
 
@@ -113,7 +113,7 @@ def test_16_bit_colours_keep_their_upper_byte(tmp_path, colour_type, channels):
 def test_floats_are_shares_of_white(tmp_path):
     path = saved(tmp_path / "a.tif", Image.fromarray(RAMP.astype(np.float32)))
     found, done = opened(path)
-    assert np.abs(found - grey(RAMP)).max() <= 0.51
+    assert np.abs(found - gray(RAMP)).max() <= 0.51
     assert done == {DEEP}
 
 
@@ -144,32 +144,32 @@ def test_a_mode_without_a_known_range_is_refused_by_its_name():
 
 
 def test_modes_without_alpha_are_as_pillow_converts_them(tmp_path):
-    assert np.array_equal(converted(Image.fromarray(COLOURS)), COLOURS)
-    assert np.array_equal(converted(Image.fromarray(GREY)), np.repeat(GREY[..., None], 3, axis=2))
-    bits = Image.fromarray((GREY > 127).astype(np.uint8) * 255).convert("1")
-    assert np.array_equal(converted(bits)[..., 0], np.where(GREY > 127, 255, 0))
-    assert np.array_equal(converted(Image.fromarray(COLOURS).convert("CMYK")), COLOURS)
-    padded = Image.frombytes("RGBX", (SIDE, SIDE), np.dstack([COLOURS, ALPHA]).tobytes())
-    assert np.array_equal(converted(padded), COLOURS)
+    assert np.array_equal(converted(Image.fromarray(COLORS)), COLORS)
+    assert np.array_equal(converted(Image.fromarray(GRAY)), np.repeat(GRAY[..., None], 3, axis=2))
+    bits = Image.fromarray((GRAY > 127).astype(np.uint8) * 255).convert("1")
+    assert np.array_equal(converted(bits)[..., 0], np.where(GRAY > 127, 255, 0))
+    assert np.array_equal(converted(Image.fromarray(COLORS).convert("CMYK")), COLORS)
+    padded = Image.frombytes("RGBX", (SIDE, SIDE), np.dstack([COLORS, ALPHA]).tobytes())
+    assert np.array_equal(converted(padded), COLORS)
     for mode, error in (("YCbCr", 3), ("HSV", 8)):
-        assert np.abs(converted(Image.fromarray(COLOURS).convert(mode)) - COLOURS).max() <= error
+        assert np.abs(converted(Image.fromarray(COLORS).convert(mode)) - COLORS).max() <= error
 
 
-def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+def on_white(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     share = alpha[..., None] / 255.0
-    return colours * share + 255.0 * (1.0 - share)
+    return colors * share + 255.0 * (1.0 - share)
 
 
 def test_transparency_is_composited_on_white():
-    """A colour that is hidden stays hidden."""
-    rgba = Image.fromarray(np.dstack([COLOURS, ALPHA]))
-    grey_alpha = Image.merge("LA", (Image.fromarray(GREY), Image.fromarray(ALPHA)))
-    colours, greys = on_white(COLOURS, ALPHA), on_white(np.repeat(GREY[..., None], 3, axis=2), ALPHA)
+    """A color that is hidden stays hidden."""
+    rgba = Image.fromarray(np.dstack([COLORS, ALPHA]))
+    gray_alpha = Image.merge("LA", (Image.fromarray(GRAY), Image.fromarray(ALPHA)))
+    colors, grays = on_white(COLORS, ALPHA), on_white(np.repeat(GRAY[..., None], 3, axis=2), ALPHA)
     for image, expected, error in (
-        (rgba, colours, 1.0),
-        (grey_alpha, greys, 1.0),
-        (rgba.convert("RGBa"), colours, 1.5),
-        (grey_alpha.convert("La"), greys, 1.5),
+        (rgba, colors, 1.0),
+        (gray_alpha, grays, 1.0),
+        (rgba.convert("RGBa"), colors, 1.5),
+        (gray_alpha.convert("La"), grays, 1.5),
     ):
         found, done = to_rgb(image)
         assert done == {TRANSPARENT}, image.mode
@@ -177,8 +177,8 @@ def test_transparency_is_composited_on_white():
 
 
 def test_palettes_with_transparency_are_composited_too(tmp_path):
-    """By a colour of the palette, by an alpha for each, and by a channel beside it."""
-    palette = Image.fromarray(GREY).quantize(4)
+    """By a color of the palette, by an alpha for each, and by a channel beside it."""
+    palette = Image.fromarray(GRAY).quantize(4)
     index, clear = np.asarray(palette), int(np.asarray(palette)[0, 0])
     opaque = np.asarray(palette.convert("RGB")).astype(int)
     expected = np.where((index == clear)[..., None], 255, opaque)
@@ -194,23 +194,23 @@ def test_palettes_with_transparency_are_composited_too(tmp_path):
     assert np.array_equal(converted(beside), expected)
 
 
-def test_a_transparent_colour_of_a_plain_png_becomes_white(tmp_path):
-    colour = tuple(int(value) for value in COLOURS[0, 0])
-    found, done = opened(saved(tmp_path / "a.png", Image.fromarray(COLOURS), transparency=colour))
+def test_a_transparent_color_of_a_plain_png_becomes_white(tmp_path):
+    color = tuple(int(value) for value in COLORS[0, 0])
+    found, done = opened(saved(tmp_path / "a.png", Image.fromarray(COLORS), transparency=color))
     assert found[0, 0].tolist() == [255, 255, 255]
-    assert np.array_equal(found[1:], COLOURS[1:])
+    assert np.array_equal(found[1:], COLORS[1:])
     assert done == {TRANSPARENT}
     words = (RAMP * 65535).round().astype(np.uint16)
     found, done = opened(saved(tmp_path / "b.png", Image.fromarray(words), transparency=int(words[0, 0])))
     assert found[0, 0].tolist() == [255, 255, 255]
-    assert np.abs(found[1:] - grey(RAMP)[1:]).max() <= 0.51
+    assert np.abs(found[1:] - gray(RAMP)[1:]).max() <= 0.51
     assert done == {TRANSPARENT, DEEP}
 
 
 def test_an_alpha_that_hides_nothing_is_no_transparency():
-    opaque = Image.fromarray(np.dstack([COLOURS, np.full((SIDE, SIDE), 255, np.uint8)]))
+    opaque = Image.fromarray(np.dstack([COLORS, np.full((SIDE, SIDE), 255, np.uint8)]))
     found, done = to_rgb(opaque)
-    assert np.array_equal(np.asarray(found), COLOURS)
+    assert np.array_equal(np.asarray(found), COLORS)
     assert not done
 
 
@@ -235,7 +235,7 @@ UPRIGHT = {
 def test_an_image_is_turned_upright_as_exif_says(tmp_path, orientation, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored = COLOURS[:6]
+    stored = COLORS[:6]
     options = {"lossless": True} if suffix == "webp" else {}
     found, done = opened(saved(tmp_path / f"a.{suffix}", Image.fromarray(stored), exif=exif, **options))
     assert np.array_equal(found, UPRIGHT[orientation](stored))
@@ -245,17 +245,17 @@ def test_an_image_is_turned_upright_as_exif_says(tmp_path, orientation, suffix):
 def test_broken_metadata_and_orientations_that_are_none_change_nothing(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 77
-    assert np.array_equal(opened(saved(tmp_path / "a.png", Image.fromarray(COLOURS), exif=exif))[0], COLOURS)
-    path = saved(tmp_path / "b.png", Image.fromarray(COLOURS), exif=b"Exif\0\0II*\0\xff\xff\xff\xff rubbish")
-    assert np.array_equal(opened(path)[0], COLOURS)
+    assert np.array_equal(opened(saved(tmp_path / "a.png", Image.fromarray(COLORS), exif=exif))[0], COLORS)
+    path = saved(tmp_path / "b.png", Image.fromarray(COLORS), exif=b"Exif\0\0II*\0\xff\xff\xff\xff rubbish")
+    assert np.array_equal(opened(path)[0], COLORS)
 
 
 @pytest.mark.parametrize("suffix", ["gif", "tif", "png", "webp"])
 def test_of_several_frames_the_first_is_taken(tmp_path, suffix):
-    first, second = Image.fromarray(GREY), Image.fromarray(255 - GREY)
+    first, second = Image.fromarray(GRAY), Image.fromarray(255 - GRAY)
     options = {"lossless": True} if suffix == "webp" else {}
     found, done = opened(saved(tmp_path / f"a.{suffix}", first, save_all=True, append_images=[second], **options))
-    assert np.array_equal(found, np.repeat(GREY[..., None], 3, axis=2))
+    assert np.array_equal(found, np.repeat(GRAY[..., None], 3, axis=2))
     assert done == {FRAMES}
 
 
@@ -265,8 +265,8 @@ def test_files_that_were_changed_are_counted_with_the_first_name(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     for name in ("a", "b"):
-        saved(folder / f"{name}.png", Image.fromarray(np.dstack([COLOURS, ALPHA])))
-    saved(folder / "c.png", Image.fromarray(COLOURS), exif=exif)
+        saved(folder / f"{name}.png", Image.fromarray(np.dstack([COLORS, ALPHA])))
+    saved(folder / "c.png", Image.fromarray(COLORS), exif=exif)
     expected = (f"{TRANSPARENT}: 2 (first: a.png)", f"{TURNED}: 1 (first: c.png)")
     for _ in range(2):  # made, then found
         assert open_folder(folder, SIDE, class_folders=False, cache=tmp_path / "cache").notes == expected

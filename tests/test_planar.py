@@ -61,8 +61,8 @@ def test_density_of_the_eight_gaussians_is_the_mixture():
     points = drawn("gaussians8", 20)
     found = DISTRIBUTIONS["gaussians8"].log_density(points).exp().tolist()
     for (x, y), density in zip(points.tolist(), found, strict=True):
-        centres = [(R * math.cos(k * math.pi / 4), R * math.sin(k * math.pi / 4)) for k in range(8)]
-        by_hand = np.mean([norm.pdf(x, a, S) * norm.pdf(y, b, S) for a, b in centres])
+        centers = [(R * math.cos(k * math.pi / 4), R * math.sin(k * math.pi / 4)) for k in range(8)]
+        by_hand = np.mean([norm.pdf(x, a, S) * norm.pdf(y, b, S) for a, b in centers])
         assert density == pytest.approx(by_hand, rel=1e-6)
 
 
@@ -237,7 +237,7 @@ def test_what_the_exact_density_can_reach():
 
 
 # ----------------------------------------------------------------------------
-# The normalised energy.
+# The normalized energy.
 
 WIDE = square_grid(8.0, 200)
 

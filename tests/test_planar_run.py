@@ -20,8 +20,8 @@ from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.build import Experiment
 from dxmi.training.progress import Phase
 from dxmi.training.run import train
-from dxmi.visualization.galleries import ImageGallery, PlanarGallery, build_gallery
 from dxmi.visualization.planar import energy_figure, samples_figure, shown_times, steps_figure, values_figure
+from dxmi.visualization.visualizers import ImageVisualizer, PlanarVisualizer, build_visualizer
 from tune.cli.main import main
 from tune.config.compose import compose_experiment
 
@@ -217,9 +217,9 @@ def log_density(name: str) -> torch.Tensor:
     return DISTRIBUTIONS[name].log_density(square_grid(SQUARE, CELLS)).view(CELLS, CELLS).T
 
 
-def test_the_name_of_the_data_chooses_the_gallery():
-    assert isinstance(build_gallery("digits"), ImageGallery)
-    assert isinstance(build_gallery("checkerboard"), PlanarGallery)
+def test_the_name_of_the_data_chooses_the_visualizer():
+    assert isinstance(build_visualizer("digits"), ImageVisualizer)
+    assert isinstance(build_visualizer("checkerboard"), PlanarVisualizer)
 
 
 def test_samples_out_of_view_are_counted():
@@ -280,5 +280,5 @@ def test_an_energy_is_drawn_beside_the_exact_one_even_if_it_is_flat(name):
 
 def test_the_value_of_every_step_is_drawn(tmp_path):
     critic = build_critic(MlpConfig(hidden=8, layers=2, embedding=4), (2,), torch.Generator().manual_seed(0))
-    PlanarGallery(DISTRIBUTIONS["moons"]).draw_value(tmp_path, SharedValue(Energy(critic)), 3)
+    PlanarVisualizer(DISTRIBUTIONS["moons"]).draw_value(tmp_path, SharedValue(Energy(critic)), 3)
     assert {path.name for path in tmp_path.iterdir()} == {"values.png", "energy.png"}

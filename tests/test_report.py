@@ -37,7 +37,7 @@ from tune.config.compose import compose_experiment
 from tune.config.sweep import BudgetConfig, ObjectiveConfig, SamplerConfig, SweepConfig
 from tune.plans.sweep import Plan
 from tune.reporting import samples as pictures
-from tune.reporting.figures import Reference, importance_obstacle, importances, references, study_figures
+from tune.reporting.figures import StudyReference, importance_obstacle, importances, references, study_figures
 from tune.reporting.html import sha256_base64, write_report
 from tune.reporting.samples import sample_matrix
 from tune.reporting.sentences import course_sentences, result_sentences
@@ -900,9 +900,9 @@ def test_references_are_lines_only_where_all_trials_share_them(made):
     steps = {record.values["schedule.num_steps"] for record in sweep.records}
     assert len(steps) > 1
     assert references(sweep.records) == [
-        Reference("1000 steps (DDPM, small variance)", 5.5, 5.5, True, Role.FULL, (1000, 1000)),
-        Reference("T steps (DDIM, trailing)", 3.36, 3.36, False, Role.FEW, (min(steps), max(steps))),
-        Reference(
+        StudyReference("1000 steps (DDPM, small variance)", 5.5, 5.5, True, Role.FULL, (1000, 1000)),
+        StudyReference("T steps (DDIM, trailing)", 3.36, 3.36, False, Role.FEW, (min(steps), max(steps))),
+        StudyReference(
             "T steps, before", 60.0 / max(steps), 60.0 / min(steps), False, Role.SHORTENED, (min(steps), max(steps))
         ),
     ]

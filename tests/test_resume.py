@@ -324,7 +324,7 @@ def test_zero_iterations_of_either_training_are_a_run_too(tmp_path):
     assert summary.best["value"] == pytest.approx(summary.reference["shortened"], rel=1e-12)
 
 
-def test_separate_values_targets_and_other_optimisers_resume_bitwise_too(tmp_path):
+def test_separate_values_targets_and_other_optimizers_resume_bitwise_too(tmp_path):
     overrides = [
         "algorithm.value=separate",
         "algorithm.target_ema=0.9",

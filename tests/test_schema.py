@@ -16,7 +16,7 @@ from dxmi.errors import UserError
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.build import Experiment
 from dxmi.training.config import SCHEMA, ExperimentConfig
-from dxmi.training.loading import load_trained
+from dxmi.training.loading import load_run
 from dxmi.training.run import train
 from dxmi.training.schema import config_tree, read_config, upgrade
 from support import stating
@@ -60,7 +60,7 @@ def test_its_config_is_upgraded_and_its_signature_is_by_the_old_rule(run):
 
 
 def test_its_checkpoint_is_loaded_and_sampled_from(run):
-    trained = load_trained(run, read_config(run.read_config()), "last")
+    trained = load_run(run, read_config(run.read_config()), "last")
     assert trained.step == 2
     assert trained.states(3, None, 0.0).shape == (3, 3, 1, 8, 8)
 
@@ -69,7 +69,7 @@ def test_an_edited_config_is_still_noticed(run):
     tree = run.read_config()
     tree["seed"] = 5
     with pytest.raises(UserError, match=stating("signature … restore")):
-        load_trained(run, read_config(tree), "last")
+        load_run(run, read_config(tree), "last")
 
 
 def test_it_is_scored_again(run, capsys):

@@ -182,8 +182,8 @@ def test_the_chance_of_a_verdict_is_that_of_studies_simulated_to_the_cap():
     rng = np.random.default_rng(0)
     mean, spread = differences.mean(), differences.std(ddof=1)
     sigma = spread * np.sqrt((n - 1) / rng.chisquare(n - 1, draws))
-    centre = rng.normal(mean, sigma / math.sqrt(n))
-    rest = rng.normal(centre, sigma / math.sqrt(cap - n))
+    center = rng.normal(mean, sigma / math.sqrt(n))
+    rest = rng.normal(center, sigma / math.sqrt(cap - n))
     final = (n * mean + (cap - n) * rest) / cap
     expected = np.mean(np.abs(final) > stats.t.isf(0.025, cap - 1) * spread / math.sqrt(cap))
     scores = {"base": np.zeros(n), "a": differences}

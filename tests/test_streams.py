@@ -8,7 +8,7 @@ import torch
 from dxmi.data import dataset
 from dxmi.data.batch import UNCONDITIONAL
 from dxmi.data.dataset import BatchStream
-from dxmi.distributed import Share, Workers
+from dxmi.distributed import ProcessGroup, Share
 from dxmi.seeds import generator
 from dxmi.tensors import from_uint8
 
@@ -16,7 +16,7 @@ PIXELS = torch.arange(10, dtype=torch.uint8).view(-1, 1, 1, 1)
 LABELS = torch.arange(10) * 7
 
 
-class Member(Workers):
+class Member(ProcessGroup):
     """One of several workers, of which only the share counts here."""
 
     def __init__(self, rank: int, size: int) -> None:
@@ -28,7 +28,7 @@ class Member(Workers):
     def gather(self, block):
         raise NotImplementedError
 
-    def _agree(self, content):
+    def _broadcast_bytes(self, content):
         raise NotImplementedError
 
 
@@ -43,9 +43,9 @@ def too_large(monkeypatch) -> None:
 
 
 def test_labels_come_with_their_samples():
-    labelled = stream(labels=LABELS)
+    labeled = stream(labels=LABELS)
     for _ in range(3):
-        x, condition, _ = labelled.next()
+        x, condition, _ = labeled.next()
         assert torch.equal(x[0], from_uint8((condition.labels[0] // 7).to(torch.uint8)).view(-1, 1, 1, 1))
 
 
@@ -68,10 +68,10 @@ def test_half_of_the_images_are_mirrored():
 
 
 def test_samples_are_the_same_with_and_without_labels():
-    plain, labelled = stream(), stream(labels=LABELS)
+    plain, labeled = stream(), stream(labels=LABELS)
     for _ in range(5):
         batch = plain.next()
-        assert torch.equal(batch.x, labelled.next().x)
+        assert torch.equal(batch.x, labeled.next().x)
         assert batch.condition == UNCONDITIONAL
 
 

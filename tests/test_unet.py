@@ -135,7 +135,7 @@ def test_a_dropout_mask_keeps_what_it_should(rate):
             assert float(means.std()) == pytest.approx(one, rel=4.0 / (2.0 * len(means)) ** 0.5)
 
 
-def test_dropout_masks_of_neighbouring_positions_layers_and_seeds_are_independent():
+def test_dropout_masks_of_neighboring_positions_layers_and_seeds_are_independent():
     seed = torch.arange(200)
     a = dropout_mask(seed, 0, (5000,), 0.5).double() - 0.5
     b = dropout_mask(seed, 1, (5000,), 0.5).double() - 0.5

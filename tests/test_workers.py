@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dxmi.data.configs import DigitsConfig
 from dxmi.data.loading import load
-from dxmi.distributed import ALONE, Alone, Pace, Share
+from dxmi.distributed import SINGLE_PROCESS, Pace, Share, SingleProcess
 from dxmi.errors import UserError
 from dxmi.evaluation.config import EvaluateConfig
 from dxmi.evaluation.scorers import build_scorer
@@ -36,12 +36,12 @@ import dxmi.training.reporter
 from dxmi.data.batch import Streams
 from dxmi.diffusion.policy import Policy
 from dxmi.training.run import train
-from dxmi.distributed import ALONE, Group
+from dxmi.distributed import SINGLE_PROCESS, TorchProcessGroup
 
 torch.set_num_threads(1)
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-workers = Group(60.0) if size > 1 else ALONE
+workers = TorchProcessGroup(60.0) if size > 1 else SINGLE_PROCESS
 cases, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
 
 def step(algorithm, state, i):
@@ -73,7 +73,7 @@ def refused(experiment):
     def refuse():
         raise UserError("no")
     try:
-        workers.on_first(refuse)
+        workers.on_rank_zero(refuse)
     except UserError as error:
         return {str(error): torch.zeros(1)}
 
@@ -172,7 +172,7 @@ def test_shares_make_up_the_batch(num, size):
     batch = torch.arange(float(num))
     shares = []
     for rank in range(size):
-        workers = Alone()
+        workers = SingleProcess()
         workers.rank, workers.size = rank, size
         shares.append(workers.share(num))
     assert torch.equal(torch.cat([share.of(batch) for share in shares]), batch)
@@ -182,7 +182,7 @@ def test_shares_make_up_the_batch(num, size):
 
 def test_the_share_of_the_only_worker_is_the_batch_itself():
     batch = torch.randn(5, 3)
-    share = ALONE.share(5)
+    share = SINGLE_PROCESS.share(5)
     assert share == Share(0, 5, 5)
     assert share.of(batch) is batch
     assert torch.equal(share.mean(batch[:, 0]), batch[:, 0].mean())
@@ -302,7 +302,7 @@ def test_workers_look_up_every_half_a_second_or_after_each_longer_step(monkeypat
 
 def test_one_that_is_alone_looks_up_by_the_clock_whatever_its_steps_take(monkeypatch):
     clock = Clock(monkeypatch, 2**-6)
-    pace = Pace(ALONE, 0.5)
+    pace = Pace(SINGLE_PROCESS, 0.5)
     assert clock.looks(pace, 100) == [32, 64, 96]
     clock.seconds = 2.0
     assert clock.looks(pace, 3) == [1, 2, 3]
@@ -313,7 +313,7 @@ def test_what_goes_wrong_in_the_first_worker_alone_is_raised_in_all(tmp_path, mo
     (tmp_path / "cache").write_text("a file")
     images = load(DigitsConfig())
     told = []
-    monkeypatch.setattr(FirstOfTwo, "_agree", lambda _, content: told.append(json.loads(content)) or content)
+    monkeypatch.setattr(FirstOfTwo, "_broadcast_bytes", lambda _, content: told.append(json.loads(content)) or content)
     with pytest.raises(UserError, match=stating(f"{tmp_path / 'cache'} … written")):
         build_scorer(images, EvaluateConfig(), tmp_path / "cache", torch.device("cpu"), FirstOfTwo())
     assert missing(f"{tmp_path / 'cache'} … written", told[-1]["error"]) == []
@@ -350,6 +350,6 @@ def test_alone_an_action_is_just_called():
     def refuse() -> None:
         raise UserError("no")
 
-    assert ALONE.on_first(lambda: [1]) == [1]
+    assert SINGLE_PROCESS.on_rank_zero(lambda: [1]) == [1]
     with pytest.raises(UserError):
-        ALONE.on_first(refuse)
+        SINGLE_PROCESS.on_rank_zero(refuse)

@@ -21,7 +21,7 @@ from dxmi.diffusion.cuda_graphs import GraphedRollout
 from dxmi.diffusion.policy import Guide, Policy
 from dxmi.diffusion.schedules.base import StepSchedule
 from dxmi.diffusion.trajectory import Trajectory
-from dxmi.distributed import ALONE, Workers
+from dxmi.distributed import SINGLE_PROCESS, ProcessGroup
 from dxmi.errors import UserError
 from dxmi.networks.base import Critic, TimedCritic
 from dxmi.optim.config import OptimizerConfig
@@ -58,7 +58,7 @@ class Parts:
     critic: Callable[[], Critic]
     timed_critic: Callable[[], TimedCritic]
     reward: Callable[[], Reward] = no_reward
-    workers: Workers = ALONE
+    workers: ProcessGroup = SINGLE_PROCESS
     accumulate: int = 1
     graphed: bool = False
 

@@ -85,11 +85,11 @@ class DxMIConfig(AlgorithmConfig):
     policy_ema: float | None = 0.999
     """Decay of the policy's moving average, which is what is evaluated; null to evaluate the policy itself."""
     policy: PolicyOptimizerConfig = field(default_factory=PolicyOptimizerConfig)
-    """Optimiser of the denoiser and the log sigmas."""
+    """Optimizer of the denoiser and the log sigmas."""
     critic: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Optimiser of the value; of the energy too when it is shared."""
+    """Optimizer of the value; of the energy too when it is shared."""
     energy: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Optimiser of a separate energy; unused when it is shared."""
+    """Optimizer of a separate energy; unused when it is shared."""
 
     def __post_init__(self) -> None:
         named = {"preset": PRESETS, "running_cost": RUNNING_COSTS, "step_cost": STEP_COSTS, "value": VALUES}
@@ -124,7 +124,7 @@ class DDPMConfig:
     """Pretraining."""
 
     iterations: int = 10_000
-    """Optimiser steps; 0 starts from a random network."""
+    """Optimizer steps; 0 starts from a random network."""
     batch_size: int = 128
     """Images in each."""
     ema: float = 0.999

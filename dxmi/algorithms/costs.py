@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dxmi.diffusion.trajectory import Gaussian
+from dxmi.diffusion.trajectory import GaussianStep
 from dxmi.tensors import event_mean
 
 
@@ -52,7 +52,7 @@ class RunningCost(nn.Module):
         """Whether the reference variance changes."""
         return self.decay < 1.0
 
-    def displacement(self, x: Tensor, x_next: Tensor, step: Gaussian) -> Tensor:
+    def displacement(self, x: Tensor, x_next: Tensor, step: GaussianStep) -> Tensor:
         """mean_dims (x_{t+1} - x_t)^2 of states [B, *event], or that of the standardised noise: [B]."""
         if self.standardised:
             return event_mean((x_next - step.mean).square()) / step.sigma.square()

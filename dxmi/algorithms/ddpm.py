@@ -22,7 +22,7 @@ from dxmi.algorithms.losses import denoising_loss
 from dxmi.data.batch import Batch, Condition, Streams
 from dxmi.diffusion.schedules.base import ForwardProcess
 from dxmi.diffusion.schedules.ddpm import ddpm_forward_process
-from dxmi.distributed import ALONE, Workers
+from dxmi.distributed import SINGLE_PROCESS, ProcessGroup
 from dxmi.networks.base import Denoiser, conditioned
 from dxmi.optim.moving_average import MovingAverage
 from dxmi.optim.optimizer import Optimizer
@@ -54,7 +54,7 @@ class DDPM(Algorithm):
         self,
         config: DDPMConfig,
         network: Denoiser,
-        workers: Workers = ALONE,
+        workers: ProcessGroup = SINGLE_PROCESS,
         accumulate: int = 1,
         forward_process: ForwardProcess | None = None,
     ) -> None:

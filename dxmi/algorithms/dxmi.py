@@ -35,7 +35,7 @@ from dxmi.algorithms.states import StoredStates, draw_states
 from dxmi.critics.energy import Energy
 from dxmi.critics.value import SeparateValue, SharedValue, Value
 from dxmi.data.batch import Batch, Condition, Streams
-from dxmi.diffusion.trajectory import Gaussian, Trajectory
+from dxmi.diffusion.trajectory import GaussianStep, Trajectory
 from dxmi.optim.config import OptimizerConfig
 from dxmi.optim.moving_average import MovingAverage
 from dxmi.optim.optimizer import Optimizer
@@ -161,7 +161,7 @@ class DxMI(PolicyAlgorithm):
             return None
 
         def displacement(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
-            steps = Gaussian(mean.flatten(0, 1), sigma.flatten())
+            steps = GaussianStep(mean.flatten(0, 1), sigma.flatten())
             found = self.running_cost.displacement(x[:-1].flatten(0, 1), x[1:].flatten(0, 1), steps)
             return found.view(mean.shape[:2])
 

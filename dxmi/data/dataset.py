@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dxmi.data.batch import UNCONDITIONAL, Batch, Condition
-from dxmi.distributed import ALONE, Workers
+from dxmi.distributed import SINGLE_PROCESS, ProcessGroup
 from dxmi.tensors import decode
 
 RESIDENT_BYTES = 2 * 2**30
@@ -95,7 +95,7 @@ def content_signature(stored: Tensor) -> str:
     return digest.hexdigest()[:12]
 
 
-def labelled_signature(signature: str, labels: Tensor, names: Sequence[str]) -> str:
+def labeled_signature(signature: str, labels: Tensor, names: Sequence[str]) -> str:
     """12 hex digits of the hash of samples, given their own signature, with their classes.
 
     Args:
@@ -134,7 +134,7 @@ class BatchStream:
         *,
         flip: bool = False,
         device: torch.device | None = None,
-        workers: Workers = ALONE,
+        workers: ProcessGroup = SINGLE_PROCESS,
         reads_samples: bool = True,
     ) -> None:
         self.reads_samples = reads_samples

@@ -12,7 +12,7 @@ from dxmi.seeds import generator
 
 _CHUNK = 1_024
 """Images that are counted at a time, since a memory map may exceed the memory."""
-_COLOURS = {1: ("gray",), 3: ("red", "green", "blue")}
+_COLORS = {1: ("gray",), 3: ("red", "green", "blue")}
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _image_facts(images: Images) -> dict[str, str]:
         "images": f"{len(images):,}",
         "size": f"{height} x {width} pixels, {channels} channel{'s' * (channels > 1)}",
     }
-    for name, counts in zip(_COLOURS.get(channels, map(str, range(channels))), histograms(images.pixels), strict=True):
+    for name, counts in zip(_COLORS.get(channels, map(str, range(channels))), histograms(images.pixels), strict=True):
         facts[name] = _values_text(counts)
     return facts
 

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dxmi.data.dataset import labelled_signature, shape_hash
+from dxmi.data.dataset import labeled_signature, shape_hash
 from dxmi.data.pixels import to_rgb
 from dxmi.errors import UserError
 from dxmi.machine import available_cpus
@@ -297,7 +297,7 @@ def open_folder(folder: Path, size: int, *, class_folders: bool, cache: Path) ->
         raise UserError(f"The map of {folder} cannot be written to {cache} ({error.strerror or error}).") from error
     signature: str = manifest["signature"]
     if listing.classes:
-        signature = labelled_signature(signature, listing.labels, listing.classes)
+        signature = labeled_signature(signature, listing.labels, listing.classes)
     notes = (*listing.notes, *manifest["notes"])
     return MappedImages(_mapped(path, manifest["shape"]), listing.labels, listing.classes, signature, notes)
 

@@ -14,7 +14,7 @@ from dxmi.compat import package_folder
 from dxmi.data import cifar, known_files
 from dxmi.data.batch import Condition
 from dxmi.data.configs import ImageFolderConfig, PublishedImagesConfig, TenClassesConfig
-from dxmi.data.dataset import Dataset, Split, content_signature, labelled_signature
+from dxmi.data.dataset import Dataset, Split, content_signature, labeled_signature
 from dxmi.data.folders import open_folder
 from dxmi.data.idx import idx_content, parsed_idx
 from dxmi.errors import UserError
@@ -96,7 +96,7 @@ def load_images(config: TenClassesConfig) -> Images:
     pixels, labels = LOADERS[name](train=True, accept_unknown=accept_unknown)
     names = CLASS_NAMES[name]
     names += tuple(str(number) for number in range(len(names), int(labels.max()) + 1))  # of files that are not known
-    signature = labelled_signature(content_signature(pixels), labels, names)
+    signature = labeled_signature(content_signature(pixels), labels, names)
     notes = (f"taken as they are, whatever is published as {name} (data.accept_unknown_files)",) * accept_unknown
     test = None if name in _WITHOUT_TEST else functools.partial(_test_images, name, label, accept_unknown)
     images = Images(name, pixels, labels, signature, len(names), names, _SOURCES[name](), notes, test)
@@ -141,7 +141,7 @@ def only_class(images: Images, label: int) -> Images:
     if len(chosen) == 0:
         raise UserError(f"data.label is {label}, but {images.name} has no image of that class.")
     pixels, labels = images.pixels[chosen], images.labels[chosen]
-    signature = labelled_signature(content_signature(pixels), labels, images.class_names)
+    signature = labeled_signature(content_signature(pixels), labels, images.class_names)
     return replace(images, pixels=pixels, labels=labels, signature=signature)
 
 
@@ -151,7 +151,7 @@ def only_class(images: Images, label: int) -> Images:
 
 
 def digits(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tensor]:  # noqa: ARG001  (the loaders share a signature)
-    """1,797 8x8 images of handwritten digits (UCI, carried by scikit-learn), 17 grey levels stretched to 0..255.
+    """1,797 8x8 images of handwritten digits (UCI, carried by scikit-learn), 17 gray levels stretched to 0..255.
 
     They come without a split: training and test set are the same.
     """
@@ -214,7 +214,7 @@ def mnist8(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tensor
 
 
 def cifar10(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tensor]:
-    """CIFAR-10, 32x32 in colour: 50,000 or 10,000 images, from the binary batches or else from Python's."""
+    """CIFAR-10, 32x32 in color: 50,000 or 10,000 images, from the binary batches or else from Python's."""
     folder = _cifar_folder()
     binary = folder.name == cifar.BINARY
 

@@ -53,7 +53,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, frozenset[str]]:
     done = {FRAMES} if _has_frames(image) else set()
     turned = _turn(image)
     image.load()  # turns a TIFF upright by itself
-    rgb, more = _coloured(image)
+    rgb, more = _colored(image)
     turn = _turn(image)
     if turned:
         done.add(TURNED)
@@ -76,13 +76,13 @@ def _turn(image: Image.Image) -> int:
     return orientation if orientation in _TURNS else 0
 
 
-def _coloured(image: Image.Image) -> tuple[Image.Image, set[str]]:
+def _colored(image: Image.Image) -> tuple[Image.Image, set[str]]:
     if image.mode.startswith("I;16"):
         return _deep(image)
     if image.mode == "I":
-        return _grey(_share_of_16_bits(image)), {DEEP}
+        return _gray(_share_of_16_bits(image)), {DEEP}
     if image.mode == "F":
-        return _grey(_share_of_one(image)), {DEEP}
+        return _gray(_share_of_one(image)), {DEEP}
     if image.mode == "La":  # gray, premultiplied by alpha, which Pillow converts only to LA
         image = image.convert("LA")
     if image.mode in _WITH_ALPHA or (image.mode in _PLAIN and image.has_transparency_data):
@@ -109,8 +109,8 @@ def _deep(image: Image.Image) -> tuple[Image.Image, set[str]]:
         share = 1.0 - share
     clear = image.info.get("transparency")
     if not isinstance(clear, int) or not (values == clear).any():
-        return _grey(share), {DEEP}
-    return _grey(np.where(values == clear, 1.0, share)), {DEEP, TRANSPARENT}
+        return _gray(share), {DEEP}
+    return _gray(np.where(values == clear, 1.0, share)), {DEEP, TRANSPARENT}
 
 
 def _share_of_16_bits(image: Image.Image) -> NDArray[np.float64]:
@@ -135,6 +135,6 @@ def _share_of_one(image: Image.Image) -> NDArray[np.float64]:
     return values
 
 
-def _grey(share: NDArray[np.float64]) -> Image.Image:
+def _gray(share: NDArray[np.float64]) -> Image.Image:
     """An RGB image from gray values [H, W] in 0..1, where 1 is white."""
     return Image.fromarray((share * _WHITE).round().clip(0.0, _WHITE).astype(np.uint8)).convert("RGB")

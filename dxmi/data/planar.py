@@ -4,7 +4,7 @@ Each lies within the square [-4, 4]^2, but for the tails of its noise. The densi
 around a curve are line integrals, computed by Gauss-Legendre quadrature with nodes no further apart than 0.6 standard
 deviations of the noise, which leaves an error below 1e-6 of the largest density.
 
-Axis letters: N points, 2 the plane, M nodes of a curve or centres of a mixture.
+Axis letters: N points, 2 the plane, M nodes of a curve or centers of a mixture.
 """
 
 import math
@@ -44,19 +44,19 @@ class Distribution(ABC):
         """Log density at `points` [N, 2] in nats, float64; minus infinity where there are none: [N]."""
 
 
-def _mixture_log_density(points: Tensor, centres: Tensor, log_weights: Tensor, std: float) -> Tensor:
-    """Log of sum_m w_m N(x; centre_m, std^2 I), float64: [N].
+def _mixture_log_density(points: Tensor, centers: Tensor, log_weights: Tensor, std: float) -> Tensor:
+    """Log of sum_m w_m N(x; center_m, std^2 I), float64: [N].
 
     Args:
         points: [N, 2].
-        centres: [M, 2].
+        centers: [M, 2].
         log_weights: [M].
         std: of every component.
     """
     log_normalizer = math.log(2.0 * math.pi * std**2)
 
     def of(rows: Tensor) -> Tensor:
-        squares = torch.cdist(rows, centres, compute_mode="donot_use_mm_for_euclid_dist").square()
+        squares = torch.cdist(rows, centers, compute_mode="donot_use_mm_for_euclid_dist").square()
         return torch.logsumexp(log_weights - squares / (2.0 * std**2), dim=1) - log_normalizer
 
     return torch.cat([of(rows) for rows in torch.split(points.double(), _ROWS)])
@@ -77,17 +77,17 @@ class Gaussians8(Distribution):
 
     def __init__(self) -> None:
         angle = torch.arange(8, dtype=torch.float64) * (math.pi / 4.0)
-        self.centres = torch.stack((angle.cos(), angle.sin()), dim=1) * (4.0 / 1.414)
+        self.centers = torch.stack((angle.cos(), angle.sin()), dim=1) * (4.0 / 1.414)
 
     def sample(self, num: int, generator: torch.Generator) -> Tensor:
-        """A cluster, and normal noise around its centre."""
+        """A cluster, and normal noise around its center."""
         cluster = torch.randint(8, (num,), generator=generator)
-        return (self.centres[cluster] + self.std * _noise(num, generator)).float()
+        return (self.centers[cluster] + self.std * _noise(num, generator)).float()
 
     def log_density(self, points: Tensor) -> Tensor:
         """Of the mixture."""
         return _mixture_log_density(
-            points, self.centres, torch.full((8,), -math.log(8.0), dtype=torch.float64), self.std
+            points, self.centers, torch.full((8,), -math.log(8.0), dtype=torch.float64), self.std
         )
 
 
@@ -124,9 +124,9 @@ class _Curve(Distribution):
     def log_density(self, points: Tensor) -> Tensor:
         """The integral of the noise's density along both curves."""
         u, weights = _quadrature()
-        centres = torch.cat(self.branches(u))
+        centers = torch.cat(self.branches(u))
         log_weights = (weights * self.speed(u) / 2.0).log().repeat(2)
-        return _mixture_log_density(points, centres, log_weights, self.std)
+        return _mixture_log_density(points, centers, log_weights, self.std)
 
 
 class TwoSpirals(_Curve):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dxmi.data.batch import UNCONDITIONAL, Condition
 from dxmi.diffusion.schedules.base import StepSchedule
-from dxmi.diffusion.trajectory import Gaussian, Trajectory
+from dxmi.diffusion.trajectory import GaussianStep, Trajectory
 from dxmi.errors import UserError
 from dxmi.networks.base import Denoiser, conditioned
 from dxmi.tensors import per_sample
@@ -77,7 +77,7 @@ class Policy(nn.Module):
         log_sigma: Tensor | None = None,
         condition: Condition = UNCONDITIONAL,
         latent: Tensor | None = None,
-    ) -> Gaussian:
+    ) -> GaussianStep:
         """The Gaussian over x_{t+1}.
 
         Args:
@@ -96,7 +96,7 @@ class Policy(nn.Module):
         noise = self.network(seen, embedding).float()  # under autocast it comes in bfloat16
         signal_scale, output_scale = per_sample(self.signal_scale[row], x), per_sample(self.output_scale[row], x)
         mean = (signal_scale * x).addcmul(output_scale, noise)
-        return Gaussian(mean, log_sigma[row].exp().expand(len(x)))
+        return GaussianStep(mean, log_sigma[row].exp().expand(len(x)))
 
     def step(
         self,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.base import StepSchedule
-from dxmi.diffusion.trajectory import Gaussian
+from dxmi.diffusion.trajectory import GaussianStep
 from dxmi.networks.base import Denoiser
 
 
@@ -39,7 +39,7 @@ class DpmSolver(Policy):
         self._weight: list[float] = [0.0, *(h[1:] / (2.0 * h[:-1])).tolist()]
         self._before: Tensor | None = None
 
-    def transition(self, x: Tensor, t: int | Tensor, *args: Any, **kwargs: Any) -> Gaussian:
+    def transition(self, x: Tensor, t: int | Tensor, *args: Any, **kwargs: Any) -> GaussianStep:
         """One step of the solver, for samples that are all at step t and were at t - 1 in the previous call."""
         assert isinstance(t, int)
         step = super().transition(x, t, *args, **kwargs)
@@ -48,7 +48,7 @@ class DpmSolver(Policy):
         if t in (0, self.num_steps - 1):
             return step
         assert before is not None
-        return Gaussian(step.mean + self._gain[t] * self._weight[t] * (data - before), step.sigma)
+        return GaussianStep(step.mean + self._gain[t] * self._weight[t] * (data - before), step.sigma)
 
 
 class HeunSolver(Policy):
@@ -72,11 +72,11 @@ class HeunSolver(Policy):
         change = torch.from_numpy(schedule.level).diff()
         self._ratio: list[float] = (change[:-1] / change[1:]).tolist()
 
-    def transition(self, x: Tensor, t: int | Tensor, *args: Any, **kwargs: Any) -> Gaussian:
+    def transition(self, x: Tensor, t: int | Tensor, *args: Any, **kwargs: Any) -> GaussianStep:
         """The average of Euler's step and of a step with the slope at its end, for samples that are all at step t."""
         assert isinstance(t, int)
         euler = super().transition(x, t, *args, **kwargs)
         if t == self.num_steps - 1:
             return euler
         further = super().transition(euler.mean, t + 1, *args, **kwargs)
-        return Gaussian(0.5 * (x + euler.mean + self._ratio[t] * (further.mean - euler.mean)), euler.sigma)
+        return GaussianStep(0.5 * (x + euler.mean + self._ratio[t] * (further.mean - euler.mean)), euler.sigma)

@@ -12,7 +12,7 @@ from torch import Tensor
 from dxmi.tensors import event_sum, per_sample
 
 
-class Gaussian(NamedTuple):
+class GaussianStep(NamedTuple):
     """One policy step: the isotropic normal N(mean, sigma^2 I) over the next state.
 
     Attributes:
@@ -70,5 +70,5 @@ class Trajectory(NamedTuple):
     @property
     def log_prob(self) -> Tensor:
         """Log density of every step in nats, [T, B]."""
-        steps = Gaussian(self.mean.flatten(0, 1), self.sigma.flatten())
+        steps = GaussianStep(self.mean.flatten(0, 1), self.sigma.flatten())
         return steps.log_prob(self.x[1:].flatten(0, 1)).view(self.num_steps, self.batch_size)

@@ -19,7 +19,7 @@ RESULTS = ("best", "last")
 CLASSIFIER, INCEPTION = FEATURES = ("classifier", "inception")
 _MIN_SUBSET, _SEEDS = 2, 2**32
 MIN_SAMPLES = 4
-"""Precision and recall look at a sample's third neighbour."""
+"""Precision and recall look at a sample's third neighbor."""
 NUM_SAMPLES_KEY = "eval/num_samples"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dxmi.data.batch import UNCONDITIONAL, Condition
 from dxmi.diffusion.policy import Guide, Policy
-from dxmi.distributed import ALONE, Workers
+from dxmi.distributed import SINGLE_PROCESS, ProcessGroup
 from dxmi.errors import DivergedError
 from dxmi.evaluation.config import EvaluateConfig
 from dxmi.seeds import generator
@@ -49,7 +49,7 @@ class Sampling:
     guidance: float = 0.0
     on_batch: Callable[[int], None] | None = None
     on_step: Callable[[], None] | None = None
-    workers: Workers = ALONE
+    workers: ProcessGroup = SINGLE_PROCESS
     step: int = 0
     source: str = ""
 
@@ -167,7 +167,7 @@ def _own_batch(
     return x, policy.draw_condition(config.batch_size, generator(config.seed, "idle", x.device))
 
 
-def _gathered(condition: Condition, workers: Workers) -> list[Condition]:
+def _gathered(condition: Condition, workers: ProcessGroup) -> list[Condition]:
     """The conditions of all workers, in the order of ranks."""
     columns = [[None] * workers.size if own is None else workers.gather(own) for own in condition]
     return [Condition(*row) for row in zip(*columns, strict=True)]
@@ -252,11 +252,11 @@ def _timed_batch(
     return x, condition, sampling.bad(drawn), time.perf_counter() - began
 
 
-def _in_order(own: list[Tensor], num_batches: int, batch_size: int, workers: Workers) -> Tensor:
+def _in_order(own: list[Tensor], num_batches: int, batch_size: int, workers: ProcessGroup) -> Tensor:
     """The rows of all workers in the order of the batches, which they took in turn; the last batch may be shorter."""
     if workers.size == 1:
         return torch.cat(own)
-    width = workers.on_first(lambda: own[0].shape[1])
+    width = workers.on_rank_zero(lambda: own[0].shape[1])
     blocks: list[Tensor] = []
     for turn in range(math.ceil(num_batches / workers.size)):  # gathered blocks must have the same shape
         block = torch.zeros(batch_size, width)
@@ -272,7 +272,7 @@ def generate_states(sampling: Sampling, num: int, config: EvaluateConfig) -> Ten
     Raises:
         DivergedError: a state is not finite.
     """
-    alone, batches = replace(sampling, workers=ALONE), []
+    alone, batches = replace(sampling, workers=SINGLE_PROCESS), []
     for start, noise in _batches(sampling, num, config):
         states = []
         for x in sampling.states(config.batch_size, noise):

@@ -57,7 +57,7 @@ from dxmi.data.batch import UNCONDITIONAL, Condition
 from dxmi.data.dataset import Dataset, Split
 from dxmi.data.images import Images
 from dxmi.data.planar import SQUARE, Points
-from dxmi.distributed import ALONE, Workers
+from dxmi.distributed import SINGLE_PROCESS, ProcessGroup
 from dxmi.errors import UserError
 from dxmi.evaluation.config import (
     INCEPTION,
@@ -153,7 +153,7 @@ class Scorer(ABC):
         """Whether that score is minimized or maximized."""
         return primary_key(self.keys).direction
 
-    def __init__(self, data: Dataset, config: EvaluateConfig, workers: Workers) -> None:
+    def __init__(self, data: Dataset, config: EvaluateConfig, workers: ProcessGroup) -> None:
         self.data = data
         self.config = config
         self.workers = workers
@@ -183,7 +183,7 @@ class Scorer(ABC):
             values = {**score(samples), **self._further(rows, energy, samples.device)}
             return [self._checked(values, sampling.step), seconds]
 
-        return Scores(*self.workers.on_first(scores))
+        return Scores(*self.workers.on_rank_zero(scores))
 
     def _further(self, rows: Sequence[Tensor], energy: Energy | None, device: torch.device) -> dict[str, float]:
         """The scores of the further metrics, from what each of them kept of every sample."""
@@ -249,7 +249,7 @@ class _FeatureScorer(Scorer):
         UserError: there are too few images to score against.
     """
 
-    def __init__(self, images: Images, config: EvaluateConfig, device: torch.device, workers: Workers) -> None:
+    def __init__(self, images: Images, config: EvaluateConfig, device: torch.device, workers: ProcessGroup) -> None:
         super().__init__(images, config, workers)
         if len(images) < MIN_SAMPLES:
             raise UserError(f"The data set {images.name} holds {len(images)} images: scoring needs {MIN_SAMPLES}.")
@@ -276,7 +276,12 @@ class ImageScorer(_FeatureScorer):
     """
 
     def __init__(
-        self, images: Images, config: EvaluateConfig, cache: Path, device: torch.device, workers: Workers = ALONE
+        self,
+        images: Images,
+        config: EvaluateConfig,
+        cache: Path,
+        device: torch.device,
+        workers: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         super().__init__(images, config, device, workers)
         self.name = images.name
@@ -287,10 +292,10 @@ class ImageScorer(_FeatureScorer):
         self.about = {"features": f"dxmi-{self.name}", "weights": weights, "reference": images.signature}
         path = cache / "features" / f"{self.identity}.cached"
         self.reference = torch.empty(0)
-        workers.on_first(lambda: self._look_up(path))
+        workers.on_rank_zero(lambda: self._look_up(path))
 
     def _look_up(self, path: Path) -> None:
-        """On the first worker; what goes wrong there is raised on all, so that none waits for it."""
+        """On rank 0; what goes wrong there is raised on all, so that none waits for it."""
         self.reference = cached(path, self._reference_features)["features"]
 
     def _reference_features(self) -> dict[str, Tensor]:
@@ -310,7 +315,7 @@ class ImageScorer(_FeatureScorer):
 
     def _distances(self, samples: Tensor, stream: str) -> dict[str, float]:
         config, features = self.config, classifier_features(self.name, samples)
-        precision, recall = precision_recall(features, self._neighbours(stream))
+        precision, recall = precision_recall(features, self._neighbors(stream))
         return {
             self.distance_key: frechet_distance(features, self.reference),
             f"eval/kid_{self.name}": kernel_distance(
@@ -325,7 +330,7 @@ class ImageScorer(_FeatureScorer):
             "eval/sliced_wasserstein": self._sliced_wasserstein(samples, self.images.pixels, stream),
         }
 
-    def _neighbours(self, stream: str) -> Tensor:
+    def _neighbors(self, stream: str) -> Tensor:
         """As many reference features as there are samples: comparing all pairs of a large data set takes minutes."""
         return _some_rows(self.reference, self.config.num_samples, self._generator(stream, "neighbours"))
 
@@ -367,14 +372,19 @@ class InceptionScorer(_FeatureScorer):
     """
 
     def __init__(
-        self, images: Images, config: EvaluateConfig, cache: Path, device: torch.device, workers: Workers = ALONE
+        self,
+        images: Images,
+        config: EvaluateConfig,
+        cache: Path,
+        device: torch.device,
+        workers: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         super().__init__(images, config, device, workers)
         if images.event[0] not in (1, 3):
             raise UserError(f"The data set {images.name} has {images.event[0]} channels: InceptionV3 sees 1 or 3.")
-        workers.on_first(lambda: str(find_weights()))  # if it has to be fetched, once
+        workers.on_rank_zero(lambda: str(find_weights()))  # if it has to be fetched, once
         self.weights = find_weights()
-        sha256 = workers.on_first(lambda: file_digest(self.weights))
+        sha256 = workers.on_rank_zero(lambda: file_digest(self.weights))
         self.keys = inception_keys(config.num_samples)
         self.distance_key = self.metric
         self.identity = f"{images.signature}-{NETWORK}-{sha256[:12]}"
@@ -411,7 +421,7 @@ class InceptionScorer(_FeatureScorer):
     def _data_features(self, on_step: Callable[[], None] | None) -> Iterator[tuple[slice, Tensor]]:
         """Features of consecutive images, of which each worker computes a block at a time."""
         num, together, network = len(self.images), _REFERENCE_BATCH * self.workers.size, self.network()
-        disable = None if self.workers.is_first else True
+        disable = None if self.workers.is_rank_zero else True
         with tqdm(total=num, unit="images", desc="features of the data", leave=False, disable=disable) as bar:
             for start in range(0, num, together):
                 first = start + _REFERENCE_BATCH * self.workers.rank
@@ -467,7 +477,7 @@ class InceptionScorer(_FeatureScorer):
             values = {**score(reference, pool, logits), **self._further(rows, energy, self.device)}
             return self._checked(values, sampling.step)
 
-        return Scores(self.workers.on_first(scores), measured.seconds_per_1000)
+        return Scores(self.workers.on_rank_zero(scores), measured.seconds_per_1000)
 
     def _keep_step(self, on_piece: Callable[[], None] | None, num: int, most: int) -> None:
         """Call `on_piece`, after the pieces of `num` images, as often as a worker who has `most` of them."""
@@ -481,8 +491,8 @@ class InceptionScorer(_FeatureScorer):
         """Of features [N, 2048] and logits [N, 1008]."""
         config, kept = self.config, reference.features
         some = _some_rows(pool, _KEPT, self._generator(stream, "neighbours/samples"))
-        neighbours = _some_rows(kept, len(some), self._generator(stream, "neighbours"))
-        precision, recall = precision_recall(some, neighbours, on_step)
+        neighbors = _some_rows(kept, len(some), self._generator(stream, "neighbours"))
+        precision, recall = precision_recall(some, neighbors, on_step)
         subsets, size, size_name = config.kid_subsets, config.kid_subset_size, count_name(config.num_samples)
         values = {
             self.distance_key: reference.distance(pool),
@@ -520,7 +530,7 @@ class PlanarScorer(Scorer):
 
     panels = ("eval/energy_auc",)
 
-    def __init__(self, points: Points, config: EvaluateConfig, workers: Workers = ALONE) -> None:
+    def __init__(self, points: Points, config: EvaluateConfig, workers: ProcessGroup = SINGLE_PROCESS) -> None:
         super().__init__(points, config, workers)
         self.keys = planar_keys()
         self.points = points
@@ -597,7 +607,7 @@ def build_scorer(
     config: EvaluateConfig,
     cache: Path,
     device: torch.device,
-    workers: Workers = ALONE,
+    workers: ProcessGroup = SINGLE_PROCESS,
     *,
     metrics: Sequence[Metric] = (),
     keys: Sequence[ScoreKey] | None = None,
@@ -623,7 +633,7 @@ def build_scorer(
 
 
 def _distance_scorer(
-    data: Dataset, config: EvaluateConfig, cache: Path, device: torch.device, workers: Workers
+    data: Dataset, config: EvaluateConfig, cache: Path, device: torch.device, workers: ProcessGroup
 ) -> Scorer:
     if isinstance(data, Points):
         return PlanarScorer(data, config, workers)

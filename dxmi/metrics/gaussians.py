@@ -44,8 +44,8 @@ class Moments:
         """The moments of features [N, D]."""
         features = features.double()
         mean = features.mean(0)
-        centred = features - mean
-        return cls(len(features), mean, centred.T @ centred)
+        centered = features - mean
+        return cls(len(features), mean, centered.T @ centered)
 
     def merged(self, other: "Moments") -> "Moments":
         """The moments of the union of two sets of samples (Chan, Golub and LeVeque, 1979)."""
@@ -97,11 +97,11 @@ class Gaussian:
         """
         features = require_finite(features, "the features of the samples").to(self.mean)
         mean = features.mean(0)
-        centred = (features - mean) / (len(features) - 1) ** 0.5
-        crossed = centred @ self.root
+        centered = (features - mean) / (len(features) - 1) ** 0.5
+        crossed = centered @ self.root
         gram = crossed @ crossed.T if len(crossed) < crossed.shape[1] else crossed.T @ crossed  # the smaller of the two
         cross = torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt().sum()
-        variances = centred.square().sum() + self.root.square().sum()
+        variances = centered.square().sum() + self.root.square().sum()
         return float((mean - self.mean).square().sum() + variances - 2.0 * cross)
 
     def distance_at_infinity(

@@ -27,14 +27,14 @@ class DiffusersDenoiser(Denoiser):
 
     def __init__(self, config: DiffusersConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
         super().__init__()
-        colours, size = image_event(event, "UNet2DModel", least=1)
+        in_channels, size = image_event(event, "UNet2DModel", least=1)
         self.classes = config.classes
         arguments = {key: value for key, value in asdict(config).items() if key not in ("kind", "classes")}
         arguments["num_class_embeds"] = config.classes or None
         model = diffusers().UNet2DModel
         try:
             with torch.device("meta"):
-                network = model(sample_size=size, in_channels=colours, out_channels=colours, **arguments)
+                network = model(sample_size=size, in_channels=in_channels, out_channels=in_channels, **arguments)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(f"diffusers refuses this UNet2DModel: {error}") from error
         self.model: nn.Module = _initialised(network, generator)

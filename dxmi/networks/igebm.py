@@ -73,10 +73,10 @@ class _Body(nn.Module):
 
     def __init__(self, config: IgebmConfig, event: tuple[int, ...], generator: torch.Generator, *, timed: bool) -> None:
         super().__init__()
-        colours, _ = image_event(event, "The IGEBM energy", least=8)
+        in_channels, _ = image_event(event, "The IGEBM energy", least=8)
         width = config.channels
         self.channels_last = config.channels_last
-        self.conv_in = conv(colours, width, 3, generator, fan_in_uniform)
+        self.conv_in = conv(in_channels, width, 3, generator, fan_in_uniform)
         widths = [(width, width), (width, width), (width, 2 * width), *[(2 * width, 2 * width)] * 3]
         self.blocks = nn.ModuleList(
             _Block(a, b, config, generator, down=index % 2 == 0, timed=timed) for index, (a, b) in enumerate(widths)

@@ -149,7 +149,7 @@ class NcsnppGan(Denoiser):
 
     def __init__(self, config: NcsnppGanConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
         super().__init__()
-        colours, self.size = image_event(event, "NCSN++", least=1)
+        in_channels, self.size = image_event(event, "NCSN++", least=1)
         halvings = len(config.multipliers) - 1
         if self.size % 2**halvings:
             raise UserError(f"NCSN++ halves its input {halvings} times, which {self.size} pixels cannot be.")
@@ -162,19 +162,19 @@ class NcsnppGan(Denoiser):
         inputs = [config.latent, *[width] * config.latent_layers]
         self.latent_layers = nn.ModuleList(linear(size, width, generator) for size in inputs)
 
-        self.conv_in = conv(colours, channels, 3, generator)
-        self._add_levels(colours, generator)
+        self.conv_in = conv(in_channels, channels, 3, generator)
+        self._add_levels(in_channels, generator)
         self.norm_out = _norm(channels * config.multipliers[0])
-        self.conv_out = conv(channels * config.multipliers[0], colours, 3, generator, zero)
+        self.conv_out = conv(channels * config.multipliers[0], in_channels, 3, generator, zero)
         if config.channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def _add_levels(self, colours: int, generator: torch.Generator) -> None:
+    def _add_levels(self, in_channels: int, generator: torch.Generator) -> None:
         """Add all levels of the encoder and the decoder."""
         config = self.config
         block = partial(_Block, config=config, generator=generator)
         widths = [config.channels * multiplier for multiplier in config.multipliers]
-        last, width, pyramid, seen, down = len(widths) - 1, config.channels, colours, [config.channels], []
+        last, width, pyramid, seen, down = len(widths) - 1, config.channels, in_channels, [config.channels], []
 
         def attention(level: int, width: int, number: int) -> list[nn.Module]:
             attends = self.size >> level in (config.attention or ())

@@ -69,12 +69,12 @@ Resample = Callable[[Tensor], Tensor]
 # Blocks. Each takes the map [B, C, H, W], the embedding after its SiLU [1 or B, E], and the seed [B] or None.
 
 
-def half(x: Tensor) -> Tensor:
+def downsample(x: Tensor) -> Tensor:
     """Average 2x2 pixels: [B, C, H, W] to [B, C, H / 2, W / 2]."""
     return F.avg_pool2d(x, 2)
 
 
-def double(x: Tensor) -> Tensor:
+def upsample(x: Tensor) -> Tensor:
     """Repeat each pixel 2x2 times: [B, C, H, W] to [B, C, 2 H, 2 W]."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
@@ -85,20 +85,20 @@ class ResidualBlock(nn.Module):
     Args:
         inputs: number of input channels.
         outputs: number of output channels.
-        unet: shared by the blocks of one network.
-        resample: `half`, `double` or None, applied between the first norm and the first convolution.
+        layers: shared by the blocks of one network.
+        resample: `downsample`, `upsample` or None, applied between the first norm and the first convolution.
     """
 
-    def __init__(self, inputs: int, outputs: int, unet: "Parts", resample: Resample | None = None) -> None:
+    def __init__(self, inputs: int, outputs: int, layers: "LayerFactory", resample: Resample | None = None) -> None:
         super().__init__()
-        generator, scale_shift = unet.generator, unet.style.scale_shift
+        generator, scale_shift = layers.generator, layers.style.scale_shift
         self.scale_shift = scale_shift
         self.resample = resample
-        self.norm_in = unet.norm(inputs)
+        self.norm_in = layers.norm(inputs)
         self.conv_in = conv(inputs, outputs, 3, generator)
-        self.embedding = linear(4 * unet.config.channels, outputs * (2 if scale_shift else 1), generator)
-        self.norm_out = unet.norm(outputs)
-        self.dropout = Dropout(unet.config.dropout, unet.next_number())
+        self.embedding = linear(4 * layers.config.channels, outputs * (2 if scale_shift else 1), generator)
+        self.norm_out = layers.norm(outputs)
+        self.dropout = Dropout(layers.config.dropout, layers.next_number())
         self.conv_out = conv(outputs, outputs, 3, generator, zero)
         self.skip = conv(inputs, outputs, 1, generator) if inputs != outputs else nn.Identity()
 
@@ -122,10 +122,10 @@ class ResidualBlock(nn.Module):
 class Stage(nn.Module):
     """A residual block, followed by attention on some levels."""
 
-    def __init__(self, inputs: int, outputs: int, unet: "Parts", *, attention: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, layers: "LayerFactory", *, attention: bool) -> None:
         super().__init__()
-        self.block = ResidualBlock(inputs, outputs, unet)
-        self.attention = unet.attention(outputs) if attention else nn.Identity()
+        self.block = ResidualBlock(inputs, outputs, layers)
+        self.attention = layers.attention(outputs) if attention else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None) -> Tensor:
         """Map [B, inputs, H, W] to [B, outputs, H, W]."""
@@ -136,10 +136,10 @@ class Stage(nn.Module):
 class Downsample(nn.Module):
     """A 3x3 convolution of stride 2; DDPM's is padded only at the right and the bottom, as in TensorFlow."""
 
-    def __init__(self, channels: int, unet: "Parts") -> None:
+    def __init__(self, channels: int, layers: "LayerFactory") -> None:
         super().__init__()
-        self.conv = conv(channels, channels, 3, unet.generator)
-        self.pads = (1, 1, 1, 1) if unet.style.adm else (0, 1, 0, 1)
+        self.conv = conv(channels, channels, 3, layers.generator)
+        self.pads = (1, 1, 1, 1) if layers.style.adm else (0, 1, 0, 1)
 
     def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None) -> Tensor:  # noqa: ARG002
         """Map [B, C, H, W] to [B, C, H / 2, W / 2]."""
@@ -149,13 +149,13 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Nearest-neighbor upsampling by a factor of 2, then a 3x3 convolution."""
 
-    def __init__(self, channels: int, unet: "Parts") -> None:
+    def __init__(self, channels: int, layers: "LayerFactory") -> None:
         super().__init__()
-        self.conv = conv(channels, channels, 3, unet.generator)
+        self.conv = conv(channels, channels, 3, layers.generator)
 
     def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None) -> Tensor:  # noqa: ARG002
         """Map [B, C, H, W] to [B, C, 2 H, 2 W]."""
-        h: Tensor = self.conv(double(x))
+        h: Tensor = self.conv(upsample(x))
         return h
 
 
@@ -168,7 +168,7 @@ class Level(nn.Module):
         self.resample = resample
 
 
-class Parts:
+class LayerFactory:
     """Builds the layers of one network from its settings.
 
     Args:
@@ -199,12 +199,12 @@ class Parts:
     def down(self, channels: int) -> nn.Module:
         """The downsampling from one level to the next lower resolution."""
         blocks = self.style.resample_in_blocks
-        return ResidualBlock(channels, channels, self, half) if blocks else Downsample(channels, self)
+        return ResidualBlock(channels, channels, self, downsample) if blocks else Downsample(channels, self)
 
     def up(self, channels: int) -> nn.Module:
         """The upsampling from one level to the next higher resolution."""
         blocks = self.style.resample_in_blocks
-        return ResidualBlock(channels, channels, self, double) if blocks else Upsample(channels, self)
+        return ResidualBlock(channels, channels, self, upsample) if blocks else Upsample(channels, self)
 
 
 # ----------------------------------------------------------------------------
@@ -225,26 +225,26 @@ class Unet(Denoiser):
 
     def __init__(self, config: UnetConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
         super().__init__()
-        colours, self.size = _checked(config, event)
+        in_channels, self.size = _checked(config, event)
         self.config = config
         self.dropout, self.classes = config.dropout, config.classes
-        parts = Parts(config, generator)
-        channels, hidden, adm = config.channels, 4 * config.channels, parts.style.adm
-        self.style = parts.style
+        layers = LayerFactory(config, generator)
+        channels, hidden, adm = config.channels, 4 * config.channels, layers.style.adm
+        self.style = layers.style
         self.sinusoids = SinusoidalEmbedding(channels, endpoint=not adm, cosine_first=adm)
         self.embed_in = linear(channels, hidden, generator)
         self.embed_out = linear(hidden, hidden, generator)
         self.labels = label_table(config.classes, hidden, generator) if config.classes else None
 
         width = channels * config.multipliers[0]
-        self.conv_in = conv(colours * config.patch**2, width, 3, generator)
-        self._add_levels(parts, width)
-        self.norm_out = parts.norm(width)
-        self.conv_out = conv(width, colours * config.patch**2, 3, generator, zero)
+        self.conv_in = conv(in_channels * config.patch**2, width, 3, generator)
+        self._add_levels(layers, width)
+        self.norm_out = layers.norm(width)
+        self.conv_out = conv(width, in_channels * config.patch**2, 3, generator, zero)
         if config.channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def _add_levels(self, parts: Parts, width: int) -> None:
+    def _add_levels(self, layers: LayerFactory, width: int) -> None:
         """Add all levels of the encoder and the decoder, starting from `width` channels."""
         config = self.config
         widths = [config.channels * multiplier for multiplier in config.multipliers]
@@ -255,23 +255,23 @@ class Unet(Denoiser):
         for level, target in enumerate(widths):
             stages = []
             for _ in range(config.blocks):
-                stages.append(Stage(width, target, parts, attention=attends[level]))
+                stages.append(Stage(width, target, layers, attention=attends[level]))
                 width = target
                 seen.append(width)
-            down.append(Level(stages, parts.down(width) if level < last else None))
+            down.append(Level(stages, layers.down(width) if level < last else None))
             seen += [width] if level < last else []
         self.down = cast("Sequence[Level]", nn.ModuleList(down))
 
-        self.middle_in = Stage(width, width, parts, attention=True)
-        self.middle_out = Stage(width, width, parts, attention=False)
+        self.middle_in = Stage(width, width, layers, attention=True)
+        self.middle_out = Stage(width, width, layers, attention=False)
 
         up = []
         for level in range(last, -1, -1):
             stages = []
             for _ in range(config.blocks + 1):
-                stages.append(Stage(width + seen.pop(), widths[level], parts, attention=attends[level]))
+                stages.append(Stage(width + seen.pop(), widths[level], layers, attention=attends[level]))
                 width = widths[level]
-            up.append(Level(stages, parts.up(width) if level else None))
+            up.append(Level(stages, layers.up(width) if level else None))
         self.up = cast("Sequence[Level]", nn.ModuleList(up))
 
     def embed(self, steps: Tensor) -> Tensor:
@@ -322,7 +322,7 @@ class Unet(Denoiser):
 
 def _checked(config: UnetConfig, event: tuple[int, ...]) -> tuple[int, int]:
     """C of an event, and its height in patches, checked to be divisible as often as the config halves it."""
-    colours, pixels = image_event(event, "A U-Net", least=1)
+    in_channels, pixels = image_event(event, "A U-Net", least=1)
     halvings = len(config.multipliers) - 1
     if pixels % config.patch:
         raise UserError(
@@ -336,4 +336,4 @@ def _checked(config: UnetConfig, event: tuple[int, ...]) -> tuple[int, int]:
             f"{'pixels' if config.patch == 1 else 'patches'} cannot be: use fewer multipliers"
             f"{'' if config.patch == 1 else ', or a smaller patch'}."
         )
-    return colours, size
+    return in_channels, size

@@ -78,9 +78,9 @@ class _Body(nn.Module):
         self, config: WideResNetConfig, event: tuple[int, ...], generator: torch.Generator, *, timed: bool
     ) -> None:
         super().__init__()
-        colours, _ = image_event(event, "The wide residual energy", least=4)
+        in_channels, _ = image_event(event, "The wide residual energy", least=4)
         self.channels_last = config.channels_last
-        self.conv_in = conv(colours, 16, 3, generator)
+        self.conv_in = conv(in_channels, 16, 3, generator)
         blocks, width, shifted = [], 16, timed or config.classes > 0
         for group, channels in enumerate((16, 32, 64)):
             for block in range((config.depth - 4) // 6):

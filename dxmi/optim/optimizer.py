@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dxmi.compat import spare_dynamo
-from dxmi.distributed import ALONE, Workers, mean_over
+from dxmi.distributed import SINGLE_PROCESS, ProcessGroup, mean_over
 from dxmi.errors import UserError
 from dxmi.optim.config import OptimizerConfig, lr_factor
 from dxmi.optim.seeds import SINGLE_SEED, Seeds, StackedSeeds
@@ -60,7 +60,7 @@ class Optimizer:
         config: OptimizerConfig,
         groups: Sequence[tuple[Iterable[nn.Parameter], float]],
         total: int,
-        workers: Workers = ALONE,
+        workers: ProcessGroup = SINGLE_PROCESS,
         accumulate: int = 1,
     ) -> None:
         spare_dynamo()

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from dxmi.distributed import ALONE, Workers
+from dxmi.distributed import SINGLE_PROCESS, ProcessGroup
 from dxmi.errors import UserError
 from dxmi.persistence.files import variable_folder, write_atomic
 from dxmi.tensors import pack, unpack
@@ -56,26 +56,28 @@ class Entry:
     """
 
     path: Path
-    workers: Workers
+    workers: ProcessGroup
     tensors: dict[str, Tensor] | None
 
     def write(self, tensors: dict[str, Tensor]) -> None:
         """Store a result that all workers of the group have computed.
 
-        Afterwards `tensors` is the result of the first worker, with the bits and strides that a later process will
+        Afterwards `tensors` is the result of rank 0, with the bits and strides that a later process will
         read.
         """
         kept: dict[str, Tensor] = {}
-        self.workers.on_first(lambda: kept.update(_write(self.path, tensors)))
-        self.tensors = self.workers.agree(kept)
+        self.workers.on_rank_zero(lambda: kept.update(_write(self.path, tensors)))
+        self.tensors = self.workers.broadcast(kept)
 
 
 @contextmanager
-def entry(path: Path, workers: Workers = ALONE, on_wait: Callable[[], None] | None = None) -> Iterator[Entry]:
+def entry(
+    path: Path, workers: ProcessGroup = SINGLE_PROCESS, on_wait: Callable[[], None] | None = None
+) -> Iterator[Entry]:
     """The cache entry of `path`; no other process computes it until the context exits.
 
-    The workers of a group hold the entry together, and the first worker reads and writes the file. While another
-    process computes the result, the first worker reports this to the others every few seconds, so that they do not
+    The workers of a group hold the entry together, and rank 0 reads and writes the file. While another
+    process computes the result, rank 0 reports this to the others every few seconds, so that they do not
     run into their timeout.
 
     Args:
@@ -89,15 +91,15 @@ def entry(path: Path, workers: Workers = ALONE, on_wait: Callable[[], None] | No
             yield Entry(path, workers, _found_or_mine(path, held, on_wait))
             return
         tensors: dict[str, Tensor] = {}
-        while (claim := workers.on_first(lambda: _claim(path, held, tensors))) == "busy":
+        while (claim := workers.on_rank_zero(lambda: _claim(path, held, tensors))) == "busy":
             on_wait()
-        yield Entry(path, workers, None if claim == "mine" else workers.agree(tensors))
+        yield Entry(path, workers, None if claim == "mine" else workers.broadcast(tensors))
 
 
 def cached(
     path: Path,
     compute: Callable[[], dict[str, Tensor]],
-    workers: Workers = ALONE,
+    workers: ProcessGroup = SINGLE_PROCESS,
     on_wait: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors in `path`, computed and written first if missing or damaged; for `on_wait` see `entry`."""

@@ -19,7 +19,7 @@ from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.base import StepSchedule
 from dxmi.diffusion.schedules.build import forward_process, shorten
 from dxmi.diffusion.schedules.ddpm import forward_betas
-from dxmi.distributed import ALONE, Workers
+from dxmi.distributed import SINGLE_PROCESS, ProcessGroup
 from dxmi.errors import UserError
 from dxmi.evaluation.config import EvaluateConfig
 from dxmi.evaluation.scorers import Scorer, build_scorer
@@ -76,7 +76,7 @@ class Experiment:
         self,
         config: ExperimentConfig,
         event: tuple[int, ...] | None = None,
-        workers: Workers = ALONE,
+        workers: ProcessGroup = SINGLE_PROCESS,
         class_counts: Sequence[int] | None = None,
     ) -> None:
         self.config = config
@@ -134,7 +134,7 @@ class Experiment:
     def precision(self) -> torch.autocast:
         """The context in which updates are computed.
 
-        Weights are cast anew in each evaluation of a network, since the optimisers change them in between.
+        Weights are cast anew in each evaluation of a network, since the optimizers change them in between.
         """
         enabled = self.config.train.precision == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)

@@ -8,7 +8,7 @@ from dxmi.errors import UserError
 from dxmi.networks.pretrained.diffusers_folder import write_folder
 from dxmi.networks.unet import Unet
 from dxmi.persistence.files import write_json
-from dxmi.training.loading import Trained
+from dxmi.training.loading import LoadedRun
 
 SAMPLER = "sampler.json"
 _RULE = (
@@ -18,11 +18,11 @@ _RULE = (
 )
 
 
-def export_diffusers(trained: Trained, folder: Path) -> None:
+def export_diffusers(loaded: LoadedRun, folder: Path) -> None:
     """Write the policy of a run as a diffusers model, with its steps in `sampler.json` in the same folder.
 
     Args:
-        trained: the run.
+        loaded: the run.
         folder: folder of the model, which must be empty if it exists.
 
     Raises:
@@ -30,7 +30,7 @@ def export_diffusers(trained: Trained, folder: Path) -> None:
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: choose another --out, or delete it.")
-    policy = trained.algorithm.eval_policy
+    policy = loaded.algorithm.eval_policy
     write_folder(policy.network, policy.event, folder)
     write_json(folder / SAMPLER, sampler_tree(policy))
 

@@ -25,7 +25,7 @@ _SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedRun:
     """A trained policy and the algorithm that it belongs to.
 
     Attributes:
@@ -123,7 +123,7 @@ class Trained:
         return Sampling(self.algorithm.eval_policy, stream, self.algorithm.guide, guidance, step=self.step)
 
 
-def load_trained(run: RunDirectory, stored: StoredConfig, which: str) -> Trained:
+def load_run(run: RunDirectory, stored: StoredConfig, which: str) -> LoadedRun:
     """Load the `best` or the `last` checkpoint of a run.
 
     Args:
@@ -151,7 +151,7 @@ def load_trained(run: RunDirectory, stored: StoredConfig, which: str) -> Trained
     algorithm = experiment.build_algorithm(experiment.build_denoiser())
     checkpoint.restore(algorithm, found, ALGORITHM)
     algorithm.requires_grad_(False)
-    return Trained(experiment, algorithm, found.step, complaints, str(found.meta.get("data", "")))
+    return LoadedRun(experiment, algorithm, found.step, complaints, str(found.meta.get("data", "")))
 
 
 def _find(run: RunDirectory, which: str) -> tuple[Checkpoint | None, list[str]]:

@@ -65,7 +65,7 @@ class Pretraining:
             if step % log_every == 0 or step == total:
                 self._reporter.tell(Phase.PRETRAIN, step, total, window.mean(step))
             if (step % _PARTIAL_EVERY == 0 or self._reporter.stop_requested) and step < total:
-                self._experiment.workers.on_first(lambda: self._keep_only(step, state))
+                self._experiment.workers.on_rank_zero(lambda: self._keep_only(step, state))
             if step < total:
                 self._reporter.raise_if_stopped()
 
@@ -106,7 +106,7 @@ class Pretraining:
             assert self._entry.tensors is not None
             denoiser = self._experiment.build_denoiser()
             denoiser.load_state_dict(self._entry.tensors)
-        if self._experiment.workers.is_first:
+        if self._experiment.workers.is_rank_zero:
             rmtree(self._partial, ignore_errors=True)
         self._reporter.tell_or_stop(Phase.PRETRAIN, self._total, self._total)
         return denoiser

@@ -23,7 +23,7 @@ from dxmi.training.build import Experiment
 from dxmi.training.config import SCHEMA
 from dxmi.training.progress import Phase
 from dxmi.training.reporter import RunReporter
-from dxmi.visualization.galleries import Gallery
+from dxmi.visualization.visualizers import Visualizer
 
 
 def primary_scores(metric: str, scores: Mapping[str, Scores]) -> dict[str, float]:
@@ -103,13 +103,13 @@ class References:
     # ------------------------------------------------------------------------
     # Pictures.
 
-    def draw(self, run: RunDirectory, gallery: Gallery, denoiser: Denoiser, scores: Mapping[str, Scores]) -> None:
+    def draw(self, run: RunDirectory, visualizer: Visualizer, denoiser: Denoiser, scores: Mapping[str, Scores]) -> None:
         """Pictures to compare samples with: of the data, and on the samples' noise of the best references."""
         found = primary_scores(self._scorer.metric, scores)
         scored = [reference.scored(found[reference.key]) for reference in self.compared if reference.key in found]
         for name, samples in {"data": self._some_data(), **self._previews(denoiser, scored)}.items():
-            draw = functools.partial(gallery.draw_samples, run.reference_picture(name), samples)
-            self._experiment.workers.on_first(draw)
+            draw = functools.partial(visualizer.draw_samples, run.reference_picture(name), samples)
+            self._experiment.workers.on_rank_zero(draw)
 
     def _previews(self, denoiser: Denoiser, scored: Sequence[ScoredReference]) -> dict[str, Tensor]:
         """Samples of the best sampler with all steps, and of the best one that is as cheap as the policy."""

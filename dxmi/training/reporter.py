@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dxmi.distributed import Pace, Workers
+from dxmi.distributed import Pace, ProcessGroup
 from dxmi.tensors import require_finite_metrics
 from dxmi.training.progress import Phase, Progress, Reporter, StopRequestedError
 
@@ -22,7 +22,7 @@ class RunReporter:
         workers: the run's processes, which call every method together.
     """
 
-    def __init__(self, report: Reporter | None, workers: Workers) -> None:
+    def __init__(self, report: Reporter | None, workers: ProcessGroup) -> None:
         self._report = report or (lambda _: None)
         self._workers = workers
         self._pace = Pace(workers, LISTEN_EVERY)
@@ -33,7 +33,7 @@ class RunReporter:
         """Report, and remember whether a stop was asked for."""
         progress = Progress(phase, step, total, metrics or {})
         self._last = Progress(phase, step, total)
-        if self._workers.on_first(lambda: bool(self._report(progress))):
+        if self._workers.on_rank_zero(lambda: bool(self._report(progress))):
             self.stop_requested = True
 
     def tell_or_stop(self, phase: Phase, step: int, total: int) -> None:
@@ -52,7 +52,7 @@ class RunReporter:
 
     def note(self, sentences: Sequence[str], phase: Phase, total: int, *, of_data: bool = False) -> None:
         """Pass sentences on to the user."""
-        for sentence in sentences if self._workers.is_first else ():
+        for sentence in sentences if self._workers.is_rank_zero else ():
             self._report(Progress(phase, 0, total, note=sentence, of_data=of_data))
 
     def listen(self) -> None:

@@ -36,8 +36,8 @@ from dxmi.training.reporter import MetricWindow, RunReporter, Stopwatch
 from dxmi.training.schema import config_tree, read_config
 from dxmi.training.state import ALGORITHM, newest_checkpoint
 from dxmi.training.summary import Summary, read_summary
-from dxmi.visualization.galleries import build_gallery
 from dxmi.visualization.pictures import curves_figure, save_figure
+from dxmi.visualization.visualizers import build_visualizer
 
 _NUMERICS = [PRETRAINING_VERSION, SCORING_VERSION]
 """Versions of what is computed from one config, which its signature does not hold; recorded in checkpoints."""
@@ -212,15 +212,15 @@ class Run:
         Raises:
             UserError: the folder holds another run, or cannot be written.
         """
-        self.workers.on_first(self._refuse_other_run)
+        self.workers.on_rank_zero(self._refuse_other_run)
         if self._end_if_finished(says_changes=True):
             return
         self.experiment.choose_kernels()
         self.scorer = self.experiment.build_scorer()
-        self.workers.on_first(self._take_folder)
+        self.workers.on_rank_zero(self._take_folder)
         if self._end_if_finished():  # by another process, while this one waited for the folder
             return
-        self.gallery = build_gallery(self.config.data.kind)
+        self.visualizer = build_visualizer(self.config.data.kind)
         self._threads = self.experiment.use_threads()
         self._note(self.experiment.data.notes, of_data=True)
 
@@ -232,11 +232,11 @@ class Run:
 
     def _end_if_finished(self, *, says_changes: bool = False) -> bool:
         """Whether the folder holds the run's summary, with which the run then ends."""
-        finished = self.workers.on_first(self.directory.read_summary)
+        finished = self.workers.on_rank_zero(self.directory.read_summary)
         if finished is None:
             return False
         summary = read_summary(self.directory, finished)
-        if says_changes and self.workers.is_first and self._member.report is not None:
+        if says_changes and self.workers.is_rank_zero and self._member.report is not None:
             for sentence in changed_inputs(self.directory, finished, self.experiment):
                 text = f"{sentence} Choose another out to train on the present ones."
                 self._member.report(Progress(Phase.REPORT, 2, 2, note=text))
@@ -273,7 +273,7 @@ class Run:
         self.clock.enter(Phase.REFERENCES)
         self._references = References(self.experiment, self.scorer, self.reporter)
         self._reference_scores = self._references.scores(self._denoiser)
-        self._references.draw(self.directory, self.gallery, self._denoiser, self._reference_scores)
+        self._references.draw(self.directory, self.visualizer, self._denoiser, self._reference_scores)
 
     # ------------------------------------------------------------------------
     # Fine-tuning.
@@ -290,7 +290,7 @@ class Run:
             if not is_evaluated and step % self.config.train.log_every != 0:
                 return
             means = window.mean(step)
-            self.workers.on_first(lambda: self.directory.append([{"step": step, **means}]))
+            self.workers.on_rank_zero(lambda: self.directory.append([{"step": step, **means}]))
             self.reporter.tell(Phase.FINETUNE, step, total, means)
             if is_evaluated:
                 self._evaluate_and_save(step)
@@ -319,16 +319,16 @@ class Run:
             self._note([_OTHER_DEVICE.format(path=found.path)])
         before: list[str] = found.meta.get("devices", [])
         self._devices = before if before[-1:] == self._devices else [*before, *self._devices]
-        self.workers.on_first(lambda: self._go_back_to(found.step))
+        self.workers.on_rank_zero(lambda: self._go_back_to(found.step))
         self.clock.add(found.meta["seconds"])
-        self._best = self.workers.on_first(lambda: self._best_that_is_whole(found))
+        self._best = self.workers.on_rank_zero(lambda: self._best_that_is_whole(found))
         if found.meta["score"] is None and self._is_evaluated(found.step):  # a stop was asked for in the evaluation
             self._evaluate_and_save(found.step)
         return found.step
 
     def _start(self) -> int:
         """Iteration 0: score the shortened model, and save."""
-        self.workers.on_first(lambda: self._go_back_to(-1))
+        self.workers.on_rank_zero(lambda: self._go_back_to(-1))
         self._evaluate_and_save(0)
         self.reporter.raise_if_stopped()
         return 0
@@ -391,7 +391,7 @@ class Run:
         sampling = self._sampling(stream_of(SELECTION, self.config.seed), step)
         scores = self.scorer.score(sampling, self._energy).values
         score = scores[self.scorer.metric]
-        self.workers.on_first(lambda: self._record_scores(step, scores))
+        self.workers.on_rank_zero(lambda: self._record_scores(step, scores))
         best, takes_last = self._best, self.config.evaluate.result == "last"
         if best is None or takes_last or is_better(score, best["value"], self.scorer.direction):
             self._best = {"step": step, "value": score}
@@ -409,7 +409,7 @@ class Run:
     def _record_scores(self, step: int, scores: Mapping[str, float]) -> None:
         samples = generate(self._picture_sampling(), self.config.evaluate.grid, self.config.evaluate)
         self.directory.append([{"step": step, **scores}])
-        self.gallery.draw_samples(self.directory.samples / f"step_{step:06d}.png", samples)
+        self.visualizer.draw_samples(self.directory.samples / f"step_{step:06d}.png", samples)
 
     @property
     def _energy(self) -> Energy | None:
@@ -418,7 +418,7 @@ class Run:
 
     def _save(self, step: int, score: float | None) -> None:
         """Write a checkpoint; keep the best, this one, and the one before it."""
-        self.workers.on_first(lambda: self._write_checkpoint(step, score))
+        self.workers.on_rank_zero(lambda: self._write_checkpoint(step, score))
         self._saved(step)
 
     def _write_checkpoint(self, step: int, score: float | None) -> None:
@@ -457,7 +457,7 @@ class Run:
             self._draw(summary)
             self.directory.write_summary(asdict(summary))
 
-        self.workers.on_first(write)
+        self.workers.on_rank_zero(write)
         self.end(summary)
 
     def _final_scores(self) -> dict[str, Scores]:
@@ -466,7 +466,7 @@ class Run:
         self.reporter.tell(Phase.REPORT, 1, 2)
         first, best_is_last = last, self._best["step"] == self.config.train.iterations
         if not best_is_last:
-            self._algorithm.load_state_dict(self.workers.agree(self._best_weights()))
+            self._algorithm.load_state_dict(self.workers.broadcast(self._best_weights()))
             first = self._report(self._best["step"])
         further = range(1, self.config.evaluate.generations)
         self._generations = [first.values, *(self._report(self._best["step"], draw).values for draw in further)]
@@ -483,7 +483,7 @@ class Run:
         return self.scorer.full_evaluation(self._sampling(stream, step), self._energy)
 
     def _best_weights(self) -> dict[str, Tensor]:
-        """On the first worker; if the checkpoint is damaged, no worker waits for it."""
+        """On rank 0; if the checkpoint is damaged, no worker waits for it."""
         found: dict[str, Tensor] = {}
 
         def load() -> None:
@@ -491,7 +491,7 @@ class Run:
                 path = checkpoint.path_of(self.directory.checkpoints, self._best["step"])
                 found.update(checkpoint.load(path).groups[ALGORITHM])
 
-        self.workers.on_first(load)
+        self.workers.on_rank_zero(load)
         return found
 
     def _summary(self, final: Mapping[str, Scores]) -> Summary:
@@ -544,10 +544,10 @@ class Run:
             self.directory.curves, curves_figure(summary.metric, curve_of(rows, summary.metric), lines, best, others)
         )
         sampling = self._picture_sampling(summary.best["step"])
-        states = generate_states(sampling, self.gallery.num_rows, self.config.evaluate)
-        self.gallery.draw_steps(self.directory.samples / "steps.png", states)
+        states = generate_states(sampling, self.visualizer.num_rows, self.config.evaluate)
+        self.visualizer.draw_steps(self.directory.samples / "steps.png", states)
         if self.config.train.iterations and self._algorithm.value is not None:
-            self.gallery.draw_value(self.directory.samples, self._algorithm.value, self.config.schedule.num_steps)
+            self.visualizer.draw_value(self.directory.samples, self._algorithm.value, self.config.schedule.num_steps)
 
 
 def refuse_other_run(run: RunDirectory, experiment: Experiment) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dxmi.data.dataset import BatchStream
-from dxmi.distributed import Workers
+from dxmi.distributed import ProcessGroup
 from dxmi.optim.optimizer import Optimizer
 from dxmi.persistence import checkpoint
 from dxmi.persistence.checkpoint import Checkpoint, DamagedCheckpointError
@@ -73,22 +73,22 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key[len(prefix) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{prefix}.")}
 
 
-def newest_checkpoint(folder: Path, workers: Workers) -> tuple[Checkpoint | None, list[str]]:
-    """Load the newest intact checkpoint on the first worker, and broadcast it to all workers.
+def newest_checkpoint(folder: Path, workers: ProcessGroup) -> tuple[Checkpoint | None, list[str]]:
+    """Load the newest intact checkpoint on rank 0, and broadcast it to all workers.
 
     Returns:
-        The checkpoint, if there is one; and, on the first worker only, a message about each damaged checkpoint.
+        The checkpoint, if there is one; and, on rank 0 only, a message about each damaged checkpoint.
     """
-    found, complaints = checkpoint.newest(folder) if workers.is_first else (None, [])
+    found, complaints = checkpoint.newest(folder) if workers.is_rank_zero else (None, [])
     if workers.size == 1:
         return found, complaints
-    about = workers.on_first(lambda: None if found is None else [found.step, found.meta])
+    about = workers.on_rank_zero(lambda: None if found is None else [found.step, found.meta])
     if about is None:
         return None, complaints
     own = {} if found is None else found.groups
     flat = {f"{group}/{key}": value for group, tensors in own.items() for key, value in tensors.items()}
     groups: dict[str, dict[str, Tensor]] = {}
-    for name, value in workers.agree(flat).items():
+    for name, value in workers.broadcast(flat).items():
         group, _, key = name.partition("/")
         groups.setdefault(group, {})[key] = value
     return Checkpoint(checkpoint.path_of(folder, about[0]), about[0], groups, about[1]), complaints

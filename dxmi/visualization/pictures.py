@@ -51,7 +51,7 @@ def save_grid(path: Path, pixels: Tensor) -> None:
     save_png(path, grid(pixels, columns=max(1, round(len(pixels) ** 0.5))))
 
 
-def save_labelled_grid(path: Path, pixels: Tensor, labels: Sequence[str]) -> None:
+def save_labeled_grid(path: Path, pixels: Tensor, labels: Sequence[str]) -> None:
     """Write a nearly square grid of images uint8 [N, C, H, W], each with its label below it."""
     columns = max(1, math.ceil(len(pixels) ** 0.5))
     rows = math.ceil(len(pixels) / columns)

@@ -117,7 +117,7 @@ def energy_figure(energy: Tensor, log_density: Tensor, beta: float) -> Figure:
     surprise = -log_density
     surprise = surprise.clamp(max=float(surprise.min()) + _DEPTH)
     cell = (2.0 * SQUARE) ** 2 / energy.numel()
-    densities = [_normalised(-beta * energy) / cell, _normalised(log_density) / cell]
+    densities = [_normalized(-beta * energy) / cell, _normalized(log_density) / cell]
     top = float(densities[1].max())
     images = [_heights(axes, one) for axes, one in zip(panels.panels[:2], (energy, surprise), strict=True)]
     images += [_image(axes, one, "magma", 0.0, top) for axes, one in zip(panels.panels[2:], densities, strict=True)]
@@ -126,7 +126,7 @@ def energy_figure(energy: Tensor, log_density: Tensor, beta: float) -> Figure:
     return panels.figure
 
 
-def _normalised(log_density: Tensor) -> Tensor:
+def _normalized(log_density: Tensor) -> Tensor:
     """The probability of each cell of a map."""
     return log_density.double().flatten().softmax(0).view_as(log_density)
 
@@ -169,9 +169,9 @@ def _place(figure: Figure, left: float, bottom: float, width: float, height: flo
     return figure.add_axes((left / across, bottom / up, width / across, (width if height is None else height) / up))
 
 
-def _image(axes: Axes, heights: Tensor, colours: str, low: float, high: float) -> AxesImage:
+def _image(axes: Axes, heights: Tensor, cmap: str, low: float, high: float) -> AxesImage:
     """Draw a map in colors."""
-    return axes.imshow(heights.numpy(), extent=_EXTENT, origin="lower", cmap=colours, vmin=low, vmax=high)
+    return axes.imshow(heights.numpy(), extent=_EXTENT, origin="lower", cmap=cmap, vmin=low, vmax=high)
 
 
 def _heights(axes: Axes, heights: Tensor, low: float | None = None, high: float | None = None) -> AxesImage:

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from dxmi.data.batch import Streams
-from dxmi.distributed import ALONE, Group, Workers
+from dxmi.distributed import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
 from dxmi.optim.config import OptimizerConfig
 from dxmi.optim.optimizer import Optimizer
 from dxmi.tensors import event_mean
@@ -53,7 +53,7 @@ def _median_seconds(run: Any) -> float:
     return seconds_each(run)[0]
 
 
-def _iterations(overrides: list[str], workers: Workers) -> dict[str, float]:
+def _iterations(overrides: list[str], workers: ProcessGroup) -> dict[str, float]:
     experiment = Experiment(compose_experiment(overrides).experiment, workers=workers)
     algorithm, state = experiment.build_finetuning(experiment.build_denoiser())
     streams = Streams([state.generators])
@@ -70,7 +70,7 @@ def _iterations(overrides: list[str], workers: Workers) -> dict[str, float]:
     }
 
 
-def _policy_steps(overrides: list[str], workers: Workers) -> dict[str, float]:
+def _policy_steps(overrides: list[str], workers: ProcessGroup) -> dict[str, float]:
     """The denoiser's regression step, averaged in two ways."""
     experiment = Experiment(compose_experiment(overrides).experiment)
     config = experiment.config
@@ -112,7 +112,7 @@ def _worker(rank: int, size: int, overrides: list[str], results: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=results["port"], RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    workers = Group(60.0) if size > 1 else ALONE
+    workers = TorchProcessGroup(60.0) if size > 1 else SINGLE_PROCESS
     if rank == 0:
         results[f"iteration{size}"] = _iterations(overrides, workers)
     else:

@@ -43,7 +43,7 @@ def random_network(device: torch.device) -> Inception:
 
 
 def seconds(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Wall seconds of each, the least of several rounds, in which all take turns: a busy neighbour falls on all."""
+    """Wall seconds of each, the least of several rounds, in which all take turns: a busy neighbor falls on all."""
     return [min(column) for column in zip(*([_seconds(run) for run in runs] for _ in range(rounds)), strict=True)]
 
 

@@ -48,7 +48,7 @@ SPACE = {
     "algorithm.cost_coef": {"log_uniform": [1e-3, 10.0]},
 }
 CHECKPOINT_MEGABYTES = (4, 150, 600)
-"""digits; a CIFAR-10 U-Net with its optimiser, energy and averages; an ImageNet-64 one's policy alone."""
+"""digits; a CIFAR-10 U-Net with its optimizer, energy and averages; an ImageNet-64 one's policy alone."""
 
 
 def plan(trials: int, tracking: str) -> Plan:

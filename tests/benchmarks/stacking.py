@@ -38,7 +38,7 @@ def stacked(overrides: list[str], number: int) -> Callable[[int], object]:
 
 
 def timed(one: Callable[[int], object], other: Callable[[int], object]) -> tuple[float, float]:
-    """Median milliseconds of both, taken in turn, so that a busy neighbour falls on both."""
+    """Median milliseconds of both, taken in turn, so that a busy neighbor falls on both."""
     times: tuple[list[float], list[float]] = ([], [])
     for round_number in range(ROUNDS + 1):
         for work, own in zip((one, other), times, strict=True):

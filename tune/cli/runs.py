@@ -23,13 +23,13 @@ from dxmi.persistence.run_directory import RunDirectory, read_yaml
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig, ResourcesConfig
 from dxmi.training.export import export_diffusers
-from dxmi.training.loading import Trained, load_trained
+from dxmi.training.loading import LoadedRun, load_run
 from dxmi.training.run import labels_text
 from dxmi.training.run import train as train_experiment
 from dxmi.training.schema import read_config
 from dxmi.training.summary import Summary
-from dxmi.visualization.galleries import build_gallery
-from dxmi.visualization.pictures import save_labelled_grid
+from dxmi.visualization.pictures import save_labeled_grid
+from dxmi.visualization.visualizers import build_visualizer
 from tune.cli.exit_codes import OK, STOPPED
 from tune.cli.parser import PICTURED
 from tune.config.compose import compose_experiment, out_folder, overridden, require_no_stack
@@ -143,15 +143,15 @@ def _resumed(args: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
 # sample, evaluate, data, config
 
 
-def _trained(args: argparse.Namespace) -> Trained:
+def _loaded_run(args: argparse.Namespace) -> LoadedRun:
     run = RunDirectory(args.run_dir)
     tree = run.read_config()
     if args.device is not None:
         tree["resources"] = {"device": args.device}
-    trained = load_trained(run, read_config(tree), args.checkpoint)
-    for sentence in trained.complaints:
+    loaded = load_run(run, read_config(tree), args.checkpoint)
+    for sentence in loaded.complaints:
         complain(sentence)
-    return trained
+    return loaded
 
 
 def sample(args: argparse.Namespace) -> int:
@@ -159,17 +159,17 @@ def sample(args: argparse.Namespace) -> int:
     if args.out.suffix not in (".png", ".npz"):
         raise UserError(f"--out is {args.out}: it must end in .png or .npz.")
     _require_folder(args.out)
-    trained = _trained(args)
-    states = trained.states(args.num, args.seed, args.guidance, args.label)
+    loaded = _loaded_run(args)
+    states = loaded.states(args.num, args.seed, args.guidance, args.label)
     if args.out.suffix == ".png":
-        gallery = build_gallery(trained.experiment.config.data.kind)
+        visualizer = build_visualizer(loaded.experiment.config.data.kind)
         if args.steps_grid:
-            gallery.draw_steps(args.out, states)
+            visualizer.draw_steps(args.out, states)
         else:
-            gallery.draw_samples(args.out, states[-1])
+            visualizer.draw_samples(args.out, states[-1])
     else:
-        _save_arrays(args.out, states if args.steps_grid else states[-1], trained.experiment.config.data)
-    Terminal().out(f"{args.num} samples of iteration {trained.step}: {args.out}", highlight=False)
+        _save_arrays(args.out, states if args.steps_grid else states[-1], loaded.experiment.config.data)
+    Terminal().out(f"{args.num} samples of iteration {loaded.step}: {args.out}", highlight=False)
     return OK
 
 
@@ -192,15 +192,15 @@ def evaluate(args: argparse.Namespace) -> int:
     """Score a run's policy."""
     if args.out is not None:
         _require_folder(args.out)
-    trained = _trained(args)
-    num = args.num_samples or trained.experiment.config.evaluate.num_samples
+    loaded = _loaded_run(args)
+    num = args.num_samples or loaded.experiment.config.evaluate.num_samples
     with tqdm(total=num, unit="samples", desc="sampling", leave=False, disable=None) as bar:
 
         def on_batch(samples: int) -> None:
             bar.update(samples - bar.n)
 
-        scores = trained.scores(args.num_samples, args.seed, args.guidance, on_batch=on_batch)
-    table = TextTable("score", title=f"iteration {trained.step}")
+        scores = loaded.scores(args.num_samples, args.seed, args.guidance, on_batch=on_batch)
+    table = TextTable("score", title=f"iteration {loaded.step}")
     table.add_column("value", justify="right")
     for key, value in scores.values.items():
         table.add_row(key, f"{value:,.4f}" if value % 1 else f"{value:,.0f}")
@@ -214,9 +214,9 @@ def evaluate(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """Export a run's policy to another library's format."""
     _require_folder(args.out)
-    trained = _trained(args)
-    export_diffusers(trained, args.out)
-    Terminal().out(f"Exported the policy of iteration {trained.step}: {args.out}", highlight=False)
+    loaded = _loaded_run(args)
+    export_diffusers(loaded, args.out)
+    Terminal().out(f"Exported the policy of iteration {loaded.step}: {args.out}", highlight=False)
     return OK
 
 
@@ -251,7 +251,7 @@ def _draw_data(path: Path, data: Dataset) -> None:
     if isinstance(data, Images):
         pixels, labels = some_of(data, PICTURED)
         names = data.class_names
-        save_labelled_grid(path, pixels, [""] * len(pixels) if labels is None else [names[label] for label in labels])
+        save_labeled_grid(path, pixels, [""] * len(pixels) if labels is None else [names[label] for label in labels])
     else:
-        gallery = build_gallery(data.name)
-        gallery.draw_samples(path, some_of(data, gallery.num_rows)[0])
+        visualizer = build_visualizer(data.name)
+        visualizer.draw_samples(path, some_of(data, visualizer.num_rows)[0])

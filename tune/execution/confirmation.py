@@ -12,7 +12,7 @@ from typing import Any
 from dxmi.errors import UserError
 from dxmi.evaluation.config import CONFIRMATION
 from dxmi.persistence.run_directory import RunDirectory
-from dxmi.training.loading import load_trained
+from dxmi.training.loading import load_run
 from dxmi.training.schema import read_config
 from tune.execution.slots import Slots
 from tune.integrations.object_store import Remote
@@ -130,10 +130,10 @@ def fresh_scores(
 def _scores(run: RunDirectory, step: int, threads: int, on_step: Callable[[], None] | None) -> dict[str, float]:
     tree = run.read_config()
     tree["resources"] = {**tree.get("resources", {}), "threads": threads}
-    trained = load_trained(run, read_config(tree), "best")
-    if trained.step != step:
+    loaded = load_run(run, read_config(tree), "best")
+    if loaded.step != step:
         raise UserError(f"the checkpoint of iteration {step} in {run.path} is missing or damaged.")
-    values = trained.scores(None, None, 0.0, CONFIRMATION, on_step=on_step).values
+    values = loaded.scores(None, None, 0.0, CONFIRMATION, on_step=on_step).values
     for key, value in values.items():
         if not math.isfinite(value):
             raise UserError(f"{key} is {value} on fresh noise.")

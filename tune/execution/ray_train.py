@@ -1,8 +1,8 @@
 """One run on several workers: Ray Train around `dxmi.training.run`.
 
-Every worker calls the same `train` with a `Group` that determines its rows of each batch. The rank-zero worker reports
-to the caller through an actor, one report at a time, and receives whether to stop, which it broadcasts to the other
-workers: a run ends when every worker returns, and no worker is killed to stop it.
+Every worker calls the same `train` with a `TorchProcessGroup` that determines its rows of each batch. The rank-zero
+worker reports to the caller through an actor, one report at a time, and receives whether to stop, which it broadcasts
+to the other workers: a run ends when every worker returns, and no worker is killed to stop it.
 If a worker is lost or hangs, Ray Train restarts the whole group from the last checkpoint in the run folder.
 """
 
@@ -32,7 +32,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from dxmi.config import build, to_tree
-from dxmi.distributed import Group
+from dxmi.distributed import TorchProcessGroup
 from dxmi.errors import DivergedError, UserError, WorkersLostError
 from dxmi.persistence.checkpoint import steps_in
 from dxmi.persistence.run_directory import RunDirectory
@@ -225,8 +225,8 @@ def _work(loop_config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Training function that Ray Train runs in every worker; rank zero's result is the result of the group."""
     config = build(ExperimentConfig, json.loads(loop_config["tree"]))
     config = replace(config, resources=_own_resources(config))
-    group = Group(config.resources.worker_timeout)
-    report = _asking(loop_config["line"]) if group.is_first else None
+    group = TorchProcessGroup(config.resources.worker_timeout)
+    report = _asking(loop_config["line"]) if group.is_rank_zero else None
     try:
         with _run_folder(group, loop_config["address"], Path(loop_config["out"])) as (out, saved):
             summary = train(Experiment(config, workers=group), out=out, report=report, saved=saved)
@@ -238,9 +238,9 @@ def _work(loop_config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _run_folder(group: Group, address: str | None, out: Path) -> Iterator[tuple[Path, Saved]]:
+def _run_folder(group: TorchProcessGroup, address: str | None, out: Path) -> Iterator[tuple[Path, Saved]]:
     """Yield the folder to which rank zero writes, and the function that every worker calls after a checkpoint."""
-    if not group.is_first:
+    if not group.is_rank_zero:
         yield out, _report_checkpoint
         return
     _note_group(address or str(out))

@@ -261,7 +261,7 @@ class Point:
 
 
 @dataclass
-class Run:
+class TrackedRun:
     """Local copy of what MLflow holds of a run. It is unreliable after an error: find the run again.
 
     Attributes:
@@ -304,10 +304,10 @@ class MlflowWriter:
         self.experiment = experiment
         self._is_local = is_local
 
-    def find(self, tags: Mapping[str, str]) -> list[Run]:
+    def find(self, tags: Mapping[str, str]) -> list[TrackedRun]:
         """The runs with these tags, oldest first."""
         condition = " and ".join(f"tags.{key} = '{value}'" for key, value in tags.items())
-        found: list[Run] = []
+        found: list[TrackedRun] = []
         token: str | None = None
         while True:
             page = self._client.search_runs(
@@ -322,14 +322,14 @@ class MlflowWriter:
             if not token:
                 return found
 
-    def create(self, tags: Mapping[str, str], began: int) -> Run:
+    def create(self, tags: Mapping[str, str], began: int) -> TrackedRun:
         """Create a run that started at `began`, in milliseconds since the epoch."""
         short = {key: value[:_MAX_TEXT] for key, value in tags.items()}
         run = _known(self._client.create_run(self.experiment, start_time=began, tags=short))
         run.steps, run.files = {}, set()
         return run
 
-    def describe(self, run: Run, params: Mapping[str, str]) -> None:
+    def describe(self, run: TrackedRun, params: Mapping[str, str]) -> None:
         """Log the parameters of a run, which must not change later."""
         from mlflow.entities import Param  # noqa: PLC0415
 
@@ -338,7 +338,7 @@ class MlflowWriter:
             self._client.log_batch(run.id, params=some)
         run.is_described = True
 
-    def log(self, run: Run, points: Iterable[Point]) -> None:
+    def log(self, run: TrackedRun, points: Iterable[Point]) -> None:
         """Log the points that a run does not have yet. The steps of each metric must be ascending."""
         from mlflow.entities import Metric  # noqa: PLC0415
 
@@ -348,10 +348,10 @@ class MlflowWriter:
             self._client.log_batch(run.id, metrics=[Metric(p.key, p.value, p.time, p.step) for p in some])
             run.steps.update((point.key, point.step) for point in some)
 
-    def _newest_step(self, run: Run, key: str) -> int:
+    def _newest_step(self, run: TrackedRun, key: str) -> int:
         return max((point.step for point in self._client.get_metric_history(run.id, key)), default=-1)
 
-    def mark(self, run: Run, tags: Mapping[str, str]) -> bool:
+    def mark(self, run: TrackedRun, tags: Mapping[str, str]) -> bool:
         """Set the tags that differ, and return whether there were any."""
         from mlflow.entities import RunTag  # noqa: PLC0415
 
@@ -361,20 +361,20 @@ class MlflowWriter:
             run.tags |= changed
         return bool(changed)
 
-    def begin(self, run: Run, tags: Mapping[str, str]) -> None:
+    def begin(self, run: TrackedRun, tags: Mapping[str, str]) -> None:
         """Set the tags and mark a run as running."""
         self.mark(run, tags)
         if run.status != "RUNNING":
             self._client.update_run(run.id, status="RUNNING")
             run.status = "RUNNING"
 
-    def end(self, run: Run, status: str, tags: Mapping[str, str], ended: int) -> None:
+    def end(self, run: TrackedRun, status: str, tags: Mapping[str, str], ended: int) -> None:
         """Set the tags and mark a run as ended at `ended`, in milliseconds since the epoch."""
         if self.mark(run, tags) or run.status != status:
             self._client.set_terminated(run.id, status, ended)
             run.status = status
 
-    def upload(self, run: Run, files: Iterable[tuple[Path, str]], *, again: bool = False) -> None:
+    def upload(self, run: TrackedRun, files: Iterable[tuple[Path, str]], *, again: bool = False) -> None:
         """Add files to a run; files that no longer exist are skipped.
 
         Args:
@@ -395,7 +395,7 @@ class MlflowWriter:
                         self._client.log_artifact(run.id, str(path), folder or None)
                 run.files.add(name)
 
-    def _listed(self, run: Run) -> set[str]:
+    def _listed(self, run: TrackedRun) -> set[str]:
         return {file.path for folder in (None, "samples") for file in self._client.list_artifacts(run.id, folder)}
 
 
@@ -420,14 +420,14 @@ def open_writer(root: Path, uri: str, name: str) -> MlflowWriter:
     return MlflowWriter(client, experiment_id(client, name), is_local=False)
 
 
-def _known(run: "MlflowRun") -> Run:
+def _known(run: "MlflowRun") -> TrackedRun:
     data, info = run.data, run.info
-    return Run(
+    return TrackedRun(
         info.run_id, info.status, dict(data.tags), info.artifact_uri, frozenset(data.params), frozenset(data.metrics)
     )
 
 
-def missing(run: Run, points: Iterable[Point]) -> list[Point]:
+def missing(run: TrackedRun, points: Iterable[Point]) -> list[Point]:
     """The points that a run does not have yet.
 
     The points of a metric are sent in the order of their steps, so a point is missing if it is after the newest step.

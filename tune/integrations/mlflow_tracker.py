@@ -29,7 +29,15 @@ from dxmi.errors import UserError
 from dxmi.persistence.checkpoint import path_of, steps_in
 from dxmi.persistence.provenance import git_revision
 from dxmi.persistence.run_directory import Row
-from tune.integrations.mlflow_store import MlflowWriter, Point, Run, missing, open_store, open_writer, store_address
+from tune.integrations.mlflow_store import (
+    MlflowWriter,
+    Point,
+    TrackedRun,
+    missing,
+    open_store,
+    open_writer,
+    store_address,
+)
 from tune.messages import complain
 from tune.plans.ablation import ARM, AblationPlan
 from tune.plans.arms import Arm
@@ -226,8 +234,8 @@ class _StudyUploader:
         self._plan = plan
         self._complain = complain
         self._writer: MlflowWriter | None = None
-        self._parent: Run | None = None
-        self._arms: dict[str, Run] = {}
+        self._parent: TrackedRun | None = None
+        self._arms: dict[str, TrackedRun] = {}
         """Run of each arm, in an ablation."""
         self._damaged: set[int] = set()
         self._times: dict[int, dict[int, int]] = {}
@@ -240,9 +248,9 @@ class _StudyUploader:
         """Ended trials whose runs are complete."""
         self._first = 0
         """Index of the first trial that may not be closed."""
-        self._found: dict[str, Run] = {}
+        self._found: dict[str, TrackedRun] = {}
         """Runs of an earlier session by trial_id, until they are used."""
-        self._runs: dict[int, Run] = {}
+        self._runs: dict[int, TrackedRun] = {}
         self._doubtful: set[int] = set()
         """Trials whose state in MLflow is unknown after an error."""
         self._sent: dict[int, object] = {}
@@ -271,7 +279,7 @@ class _StudyUploader:
             self._writer = self._parent = None  # found again in the next pass, since their state is unknown now
             raise
 
-    def _send(self, writer: MlflowWriter, parent: Run, news: _News, ended: str | None) -> list[Exception]:
+    def _send(self, writer: MlflowWriter, parent: TrackedRun, news: _News, ended: str | None) -> list[Exception]:
         records = self._open(news)
         for record in records:
             self._tally.count(record)
@@ -334,7 +342,7 @@ class _StudyUploader:
     # ------------------------------------------------------------------------
     # The study
 
-    def _begin_study(self, writer: MlflowWriter) -> Run:
+    def _begin_study(self, writer: MlflowWriter) -> TrackedRun:
         """Find or create the parent run, mark it as running, and find the runs of its trials in one search."""
         plan = self._plan
         identity = {"study": plan.name, "signature": plan.signature}
@@ -355,7 +363,9 @@ class _StudyUploader:
         writer.begin(run, {"planned_trials": str(plan.num_trials), "ended": ""})
         return run
 
-    def _begin_arm(self, writer: MlflowWriter, parent: Run, arm: Arm, children: Sequence[Run]) -> Run:
+    def _begin_arm(
+        self, writer: MlflowWriter, parent: TrackedRun, arm: Arm, children: Sequence[TrackedRun]
+    ) -> TrackedRun:
         """Find or create an arm's run, the child of the study's run and the parent of the runs of its seeds."""
         run = next((child for child in children if child.tags.get("arm") == arm.name), None)
         if run is None:
@@ -393,7 +403,7 @@ class _StudyUploader:
             tags = {"verdict": verdict_text(results, name, comparison), "missing": str(runs)}
             writer.end(run, status, tags, _now())
 
-    def _upload_study(self, writer: MlflowWriter, run: Run, ending: bool) -> None:
+    def _upload_study(self, writer: MlflowWriter, run: TrackedRun, ending: bool) -> None:
         folder = self._folder
         tables = (folder.path / "ablation.csv", folder.path / "ablation.tex")
         results = (folder.leaderboard, folder.best, folder.report, *tables) if ending else ()
@@ -402,7 +412,7 @@ class _StudyUploader:
     # ------------------------------------------------------------------------
     # A trial
 
-    def _record(self, writer: MlflowWriter, parent: Run, record: TrialRecord, news: _News, ending: bool) -> None:
+    def _record(self, writer: MlflowWriter, parent: TrackedRun, record: TrialRecord, news: _News, ending: bool) -> None:
         """Record everything of a trial except its files."""
         is_unfinished = record.state is TrialState.RUNNING
         runs_now = is_unfinished and record.number in news.running and not ending
@@ -441,7 +451,7 @@ class _StudyUploader:
         for memory in (self._runs, self._times, self._sent):
             memory.pop(number, None)
 
-    def _run(self, writer: MlflowWriter, parent: Run, record: TrialRecord) -> Run | None:
+    def _run(self, writer: MlflowWriter, parent: TrackedRun, record: TrialRecord) -> TrackedRun | None:
         """A trial's run, or None if it does not exist."""
         number, trial = record.number, self._trial_id(record)
         if number in self._doubtful:
@@ -461,7 +471,7 @@ class _StudyUploader:
             return f"{self._plan.name}/{record.values[ARM]}/seed {record.seed}"
         return self._trial_id(record)
 
-    def _tags(self, parent: Run, record: TrialRecord) -> dict[str, str]:
+    def _tags(self, parent: TrackedRun, record: TrialRecord) -> dict[str, str]:
         return {
             "mlflow.parentRunId": parent.id,
             "mlflow.runName": self._run_name(record),
@@ -474,7 +484,7 @@ class _StudyUploader:
             "state": record.state.value,
         }
 
-    def _send_rows(self, writer: MlflowWriter, run: Run, record: TrialRecord) -> None:
+    def _send_rows(self, writer: MlflowWriter, run: TrackedRun, record: TrialRecord) -> None:
         look = _look(record)
         if self._sent.get(record.number) != look:
             writer.log(run, self._points(record))
@@ -512,7 +522,7 @@ def _look(record: TrialRecord) -> object:
     return record.state, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _is_closed(run: Run, record: TrialRecord) -> bool:
+def _is_closed(run: TrackedRun, record: TrialRecord) -> bool:
     wanted = {"state": record.state.value, **_DELIVERED}
     has_ended = record.state is not TrialState.RUNNING and run.status == _STATUS[record.state]
     return has_ended and wanted.items() <= run.tags.items()

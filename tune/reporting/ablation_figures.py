@@ -20,7 +20,7 @@ from tune.stats.intervals import Interval, mean_interval
 from tune.stats.tests import p_text
 from tune.studies.arm_results import Results
 
-_COLOURS = {
+_COLORS = {
     Verdict.BETTER: COMPLETE,
     Verdict.WORSE: BEST,
     Verdict.NO_DIFFERENCE: MUTED,
@@ -68,16 +68,16 @@ def forest(results: Results) -> Figure:
 
 
 def _draw_difference(axes: Axes, row: int, comparison: Comparison) -> None:
-    interval, colour = comparison.difference, _COLOURS[comparison.verdict]
+    interval, color = comparison.difference, _COLORS[comparison.verdict]
     if math.isfinite(interval.low) and math.isfinite(interval.high):
         axes.plot(
-            [interval.low, interval.high], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt", zorder=3
+            [interval.low, interval.high], [row, row], color=color, linewidth=2.2, solid_capstyle="butt", zorder=3
         )
     if math.isfinite(interval.estimate):
-        axes.plot(interval.estimate, row, "o", color=colour, markersize=6, zorder=4)
+        axes.plot(interval.estimate, row, "o", color=color, markersize=6, zorder=4)
     tested = "" if comparison.gaps else f" ({p_text(comparison.p_adjusted)}, {comparison.seeds} seeds)"
     text = f"{comparison.verdict_text}{tested}"
-    axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=SMALL, color=colour)
+    axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=SMALL, color=color)
 
 
 def _percent(interval: Interval) -> str:
@@ -95,7 +95,7 @@ def arm_curves(results: Results, curves: Mapping[int, Curve]) -> Figure:
     rows = math.ceil(max(1, len(arms)) / columns)
     figure = Figure(figsize=(WIDTH, 0.5 + 2.1 * rows), layout="constrained")
     panels = np.atleast_1d(figure.subplots(rows, columns, sharex=True, sharey=True)).ravel()
-    colours = {comparison.arm: _COLOURS[comparison.verdict] for comparison in results.comparisons}
+    colors = {comparison.arm: _COLORS[comparison.verdict] for comparison in results.comparisons}
     baseline = _of_arm(results, curves, BASELINE)
     for panel, name in itertools.zip_longest(panels, arms):
         if name is None:
@@ -103,7 +103,7 @@ def arm_curves(results: Results, curves: Mapping[int, Curve]) -> Figure:
             continue
         styled(panel)
         _draw_band(panel, baseline, ASIDE)
-        _draw_band(panel, _of_arm(results, curves, name), colours.get(name, COMPLETE))
+        _draw_band(panel, _of_arm(results, curves, name), colors.get(name, COMPLETE))
         gaps = results.gaps.get(name, "")
         panel.set_title(f"{name}\n{gaps}" if gaps else name, fontsize=NORMAL, color=INK, loc="left")
     scores = [score for curve in curves.values() for score in curve.values()]
@@ -124,17 +124,17 @@ def _of_arm(results: Results, curves: Mapping[int, Curve], arm: str) -> list[Cur
     return [curves[record.number] for record in records if record is not None and curves.get(record.number)]
 
 
-def _draw_band(axes: Axes, curves: Sequence[Curve], colour: str) -> None:
+def _draw_band(axes: Axes, curves: Sequence[Curve], color: str) -> None:
     """Draw the mean at the iterations that all curves share, with its interval if there are at least two curves."""
     if not curves:
         return
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     values = np.array([[curve[step] for step in steps] for curve in curves])  # [seeds, steps]
-    axes.plot(steps, values.mean(axis=0), color=colour, linewidth=1.6, zorder=4)
+    axes.plot(steps, values.mean(axis=0), color=color, linewidth=1.6, zorder=4)
     if len(curves) > 1:
         intervals = [mean_interval(values[:, index]) for index in range(len(steps))]
         low = [max(interval.low, 0.2 * interval.estimate) for interval in intervals]  # 0 cannot be shown on a log axis
-        axes.fill_between(steps, low, [interval.high for interval in intervals], color=colour, alpha=0.2, linewidth=0)
+        axes.fill_between(steps, low, [interval.high for interval in intervals], color=color, alpha=0.2, linewidth=0)
 
 
 # ----------------------------------------------------------------------------
@@ -168,8 +168,8 @@ def _draw_interaction(axes: Axes, results: Results, across: str, lines: str) -> 
     levels = list(factors[across])
     for index, level in enumerate(factors[lines]):
         means = [_mean(results, {across: other, lines: level}) for other in levels]
-        colour = (COMPLETE, BEST, MUTED, "#009e73", "#cc79a7")[index % 5]
-        axes.plot(range(len(levels)), means, "o-", color=colour, linewidth=1.4, markersize=4, label=f"{lines} {level}")
+        color = (COMPLETE, BEST, MUTED, "#009e73", "#cc79a7")[index % 5]
+        axes.plot(range(len(levels)), means, "o-", color=color, linewidth=1.4, markersize=4, label=f"{lines} {level}")
     axes.set_xticks(range(len(levels)), levels)
     axes.set_xlabel(across)
     axes.legend(frameon=False, fontsize=SMALL, labelcolor=INK)

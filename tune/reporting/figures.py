@@ -75,7 +75,7 @@ def _first(record: TrialRecord) -> float:
 
 
 @dataclass(frozen=True)
-class Reference:
+class StudyReference:
     """A sampler without fine-tuning, or the data itself, scored like the trials.
 
     Attributes:
@@ -95,7 +95,7 @@ class Reference:
     evaluations: tuple[int, int] | None = None
 
 
-def references(records: Iterable[TrialRecord]) -> list[Reference]:
+def references(records: Iterable[TrialRecord]) -> list[StudyReference]:
     """Collect all references from the summaries of the complete trials.
 
     If a searched setting affects a reference (such as the number of steps or the seed), its scores differ by trial.
@@ -107,7 +107,7 @@ def references(records: Iterable[TrialRecord]) -> list[Reference]:
             found.setdefault(reference.kind, []).append(reference)
         if summary and DATA in summary["reference"]:
             data.append(float(summary["reference"][DATA]))
-    floor = [Reference("the data itself", min(data), max(data), _is_one(data))] if data else []
+    floor = [StudyReference("the data itself", min(data), max(data), _is_one(data))] if data else []
     return [*(_reference(scored) for scored in found.values()), *floor]
 
 
@@ -115,17 +115,17 @@ def _is_one(scores: Sequence[float]) -> bool:
     return math.isclose(min(scores), max(scores), rel_tol=1e-3)
 
 
-def _reference(scored: Sequence[ScoredReference]) -> Reference:
+def _reference(scored: Sequence[ScoredReference]) -> StudyReference:
     first, scores = scored[0], [reference.score for reference in scored]
     evaluations = [reference.evaluations for reference in scored]
     is_same = len({reference.label for reference in scored}) == 1
     label = first.label if is_same else f"T steps{first.label.partition(' steps')[2]}"
-    return Reference(
+    return StudyReference(
         label, min(scores), max(scores), is_same and _is_one(scores), first.role, (min(evaluations), max(evaluations))
     )
 
 
-def shared_highlights(plan: Plan, records: Sequence[TrialRecord]) -> list[Reference]:
+def shared_highlights(plan: Plan, records: Sequence[TrialRecord]) -> list[StudyReference]:
     """Select the references to draw as lines: those that all trials share, and only the best one with few steps."""
     shared = [reference for reference in references(records) if reference.is_shared]
     few = [reference for reference in shared if reference.role is Role.FEW]
@@ -292,7 +292,7 @@ def _view(curves: Sequence[Mapping[int, float]], lines: Sequence[float], directi
     return (ends[0], ends[1]) if sign > 0 else (-ends[1], -ends[0])
 
 
-def _draw_references(axes: Axes, lines: Sequence[Reference]) -> None:
+def _draw_references(axes: Axes, lines: Sequence[StudyReference]) -> None:
     """Draw dashed lines with their names at the right end."""
     low, high = axes.get_ylim()
     log = axes.get_yscale() == "log"

@@ -14,7 +14,7 @@ from tune.studies.leaderboard import best_of
 from tune.studies.records import TrialRecord, TrialState
 
 _SHRINK = 0.8
-_COLOURS = 256
+_COLORS = 256
 """Palette size of an embedded map: a quarter of the bytes without visible color steps."""
 
 
@@ -65,7 +65,7 @@ def _embedded(path: Path) -> str:
         with Image.open(path) as picture:
             size = (round(_SHRINK * picture.width), round(_SHRINK * picture.height))
             small = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-            few = small.quantize(_COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            few = small.quantize(_COLORS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
             few.save(buffer, format="png", optimize=True)
     except (OSError, SyntaxError, ValueError):
         return ""

@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 
 from dxmi.errors import UserError
 from dxmi.persistence.checkpoint import path_of
-from tune.integrations.mlflow_store import MlflowWriter, Run, open_writer
+from tune.integrations.mlflow_store import MlflowWriter, TrackedRun, open_writer
 from tune.integrations.mlflow_tracker import reason_of
 from tune.plans.ablation import ARM, AblationPlan
 from tune.plans.sweep import Plan
@@ -120,14 +120,14 @@ def _lines_about(folder: StudyFolder, server: str) -> list[str]:
     return ["nothing recorded yet"] if pages is None else pages.lines()
 
 
-_NO_RUN = Run("", "", {}, "", frozenset(), frozenset())
+_NO_RUN = TrackedRun("", "", {}, "", frozenset(), frozenset())
 
 
 def _trial(plan: Plan, record: TrialRecord) -> str:
     return f"{plan.name}/{record.number:04d}"
 
 
-def _runs_by_trial(writer: MlflowWriter, plan: Plan) -> dict[str, Run] | None:
+def _runs_by_trial(writer: MlflowWriter, plan: Plan) -> dict[str, TrackedRun] | None:
     """Return the study's runs by trial_id, or None if MLflow has no run of the study."""
     every = writer.find({"study": plan.name})
     parents = [run.id for run in every if run.tags.get("signature") == plan.signature and _parent(run) is None]
@@ -138,7 +138,7 @@ def _runs_by_trial(writer: MlflowWriter, plan: Plan) -> dict[str, Run] | None:
     return {run.tags["trial_id"]: run for run in every if "trial_id" in run.tags and _parent(run) in above}
 
 
-def _parent(run: Run) -> str | None:
+def _parent(run: TrackedRun) -> str | None:
     return run.tags.get("mlflow.parentRunId")
 
 
@@ -164,7 +164,7 @@ def _about(plan: Plan, shown: int, found: int) -> str:
 
 
 def _best_page(
-    server: str, experiment: str, plan: Plan, records: Sequence[TrialRecord], runs: Mapping[str, Run]
+    server: str, experiment: str, plan: Plan, records: Sequence[TrialRecord], runs: Mapping[str, TrackedRun]
 ) -> str:
     best = best_of(plan, records)
     run = None if best is None else runs.get(_trial(plan, best))

@@ -13,7 +13,7 @@ from dxmi.evaluation.scored_references import best_reference, scored_references
 from dxmi.metrics.keys import is_better
 from tune.plans.arms import Arm, two_level_design
 from tune.plans.sweep import Plan, fidelity_keys
-from tune.reporting.figures import Reference, references
+from tune.reporting.figures import StudyReference, references
 from tune.reporting.sentences import FEW, score_of
 from tune.reporting.study_tables import fresh_columns
 from tune.search.space import Axis, show
@@ -335,18 +335,18 @@ def sampler_rows(plan: Plan, records: Sequence[TrialRecord]) -> list[_Sampler]:
     return [*rows, _Sampler(f"trial {best.number}", own, number(score_of(best)), not beaten, fidelity("best"))]
 
 
-def _sampler_name(reference: Reference) -> str:
+def _sampler_name(reference: StudyReference) -> str:
     return reference.label + ("" if reference.is_shared else " (depends on the trial)")
 
 
-def _evaluations(reference: Reference) -> str:
+def _evaluations(reference: StudyReference) -> str:
     if reference.evaluations is None:
         return ""
     low, high = reference.evaluations
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _span(reference: Reference) -> str:
+def _span(reference: StudyReference) -> str:
     low, high = number(reference.low), number(reference.high)
     return low if low == high else f"{low} to {high}"
 

@@ -233,9 +233,9 @@ def _wilson(share: float, pairs: float, level: float) -> Interval:
     from scipy.stats import norm  # noqa: PLC0415  (it takes a second)
 
     z = float(norm.ppf((1.0 + level) / 2.0))
-    centre = (share + z * z / (2.0 * pairs)) / (1.0 + z * z / pairs)
+    center = (share + z * z / (2.0 * pairs)) / (1.0 + z * z / pairs)
     reach = z / (1.0 + z * z / pairs) * math.sqrt(share * (1.0 - share) / pairs + z * z / (4.0 * pairs * pairs))
-    low, high = max(0.0, centre - reach), min(1.0, centre + reach)
+    low, high = max(0.0, center - reach), min(1.0, center + reach)
     return Interval(share, min(low, share), max(high, share), level, Method.WILSON)
 
 

@@ -274,7 +274,7 @@ def write_folder(network: Denoiser, event: tuple[int, ...], folder: Path) -> Non
     save_file(cpu, folder / DIFFUSERS_WEIGHTS, metadata={"format": "pt"})
 
 
-def _tree_of_unet(network: Unet, colours: int) -> dict[str, Any]:
+def _tree_of_unet(network: Unet, in_channels: int) -> dict[str, Any]:
     """The config of the UNet2DModel that is equivalent to `network` if steps are multiplied by its step_scale."""
     config, style = network.config, network.style
     resample = "resnet" if style.resample_in_blocks else "conv"
@@ -288,8 +288,8 @@ def _tree_of_unet(network: Unet, colours: int) -> dict[str, Any]:
 
     return {
         "sample_size": network.size,
-        "in_channels": colours,
-        "out_channels": colours,
+        "in_channels": in_channels,
+        "out_channels": in_channels,
         "block_out_channels": [config.channels * multiplier for multiplier in config.multipliers],
         "down_block_types": [kind(level, "Down") for level in range(last + 1)],
         "up_block_types": [kind(level, "Up") for level in range(last, -1, -1)],

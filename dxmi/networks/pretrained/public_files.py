@@ -281,8 +281,8 @@ def _note(path: Path, chosen: _State, states: Sequence[_State], content: object)
     """A sentence about what was taken and what was ignored; empty if the file holds nothing else."""
     others = [state.name or "the weights at the top" for state in states if state is not chosen]
     top = list(content) if isinstance(content, Mapping) else [f"[{n}]" for n in range(len(content))]  # type: ignore[arg-type]
-    optimisers = [str(key) for key in top if _words(str(key)) & _NOT_WEIGHTS]
-    aside = [*dict.fromkeys(others), *optimisers]
+    optimizers = [str(key) for key in top if _words(str(key)) & _NOT_WEIGHTS]
+    aside = [*dict.fromkeys(others), *optimizers]
     if not aside and not (chosen.average and chosen.place):
         return ""
     what = "an average of the weights" if chosen.average else "the raw weights, since it holds no average"

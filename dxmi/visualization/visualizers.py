@@ -17,7 +17,7 @@ _CELLS = 120
 """Cells per side of a map."""
 
 
-class Gallery(ABC):
+class Visualizer(ABC):
     """Draws samples of one kind.
 
     Attributes:
@@ -39,7 +39,7 @@ class Gallery(ABC):
         """Draw maps of the value and the energy, if the data are in the plane; `num_steps` is T."""
 
 
-class ImageGallery(Gallery):
+class ImageVisualizer(Visualizer):
     """Grids of images."""
 
     num_rows = 8
@@ -56,7 +56,7 @@ class ImageGallery(Gallery):
         """Do nothing: values of images are not drawn."""
 
 
-class PlanarGallery(Gallery):
+class PlanarVisualizer(Visualizer):
     """Plots of the plane.
 
     Args:
@@ -98,6 +98,6 @@ def _map(heights: Tensor) -> Tensor:
     return heights.view(_CELLS, _CELLS).T
 
 
-def build_gallery(name: str) -> Gallery:
-    """The gallery for samples of the data set `name`, whose files are not needed."""
-    return PlanarGallery(DISTRIBUTIONS[name]) if name in DISTRIBUTIONS else ImageGallery()
+def build_visualizer(name: str) -> Visualizer:
+    """The visualizer for samples of the data set `name`, whose files are not needed."""
+    return PlanarVisualizer(DISTRIBUTIONS[name]) if name in DISTRIBUTIONS else ImageVisualizer()
