@@ -1,4 +1,4 @@
-"""A rollout recorded as a CUDA graph: one launch on the host instead of some hundred."""
+"""A rollout recorded as a CUDA graph: one launch from the host instead of several hundred."""
 
 import torch
 from torch import Tensor
@@ -9,17 +9,17 @@ from dxmi.diffusion.trajectory import Trajectory
 from dxmi.tensors import map_tensors, tensors_of
 
 _WARM_UP = 3
-"""Rollouts before the recording, in which libraries choose their algorithms and allocate their workspaces."""
+"""Number of rollouts before the recording; libraries choose their algorithms and allocate workspaces in them."""
 
 
 class GraphedRollout:
-    """`Policy.rollout`, recorded at the first call for a shape and replayed at later ones.
+    """`Policy.rollout`, recorded when it is called with new input shapes and replayed while they stay the same.
 
-    A replay reads the policy's parameters in place, so that it sees what an optimizer or a checkpoint has changed. It
-    writes the same memory every time: a trajectory is valid until the next call.
+    A replay reads the policy's parameters in place, so it uses the values that an optimizer step or a checkpoint has
+    written. It writes to the same memory every time: a trajectory is valid until the next call.
 
     Args:
-        policy: on a CUDA device; what its network computes must not depend on values that the host reads.
+        policy: a policy on a CUDA device; its network must not transfer values of tensors to the host.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -31,7 +31,7 @@ class GraphedRollout:
     def __call__(
         self, noise: Tensor, condition: Condition = UNCONDITIONAL, latents: Tensor | None = None
     ) -> Trajectory:
-        """As `Policy.rollout`."""
+        """Run the policy, with the arguments and the result of `Policy.rollout`."""
         inputs = (noise, condition, latents)
         if self._graph is None or _shapes(inputs) != _shapes(self._inputs):
             self._record(inputs)
@@ -57,7 +57,7 @@ class GraphedRollout:
 
 
 def _shapes(inputs: object) -> list[object]:
-    """The shape of every tensor; other values as they are."""
+    """The shapes of the tensors in `inputs`."""
     shapes: list[object] = []
     map_tensors(lambda x: shapes.append(x.shape), inputs)
     return shapes

@@ -1,6 +1,6 @@
-"""The policy: a diffusion model cut to T steps, each a Gaussian with a learned standard deviation.
+"""The policy: a diffusion model shortened to T steps, each a Gaussian with a learned standard deviation.
 
-`transition` is the one place where a step is computed; `step`, `log_prob`, `rollout` and `sample` all call it.
+`transition` is the only place where a step is computed; `step`, `log_prob`, `rollout` and `sample` all call it.
 """
 
 from collections import deque
@@ -17,19 +17,19 @@ from dxmi.networks.base import Denoiser, conditioned
 from dxmi.tensors import per_sample
 
 Guide = Callable[[Tensor, int, Condition], Tensor]
-"""Given x_t [B, *event], t and the condition, the gradient [B, *event] that sampling should descend."""
+"""Maps x_t [B, *event], t and the condition to the gradient [B, *event] that sampling descends."""
 
 
 class Policy(nn.Module):
     """pi(x_{t+1} | x_t) = N(signal_scale_t x_t + output_scale_t eps(input_scale_t x_t, k_t), sigma_t^2 I).
 
-    It owns what it learns: the denoiser and the free log sigmas. The last sigma is the schedule's, for ever. Where the
-    network knows classes, pi is given a label, by default one drawn with the frequencies of the data; where it takes a
-    latent, one is drawn in each step, and pi is the normal that this latent chooses.
+    The learned parameters are those of the denoiser and all log sigmas except the last, which the schedule fixes. With
+    a class-conditional network, pi is conditioned on a label, by default one drawn with the class frequencies of the
+    data. With a network that takes a latent, each step draws a new one, and pi is the normal given that latent.
 
     Args:
-        network: predicts the noise.
-        schedule: the tables.
+        network: predicts the noise, or the quantity that the schedule interprets its output as.
+        schedule: tables of the T steps.
         event: shape of one sample.
     """
 
@@ -66,7 +66,7 @@ class Policy(nn.Module):
         return torch.cat((self.free_log_sigma, self.final_log_sigma))
 
     def embeddings(self) -> Tensor:
-        """The network's embedding of every step's diffusion step, [T, E]."""
+        """The network's embeddings of the diffusion steps of all T policy steps, [T, E]."""
         return self.network.embed(self.timestep)
 
     def transition(  # noqa: PLR0917
@@ -82,18 +82,21 @@ class Policy(nn.Module):
 
         Args:
             x: states, [B, *event].
-            t: the step, one for the batch or one a sample [B] (int64).
-            embeddings: `self.embeddings()` if the caller has it at hand.
-            log_sigma: `self.log_sigma` if the caller has it at hand.
-            condition: of each state, where the network knows classes.
-            latent: of each state, [B, Z], where the network takes one.
+            t: step, either one for the whole batch or one per sample [B] (int64).
+            embeddings: the value of `self.embeddings()`, if it was already computed.
+            log_sigma: the value of `self.log_sigma`, if it was already computed.
+            condition: condition of each state, if the network is class-conditional.
+            latent: latent of each state, [B, Z], if the network takes one.
+
+        Raises:
+            UserError: the network needs labels or a latent that are missing, or does not take those that were given.
         """
         row = slice(t, t + 1) if isinstance(t, int) else t
         embeddings = self.embeddings() if embeddings is None else embeddings
         log_sigma = self.log_sigma if log_sigma is None else log_sigma
         seen = x * per_sample(self.input_scale[row], x) if self.scales_input else x
         embedding = conditioned(self.network, embeddings[row], condition, latent)
-        noise = self.network(seen, embedding).float()  # under autocast it comes in bfloat16
+        noise = self.network(seen, embedding).float()  # it is bfloat16 under autocast
         signal_scale, output_scale = per_sample(self.signal_scale[row], x), per_sample(self.output_scale[row], x)
         mean = (signal_scale * x).addcmul(output_scale, noise)
         return GaussianStep(mean, log_sigma[row].exp().expand(len(x)))
@@ -106,7 +109,7 @@ class Policy(nn.Module):
         condition: Condition = UNCONDITIONAL,
         latent: Tensor | None = None,
     ) -> Tensor:
-        """x_{t+1} [B, *event], reparameterised by `noise` [B, *event]."""
+        """A reparameterized sample of x_{t+1} [B, *event], computed from `noise` [B, *event]."""
         return self.transition(x, t, condition=condition, latent=latent).sample(noise)
 
     def log_prob(
@@ -117,11 +120,11 @@ class Policy(nn.Module):
         condition: Condition = UNCONDITIONAL,
         latent: Tensor | None = None,
     ) -> Tensor:
-        """Log pi(x_{t+1} | x_t) in nats, summed over the event; given the latent if there is one: [B]."""
+        """Log pi(x_{t+1} | x_t) in nats, summed over the event and given the latent, if there is one: [B]."""
         return self.transition(x, t, condition=condition, latent=latent).log_prob(x_next)
 
     def noise(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Standard normal noise for a rollout: the start and T steps, [T+1, B, *event]."""
+        """Standard normal noise for the start and the T steps of a rollout, [T+1, B, *event]."""
         shape = (self.num_steps + 1, batch_size, *self.event)
         return torch.randn(shape, generator=generator, device=self.timestep.device)
 
@@ -132,26 +135,26 @@ class Policy(nn.Module):
         return torch.randn((batch_size, self.network.latent), generator=generator, device=self.timestep.device)
 
     def latents(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
-        """Those for a rollout, [T, B, Z]."""
+        """Standard normal latents for a rollout, [T, B, Z]; None if the network takes none."""
         latents = self.latent(self.num_steps * batch_size, generator)
         return None if latents is None else latents.view(self.num_steps, batch_size, -1)
 
     def draw_classes(self, counts: Tensor | None) -> None:
-        """From now on let samples be of each class as often as `counts` [C] says, int64; None for no draws at all."""
+        """Set the class frequencies that `draw_condition` uses: counts [C], int64, or None if they are unknown."""
         self.class_counts = None if counts is None else counts.to(self.timestep.device)
 
     def draw_condition(self, num: int, generator: torch.Generator) -> Condition:
-        """A condition for `num` samples: classes [num] with the frequencies of the data, if the network knows any.
+        """Draw labels [num] with the frequencies set by `draw_classes`; an unconditional network has no condition.
 
         Raises:
-            UserError: the frequencies are unknown.
+            UserError: the class frequencies are unknown.
         """
         if self.network.classes == 0:
             return UNCONDITIONAL
         if self.class_counts is None:
             raise UserError(
-                f"The network knows {self.network.classes} classes, but how often samples are of each is unknown: "
-                "give a label for each sample."
+                f"The network has {self.network.classes} classes, but their frequencies are unknown: give a label for "
+                "each sample."
             )
         bounds = self.class_counts.cumsum(0)
         drawn = torch.randint(int(bounds[-1]), (num,), generator=generator, device=bounds.device)
@@ -163,12 +166,12 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def rollout(self, noise: Tensor, condition: Condition = UNCONDITIONAL, latents: Tensor | None = None) -> Trajectory:
-        """Run the policy from noise[0], with noise[t + 1] in step t, without gradient.
+        """Run the policy from noise[0], with noise[t + 1] in step t, without gradients.
 
         Args:
-            noise: as `self.noise` makes it, [T+1, B, *event].
-            condition: of each sample, where the network knows classes.
-            latents: as `self.latents` makes them, [T, B, Z].
+            noise: standard normal noise, see `self.noise`, [T+1, B, *event].
+            condition: condition of each sample, if the network is class-conditional.
+            latents: standard normal latents, see `self.latents`, [T, B, Z], if the network takes them.
         """
         embeddings, log_sigma = self.embeddings(), self.log_sigma
         states, means = [self._start(noise[0])], []
@@ -190,15 +193,15 @@ class Policy(nn.Module):
         condition: Condition | None = None,
         first: int | None = None,
     ) -> Iterator[Tensor]:
-        """The states x_0 .. x_T of `num` rollouts one after the other, each [num, *event]; none is kept here.
+        """Yield the states x_0 .. x_T of `num` rollouts, each [num, *event], without storing them.
 
         Args:
-            num: how many.
-            generator: draws the start and then each step's noise.
+            num: number of rollouts.
+            generator: draws the labels (unless `condition` is given), the start, and the latent and noise of each step.
             guide: gradient of a value V(x, t); after each step x_{t+1} -= guidance * sigma_t * guide(x_{t+1}, t + 1).
-            guidance: strength, 0 for none. V is a cost, so a positive strength descends it.
-            condition: of all `num`; by default that of `self.draw_condition`.
-            first: compute only so many of them, on the noise that they have among all `num`.
+            guidance: strength of the guidance, 0 for none. V is a cost, so a positive strength descends it.
+            condition: condition of all `num` samples; by default that of `self.draw_condition`.
+            first: compute only the first `first` rollouts, with the same noise that they have among all `num`.
         """
         condition = self.draw_condition(num, generator) if condition is None else condition
         embeddings, log_sigma = self.embeddings(), self.log_sigma

@@ -1,4 +1,4 @@
-"""Deterministic samplers of a pretrained model, with which few-step policies are compared."""
+"""Deterministic samplers of a pretrained model, as references for few-step policies."""
 
 from typing import Any
 
@@ -19,13 +19,13 @@ class DpmSolver(Policy):
 
         x_{t+1} = (s_{t+1} / s_t) x_t + a_{t+1} (1 - e^{-h_t}) (D_t + (h_t / (2 h_{t-1})) (D_t - D_{t-1}))
 
-    Without the term D_t - D_{t-1} this is DDIM's step, which is used for the first step and for the last one, where h
-    is infinite; D_t is computed from DDIM's step. The object stores the previous prediction, and can therefore sample
+    Without the term D_t - D_{t-1} this is DDIM's step, which is used for the first step, and for the last one, where h
+    is infinite. D_t is recovered from DDIM's step. The object stores the previous prediction and can therefore sample
     only one batch at a time.
 
     Args:
         network: predicts the noise.
-        schedule: a schedule without noise; each step takes one network evaluation.
+        schedule: tables of deterministic steps; each step takes one network evaluation.
         event: shape of one sample.
     """
 
@@ -59,11 +59,11 @@ class HeunSolver(Policy):
 
         x_{t+1} = x_t + (s_{t+1} - s_t) (d(x_t, s_t) + d(x', s_{t+1})) / 2
 
-    The second slope is computed from Euler's step from x' to level s_{t+2}; the last step, to level 0, is Euler's.
+    The second slope is recovered from an Euler step from x' to level s_{t+2}. The last step, to level 0, is Euler's.
 
     Args:
         network: see `Policy`.
-        schedule: the schedule of Euler's method.
+        schedule: tables of Euler's method.
         event: shape of one sample.
     """
 
@@ -73,7 +73,7 @@ class HeunSolver(Policy):
         self._ratio: list[float] = (change[:-1] / change[1:]).tolist()
 
     def transition(self, x: Tensor, t: int | Tensor, *args: Any, **kwargs: Any) -> GaussianStep:
-        """The average of Euler's step and of a step with the slope at its end, for samples that are all at step t."""
+        """One step with the average of the slopes at both ends of Euler's step, for samples that are all at step t."""
         assert isinstance(t, int)
         euler = super().transition(x, t, *args, **kwargs)
         if t == self.num_steps - 1:

@@ -59,7 +59,7 @@ class Trajectory(NamedTuple):
 
     @property
     def states(self) -> Tensor:
-        """The states in which the policy acts, x_0 .. x_{T-1}, time-major: [T * B, *event]."""
+        """The states in which the policy acts, x_0 .. x_{T-1}, ordered by time and then by sample: [T * B, *event]."""
         return self.x[:-1].flatten(0, 1)
 
     @property

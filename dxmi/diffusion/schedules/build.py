@@ -1,4 +1,4 @@
-"""From a schedule's config to its tables."""
+"""Build the tables of a schedule from its config."""
 
 from dxmi.diffusion.schedules.base import ForwardProcess, StepSchedule
 from dxmi.diffusion.schedules.configs import ScheduleConfig
@@ -11,5 +11,5 @@ def shorten(config: ScheduleConfig) -> StepSchedule:
 
 
 def forward_process(config: ScheduleConfig) -> ForwardProcess:
-    """How the models are pretrained that a schedule cuts."""
+    """The forward process on which the models that a schedule shortens are pretrained."""
     return SCHEDULES.build(config).forward_process()

@@ -1,14 +1,14 @@
-"""Settings of the schedules, a class for each kind. Nothing here imports NumPy or PyTorch."""
+"""Settings of the schedules: one class for each kind. Nothing here imports NumPy or PyTorch."""
 
 import math
 from dataclasses import dataclass
 
 NUM_DIFFUSION_STEPS = 1000
 SHORTENINGS = ("var", "step")
-"""Kinds that cut DDPM's 1000 steps."""
+"""Kinds that shorten DDPM's 1000 steps."""
 SHAPES = ("linear", "quadratic")
 STEP_SHAPES = (*SHAPES, "trailing")
-"""Spacings of kind step."""
+"""Spacings that kind `step` supports."""
 VARIANCES = ("small", "large")
 
 
@@ -17,11 +17,11 @@ class ScheduleConfig:
     """The part of a schedule's config that all kinds share."""
 
     kind: str = "var"
-    """var: T new noise levels; step: a subset of the 1000 steps; karras: EDM's levels; ddgan: a diffusion GAN's."""
+    """var: T new noise levels; step: a subset of the 1000 steps; karras: EDM's levels; ddgan: diffusion GAN."""
     num_steps: int = 5
     """T, the number of policy steps."""
     kappa: float = 1.0
-    """Stochasticity of the initial sigmas: 1 is the DDPM posterior or the ancestral step, 0 is DDIM or Euler."""
+    """Scale of the initial sigmas: 1 gives the DDPM posterior or the ancestral step, 0 gives DDIM or Euler."""
     final_sigma: float = 1e-3
     """Standard deviation of the last step, which is never learned."""
 
@@ -35,7 +35,7 @@ class ScheduleConfig:
 
     @property
     def family(self) -> str:
-        """Which models it cuts: those of one family are pretrained alike."""
+        """The family of models that it shortens; all models of a family share a forward process."""
         return "ddpm"
 
 
@@ -45,7 +45,7 @@ class VarScheduleConfig(ScheduleConfig):
 
     kind: str = "var"
     shape: str = "quadratic"
-    """linear or quadratic spacing of the noise levels."""
+    """Spacing of the noise variances: linear or quadratic."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,8 +58,8 @@ class StepScheduleConfig(ScheduleConfig):
 
     kind: str = "step"
     shape: str = "quadratic"
-    """linear or quadratic spacing of the chosen steps; trailing: even spacing down from the last one, 999 - 1000 t / T,
-    so that no evaluation is spent on almost clean data."""
+    """Spacing of the steps: linear, quadratic, or trailing, which is even spacing down from the last step,
+    999 - 1000 t / T, so that no network evaluation is spent on almost clean data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +73,7 @@ class StepScheduleConfig(ScheduleConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class KarrasScheduleConfig(ScheduleConfig):
-    """EDM's noise levels with ancestral steps, for networks that are preconditioned as theirs."""
+    """EDM's noise levels with ancestral steps, for networks with EDM's preconditioning."""
 
     kind: str = "karras"
     rho: float = 7.0
@@ -81,9 +81,9 @@ class KarrasScheduleConfig(ScheduleConfig):
     sigma_min: float = 0.002
     """The lowest level."""
     sigma_max: float = 80.0
-    """The level of the start."""
+    """The highest level, at which sampling starts."""
     noisy_end: bool = False
-    """The last step leads to `sigma_min`, the last of T + 1 levels, and not from it, the last of T, to 0."""
+    """If true, the last step ends at `sigma_min`, the last of T + 1 levels; else it leads from `sigma_min` to 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +96,7 @@ class KarrasScheduleConfig(ScheduleConfig):
 
     @property
     def family(self) -> str:
-        """EDM's."""
+        """The family of EDM's models."""
         return "edm"
 
 
@@ -108,7 +108,7 @@ class DdganScheduleConfig(ScheduleConfig):
 
     @property
     def family(self) -> str:
-        """A diffusion GAN is trained for its number of steps."""
+        """One family per number of steps, since a diffusion GAN is trained for its number of steps."""
         return f"ddgan-{self.num_steps}"
 
 
@@ -118,11 +118,11 @@ def _require_shape(kind: str, shape: str, shapes: tuple[str, ...]) -> None:
 
 
 def timestep_subset(num_steps: int, shape: str) -> list[int]:
-    """STEP: which of the K diffusion steps are kept, least noisy first, [T].
+    """STEP: the diffusion steps that are kept, least noisy first, [T].
 
-    Linear: evenly over 0..999. Quadratic: squares, evenly over 0..sqrt(800), some of them equal if T is large. With
-    T = 1 it is the noisiest of these. Trailing: round(1000 i / T) - 1 for i = 1..T, which is
-    `timestep_spacing="trailing"` of diffusers.
+    Linear: evenly spaced over 0..999. Quadratic: squares of numbers evenly spaced over 0..sqrt(800), rounded down, with
+    duplicates if T is large. With T = 1 both keep only the noisiest of these. Trailing: round(1000 i / T) - 1 for
+    i = 1..T, which is `timestep_spacing="trailing"` of diffusers.
     """
     if shape == "trailing":
         return [round(NUM_DIFFUSION_STEPS * i / num_steps) - 1 for i in range(1, num_steps + 1)]

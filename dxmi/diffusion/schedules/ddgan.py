@@ -11,8 +11,8 @@ _GAN_BETA_MIN, _GAN_BETA_MAX, _GAN_FIRST_TIME = 0.1, 20.0, 1e-3
 
 
 def gan_levels(num_steps: int) -> Array:
-    """gbar_1..gbar_T: those of the variance-preserving SDE with beta from 0.1 to 20 at T + 1 even times, relative to
-    the first of them, [T].
+    """Signal levels gbar_1..gbar_T: those of the variance-preserving SDE with beta from 0.1 to 20 at T + 1 evenly
+    spaced times, divided by the level at the first time, [T].
     """
     time = _GAN_FIRST_TIME + np.linspace(0.0, 1.0, num_steps + 1) * (1.0 - _GAN_FIRST_TIME)
     log_level = -0.5 * time**2 * (_GAN_BETA_MAX - _GAN_BETA_MIN) - time * _GAN_BETA_MIN
@@ -27,7 +27,7 @@ class DdganSteps(Schedule):
         self.config = config
 
     def steps(self) -> StepSchedule:
-        """The posterior of x_{t+1} given x_t and the image (DDPM, equation 7; of variance kappa^2 times that)."""
+        """The posterior of x_{t+1} given x_t and the image (DDPM, equation 7), with kappa^2 times its variance."""
         config = self.config
         level = np.append(gan_levels(config.num_steps)[::-1], 1.0)
         g, g_next = level[:-1], level[1:]
@@ -39,6 +39,6 @@ class DdganSteps(Schedule):
         return StepSchedule(level, steps, signal_scale, image_scale, sigma, 1.0 - g / g_next)
 
     def forward_process(self) -> ForwardProcess:
-        """The image at each of the T levels."""
+        """The forward process at the T levels, with the image as the target."""
         levels = gan_levels(self.config.num_steps)
         return replace(noised(levels), data_target=np.ones_like(levels), noise_target=np.zeros_like(levels))

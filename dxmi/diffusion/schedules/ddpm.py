@@ -1,5 +1,6 @@
-"""DDPM (Ho et al., arXiv 2006.11239): beta linear in k, x_k = sqrt(abar_k) x + sqrt(1 - abar_k) eps; and how its 1000
-steps are cut to a few (FastDPM, arXiv 2106.00132).
+"""DDPM (Ho et al., arXiv 2006.11239) and the two ways to shorten its 1000 steps (FastDPM, arXiv 2106.00132).
+
+The forward process is x_k = sqrt(abar_k) x + sqrt(1 - abar_k) eps, with beta linear in k.
 """
 
 import math
@@ -33,16 +34,19 @@ def forward_levels() -> Array:
 
 
 def continuous_level(step: float) -> float:
-    """Abar at a fractional diffusion step in [0, K - 1] (FastDPM, section 3.2); equals `forward_levels` at integers."""
+    """The value of abar at a fractional diffusion step in [0, K - 1] (FastDPM, section 3.2).
+
+    At integers it equals `forward_levels`.
+    """
     delta = (BETA_LAST - BETA_FIRST) / (NUM_DIFFUSION_STEPS - 1)
     c = (1.0 - BETA_FIRST) / delta
     return float(np.exp((step + 1.0) * math.log(delta) + gammaln(c + 1.0) - gammaln(c - step)))
 
 
 def bisect(function: Callable[[float], float], low: float, high: float) -> float:
-    """A root of a function with different signs at both ends, equal to the bit to `scipy.optimize.bisect`.
+    """Find a root of a function with different signs at `low` and `high`; bitwise equal to `scipy.optimize.bisect`.
 
-    Every command computes a schedule, and the import of scipy.optimize takes most of a second.
+    It is reimplemented because every command computes a schedule, and importing scipy.optimize takes most of a second.
     """
     at_low, width = function(low), high - low
     if at_low == 0.0:
@@ -58,7 +62,7 @@ def bisect(function: Callable[[float], float], low: float, high: float) -> float
 
 
 def continuous_step(level: float) -> float:
-    """The fractional diffusion step k at which `continuous_level(k)` is `level`; clipped to [0, K - 1]."""
+    """The fractional diffusion step k at which `continuous_level(k)` equals `level`, clipped to [0, K - 1]."""
     last = NUM_DIFFUSION_STEPS - 1.0
     if level >= continuous_level(0.0):
         return 0.0
@@ -69,42 +73,42 @@ def continuous_step(level: float) -> float:
 
 
 class VarSteps(Schedule):
-    """T new noise levels, VAR."""
+    """VAR: T new noise levels."""
 
     def __init__(self, config: VarScheduleConfig) -> None:
         self.config = config
 
     def steps(self) -> StepSchedule:
-        """The tables of these levels."""
+        """The tables of the T levels."""
         config = self.config
         levels = np.cumprod(1.0 - variances(config.num_steps, config.shape), dtype=np.float64)
         timesteps = np.array([continuous_step(level) for level in levels])
         return _tables(levels, timesteps, config.kappa, config.final_sigma)
 
     def forward_process(self) -> ForwardProcess:
-        """DDPM's."""
+        """The forward process of DDPM."""
         return ddpm_forward_process()
 
 
 class SubsetSteps(Schedule):
-    """A subset of the 1000 steps, STEP."""
+    """STEP: a subset of the 1000 steps."""
 
     def __init__(self, config: StepScheduleConfig) -> None:
         self.config = config
 
     def steps(self) -> StepSchedule:
-        """The tables of these steps."""
+        """The tables of the T steps."""
         config = self.config
         steps = np.array(timestep_subset(config.num_steps, config.shape))
         return _tables(forward_levels()[steps], steps.astype(np.float64), config.kappa, config.final_sigma)
 
     def forward_process(self) -> ForwardProcess:
-        """DDPM's."""
+        """The forward process of DDPM."""
         return ddpm_forward_process()
 
 
 def _tables(levels: Array, timesteps: Array, kappa: float, final_sigma: float) -> StepSchedule:
-    """Generation-order tables from gbar_1..gbar_T and their diffusion steps (FastDPM, equations 9 and 12)."""
+    """The tables, in generation order, of levels gbar_1..gbar_T and their timesteps (FastDPM, equations 9 and 12)."""
     level = np.append(levels[::-1], 1.0)
     g, g_next = level[:-1], level[1:]
     sigma = kappa * np.sqrt((1.0 - g_next) / (1.0 - g) * (1.0 - g / g_next))
@@ -115,11 +119,11 @@ def _tables(levels: Array, timesteps: Array, kappa: float, final_sigma: float) -
 
 
 def variances(num_steps: int, shape: str) -> Array:
-    """VAR: noise variances eta_1..eta_T whose product of (1 - eta) is the forward process's last level, [T].
+    """VAR: noise variances eta_1..eta_T for which prod (1 - eta) is the last level of the forward process, [T].
 
     Linear: eta from beta_0 to v. Quadratic: eta_i = beta_0 (1 + i v)^2, with v capped at 0.95 / (sqrt(beta_0) T) so
-    that no eta passes 1; for small T the cap binds and gbar_T stays above the target (.343, .220, .0208 at T = 4, 5,
-    10). With T = 1 both shapes are the one level that reaches the target.
+    that no eta exceeds 1. For small T the cap is reached, and gbar_T stays above the target (.343, .220 and .0208 for
+    T = 4, 5 and 10). With T = 1 both shapes have the single level that equals the target.
     """
     target = float(forward_levels()[-1])
     if num_steps == 1:
@@ -144,23 +148,23 @@ def variances(num_steps: int, shape: str) -> Array:
 
 
 def ddpm_forward_process() -> ForwardProcess:
-    """DDPM's: the noise of each of the K steps."""
+    """The forward process of DDPM: the K levels, with the noise as the target."""
     return noised(forward_levels())
 
 
 def ddim_schedule(num_steps: int) -> StepSchedule:
-    """DDIM (arXiv 2010.02502) on trailing steps: deterministic given its starting noise."""
+    """DDIM (arXiv 2010.02502) on trailing steps, which is deterministic given the starting noise."""
     return _respaced(num_steps, kappa=0.0)
 
 
 def ancestral_schedule(num_steps: int = NUM_DIFFUSION_STEPS, variance: str = "small") -> StepSchedule:
-    """DDPM's ancestral sampler on trailing steps; with 1000 of them, the sampler of the paper.
+    """DDPM's ancestral sampler on trailing steps; with 1000 steps it is the sampler of the paper.
 
     Args:
-        num_steps: how many steps.
-        variance: of each step but the last, which adds no noise: small, that of the posterior, beta-tilde
-            (`fixedsmall` in the official code); or large, that of the forward step between the same two levels, which
-            with 1000 steps is beta_k (`fixedlarge`). The mean is the posterior's in both.
+        num_steps: number of steps.
+        variance: variance of each step except the last, which adds no noise. small: that of the posterior, beta-tilde
+            (`fixedsmall` in the official code). large: that of the forward step between the same two levels, which is
+            beta_k with 1000 steps (`fixedlarge`). The mean is that of the posterior in both cases.
     """
     small = _respaced(num_steps, kappa=1.0)
     if variance == "small":
@@ -169,6 +173,6 @@ def ancestral_schedule(num_steps: int = NUM_DIFFUSION_STEPS, variance: str = "sm
 
 
 def _respaced(num_steps: int, kappa: float) -> StepSchedule:
-    """Trailing steps of the 1000, without noise in the last."""
+    """The tables of trailing steps, without noise in the last step."""
     config = StepScheduleConfig(num_steps=num_steps, shape="trailing", kappa=kappa, final_sigma=0.0)
     return SubsetSteps(config).steps()

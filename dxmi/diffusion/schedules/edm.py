@@ -1,4 +1,4 @@
-"""EDM (Karras et al., arXiv 2206.00364): x = data + sigma eps, and a network F inside
+"""EDM (Karras et al., arXiv 2206.00364): x = data + sigma eps, and a denoiser D with a network F
 
 D(x) = c_skip x + c_out F(c_in x, 250 log sigma),
 c_skip = d^2 / (sigma^2 + d^2),  c_out = sigma d / sqrt(sigma^2 + d^2),  c_in = 1 / sqrt(sigma^2 + d^2),  d = 0.5.
@@ -11,7 +11,7 @@ from dxmi.diffusion.schedules.base import Array, ForwardProcess, Schedule, StepS
 from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS, KarrasScheduleConfig
 
 SIGMA_DATA = 0.5
-"""EDM's standard deviation of the data."""
+"""Standard deviation of the data that EDM assumes."""
 _LOG_SIGMA_MEAN, _LOG_SIGMA_STD = -1.2, 1.2
 
 
@@ -23,28 +23,29 @@ def karras_levels(num: int, config: KarrasScheduleConfig) -> Array:
 
 
 class KarrasSteps(Schedule):
-    """EDM's noise levels."""
+    """T of EDM's noise levels."""
 
     def __init__(self, config: KarrasScheduleConfig) -> None:
         self.config = config
 
     def steps(self) -> StepSchedule:
-        """The tables on these levels."""
+        """The tables of these levels."""
         config = self.config
         end = np.zeros(0) if config.noisy_end else np.zeros(1)
         level = np.append(karras_levels(config.num_steps + config.noisy_end, config), end)
         return _tables(level, config.kappa, config.final_sigma)
 
     def forward_process(self) -> ForwardProcess:
-        """EDM's."""
+        """The forward process of EDM."""
         return edm_forward_process()
 
 
 def _tables(level: Array, kappa: float, final_sigma: float) -> StepSchedule:
-    """Generation-order tables from noise levels [T+1].
+    """The tables, in generation order, of noise levels [T+1].
 
-    Euler steps down to sigma_down = sqrt(s'^2 - sigma_up^2), where sigma_up = kappa s' sqrt(1 - s'^2 / s^2) is the
-    policy's noise: of its direction (x - D(x)) / s the part in x goes into signal_scale, that in F into output_scale.
+    Each step is an Euler step to sigma_down = sqrt(s'^2 - sigma_up^2), where sigma_up = kappa s' sqrt(1 - s'^2 / s^2)
+    is the standard deviation of the policy's noise. The slope (x - D(x)) / s is linear in x and F(c_in x): the
+    coefficient of x is part of signal_scale, and that of F is part of output_scale.
     """
     s, s_next = level[:-1], level[1:]
     sigma = kappa * s_next * np.sqrt(1.0 - s_next**2 / s**2)
@@ -64,8 +65,10 @@ def _tables(level: Array, kappa: float, final_sigma: float) -> StepSchedule:
 
 
 def edm_forward_process() -> ForwardProcess:
-    """The logarithm of sigma is normal with mean -1.2 and deviation 1.2: the rows are K of its quantiles. F regresses
-    (data - c_skip x) / c_out, which with EDM's weights is its loss (equation 8).
+    """The forward process of EDM, in which log sigma is normal with mean -1.2 and standard deviation 1.2.
+
+    The rows are K quantiles of that distribution. F regresses (data - c_skip x) / c_out; the squared error is EDM's
+    loss with its weights (equation 8).
     """
     quantile = ndtri((np.arange(NUM_DIFFUSION_STEPS) + 0.5) / NUM_DIFFUSION_STEPS)
     sigma = np.exp(_LOG_SIGMA_MEAN + _LOG_SIGMA_STD * quantile)
@@ -76,9 +79,9 @@ def edm_forward_process() -> ForwardProcess:
 
 
 def karras_schedule(config: KarrasScheduleConfig, num_steps: int, kappa: float) -> StepSchedule:
-    """Euler's method (kappa 0) or ancestral steps (kappa 1) on EDM's levels: the last step leads straight to the data.
+    """Euler's method (kappa 0) or ancestral steps (kappa 1) on EDM's levels, ending at level 0 without noise.
 
-    The levels are the first `num_steps` of one more, so that none of the few is the lowest, `sigma_min`.
+    The levels are all except the last of `num_steps` + 1 levels, so that no step is spent on `sigma_min`.
     """
     level = np.append(karras_levels(num_steps + 1, config)[:-1], 0.0)
     return _tables(level, kappa, final_sigma=0.0)

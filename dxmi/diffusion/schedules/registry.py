@@ -1,4 +1,4 @@
-"""The kinds of schedule. Nothing here imports NumPy or PyTorch: see `dxmi.registry`."""
+"""The registry of schedules. Nothing here imports NumPy or PyTorch, see `dxmi.registry`."""
 
 from typing import TYPE_CHECKING
 
