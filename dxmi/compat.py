@@ -21,7 +21,7 @@ def declare_torchvision_operators() -> torch.library.Library | None:
     a CUDA build of torch this does nothing.
 
     Returns:
-        The declarations, which last as long as a reference to them exists; the cache holds one.
+        The library of declarations, which exist only as long as it is referenced; the cache keeps a reference.
     """
     if torch.version.cuda is not None:
         return None
@@ -34,15 +34,15 @@ def declare_torchvision_operators() -> torch.library.Library | None:
 
 @cache
 def spare_dynamo() -> None:
-    """Avoid the import of TorchDynamo by optimizers, which takes two seconds in every process.
+    """Prevent optimizers from importing TorchDynamo, which takes two seconds in every process.
 
-    PyTorch disables Dynamo for some methods of its optimizers, and imports it for this purpose at their first call.
+    PyTorch disables Dynamo for some methods of its optimizers, and imports Dynamo to do so when they are first called.
     dxmi never compiles an optimizer. If a version of PyTorch implements this differently, nothing is changed.
     """
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
         method = getattr(getattr(torch.optim.Optimizer, name, None), "__wrapped__", None)
         if method is not None and not hasattr(method, "__dynamo_disable"):
-            setattr(method, "__dynamo_disable", method)  # an attribute access in a class body would be name-mangled
+            setattr(method, "__dynamo_disable", method)  # where PyTorch caches the method with Dynamo disabled
 
 
 def package_folder(name: str) -> Path:
@@ -60,7 +60,7 @@ def package_folder(name: str) -> Path:
 def torch_fidelity(module: str) -> Any:
     """Import a module of torch-fidelity, for example `feature_extractor_inceptionv3`.
 
-    It is imported only where it is needed, since it imports torchvision and PyTorch's compiler.
+    torch-fidelity imports torchvision and PyTorch's compiler, so it is imported only where it is needed.
     """
     declare_torchvision_operators()
     return importlib.import_module(f"torch_fidelity.{module}")

@@ -1,13 +1,13 @@
-"""From a tree of plain values to frozen dataclasses and back, with a sentence for every mistake.
+"""Conversion between trees of plain values and frozen dataclasses, with an error message for every mistake.
 
-A config is a frozen dataclass in a module that does not import PyTorch; its `__post_init__` raises a ValueError that
-begins with the field's name. `build` turns nested mappings (from YAML, from Hydra) into such an object and names the
-full path of what is wrong. A default stands in the dataclass only.
+A config is a frozen dataclass in a module that does not import PyTorch. Its `__post_init__` raises a ValueError whose
+message begins with the name of the field. `build` turns nested mappings (from YAML or Hydra) into a config; its errors
+contain the full path of the setting. Defaults are defined only in the dataclasses.
 
-Some settings are blocks: the field names a registry in its metadata (`dxmi.registry.chosen_from`), and the `kind` in
-its tree chooses the class. Another kind brings its whole block, see `with_settings`.
+Some settings are blocks: the metadata of the field names a registry (`dxmi.registry.chosen_from`), and `kind` in the
+tree of the block chooses its class. A change of the kind replaces the whole block, see `with_settings`.
 
-Two configs describe the same thing if the same settings differ from the defaults: see `delta`.
+A config is identified by the settings that differ from the defaults, see `delta`.
 """
 
 import difflib
@@ -27,11 +27,11 @@ T = TypeVar("T")
 Tree = dict[str, Any]
 
 RESULT, SCORES = "result", "scores"
-"""Identities: of what a config computes, and of the scores of given weights."""
+"""Names of the two identities: that of the result of a config, and that of the scores of given weights."""
 NO_RESULT: Mapping[str, Any] = {"not_in": frozenset({RESULT, SCORES})}
-"""Metadata of a field that changes no result: it takes part in no identity."""
+"""Metadata of a field that does not change the result: it is not part of any identity."""
 NO_SCORE: Mapping[str, Any] = {"not_in": frozenset({SCORES})}
-"""Metadata of a field that changes no score of given weights, or is told by the identity of what scores them."""
+"""Metadata of a field that does not change the scores of given weights, or that the scorer's identity covers."""
 
 _type_hints = functools.cache(typing.get_type_hints)
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
@@ -46,21 +46,21 @@ def require_choice(name: str, value: object, choices: Iterable[str], *, or_null:
 
 
 # ----------------------------------------------------------------------------
-# From a tree to a config and back
+# Conversion from a tree to a config and back
 
 
 def build(cls: type[T], tree: Any, path: str = "", base: T | None = None) -> T:
-    """An object of the dataclass `cls` from nested mappings.
+    """Create an object of the dataclass `cls` from nested mappings.
 
     Args:
         cls: the config class.
-        tree: field names to values; a missing field takes its default.
-        path: where in the whole config this tree stands, for messages.
-        base: holds the defaults, where they are not those of `cls`.
+        tree: values by field name; a missing field takes its default.
+        path: path of this tree in the whole config, for messages.
+        base: config that supplies the defaults instead of `cls`.
 
     Raises:
-        UserError: an unknown field (the nearest known one is named), a value of the wrong type, one that is missing, or
-            one that is refused.
+        UserError: a field is unknown (the message suggests the closest known one), a value is missing or has the wrong
+            type, or the config class rejects a value.
     """
     known = _known_fields(cls)
     for key in _group(tree, path):
@@ -81,7 +81,7 @@ def build(cls: type[T], tree: Any, path: str = "", base: T | None = None) -> T:
 
 
 def to_tree(config: Any) -> Tree:
-    """The inverse of `build`: nested dicts, lists and scalars that YAML and JSON can hold."""
+    """The inverse of `build`: nested dicts, lists and scalars that YAML and JSON can represent."""
     return typing.cast("Tree", json.loads(json.dumps(asdict(config))))
 
 
@@ -91,14 +91,14 @@ def default_of(own: Field[Any]) -> Any:
 
 
 def unknown_key(where: str, key: str, known: list[str], kind: str | None = None) -> str:
-    """The sentence about a key that does not exist (in a block of some kind), with the nearest one that does."""
+    """The error message for an unknown key, with the closest known one; `kind` is the kind of the block, if any."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}."
     return f"{where} is not a setting{'' if kind is None else f' of {kind}'}: {hint}"
 
 
 def kind_class(registry: Registry[Any], kind: object, path: str) -> type[Any]:
-    """The config class that `kind`, which stands at `path`, names.
+    """The config class of a kind; `path` is the path of the block, for messages.
 
     Raises:
         UserError: there is no such kind.
@@ -123,7 +123,7 @@ def _known_fields(cls: type) -> dict[str, Field[Any]]:
 
 
 def _field_value(own: Field[Any], hint: Any, value: Any, path: str, default: Any) -> Any:
-    """`value` as the field asks for it; where it names a registry, as the class of its tree's `kind`."""
+    """Convert `value` to the type of the field; for a block, to the config class of its `kind`."""
     registry = registry_of(own.metadata)
     if registry is None or (value is None and type(None) in typing.get_args(hint)):
         return _value(hint, value, path, default)
@@ -135,12 +135,12 @@ def _field_value(own: Field[Any], hint: Any, value: Any, path: str, default: Any
 
 
 def _holds_several(hint: Any) -> bool:
-    """Whether a field holds a tuple, or null."""
+    """Whether a field holds a tuple (or a tuple or null)."""
     return any(typing.get_origin(one) is tuple for one in (hint, *typing.get_args(hint)))
 
 
 def _of_kind(registry: Registry[Any], value: Any, path: str, kind: str | None) -> Any:
-    """The config that the name of a kind or a group of settings describes, of this kind if it names none."""
+    """Build a config from the name of a kind or from a group of settings; `kind` applies if the group has none."""
     tree = _as_block(value)
     if not isinstance(tree, Mapping):
         raise UserError(
@@ -150,18 +150,18 @@ def _of_kind(registry: Registry[Any], value: Any, path: str, kind: str | None) -
 
 
 def _as_block(value: Any) -> Any:
-    """The name of a kind as the block that it stands for; anything else as it is."""
+    """Expand the name of a kind to a block with that kind; other values are returned unchanged."""
     return {"kind": value} if isinstance(value, str) else value
 
 
 def _kind(block: Any) -> str | None:
-    """The kind of a config or of its class, if it has one."""
+    """The kind of a config or of a config class, if it has one."""
     kind = getattr(block, "kind", None)
     return kind if isinstance(kind, str) else None
 
 
 def _value(hint: Any, value: Any, path: str, default: Any = None) -> Any:
-    """`value` as the type `hint` asks for."""
+    """Convert `value` to the type `hint`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):  # only `X | None` occurs
         if value is None:
@@ -184,13 +184,13 @@ def _value(hint: Any, value: Any, path: str, default: Any = None) -> Any:
 
 
 # ----------------------------------------------------------------------------
-# Whole trees, and other values in them
+# Whole trees, and changes of their values
 
 
 def completed(cls: type, tree: Any, path: str = "", base: Any = None) -> Tree:
-    """`tree` with the default of every setting of `cls` that it leaves out; None stands for one that has no default.
+    """Add the default of every setting of `cls` that `tree` leaves out, or None for a setting without a default.
 
-    What is unknown is kept: `build` refuses it.
+    Unknown keys are kept, and `build` rejects them.
     """
     hints = _type_hints(cls)
     found = dict(_group(tree, path))
@@ -206,7 +206,7 @@ def completed(cls: type, tree: Any, path: str = "", base: Any = None) -> Tree:
 
 
 def _group_class(own: Field[Any], hint: Any, value: Any, default: Any, path: str) -> type[Any] | None:
-    """The config class of a field that holds a group of settings; None for a plain value, or for a group left out."""
+    """The config class of a field that holds a group of settings; None for a plain value or an absent block."""
     registry = registry_of(own.metadata)
     if registry is None:
         return hint if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping) else None
@@ -221,28 +221,28 @@ def _plain(value: Any) -> Any:
 
 
 def with_settings(cls: type, tree: Mapping[str, Any], settings: Mapping[str, Any]) -> Tree:
-    """A whole tree with other values at some paths; it may still be refused by `build`.
+    """Change settings of a whole tree; `build` may still reject the result.
 
-    Another kind is put in first and brings its whole block, see `with_kinds`. The other settings then apply to the new
-    block. A group of settings means those that are named in it.
+    Kinds are changed first, which replaces their whole blocks, see `with_kinds`. The other settings then apply to the
+    new blocks. A group of settings changes only the settings that it contains.
 
     Args:
         cls: the config class.
-        tree: of `completed` or `to_tree`.
-        settings: by path, with dots.
+        tree: whole tree, from `completed` or `to_tree`.
+        settings: new values by dotted path.
     """
     found = with_kinds(cls, tree, settings)
     for path, value in named_settings(cls, tree, settings).items():
-        if not (value == {} and isinstance(value_of(found, path), Mapping)):  # a group of which nothing is named
+        if not (value == {} and isinstance(value_of(found, path), Mapping)):  # an empty group changes nothing
             put(found, path, value)
     return found
 
 
 def with_kinds(cls: type, tree: Mapping[str, Any], settings: Mapping[str, Any]) -> Tree:
-    """A whole tree with the blocks of the kinds that the settings name.
+    """Change the kinds of a whole tree to those in `settings`; the other settings are ignored.
 
-    A block of another kind has that kind's defaults, but what all kinds share and had another value than its default
-    keeps it.
+    The new block has the defaults of its kind. Settings that all kinds share keep their values if these differ from the
+    defaults of the old kind.
     """
     found: Tree = json.loads(json.dumps(tree))
     named = named_settings(cls, tree, settings)
@@ -255,7 +255,7 @@ def with_kinds(cls: type, tree: Mapping[str, Any], settings: Mapping[str, Any]) 
 
 
 def named_settings(cls: type, tree: Mapping[str, Any], settings: Mapping[str, Any]) -> Tree:
-    """Settings by their paths in a whole tree: no group of settings, and no kind that stands for its block."""
+    """Flatten settings to single values by dotted path; the name of a kind in place of a block becomes its `.kind`."""
     return {
         f"{path}.kind" if isinstance(value, str) and block_at(cls, tree, path) is not None else path: value
         for path, value in leaves_of(settings)
@@ -263,7 +263,7 @@ def named_settings(cls: type, tree: Mapping[str, Any], settings: Mapping[str, An
 
 
 def settings_between(cls: type, old: Mapping[str, Any], new: Mapping[str, Any]) -> Tree:
-    """The fewest settings, by path, by which `with_settings` makes one whole tree of another."""
+    """The smallest set of settings, by path, with which `with_settings` turns the whole tree `old` into `new`."""
     kinds = {
         path: kind
         for path, kind in leaves_of(new)
@@ -277,8 +277,8 @@ class Block(typing.NamedTuple):
     """A place in a config whose class is chosen by its `kind`.
 
     Attributes:
-        registry: of its kinds.
-        shared: the class that all kinds extend.
+        registry: registry of its kinds.
+        shared: base class of the configs of all kinds.
     """
 
     registry: Registry[Any]
@@ -306,9 +306,7 @@ def block_at(cls: type, tree: Mapping[str, Any], path: str) -> Block | None:
 
 
 def _new_block(place: Block, kind: object, old: Any, path: str) -> Tree:
-    """The defaults of a kind, with what all kinds share as it was in the old block, where it had another value than its
-    default.
-    """
+    """The defaults of a kind, except for the shared settings that differ from their defaults in the block `old`."""
     new = kind_class(place.registry, kind, path)
     kept: Tree = {}
     if isinstance(old, Mapping):
@@ -318,7 +316,7 @@ def _new_block(place: Block, kind: object, old: Any, path: str) -> Tree:
 
 
 def leaves_of(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value) of each setting; groups may be nested or written with dots."""
+    """Yield (path, value) of each setting; groups may be nested or written with dots."""
     for key, value in tree.items():
         where = _joined(path, key)
         if isinstance(value, Mapping) and value:
@@ -328,7 +326,7 @@ def leaves_of(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
 
 
 def value_of(tree: Mapping[str, Any], path: str) -> Any:
-    """The value or the group at a path with dots; None if there is nothing."""
+    """The value or group at a dotted path; None if it does not exist."""
     value: Any = tree
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -336,10 +334,10 @@ def value_of(tree: Mapping[str, Any], path: str) -> Any:
 
 
 def put(tree: Tree, path: str, value: Any) -> None:
-    """Set the value or the group at a path with dots.
+    """Set the value or group at a dotted path.
 
     Raises:
-        UserError: a part of the path is a value.
+        UserError: the path leads through a value that is not a group.
     """
     *above, last = path.split(".")
     group: Any = tree
@@ -353,7 +351,7 @@ def put(tree: Tree, path: str, value: Any) -> None:
 def is_place(cls: type, path: str) -> bool:
     """Whether a setting holds a path or an address, see `dxmi.persistence.files.PLACE`.
 
-    Kinds are imported only in the blocks that the path leads through.
+    Config classes of kinds are imported only for the blocks on the path.
     """
     name, _, rest = path.partition(".")
     own = _known_fields(cls).get(name)
@@ -363,7 +361,7 @@ def is_place(cls: type, path: str) -> bool:
 
 
 def places(cls: type, path: str = "") -> list[str]:
-    """Paths of all settings below `cls` that hold a path or an address."""
+    """The paths of all settings of `cls` that hold a path or an address."""
     found = []
     for own in fields(cls):
         where = _joined(path, own.name)
@@ -373,7 +371,7 @@ def places(cls: type, path: str = "") -> list[str]:
 
 
 def groups_of(cls: type, own: Field[Any]) -> list[type]:
-    """Config classes that a field of `cls` may hold: one for a group of settings, those of all kinds for a block."""
+    """The config classes that a field of `cls` may hold: one for a group of settings, one per kind for a block."""
     registry = registry_of(own.metadata)
     if registry is not None:
         return [registry.config_class(kind) for kind in registry.kinds()]
@@ -386,15 +384,15 @@ def groups_of(cls: type, own: Field[Any]) -> list[type]:
 
 
 def delta(config: Any, identity: str | None = None, base: Any = None) -> Tree:
-    """What of a config differs from the defaults, recursively: `build` makes the config of it again.
+    """The settings that differ from the defaults, as a tree from which `build` recreates the config.
 
-    A block of another kind than the default's has its `kind`, and what differs from that kind's own defaults. A field
-    that is added with a default therefore changes no delta.
+    A block whose kind differs from the default has its `kind`, and the settings that differ from the defaults of that
+    kind. The delta of an existing config therefore does not change when a field with a default is added.
 
     Args:
         config: an object of a config class.
-        identity: leave out the fields whose metadata exclude them from this identity.
-        base: holds the defaults, where they are not those of the class.
+        identity: name of an identity, to omit the fields that are not part of it; None for all fields.
+        base: config that supplies the defaults instead of the class.
     """
     found = {}
     for own in fields(config):
@@ -408,7 +406,7 @@ def delta(config: Any, identity: str | None = None, base: Any = None) -> Tree:
 
 
 def _change(own: Field[Any], value: Any, default: Any, identity: str | None) -> Any:
-    """How a field differs from its default; MISSING if it does not."""
+    """The value of a field, or the delta of a group, if it differs from the default; else MISSING."""
     if not is_dataclass(value):
         plain = _items(value, identity)
         return plain if default is MISSING or plain != _items(default, identity) else MISSING
@@ -429,14 +427,12 @@ def _items(value: Any, identity: str | None) -> Any:
 
 
 def block_delta(config: Any, identity: str | None = None) -> Tree:
-    """The kind of a config, if it has one, and what differs from that kind's defaults."""
+    """The kind of a config, if it has one, and the settings that differ from the defaults of that kind."""
     return {**({"kind": config.kind} if hasattr(config, "kind") else {}), **delta(config, identity)}
 
 
 def identity_tree(config: Any, identity: str) -> Tree:
-    """Every setting of a config that takes part in an identity, with its value: for people, who do not see a default in
-    a delta.
-    """
+    """The values of all settings that are part of an identity, including defaults, which `delta` does not show."""
     return {
         own.name: identity_tree(value, identity) if is_dataclass(value) else _plain(value)
         for own in fields(config)
@@ -446,12 +442,12 @@ def identity_tree(config: Any, identity: str) -> Tree:
 
 
 def signature(tree: Any) -> str:
-    """The first 12 hex digits of the sha256 of a tree of plain values, whatever the order of its keys."""
+    """The first 12 hex digits of the sha256 of a tree of plain values; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    """What changed between two trees, one `path: old -> new` a line."""
+    """The differences between two trees, one line `path: old -> new` for each."""
     lines = []
     for key in sorted({*old, *new}):
         where = _joined(path, key)

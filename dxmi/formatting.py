@@ -1,4 +1,4 @@
-"""Numbers as text for people."""
+"""Formatting of numbers for display."""
 
 
 def score_text(value: float) -> str:

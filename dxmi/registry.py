@@ -1,8 +1,8 @@
-"""One mechanism for everything that a setting `kind` chooses: networks, data sets, schedules, algorithms and so on.
+"""Registries of everything that a setting `kind` chooses: networks, data sets, schedules, algorithms and so on.
 
-A registry maps a kind to the path of its config class and to the path of what is built from it, both as "module:Name".
-They are imported when they are asked for, so that a config is read without PyTorch. A new kind is one file with its
-config class and its implementation, one line in a registry, and a YAML file in configs/ if it is to have a name there.
+A registry maps each kind to its config class and to its implementation, both as "module:Name". They are imported on
+first use, so that a config can be read without importing PyTorch. To add a kind, write its config class and its
+implementation, add a line to the registry and, to make it selectable by name in Hydra, a YAML file in configs/.
 """
 
 import difflib
@@ -17,11 +17,11 @@ _METADATA = "registry"
 
 
 class Registry(Generic[Built]):
-    """Kinds of one sort of thing.
+    """The kinds of one type of component.
 
     Args:
-        what: the sort, for messages.
-        entries: for each kind the path of its config class and that of its implementation.
+        what: the type of component, for messages.
+        entries: for each kind, the paths of its config class and of its implementation.
     """
 
     def __init__(self, what: str, entries: Mapping[str, tuple[str, str]]) -> None:
@@ -36,13 +36,13 @@ class Registry(Generic[Built]):
         """The frozen config class of a kind.
 
         Raises:
-            KeyError: there is no such kind; `refusal` has the sentence.
+            KeyError: there is no such kind; `refusal` returns a message for the user.
         """
         found: type[Any] = imported(self._entries[kind][0])
         return found
 
     def config(self, kind: str, **settings: Any) -> Any:
-        """A config of a kind, with its defaults where `settings` say nothing.
+        """Create a config of a kind from `settings`, with defaults for the others.
 
         Raises:
             KeyError: there is no such kind.
@@ -50,7 +50,7 @@ class Registry(Generic[Built]):
         return self.config_class(kind)(**settings)
 
     def implementation(self, kind: str) -> Any:
-        """The class or the function that `build` calls.
+        """The class or function that `build` calls for a kind.
 
         Raises:
             KeyError: there is no such kind.
@@ -58,10 +58,10 @@ class Registry(Generic[Built]):
         return imported(self._entries[kind][1])
 
     def build(self, config: Any, *args: Any, **kwargs: Any) -> Built:
-        """What `config` describes: its kind's implementation, called with the config and the other arguments.
+        """Call the implementation of the kind of `config`, with the config and the other arguments.
 
         Raises:
-            UserError: things of that kind are not of this sort.
+            UserError: this registry does not have that kind.
         """
         if config.kind not in self._entries:
             raise UserError(f"{self.refusal('kind', config.kind)}.")
@@ -69,23 +69,23 @@ class Registry(Generic[Built]):
         return built
 
     def refusal(self, path: str, kind: object) -> str:
-        """The beginning of a sentence about a kind that does not exist, with the nearest one that does."""
+        """The error message for an unknown kind, without a full stop, with the closest known one."""
         near = difflib.get_close_matches(str(kind), self.kinds(), n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
         return f"{path} is {kind!r}: it must be one of {', '.join(self.kinds())}{hint}"
 
 
 def imported(path: str) -> Any:
-    """What "module:Name" names."""
+    """Import the object at "module:Name"."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def chosen_from(registry: Registry[Any]) -> dict[str, Any]:
-    """Metadata of a config's field whose class is chosen from a registry, by the `kind` in its tree."""
+    """Metadata of a config field whose class is chosen from a registry by `kind`."""
     return {_METADATA: registry}
 
 
 def registry_of(metadata: Mapping[str, Any]) -> Registry[Any] | None:
-    """The registry that a field's metadata names, if it names any."""
+    """The registry in the metadata of a field, if there is one."""
     return metadata.get(_METADATA)

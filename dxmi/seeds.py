@@ -1,9 +1,9 @@
 """Named random streams: every consumer of randomness has its own generator, derived from a seed and a name.
 
 Adding a stream, or drawing more often from one, never changes another. Distinct pairs of seed and name have distinct
-streams. PyTorch's generator for the CPU, a Mersenne twister, uses only 32 bits of the argument of `manual_seed`: among
-100,000 streams, a collision would be more likely than not. Its whole state is therefore filled from a hash of the
-name. The generators of GPUs are counter-based and use all 64 bits.
+streams. PyTorch's CPU generator, a Mersenne twister, uses only 32 bits of the argument of `manual_seed`, so that among
+100,000 streams a collision would be more likely than not. Its whole state is therefore filled from a hash of the seed
+and the name. GPU generators are counter-based and use all 64 bits.
 """
 
 import functools
@@ -20,7 +20,7 @@ _WORDS = 624
 _FIRST_BYTE = 24
 """Offset of the first word, each stored in 64 bits, in PyTorch's `mt19937` state, after the seed and the position."""
 _STATE_BYTES = {16, len(torch.Generator().get_state())}
-"""Sizes of the states of a GPU's generator (seed and offset) and of the CPU's."""
+"""Sizes in bytes of the states of a GPU generator (seed and offset) and of the CPU generator."""
 _INIT_FACTOR, _SHIFT, _WORD = 1_812_433_253, 30, 2**32
 """Constants of the recurrence that initializes the state from a 32-bit seed.
 
@@ -29,7 +29,7 @@ See Matsumoto and Nishimura, 1998, with the seeding of 2002.
 
 
 def generator(seed: int, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator on `device`, the same for the same `seed` and `stream`."""
+    """Create a generator on `device` whose numbers are determined by `seed` and `stream`."""
     return _seeded(torch.Generator(device), f"{seed}/{stream}".encode())
 
 
@@ -55,7 +55,7 @@ def continue_stream(own: torch.Generator, state: Tensor) -> bool:
 
 
 def _seeded(own: torch.Generator, name: bytes) -> torch.Generator:
-    """Set a generator to the start of the stream of that name; returns the generator."""
+    """Set a generator to the start of the stream `name`, and return it."""
     own.manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8], "little", signed=True))
     if own.device.type == "cpu":
         _fill(own, hashlib.shake_256(name).digest(4 * _WORDS))
