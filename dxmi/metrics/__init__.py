@@ -1,1 +1,1 @@
-"""Scores of generated samples. Scores from different features have different names."""
+"""Scores of generated samples. Scores that are computed from different features have different names."""

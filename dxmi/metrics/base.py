@@ -1,8 +1,8 @@
-"""Further metrics of a run's samples, next to the distances that its data set brings.
+"""Further metrics of a run, in addition to the distances by which its data set scores samples.
 
 A metric is one file with a `Metric`, a config class with its keys, and one line in the registry. Samples are drawn once
-for all metrics. Each metric sees them batch by batch and keeps a row of numbers for each, and computes its scores from
-the rows of all of them.
+for all metrics. Each metric is given the samples in one or more batches, keeps a row of numbers per sample, and
+computes its scores from all rows.
 """
 
 from abc import ABC, abstractmethod
@@ -17,17 +17,17 @@ from dxmi.data.batch import Condition
 from dxmi.data.dataset import Split
 
 SAMPLES, ENERGY, TEST_SPLIT = "samples", "energy", "test_split"
-"""What a metric can need."""
+"""Values of `Metric.needs`."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What scores are computed from.
+    """The inputs of a metric's scores.
 
     Attributes:
-        rows: what `observe` kept of every sample, in order, on the host, [N, F]; [N, 0] for a metric that needs none.
-        energy: E of stored samples [M, *event], [M] on the host; None if the algorithm learns no energy.
-        test: data that training has not seen; None if there is none.
+        rows: rows that `observe` returned, one per sample and in order, on the host, [N, F]; F = 0 by default.
+        energy: maps stored samples [M, *event] to E [M] on the host; None if the algorithm learns no energy.
+        test: the test split, which training does not use; None if the data set has none.
         train: the training data.
     """
 
@@ -41,18 +41,18 @@ class Metric(ABC):
     """Scores of a run's samples, energy or test data.
 
     Attributes:
-        needs: of samples, energy and test_split; a metric whose energy or test split does not exist has no scores.
+        needs: a subset of samples, energy and test_split; without a needed energy or test split there are no scores.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({SAMPLES})
 
     def observe(self, samples: Tensor, condition: Condition) -> Tensor:  # noqa: ARG002  (a metric may need no samples)
-        """What is kept of some samples, as a data set stores them [n, *event], on the host: [n, F]."""
+        """The rows [n, F], on the host, to keep of samples [n, *event] in the format that the data set stores."""
         return torch.empty(len(samples), 0)
 
     @abstractmethod
     def scores(self, evidence: Evidence) -> Mapping[str, float]:
-        """The scores, by the names of the config's keys."""
+        """Compute the scores, by the names of the config's keys."""
 
     def has_evidence(self, evidence: Evidence) -> bool:
         """Whether everything that the metric needs exists."""

@@ -18,7 +18,7 @@ class ClassEntropy(Metric):
         config: names the classifier.
 
     Raises:
-        UserError: the file of the classifier was altered.
+        UserError: the classifier's file is not the one that was shipped.
     """
 
     def __init__(self, config: ClassEntropyConfig) -> None:

@@ -1,7 +1,7 @@
-"""Small classifiers of gray images, whose 64 penultimate features replace InceptionV3's where it is unsuitable.
+"""Small classifiers of gray images, whose 64 penultimate features replace InceptionV3's where those are unsuitable.
 
 Their weights ship with the package as safetensors (float16). Each was trained by
-`python -m dxmi.metrics.train_classifier NAME`. The metadata of a file has the held-out accuracy, and `CLASSIFIERS` has
+`python -m dxmi.metrics.train_classifier NAME`. The metadata of a file states the held-out accuracy, and `CLASSIFIERS`
 the sha256, which is verified at every load.
 """
 

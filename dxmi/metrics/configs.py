@@ -20,21 +20,21 @@ class MetricConfig(ABC):
 
     @abstractmethod
     def keys(self) -> list[ScoreKey]:
-        """The scores that the metric gives."""
+        """The keys of the metric's scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassEntropyConfig(MetricConfig):
-    """Entropy of the classes that a shipped classifier sees in the samples: low where modes were lost."""
+    """Entropy of the classes that a shipped classifier assigns to the samples; a low entropy indicates lost modes."""
 
     classifier: str = "digits"
-    """The data set whose classifier tells the classes: digits, mnist8, mnist or fashion_mnist."""
+    """Data set whose classifier is used: digits, mnist8, mnist or fashion_mnist."""
 
     def __post_init__(self) -> None:
         require_choice("classifier", self.classifier, CLASSIFIER_SETS)
 
     def keys(self) -> list[ScoreKey]:
-        """In nats; log 10 at most."""
+        """The entropy in nats, at most log 10."""
         return [ScoreKey("eval/class_entropy", MAXIMIZE)]
 
 
@@ -45,16 +45,16 @@ class LogDensityConfig(LogDensityFields, MetricConfig):
     kind: str = "log_density"
 
     def keys(self) -> list[ScoreKey]:
-        """In nats."""
+        """The mean in nats."""
         return [ScoreKey("eval/log_density", MAXIMIZE)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnergyGapConfig(MetricConfig):
-    """Mean energy of test data less that of the training data, in standard deviations of the latter: overfitting."""
+    """Mean energy of test data minus that of training data, in standard deviations of the latter: overfitting."""
 
     kind: str = "energy_gap"
 
     def keys(self) -> list[ScoreKey]:
-        """0 where the energy generalizes."""
+        """The gap, which is near 0 if the energy generalizes."""
         return [ScoreKey("eval/energy_gap")]

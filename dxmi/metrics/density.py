@@ -1,4 +1,4 @@
-"""Measures of an energy as a model of a density: discrimination (AUC), and divergence from the density (KL).
+"""Scores of an energy as a model of a density: discrimination (AUC), and divergence from the density (KL).
 
 Axis letters: N, M points, G cells of a grid.
 """
@@ -24,7 +24,7 @@ def roc_auc(positive: Tensor, negative: Tensor) -> float:
         negative: scores that should be low, [M].
 
     Raises:
-        DivergedError: a score is not finite, and therefore has no rank.
+        DivergedError: a score is not finite and therefore cannot be ranked.
     """
     positive, negative = (require_finite(scores, "the scores of an AUC") for scores in (positive, negative))
     negative = negative.sort().values
@@ -46,7 +46,7 @@ def square_grid(half_side: float, cells: int) -> Tensor:
 def grid_log_density(distribution: Distribution, cells: int) -> Tensor:
     """The log density of a distribution at each point of `square_grid(SQUARE, cells)`: [cells^2].
 
-    The result is cached, since it takes as long as many iterations; it must not be modified.
+    The result is cached, since it takes as long as many training iterations; it must not be modified.
     """
     return distribution.log_density(square_grid(SQUARE, cells))
 
@@ -66,7 +66,7 @@ class Calibrated(NamedTuple):
 def calibrated_kl(energy: Tensor, log_density: Tensor) -> Calibrated:
     """Minimize KL(p | q_beta) over beta >= 0, with both densities normalized over the cells of a grid.
 
-    d KL / d beta = E_p[E] - E_{q_beta}[E] increases with beta, so that the minimum is its only root (or 0).
+    d KL / d beta = E_p[E] - E_{q_beta}[E] increases with beta, so the minimum is at its only root, or at beta = 0.
 
     Args:
         energy: E in each cell, [G].
@@ -75,7 +75,7 @@ def calibrated_kl(energy: Tensor, log_density: Tensor) -> Calibrated:
     Raises:
         DivergedError: an energy is not finite.
     """
-    from scipy.optimize import brentq  # noqa: PLC0415  (takes most of a second)
+    from scipy.optimize import brentq  # noqa: PLC0415  (importing it takes most of a second)
 
     energy = require_finite(energy, "the energy on the grid").double()
     energy = energy - energy.min()

@@ -1,4 +1,4 @@
-"""The difference between the energy of test data and of training data, a measure of overfitting."""
+"""The difference between the energies of test and training data, a measure of overfitting."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -11,10 +11,10 @@ _MOST = 10_000
 
 
 class EnergyGap(Metric):
-    """(mean E(test) - mean E(train)) / std E(train), of the first 10,000 samples of each.
+    """(mean E(test) - mean E(train)) / std E(train) over the first 10,000 samples of each split.
 
     Args:
-        config: unused, since there are no settings.
+        config: unused, since the metric has no settings.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({ENERGY, TEST_SPLIT})

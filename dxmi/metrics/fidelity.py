@@ -1,7 +1,7 @@
 """FID, KID, precision, recall and Inception Score from features, and the features of the shipped classifiers.
 
-The values are those of torch-fidelity, as the tests verify. That package is not used here, because importing it (with
-torchvision and PyTorch's compiler) takes seconds in every process of a sweep. Only InceptionV3 needs it.
+The values equal those of torch-fidelity, as the tests verify. Only InceptionV3 uses that package: importing it, with
+torchvision and PyTorch's compiler, would take seconds in every process of a sweep.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _BATCH = 1000
 _SPLITS = 10
 _NEIGHBOR = 3
 _ROWS = 10_000
-"""Number of rows whose distances to all others are in memory at the same time."""
+"""Maximum number of rows whose distances to all others are in memory at the same time."""
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def classifier_features(name: str, pixels: Tensor) -> Tensor:
 
 
 def _finite(generated: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """The features themselves, checked to be finite."""
+    """Return the features after checking that they are finite."""
     return require_finite(generated, "the features of the samples"), require_finite(reference, "the data's features")
 
 
@@ -54,8 +54,8 @@ def kernel_distance(
 ) -> float:
     """Mean unbiased squared MMD with the cubic kernel over random subsets (KID, arXiv 1801.01401).
 
-    A subset has `subset_size` rows, or those of the smaller set if it has fewer. `on_step` is called after each subset,
-    and may raise.
+    A subset has `subset_size` rows, or the size of the smaller set if that is less. `on_step` is called after each
+    subset, and may raise.
 
     Raises:
         DivergedError: a feature is not finite.
@@ -100,7 +100,7 @@ def precision_recall(
 
 def _covered(points: Tensor, centers: Tensor, on_step: Callable[[], None] | None) -> float:
     """The fraction of `points` [N, D] that lie within the ball of at least one of `centers` [M, D]."""
-    # A center is its own nearest neighbor, so the third among the others is the fourth of all.
+    # Each center is its own nearest neighbor, so the third nearest of the others is the fourth nearest of all.
     blocks = calling(torch.split(centers, _ROWS), on_step)
     radius = torch.cat([torch.cdist(rows, centers).kthvalue(_NEIGHBOR + 1).values for rows in blocks])
     blocks = calling(torch.split(points, _ROWS), on_step)
@@ -113,7 +113,7 @@ def inception_score(logits: Tensor, seed: int) -> float:
 
     Args:
         logits: logits of the classes, [N, C].
-        seed: seed of the shuffling of the samples.
+        seed: seed for shuffling the samples.
 
     Raises:
         DivergedError: a logit is not finite.

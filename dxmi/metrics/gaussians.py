@@ -1,11 +1,11 @@
 """The Frechet distance to a Gaussian that is fitted once, and its extrapolation to infinitely many samples.
 
-    FID(N) = |mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2))      mu, S of N samples, mu', S' of the reference
+    FID(N) = |mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2))      mu, S: N samples;  mu', S': reference
 
 With S' = R R^T and centered features X [N, D], tr (S S')^(1/2) is the sum of the singular values of X R / sqrt(N - 1).
-This is a symmetric problem of size min(N, D), whereas torch-fidelity solves a general one of size D for the same value.
+This is a symmetric eigenvalue problem of size min(N, R), where torch-fidelity solves a general one of size D.
 
-FID(N) has a bias of b / N, where b depends on the sampler, so that the ranking of two samplers may change with N. The
+FID(N) has a bias of about b / N, where b depends on the sampler, so the ranking of two samplers may change with N. The
 intercept of a line fitted to FID against 1 / N is an estimate without this bias (Chong and Forsyth, arXiv 1911.07023).
 
 Axis letters: N samples, D features. Everything is float64.
@@ -20,9 +20,9 @@ from torch import Tensor
 from dxmi.tensors import calling, require_finite
 
 POINTS = 15
-"""Number of points of the line, as in the paper's code."""
+"""Number of points to which the line is fitted, as in the paper's code."""
 FEWEST = 5_000
-"""Size of the smallest subset, as in the paper's code; half of the samples if there are fewer than 10,000."""
+"""Size of the smallest subset, as in the paper's code; with fewer than 10,000 samples it is half of them."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Gaussian:
 
     Attributes:
         mean: mean, [D].
-        root: a root R of the covariance R R^T, [D, R].
+        root: matrix R with covariance R R^T, [D, R].
     """
 
     mean: Tensor
@@ -90,7 +90,7 @@ class Gaussian:
         return cls(moments.mean, root.contiguous())  # LAPACK returns column-major matrices; files hold row-major ones
 
     def distance(self, features: Tensor) -> float:
-        """FID of at least two features [N, D], computed on the device of the reference.
+        """FID of features [N, D], N >= 2, computed on the device of the reference.
 
         Raises:
             DivergedError: a feature is not finite.
@@ -107,7 +107,7 @@ class Gaussian:
     def distance_at_infinity(
         self, features: Tensor, generator: torch.Generator, on_step: Callable[[], None] | None = None
     ) -> float:
-        """FID of infinitely many samples, extrapolated from random subsets of the features.
+        """Extrapolate the FID to infinitely many samples from random subsets of the features.
 
         Args:
             features: features of samples, on the device of the reference, [N, D].

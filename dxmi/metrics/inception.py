@@ -1,7 +1,7 @@
 """The InceptionV3 network of the original FID (the TensorFlow graph of 2015-12-05), from torch-fidelity.
 
 torch-fidelity unpickles weights without restrictions, which may execute code. Here the tensors of a file are read
-safely, and torch-fidelity loads a copy that is written from them.
+safely and written to a copy in memory, which torch-fidelity then loads.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ class Features(NamedTuple):
 
 
 def hub_path() -> Path:
-    """The path at which Torch Hub, and therefore torch-fidelity, stores the weights."""
+    """The path at which PyTorch Hub, and therefore torch-fidelity, stores the weights."""
     name = _url().rsplit("/", 1)[-1]
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
@@ -56,10 +56,10 @@ def _url() -> str:
 
 
 def find_weights() -> Path:
-    """Find the file of weights: $DXMI_INCEPTION, in the data folder, or in Torch Hub's cache, else download it there.
+    """Find the file of weights: $DXMI_INCEPTION, or the data folder, or PyTorch Hub's cache, to which it is downloaded.
 
     Raises:
-        UserError: $DXMI_INCEPTION is not a file, or there is no file and the download failed.
+        UserError: $DXMI_INCEPTION is not a file, or no file was found and the download failed.
     """
     named = os.environ.get(VARIABLE)
     if named:
@@ -129,10 +129,10 @@ def file_digest(path: Path) -> str:
 
 @lru_cache(maxsize=1)
 def load_inception(path: Path, device: torch.device) -> Inception:
-    """Load the network with the weights in `path`; it has no logits if their weights are zeros, as in some files.
+    """Load the network with the weights in `path`; it has no logits if the last layer is zero, as in some files.
 
     Raises:
-        UserError: the weights are not those of InceptionV3, or the file would have to execute code.
+        UserError: the weights are not those of InceptionV3, or reading the file would execute code.
     """
     state: Any = read_tensor_file(path)
     try:
@@ -146,7 +146,7 @@ def load_inception(path: Path, device: torch.device) -> Inception:
 
 
 def _rewritten(state: object) -> io.BytesIO:
-    """Write tensors to a new file in memory, which torch-fidelity can unpickle safely."""
+    """Write the tensors to a new file in memory, which torch-fidelity can unpickle safely."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise TypeError("it is not a dictionary of tensors")
     bad = [str(key) for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]

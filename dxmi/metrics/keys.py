@@ -1,4 +1,4 @@
-"""The keys of scores, and whether each is minimized or maximized: everything else takes them from this list."""
+"""The keys of all scores, and whether each is minimized or maximized. All other code takes them from here."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -10,12 +10,12 @@ DIRECTIONS: tuple[Direction, ...] = (MINIMIZE, MAXIMIZE)
 
 
 class ScoreKey(NamedTuple):
-    """A score.
+    """The key of a score.
 
     Attributes:
-        name: as it is logged, a path such as `eval/fid_digits`.
-        direction: whether lower or higher is better.
-        primary: whether checkpoints and trials are compared by it; exactly one of a run's scores is.
+        name: name under which it is logged, such as `eval/fid_digits`.
+        direction: whether it is minimized or maximized.
+        primary: whether checkpoints and trials are compared by it; a run has exactly one primary score.
     """
 
     name: str
@@ -28,19 +28,19 @@ REWARD_KEY = ScoreKey("eval/reward", MAXIMIZE)
 
 
 def with_primary(keys: Sequence[ScoreKey], name: str) -> list[ScoreKey]:
-    """The keys with that one as the primary.
+    """Return `keys` with the key `name` as the only primary one.
 
     Raises:
-        ValueError: none has that name.
+        ValueError: no key has that name.
     """
     names = [key.name for key in keys]
     if name not in names:
-        raise ValueError(f"primary is {name!r}, which no sample is scored by: it must be one of {', '.join(names)}")
+        raise ValueError(f"primary is {name!r}, which is not a score of this run: it must be one of {', '.join(names)}")
     return [key._replace(primary=key.name == name) for key in keys]
 
 
 def primary_key(keys: Sequence[ScoreKey]) -> ScoreKey:
-    """The score by which checkpoints and trials are compared."""
+    """The key of the score by which checkpoints and trials are compared."""
     return next(key for key in keys if key.primary)
 
 
@@ -50,22 +50,22 @@ def sign_of(direction: str) -> float:
 
 
 def better_text(direction: str) -> str:
-    """Which scores are better, for captions."""
+    """The direction as text for captions."""
     return "lower is better" if direction == MINIMIZE else "higher is better"
 
 
 def is_better(score: float, other: float, direction: str) -> bool:
-    """Whether a score is strictly better than another."""
+    """Whether `score` is strictly better than `other`."""
     return sign_of(direction) * score < sign_of(direction) * other
 
 
 def best_score(scores: Sequence[float], direction: str) -> float:
-    """The best of some scores."""
+    """The best of `scores`."""
     return max(scores) if direction == MAXIMIZE else min(scores)
 
 
 def classifier_keys(name: str) -> list[ScoreKey]:
-    """The scores of images by the features of the shipped classifier `name`."""
+    """The keys for images that are scored with the features of the shipped classifier `name`."""
     return [
         ScoreKey(f"eval/fid_{name}", primary=True),
         ScoreKey(f"eval/kid_{name}"),
@@ -76,7 +76,7 @@ def classifier_keys(name: str) -> list[ScoreKey]:
 
 
 def inception_keys(num_samples: int) -> list[ScoreKey]:
-    """The scores of that many images by InceptionV3's features."""
+    """The keys for `num_samples` images that are scored with InceptionV3's features."""
     size = count_name(num_samples)
     return [
         ScoreKey(f"eval/fid_{size}", primary=True),
@@ -88,12 +88,12 @@ def inception_keys(num_samples: int) -> list[ScoreKey]:
 
 
 def inception_score_key(num_samples: int) -> ScoreKey:
-    """A further score of images by InceptionV3, if the weights hold its classes."""
+    """The key of the Inception Score, which needs weights with a classification layer."""
     return ScoreKey(f"eval/inception_score_{count_name(num_samples)}", MAXIMIZE)
 
 
 def planar_keys() -> list[ScoreKey]:
-    """The scores of points in the plane, and of the energy."""
+    """The keys for points in the plane and for the energy."""
     return [
         ScoreKey("eval/sliced_wasserstein", primary=True),
         ScoreKey("eval/energy_auc", MAXIMIZE),
@@ -103,5 +103,5 @@ def planar_keys() -> list[ScoreKey]:
 
 
 def count_name(num: int) -> str:
-    """A number of samples as it appears in a key: 5k, 10k, 50k; 1234."""
+    """A number of samples as it is written in a key: 5000 as 5k, 1234 as 1234."""
     return f"{num // 1000}k" if num % 1000 == 0 else str(num)

@@ -1,4 +1,4 @@
-"""The further metrics. Nothing here imports PyTorch: see `dxmi.registry`."""
+"""The registry of further metrics. Nothing here imports PyTorch, see `dxmi.registry`."""
 
 from typing import TYPE_CHECKING
 

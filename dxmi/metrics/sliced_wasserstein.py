@@ -10,17 +10,17 @@ from dxmi.tensors import require_finite
 
 
 def wasserstein_1d(a: Tensor, b: Tensor, order: int) -> Tensor:
-    """The exact integral |F_a^-1(u) - F_b^-1(u)|^order du of the empirical quantile functions of each column: [P].
+    """The exact integral of |F_a^-1(u) - F_b^-1(u)|^order du over the empirical quantile functions of each column: [P].
 
     Args:
-        a: [N, P].
-        b: [M, P].
+        a: first sample of each column, [N, P].
+        b: second sample of each column, [M, P].
         order: 1 or 2; the root is not taken.
     """
     a, b = a.sort(dim=0).values, b.sort(dim=0).values
     n, m = len(a), len(b)
-    # Both quantile functions are constant between consecutive elements of {i/n} and {j/m}; in units of 1 / (n m) these
-    # are integers, so there is no rounding error.
+    # Both quantile functions are constant between consecutive elements of {i / n} and {j / m} together. In units of
+    # 1 / (n m) these are integers, so there is no rounding error.
     breaks = torch.cat((torch.arange(n + 1) * m, torch.arange(m + 1) * n)).unique()  # type: ignore[no-untyped-call]
     left = breaks[:-1]
     widths = breaks.diff().to(a.dtype).to(a.device) / (n * m)
@@ -33,9 +33,9 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int, generator: tor
     """(mean over directions of W_order^order)^(1/order) between two sets of points.
 
     Args:
-        x: [N, *event].
-        y: [M, *event].
-        projections: number of directions, uniform on the sphere.
+        x: first set, [N, *event].
+        y: second set, [M, *event].
+        projections: number of directions, which are uniform on the sphere.
         generator: draws the directions, on the host.
         order: 1 or 2.
 

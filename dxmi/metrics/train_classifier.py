@@ -1,7 +1,8 @@
 """Train one of the shipped feature classifiers: `python -m dxmi.metrics.train_classifier mnist8 --out FOLDER`.
 
-AdamW with cosine decay, and one-pixel shifts at 28x28. MNIST, its 8x8 version and Fashion-MNIST are tested on their
-10,000 test images; the digits, which have no test split, on a fifth that is excluded from training.
+The optimizer is AdamW with cosine decay; 28x28 images are augmented by shifts of one pixel. MNIST, its 8x8 version and
+Fashion-MNIST are tested on their 10,000 test images. The digits have no test split and are tested on a fifth of the
+data, which is excluded from training.
 """
 
 import argparse
@@ -20,7 +21,7 @@ _BATCH = 128
 
 
 def split(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training pixels and labels, and held-out pixels and labels."""
+    """Load training pixels and labels, and held-out pixels and labels."""
     pixels, labels = LOADERS[name](train=True)
     if name == "digits":
         held_out = torch.arange(len(labels)) % _HELD_OUT == 0
@@ -47,7 +48,7 @@ def train(pixels: Tensor, labels: Tensor, *, epochs: int, seed: int) -> SmallCla
 
 
 def shifted(pixels: Tensor) -> Tensor:
-    """Shift 28x28 images randomly by at most one pixel; 8x8 ones, whose strokes are one pixel wide, are unchanged."""
+    """Shift a batch of 28x28 images by at most one pixel, but not 8x8 ones, whose strokes are one pixel wide."""
     if pixels.shape[-1] <= 8:
         return pixels
     down, right = (int(i) for i in torch.randint(-1, 2, (2,)))
