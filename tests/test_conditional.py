@@ -165,7 +165,9 @@ def test_a_label_of_the_data_alone_is_drawn_by_a_network_of_ten_classes():
     made = Experiment(compose_experiment([*SMALL, *MLP, *CLASSES, "data.label=3"]).experiment)
     policy = made.build_policy(made.build_denoiser(), shorten(made.config.schedule))
     assert drawn_labels(policy, 100).unique().tolist() == [3]
-    assert labels_text(made.class_counts) == "drawn with the frequencies of the data: 1 of 10 classes, each as often"
+    assert (
+        labels_text(made.class_counts) == "drawn with the frequencies of the data: 1 of 10 classes, each equally often"
+    )
 
 
 class Perfect(Policy):
@@ -214,7 +216,7 @@ def test_scores_do_not_depend_on_who_reads_the_classes(tmp_path):
     [
         (None, ""),
         ([9, 1], "2 of 2 classes, 10.000% to 90.000% each"),
-        ([5, 5], "2 of 2 classes, each as often"),
+        ([5, 5], "2 of 2 classes, each equally often"),
         ([0, 3, 1], "2 of 3 classes, 25.000% to 75.000% each"),
     ],
 )

@@ -1,1 +1,1 @@
-"""From a config to a finished run: building, pretraining, fine-tuning, summary, loading and export."""
+"""Everything between a config and a finished run: building, pretraining, fine-tuning, summary, loading and export."""

@@ -1,4 +1,4 @@
-"""From a config tree to built objects."""
+"""An experiment: builds the data, networks, algorithm and scorer of a run from its config."""
 
 import os
 from collections.abc import Sequence
@@ -42,14 +42,14 @@ from dxmi.training.config import SCHEMA, ExperimentConfig
 from dxmi.training.state import TrainingState
 
 PRETRAINING_VERSION = 2
-"""Raised whenever a change of the code changes what pretraining computes, so that old results are not read."""
+"""Increased whenever a change of the code changes the result of pretraining, so that old results are not reused."""
 
 
 def require_signature(saved: Checkpoint, signature: str) -> None:
     """Check that a checkpoint was written under the config with this signature.
 
     Raises:
-        UserError: it was not; somebody has edited config.yaml.
+        UserError: it was not, because config.yaml has been edited.
     """
     written = saved.meta.get("signature")
     if written != signature:
@@ -60,16 +60,16 @@ def require_signature(saved: Checkpoint, signature: str) -> None:
 
 
 class Experiment:
-    """A config with its data loaded, and what is built from both.
+    """A config, its data, and factories of everything that is built from them.
 
     Args:
-        config: the whole of a run.
+        config: config of the run.
         event: shape of one sample, if it is known without reading the data.
-        workers: share the work of the run.
-        class_counts: samples of each class that the denoiser knows, if they are known without reading the data.
+        workers: process group of the run.
+        class_counts: number of samples of each class of the denoiser, if known without reading the data.
 
     Raises:
-        UserError: the device is not there.
+        UserError: the device does not exist.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class Experiment:
 
     @cached_property
     def data(self) -> Dataset:
-        """The data, read or drawn when first asked for.
+        """The data, read or drawn on first access.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the data cannot be read.
         """
         return load(self.config.data)
 
@@ -101,12 +101,12 @@ class Experiment:
 
     @property
     def class_counts(self) -> Tensor | None:
-        """Samples of each class that the denoiser knows, which is how often its samples are of each, int64 [C].
+        """The number of data samples of each class, int64 [C]; classes of generated samples have the same frequencies.
 
-        None if it knows none, or the data are not to be read.
+        None if the denoiser has no classes, or if `event` was given without `class_counts`.
 
         Raises:
-            UserError: the data have no classes, or more than the denoiser knows.
+            UserError: the data have no classes, or more than the denoiser.
         """
         classes = self.config.network.denoiser.classes
         if classes == 0:
@@ -116,32 +116,33 @@ class Experiment:
         return None if self._event is not None else torch.bincount(self._labels(), minlength=classes)
 
     def use_threads(self) -> int:
-        """Set PyTorch's CPU threads as `resources.threads` says; returns how many."""
+        """Set the number of PyTorch's CPU threads by `resources.threads`, and return it."""
         threads = self.config.resources.threads or available_cpus()
         torch.set_num_threads(threads)
         return threads
 
     def choose_kernels(self) -> None:
-        """On a GPU, let PyTorch use the kernels that `resources.deterministic` says; those of a CPU have the same bits.
+        """On a GPU, apply `resources.deterministic`; kernels on the CPU are deterministic in any case.
 
-        PyTorch then refuses what has no such kernel. Of the networks here, convolutions and attention have several.
+        PyTorch then raises an error for an operation without a deterministic kernel. Among the operations of the
+        networks here, convolutions and attention have kernels of both kinds.
         """
         if self.device.type == "cuda":
             torch.use_deterministic_algorithms(self.config.resources.deterministic)
-            # Nothing here reads what was not written.
+            # No code here reads uninitialized memory.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def precision(self) -> torch.autocast:
-        """The context in which updates are computed.
+        """The autocast context of updates.
 
-        Weights are cast anew in each evaluation of a network, since the optimizers change them in between.
+        It does not cache cast weights, because the optimizers change the weights within an update.
         """
         enabled = self.config.train.precision == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     @property
     def pretraining_signature(self) -> str:
-        """Of everything that the pretrained denoiser depends on."""
+        """The signature of everything that the pretrained denoiser depends on."""
         config = self.config
         weights = None if config.pretrain.weights is None else self.weights_signature
         identity = {
@@ -165,7 +166,7 @@ class Experiment:
         return generator(self.config.seed, f"weights/{name}")
 
     def build_denoiser(self) -> Denoiser:
-        """An untrained denoiser on the device."""
+        """Build an untrained denoiser on the device."""
         config = self.config.network.denoiser
         return build_denoiser(config, self.event, self._weights("denoiser")).to(self.device)
 
@@ -174,7 +175,7 @@ class Experiment:
         """The tensors of `pretrain.weights`, by their public names.
 
         Raises:
-            UserError: they are neither here nor in the folder of the data, or cannot be read.
+            UserError: they do not exist at that path or in the data folder, or cannot be read.
         """
         given = user_path(self.config.pretrain.weights or "", "pretrain.weights")
         places = dict.fromkeys((given, data_root() / given))
@@ -198,44 +199,46 @@ class Experiment:
             raise UserError(f"pretrain.weights is {self.config.pretrain.weights}{place}. {error}{seen}") from error
 
     def inputs(self) -> dict[str, str]:
-        """Signatures of what the run reads beside its config: `data`, and `weights` where there are public ones.
+        """The signatures of the run's inputs: `data`, and `weights` if `pretrain.weights` is set.
 
         Raises:
-            UserError: one of them cannot be read.
+            UserError: an input cannot be read.
         """
         inputs = {"data": self.data.signature}
         return inputs if self.config.pretrain.weights is None else {**inputs, "weights": self.weights_signature}
 
     @cached_property
     def weights_signature(self) -> str:
-        """Of the tensors of `pretrain.weights`."""
+        """The signature of the tensors of `pretrain.weights`."""
         return digest(self.public_weights.tensors)
 
     def check_public(self, network: Denoiser) -> list[str]:
-        """Compare what lies beside `pretrain.weights` with the network and the schedule of the run.
+        """Compare the diffusers configs in the folder of `pretrain.weights` with the run's network and schedule.
 
         Returns:
-            Sentences for the user: what was taken of the file, and what could not be compared.
+            Messages for the user: what was taken from the file, and what could not be compared.
 
         Raises:
-            UserError: a config.json or scheduler_config.json of diffusers describes another model.
+            UserError: config.json or scheduler_config.json describes another model.
         """
         weights = self.public_weights
         notes = [f"pretrain.weights: {weights.note}"] if weights.note else []
         if weights.folder is None:
             if DIFFUSERS_MARK in weights.tensors:
-                notes.append(f"pretrain.weights: beside {weights.path} is no config.json to compare the network with.")
+                notes.append(
+                    f"pretrain.weights: there is no config.json next to {weights.path} to compare the network with."
+                )
             return notes
         require_same_model(weights.folder, network, self.event)
         scheduler = scheduler_of_folder(weights.folder)
         if scheduler is None:
-            assumed = "taken as a model that predicts the noise, trained on DDPM's linear betas"
+            assumed = "it is taken for a model that predicts the noise, trained on DDPM's linear betas"
             return [*notes, f"pretrain.weights: {weights.path} has no scheduler_config.json: {assumed}."]
         require_same_noise(scheduler, self.config.schedule.family, forward_betas())
         return notes
 
     def build_pretraining(self) -> tuple[DDPM, TrainingState]:
-        """Pretraining at its start."""
+        """Build the pretraining algorithm and its initial state."""
         config = self.config
         network, accumulate = self.build_denoiser(), config.resources.accumulate
         if config.pretrain.weights is not None:
@@ -248,13 +251,13 @@ class Experiment:
         return ddpm, TrainingState(ddpm, ddpm.optimizers, self._generators("pretrain", ddpm), stream)
 
     def build_policy(self, denoiser: Denoiser, schedule: StepSchedule, kind: type[Policy] = Policy) -> Policy:
-        """A sampler of `schedule` around a denoiser."""
+        """Build a sampler (of class `kind`) with a denoiser and a schedule."""
         policy = kind(denoiser, schedule, self.event)
         policy.draw_classes(self.class_counts)
         return policy.to(self.device)
 
     def build_algorithm(self, denoiser: Denoiser) -> PolicyAlgorithm:
-        """The algorithm at its start, from a pretrained denoiser, which it changes."""
+        """Build the fine-tuning algorithm; it trains `denoiser` in place."""
         return ALGORITHMS.build(self.config.algorithm, self._parts(denoiser)).to(self.device)
 
     def _parts(self, denoiser: Denoiser) -> Parts:
@@ -275,18 +278,18 @@ class Experiment:
         )
 
     def build_reward(self) -> Reward:
-        """The reward of the run.
+        """Build the reward of the run.
 
         Raises:
-            UserError: it has none, or it cannot be built.
+            UserError: the run has no reward, or it cannot be built.
         """
         return no_reward() if self.config.reward is None else REWARDS.build(self.config.reward)
 
     def build_scorer(self, evaluate: EvaluateConfig | None = None) -> Scorer:
-        """What scores the run's samples, by its own settings of the evaluation or by others.
+        """Build the scorer of samples, with the evaluation settings of the run unless others are given.
 
         Raises:
-            UserError: the data are too few, or nothing gives features of them.
+            UserError: there are too few images to score against, or no network for their features.
         """
         config = self.config if evaluate is None else replace(self.config, evaluate=evaluate)
         return build_scorer(
@@ -300,12 +303,12 @@ class Experiment:
         )
 
     def build_metrics(self) -> list[Metric]:
-        """The metrics next to the distances to the data: the reward, if there is one, and `evaluate.metrics`."""
+        """Build the metrics other than the distances to the data: the reward, if any, and `evaluate.metrics`."""
         further = [METRICS.build(config) for config in self.config.evaluate.metrics or ()]
         return further if self.config.reward is None else [MeanReward(self.build_reward()), *further]
 
     def build_finetuning(self, denoiser: Denoiser) -> tuple[PolicyAlgorithm, TrainingState]:
-        """Fine-tuning at its start: the algorithm, and all that changes while it runs."""
+        """Build the fine-tuning algorithm and its initial state."""
         config, algorithm = self.config, self.build_algorithm(denoiser)
         self._compile(algorithm)
         if config.pretrain.weights is not None:
@@ -315,7 +318,7 @@ class Experiment:
         return algorithm, TrainingState(algorithm, algorithm.optimizers, generators, stream)
 
     def _generators(self, phase: str, algorithm: Algorithm) -> dict[str, torch.Generator]:
-        """The named random streams of an algorithm."""
+        """The generators of an algorithm's random streams, by name."""
         devices = {HOST: torch.device("cpu"), DEVICE: self.device}
         return {
             name: generator(self.config.seed, f"{phase}/{name}", devices[where])
@@ -329,9 +332,9 @@ class Experiment:
         return graphed
 
     def _compile(self, algorithm: Algorithm) -> None:
-        """Compile every network of an algorithm, if that is asked for; what else it computes is little."""
+        """Compile the networks of an algorithm if `resources.compile` is set; its other computations are cheap."""
         if self.config.resources.compile:
-            # PyTorch keeps headers that were compiled for other vector instructions, and fails with them.
+            # One folder per instruction set: PyTorch caches precompiled headers, and fails with those of another one.
             folder = cache_root() / "compiled" / torch.backends.cpu.get_cpu_capability()
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
             for module in algorithm.modules():
@@ -351,10 +354,10 @@ class Experiment:
         )
 
     def _labels(self) -> Tensor:
-        """The class of each sample.
+        """The class of each data sample.
 
         Raises:
-            UserError: they have none, or there are more than the denoiser knows.
+            UserError: the data have no classes, or more than the denoiser.
         """
         data, classes = self.data, self.config.network.denoiser.classes
         labels = data.classes
@@ -378,6 +381,6 @@ def _device(name: str) -> torch.device:
             raise UserError(
                 f"resources.device is {name}, but PyTorch sees {torch.cuda.device_count()} GPUs: use auto or cpu."
             )
-        # PyTorch looks at it once, at the first matrix product on a GPU, and without it allows no deterministic ones.
+        # Deterministic matrix products on a GPU require this variable, which is read once, at the first product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return torch.device(name)

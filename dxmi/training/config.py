@@ -30,13 +30,13 @@ from dxmi.rewards.configs import RewardConfig
 from dxmi.rewards.registry import REWARDS
 
 _MAX_THREADS = _MAX_WORKERS = _MAX_STACK = 1024
-_OF_ONE = {"compile": "compiled", "cuda_graphs": "recorded"}
+_OF_ONE = {"compile": "compiled", "cuda_graphs": "recorded as CUDA graphs"}
 PRECISIONS = ("float32", "bfloat16")
 SCHEMA = 2
-"""Version of the defaults and of the names of settings. It rises when the meaning of a default changes or a setting is
-renamed; `dxmi.training.schema` then reads the configs of before."""
+"""Version of the defaults and of the names of settings. It is increased when the meaning of a default changes or a
+setting is renamed; `dxmi.training.schema` then reads the older configs."""
 CHECKPOINTS = ("best", "last")
-"""What a run keeps a policy of."""
+"""The checkpoints of a run that can be loaded by name."""
 EXPORT_FORMATS = ("diffusers",)
 
 
@@ -45,11 +45,11 @@ class NetworksConfig:
     """The networks of a run."""
 
     denoiser: NetworkConfig = field(default_factory=MlpConfig, metadata=chosen_from(DENOISERS))
-    """The policy's."""
+    """Denoiser of the policy."""
     energy: NetworkConfig = field(default_factory=MlpConfig, metadata=chosen_from(CRITICS))
-    """The energy's, and the value's too when it is shared."""
+    """Network of the energy, and of the value if it is shared."""
     value: NetworkConfig = field(default_factory=MlpConfig, metadata=chosen_from(TIMED_CRITICS))
-    """A separate value's; unused when the value is shared."""
+    """Network of a separate value; unused if the value is shared."""
 
     def __post_init__(self) -> None:
         for role, registry in (("denoiser", DENOISERS), ("energy", CRITICS), ("value", TIMED_CRITICS)):
@@ -65,16 +65,16 @@ class NetworksConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Fine-tuning."""
+    """Settings of the fine-tuning."""
 
     iterations: int = 1_500
-    """Iterations of the algorithm."""
+    """Number of iterations of the algorithm."""
     batch_size: int = 128
-    """B: data and trajectories in each."""
+    """B: number of data samples and of trajectories in each iteration."""
     log_every: int = 50
-    """Iterations whose mean is one logged row."""
+    """Number of iterations that are averaged to one logged row."""
     precision: str = "float32"
-    """Arithmetic of the networks in training: float32 or bfloat16. Weights, losses and scores are always float32."""
+    """Precision of the networks in training: float32 or bfloat16. Weights, losses and scores are always float32."""
 
     def __post_init__(self) -> None:
         if self.iterations < 0:
@@ -87,32 +87,37 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ResourcesConfig:
-    """What a run may use. It changes no result beyond rounding and does not enter the signature."""
+    """Resources of a run, which are not part of the signature.
+
+    They change results only by rounding, except that another kind of device draws other random numbers.
+    """
 
     device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    """Device: auto (a GPU if there is one), cpu, cuda or cuda:N."""
     threads: int = 0
-    """CPU threads of PyTorch; 0 for as many as this process may run on (in a sweep: one for each trial)."""
+    """CPU threads of PyTorch; 0 for all available CPUs (in a sweep: 1 per worker, or on GPUs an equal share)."""
     gpus: float = 1.0
-    """In a sweep, each worker's share of a GPU if there is one: 0.25 puts four of them on it."""
+    """Share of a GPU that each worker of a sweep gets, if there are GPUs: with 0.25, four workers share one GPU."""
     num_workers: int = 1
     """Processes that share each batch of a run."""
     accumulate: int = 1
-    """Pieces in which a worker takes its share of an update, one after the other, to save memory."""
+    """Number of micro-batches into which a worker divides its part of a batch, to save memory."""
     compile: bool = False
-    """Compile the networks by torch.compile: some minutes at the start of a process."""
+    """Compile the networks with torch.compile, which takes some minutes at the start of a process."""
     cuda_graphs: bool = False
-    """On a GPU, record the rollout once and replay it, so that the host does not launch each of its kernels."""
+    """On a GPU, record the rollout as a CUDA graph and replay it, so that the host does not launch each kernel."""
     deterministic: bool = True
-    """On a GPU, use only kernels that give the same bits every time, so that a resumed run ends as it would have."""
+    """On a GPU, use only deterministic kernels, so that a resumed run has the same result as an uninterrupted one."""
     stack_seeds: int | None = None
-    """In an ablation, seeds of an arm that are trained in one program; null for what a measurement finds fastest."""
+    """In an ablation, number of seeds of an arm that one program trains; null for the number that is measured to be
+    the fastest."""
     worker_timeout: float = 1800.0
-    """Seconds after which a worker that does not answer the others counts as hung, and the group starts again."""
+    """Seconds after which a worker that does not respond is considered to hang, and the workers are restarted."""
     max_restarts: int = 3
-    """How often the workers of a run are started again, from its last checkpoint, after one of them was lost."""
+    """Maximum number of restarts of a run's workers, from its last checkpoint, after a worker is lost."""
     storage_path: str | None = field(default=None, metadata=PLACE)
-    """Where runs and studies are kept if the nodes share no file system: a URI like s3://bucket/studies, or a path."""
+    """Where runs and studies are stored if the nodes do not share a file system: a URI like s3://bucket/studies, or a
+    path."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
@@ -143,21 +148,24 @@ class ResourcesConfig:
             if getattr(self, name) > 1:
                 raise ValueError(
                     f"stack_seeds is {stack} and {name} is {getattr(self, name)}: stacked seeds are trained by one "
-                    f"process in one piece, so make one of the two 1"
+                    f"process without micro-batches, so make one of the two 1"
                 )
         for name in ("compile", "cuda_graphs"):
             if getattr(self, name):
-                raise ValueError(f"stack_seeds is {stack} and {name} is true: stacked seeds are not {_OF_ONE[name]}")
+                raise ValueError(
+                    f"stack_seeds is {stack} and {name} is true: stacked seeds cannot be {_OF_ONE[name]}, so make "
+                    f"{name} false or stack_seeds 1"
+                )
 
     @property
     def can_stack_seeds(self) -> bool:
-        """Whether nothing that is asked for stands against training several seeds in one program."""
+        """Whether the settings allow several seeds to be trained in one program."""
         return self.num_workers == self.accumulate == 1 and not (self.compile or self.cuda_graphs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
-    """The whole of a run. What of it differs from the defaults is its identity."""
+    """The config of a run. Its identity consists of the settings that differ from the defaults."""
 
     name: str = "digits"
     """Human-readable name of the experiment."""
@@ -169,7 +177,7 @@ class ExperimentConfig:
     schedule: ScheduleConfig = field(default_factory=VarScheduleConfig, metadata=chosen_from(SCHEDULES))
     algorithm: AlgorithmConfig = field(default_factory=DxMIConfig, metadata=chosen_from(ALGORITHMS))
     reward: RewardConfig | None = field(default=None, metadata=chosen_from(REWARDS))
-    """What samples are rewarded for, where the algorithm or the evaluation asks for it; null for nothing."""
+    """Reward of samples, which the algorithm maximizes or the evaluation reports; null for none."""
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig, metadata=NO_RESULT)
@@ -197,10 +205,10 @@ class ExperimentConfig:
             raise ValueError(f"evaluate.{error}") from error
 
     def score_keys(self) -> list[ScoreKey]:
-        """Every score that a finished run has, one of them primary.
+        """The keys of all scores of a finished run, one of which is primary.
 
         Raises:
-            ValueError: `evaluate.primary` is none of them.
+            ValueError: `evaluate.primary` is not one of them.
         """
         keys = self._distance_keys()
         primary = self.evaluate.primary or primary_key(keys).name
@@ -213,7 +221,7 @@ class ExperimentConfig:
         return with_primary(keys, primary)
 
     def _distance_keys(self) -> list[ScoreKey]:
-        """The scores of samples against the data."""
+        """The keys of the scores that compare samples with the data."""
         if self.data.is_planar:
             return planar_keys()
         if features_of(self.data.kind, self.evaluate) == INCEPTION:
@@ -222,10 +230,10 @@ class ExperimentConfig:
 
     @property
     def signature(self) -> str:
-        """12 hex digits that two configs share exactly if they describe the same run."""
+        """12 hex digits, equal for two configs if and only if they describe the same run."""
         return signature(self.identity)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything of a config that decides its run, as a tree: what differs from the defaults, and their version."""
+        """Everything that determines the run, as a tree: the settings that differ from the defaults, and the schema."""
         return {"schema": SCHEMA, **delta(self, RESULT)}

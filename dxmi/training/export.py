@@ -1,4 +1,4 @@
-"""Export of a trained policy: its denoiser in the format of diffusers, with the coefficients of its steps."""
+"""Export of a trained policy: its denoiser in the format of diffusers, and the coefficients of its steps."""
 
 from pathlib import Path
 from typing import Any

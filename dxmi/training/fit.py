@@ -1,4 +1,4 @@
-"""The training loop: the iterations of one run, or of several that differ in their seeds only, as one program."""
+"""The training loop: the iterations of one run, or of several runs that differ only in their seeds, as one program."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,17 +13,17 @@ from dxmi.training.state import TrainingState
 
 @dataclass(frozen=True)
 class TrainingPhase:
-    """Iterations of one algorithm that a run has to do.
+    """The iterations of one algorithm that a run still has to compute.
 
     Attributes:
-        algorithm: its `update` is one iteration.
-        state: its random streams and data order.
-        start: the first iteration.
-        total: the iteration after the last.
-        precision: makes the context in which updates are computed.
-        joined: called with the number of runs that are trained together from here on.
-        after_iteration: called with the number of iterations done and the metrics of the last; what it raises ends the
-            run.
+        algorithm: algorithm whose `update` computes an iteration.
+        state: training state with the random streams and the data order.
+        start: first iteration.
+        total: one more than the last iteration.
+        precision: creates the autocast context of an update.
+        joined: called with the number of runs that are trained together, whenever a run joins or leaves them.
+        after_iteration: called with the number of completed iterations and the metrics of the last one; an exception
+            that it raises ends the run.
     """
 
     algorithm: Algorithm
@@ -36,13 +36,13 @@ class TrainingPhase:
 
 
 def fit(phases: Sequence[TrainingPhase]) -> list[Exception | None]:
-    """Do the iterations of several phases of one kind and length, together wherever they are at the same iteration.
+    """Compute the iterations of several phases of the same kind and length, in one program where these coincide.
 
-    A phase that was resumed further on joins the others when they have reached it, and one that ends by an error leaves
-    them.
+    A phase that was resumed at a later iteration joins the others when they reach that iteration. A phase that ends
+    with an error leaves the group.
 
     Returns:
-        What each of them raised in `after_iteration`, if anything.
+        For each phase, the exception that its `after_iteration` raised, or None.
     """
     errors: dict[int, Exception] = {}
     group = _Group({})
@@ -64,7 +64,7 @@ def fit(phases: Sequence[TrainingPhase]) -> list[Exception | None]:
 
 
 class _Group:
-    """Phases that are at the same iteration, by their number, trained as one program."""
+    """Phases at the same iteration, by their indices, trained as one program."""
 
     def __init__(self, members: Mapping[int, TrainingPhase]) -> None:
         self.members = members
@@ -80,13 +80,13 @@ class _Group:
             phase.joined(len(phases))
 
     def update(self, iteration: int) -> Mapping[str, Tensor]:
-        """One iteration of every member; each metric is [K]."""
+        """Compute one iteration of all members; returns metrics of shape [K]."""
         batch = Batch.stacked([state.stream.next() for state in self._states])
         with next(iter(self.members.values())).precision():
             return self._algorithm.update(batch, iteration, self._streams)
 
     def after_iteration(self, done: int, metrics: Mapping[str, Tensor]) -> dict[int, Exception]:
-        """Report its own metrics to every member; the errors of those that end by one."""
+        """Call `after_iteration` of each member with its own metrics; returns the exceptions that were raised."""
         columns = {name: values.unbind() for name, values in metrics.items()}
         errors: dict[int, Exception] = {}
         for k, (number, phase) in enumerate(self.members.items()):

@@ -29,7 +29,7 @@ class LoadedRun:
     """A trained policy and the algorithm that it belongs to.
 
     Attributes:
-        experiment: builds the parts of the run from its config.
+        experiment: experiment of the run, built from its config.
         algorithm: the algorithm with the networks of the checkpoint.
         step: the iteration after which the checkpoint was saved.
         complaints: a message about each damaged checkpoint that was skipped.
@@ -76,7 +76,7 @@ class LoadedRun:
             num_samples: number of samples; None for the run's setting.
             seed: seed of the noise; None for the run's evaluation seed.
             guidance: strength of the guidance by the value.
-            stream: kind of the noise, see `stream_of`.
+            stream: kind of noise, see `stream_of`.
             on_batch: see `Sampling`.
             on_step: see `Sampling`.
         """
@@ -127,9 +127,9 @@ def load_run(run: RunDirectory, stored: StoredConfig, which: str) -> LoadedRun:
     """Load the `best` or the `last` checkpoint of a run.
 
     Args:
-        run: its folder.
-        stored: its config, of this or of an earlier schema.
-        which: the checkpoint.
+        run: folder of the run.
+        stored: config of the run, of the present or an earlier schema.
+        which: `best` or `last`.
 
     Raises:
         UserError: the run has no intact checkpoint, or its config was edited.

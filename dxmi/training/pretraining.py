@@ -23,12 +23,12 @@ _PARTIAL_EVERY = 2_000
 
 
 class Pretraining:
-    """The pretrained denoiser of a run: read from the cache, or trained while nobody else trains it.
+    """Provides the pretrained denoiser of a run: from the cache, or by training it while holding the cache lock.
 
     Args:
-        experiment: of the run.
-        reporter: of the run.
-        clock: of the run.
+        experiment: the experiment of the run.
+        reporter: the reporter of the run.
+        clock: the stopwatch of the run.
     """
 
     def __init__(self, experiment: Experiment, reporter: RunReporter, clock: Stopwatch) -> None:
@@ -43,11 +43,11 @@ class Pretraining:
 
     @property
     def _partial(self) -> Path:
-        """The folder of checkpoints of an interrupted pretraining."""
+        """The folder of checkpoints from which an interrupted pretraining resumes."""
         return self._path.with_suffix(".partial")
 
     def open(self) -> TrainingPhase | None:
-        """Look the denoiser up; if it is not there, take its lock and return the iterations to do."""
+        """Look up the denoiser in the cache; on a miss, take the lock and return the training phase."""
         denoiser = self._experiment.build_denoiser()
         if self._experiment.config.pretrain.weights is not None:
             self._reporter.note(self._experiment.check_public(denoiser), Phase.PRETRAIN, self._total)
@@ -56,7 +56,7 @@ class Pretraining:
         return self._phase() if self._entry.tensors is None else None
 
     def _phase(self) -> TrainingPhase:
-        """Pretraining from its newest checkpoint."""
+        """The pretraining phase, from its newest checkpoint."""
         self._ddpm, state, start = self._resumed()
         window, total, log_every = MetricWindow(), self._total, self._experiment.config.train.log_every
 
@@ -75,14 +75,14 @@ class Pretraining:
         return TrainingPhase(self._ddpm, state, start, total, self._experiment.precision, joined, after_iteration)
 
     def _resumed(self) -> tuple[DDPM, TrainingState, int]:
-        """The denoiser in training, its state, and the next iteration."""
+        """The pretraining algorithm, its state, and the next iteration."""
         ddpm, state = self._experiment.build_pretraining()
         found, _ = newest_checkpoint(self._partial, self._experiment.workers)
         if found is None:
             return ddpm, state, 0
         if state.restore(found):
             return ddpm, state, found.step
-        # What other runs are to share must not depend on where it was interrupted.
+        # Other runs will share the result, so it must not depend on where pretraining was interrupted.
         sentence = f"{found.path} was saved on another kind of device: pretraining starts afresh."
         self._reporter.note([sentence], Phase.FINETUNE, self._experiment.config.train.iterations)
         return *self._experiment.build_pretraining(), 0
@@ -92,7 +92,7 @@ class Pretraining:
         checkpoint.prune(self._partial, {step})
 
     def finish(self) -> Denoiser:
-        """The pretrained denoiser; what was trained just now is written to the cache first.
+        """Return the pretrained denoiser; if it was trained in this process, write it to the cache first.
 
         Raises:
             DivergedError: its weights are not finite.
@@ -112,5 +112,5 @@ class Pretraining:
         return denoiser
 
     def close(self) -> None:
-        """Release the lock, if it is held."""
+        """Release the cache lock, if it is held."""
         self._held.close()

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """What a run is doing."""
+    """The phases of a run."""
 
     PRETRAIN = "pretrain"
     REFERENCES = "references"
@@ -16,14 +16,14 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run reports.
+    """A progress report of a run.
 
     Attributes:
-        phase: where it is.
-        step: how far in that phase.
-        total: steps of that phase.
-        metrics: logged or evaluated just now; empty in between.
-        note: a sentence for the user, about a damaged checkpoint for example.
+        phase: current phase.
+        step: number of completed steps of the phase.
+        total: number of steps of the phase.
+        metrics: newly logged metrics or scores; empty if there are none.
+        note: message for the user, for example about a damaged checkpoint.
         of_data: whether the note is about the data, which all runs of a study share.
     """
 
@@ -36,7 +36,7 @@ class Progress:
 
 
 Reporter = Callable[[Progress], bool | None]
-"""Called while a run is in progress; if it returns True the run writes a checkpoint and returns."""
+"""Called while a run is in progress; if it returns True, the run writes a checkpoint and stops."""
 
 
 class StopRequestedError(Exception):

@@ -1,4 +1,4 @@
-"""Scores and pictures of the training-free samplers, once for all runs that share model, samplers and evaluation."""
+"""Scores and pictures of the training-free samplers, cached for all runs with the same model and evaluation."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -27,17 +27,20 @@ from dxmi.visualization.visualizers import Visualizer
 
 
 def primary_scores(metric: str, scores: Mapping[str, Scores]) -> dict[str, float]:
-    """The primary score of every sampler that has it; one that learns no energy has no score of an energy."""
+    """The primary score of each sampler that has one: training-free samplers have no scores of an energy."""
     return {key: scored.values[metric] for key, scored in scores.items() if metric in scored.values}
 
 
 class References:
-    """The training-free samplers that a policy is compared with.
+    """The training-free samplers that the policy of a run is compared with.
 
     Args:
-        experiment: of the run.
-        scorer: of the run.
-        reporter: of the run.
+        experiment: the experiment of the run.
+        scorer: the scorer of the run.
+        reporter: the reporter of the run.
+
+    Attributes:
+        compared: the samplers.
     """
 
     def __init__(self, experiment: Experiment, scorer: Scorer, reporter: RunReporter) -> None:
@@ -51,7 +54,7 @@ class References:
         )
 
     def scores(self, denoiser: Denoiser) -> dict[str, Scores]:
-        """The scores of every sampler and, where more data can be drawn, of the data itself, by key."""
+        """The scores of each sampler and, if further data can be drawn, of the data itself, by key."""
         num_samples, done, scores = self._config.evaluate.num_samples, 0, {}
         total = sum(num_samples * reference.evaluations for reference in self.compared)
         self._reporter.tell_or_stop(Phase.REFERENCES, done, total)
@@ -63,7 +66,7 @@ class References:
         return scores if floor is None else {**scores, DATA: floor}
 
     def _scores_of(self, reference: Reference, denoiser: Denoiser, done: int, total: int) -> Scores:
-        """One sampler's scores; `done` of `total` network evaluations came before it."""
+        """The scores of one sampler; `done` of `total` network evaluations precede it."""
 
         def on_batch(samples: int) -> None:
             self._reporter.tell_or_stop(Phase.REFERENCES, done + samples * reference.evaluations, total)
@@ -83,7 +86,7 @@ class References:
         return Scores(numbers, seconds)
 
     def _path(self, reference: Reference, **more: Any) -> Path:
-        """Where what comes of a sampler of the pretrained model is cached."""
+        """The path of the cached scores of a sampler, or of its cached samples if `more` is given."""
         reward = self._config.reward
         identity = {
             "schema": SCHEMA,
@@ -104,7 +107,7 @@ class References:
     # Pictures.
 
     def draw(self, run: RunDirectory, visualizer: Visualizer, denoiser: Denoiser, scores: Mapping[str, Scores]) -> None:
-        """Pictures to compare samples with: of the data, and on the samples' noise of the best references."""
+        """Draw the data, and samples of the best references on the same noise as those of the policy."""
         found = primary_scores(self._scorer.metric, scores)
         scored = [reference.scored(found[reference.key]) for reference in self.compared if reference.key in found]
         for name, samples in {"data": self._some_data(), **self._previews(denoiser, scored)}.items():
@@ -112,7 +115,7 @@ class References:
             self._experiment.workers.on_rank_zero(draw)
 
     def _previews(self, denoiser: Denoiser, scored: Sequence[ScoredReference]) -> dict[str, Tensor]:
-        """Samples of the best sampler with all steps, and of the best one that is as cheap as the policy."""
+        """Samples of the best sampler with all steps, and of the best one with no more evaluations than the policy."""
         direction = self._scorer.direction
         few = best_reference(scored, self._config.schedule.num_steps, direction)
         by_key = {reference.key: reference for reference in self.compared}
@@ -120,13 +123,13 @@ class References:
         return {name: self._preview(by_key[one.key], denoiser) for name, one in chosen.items() if one is not None}
 
     def _some_data(self) -> Tensor:
-        """As many of the data as a grid has, the same ones in every run."""
+        """Data for one grid, the same in every run with this evaluation seed."""
         data, evaluate = self._experiment.data, self._config.evaluate
         rows = torch.randperm(len(data), generator=generator(evaluate.seed, "picture of the data"))
         return data.stored[rows[: evaluate.grid].sort().values]
 
     def _preview(self, reference: Reference, denoiser: Denoiser) -> Tensor:
-        """A grid of a reference's samples, drawn once for all runs that share the pretrained model."""
+        """Samples of a reference for one grid, computed once for all runs that share the pretrained model."""
         evaluate = self._config.evaluate
 
         def compute() -> dict[str, Tensor]:

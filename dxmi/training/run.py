@@ -1,7 +1,7 @@
 """A run: pretrain once, score the references once, fine-tune, evaluate, checkpoint, report.
 
-A run is a pure function of its config: killed at any moment and resumed, it ends bitwise as if it had never been
-interrupted. For that, every row, evaluation and checkpoint falls on an iteration that the config alone decides.
+A run is a pure function of its config: if it is killed at any moment and resumed, its result is bitwise that of an
+uninterrupted run. For this, the iterations of logged rows and evaluations are determined by the config only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,28 +40,28 @@ from dxmi.visualization.pictures import curves_figure, save_figure
 from dxmi.visualization.visualizers import build_visualizer
 
 _NUMERICS = [PRETRAINING_VERSION, SCORING_VERSION]
-"""Versions of what is computed from one config, which its signature does not hold; recorded in checkpoints."""
+"""Versions of the computations, which are not part of a config's signature; recorded in checkpoints."""
 _NO_KERNEL = ("does not have a deterministic implementation", "it uses CuBLAS")
-"""What PyTorch's messages say of a kernel whose bits are not the same every time, if only such are allowed."""
+"""Parts of PyTorch's error messages about a nondeterministic kernel if only deterministic ones are allowed."""
 _OTHER_DEVICE = (
     "{path} was saved on another kind of device, whose random numbers cannot be continued here: the run continues with "
-    "others, and ends neither as it would have there nor as a run that was here from the start."
+    "others, so its result will differ from that of an uninterrupted run on either device."
 )
 
 Saved = Callable[[int], None]
-"""Called by every worker when the checkpoint of this iteration is complete."""
+"""Called by every worker with the iteration of a checkpoint when the checkpoint is complete."""
 
 
 @dataclass(frozen=True)
 class SeedRun:
-    """One of several runs that differ in their seeds only.
+    """One of several runs that differ only in their seeds.
 
     Attributes:
-        experiment: what to run; where there are several runs, in one process and without micro-batches.
-        out: as for `train`.
-        report: as for `train`.
-        saved: as for `train`.
-        resume_from: as for `train`.
+        experiment: the experiment to run; several runs require one process and no micro-batches.
+        out: see `train`.
+        report: see `train`.
+        saved: see `train`.
+        resume_from: see `train`.
     """
 
     experiment: Experiment
@@ -72,7 +72,7 @@ class SeedRun:
 
 
 Result = Summary | Exception | None
-"""What `train` returns, or what it would raise."""
+"""The return value of `train`, or the exception that it would raise."""
 
 
 def train(
@@ -83,17 +83,19 @@ def train(
     saved: Saved | None = None,
     resume_from: Path | None = None,
 ) -> Summary | None:
-    """Run an experiment from pretraining to its summary; each of several workers calls this, the first writes.
+    """Run an experiment from pretraining to its summary.
+
+    If there are several workers, all of them call this function, and rank 0 writes the files.
 
     Args:
-        experiment: what to run.
-        out: the run's folder; if it holds the beginning of this very run, that is continued.
-        report: is called at every logged step and evaluation, and may ask for a stop.
-        saved: is called at every checkpoint of the fine-tuning.
-        resume_from: another run folder to continue from, which is copied to `out` first and not changed.
+        experiment: the experiment to run.
+        out: folder of the run; if it holds an unfinished run with the same config, that run is resumed.
+        report: called at every logged step and evaluation; may request a stop.
+        saved: called at every checkpoint of the fine-tuning.
+        resume_from: folder of another run to resume, which is copied to `out` and not changed.
 
     Returns:
-        The summary, or None if `report` asked for a stop.
+        The summary, or None if `report` requested a stop.
 
     Raises:
         UserError: `out` holds another run, was begun with other data, or cannot be written.
@@ -106,14 +108,17 @@ def train(
 
 
 def train_stacked(members: Sequence[SeedRun], ended: Callable[[int, Result], None] | None = None) -> list[Result]:
-    """Run several seeds of one experiment as one program; each is the run that it would be by itself, up to rounding.
+    """Run several seeds of one experiment as one program, which changes each run only by rounding.
 
     Args:
-        members: differ in their seeds, folders and reporters only.
-        ended: is called for each, with its number in `members`, as soon as it has ended; the others continue.
+        members: runs that differ only in their seeds, folders and callbacks.
+        ended: called with the index in `members` and the result of a run as soon as it ends; the others continue.
+
+    Returns:
+        The results, in the order of `members`.
     """
     runs = [Run(member, partial(ended, number) if ended else None) for number, member in enumerate(members)]
-    # By seed: programs that take the locks of two pretrainings in different orders would wait for each other.
+    # In the order of seeds: programs that take the locks of two pretrainings in different orders would deadlock.
     in_order = sorted(runs, key=lambda run: run.config.seed)
     try:
         _each(in_order, Run.begin)
@@ -123,18 +128,18 @@ def train_stacked(members: Sequence[SeedRun], ended: Callable[[int, Result], Non
         _fit(in_order, Run.open_finetuning)
         _each(in_order, Run.finish)
     finally:
-        for run in runs:  # also where a KeyboardInterrupt ends all of them
+        for run in runs:  # also if a KeyboardInterrupt ends all of them
             run.close()
     return [run.result for run in runs]
 
 
 def _each(runs: Sequence["Run"], step: Callable[["Run"], Any]) -> list[Any]:
-    """One step of every run that has not ended; what it raises ends that run only."""
+    """Execute a step of every run that has not ended; an exception ends only that run."""
     return [run.attempt(partial(step, run)) for run in runs]
 
 
 def _fit(runs: Sequence["Run"], open_phase: Callable[["Run"], TrainingPhase | None]) -> None:
-    """Train those runs together that have iterations to do."""
+    """Train the runs that have iterations to compute, as one program."""
     phases = dict(zip(runs, _each(runs, open_phase), strict=True))
     waiting = {run: phase for run, phase in phases.items() if phase is not None}
     for run, error in zip(waiting, fit(list(waiting.values())), strict=True):
@@ -147,11 +152,11 @@ class Run:
     """One run, from its config to its summary.
 
     Args:
-        member: what to run, where, and who is told of it.
+        member: experiment, folder and callbacks of the run.
         ended: called with the result.
 
     Attributes:
-        result: what came out, once the run has ended.
+        result: the result, once the run has ended.
     """
 
     def __init__(self, member: SeedRun, ended: Callable[[Result], None] | None = None) -> None:
@@ -173,10 +178,10 @@ class Run:
         self._devices = [device_name(self.experiment.device)]
 
     # ------------------------------------------------------------------------
-    # How a run ends.
+    # The end of a run.
 
     def attempt(self, step: Callable[[], Any]) -> Any:
-        """What a step of this run returns; None if the run has ended, by this step or before."""
+        """Execute a step of this run and return its value; None if the run has ended, in this step or before."""
         if self._has_ended:
             return None
         try:
@@ -188,7 +193,7 @@ class Run:
             self.clock.enter(None)
 
     def end(self, result: Result) -> None:
-        """End with a summary or an error; a stop that was asked for has no result."""
+        """End the run with a summary or an exception; after a requested stop the result is None."""
         if isinstance(result, StopRequestedError):
             result = None
         elif isinstance(result, RuntimeError) and any(words in str(result) for words in _NO_KERNEL):
@@ -204,13 +209,13 @@ class Run:
         self._held.close()
 
     # ------------------------------------------------------------------------
-    # Begin.
+    # The beginning of a run.
 
     def begin(self) -> None:
-        """Take the folder, unless it holds this run's summary already, and load what scores the samples.
+        """Lock the folder and build the scorer, or end the run if the folder already holds its summary.
 
         Raises:
-            UserError: the folder holds another run, or cannot be written.
+            UserError: the folder holds another run, is in use, or cannot be written.
         """
         self.workers.on_rank_zero(self._refuse_other_run)
         if self._end_if_finished(says_changes=True):
@@ -218,7 +223,7 @@ class Run:
         self.experiment.choose_kernels()
         self.scorer = self.experiment.build_scorer()
         self.workers.on_rank_zero(self._take_folder)
-        if self._end_if_finished():  # by another process, while this one waited for the folder
+        if self._end_if_finished():  # another process finished the run before this one took the lock
             return
         self.visualizer = build_visualizer(self.config.data.kind)
         self._threads = self.experiment.use_threads()
@@ -231,7 +236,7 @@ class Run:
         refuse_other_run(self.directory, self.experiment)
 
     def _end_if_finished(self, *, says_changes: bool = False) -> bool:
-        """Whether the folder holds the run's summary, with which the run then ends."""
+        """End the run if the folder holds its summary; returns whether it does."""
         finished = self.workers.on_rank_zero(self.directory.read_summary)
         if finished is None:
             return False
@@ -257,14 +262,14 @@ class Run:
     # Pretraining and references.
 
     def open_pretraining(self) -> TrainingPhase | None:
-        """The iterations of pretraining, unless the cache holds what comes out of them."""
+        """The training phase of pretraining; None if the cache holds its result."""
         self.clock.enter(Phase.PRETRAIN)
         self._pretraining = Pretraining(self.experiment, self.reporter, self.clock)
         self._held.callback(self._pretraining.close)
         return self._pretraining.open()
 
     def finish_pretraining(self) -> None:
-        """Take the pretrained denoiser."""
+        """Store the pretrained denoiser for the following steps."""
         self.clock.enter(Phase.PRETRAIN)
         self._denoiser: Denoiser = self._pretraining.finish()
 
@@ -279,7 +284,7 @@ class Run:
     # Fine-tuning.
 
     def open_finetuning(self) -> TrainingPhase:
-        """The iterations of fine-tuning, from the newest checkpoint on."""
+        """The training phase of fine-tuning, from the newest checkpoint."""
         self.clock.enter(Phase.FINETUNE)
         self._algorithm, self._state = self.experiment.build_finetuning(self._denoiser)
         start, total, window = self._resume(), self.config.train.iterations, MetricWindow()
@@ -304,12 +309,12 @@ class Run:
         )
 
     def _joined(self, members: int) -> None:
-        """The run is trained in one program with others, `members` in all."""
+        """Record that one program trains this run together with others, `members` in total."""
         self.clock.enter(Phase.FINETUNE)
         self._members = max(self._members, members)
 
     def _resume(self) -> int:
-        """Restore the newest whole checkpoint and return its iteration; without one, start afresh."""
+        """Restore the newest intact checkpoint and return its iteration; start from iteration 0 if there is none."""
         found, complaints = newest_checkpoint(self.directory.checkpoints, self.workers)
         self._note(complaints)
         if found is None:
@@ -322,25 +327,29 @@ class Run:
         self.workers.on_rank_zero(lambda: self._go_back_to(found.step))
         self.clock.add(found.meta["seconds"])
         self._best = self.workers.on_rank_zero(lambda: self._best_that_is_whole(found))
-        if found.meta["score"] is None and self._is_evaluated(found.step):  # a stop was asked for in the evaluation
+        if found.meta["score"] is None and self._is_evaluated(found.step):  # a stop interrupted the evaluation
             self._evaluate_and_save(found.step)
         return found.step
 
     def _start(self) -> int:
-        """Iteration 0: score the shortened model, and save."""
+        """Score and save the shortened model as iteration 0."""
         self.workers.on_rank_zero(lambda: self._go_back_to(-1))
         self._evaluate_and_save(0)
         self.reporter.raise_if_stopped()
         return 0
 
     def _go_back_to(self, step: int) -> None:
-        """Drop the records and checkpoints of later steps."""
+        """Delete the rows and checkpoints of later steps."""
         self.directory.forget_after(step)
         folder = self.directory.checkpoints
         checkpoint.prune(folder, {s for s in checkpoint.steps_in(folder) if s <= step})
 
     def _check_origin(self, found: Checkpoint) -> None:
-        """Refuse a run that was begun with another config or other data; say so if the code has changed."""
+        """Check that the run was begun with this config, data and numerics; note a change of the code's revision.
+
+        Raises:
+            UserError: it was not.
+        """
         require_signature(found, self.config.signature)
         path, data = self.directory.path, self.experiment.data.signature
         if found.meta["data"] != data:
@@ -351,7 +360,7 @@ class Run:
         if found.meta.get("numerics") != _NUMERICS:
             raise UserError(
                 f"{path} was begun by a version of dxmi whose pretraining or scores differ: scores from before and "
-                "after would not compare. Choose another out."
+                "after would not be comparable. Choose another out."
             )
         revision = git_revision()
         if found.meta["git_revision"] != revision:
@@ -359,7 +368,7 @@ class Run:
             self._note([f"this run was begun by revision {began} and continues with {revision}."])
 
     def _best_that_is_whole(self, resumed: Checkpoint) -> dict[str, Any] | None:
-        """The best checkpoint so far; if it is damaged, the resumed one, with its own score."""
+        """Step and score of the best checkpoint so far, or of the resumed one if the best is damaged."""
         best: dict[str, Any] | None = resumed.meta["best"]
         if best is None:
             return None
@@ -378,7 +387,7 @@ class Run:
         return step % self.config.evaluate.every == 0 or step == self.config.train.iterations
 
     def _evaluate_and_save(self, step: int) -> None:
-        """Score and save; if a stop is asked for meanwhile, save without a score, which is made up for on resume."""
+        """Score and save; if a stop is requested during scoring, save without a score, which a resumed run computes."""
         try:
             score = self._evaluate(step)
         except StopRequestedError:
@@ -387,7 +396,7 @@ class Run:
         self._save(step, score)
 
     def _evaluate(self, step: int) -> float:
-        """The policy's score on the fixed selection noise; also draws its grid and remembers the best."""
+        """Score the policy on the selection noise, draw a grid, and update the best; returns the primary score."""
         sampling = self._sampling(stream_of(SELECTION, self.config.seed), step)
         scores = self.scorer.score(sampling, self._energy).values
         score = scores[self.scorer.metric]
@@ -402,7 +411,7 @@ class Run:
         return Sampling(self._algorithm.eval_policy, stream, on_step=self.reporter.listen, step=step)
 
     def _picture_sampling(self, step: int = 0) -> Sampling:
-        """For pictures, which only the first process draws."""
+        """The sampling for pictures, which only rank 0 draws."""
         on_step = self.reporter.listen if self.workers.size == 1 else None
         return Sampling(self._algorithm.eval_policy, PICTURES, on_step=on_step, step=step)
 
@@ -413,11 +422,11 @@ class Run:
 
     @property
     def _energy(self) -> Energy | None:
-        """The energy, unless the run trains none: a random network carries no information about the data."""
+        """The energy; None without fine-tuning, since an untrained energy carries no information about the data."""
         return self._algorithm.energy if self.config.train.iterations else None
 
     def _save(self, step: int, score: float | None) -> None:
-        """Write a checkpoint; keep the best, this one, and the one before it."""
+        """Write a checkpoint; keep it, the previous one, and the best."""
         self.workers.on_rank_zero(lambda: self._write_checkpoint(step, score))
         self._saved(step)
 
@@ -444,10 +453,10 @@ class Run:
         }
 
     # ------------------------------------------------------------------------
-    # The report: the best and the last checkpoint on noise that took no part in the choice.
+    # The report: scores of the best and the last checkpoint, on noise that was not used to choose the best.
 
     def finish(self) -> None:
-        """Score the best and the last checkpoint, and write summary and pictures."""
+        """Score the best and the last checkpoint, and write the summary and the pictures."""
         self.clock.enter(Phase.REPORT)
         final = self._final_scores()
         self.clock.lap()
@@ -475,15 +484,15 @@ class Run:
         return {"best": best, "last": best if best_is_last else last}
 
     def _report(self, step: int, draw: int = 0) -> Scores:
-        """Every score of the policy of that iteration, on one draw of the report's noise.
+        """Compute all scores of the policy of an iteration, on one draw of the report noise.
 
-        Further draws separate the spread of the evaluation from that of training, and their mean has less of it.
+        Further draws show how much of the spread of scores is due to the evaluation, and their mean reduces it.
         """
         stream = stream_of(REPORT, self.config.seed) + (f"/draw_{draw}" if draw else "")
         return self.scorer.full_evaluation(self._sampling(stream, step), self._energy)
 
     def _best_weights(self) -> dict[str, Tensor]:
-        """On rank 0; if the checkpoint is damaged, no worker waits for it."""
+        """Load the weights of the best checkpoint on rank 0; a damaged checkpoint raises an error on all workers."""
         found: dict[str, Tensor] = {}
 
         def load() -> None:
@@ -532,7 +541,7 @@ class Run:
         return {"value": scored.values[self.scorer.metric], "step": step, "checkpoint": str(where)}
 
     def _draw(self, summary: Summary) -> None:
-        """The curve, the best policy's samples step by step, and maps of its value."""
+        """Draw the curves, the states of samples of the best policy, and maps of its value."""
         rows, panels = self.directory.rows(), (*self.scorer.panels, *self._algorithm.panels)
         best = (summary.best["step"], summary.best["value"])
         shown = highlights(scored_references(vars(summary)), summary.num_steps, summary.direction)
@@ -551,10 +560,10 @@ class Run:
 
 
 def refuse_other_run(run: RunDirectory, experiment: Experiment) -> None:
-    """Check that a folder holds no other run than this experiment's.
+    """Check that a folder does not hold the run of another experiment.
 
     Raises:
-        UserError: it does, or its config is of an earlier schema; the sentence has the differences.
+        UserError: it does (the message lists differing settings), or its config is of an earlier schema.
     """
     if not run.config.exists():
         return
@@ -569,45 +578,45 @@ def refuse_other_run(run: RunDirectory, experiment: Experiment) -> None:
 
 
 def changed_inputs(run: RunDirectory, summary: Mapping[str, Any], experiment: Experiment) -> list[str]:
-    """Sentences about a finished run whose data or public weights are no longer those that it read.
+    """Messages about the inputs (data and public weights) of a finished run that have changed since.
 
     Args:
-        run: the run.
-        summary: what its summary.json holds.
-        experiment: of its config; the data, and the weights if there are some, are read anew.
+        run: folder of the run.
+        summary: content of its summary.json.
+        experiment: experiment with the run's config, which reads the current inputs.
     """
     recorded = summary.get("inputs") or _recorded_data(run)
     try:
         now = experiment.inputs()
     except UserError as error:
-        return [f"{run.path} shows what it was trained on, which can no longer be read: {error}"]
+        return [f"{run.path} was trained on inputs that can no longer be read: {error}"]
     names = {"data": "data", "weights": "pretrain.weights"}
     return [
         f"{run.path} was trained on other {names[key]} (signature {recorded[key][:12]}, now {now[key][:12]}): its "
-        "numbers are of those."
+        "scores refer to the former."
         for key in now
         if key in recorded and recorded[key] != now[key]
     ]
 
 
 def _recorded_data(run: RunDirectory) -> dict[str, str]:
-    """The signature of the data in a run's newest checkpoint: runs of older versions have no other."""
+    """The signature of the data in the newest checkpoint; runs of older versions record it only there."""
     found, _ = checkpoint.newest(run.checkpoints)
     return {} if found is None else {"data": found.meta["data"]}
 
 
 def labels_text(counts: Tensor | None) -> str:
-    """A sentence about the classes of which samples are drawn; empty if there are none.
+    """A description of the classes of generated samples; empty if there are no classes.
 
     Args:
-        counts: samples of each class in the data, [C].
+        counts: number of samples of each class in the data, [C].
     """
     if counts is None:
         return ""
     shares = counts[counts > 0].double() / counts.sum()
     text = f"drawn with the frequencies of the data: {len(shares):,} of {len(counts):,} classes"
     if shares.max() == shares.min():
-        return f"{text}, each as often"
+        return f"{text}, each equally often"
     return f"{text}, {shares.min():.3%} to {shares.max():.3%} each"
 
 
@@ -617,5 +626,5 @@ def _mean(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def curve_of(rows: list[Row], key: str) -> list[tuple[float, float]]:
-    """(iteration, value) of every row that has `key`."""
+    """The (iteration, value) of every row that has `key`."""
     return [(float(row["step"]), float(row[key])) for row in rows if key in row]

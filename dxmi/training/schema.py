@@ -1,11 +1,11 @@
-"""Configs as files hold them: with the version of their schema, and those of earlier versions.
+"""Configs in files, with the version of their schema; configs of earlier schemas can be read.
 
 Schema 1 (dxmi 0.1) has one flat group `data` with a `name`, one flat group `schedule` with a `method`, and identifies a
-run by its whole config. Schema 2 has a class for each kind of data set and schedule, and identifies a run by what
-differs from the defaults.
+run by its whole config. Schema 2 has a class for each kind of data set and schedule, and identifies a run by the
+settings that differ from the defaults.
 
-A run or a study of an earlier schema can be read, scored again and sampled from. It cannot be continued: what the
-defaults mean, or what tells two runs apart, has changed since.
+A run or study of an earlier schema can be read, scored again and sampled from. It cannot be continued, because the
+meaning of the defaults or the identity of a run has changed.
 """
 
 import copy
@@ -21,18 +21,18 @@ from dxmi.registry import Registry
 from dxmi.training.config import SCHEMA, ExperimentConfig
 
 KEY = "schema"
-"""Where a file holds its schema; files of schema 1 do not have it."""
+"""Key of the schema in a file; files of schema 1 do not have it."""
 CHANGES = {
     2: "a run is identified by what differs from the defaults, data.name is data.kind, and schedule.method is "
     "schedule.kind"
 }
-"""For each schema, what it changed."""
+"""Description of the changes in each schema."""
 RENAMED = {"data.name": "data.kind", "schedule.method": "schedule.kind"}
-"""Settings of schema 1, and what they are called now."""
+"""Names of settings in schema 1, and their present names."""
 
 
 _TENSORS_OF_SCHEMA_1 = {"average.": "ema_policy.", "reference_var.variance": "running_cost.reference_var"}
-"""Tensors of an algorithm under schema 1, by the beginnings of their names, and what they are called now."""
+"""Prefixes of the names of an algorithm's tensors in schema 1, and their present names."""
 Named = TypeVar("Named")
 
 
@@ -41,9 +41,9 @@ class StoredConfig:
     """A config that was read from a file.
 
     Attributes:
-        config: the config under the present schema.
-        schema: the schema of the file.
-        signature: what the run's checkpoints carry, by the rule of that schema.
+        config: config in the present schema.
+        schema: schema of the file.
+        signature: signature in the run's checkpoints, computed by the rule of the file's schema.
     """
 
     config: ExperimentConfig
@@ -54,17 +54,17 @@ class StoredConfig:
         """Check that the file is of the present schema.
 
         Args:
-            what: the run, for the message.
+            what: description of the run, for the message.
 
         Raises:
-            UserError: it is of an earlier one; the sentence says what has changed.
+            UserError: the file is of an earlier schema; the message states what has changed.
         """
         if self.schema != SCHEMA:
             raise UserError(outdated(what, self.schema))
 
 
 def outdated(what: str, schema: int) -> str:
-    """The sentence about a run or a study of an earlier schema that was to be continued."""
+    """The error message for an attempt to continue a run or study of an earlier schema."""
     changes = "; ".join(CHANGES[number] for number in range(schema + 1, SCHEMA + 1))
     return (
         f"{what} was begun by an earlier version of dxmi (schema {schema}; this version has {SCHEMA}: {changes}). It "
@@ -73,15 +73,15 @@ def outdated(what: str, schema: int) -> str:
 
 
 def config_tree(config: ExperimentConfig) -> Tree:
-    """The whole tree of a config, with its schema, as files hold it."""
+    """The whole tree of a config, with the schema, as it is stored in files."""
     return {KEY: SCHEMA, **to_tree(config)}
 
 
 def read_config(tree: Mapping[str, Any]) -> StoredConfig:
-    """The config that a file holds, whatever its schema.
+    """Build the config from the tree in a file, of the present or an earlier schema.
 
     Raises:
-        UserError: it is of a later schema, or it is refused.
+        UserError: the schema is unknown, or a setting is invalid.
     """
     schema = schema_of(tree)
     own = {key: value for key, value in tree.items() if key != KEY}
@@ -93,7 +93,7 @@ def schema_of(tree: Mapping[str, Any]) -> int:
     """The schema of a file's tree.
 
     Raises:
-        UserError: it is none that this version knows.
+        UserError: this version does not know the schema.
     """
     schema = tree.get(KEY, 1)
     if type(schema) is not int or not 1 <= schema <= SCHEMA:
@@ -102,7 +102,7 @@ def schema_of(tree: Mapping[str, Any]) -> int:
 
 
 def upgrade(tree: Mapping[str, Any], schema: int) -> Tree:
-    """The tree of a config under the present schema, from its tree under an earlier one. What is wrong stays wrong."""
+    """Convert the tree of a config to the present schema; invalid settings remain, and `build` rejects them."""
     found: Tree = copy.deepcopy(dict(tree))
     if schema == 1:
         for group, old_name, registry in (("data", "name", DATA_SETS), ("schedule", "method", SCHEDULES)):
@@ -112,7 +112,7 @@ def upgrade(tree: Mapping[str, Any], schema: int) -> Tree:
 
 
 def _own_fields(group: Tree, old_name: str, registry: Registry[Any]) -> Tree:
-    """A flat group of schema 1 as the block of its kind, without the fields of other kinds."""
+    """Convert a flat group of schema 1 to the block of its kind, without the fields of other kinds."""
     kind = group[old_name]
     if kind not in registry.kinds():
         return {**group, "kind": kind}
@@ -121,7 +121,7 @@ def _own_fields(group: Tree, old_name: str, registry: Registry[Any]) -> Tree:
 
 
 def upgrade_tensors(tensors: Mapping[str, Named], schema: int) -> dict[str, Named]:
-    """The tensors of an algorithm by their present names."""
+    """Rename the tensors of an algorithm to their present names."""
     return {_tensor_name(name) if schema == 1 else name: tensor for name, tensor in tensors.items()}
 
 
@@ -133,7 +133,7 @@ def _tensor_name(name: str) -> str:
 
 
 def identity_of_schema_1(tree: Mapping[str, Any]) -> Tree:
-    """What identified a run under schema 1: its whole tree, except for what changes no result."""
+    """The identity of a run in schema 1: its whole tree, except for settings that do not change the result."""
     found: Tree = copy.deepcopy(dict(tree))
     found.pop("resources", None)
     if isinstance(found.get("data"), dict):

@@ -25,7 +25,7 @@ class TrainingState:
         module: networks, averages and other buffers.
         optimizers: optimizers by name.
         generators: random generators by name.
-        stream: stream of batches, which has the data order.
+        stream: stream of batches, including the data order.
     """
 
     module: nn.Module

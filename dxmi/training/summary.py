@@ -1,4 +1,4 @@
-"""What came out of a finished run: the content of summary.json."""
+"""The result of a finished run: the content of summary.json."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -10,17 +10,35 @@ from dxmi.persistence.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class Summary:
-    """What came out of a finished run. The field names are those of summary.json.
+    """The result of a finished run. The field names are those of summary.json.
 
-    `reference`, `best` and `last` hold the score `metric`, all from `num_samples` samples of noise that took no part in
-    choosing the best checkpoint; `direction` says whether that score is minimized or maximized, and `directions` the
-    same of every score. `scores` holds every score of each, `generations` those of the best on each draw of that noise,
-    of which `scores["best"]` is the mean, `seconds_per_1000_images` the time to draw samples, `members` how many seeds
-    were trained in the same program at most: `seconds` are wall seconds, the same for all of them. `scored_with` names
-    the network that gave the features of the scores, with its hash and that of the data. `labels` says of which classes
-    the samples were, if the network knows any, and `data_notes` what was left out of the data or changed. `inputs` are
-    the signatures of the data and of `pretrain.weights` (`Experiment.inputs`). `samplers` describes each reference by
-    its key: in words (label, sampler), how many network evaluations a sample takes, and its role.
+    Attributes:
+        name: name of the experiment.
+        signature: signature of the config.
+        seed: seed of the run.
+        metric: key of the primary score.
+        num_samples: number of samples of each score, from noise that was not used to choose the best checkpoint.
+        reference: primary score of each reference, by key.
+        best: primary score (`value`), step and path of the best checkpoint, and its score on the selection noise.
+        last: primary score, step and path of the last checkpoint.
+        scores: all scores of the references, of `best` and of `last`, by key.
+        seconds_per_1000_images: seconds to draw 1,000 samples, by the keys of `scores`.
+        iterations: number of iterations of the fine-tuning.
+        num_steps: number of steps of the policy.
+        seconds: wall seconds by phase; runs that are trained in one program all count its full time.
+        device: name of the device; several names if the run was resumed on another device.
+        threads: number of CPU threads.
+        git_revision: revision of the code, if known.
+        versions: versions of Python and of the libraries.
+        generations: scores of the best checkpoint on each draw of the report noise; `scores["best"]` is their mean.
+        members: maximum number of seeds that were trained in the same program.
+        scored_with: network that computed the features, hash of its weights, and signature of the data.
+        labels: description of the classes of the samples; empty if the network knows no classes.
+        data_notes: what was omitted or changed when the data were read.
+        inputs: signatures of the data and of `pretrain.weights`, see `Experiment.inputs`.
+        samplers: for each reference, by key, its label, sampler, network evaluations per sample, and role.
+        direction: whether `metric` is minimized or maximized.
+        directions: the same for all scores, by key.
     """
 
     name: str
@@ -52,12 +70,12 @@ class Summary:
 
 
 def read_summary(run: RunDirectory, tree: Mapping[str, Any]) -> Summary:
-    """The summary of a finished run from the content of its summary.json; what this version does not know is left out.
+    """Create a summary from the content of a run's summary.json; unknown fields are ignored.
 
     Raises:
-        UserError: the file lacks something.
+        UserError: a required field is missing.
     """
     required = {f.name for f in fields(Summary) if f.default is MISSING and f.default_factory is MISSING}
     if not required <= tree.keys():
-        raise UserError(f"{run.summary} is damaged: delete it and train again; only the report is then computed anew.")
+        raise UserError(f"{run.summary} is damaged: delete it and train again; only the report is then recomputed.")
     return Summary(**{f.name: tree[f.name] for f in fields(Summary) if f.name in tree})
