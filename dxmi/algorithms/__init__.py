@@ -1,1 +1,1 @@
-"""Algorithms that fine-tune a policy: one file each, `update()` from top to bottom."""
+"""Algorithms that fine-tune a policy, one per file; in each, `update` reads from top to bottom."""

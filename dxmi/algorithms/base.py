@@ -1,8 +1,8 @@
-"""What every algorithm is: parameters and everything else that training changes, and `update`, which is one iteration.
+"""The interface of the algorithms: all state that training changes, and `update`, which performs one iteration.
 
-An algorithm is one file with a subclass of `Algorithm` and one line in the registry. Its `update` is written once, on
-tensors with the seeds in front ([K, b, ...], see `dxmi.optim.seeds`), and reads neither how many seeds or processes
-there are nor into how many micro-batches they divide their rows.
+An algorithm consists of one file with a subclass of `Algorithm` and one line in the registry. Its `update` is written
+for tensors with a leading seed axis ([K, b, ...], see `dxmi.optim.seeds`), and does not depend on the number of seeds,
+processes or micro-batches.
 """
 
 import copy
@@ -31,25 +31,25 @@ from dxmi.optim.seeds import SINGLE_SEED, Seeds, StackedSeeds
 from dxmi.rewards.base import Reward, no_reward
 
 HOST, DEVICE = "host", "device"
-"""Where a random stream draws."""
+"""Where the generator of a random stream is: on the host or on the device."""
 Metrics = dict[str, Tensor]
-"""Scalars by name, one for each seed: [K], still on the device."""
+"""Scalars by name, one per seed: [K], on the device."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What an algorithm is built from; nothing is built that is not asked for.
+    """The components from which an algorithm is built; factories create only what the algorithm needs.
 
     Attributes:
-        policy: fine-tuned in place.
-        schedule: of the policy.
-        iterations: planned, the end of a learning-rate decay.
-        critic: makes an untrained energy network.
-        timed_critic: makes an untrained network of a time-conditioned value.
-        reward: makes the reward of the run.
-        workers: processes that share each batch.
-        accumulate: micro-batches into which each process divides its rows.
-        graphed: record the rollout as a CUDA graph.
+        policy: Policy, fine-tuned in place.
+        schedule: Schedule of the policy's steps.
+        iterations: Planned number of iterations, at which a learning-rate decay ends.
+        critic: Creates an untrained energy network.
+        timed_critic: Creates an untrained, time-conditioned value network.
+        reward: Creates the reward of the run.
+        workers: Processes that share each batch.
+        accumulate: Number of micro-batches into which each process divides its rows.
+        graphed: Whether to record the rollout as a CUDA graph.
     """
 
     policy: Policy
@@ -63,7 +63,7 @@ class Parts:
     graphed: bool = False
 
     def optimizer(self, config: OptimizerConfig, *groups: tuple[Iterable[nn.Parameter], float]) -> Optimizer:
-        """An optimizer of groups of parameters, each with its learning rate."""
+        """Create an optimizer for groups of parameters, each given with its learning rate."""
         return Optimizer(config, groups, self.iterations, self.workers, self.accumulate)
 
 
@@ -71,53 +71,54 @@ class Algorithm(nn.Module, ABC):
     """Parameters in training, with their optimizers and moving averages.
 
     Attributes:
-        streams: the named random streams that `update` draws from, and whether on the host or the device.
-        optimizers: by the name of what they train.
-        averages: moving averages, updated at the end of an iteration.
-        seeds: the seeds that one program trains; algorithms map what they compute over them.
+        streams: Names of the random streams that `update` draws from, each with `HOST` or `DEVICE`.
+        optimizers: Optimizers by the name of the module that they train.
+        averages: Moving averages, updated at the end of each iteration.
+        seeds: Seeds that are trained together; algorithms map their computations over them.
     """
 
     streams: ClassVar[Mapping[str, str]] = {"noise": DEVICE}
     unmapped: ClassVar[Sequence[str]] = ()
-    """Submodules that `update` never reads."""
+    """Names of the submodules that no function mapped over the seeds reads."""
     seeds: Seeds = SINGLE_SEED
     optimizers: Mapping[str, Optimizer]
     averages: Sequence[MovingAverage] = ()
 
     @abstractmethod
     def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
-        """One iteration.
+        """Perform one iteration.
 
         Args:
-            batch: this process's part of the batch, with the seeds in front.
-            iteration: from 0; sets learning rates and decays.
-            streams: the random streams that `self.streams` names.
+            batch: This process's part of the batch, with a leading seed axis.
+            iteration: Number of the iteration, from 0; determines learning rates and decays.
+            streams: The random streams named in `self.streams`.
 
         Returns:
-            The metrics that the module's docstring lists, each [K], still on the device.
+            The metrics listed in the module's docstring, each [K], on the device.
         """
 
     def schedule(self, iteration: int) -> None:
-        """Set the learning rates and decays of `iteration`; the first line of an `update`."""
+        """Set the learning rates and decays of `iteration`; `update` calls this first."""
         for optimizer in self.optimizers.values():
             optimizer.schedule(iteration)
         for average in self.averages:
             average.schedule(iteration)
 
     def update_averages(self) -> None:
-        """Move every average towards what it averages; the last line of an `update`."""
+        """Update every moving average; `update` calls this last."""
         for average in self.averages:
             average.update()
 
     @classmethod
     def stacked(cls, members: Sequence[Self]) -> Self:
-        """Several seeds of one algorithm as one, whose `update` trains all of them.
+        """Combine several seeds of an algorithm into one whose `update` trains all of them.
 
-        The members' tensors become rows of tables. Each member has its own noise, data order and gradient norm, so that
-        it does what it would do by itself, up to rounding.
+        The members' tensors become rows of tables. Each member keeps its own noise, data order and gradient norm, and
+        computes the same as when it is trained separately, up to rounding.
 
         Args:
-            members: of one config and shape, at the same iteration, in one process and without micro-batches.
+            members: One algorithm per seed, with the same config and shapes, at the same iteration, in one process and
+                without micro-batches.
         """
         first = members[0]
         seeds = StackedSeeds(members, first.unmapped)
@@ -136,16 +137,16 @@ class PolicyAlgorithm(Algorithm):
     """An algorithm that fine-tunes a policy.
 
     Args:
-        parts: what it is built from.
-        policy_ema: decay of the policy's moving average, which is what is evaluated; None to evaluate the policy
-            itself.
+        parts: Components from which it is built.
+        policy_ema: Decay of the moving average of the policy, which is evaluated instead of the policy; None for no
+            moving average.
 
     Attributes:
-        policy: fine-tuned.
-        ema_policy: its moving average, if there is one.
-        value: the value whose gradient can guide sampling and whose map is drawn, if the algorithm learns one.
-        needs_data: whether `update` reads real samples.
-        panels: logged metrics worth a panel in curves.png.
+        policy: Policy that is fine-tuned.
+        ema_policy: Moving average of the policy; None if there is none.
+        value: Value whose gradient can guide sampling, and of which a map is drawn; None if none is learned.
+        needs_data: Whether `update` reads real samples.
+        panels: Logged metrics that have a panel in curves.png.
     """
 
     unmapped: ClassVar[Sequence[str]] = ("ema_policy",)
@@ -164,21 +165,21 @@ class PolicyAlgorithm(Algorithm):
 
     @property
     def eval_policy(self) -> Policy:
-        """The policy that evaluation samples from: the moving average, or the policy itself without one."""
+        """The policy that is evaluated: the moving average if there is one, otherwise the policy itself."""
         return self.policy if self.ema_policy is None else self.ema_policy
 
     @property
     def energy(self) -> Energy | None:
-        """The learned energy, if the algorithm learns one."""
+        """The learned energy; None if the algorithm does not learn one."""
         return None
 
     @property
     def guide(self) -> Guide | None:
-        """Gradient of the value, for guidance."""
+        """The gradient of the value, which can guide sampling; None if there is no value."""
         return None if self.value is None else self.value.gradient
 
     def rollout(self, batch: Batch, streams: Streams) -> Trajectory:
-        """Trajectories of the present policy under the batch's conditions, without gradient: x [K, T+1, b, *event]."""
+        """Roll out the current policy under the batch's conditions, without gradients: x [K, T+1, b, *event]."""
         share, policy = batch.share, self.policy
         noise = share.of(streams.draw("noise", lambda own: policy.noise(share.num, own)), dim=2)
         latents = None
@@ -189,21 +190,24 @@ class PolicyAlgorithm(Algorithm):
         return rollout
 
     def draw_latent(self, num: int, streams: Streams) -> Tensor | None:
-        """Latents for one step of `num` samples, [K, num, Z]; None if the network takes none."""
+        """Draw latents for one step of `num` samples, [K, num, Z]; None if the network does not take a latent."""
         if self.policy.network.latent == 0:
             return None
         return streams.normal("noise", (num, self.policy.network.latent))
 
     def mean_log_sigma(self) -> Tensor:
-        """mean_t log sigma_t, the entropy per dimension up to a constant, of every seed: [K]."""
+        """mean_t log sigma_t of each seed, which is the entropy per dimension up to a constant: [K]."""
         free = self.seeds.table(self.policy.free_log_sigma).detach()
         return torch.cat((free, self.policy.final_log_sigma.expand(len(free), 1)), dim=1).mean(1)
 
     def start_from(self, log_sigma: Tensor | None) -> None:
-        """Give the policy the sigmas of one that was fine-tuned before, log sigma_t [T], before the first iteration.
+        """Start from the sigmas of a policy that was fine-tuned earlier; called before the first iteration.
+
+        Args:
+            log_sigma: Log sigma_t, [T]; None keeps those of the schedule. The last one is not used, since it is fixed.
 
         Raises:
-            UserError: it had another number of steps.
+            UserError: the earlier policy had another number of steps.
         """
         if log_sigma is None:
             return

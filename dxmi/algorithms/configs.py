@@ -16,24 +16,24 @@ BASELINES = ("learned", "leave_one_out", "mean", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
-    """The part of an algorithm's config that all kinds share."""
+    """The settings that all kinds of algorithms share."""
 
     kind: str = "dxmi"
-    """Which algorithm: its key in `dxmi.algorithms.registry`."""
+    """Kind of the algorithm: its key in `dxmi.algorithms.registry`."""
 
     needs_reward: ClassVar[bool] = False
-    """Whether it maximizes the reward that `reward` names, which is then the run's score."""
+    """Whether it maximizes the reward chosen by the setting `reward`, which is then the run's score."""
 
     def check(self, num_steps: int) -> None:
         """Check the settings against the T steps of the schedule.
 
         Raises:
-            ValueError: one of them does not fit; the message begins with its name.
+            ValueError: a setting does not match T; the message begins with its name.
         """
 
 
 def require_per_step(name: str, numbers: tuple[float, ...] | None, num_steps: int) -> None:
-    """Raise a ValueError unless there is one number for all steps, one for each of the T steps, or null."""
+    """Raise a ValueError unless `numbers` is null, one number for all steps, or one for each of the T steps."""
     if numbers is not None and len(numbers) not in (1, num_steps):
         raise ValueError(
             f"{name} has {len(numbers)} entries: it takes one number, or one for each of the "
@@ -43,10 +43,10 @@ def require_per_step(name: str, numbers: tuple[float, ...] | None, num_steps: in
 
 @dataclass(frozen=True, kw_only=True)
 class DxMIConfig(AlgorithmConfig):
-    """Everything that one DxMI iteration depends on."""
+    """Settings of DxMI."""
 
     preset: str = "as_released"
-    """as_released: entropy and cost enter only the policy update; objective: the value's target too (m_v = 1)."""
+    """as_released: entropy and cost enter only the policy update; objective: also the value's target (m_v = 1)."""
     entropy_coef: float = 0.1
     """tau: weight of the policy's entropy, per dimension."""
     cost_coef: float = 0.01
@@ -54,42 +54,43 @@ class DxMIConfig(AlgorithmConfig):
     energy_l2: float = 1.0
     """Weight of the squared-energy regularizer."""
     running_cost: str = "transition"
-    """transition: (x_{t+1} - x_t)^2 / (2 s_t^2), the method's; noise: of the standardised noise, the reproduction's."""
+    """transition: (x_{t+1} - x_t)^2 / (2 s_t^2), as in the paper; noise: half the squared standardized noise, as in the
+    public MNIST reproduction."""
     step_cost: str = "none"
-    """Time-dependent cost in the TD target: none, linear or sigmoid."""
+    """Time-dependent cost that is added to the TD target: none, linear or sigmoid."""
     step_cost_scale: float = 1.0
-    """Height of the step cost; without one it has nothing to scale."""
+    """Factor of the step cost; unused with step_cost=none."""
     reference_var: tuple[float, ...] | None = None
-    """s_t^2 at the start: null for the schedule's eta, one number for all steps, or T numbers."""
+    """Initial s_t^2: null for the schedule's eta, one number for all steps, or T numbers."""
     reference_var_ema: float = 0.99
-    """Decay of the adaptive s_t^2 (AVR); 1 keeps the start. There is no s_t^2 with running_cost=noise."""
+    """Decay of the adaptive s_t^2 (AVR); 1 keeps the initial values. Unused with running_cost=noise."""
     value_mask: tuple[float, ...] | None = None
-    """m_v: null for the preset's, one number for all steps, or T numbers."""
+    """m_v, weight of entropy and cost in the value's target: null for the preset's, one number, or T numbers."""
     policy_mask: tuple[float, ...] = (1.0,)
-    """m_p: one number for all steps, or T numbers."""
+    """m_p, weight of entropy and cost in the policy update: one number for all steps, or T numbers."""
     value: str = "shared"
-    """shared: the energy is the value; separate: a time-conditioned network of its own."""
+    """shared: the energy is also the value; separate: the value has its own, time-conditioned network."""
     energy_updates: int = 1
-    """Energy steps in an iteration; more than one where the T value steps smooth a shared energy too much."""
+    """Energy steps per iteration; more than one helps if the T value steps smooth a shared energy too much."""
     value_updates: int = 1
-    """Sweeps over t = T-1 .. 0 in an iteration."""
+    """Sweeps of the value over t = T-1 .. 0 per iteration."""
     policy_updates: int = 1
-    """Draws of stored states in an iteration."""
+    """Draws of stored states per iteration."""
     all_states: bool = False
-    """Use all T x B stored states in minibatches of B in each draw, not only B of them."""
+    """Use all T x B stored states in each draw, in minibatches of B, instead of only B of them."""
     resample_next: bool = False
-    """Take a fresh next state for the TD target instead of the stored one."""
+    """Sample a new next state for the TD target instead of using the stored one."""
     target_ema: float | None = None
-    """Decay of the Polyak-averaged value used in the TD target, from the first iteration on; null for none. The
-    published Polyak .005 is .995."""
+    """Decay of the Polyak-averaged value used in the TD target, from the first iteration on; null for none. A published
+    Polyak coefficient of .005 corresponds to .995."""
     policy_ema: float | None = 0.999
-    """Decay of the policy's moving average, which is what is evaluated; null to evaluate the policy itself."""
+    """Decay of the moving average of the policy, which is evaluated instead of the policy; null for none."""
     policy: PolicyOptimizerConfig = field(default_factory=PolicyOptimizerConfig)
     """Optimizer of the denoiser and the log sigmas."""
     critic: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Optimizer of the value; of the energy too when it is shared."""
+    """Optimizer of the value, and of the energy if value=shared."""
     energy: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Optimizer of a separate energy; unused when it is shared."""
+    """Optimizer of the energy if value=separate; otherwise unused."""
 
     def __post_init__(self) -> None:
         named = {"preset": PRESETS, "running_cost": RUNNING_COSTS, "step_cost": STEP_COSTS, "value": VALUES}
@@ -121,16 +122,16 @@ class DxMIConfig(AlgorithmConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DDPMConfig:
-    """Pretraining."""
+    """Settings of the pretraining."""
 
     iterations: int = 10_000
-    """Optimizer steps; 0 starts from a random network."""
+    """Optimizer steps; with 0, the denoiser stays random unless `weights` is given."""
     batch_size: int = 128
-    """Images in each."""
+    """Samples per step."""
     ema: float = 0.999
-    """Decay of the moving average of the weights, which is the pretrained model."""
+    """Decay of the moving average of the weights; the average is the pretrained model."""
     weights: str | None = field(default=None, metadata=PLACE)
-    """A public checkpoint to start from, with `iterations=0` to go no further: a file, or a folder of diffusers."""
+    """Public checkpoint to start from, a file or a folder of diffusers; iterations=0 uses it unchanged."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
     """Optimizer of the denoiser."""
 
@@ -145,15 +146,15 @@ class DDPMConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyGradientConfig(AlgorithmConfig):
-    """What the algorithms share whose policy gradient is the score function's."""
+    """The settings that the algorithms with a score-function policy gradient share."""
 
     entropy_coef: float = 0.0
-    """Weight of the policy's entropy, per dimension: a bonus of entropy_coef * mean_t log sigma_t."""
+    """Weight of the policy's entropy, per dimension: the bonus is entropy_coef * mean log sigma_t of the actions."""
     last_step: bool = False
-    """Count the last step as an action too. Its sigma of schedule.final_sigma is so small that its log-probability
-    drowns all others; without it, the last step decodes the last state."""
+    """Whether the last step counts as an action. Its sigma, schedule.final_sigma, is so small that its log-probability
+    dominates all others; if false, the last step only decodes the last state."""
     policy_ema: float | None = 0.999
-    """Decay of the policy's moving average, which is what is evaluated; null to evaluate the policy itself."""
+    """Decay of the moving average of the policy, which is evaluated instead of the policy; null for none."""
     policy: PolicyOptimizerConfig = field(default_factory=PolicyOptimizerConfig)
     """Optimizer of the denoiser and the log sigmas."""
     critic: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -165,21 +166,21 @@ class PolicyGradientConfig(AlgorithmConfig):
             raise ValueError(f"policy_ema is {self.policy_ema}: it must be in [0, 1), or null")
 
     def check(self, num_steps: int) -> None:
-        """Check that there is a step that counts as an action."""
+        """Check that at least one step counts as an action."""
         if num_steps == 1 and not self.last_step:
             raise ValueError("last_step is false, but schedule.num_steps is 1: no step is left to learn from")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforceConfig(PolicyGradientConfig):
-    """REINFORCE on a scalar reward."""
+    """Settings of REINFORCE with a scalar reward."""
 
     kind: str = "reinforce"
     baseline: str = "learned"
-    """Subtracted from the reward: learned (a value network's V(x_t, t)), leave_one_out (the mean of the other samples),
-    mean (of all samples, which shrinks the gradient by 1 - 1/B), or none."""
+    """Subtracted from the reward: learned (V(x_t, t) of a value network), leave_one_out (mean reward of the other
+    samples), mean (mean reward of all samples, which scales the gradient by 1 - 1/B), or none."""
     baseline_updates: int = 1
-    """Optimizer steps of the learned baseline in an iteration."""
+    """Optimizer steps of the learned baseline per iteration."""
 
     needs_reward: ClassVar[bool] = True
 
@@ -192,21 +193,21 @@ class ReinforceConfig(PolicyGradientConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SftPgConfig(PolicyGradientConfig):
-    """SFT-PG (arXiv 2301.13362): a learned critic as the cost, policy gradient on the summed log-probability."""
+    """Settings of SFT-PG (arXiv 2301.13362): policy gradient with a learned critic as the cost."""
 
     kind: str = "sft_pg"
     gradient_penalty: float = 10.0
     """Weight of (|grad f| - 1)^2 between data and samples, which keeps the critic f 1-Lipschitz; 0 for a network that
-    is so by itself, such as one with spectral norm."""
+    is 1-Lipschitz by construction, for example through spectral normalization."""
     critic_updates: int = 1
-    """Steps of the critic in an iteration."""
+    """Steps of the critic per iteration."""
     value_updates: int = 1
-    """Steps of the value in an iteration."""
+    """Steps of the value per iteration."""
     policy_updates: int = 2
-    """Draws of B stored states in an iteration, one step of the policy each. The published schedule of 10 after every 5
-    critic steps is 2 an iteration."""
+    """Policy steps per iteration, each on a draw of B stored states. The published schedule, 10 policy steps after
+    every 5 critic steps, corresponds to 2 per iteration."""
     energy: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Optimizer of the critic f, which is the energy."""
+    """Optimizer of the critic f, which is also the energy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

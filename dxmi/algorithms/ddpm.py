@@ -1,12 +1,12 @@
-"""DDPM pretraining (Ho et al., arXiv 2006.11239): regress the noise at a random timestep; evaluate the average.
+"""DDPM pretraining (Ho et al., arXiv 2006.11239): regress the noise at a random timestep; evaluate the moving average.
 
-Models of another family than DDPM's see other noise levels and regress another mixture of noise and image, as
-`dxmi.diffusion.schedules.base.ForwardProcess` says.
+Other families of models are pretrained at other noise levels and regress another mixture of noise and data; see
+`dxmi.diffusion.schedules.base.ForwardProcess`.
 
 Logged metrics:
 
-    pretrain/loss        mean_dims (eps_theta(x_k, k) - eps)^2, batch mean; eps, or what else it regresses
-    pretrain/grad_norm   before clipping
+    pretrain/loss        mean_dims (eps_theta(x_k, k) - eps)^2, batch mean; eps is the regression target
+    pretrain/grad_norm   gradient norm before clipping, only with optimizer.max_grad_norm
 """
 
 import copy
@@ -30,17 +30,17 @@ from dxmi.tensors import per_sample
 
 
 class DDPM(Algorithm):
-    """A denoiser in training, its average, and its optimizer.
+    """A denoiser in training, its moving average, and its optimizer.
 
     Args:
-        config: its settings.
-        network: the denoiser, trained in place.
-        workers: processes that share each batch.
-        accumulate: micro-batches into which each process divides its rows.
-        forward_process: what the network sees and regresses; by default DDPM's.
+        config: Settings of the pretraining.
+        network: Denoiser, trained in place.
+        workers: Processes that share each batch.
+        accumulate: Number of micro-batches into which each process divides its rows.
+        forward_process: Defines the network's input and regression target; by default that of DDPM.
 
     Attributes:
-        average: the moving average of the network.
+        average: Moving average of the network.
     """
 
     unmapped: ClassVar[Sequence[str]] = ("average",)
@@ -70,7 +70,7 @@ class DDPM(Algorithm):
             self.register_buffer(name, torch.from_numpy(getattr(process, name)).float(), persistent=False)
 
     def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
-        """One optimizer step; returns the metrics that the module's docstring lists."""
+        """Perform one optimizer step; returns the metrics listed in the module's docstring."""
         self.schedule(iteration)
         share = batch.share
         assert batch.x is not None
@@ -86,7 +86,7 @@ class DDPM(Algorithm):
 
     @staticmethod
     def _integers(streams: Streams, bound: int, num: int) -> Tensor:
-        """Numbers in 0 .. bound - 1, [K, num]."""
+        """Draw integers in 0 .. bound - 1, [K, num]."""
         return streams.draw("noise", lambda own: torch.randint(bound, (num,), generator=own, device=own.device))
 
     def _loss(  # noqa: PLR0917
@@ -98,7 +98,7 @@ class DDPM(Algorithm):
         latent: Tensor | None,
         condition: Condition,
     ) -> Mapping[str, Tensor]:
-        """The denoising loss of samples [b, *event] at diffusion steps [b]."""
+        """Compute the denoising loss of samples [b, *event] at rows [b] of the forward process."""
         noised = (per_sample(self.signal_scale[step], data) * data).addcmul(
             per_sample(self.noise_scale[step], data), noise
         )
@@ -107,7 +107,7 @@ class DDPM(Algorithm):
         return {"loss": denoising_loss(predicted, self._target(data, step, noise))}
 
     def _target(self, data: Tensor, step: Tensor, noise: Tensor) -> Tensor:
-        """What the network regresses, [b, *event]."""
+        """Compute the regression target of the network, [b, *event]."""
         if self.regresses_noise:
             return noise
         return (per_sample(self.data_target[step], data) * data).addcmul(

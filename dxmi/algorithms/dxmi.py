@@ -5,19 +5,19 @@ One `update` is one iteration of Algorithm 1, with the dynamic programming of Al
     1. roll out the policy                      without gradient
     2. adapt the reference variance             AVR
     3. energy: low on data, high on samples     one optimizer step (or energy_updates)
-    4. value: t = T-1 .. 0, temporal difference one optimizer step each
-    5. policy: one fresh step from stored states
+    4. value: t = T-1 .. 0, temporal difference one optimizer step each (value_updates sweeps)
+    5. policy: one new step from stored states  one optimizer step per minibatch (policy_updates draws)
 
 Logged metrics (means over the batch, of the last update of the iteration):
 
     energy/data_mean     mean E(x_data)
     energy/sample_mean   mean E(x_T)
-    energy/loss          what step 3 minimized
+    energy/loss          loss of step 3
     value/td_error       root mean squared V(x_t, t) - target, over all t
-    policy/loss          what step 5 minimized
-    policy/grad_norm     before clipping
+    policy/loss          loss of step 5
+    policy/grad_norm     gradient norm before clipping, only with policy.max_grad_norm
     policy/entropy       mean_t log sigma_t, the per-dimension entropy up to a constant
-    policy/cost          mean over t of the running cost mean_dims (x_{t+1} - x_t)^2 / (2 s_t^2)
+    policy/cost          mean running cost of the steps in step 5; absent if policy_mask is 0
 """
 
 import copy
@@ -42,12 +42,12 @@ from dxmi.optim.optimizer import Optimizer
 
 
 class DxMI(PolicyAlgorithm):
-    """The algorithm and everything it changes: networks, reference variance, averages, optimizers.
+    """DxMI, with all state that training changes: networks, reference variance, averages, optimizers.
 
     Args:
-        config: its settings.
-        parts: what it is built from.
-        value: trained in place, its energy included; by default an untrained one.
+        config: Settings of DxMI.
+        parts: Components from which it is built.
+        value: Value and its energy, trained in place; by default untrained ones.
     """
 
     streams: ClassVar[Mapping[str, str]] = {"noise": DEVICE, "states": HOST}
@@ -85,7 +85,7 @@ class DxMI(PolicyAlgorithm):
             self.averages = [*self.averages, average]
 
     def _optimizers(self, parts: Parts) -> dict[str, Optimizer]:
-        """Every optimizer by the name of what it trains; a shared value is its energy."""
+        """Create the optimizers by the name of what they train; a shared value is trained together with its energy."""
         config, policy, value = self.config, self.policy, self.value
 
         def critic(settings: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -99,25 +99,25 @@ class DxMI(PolicyAlgorithm):
         return {**found, "energy": critic(config.energy, self._trained_of(value.energy))}
 
     def _trained_of(self, energy: Energy) -> list[nn.Parameter]:
-        """Parameters of a separate energy on which its loss depends.
+        """The parameters of a separate energy on which its loss depends.
 
-        Without the squared-energy regulariser the loss is a difference of mean energies, in which a constant cancels.
+        Without the squared-energy regularizer, the loss is a difference of mean energies, in which a constant cancels.
         The gradient of the energy's offset is then rounding noise, which Adam would scale to steps of the full learning
-        rate. A shared energy keeps its offset: the value's loss trains it.
+        rate. The offset of a shared energy is trained, since the value's loss depends on it.
         """
         idle = {id(offset) for offset in energy.network.offsets} if self.config.energy_l2 == 0.0 else set()
         return [parameter for parameter in energy.parameters() if id(parameter) not in idle]
 
     @property
     def energy(self) -> Energy:
-        """E, which is V(., T)."""
+        """The energy E = V(., T)."""
         return self.value.energy
 
     # ------------------------------------------------------------------------
     # One iteration: Algorithm 1.
 
     def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
-        """One DxMI iteration; returns the metrics that the module's docstring lists."""
+        """Perform one DxMI iteration; returns the metrics listed in the module's docstring."""
         config, num_steps = self.config, self.policy.num_steps
         self.schedule(iteration)
         draws = [
@@ -138,14 +138,14 @@ class DxMI(PolicyAlgorithm):
         for _ in range(config.energy_updates):
             metrics = self._update_energy(batch, trajectory)
 
-        # 4. Value: backwards in time, one temporal difference each.
+        # 4. Value: one temporal-difference step at each t, backwards in time.
         for _ in range(config.value_updates):
             errors = [
                 self._update_value(t, batch, trajectory, displacement, streams) for t in reversed(range(num_steps))
             ]
         metrics["value/td_error"] = torch.stack(errors).mean(0).sqrt()
 
-        # 5. Policy: one fresh reparameterised step from stored states.
+        # 5. Policy: one new reparameterized step from stored states.
         for drawn in draws:
             states = StoredStates.gather(trajectory, batch.condition, drawn, batch.share)
             metrics |= self._update_policy(states, streams)
@@ -155,7 +155,7 @@ class DxMI(PolicyAlgorithm):
         return metrics
 
     def _displacements(self, trajectory: Trajectory) -> Tensor | None:
-        """What the running cost of every stored step is made of, [K, T, b]; None where nothing uses it."""
+        """The displacement of each stored step, see `RunningCost.displacement`, [K, T, b]; None if it is not used."""
         is_in_target = bool(self.value_control.steps) and not self.config.resample_next
         if not self.running_cost.is_adaptive and not is_in_target:
             return None
@@ -169,7 +169,7 @@ class DxMI(PolicyAlgorithm):
         return found
 
     def _adapt(self, displacement: Tensor, batch: Batch) -> None:
-        """AVR: s_t^2 follows the mean squared displacement of the policy's steps."""
+        """Move s_t^2 towards the mean squared displacement of the policy's steps (AVR)."""
         (mean,) = self._workers.sum([batch.share.mean(displacement)])
         adapt_(self.seeds.table(self.running_cost.reference_var), mean, self.running_cost.decay)
 
@@ -189,7 +189,7 @@ class DxMI(PolicyAlgorithm):
     def _update_value(
         self, t: int, batch: Batch, trajectory: Trajectory, displacement: Tensor | None, streams: Streams
     ) -> Tensor:
-        """Step 4 at one t: minimize mean (V(x_t, t) - target)^2; returns it, [K]."""
+        """Step 4 at one t: minimize mean (V(x_t, t) - target)^2; returns this mean, [K]."""
         stored = None if displacement is None else displacement[:, t]
         fresh = self._noise_and_latent(batch, streams) if self.config.resample_next else None
 
@@ -210,7 +210,7 @@ class DxMI(PolicyAlgorithm):
         return self.optimizers["value"].minimize(loss, *inputs, num=batch.share.num).means["loss"]
 
     def _noise_and_latent(self, batch: Batch, streams: Streams) -> tuple[Tensor, Tensor | None]:
-        """Noise and, where the network takes one, a latent for one step of every trajectory."""
+        """Draw noise and, if the network takes one, a latent for one step of every trajectory."""
         share = batch.share
         noise = share.of(streams.normal("noise", (share.num, *self.policy.event)), dim=1)
         latent = self.draw_latent(share.num, streams)
@@ -219,13 +219,13 @@ class DxMI(PolicyAlgorithm):
     def _resampled(
         self, x: Tensor, t: int, noise: Tensor, latent: Tensor | None, condition: Condition
     ) -> tuple[Tensor, Tensor | None]:
-        """Fresh next states of `x` at step t, and their displacement if the target uses it."""
+        """Sample new next states of `x` at step t; also returns their displacement if the target uses it."""
         step = self.policy.transition(x, t, condition=condition, latent=latent)
         x_next = step.sample(noise)
         return x_next, self.running_cost.displacement(x, x_next, step) if t in self.value_control.steps else None
 
     def _target(self, x_next: Tensor, t: int, displacement: Tensor | None, condition: Condition) -> Tensor:
-        """What V(x_t, t) regresses on, [b]."""
+        """Compute the target of V(x_t, t), [b]."""
         control, at = None, slice(t, t + 1)
         if displacement is not None and t in self.value_control.steps:
             cost = self.running_cost(displacement, at)
@@ -234,7 +234,7 @@ class DxMI(PolicyAlgorithm):
         return td_target(value, self.step_cost[t], control)
 
     def _update_policy(self, states: StoredStates, streams: Streams) -> Metrics:
-        """Step 5: minimize mean V(x_{t+1}, t+1) + control cost through one fresh step from stored states."""
+        """Step 5: minimize the mean of V(x_{t+1}, t+1) + control cost over one new step from stored states."""
         noise = states.own(streams.normal("noise", (states.num, *self.policy.event)))
         latent = states.own(self.draw_latent(states.num, streams))
 
@@ -257,7 +257,7 @@ class DxMI(PolicyAlgorithm):
 
 
 def _untrained_value(config: DxMIConfig, parts: Parts) -> Value:
-    """The value with its energy, from random weights."""
+    """Create the value and its energy with random weights."""
     energy = Energy(parts.critic())
     if config.value == "shared":
         return SharedValue(energy)

@@ -1,9 +1,8 @@
-"""The losses of the algorithms and of pretraining, one a function, unreduced [B].
+"""The losses of the algorithms and of pretraining as pure functions that return unreduced values [B].
 
-There are no optimizers, devices or logging here. Those of DxMI are from arXiv 2407.00626: its Algorithm 1 is the update
-of energy and sampler, its Algorithm 2 the dynamic programming (DxDP) that replaces backpropagation through the
-trajectory. Their coefficients act on per-dimension means, as published. `dxmi/README.md` has all losses in the present
-notation.
+The losses of DxMI are from arXiv 2407.00626: Algorithm 1 there is the update of energy and sampler, Algorithm 2 the
+dynamic programming (DxDP) that replaces backpropagation through the trajectory. Coefficients multiply per-dimension
+means, as published. `dxmi/README.md` states all losses in the notation used here.
 """
 
 from torch import Tensor
@@ -12,7 +11,7 @@ from dxmi.tensors import event_mean, event_sum
 
 
 def denoising_loss(predicted: Tensor, noise: Tensor) -> Tensor:
-    """mean_dims (eps_theta - eps)^2, DDPM's simple loss (arXiv 2006.11239, equation 14): [B]."""
+    """mean_dims (eps_theta - eps)^2, the simplified loss of DDPM (arXiv 2006.11239, equation 14): [B]."""
     return event_mean((predicted - noise).square())
 
 
@@ -27,7 +26,7 @@ def energy_loss(energy_data: Tensor, energy_sample: Tensor, energy_l2: float) ->
 def td_target(value_next: Tensor, step_cost: Tensor, control: Tensor | None) -> Tensor:
     """sg[V(x_{t+1}, t+1) + step_cost_t + control cost], the target of the value update of Algorithm 2: [B].
 
-    `control` is None at steps whose mask is 0.
+    `control`, the control cost, is None at steps whose mask is 0.
     """
     target = value_next + step_cost
     return (target if control is None else target + control).detach()
@@ -39,19 +38,19 @@ def value_loss(value: Tensor, target: Tensor) -> Tensor:
 
 
 def policy_loss(value_next: Tensor, control: Tensor | None) -> Tensor:
-    """V(x_{t+1}, t+1) + control cost, the sampler update of Algorithm 2: [B]; `control` None without any mask."""
+    """V(x_{t+1}, t+1) + control cost, the sampler update of Algorithm 2: [B]; `control` is None if all masks are 0."""
     return value_next if control is None else value_next + control
 
 
 def score_function_loss(log_prob: Tensor, advantage: Tensor) -> Tensor:
-    """sg[A] log pi(x_{t+1} | x_t), whose gradient is the score-function estimate of that of E[A]: [B].
+    """sg[A] log pi(x_{t+1} | x_t), whose gradient is the score-function estimate of the gradient of E[A]: [B].
 
-    Williams (1992). The advantage is a cost here: it is low where the action was better than expected.
+    See Williams (1992). The advantage A is a cost here: it is negative if the action was better than expected.
     """
     return advantage.detach() * log_prob
 
 
 def gradient_penalty(gradient: Tensor) -> Tensor:
-    """(|grad f(x)| - 1)^2 of gradients [B, *event], which keeps a critic 1-Lipschitz (arXiv 1704.00028): [B]."""
+    """(|grad f(x)| - 1)^2 of gradients [B, *event], which keeps a critic f 1-Lipschitz (arXiv 1704.00028): [B]."""
     norm = (event_sum(gradient.square()) + 1e-12).sqrt()
     return (norm - 1.0).square()

@@ -1,6 +1,6 @@
-"""What algorithms share whose policy gradient is the score function's: sum_t A_t grad log pi(x_{t+1} | x_t).
+"""The base of algorithms with a score-function policy gradient, sum_t A_t grad log pi(x_{t+1} | x_t).
 
-log pi is a true log density in nats, summed over the event. The last step is no action unless it is asked for.
+log pi is a log density in nats, summed over the event. The last step counts as an action only with `last_step=true`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +20,13 @@ from dxmi.optim.optimizer import Optimizer, StepResult
 
 
 class Actions(NamedTuple):
-    """Steps of the policy, one a row.
+    """Steps that the policy took, one per row.
 
     Attributes:
-        x: the states in which they were taken, [K, b, *event].
-        x_next: the states that they led to, [K, b, *event].
-        t: the steps, [K, b].
-        condition: of each, [K, b, ...].
+        x: States in which the steps were taken, [K, b, *event].
+        x_next: Next states, [K, b, *event].
+        t: Number of each step, [K, b].
+        condition: Condition of each step, [K, b, ...].
     """
 
     x: Tensor
@@ -36,14 +36,14 @@ class Actions(NamedTuple):
 
 
 class PolicyGradient(PolicyAlgorithm):
-    """A policy that is trained by the score function, and what that needs.
+    """Base class of algorithms that train the policy with the score-function gradient.
 
     Args:
-        config: what these algorithms share.
-        parts: what the algorithm is built from.
+        config: Settings that these algorithms share.
+        parts: Components from which the algorithm is built.
 
     Raises:
-        UserError: the denoiser takes latents, so that the density of a step has no closed form.
+        UserError: the denoiser takes latents, so that the density of a step does not have a closed form.
     """
 
     panels: ClassVar[Sequence[str]] = ("policy/entropy", "policy/grad_norm", "value/error")
@@ -66,24 +66,24 @@ class PolicyGradient(PolicyAlgorithm):
         return parts.optimizer(settings, *groups)
 
     def actions(self, trajectory: Trajectory, condition: Condition) -> Actions:
-        """Every action of trajectories x [K, T+1, b, *event], time-major: [K, T' * b, ...]."""
+        """Collect all T' actions of each trajectory, x [K, T+1, b, *event], time-major: [K, T' * b, ...]."""
         x, num = trajectory.x, self.num_actions
         t = self.steps[:num, None].expand(num, x.shape[2]).flatten().expand(len(x), -1)
         return Actions(x[:, :num].flatten(1, 2), x[:, 1 : num + 1].flatten(1, 2), t, _repeated(condition, num))
 
     def follow_gradient(self, actions: Actions, advantage: Tensor, num: int) -> StepResult:
-        """One step down E[sum_t A_t], by its score-function estimate.
+        """Take one gradient step that decreases E[sum_t A_t], with the score-function estimate of its gradient.
 
         Args:
-            actions: rows drawn evenly from all actions of a batch of trajectories.
-            advantage: A of each, a cost, [K, b].
-            num: rows of all processes together.
+            actions: Actions drawn uniformly from all actions of a batch of trajectories, or all of them.
+            advantage: A of each action, a cost, [K, b].
+            num: Number of rows of all processes together.
         """
 
         def loss(x: Tensor, x_next: Tensor, t: Tensor, condition: Condition, advantage: Tensor) -> Mapping[str, Tensor]:
             log_sigma = self.policy.log_sigma
             step = self.policy.transition(x, t, log_sigma=log_sigma, condition=condition)
-            # A mean over rows is that over steps too, where the policy gradient is a sum over them.
+            # The mean over rows averages over the steps, but the policy gradient is a sum over them.
             surrogate = self.num_actions * score_function_loss(step.log_prob(x_next), advantage)
             return {"loss": surrogate - self.entropy_coef * log_sigma[t]}
 
@@ -92,7 +92,7 @@ class PolicyGradient(PolicyAlgorithm):
     def fit_expected(
         self, predict: Callable[[Tensor, Tensor, Condition], Tensor], actions: Actions, outcome: Tensor, num: int
     ) -> Tensor:
-        """One step of V(x_t, t) towards the outcome of each action's trajectory [K, b]; returns the mean square."""
+        """Take a step that fits V(x_t, t) to the outcome [K, T' * b] of each action; returns the mean squared error."""
 
         def loss(x: Tensor, t: Tensor, condition: Condition, outcome: Tensor) -> Mapping[str, Tensor]:
             return {"loss": value_loss(predict(x, t, condition), outcome)}
@@ -101,23 +101,23 @@ class PolicyGradient(PolicyAlgorithm):
         return self.optimizers["value"].minimize(loss, *inputs, num=num).means["loss"]
 
     def per_action(self, values: Tensor) -> Tensor:
-        """Values of trajectories [K, b] for each of their actions, as `actions` orders them: [K, T' * b]."""
+        """Repeat values of trajectories [K, b] for each of their actions, in the order of `actions`: [K, T' * b]."""
         return values.repeat(1, self.num_actions)
 
     def num_rows(self, batch: Batch) -> int:
-        """Actions of a batch, of all processes together."""
+        """The number of actions in a batch of all processes together."""
         return self.num_actions * batch.share.num
 
 
 def timed_values(network: TimedCritic, steps: Tensor, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """A time-conditioned network's value of states [b, *event] at their steps [b]: [b].
+    """Evaluate a time-conditioned network at states [b, *event] and their steps [b]: [b].
 
     Args:
-        network: the network.
-        steps: all steps, [T].
-        x: states.
-        t: their steps.
-        condition: of each, where the network knows classes.
+        network: Value network.
+        steps: All steps, 0 .. T-1, [T].
+        x: States.
+        t: Step of each state.
+        condition: Condition of each state; used only if the network is class-conditional.
     """
     labels = (condition.labels,) if network.classes else ()
     value: Tensor = network(x, network.embed(steps)[t], *labels)
@@ -125,5 +125,5 @@ def timed_values(network: TimedCritic, steps: Tensor, x: Tensor, t: Tensor, cond
 
 
 def _repeated(condition: Condition, times: int) -> Condition:
-    """The condition of every trajectory, once for each of its actions."""
+    """Repeat the condition of every trajectory for each of its actions."""
     return Condition(*(None if own is None else own.repeat(1, times, *[1] * (own.dim() - 2)) for own in condition))

@@ -1,4 +1,4 @@
-"""The algorithms that fine-tune a policy. Nothing here imports PyTorch: see `dxmi.registry`."""
+"""Registry of the algorithms that fine-tune a policy. Nothing here imports PyTorch: see `dxmi.registry`."""
 
 from typing import TYPE_CHECKING
 

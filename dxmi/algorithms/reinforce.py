@@ -4,18 +4,18 @@ One `update` is one iteration:
 
     1. roll out the policy                       without gradient
     2. reward of the samples                     r(x_T, c), which need not be differentiable
-    3. policy: all actions of the batch          one optimizer step down -E[(r - b) sum_t log pi(x_{t+1} | x_t)]
-    4. baseline: V(x_t, t) regresses on r        one optimizer step (or baseline_updates), after the policy's
+    3. policy: all actions of the batch          one optimizer step that ascends E[(r - b) sum_t log pi(x_{t+1} | x_t)]
+    4. baseline: fit V(x_t, t) to r              one optimizer step (or baseline_updates)
 
-The baseline of an iteration was fitted to earlier ones only, so that it does not bias the gradient.
+The baseline used in an iteration was fitted only in earlier ones, so it does not bias the gradient.
 
 Logged metrics (means over the batch):
 
-    reward/mean          of the rollout, whose policy is not the moving average
-    reward/std           its standard deviation over the batch
-    policy/grad_norm     before clipping
+    reward/mean          mean reward of the rollout, which samples from the policy, not from its moving average
+    reward/std           standard deviation of the reward over the batch
+    policy/grad_norm     gradient norm before clipping, only with policy.max_grad_norm
     policy/entropy       mean_t log sigma_t, the per-dimension entropy up to a constant
-    value/error          root mean squared r - V(x_t, t) of the learned baseline, over all steps
+    value/error          root mean squared r - V(x_t, t) over all actions, only with baseline=learned
 """
 
 from collections.abc import Sequence
@@ -32,11 +32,11 @@ from dxmi.diffusion.trajectory import Trajectory
 
 
 class Reinforce(PolicyGradient):
-    """The algorithm and everything it changes.
+    """REINFORCE, with all state that training changes.
 
     Args:
-        config: its settings.
-        parts: what it is built from.
+        config: Settings of REINFORCE.
+        parts: Components from which it is built.
     """
 
     needs_data = False
@@ -52,7 +52,7 @@ class Reinforce(PolicyGradient):
             self.optimizers["value"] = parts.optimizer(config.critic, (self.baseline.parameters(), config.critic.lr))
 
     def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
-        """One iteration; returns the metrics that the module's docstring lists."""
+        """Perform one iteration; returns the metrics listed in the module's docstring."""
         self.schedule(iteration)
         trajectory = self.rollout(batch, streams)
         reward = self._rewards(trajectory, batch.condition)
@@ -60,7 +60,7 @@ class Reinforce(PolicyGradient):
 
         advantage = self._baseline(actions, reward, batch) - self.per_action(reward)
         metrics = self.follow_gradient(actions, advantage, num).metrics("policy")
-        del metrics["policy/loss"]  # its gradient is the policy's, its value has no meaning
+        del metrics["policy/loss"]  # only the gradient of this surrogate loss has a meaning
 
         mean, square = self._workers.sum([batch.share.mean(reward), batch.share.mean(reward.square())])
         metrics |= {"reward/mean": mean, "reward/std": (square - mean.square()).clamp_min(0.0).sqrt()}
@@ -73,13 +73,13 @@ class Reinforce(PolicyGradient):
         return metrics
 
     def _rewards(self, trajectory: Trajectory, condition: Condition) -> Tensor:
-        """r(x_T, c) of every trajectory, [K, b]; the reward is a black box, and called once for all seeds."""
+        """r(x_T, c) of every trajectory, [K, b]; the reward is not mapped over the seeds, but called once for all."""
         samples = trajectory.x[:, -1]
         flat = Condition(*(None if own is None else own.flatten(0, 1) for own in condition))
         return self._reward(samples.flatten(0, 1), flat).view(samples.shape[:2])
 
     def _baseline(self, actions: Actions, reward: Tensor, batch: Batch) -> Tensor:
-        """What the policy gradient compares the reward of every action's trajectory with, [K, T' * b]."""
+        """The baseline of every action, [K, T' * b]."""
         if self.baseline is not None:
             with torch.no_grad():
                 expected: Tensor = self.seeds.map(self._expected, actions.x, actions.t, actions.condition)
@@ -94,6 +94,6 @@ class Reinforce(PolicyGradient):
         return self.per_action(baseline)
 
     def _expected(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """V(x_t, t), the expected reward from states [b, *event] at steps [b]: [b]."""
+        """V(x_t, t), the expected reward given states [b, *event] at steps [b]: [b]."""
         assert self.baseline is not None
         return timed_values(self.baseline, self.steps, x, t, condition)

@@ -1,28 +1,28 @@
 """SFT-PG: shortcut fine-tuning by policy gradient (Fan and Lee, ICML 2023, arXiv 2301.13362).
 
-A critic f, low on data and high on samples, takes the place of a reward. E f(x_T) - E f(x_data) over 1-Lipschitz f is
-the Wasserstein-1 distance of samples and data, and the policy follows the gradient of E f(x_T). One `update` is one
-iteration:
+A critic f, low on data and high on samples, is learned as a cost in place of a reward. The maximum of
+E f(x_T) - E f(x_data) over 1-Lipschitz f is the Wasserstein-1 distance between samples and data, and the policy
+descends the gradient of E f(x_T). One `update` is one iteration:
 
     1. roll out the policy                       without gradient
     2. critic: low on data, high on samples      one optimizer step (or critic_updates)
-    3. value: v(x_t, t) regresses on f(x_T)      one optimizer step (or value_updates), over all actions
+    3. value: fit v(x_t, t) to f(x_T)            one optimizer step (or value_updates), over all actions
     4. policy: (f(x_T) - v(x_t, t)) log pi       one optimizer step for each of policy_updates draws of B actions
 
-Differences from the published code. It keeps the rollouts of five critic steps and then takes ten steps of the policy;
-here each iteration takes `policy_updates` steps with its own rollout. Its log-probability of images is a mean over
-dimensions; here it is the sum, whose gradient differs by a factor that Adam and the clipping of the norm remove. There,
-nothing constrains the critic of images (`gradient_penalty=0`), the sigmas are fixed (`policy.sigma_lr=0`), the last
-step counts as an action (`last_step=true`), and the value's loss moves the critic too.
+Differences from the published code. It stores the rollouts of five critic steps and then takes ten policy steps; here,
+each iteration takes `policy_updates` steps with its own rollout. It averages the log-probability of images over the
+dimensions; here, it is the sum, whose gradient differs by a factor that Adam and the clipping of the norm remove. It
+does not constrain the critic of images (`gradient_penalty=0`), fixes the sigmas (`policy.sigma_lr=0`), counts the last
+step as an action (`last_step=true`), and also trains the critic with the value's loss.
 
 Logged metrics (means over the batch, of the last update of the iteration):
 
     energy/data_mean     mean f(x_data)
     energy/sample_mean   mean f(x_T)
-    energy/loss          what step 2 minimized, the penalty included
-    energy/penalty       mean (|grad f| - 1)^2 between data and samples
-    value/error          root mean squared f(x_T) - v(x_t, t), over all steps
-    policy/grad_norm     before clipping
+    energy/loss          loss of step 2, including the penalty
+    energy/penalty       mean (|grad f| - 1)^2 between data and samples; absent with gradient_penalty=0
+    value/error          root mean squared f(x_T) - v(x_t, t), over all actions
+    policy/grad_norm     gradient norm before clipping, only with policy.max_grad_norm
     policy/entropy       mean_t log sigma_t, the per-dimension entropy up to a constant
 """
 
@@ -44,11 +44,11 @@ from dxmi.tensors import per_sample
 
 
 class SftPg(PolicyGradient):
-    """The algorithm and everything it changes.
+    """SFT-PG, with all state that training changes.
 
     Args:
-        config: its settings.
-        parts: what it is built from.
+        config: Settings of SFT-PG.
+        parts: Components from which it is built.
     """
 
     streams: ClassVar[Mapping[str, str]] = {"noise": DEVICE, "states": HOST}
@@ -59,7 +59,7 @@ class SftPg(PolicyGradient):
         super().__init__(config, parts)
         self.config = config
         self.value = SeparateValue(Energy(parts.critic()), parts.timed_critic(), self.policy.num_steps)
-        # Nothing but a constant depends on the critic's offset: its gradient is rounding noise.
+        # The critic's offset cancels in its loss: the gradient is rounding noise, so the offset is not trained.
         idle = {id(offset) for offset in self.energy.network.offsets}
         trained = [parameter for parameter in self.energy.parameters() if id(parameter) not in idle]
         self.optimizers = {
@@ -74,7 +74,7 @@ class SftPg(PolicyGradient):
         return self.value.energy
 
     def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
-        """One iteration; returns the metrics that the module's docstring lists."""
+        """Perform one iteration; returns the metrics listed in the module's docstring."""
         config = self.config
         self.schedule(iteration)
         draws = [
@@ -91,14 +91,14 @@ class SftPg(PolicyGradient):
         for _ in range(config.critic_updates):
             metrics = self._update_critic(batch, sample, streams)
 
-        # 3. Value: the critic's expected score of the sample.
+        # 3. Value: the expected score f(x_T) of the sample.
         score = self._scores(sample, batch.condition)
         actions, num = self.actions(trajectory, batch.condition), self.num_rows(batch)
         for _ in range(config.value_updates):
             error = self.fit_expected(self._expected, actions, self.per_action(score), num)
         metrics["value/error"] = error.sqrt()
 
-        # 4. Policy: the score function's gradient over some of the actions.
+        # 4. Policy: the score-function gradient, estimated from some of the actions.
         for drawn in draws:
             states = StoredStates.gather(trajectory, batch.condition, drawn, batch.share, with_next=True)
             metrics |= self._update_policy(states, score)
@@ -135,15 +135,15 @@ class SftPg(PolicyGradient):
         return scores
 
     def _expected(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """v(x_t, t), the expected f(x_T) from states [b, *event] at steps [b]: [b]."""
+        """v(x_t, t), the expected f(x_T) given states [b, *event] at steps [b]: [b]."""
         return timed_values(self.value.network, self.steps, x, t, condition)
 
     def _update_policy(self, states: StoredStates, score: Tensor) -> Metrics:
-        """Step 4: one step along (f(x_T) - v(x_t, t)) grad log pi(x_{t+1} | x_t)."""
+        """Step 4: one gradient step that descends (f(x_T) - v(x_t, t)) log pi(x_{t+1} | x_t)."""
         with torch.no_grad():
             expected = self.seeds.map(self._expected, states.x, states.t, states.condition)
         advantage = select_rows(score, states.row) - expected
         actions = Actions(states.x, states.x_next, states.t, states.condition)
         metrics = self.follow_gradient(actions, advantage, states.num).metrics("policy")
-        del metrics["policy/loss"]  # its gradient is the policy's, its value has no meaning
+        del metrics["policy/loss"]  # only the gradient of this surrogate loss has a meaning
         return metrics

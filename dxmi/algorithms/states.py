@@ -1,4 +1,4 @@
-"""Stored states: which of the states that a batch of trajectories went through an update uses."""
+"""Selection of the stored states of a batch of trajectories that an update uses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from dxmi.distributed import Share
 
 
 def draw_states(streams: Streams, name: str, num_steps: int, num: int, *, every: bool) -> tuple[Tensor, ...]:
-    """Indices into the T x B states of `num` trajectories, time-major: B of them, or every one in T minibatches.
+    """Draw indices into the T x B states of `num` trajectories, time-major: B of them, or all in T minibatches.
 
-    Each minibatch is in ascending order, so that the samples of one step are next to each other.
+    Each minibatch is sorted in ascending order, so that samples of the same step are adjacent.
 
     Args:
-        streams: of which `name` draws on the host.
-        name: of the stream.
+        streams: Random streams.
+        name: Name of the stream to draw from, which is on the host.
         num_steps: T.
-        num: B, the trajectories of all processes together.
-        every: use every state.
+        num: B, the number of trajectories of all processes together.
+        every: Whether to use every state.
 
     Returns:
         Minibatches [K, B].
@@ -36,12 +36,12 @@ class StoredStates:
     """One process's part of a minibatch of states in which the policy acted, in ascending order of the step.
 
     Attributes:
-        x: states, [K, b, *event].
-        x_next: the states that followed, [K, b, *event].
-        t: their steps, [K, b].
-        row: the trajectory of each, among this process's own, [K, b].
-        condition: of each, [K, b, ...].
-        num: states of the whole minibatch, of all processes together.
+        x: States, [K, b, *event].
+        x_next: Next states, [K, b, *event]; empty if they were not gathered.
+        t: Step of each state, [K, b].
+        row: Index of each state's trajectory among those of this process, [K, b].
+        condition: Condition of each state, [K, b, ...].
+        num: Number of states in the whole minibatch, of all processes together.
     """
 
     x: Tensor
@@ -58,18 +58,18 @@ class StoredStates:
     def gather(
         cls, trajectory: Trajectory, condition: Condition, drawn: Tensor, share: Share, *, with_next: bool = False
     ) -> "StoredStates":
-        """The states that `draw_states` chose.
+        """Gather the states chosen by `draw_states`.
 
         Args:
-            trajectory: this process's trajectories, x [K, T+1, b, *event].
-            condition: of each trajectory, [K, b, ...].
-            drawn: indices into the T x B states of all processes, [K, B], on the host.
-            share: this process's part of the trajectories.
-            with_next: gather the states that followed too; otherwise `x_next` is empty.
+            trajectory: Trajectories of this process, x [K, T+1, b, *event].
+            condition: Condition of each trajectory, [K, b, ...].
+            drawn: Indices into the T x B states of all processes, [K, B], on the host.
+            share: This process's part of the trajectories.
+            with_next: Whether to gather the next states as well; otherwise `x_next` is empty.
         """
         x, device = trajectory.x, trajectory.x.device
         t, row, own = drawn // share.num, drawn % share.num - share.start, None
-        if share.count < share.num:  # the number of a process's own states differs from draw to draw
+        if share.count < share.num:  # the number of states of a process varies from draw to draw
             own = ((row >= 0) & (row < share.count))[0].nonzero()[:, 0]
             t, row = t[:, own], row[:, own]
         index = (t * share.count + row).to(device, non_blocking=True)
@@ -87,14 +87,14 @@ class StoredStates:
         )
 
     def own(self, drawn: Tensor | None) -> Tensor | None:
-        """This process's rows of what was drawn for the whole minibatch, [K, num, ...]."""
+        """This process's rows of a tensor that was drawn for the whole minibatch, [K, num, ...]."""
         return drawn if drawn is None or self._own is None else drawn[:, self._own]
 
     def split(self, rows: slice) -> Mapping[str, int]:
-        """How many of these rows are known to lead to t < T and to T, for `Value.forward_timesteps`.
+        """Count the `rows` whose next state is known to be before T and those at T, for `Value.forward_timesteps`.
 
-        The counts are taken on the host, so that nothing waits for the device. Where seeds differ, the rows between are
-        at T for some of them only.
+        The counts are computed on the host, without synchronizing with the device. If seeds differ, the rows between
+        the two groups are at T for some of the seeds only.
         """
         steps = self._t_host[:, rows]
         ends = (steps == self._last).sum(1)
@@ -102,7 +102,7 @@ class StoredStates:
 
 
 def select_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[k, index[k]] for every seed k: [K, b, ...]."""
+    """Select x[k, index[k]] for every seed k: [K, b, ...]."""
     if len(x) == 1:
         return x[0][index[0]].unsqueeze(0)
     return torch.stack([own[rows] for own, rows in zip(x, index, strict=True)])
