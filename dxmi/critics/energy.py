@@ -1,4 +1,4 @@
-"""The energy E(x): low on data. The reward of a sample is -E(x)."""
+"""The energy E(x), which is low on data; -E(x) acts as the reward of a sample."""
 
 from torch import Tensor, nn
 
@@ -7,10 +7,10 @@ from dxmi.networks.base import Critic
 
 
 class Energy(nn.Module):
-    """An energy, given by the score of a network.
+    """An energy, computed by a network.
 
     Args:
-        network: a time-independent critic.
+        network: A time-independent critic.
     """
 
     def __init__(self, network: Critic) -> None:
@@ -18,6 +18,6 @@ class Energy(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
-        """E(x) of `x` [B, *event], given the labels if the network is class-conditional: [B]."""
+        """Compute E(x) of `x` [B, *event], conditioned on the labels if the network is class-conditional: [B]."""
         energy: Tensor = self.network(x, condition.labels) if self.network.classes else self.network(x)
         return energy.float()  # under autocast the score is bfloat16

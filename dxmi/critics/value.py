@@ -14,14 +14,14 @@ class Value(nn.Module, ABC):
     """V(x, t), with V(., T) = E.
 
     Attributes:
-        energy: the energy E.
+        energy: The energy E.
     """
 
     energy: Energy
 
     @abstractmethod
     def forward(self, x: Tensor, t: int, condition: Condition = UNCONDITIONAL) -> Tensor:
-        """V(x, t) of `x` [B, *event], with all samples at step `t`: [B]."""
+        """Compute V(x, t) of `x` [B, *event], with all samples at step `t`: [B]."""
 
     @abstractmethod
     def forward_timesteps(
@@ -33,21 +33,21 @@ class Value(nn.Module, ABC):
         num_nonterminal: int = 0,
         num_terminal: int = 0,
     ) -> Tensor:
-        """V(x_i, t_i), [B].
+        """Compute V(x_i, t_i), where samples may be at different steps, [B].
 
-        With the default numbers, both networks evaluate all samples. The computation then does not depend on the values
-        in `t`, as a CUDA graph requires.
+        With the default numbers, the energy and the network before T both evaluate all samples. The computation then
+        does not depend on the values in `t`, as a CUDA graph requires.
 
         Args:
-            x: [B, *event].
-            t: step of each sample, in ascending order, [B].
-            condition: condition of each sample.
-            num_nonterminal: number of samples at the beginning that are known to be before T.
-            num_terminal: number of samples at the end that are known to be at T.
+            x: Samples, [B, *event].
+            t: Step of each sample, in ascending order, [B].
+            condition: Condition of each sample.
+            num_nonterminal: Number of samples at the beginning that are known to be before T.
+            num_terminal: Number of samples at the end that are known to be at T.
         """
 
     def gradient(self, x: Tensor, t: int, condition: Condition = UNCONDITIONAL) -> Tensor:
-        """The gradient dV(x, t)/dx of each sample: [B, *event]."""
+        """Compute the gradient dV(x, t)/dx of each sample: [B, *event]."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self(x, t, condition).sum(), x)
@@ -79,14 +79,14 @@ class SharedValue(Value):
 
 
 class SeparateValue(Value):
-    """A time-conditioned value: its own network before T, the energy at T.
+    """A time-conditioned value: a separate network before T, the energy at T.
 
     This is the paper's choice for 2D data and anomaly detection.
 
     Args:
-        energy: V(., T).
-        network: V(., t) for t < T.
-        num_steps: T.
+        energy: The energy, which is V(., T).
+        network: Network of V(., t) for t < T.
+        num_steps: Number of policy steps, T.
     """
 
     def __init__(self, energy: Energy, network: TimedCritic, num_steps: int) -> None:
@@ -99,7 +99,7 @@ class SeparateValue(Value):
     steps: Tensor
 
     def forward(self, x: Tensor, t: int, condition: Condition = UNCONDITIONAL) -> Tensor:
-        """The network before T, the energy at T."""
+        """Evaluate the network if t < T, and the energy if t = T."""
         if t == self.num_steps:
             return self.energy(x, condition)  # type: ignore[no-any-return]
         return self._nonterminal(x, self.network.embed(self.steps[t : t + 1]), condition)
@@ -113,7 +113,7 @@ class SeparateValue(Value):
         num_nonterminal: int = 0,
         num_terminal: int = 0,
     ) -> Tensor:
-        """V(x_i, t_i), [B]; each network evaluates only the samples that may be its own."""
+        """Compute V(x_i, t_i), [B]; network and energy each evaluate only the samples that may need them."""
         start, end = num_nonterminal, len(x) - num_terminal
         if end == 0:
             return self.energy(x, condition)  # type: ignore[no-any-return]
@@ -128,7 +128,7 @@ class SeparateValue(Value):
         return torch.cat((early[:start], between, late[end - start :]))
 
     def _nonterminal(self, x: Tensor, embedding: Tensor, condition: Condition) -> Tensor:
-        """The network's value before T, [B]; it receives the labels if it is class-conditional."""
+        """Evaluate the network before T, [B]; it receives the labels if it is class-conditional."""
         labels = (condition.labels,) if self.network.classes else ()
         value: Tensor = self.network(x, embedding, *labels)
         return value.float()

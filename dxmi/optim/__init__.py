@@ -1,1 +1,1 @@
-"""Optimizers, learning-rate schedules, moving averages, and the stacking of several seeds."""
+"""Optimizers, learning-rate schedules, moving averages, and the joint training of several seeds."""

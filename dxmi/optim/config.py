@@ -1,4 +1,4 @@
-"""Settings of the optimizers, and the learning-rate schedules that they describe."""
+"""Settings of the optimizers, and the learning-rate schedules that they define."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ DECAYS = ("constant", "linear", "cosine")
 
 
 def require_rate(name: str, value: float, *, positive: bool = False) -> None:
-    """Raise a ValueError with a sentence unless `value` is finite and not negative (or zero, with `positive`)."""
+    """Raise a ValueError unless `value` is finite and at least 0, or greater than 0 if `positive`."""
     if not math.isfinite(value) or value < 0.0 or (positive and value == 0.0):
         bound = "greater than 0" if positive else "0 or greater"
         raise ValueError(f"{name} is {value}: it must be a finite number, {bound}")
@@ -18,24 +18,24 @@ def require_rate(name: str, value: float, *, positive: bool = False) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """One network's optimizer."""
+    """Settings of the optimizer of one network."""
 
     kind: str = "adam"
-    """adam, adamw or radam."""
+    """Kind of the optimizer: adam, adamw or radam."""
     lr: float = 1e-4
     """Learning rate after the warm-up."""
     beta1: float = 0.9
-    """Decay of the mean of the gradient."""
+    """Decay of the moving average of the gradient."""
     beta2: float = 0.999
-    """Decay of the mean of the squared gradient."""
+    """Decay of the moving average of the squared gradient."""
     weight_decay: float = 0.0
-    """Added to the gradient by adam and radam, decoupled from it by adamw."""
+    """Weight decay: part of the gradient with adam and radam, decoupled from it with adamw."""
     max_grad_norm: float | None = None
-    """Clip the norm of all of this optimizer's gradients together; null for no clipping."""
+    """Upper limit of the joint norm of all gradients of this optimizer; null for no clipping."""
     warmup: int = 0
     """Iterations over which the learning rate rises linearly from lr / warmup to lr."""
     decay: str = "constant"
-    """After the warm-up: constant, or linear or cosine down to 0, which the iteration after the last would have."""
+    """Learning rate after the warm-up: constant, or linear or cosine decay that reaches 0 after the last iteration."""
 
     def __post_init__(self) -> None:
         require_choice("kind", self.kind, KINDS)
@@ -53,11 +53,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyOptimizerConfig(OptimizerConfig):
-    """The policy's optimizer: the denoiser and the log sigmas have a learning rate each and are clipped together."""
+    """Settings of the policy's optimizer: denoiser and log sigmas have separate learning rates and a joint norm."""
 
     lr: float = 1e-5
     sigma_lr: float = 1e-4
-    """Learning rate of the log sigmas; 0 keeps the schedule's."""
+    """Learning rate of the log sigmas; 0 keeps them at their initial values."""
     max_grad_norm: float | None = 0.1
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class PolicyOptimizerConfig(OptimizerConfig):
 
 
 def lr_factor(config: OptimizerConfig, iteration: int, total: int) -> float:
-    """What the learning rate is multiplied by in `iteration` (from 0) of `total`."""
+    """Compute the factor of the learning rate in `iteration` (from 0) of `total`."""
     if iteration < config.warmup:
         return (iteration + 1) / config.warmup
     if config.decay == "constant" or total <= config.warmup:

@@ -13,11 +13,11 @@ class MovingAverage:
     """An exponential moving average of a module's parameters, kept in a second module of the same shape.
 
     Args:
-        sources: what is averaged.
-        targets: hold the average.
-        decay: of the average.
-        warm_up: let the decay of update i (from 0) be min(decay, (1 + i) / (10 + i)), so that an average which is
-            evaluated early is not held back by its start. A target network, whose lag is intended, has none.
+        sources: Tensors that are averaged.
+        targets: Tensors that hold the averages.
+        decay: Decay of the average.
+        warm_up: Whether the decay of iteration i (from 0) is min(decay, (1 + i) / (10 + i)), so that an average that is
+            evaluated early is not dominated by its initial value. Not used for target networks, whose lag is intended.
     """
 
     def __init__(self, sources: list[Tensor], targets: list[Tensor], decay: float, *, warm_up: bool = True) -> None:
@@ -25,19 +25,19 @@ class MovingAverage:
         self.warm_up = warm_up
         self.sources = sources
         self.targets = targets
-        # A tensor, so that a recorded update sees it change.
+        # A tensor, so that an update recorded as a CUDA graph uses its current value.
         self._weight = torch.zeros((), device=targets[0].device if targets else None)
 
     @classmethod
     def between(cls, source: nn.Module, target: nn.Module, decay: float, *, warm_up: bool = True) -> Self:
-        """The average of `source`, which begins now, in `target`."""
+        """Create an average of the parameters of `source`, kept in `target`, that starts from their current values."""
         target.load_state_dict(source.state_dict())
         target.requires_grad_(False)
         return cls(list(source.parameters()), list(target.parameters()), decay, warm_up=warm_up)
 
     @classmethod
     def stacked(cls, seeds: StackedSeeds, members: Sequence[Self]) -> Self:
-        """The averages of several seeds as one."""
+        """Combine the averages of several seeds into one."""
         first = members[0]
         sources, targets = ([seeds.table(tensor) for tensor in side] for side in (first.sources, first.targets))
         return cls(sources, targets, first.decay, warm_up=first.warm_up)
@@ -49,5 +49,5 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the source."""
+        """Move the averages towards the sources."""
         torch._foreach_lerp_(self.targets, self.sources, [self._weight] * len(self.targets))

@@ -1,7 +1,7 @@
-"""Optimizers: one config for each network, learning-rate schedules, micro-batches, all-reduce and clipping.
+"""Optimizers with learning-rate schedules, micro-batches, all-reduce and gradient clipping.
 
-Gradients come from `torch.autograd.grad`, never from `backward`: a loss then reaches only the parameters that it is
-asked for, and nothing has to be zeroed or frozen.
+Gradients are computed by `torch.autograd.grad`, never by `backward`, so that they are computed only for the parameters
+of the optimizer, and nothing must be zeroed or frozen.
 """
 
 import inspect
@@ -19,25 +19,25 @@ from dxmi.optim.seeds import SINGLE_SEED, Seeds, StackedSeeds
 from dxmi.tensors import chunks, laid_out_as, map_tensors, tensors_of
 
 Loss = Callable[..., Mapping[str, Tensor]]
-"""From some rows of tensors to unreduced values [b] by name; their mean under the name `loss` is minimized, the means
-of others are logged."""
+"""Maps some rows of the inputs to unreduced values [b] by name. The mean of the value named `loss` is minimized; the
+means of the others are logged."""
 Static = Callable[[slice], Mapping[str, Any]]
-"""From rows to further keyword arguments of a loss, which are the same for all seeds."""
+"""Maps a slice of rows to additional keyword arguments of the loss, which are the same for all seeds."""
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step reports, for every seed.
+    """The result of one optimizer step, for every seed.
 
     Attributes:
-        means: means over the batch of what the loss returned, before the step, [K] each.
-        grad_norm: norm of the gradient before clipping, [K]; None without clipping.
+        means: Means over the batch of the values that the loss returned, before the step, [K] each.
+        grad_norm: Norm of the gradient before clipping, [K]; None without clipping.
     """
 
     means: dict[str, Tensor]
     grad_norm: Tensor | None
 
     def metrics(self, prefix: str) -> dict[str, Tensor]:
-        """The means and the gradient norm under `prefix/name`."""
+        """The means and the gradient norm by the keys `prefix/name`."""
         named = self.means if self.grad_norm is None else {**self.means, "grad_norm": self.grad_norm}
         return {f"{prefix}/{name}": value for name, value in named.items()}
 
@@ -46,11 +46,11 @@ class Optimizer:
     """A torch optimizer with its learning-rate schedule, micro-batches, all-reduce and clipping.
 
     Args:
-        config: which optimizer, and its settings.
-        groups: (parameters, learning rate) of each group.
-        total: the iteration at which a decay ends.
-        workers: processes over which gradients are summed.
-        accumulate: micro-batches into which each process divides its rows.
+        config: Settings of the optimizer.
+        groups: Pairs (parameters, learning rate), one per group.
+        total: Iteration at which a learning-rate decay ends.
+        workers: Processes over which gradients are summed.
+        accumulate: Number of micro-batches into which each process divides its rows.
     """
 
     seeds: Seeds = SINGLE_SEED
@@ -81,12 +81,12 @@ class Optimizer:
         else:
             family = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
             self.torch = family(param_groups, betas=betas, weight_decay=config.weight_decay, fused=True)
-        self._step = inspect.unwrap(type(self.torch).step)  # what wraps it imports TorchDynamo, as in `spare_dynamo`
+        self._step = inspect.unwrap(type(self.torch).step)  # its wrapper would import TorchDynamo, see `spare_dynamo`
 
     def _rate_tensor(self, rate: float) -> Tensor:
-        """A learning rate as a tensor, so that a recorded step sees it change.
+        """Store a learning rate as a tensor, so that a step recorded as a CUDA graph uses its current value.
 
-        On a CPU it is float64, of which nothing is lost; the fused kernels of GPUs take float32 on the device.
+        It is float64 on the host, which is exact, except for fused kernels on a GPU, which need float32 on the device.
         """
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         on_device = device.type == "cuda" and self.config.kind != "radam"
@@ -101,19 +101,19 @@ class Optimizer:
             group["lr"].fill_(rate * factor)
 
     def minimize(self, loss: Loss, *inputs: Any, num: int, static: Static | None = None) -> StepResult:
-        """One step down the mean of a loss over a batch.
+        """Take one step that decreases the mean of a loss over a batch.
 
-        Gradients are taken of one micro-batch after the other and summed over them and over the processes.
+        Gradients are computed for one micro-batch at a time, and summed over the micro-batches and the processes.
 
         Args:
-            loss: given rows of `inputs`, returns unreduced values [b] by name, among them `loss`.
-            inputs: this process's rows, nested tuples of tensors [K, b, ...].
-            num: rows of the whole batch, of all processes together.
-            static: further keyword arguments of `loss`, by the rows that it is given.
+            loss: Computes unreduced values [b] by name, including one named `loss`, from rows of `inputs`.
+            inputs: Rows of this process, nested tuples of tensors [K, b, ...].
+            num: Number of rows of the whole batch, of all processes together.
+            static: Computes additional keyword arguments of `loss` from the slice of rows that it is given.
         """
         grads, means = self._summed(loss, inputs, num, static)
         for parameter, grad in zip(self.parameters, grads, strict=True):
-            parameter.grad = laid_out_as(grad, parameter)  # fused optimizers read the memory of both as it is
+            parameter.grad = laid_out_as(grad, parameter)  # fused optimizers assume equal strides
         norm = None if self.config.max_grad_norm is None else self._clip(self.config.max_grad_norm)
         with torch.no_grad():
             self._step(self.torch)
@@ -122,7 +122,7 @@ class Optimizer:
     def _summed(
         self, loss: Loss, inputs: tuple[Any, ...], num: int, static: Static | None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Gradients and means over all micro-batches and processes: one bucket, one all-reduce."""
+        """Compute gradients and means over all micro-batches and processes, with a single all-reduce."""
         names: list[str] = []
         total: list[Tensor] = []
         pieces = chunks(tensors_of(inputs)[0].shape[1], self.accumulate)
@@ -136,7 +136,7 @@ class Optimizer:
         return total[: len(self.parameters)], dict(zip(names, total[len(self.parameters) :], strict=True))
 
     def _means(self, loss: Loss, inputs: tuple[Any, ...], num: int, static: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The part of some rows in the mean of every value that the loss returns, [K]."""
+        """Compute the contribution of some rows to the mean of each value that the loss returns, [K]."""
 
         def means(*rows: Any) -> dict[str, Tensor]:
             return {name: mean_over(values, num) for name, values in loss(*rows, **static).items()}
@@ -144,11 +144,11 @@ class Optimizer:
         return self.seeds.map(means, *inputs)  # type: ignore[no-any-return]
 
     def _clip(self, max_norm: float) -> Tensor:
-        """Scale the gradients so that all together have at most this norm; returns the norm before, [1]."""
+        """Scale the gradients so that their joint norm is at most `max_norm`; returns the norm before that, [1]."""
         return nn.utils.clip_grad_norm_(self.parameters, max_norm).unsqueeze(0)
 
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors, keyed by parameter number and name."""
+        """The optimizer's tensors by the keys `number of the parameter.name`."""
         return {
             f"{index}.{name}": torch.as_tensor(value)
             for index, state in self.torch.state_dict()["state"].items()
@@ -156,10 +156,10 @@ class Optimizer:
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`; moments are laid out as their parameters, as torch makes them.
+        """Restore the tensors returned by `state`; moments get the strides of their parameters, as in PyTorch.
 
         Raises:
-            UserError: the tensors are those of other parameters.
+            UserError: the tensors do not match the parameters.
         """
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
@@ -175,16 +175,16 @@ class Optimizer:
 
 
 def _rows(inputs: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
-    """Some rows of tensors [K, b, ...]."""
+    """Select rows of tensors [K, b, ...]."""
     return map_tensors(lambda x: x[:, rows], inputs)  # type: ignore[no-any-return]
 
 
 class StackedOptimizer(Optimizer):
-    """The optimizers of several seeds as one: every member has its own moments and is clipped by its own norm.
+    """Optimizers of several seeds combined into one; each member has its own moments and is clipped by its own norm.
 
     Args:
-        seeds: of the modules that they train.
-        members: one optimizer for each module, all at the same step.
+        seeds: Seeds of the modules that are trained.
+        members: Optimizers, one per module, all at the same step.
     """
 
     def __init__(self, seeds: StackedSeeds, members: Sequence[Optimizer]) -> None:
@@ -201,14 +201,14 @@ class StackedOptimizer(Optimizer):
             self._take_over()
 
     def _take_over(self) -> None:
-        """Begin with the moments that the members have."""
+        """Take over the moments of the members."""
         for table, *rows in zip(self.parameters, *(member.parameters for member in self._members), strict=True):
             states = [member.torch.state[row] for member, row in zip(self._members, rows, strict=True)]
             self.torch.state[table] = {key: _joined([state[key] for state in states]) for key in states[0]}
         self._link()
 
     def _link(self) -> None:
-        """Let the members' moments be rows of this optimizer's."""
+        """Make the moments of the members rows of the moments of this optimizer."""
         for k, member in enumerate(self._members):
             for table, row in zip(self.parameters, member.parameters, strict=True):
                 state = self.torch.state[table]
@@ -216,14 +216,14 @@ class StackedOptimizer(Optimizer):
         self._linked = True
 
     def minimize(self, loss: Loss, *inputs: Any, num: int, static: Static | None = None) -> StepResult:
-        """As `Optimizer.minimize`, for every member."""
+        """Take a step as `Optimizer.minimize` does, for every member."""
         result = super().minimize(loss, *inputs, num=num, static=static)
-        if not self._linked:  # the state comes into being with the first step
+        if not self._linked:  # the state is created by the first step
             self._link()
         return result
 
     def _clip(self, max_norm: float) -> Tensor:
-        """As torch's `clip_grad_norm_`, with a norm for each member: [K]."""
+        """Clip as `torch.nn.utils.clip_grad_norm_` does, with a separate norm for each member: [K]."""
         grads = [parameter.grad.flatten(1) for parameter in self.parameters if parameter.grad is not None]
         norms: Tensor = torch.stack([grad.norm(dim=1) for grad in grads]).norm(dim=0)
         scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)
@@ -233,5 +233,5 @@ class StackedOptimizer(Optimizer):
 
 
 def _joined(rows: list[Tensor]) -> Tensor:
-    """Rows as a table; a count of steps is the same in all of them."""
+    """Stack rows into a table; a scalar, the number of steps, is the same in all of them."""
     return rows[0].clone() if rows[0].dim() == 0 else torch.stack(rows)

@@ -1,9 +1,9 @@
-"""One seed or several of one module as one program.
+"""Training of one or several seeds of a module in one program.
 
-Algorithms are written once, on tensors with the seeds in front: [K, ...]. With one seed, a function is called as it is.
-With several, the members' tensors become rows of tables, and a function is mapped over them by `torch.vmap`. Each
-member has its own weights and data, and the arithmetic is done for all of them at once. A member stays a module of its
-own, to be saved, restored and evaluated as before.
+Algorithms are written for tensors with a leading seed axis: [K, ...]. With one seed, a function is called directly.
+With several, the members' tensors become rows of tables, and a function is mapped over the rows by `torch.vmap`. Each
+member has its own weights and data; they are computed at the same time. A member remains a separate module, which is
+saved, restored and evaluated as usual.
 """
 
 from abc import ABC, abstractmethod
@@ -21,36 +21,37 @@ class Seeds(ABC):
     """The seeds that one program trains.
 
     Attributes:
-        size: how many, K.
+        size: Number of seeds, K.
     """
 
     size: int
 
     @abstractmethod
     def map(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """What `function` returns for every seed, with the seeds in front of every tensor.
+        """Call `function` for every seed; the tensors that it returns are stacked along a leading seed axis.
 
         Args:
-            function: reads the first member's module, in whose place every member's tensors are put.
-            inputs: nested tuples and dicts of tensors [K, ...]; whatever is not a tensor is the same for all seeds.
+            function: Function that may read the module of the first member; its tensors are replaced with those of
+                each member in turn.
+            inputs: Nested tuples and dicts of tensors [K, ...]; other values are passed to all seeds.
         """
 
     @abstractmethod
     def table(self, tensor: Tensor) -> Tensor:
-        """A parameter or saved buffer of the first member, of all seeds: [K, *shape], to be changed in place."""
+        """A parameter or saved buffer of the first member, for all seeds: [K, *shape]; may be changed in place."""
 
 
 class SingleSeed(Seeds):
-    """One seed by itself."""
+    """A single seed."""
 
     size = 1
 
     def map(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """What `function` returns, with an axis of length 1 in front of every tensor."""
+        """Call `function` once; the tensors that it returns get a leading axis of length 1."""
         return map_tensors(lambda x: x.unsqueeze(0), function(*map_tensors(lambda x: x[0], inputs)))
 
     def table(self, tensor: Tensor) -> Tensor:
-        """A view of the tensor, [1, *shape]."""
+        """A view of the tensor with a leading axis, [1, *shape]."""
         return tensor.unsqueeze(0)
 
 
@@ -58,7 +59,7 @@ SINGLE_SEED = SingleSeed()
 
 
 class _Caller(nn.Module):
-    """A module whose `forward` calls a function that reads it, as `functional_call` needs it."""
+    """Wraps a module so that `functional_call` can call any function that reads the module."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -69,16 +70,17 @@ class _Caller(nn.Module):
 
 
 class StackedSeeds(Seeds):
-    """Several seeds, whose modules' parameters and saved buffers become rows of tables.
+    """Several seeds; the parameters and saved buffers of their modules become rows of tables.
 
-    Whatever changes a table in place changes them.
+    An in-place change of a table changes the modules.
 
     Args:
-        modules: of one class and shape; values that are not tensors, and buffers that are not saved, are equal in all.
-        unmapped: submodules that no mapped function reads.
+        modules: Modules of the same class and shapes, with equal values of buffers that are not saved and of all
+            attributes that are not tensors.
+        unmapped: Names of submodules that no mapped function reads.
 
     Attributes:
-        tables: parameters and saved buffers by name, each [K, *shape].
+        tables: Parameters and saved buffers by name, each [K, *shape].
     """
 
     def __init__(self, modules: Sequence[nn.Module], unmapped: Sequence[str] = ()) -> None:
@@ -97,7 +99,7 @@ class StackedSeeds(Seeds):
         }
 
     def map(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """As `Seeds.map`, by one call of `torch.vmap`."""
+        """Call `function` for all seeds with `torch.vmap`."""
 
         def member(tensors: dict[str, Tensor], leaves: list[Tensor]) -> Any:
             own = with_tensors(inputs, iter(leaves))

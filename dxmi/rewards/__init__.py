@@ -1,1 +1,1 @@
-"""Rewards of samples: higher is better. One file a reward, and one line in the registry."""
+"""Rewards of samples; higher is better. Each reward has a file and a line in the registry."""

@@ -1,4 +1,4 @@
-"""What a reward is: a function of samples and their conditions."""
+"""The interface of rewards: functions of samples and their conditions."""
 
 from collections.abc import Callable
 
@@ -8,12 +8,12 @@ from dxmi.data.batch import Condition
 from dxmi.errors import UserError
 
 Reward = Callable[[Tensor, Condition], Tensor]
-"""From samples in [-1, 1] [B, *event] and their condition to rewards [B], higher is better, unreduced. It need not be
-differentiable."""
+"""Maps samples [B, *event], which are in [-1, 1] if they are images, and their conditions to unreduced rewards [B].
+Higher is better; the function need not be differentiable."""
 
 
 def no_reward() -> Reward:
-    """Refuse to make the reward of a run that has none.
+    """Raise an error: the factory of the reward for runs without one.
 
     Raises:
         UserError: always.

@@ -1,4 +1,4 @@
-"""The log-probability that a shipped classifier gives to the wanted class."""
+"""The log-probability of the desired class according to an included classifier."""
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from dxmi.tensors import to_uint8
 
 
 class ClassifierReward:
-    """log p(label | x) in nats, of samples as pixels.
+    """log p(label | x) in nats, where x is a sample rounded to uint8 pixels.
 
     Args:
-        config: which classifier, and which class.
+        config: Settings: the classifier and the class.
 
     Raises:
-        UserError: the classifier's file was altered.
+        UserError: the file of the classifier was modified.
     """
 
     def __init__(self, config: ClassifierRewardConfig) -> None:
@@ -28,10 +28,10 @@ class ClassifierReward:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, condition: Condition) -> Tensor:
-        """The reward of each sample.
+        """Compute the reward of each sample, [B].
 
         Raises:
-            UserError: the samples are not what the classifier sees, or have no classes.
+            UserError: the samples do not have the shape of the classifier's images, or have no classes.
         """
         if tuple(x.shape[1:]) != self._event:
             raise UserError(

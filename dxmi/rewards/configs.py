@@ -10,20 +10,20 @@ from dxmi.metrics.configs import CLASSIFIER_SETS
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """The part of a reward's config that all kinds share."""
+    """The settings that all kinds of rewards share."""
 
     kind: str = "classifier"
-    """Which reward: its key in `dxmi.rewards.registry`."""
+    """Kind of the reward: its key in `dxmi.rewards.registry`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRewardConfig(RewardConfig):
-    """log p(label | x) of a shipped classifier, in nats."""
+    """log p(label | x) of an included classifier, in nats."""
 
     classifier: str = "digits"
-    """The data set whose classifier gives the probability: digits, mnist8, mnist or fashion_mnist."""
+    """Data set on which the classifier was trained: digits, mnist8, mnist or fashion_mnist."""
     label: int | None = None
-    """The class that is wanted; null for each sample's own, which the denoiser was given."""
+    """Desired class; null for the class on which each sample was conditioned."""
 
     def __post_init__(self) -> None:
         require_choice("classifier", self.classifier, CLASSIFIER_SETS)
@@ -33,7 +33,7 @@ class ClassifierRewardConfig(RewardConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LogDensityRewardConfig(LogDensityFields, RewardConfig):
-    """log p(x) of a distribution in the plane, in nats, bounded from below."""
+    """log p(x) of a distribution in the plane, in nats, with a lower bound."""
 
     kind: str = "log_density"
 
@@ -44,9 +44,9 @@ class QuadraticRewardConfig(RewardConfig):
 
     kind: str = "quadratic"
     target: tuple[float, ...] = (0.0,)
-    """One number for all dimensions, or one for each."""
+    """Maximum of the reward: one number for all dimensions, or one per dimension."""
     scale: float = 1.0
-    """Distance at which the reward is -1/2."""
+    """Distance from the target at which the reward is -1/2."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and self.scale > 0.0):

@@ -13,7 +13,7 @@ class LogDensityReward:
     """max(log p(x), floor) in nats.
 
     Args:
-        config: which distribution, and the floor.
+        config: Settings: the distribution and the floor.
     """
 
     def __init__(self, config: LogDensityRewardConfig) -> None:
@@ -22,7 +22,7 @@ class LogDensityReward:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, condition: Condition) -> Tensor:  # noqa: ARG002  (rewards share a signature)
-        """The reward of each sample.
+        """Compute the reward of each sample, [B].
 
         Raises:
             UserError: the samples are not points in the plane.

@@ -13,10 +13,10 @@ from dxmi.tensors import decode
 
 
 class MeanReward(Metric):
-    """The mean reward of samples under the conditions with which they were drawn.
+    """The mean reward of samples, given the conditions under which they were drawn.
 
     Args:
-        reward: of the run.
+        reward: Reward of the run.
     """
 
     def __init__(self, reward: Reward) -> None:
@@ -24,9 +24,9 @@ class MeanReward(Metric):
 
     @torch.no_grad()
     def observe(self, samples: Tensor, condition: Condition) -> Tensor:
-        """The reward of every sample, [n, 1]."""
+        """Compute the reward of every sample, [n, 1]."""
         return self._reward(decode(samples), condition)[:, None].cpu()
 
     def scores(self, evidence: Evidence) -> Mapping[str, float]:
-        """The mean."""
+        """Compute the mean reward."""
         return {REWARD_KEY.name: float(evidence.rows.double().mean())}

@@ -1,4 +1,4 @@
-"""A quadratic reward, for which a linear-Gaussian policy has closed forms."""
+"""A quadratic reward, whose expectation under a linear-Gaussian policy has a closed form."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ class QuadraticReward:
     """-|x - target|^2 / (2 scale^2), summed over the dimensions.
 
     Args:
-        config: target and scale.
+        config: Settings: target and scale.
     """
 
     def __init__(self, config: QuadraticRewardConfig) -> None:
@@ -20,10 +20,10 @@ class QuadraticReward:
         self._scale = config.scale
 
     def __call__(self, x: Tensor, condition: Condition) -> Tensor:  # noqa: ARG002  (rewards share a signature)
-        """The reward of each sample.
+        """Compute the reward of each sample, [B].
 
         Raises:
-            UserError: the target has neither one number nor one for each dimension.
+            UserError: the target has neither one number nor one number per dimension.
         """
         flat = x.flatten(1)
         if len(self._target) not in (1, flat.shape[1]):

@@ -1,4 +1,4 @@
-"""The rewards. Nothing here imports PyTorch: see `dxmi.registry`."""
+"""Registry of the rewards. Nothing here imports PyTorch: see `dxmi.registry`."""
 
 from typing import TYPE_CHECKING
 
