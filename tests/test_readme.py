@@ -245,8 +245,8 @@ def test_every_package_of_the_platform_is_on_its_page():
     assert set(re.findall(r"^\| `(\w+)/` \|", TUNE, flags=re.MULTILINE)) == packages
 
 
-def test_what_survives_what_is_held_by_the_tests_that_the_page_names():
-    rows = [row for row in section(TUNE, "## What survives what\n").splitlines() if row.startswith("| ")][1:]
+def test_the_table_of_fault_tolerance_names_existing_tests():
+    rows = [row for row in section(TUNE, "## Fault tolerance\n").splitlines() if row.startswith("| ")][1:]
     named = re.findall(r"`(\w+)`", " ".join(row.split("|")[-2] for row in rows))
     defined = re.findall(r"^def test_(\w+)", "\n".join(map(Path.read_text, (ROOT / "tests").glob("test_*.py"))), re.M)
     assert len(named) >= len(rows) > 12
