@@ -1,4 +1,4 @@
-"""A cache of results in files, safe for concurrent and for killed processes.
+"""A file cache of results that is safe with concurrent and with killed processes.
 
 The file name must contain the signature of everything that the result depends on. On a miss, the caller takes the lock
 and computes the result; other processes wait for the lock and then read it. The operating system releases the lock of
@@ -25,7 +25,7 @@ _ALONE_POLL_SECONDS = 0.5
 
 
 def cache_root() -> Path:
-    """The cache folder: $DXMI_CACHE, else ~/.cache/dxmi/cache."""
+    """The cache folder: $DXMI_CACHE, or ~/.cache/dxmi/cache if it is not set."""
     return variable_folder("DXMI_CACHE", "~/.cache/dxmi/cache")
 
 
@@ -62,8 +62,7 @@ class Entry:
     def write(self, tensors: dict[str, Tensor]) -> None:
         """Store a result that all workers of the group have computed.
 
-        Afterwards `tensors` is the result of rank 0, with the bits and strides that a later process will
-        read.
+        Afterwards `tensors` is the result of rank 0, with the same bits and strides that later processes will read.
         """
         kept: dict[str, Tensor] = {}
         self.workers.on_rank_zero(lambda: kept.update(_write(self.path, tensors)))
@@ -76,9 +75,8 @@ def entry(
 ) -> Iterator[Entry]:
     """The cache entry of `path`; no other process computes it until the context exits.
 
-    The workers of a group hold the entry together, and rank 0 reads and writes the file. While another
-    process computes the result, rank 0 reports this to the others every few seconds, so that they do not
-    run into their timeout.
+    The workers of a group hold the entry together, and rank 0 reads and writes the file. While another process computes
+    the result, rank 0 reports this to the others every few seconds, so that their communication does not time out.
 
     Args:
         path: file of the result.
@@ -102,7 +100,7 @@ def cached(
     workers: ProcessGroup = SINGLE_PROCESS,
     on_wait: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors in `path`, computed and written first if missing or damaged; for `on_wait` see `entry`."""
+    """Read the tensors in `path`, or compute and write them if the file is missing or damaged; see `entry`."""
     with entry(path, workers, on_wait) as held:
         if held.tensors is None:
             held.write(compute())
@@ -111,7 +109,7 @@ def cached(
 
 
 def _found_or_mine(path: Path, held: ExitStack, on_wait: Callable[[], None]) -> dict[str, Tensor] | None:
-    """The result; if there is none, take the lock and return None."""
+    """Read the result; if there is none, take the lock and return None."""
     found = _read(path)
     if found is None:
         lock = lock_for(path)

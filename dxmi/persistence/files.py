@@ -10,7 +10,7 @@ from typing import Any
 from dxmi.errors import UserError
 
 PLACE: Mapping[str, bool] = {"is_place": True}
-"""Metadata of a config field that holds a path or an address: its value is taken literally."""
+"""Metadata of a config field that holds a path or an address, whose value is used literally."""
 _SPACE = 0x20
 
 
@@ -30,7 +30,7 @@ def user_path(text: str, what: str) -> Path:
 
 
 def require_target(path: Path, what: str) -> Path:
-    """The path itself, unless it contains a dangling symbolic link.
+    """Return the path after checking that it contains no dangling symbolic link.
 
     Args:
         path: a path given by the user, which need not exist.
@@ -64,7 +64,7 @@ def variable_folder(variable: str, usual: str) -> Path:
 
 
 def user_text(text: str, what: str) -> None:
-    """Check that a text can be a path or an address.
+    """Check that a string can be a path or an address.
 
     Raises:
         UserError: it is empty, contains control characters, or is not UTF-8.
@@ -88,7 +88,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Make file system errors name this path, where they would name none or a temporary one."""
+    """Make file system errors name this path instead of a temporary path or none."""
     try:
         yield
     except OSError as error:
@@ -96,7 +96,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write and fsync; not atomic."""
+    """Write a file and fsync it; the write is not atomic."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()

@@ -32,7 +32,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the libraries."""
+    """The versions of Python and of the installed libraries, by name."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -2,7 +2,7 @@
 
 config.yaml      the resolved config
 metrics.jsonl    one row per logged step
-checkpoints/     the best, the last and the one before the last
+checkpoints/     the best, the last and the second-to-last
 samples/         one grid per evaluation, from the same noise; reference_*.png: real data and samples of references
 curves.png       scores by iteration, with references as lines
 summary.json     the result; exists only if the run has finished
@@ -67,7 +67,7 @@ class RunDirectory:
             ) from error
 
     def lock(self) -> FileLock:
-        """Take the exclusive right to write to this folder, held until the lock is released or the process ends.
+        """Take the lock for writing to this folder, which is held until it is released or the process ends.
 
         Raises:
             UserError: another process holds the lock.
@@ -114,7 +114,7 @@ class RunDirectory:
         return summary
 
     def append(self, rows: list[Row]) -> None:
-        """Append rows to metrics.jsonl, and fsync."""
+        """Append rows to metrics.jsonl, and fsync the file."""
         with self.metrics.open("a") as file:
             file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
             file.flush()
@@ -150,13 +150,13 @@ _MAX_YAML_BYTES = 1_000_000
 
 
 class _AliasError(Exception):
-    """A file contains an alias, with which a small file could expand to a large tree."""
+    """A YAML file contains an alias; with aliases, a small file could expand to a huge tree."""
 
 
 class _PlainLoader(yaml.SafeLoader):
     """A safe loader that refuses aliases.
 
-    It is not based on LibYAML, which takes minutes for deeply nested files, or crashes the process.
+    It is not based on LibYAML, which takes minutes to read a deeply nested file, or crashes the process.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -166,7 +166,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, missing: str) -> dict[str, Any]:
-    """Read a mapping of plain values from a YAML file, without object tags or aliases, of at most a megabyte.
+    """Read a mapping of plain values from a YAML file of at most one megabyte, without object tags and aliases.
 
     Args:
         path: path of the file.

@@ -22,7 +22,7 @@ from dxmi.errors import UserError
 _ZIP = b"PK\x03\x04"
 _HEAD_BYTES = 512
 _MAX_HEADER_BYTES = 100_000_000
-"""Upper limit of the safetensors format."""
+"""Maximum size of a header in the safetensors format."""
 _TEXT_BYTES = frozenset(range(0x20, 0x7F)) | {0x09, 0x0A, 0x0D}
 _OTHER_FORMATS = {
     b"version https://git-lfs": "is a Git LFS pointer and not the file: run `git lfs pull` in the clone",
@@ -42,10 +42,10 @@ _OTHER_FORMATS = {
 
 
 def read_tensor_file(path: Path) -> object:
-    """Read a file written by safetensors or `torch.save`: containers of tensors and numbers.
+    """Read a file written by safetensors or `torch.save`, which contains tensors, numbers and containers of them.
 
     Raises:
-        UserError: the file is missing or damaged, has another format, or would have to execute code.
+        UserError: the file is missing or damaged, has another format, or could only be loaded by executing code.
     """
     if not path.is_file():
         raise UserError(f"Checkpoint {path} {_what_is_there(path)}.")
@@ -63,7 +63,7 @@ def _what_is_there(path: Path) -> str:
     if path.is_symlink() and not path.exists():
         return f"is a link to {path.readlink()}, which does not exist"
     if path.is_dir():
-        return "is a folder: name a file in it, or a folder of diffusers"
+        return "is a folder: name a file in it, or a diffusers folder"
     return "is not a regular file" if path.exists() else "does not exist"
 
 
@@ -94,7 +94,7 @@ def _read(path: Path, head: bytes) -> object:
     """Read the content of a file.
 
     Raises:
-        UserError: the file is damaged, or would have to execute code.
+        UserError: the file is damaged, or could only be loaded by executing code.
     """
     read: Callable[[Path], object]
     if _is_safetensors(head):
@@ -139,7 +139,7 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 def _require_whole_archive(path: Path) -> None:
-    """Verify the checksums of an archive written by `torch.save`, which PyTorch itself does not.
+    """Verify the checksums of an archive written by `torch.save`, which PyTorch does not verify itself.
 
     Raises:
         UserError: the archive is truncated, altered, or was not written by `torch.save`.
@@ -170,12 +170,12 @@ def _unpickled(path: Path) -> object:
 
 
 def printable(name: object) -> str:
-    """A name or a path for terminals and files: characters that are not UTF-8 or not printable become `?`."""
+    """Replace the characters of a name or path that are not printable by `?`."""
     return "".join(character if character.isprintable() else "?" for character in str(name))
 
 
 def require_dense(tensor: Tensor, name: str, path: Path) -> Tensor:
-    """A detached tensor that can be a weight: dense, on the host, and backed by enough memory.
+    """Check that a tensor can be a weight (dense, on the host, backed by enough memory), and return it detached.
 
     Raises:
         UserError: the tensor is sparse, quantized, not on the host, or larger than its storage.
