@@ -1,1 +1,1 @@
-"""Drawing samples, scoring them, and the training-free samplers that they are compared with."""
+"""Sampling, scoring, and the training-free samplers that a policy is compared with."""

@@ -9,62 +9,61 @@ from dxmi.metrics.registry import METRICS
 from dxmi.registry import chosen_from
 
 SELECTION, REPORT, CONFIRMATION = "selection", "report", "confirmation"
-"""Noise streams: a run's best checkpoint is chosen on the first and scored on the second; the best trial of a sweep,
-which is chosen by the second, is scored once more on the third. Each run has its own draw: see `stream_of`."""
+"""Noise streams: the best checkpoint of a run is chosen on SELECTION and scored on REPORT; the best trial of a sweep,
+chosen by its score on REPORT, is scored again on CONFIRMATION. Each seed has its own draw, see `stream_of`."""
 PICTURES = "pictures"
-"""The noise of the sample grids, which is the same for every run, so that their pictures can be compared."""
+"""Noise stream of the sample grids, which is the same for all runs, so that their pictures can be compared."""
 SCORING_VERSION = 2
-"""Raised whenever a change of the code changes a score, so that cached references are scored again."""
+"""Increased whenever a change of the code changes a score, so that cached references are scored again."""
 RESULTS = ("best", "last")
 CLASSIFIER, INCEPTION = FEATURES = ("classifier", "inception")
 _MIN_SUBSET, _SEEDS = 2, 2**32
 MIN_SAMPLES = 4
-"""Precision and recall look at a sample's third neighbor."""
+"""Precision and recall need the third neighbor of each sample."""
 NUM_SAMPLES_KEY = "eval/num_samples"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What is scored, from how many samples, how often."""
+    """Settings of the evaluation."""
 
     every: int = field(default=150, metadata=NO_SCORE)
     """Iterations between evaluations."""
     num_samples: int = 5_000
-    """Samples of every score: of the curve, of the references and of the final report alike."""
+    """Number of samples of each score: during training, of the references and in the final report."""
     batch_size: int = 1_000
-    """Samples generated at once."""
+    """Number of samples generated at once."""
     seed: int = 0
-    """Seed of the noise, together with the run's own seed: runs that share both are compared on the same noise."""
+    """Seed of the noise, together with the seed of the run: runs that share both are compared on the same noise."""
     kid_subsets: int = 20
-    """Random subsets that KID averages over."""
+    """Number of random subsets over which KID is averaged."""
     kid_subset_size: int = 1_000
-    """Their size."""
+    """Number of samples in each of these subsets."""
     projections: int = 128
-    """Directions of the sliced Wasserstein distance."""
+    """Number of random directions of the sliced Wasserstein distance."""
     grid: int = field(default=64, metadata=NO_SCORE)
-    """Images in a sample grid, or points in a picture of samples."""
+    """Number of images in a sample grid, or of points in a picture of samples."""
     generations: int = field(default=1, metadata=NO_SCORE)
-    """Independent draws of the report's noise on which the best checkpoint is scored; their mean is the score."""
+    """Number of draws of the report noise on which the best checkpoint is scored; its score is their mean."""
     result: str = field(default="best", metadata=NO_SCORE)
-    """The checkpoint that counts as the best: best, which has the best score of the samples on noise of its own; or
-    last, where that score is not all that matters, as in the plane, where the energy has to be right too."""
+    """The checkpoint that is reported as the best: best, the one with the best score on the selection noise; or last,
+    for data such as points in the plane, where the energy has to be accurate too."""
     features: str | None = field(default=None, metadata=NO_SCORE)
-    """Features of images: classifier, the small one that ships for some data sets; or inception, InceptionV3. null for
-    the former where there is one, else the latter."""
+    """Network for features of images: classifier, a small one that is included for some data sets; or inception,
+    InceptionV3. null for the classifier if there is one, else InceptionV3."""
     reference_images: int | None = field(default=None, metadata=NO_SCORE)
-    """Number of images of the data, drawn once, that samples are compared with; null for all of them."""
+    """Number of images of the data, drawn once, with which samples are compared; null for all images."""
     full_reference: bool = field(default=True, metadata=NO_SCORE)
-    """Score the pretrained model with all of its steps too, to which end hundreds of evaluations of the network are
-    needed for each sample."""
+    """Also score the pretrained model with all of its steps, which takes up to 1000 network evaluations per sample."""
     reference_steps: tuple[int, ...] | None = field(default=None, metadata=NO_SCORE)
-    """Numbers of network evaluations of further references, or null: with each, all samplers that a policy with so many
-    steps is compared with. 1000 adds the 1000-step sampler with the large variance."""
+    """Numbers of network evaluations of further references: for each number, all samplers with which a policy of that
+    many steps would be compared. 1000 also adds DDPM with the large variance. null for none."""
 
     metrics: tuple[MetricConfig, ...] | None = field(default=None, metadata=chosen_from(METRICS))
-    """Further metrics, by their kinds, like [class_entropy], or as groups of settings; null for none."""
+    """Further metrics, as names of kinds, like [class_entropy], or as groups of settings; null for none."""
     primary: str | None = field(default=None, metadata=NO_SCORE)
-    """The score by which checkpoints and trials are compared; null for the reward where the algorithm maximizes one,
-    else for the distance to the data."""
+    """The score by which checkpoints and trials are compared; null for the reward if the algorithm maximizes one, else
+    the distance to the data."""
 
     def __post_init__(self) -> None:
         for name in ("every", "batch_size", "kid_subsets", "kid_subset_size", "projections", "grid", "generations"):
@@ -87,10 +86,10 @@ class EvaluateConfig:
 
 
 def features_of(name: str, config: EvaluateConfig) -> str:
-    """What gives the features of the images of data set `name`.
+    """The network for features of the images of data set `name`: CLASSIFIER or INCEPTION.
 
     Raises:
-        ValueError: a classifier is asked for that does not exist.
+        ValueError: the settings require a classifier, and there is none for this data set.
     """
     features = config.features or (CLASSIFIER if name in CLASSIFIER_SETS else INCEPTION)
     if features == CLASSIFIER and name not in CLASSIFIER_SETS:

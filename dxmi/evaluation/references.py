@@ -1,8 +1,9 @@
-"""Reference samplers: what a policy of T steps is compared with, and how a summary tells of them.
+"""Reference samplers, with which a policy of T steps is compared, and their descriptions in a summary.
 
-Each is named once, here: its key, its words and its network evaluations go into the summary, from which the table at
-the end of a run, curves.png, leaderboards and reports take them. All are training-free: they sample from the pretrained
-model as it is, each in its strongest usual form, with trailing spacing.
+The key, the description and the number of network evaluations of each sampler are defined only here. They are stored in
+the summary, from which the table at the end of a run, curves.png, leaderboards and reports read them. All samplers are
+training-free: they use the pretrained model unchanged. Except for the policy before fine-tuning, which keeps its own
+schedule, each sampler is in its strongest usual form, with trailing spacing.
 """
 
 from collections.abc import Sequence
@@ -25,9 +26,9 @@ from dxmi.diffusion.solvers import DpmSolver, HeunSolver
 from dxmi.evaluation.scored_references import SHORTENED, Role, ScoredReference
 
 _RHO = 7.0
-"""Of EDM's levels (arXiv 2206.00364, table 1)."""
+"""Exponent of the spacing of EDM's noise levels (arXiv 2206.00364, table 1)."""
 _ANCESTRAL_STEPS, _HEUN_STEPS = 250, 40
-"""Of the samplers of an EDM model that show what it can do; the latter as in EDM's paper for ImageNet-64."""
+"""Numbers of steps that show what an EDM model can do; that of Heun's method is from EDM's paper for ImageNet-64."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Reference:
     """A sampler of the pretrained model.
 
     Attributes:
-        key: its name in a summary: short, and another one for another spacing.
-        sampler: in words, without the number of steps.
-        role: what it is compared for.
-        schedule: its tables.
-        policy: what walks along them.
-        evaluations: of the network, a sample.
+        key: short key in a summary, which contains the number of steps and the spacing.
+        sampler: readable name of the sampler, without the number of steps.
+        role: what the reference shows.
+        schedule: tables of coefficients of the steps.
+        policy: class that samples with this schedule.
+        evaluations: number of network evaluations per sample; by default the number of steps.
     """
 
     key: str
@@ -56,7 +57,7 @@ class Reference:
 
     @property
     def label(self) -> str:
-        """In words."""
+        """A readable description."""
         steps = f"{self.schedule.num_steps} step{'s' if self.schedule.num_steps > 1 else ''}"
         if self.role is Role.SHORTENED:
             return f"{steps}, {self.sampler}"
@@ -65,7 +66,7 @@ class Reference:
 
     @property
     def tree(self) -> dict[str, Any]:
-        """What a summary says about it."""
+        """The description in a summary."""
         return {
             "label": self.label,
             "sampler": self.sampler,
@@ -74,17 +75,17 @@ class Reference:
         }
 
     def scored(self, score: float) -> "ScoredReference":
-        """With its score, as a summary will tell it."""
+        """Combine the reference with its score, as it will be read from a summary."""
         return ScoredReference(self.key, self.label, self.sampler, self.role, self.evaluations, score)
 
 
 def references(config: ScheduleConfig, *, full: bool = True, steps: Sequence[int] = ()) -> list[Reference]:
-    """The samplers that a policy of `config` is compared with; no two have the same key.
+    """The samplers that a policy is compared with, each with a distinct key.
 
     Args:
-        config: of the policy.
-        full: with those that show what the model can do with all of its steps.
-        steps: further numbers of steps.
+        config: schedule of the policy.
+        full: whether to include samplers with all steps of the model.
+        steps: further numbers of network evaluations.
     """
     found = [*(_full(config) if full else []), *_of_steps(config, config.num_steps, Role.FEW)]
     for number in steps:
@@ -97,7 +98,7 @@ def references(config: ScheduleConfig, *, full: bool = True, steps: Sequence[int
 
 
 def _full(config: ScheduleConfig) -> list[Reference]:
-    """The model's own sampler, with all of its steps."""
+    """The samplers that show what the model can do with all of its steps; a diffusion GAN has none."""
     if isinstance(config, DdganScheduleConfig):
         return []
     if isinstance(config, KarrasScheduleConfig):
@@ -107,10 +108,11 @@ def _full(config: ScheduleConfig) -> list[Reference]:
 
 
 def _of_steps(config: ScheduleConfig, num_steps: int, role: Role) -> list[Reference]:
-    """Every sampler with so many network evaluations that is not the equal of another; a diffusion GAN has none.
+    """All distinct samplers with this number of network evaluations, or one fewer; a diffusion GAN has none.
 
-    With one step all are the same, the jump from the noise to the predicted data. With two, DPM-Solver++(2M) is DDIM
-    (or Euler), since its first and last steps are of first order, and Heun's method has one step.
+    With one step all samplers are the same: they return the data predicted from the noise. With two steps,
+    DPM-Solver++(2M) equals DDIM (or Euler), since its first and last steps are of first order. Heun's method needs at
+    least three evaluations for two steps.
     """
     if isinstance(config, DdganScheduleConfig):
         return []
@@ -136,11 +138,11 @@ def _karras_of_steps(config: KarrasScheduleConfig, num_steps: int, role: Role) -
 
 
 # ----------------------------------------------------------------------------
-# The samplers of a DDPM. Those with all 1000 steps have no spacing.
+# The samplers of a DDPM. With all 1000 steps there is no choice of a spacing.
 
 
 def _spacing(num_steps: int) -> tuple[str, str]:
-    """The end of a key, and in words."""
+    """The spacing as a suffix of the key, and as text."""
     return ("", "") if num_steps == NUM_DIFFUSION_STEPS else ("_trailing", ", trailing")
 
 
@@ -163,12 +165,12 @@ def _ancestral(num_steps: int, variance: str, role: Role) -> Reference:
 
 
 # ----------------------------------------------------------------------------
-# The samplers of an EDM model. Its ancestral steps have the small variance only: the large one, s^2 - s'^2, is far
-# above the noise that is left at the next level, s'^2, unless there are very many steps.
+# The samplers of an EDM model. Its ancestral steps have only the small variance: the large one, s^2 - s'^2, is far
+# greater than the variance of the noise at the next level, s'^2, unless there are very many steps.
 
 
 def _karras_spacing(config: KarrasScheduleConfig) -> tuple[str, str]:
-    """The end of a key, and in words; levels are spaced by rho, which is 7 in the paper."""
+    """The spacing as a suffix of the key, and as text; levels are spaced by rho, which is 7 in the paper."""
     key, words = ("", "") if config.rho == _RHO else (f"_rho{config.rho:g}", f", rho {config.rho:g}")
     return f"_trailing{key}", f", trailing{words}"
 
@@ -192,7 +194,7 @@ def _karras_ancestral(config: KarrasScheduleConfig, num_steps: int, role: Role) 
 
 
 def _heun(config: KarrasScheduleConfig, num_steps: int, role: Role) -> Reference:
-    """Two evaluations a step, one in the last."""
+    """Heun's method, with two network evaluations per step, but only one in the last."""
     key, words = _karras_spacing(config)
     schedule, evaluations = karras_schedule(config, num_steps, kappa=0.0), 2 * num_steps - 1
     return Reference(f"heun_{evaluations}{key}", f"Heun{words}", role, schedule, HeunSolver, evaluations)

@@ -35,7 +35,7 @@ class Sampling:
             their scoring.
         guide: gradient of a value to descend, see `Policy.sample_states`.
         guidance: strength of the guidance.
-        on_batch: called with the number of samples so far after each batch, on all workers at the same time.
+        on_batch: called after each batch with the number of samples so far, on all workers at the same time.
         on_step: called after each step of a worker's batch, and equally often on a worker without a batch; an
             exception that it raises ends the sampling.
         workers: process group whose workers take the batches in turn.
@@ -158,7 +158,7 @@ def generate_conditioned(sampling: Sampling, num: int, config: EvaluateConfig) -
 def _own_batch(
     sampling: Sampling, batches: Sequence[tuple[int, torch.Generator]], mine: int, config: EvaluateConfig
 ) -> tuple[Tensor, Condition]:
-    """The worker's batch of a round; in the last round there may be fewer batches than workers."""
+    """Draw the worker's batch of a round, or a placeholder if the last round has fewer batches than workers."""
     if mine < len(batches):
         return sampling.conditioned_sample(config.batch_size, batches[mine][1])
     sampling.idle()
@@ -168,7 +168,7 @@ def _own_batch(
 
 
 def _gathered(condition: Condition, workers: ProcessGroup) -> list[Condition]:
-    """The conditions of all workers, in the order of ranks."""
+    """Gather the conditions of all workers, in the order of ranks."""
     columns = [[None] * workers.size if own is None else workers.gather(own) for own in condition]
     return [Condition(*row) for row in zip(*columns, strict=True)]
 
@@ -194,7 +194,7 @@ def preview(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
 
 
 class Measured(NamedTuple):
-    """Features of samples, and the speed of the sampling.
+    """Features of samples, and the sampling speed.
 
     Attributes:
         features: one row per sample, in order, on the host, [num, F].
@@ -243,7 +243,7 @@ def measure(
 def _timed_batch(
     sampling: Sampling, noise: torch.Generator, config: EvaluateConfig
 ) -> tuple[Tensor, Condition, Tensor, float]:
-    """A batch of samples in the format of a data set, their conditions, the number of bad ones, and the seconds."""
+    """Draw a batch; returns samples in the format of a data set, conditions, number of bad samples, and seconds."""
     began = time.perf_counter()
     drawn, condition = sampling.conditioned_sample(config.batch_size, noise)
     x = encode(drawn)
@@ -253,7 +253,7 @@ def _timed_batch(
 
 
 def _in_order(own: list[Tensor], num_batches: int, batch_size: int, workers: ProcessGroup) -> Tensor:
-    """The rows of all workers in the order of the batches, which they took in turn; the last batch may be shorter."""
+    """Gather the rows of all workers in the order of the batches; the last batch may be shorter than the others."""
     if workers.size == 1:
         return torch.cat(own)
     width = workers.on_rank_zero(lambda: own[0].shape[1])
@@ -267,7 +267,7 @@ def _in_order(own: list[Tensor], num_batches: int, batch_size: int, workers: Pro
 
 
 def generate_states(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
-    """All states of the samples of `generate`, starting with the noise: [T+1, num, *event].
+    """Return all states of the samples of `generate`, starting with the noise: [T+1, num, *event].
 
     Raises:
         DivergedError: a state is not finite.

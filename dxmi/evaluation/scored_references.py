@@ -1,4 +1,4 @@
-"""Reference samplers as a summary describes them, for tables, leaderboards and reports; this imports no PyTorch."""
+"""Reference samplers as read from a summary, for tables, leaderboards and reports, without importing PyTorch."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,16 +12,16 @@ SHORTENED, DATA = "shortened", "data"
 
 
 class Role(StrEnum):
-    """What a reference is compared for."""
+    """What a reference shows."""
 
     FULL = "full"
-    """What the pretrained model can do with all of its steps."""
+    """The quality of the pretrained model with all of its steps."""
     FEW = "few"
-    """As many network evaluations as the policy has, or one fewer."""
+    """The quality of a training-free sampler with as many network evaluations as the policy, or one fewer."""
     FURTHER = "further"
-    """Another number of steps, which `evaluate.reference_steps` asks for."""
+    """The quality with another number of evaluations, requested by `evaluate.reference_steps`."""
     SHORTENED = SHORTENED
-    """The policy before it is fine-tuned."""
+    """The quality of the policy before fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class ScoredReference:
     """A reference with its score, as read from a summary.
 
     Attributes:
-        key: its name in the summary.
-        label: in words.
-        sampler: in words, without the number of steps.
-        role: what it is compared for.
-        evaluations: of the network, a sample.
-        score: the summary's metric.
+        key: key in the summary.
+        label: readable description.
+        sampler: readable name of the sampler, without the number of steps.
+        role: what the reference shows.
+        evaluations: number of network evaluations per sample.
+        score: score by the primary metric of the summary.
     """
 
     key: str
@@ -46,12 +46,12 @@ class ScoredReference:
 
     @property
     def kind(self) -> tuple[str, str]:
-        """What it has in common with those of policies with another number of steps."""
+        """Identifies the corresponding references of policies with another number of steps."""
         return (self.role, self.sampler if self.role is Role.FEW else self.key)
 
 
 def scored_references(summary: Mapping[str, Any]) -> list[ScoredReference]:
-    """The samplers in a summary, in the order of a table: all steps, few steps, and the policy before fine-tuning."""
+    """The references in a summary, in table order: all steps, further numbers, few steps, before fine-tuning."""
     told, num_steps = summary.get("samplers") or {}, summary["num_steps"]
     found = [
         ScoredReference(key=key, score=score, **_described(key, told.get(key) or _earlier(key, num_steps)))
@@ -82,7 +82,7 @@ _EARLIER = {
 
 
 def _earlier(key: str, num_steps: int) -> dict[str, Any]:
-    """Of a summary that was written before references told of themselves."""
+    """Describe a reference by its key, for old summaries that do not contain descriptions."""
     match = re.fullmatch(r"(\w+?)_(\d+)", key)
     if match is None or match[1] not in _EARLIER:
         return {
@@ -99,12 +99,12 @@ def _earlier(key: str, num_steps: int) -> dict[str, Any]:
 def best_reference(
     found: Iterable[ScoredReference], evaluations: int, direction: str = MINIMIZE
 ) -> ScoredReference | None:
-    """The best of those with no more network evaluations than these."""
+    """The best reference with at most this number of network evaluations."""
     return _best([reference for reference in found if reference.evaluations <= evaluations], direction)
 
 
 def full_reference(found: Iterable[ScoredReference], direction: str = MINIMIZE) -> ScoredReference | None:
-    """The best of those that show what the pretrained model can do."""
+    """The best reference that samples with all steps of the pretrained model."""
     return _best([reference for reference in found if reference.role is Role.FULL], direction)
 
 
@@ -113,14 +113,14 @@ def _best(found: Sequence[ScoredReference], direction: str) -> ScoredReference |
 
 
 def highlights(found: Sequence[ScoredReference], num_steps: int, direction: str = MINIMIZE) -> list[ScoredReference]:
-    """Those worth a line in a figure: all steps, the best one as cheap as the policy, and the policy before.
+    """The references to draw in a figure: all steps, the best with few steps, and the policy before fine-tuning.
 
-    Other samplers with few steps can be so bad that they would press the curves flat.
+    Others with few steps may have such bad scores that the curves would be flattened.
     """
     best = best_reference(found, num_steps, direction)
     return [r for r in found if r.role in (Role.FULL, Role.SHORTENED) or r is best]
 
 
 def evaluations_text(number: int) -> str:
-    """A number of network evaluations in words."""
+    """Format a number of network evaluations."""
     return f"{number} network evaluation{'s' if number > 1 else ''}"

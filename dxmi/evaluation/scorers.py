@@ -1,6 +1,6 @@
-"""Scoring a policy's samples, and the energy beside them: distances to the data.
+"""Scores of a policy's samples and of an energy: distances to the data.
 
-Score keys of images (`X` is the data set whose classifier gives the features, never plain `fid`):
+Score keys of images, with the features of a classifier (`X` is its data set; the key is never plain `fid`):
 
     eval/fid_X               Frechet distance of features, lower is better
     eval/kid_X               kernel distance of features, lower is better
@@ -8,36 +8,37 @@ Score keys of images (`X` is the data set whose classifier gives the features, n
     eval/recall_X            share of the data that lies among the samples
     eval/sliced_wasserstein  on pixels in [-1, 1], order 2
 
-of images by InceptionV3 (`N` is the number of samples: 5k, 10k, 50k, or all its digits):
+of images, with the features of InceptionV3 (`N` is the number of samples, such as 5k, 50k or 1234):
 
-    eval/fid_N               Frechet distance, which falls as N grows: compare equal N alone
+    eval/fid_N               Frechet distance, which decreases with N: compare only scores with equal N
     eval/fid_infinity        the same, extrapolated to infinitely many samples
     eval/kid                 kernel distance, whose expectation does not depend on N
-    eval/precision_N         share of samples that lie among the data, of 10,000 of each at most
+    eval/precision_N         share of samples that lie among the data, from at most 10,000 of each
     eval/recall_N            share of the data that lies among the samples, likewise
-    eval/inception_score_N   higher is better; only if the weights hold InceptionV3's classes
+    eval/inception_score_N   higher is better; only if the weights include InceptionV3's classes
 
 of points in the plane:
 
-    eval/sliced_wasserstein  to as many points of the data, order 2
-    eval/energy_auc          of -E telling the data from uniform noise on [-4, 4]^2: the area under the ROC curve
-    eval/energy_kl           KL(p | exp(-beta E) / Z) on a grid over that square, p the exact density, beta the best
+    eval/sliced_wasserstein  distance to the same number of data points, order 2
+    eval/energy_auc          area under the ROC curve of -E as a classifier of data against uniform noise on [-4, 4]^2
+    eval/energy_kl           KL(p | exp(-beta E) / Z) on a grid over that square, p the exact density, beta fitted
     eval/energy_beta         that beta, an inverse temperature
 
 and of both:
 
-    eval/num_samples         how many samples the scores beside it were computed from
+    eval/num_samples         number of samples from which the other scores were computed
 
-All that is drawn at random to compute a score (subsets, directions, uniform noise, held-out points of the plane) is
-named after the stream of the samples, like their noise. So runs that share a stream differ in their samples only, and
-the spread between streams is that of the whole measurement. What depends on the data alone (the images that samples
-are compared with) is the same for all.
+All random quantities in a score (subsets, directions, uniform noise, held-out points of the plane) are drawn from
+streams named after the stream of the samples, like their noise. Scores in runs that share a stream therefore differ
+only because of the samples, and the spread between streams is that of the whole measurement. Random choices that depend
+only on the data (the images with which samples are compared) are the same for all streams.
 
-Why beta is fitted. With a fixed reference variance and cost_coef = entropy_coef = tau, the objective of the policy is
-E[E(x_T)] + (tau / D) KL(policy's path | x_T followed by the reference's noise), D the dimensions of a sample, since tau
-weighs means over dimensions. Where that bound is tight it is least for x_T of the density exp(-D E / tau) / Z. So an
-energy whose policy has learned the data has beta = D / tau, and a beta that differs says by how much it has not. With
-tau = 0 there is no such temperature, though E may well tell data from noise; fitted, runs of all tau can be compared.
+Why beta is fitted: with a fixed reference variance and cost_coef = entropy_coef = tau, the objective of the policy is
+E[E(x_T)] + (tau / D) KL(policy's path | x_T followed by the reference's noise), where D is the dimension of a sample,
+since tau weights means over dimensions. Where that bound is tight, it is minimized by x_T with the density
+exp(-D E / tau) / Z. An energy whose policy has learned the data therefore has beta = D / tau, and another beta shows by
+how much it has not. With tau = 0 there is no such temperature, although E may separate data from noise. With a fitted
+beta, runs with any tau can be compared.
 """
 
 import functools
@@ -97,16 +98,16 @@ from dxmi.seeds import generator
 from dxmi.tensors import decode, require_finite, require_finite_metrics
 
 _CELLS = 160
-"""Of the grid over the square, a side: 0.05 wide, half of the narrowest distribution's standard deviation."""
+"""Cells per side of the grid over the square; each is 0.05 wide, half the narrowest distribution's deviation."""
 _FLOOR_SETS = 8
-"""Sets of data whose mean score is the floor."""
+"""Number of sets of fresh data whose mean score is the floor."""
 _KEPT = 10_000
-"""Features of the data that are kept one by one, for the kernel distance, precision and recall."""
+"""Maximum number of images of the data whose features are kept, for the kernel distance, precision and recall."""
 _REFERENCE_BATCH = 500
-"""Images of the data whose features a worker computes at once."""
+"""Number of images of the data whose features a worker computes at once."""
 
 Score = Callable[[Tensor], dict[str, float]]
-"""From samples as a data set stores them to scores by key."""
+"""Maps samples in the format of a data set to scores by key."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ class Scores:
     """Scores of one policy.
 
     Attributes:
-        values: by key, `eval/num_samples` among them.
-        seconds_per_1000: wall time of generating 1,000 samples.
+        values: scores by key, including `eval/num_samples`.
+        seconds_per_1000: wall time to generate 1,000 samples.
     """
 
     values: dict[str, float]
@@ -126,15 +127,16 @@ class Scorer(ABC):
     """Scores samples against one data set.
 
     Args:
-        config: what is scored.
-        workers: generate samples together; the first scores them.
+        data: the data set.
+        config: evaluation settings.
+        workers: process group that generates samples; rank 0 scores them.
 
     Attributes:
-        keys: of every score that samples have.
+        keys: keys of all scores of samples.
         metrics: further metrics of the same samples.
-        panels: scores worth a panel in curves.png next to the primary one.
-        identity: of everything but the config that a score of samples depends on.
-        about: the same in words: the network that gives the features, its file's hash, and the data's.
+        panels: keys of scores to show in panels of curves.png next to the primary one.
+        identity: identifies everything that scores depend on except for the config and the samples.
+        about: the same in readable form: network for the features, hash of its weights, and signature of the data.
     """
 
     keys: Sequence[ScoreKey]
@@ -160,18 +162,18 @@ class Scorer(ABC):
 
     @abstractmethod
     def score(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
-        """What the curve shows, `metric` among it."""
+        """Compute the scores that are logged during training, including `metric`."""
 
     @abstractmethod
     def full_evaluation(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
-        """Every score that the module's docstring lists; those of the energy if there is one."""
+        """Compute all scores in the module's docstring for this data, including those of the energy if it is given."""
 
     @abstractmethod
     def of_data(self, stream: str = REPORT) -> Scores | None:
-        """The score that the data itself has, where more of it can be drawn; `stream` as of the samples beside it."""
+        """The scores of fresh data in place of samples of `stream`; None if no further data can be drawn."""
 
     def _scores(self, sampling: Sampling, energy: Energy | None, score: Score) -> Scores:
-        """All workers sample; the first computes the scores of the samples, and tells them."""
+        """Sample on all workers, score on rank 0, and broadcast the scores."""
         start, config = time.perf_counter(), self.config
         samples, condition = generate_conditioned(replace(sampling, workers=self.workers), config.num_samples, config)
         if samples.is_cuda:
@@ -186,7 +188,7 @@ class Scorer(ABC):
         return Scores(*self.workers.on_rank_zero(scores))
 
     def _further(self, rows: Sequence[Tensor], energy: Energy | None, device: torch.device) -> dict[str, float]:
-        """The scores of the further metrics, from what each of them kept of every sample."""
+        """The scores of the further metrics; `rows` holds the observations of each metric."""
         values: dict[str, float] = {}
         for metric, own in zip(self.metrics, rows, strict=True):
             evidence = Evidence(own, self._energy_of(energy, device), self._test_split, self._train_split)
@@ -195,7 +197,7 @@ class Scorer(ABC):
         return values
 
     def _energy_of(self, energy: Energy | None, device: torch.device) -> Callable[[Tensor], Tensor] | None:
-        """E of stored samples, batch by batch, on the host."""
+        """A function that computes E of stored samples in batches, on the host; None if E is missing or conditional."""
         if energy is None or energy.network.classes:
             return None
 
@@ -218,32 +220,32 @@ class Scorer(ABC):
         return split
 
     def _checked(self, values: dict[str, float], step: int = 0) -> dict[str, float]:
-        """The scores of iteration `step`, all of them finite, with how many samples they are of."""
+        """Check that the scores of iteration `step` are finite, and add the number of samples."""
         return require_finite_metrics(values, step) | {NUM_SAMPLES_KEY: float(self.config.num_samples)}
 
     def _generator(self, stream: str, what: str) -> torch.Generator:
-        """Draws what a score of samples of that stream needs."""
+        """The generator of a random quantity `what` in a score of samples of `stream`."""
         return generator(self.config.seed, f"{stream}/{what}")
 
     def _seed(self, stream: str, what: str) -> int:
-        """The same for a library that takes a seed, in 0..2^31 - 1."""
+        """The same as a seed in 0..2^31 - 1, for libraries that take a seed."""
         return int(torch.randint(2**31, (), generator=self._generator(stream, what)))
 
     def _sliced_wasserstein(self, samples: Tensor, data: Tensor, stream: str) -> float:
-        """Distance of two sets as they are stored."""
+        """The distance between two sets in the format of a data set."""
         directions = self._generator(stream, "projections")
         projections = self.config.projections
         return sliced_wasserstein(decode(samples.cpu()), decode(data), projections=projections, generator=directions)
 
 
 class _FeatureScorer(Scorer):
-    """Scores images by features of them and of all the data.
+    """Scores images by comparing their features with those of the data.
 
     Args:
         images: the data.
-        config: what is scored.
-        device: where samples are generated and features computed.
-        workers: generate samples together; the first scores them.
+        config: evaluation settings.
+        device: device on which samples are generated and features computed.
+        workers: process group that generates samples; rank 0 scores them.
 
     Raises:
         UserError: there are too few images to score against.
@@ -257,19 +259,19 @@ class _FeatureScorer(Scorer):
         self.device = device
 
     def of_data(self, stream: str = REPORT) -> Scores | None:  # noqa: ARG002
-        """All images there are have been scored against: nothing is left to score."""
+        """None, since samples are compared with all available images."""
         return None
 
 
 class ImageScorer(_FeatureScorer):
-    """Scores images, whose features are computed once and cached by signature.
+    """Scores images by the features of a classifier; those of the data are computed once and cached by signature.
 
     Args:
         images: the data.
-        config: what is scored.
+        config: evaluation settings.
         cache: folder of cached features.
-        device: where samples are generated and features computed.
-        workers: generate samples together; the first scores them.
+        device: device on which samples are generated and features computed.
+        workers: process group that generates samples; rank 0 scores them.
 
     Raises:
         UserError: there are too few images to score against.
@@ -295,14 +297,14 @@ class ImageScorer(_FeatureScorer):
         workers.on_rank_zero(lambda: self._look_up(path))
 
     def _look_up(self, path: Path) -> None:
-        """On rank 0; what goes wrong there is raised on all, so that none waits for it."""
+        """Load the features of the data on rank 0; an error there is raised on all workers."""
         self.reference = cached(path, self._reference_features)["features"]
 
     def _reference_features(self) -> dict[str, Tensor]:
         return {"features": classifier_features(self.name, self.images.pixels.to(self.device))}
 
     def score(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
-        """The Frechet distance, which the curve shows, and the further metrics."""
+        """Compute the Frechet distance and the further metrics."""
 
         def distance(samples: Tensor) -> dict[str, float]:
             return {self.distance_key: frechet_distance(classifier_features(self.name, samples), self.reference)}
@@ -310,7 +312,7 @@ class ImageScorer(_FeatureScorer):
         return self._scores(sampling, energy, distance)
 
     def full_evaluation(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
-        """Every score of images."""
+        """Compute all scores of images."""
         return self._scores(sampling, energy, lambda samples: self._distances(samples, sampling.stream))
 
     def _distances(self, samples: Tensor, stream: str) -> dict[str, float]:
@@ -331,44 +333,45 @@ class ImageScorer(_FeatureScorer):
         }
 
     def _neighbors(self, stream: str) -> Tensor:
-        """As many reference features as there are samples: comparing all pairs of a large data set takes minutes."""
+        """As many reference features as samples, since comparing all pairs of a large data set takes minutes."""
         return _some_rows(self.reference, self.config.num_samples, self._generator(stream, "neighbours"))
 
 
 def _some_rows(x: Tensor, num: int, generator: torch.Generator) -> Tensor:
-    """`num` random rows, or all if there are no more."""
+    """Select `num` random rows, or all rows if there are at most `num`."""
     return x if len(x) <= num else x[torch.randperm(len(x), generator=generator)[:num]]
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """What is kept of the features of the data.
+    """The features of the data, reduced to what scores need.
 
     Attributes:
-        gaussian: fitted to all of them.
-        features: some, float32 on the host, [M, 2048].
+        gaussian: Gaussian fitted to the features of all images.
+        features: features of a random subset, float32 on the host, [M, 2048].
     """
 
     gaussian: Gaussian
     features: Tensor
 
     def distance(self, features: Tensor) -> float:
-        """FID of features [N, 2048]."""
+        """The FID of samples with features [N, 2048]."""
         return self.gaussian.distance(features.to(self.gaussian.mean.device))
 
 
 class InceptionScorer(_FeatureScorer):
-    """Scores images by InceptionV3, one batch's features computed while the next one is drawn.
+    """Scores images by the features of InceptionV3, which are computed after each batch of samples.
 
     Args:
         images: the data.
-        config: what is scored.
+        config: evaluation settings.
         cache: folder of cached features.
-        device: where samples are generated and features computed.
-        workers: generate samples and compute features together; the first computes scores from them.
+        device: device on which samples are generated and features computed.
+        workers: process group that generates samples and computes features; rank 0 computes the scores.
 
     Raises:
-        UserError: there are too few images to score against, or the network's weights cannot be had.
+        UserError: there are too few images to score against, they have neither 1 nor 3 channels, or the network's
+            weights are not available.
     """
 
     def __init__(
@@ -382,7 +385,7 @@ class InceptionScorer(_FeatureScorer):
         super().__init__(images, config, device, workers)
         if images.event[0] not in (1, 3):
             raise UserError(f"The data set {images.name} has {images.event[0]} channels: InceptionV3 sees 1 or 3.")
-        workers.on_rank_zero(lambda: str(find_weights()))  # if it has to be fetched, once
+        workers.on_rank_zero(lambda: str(find_weights()))  # on rank 0 first, so that a download happens only once
         self.weights = find_weights()
         sha256 = workers.on_rank_zero(lambda: file_digest(self.weights))
         self.keys = inception_keys(config.num_samples)
@@ -397,7 +400,7 @@ class InceptionScorer(_FeatureScorer):
         return load_inception(self.weights, self.device)
 
     def reference(self, on_step: Callable[[], None] | None = None) -> _Reference:
-        """Of the data, computed once by all workers together and cached by signature; `on_step` as of a sampling."""
+        """The features of the data, computed once by all workers and cached; for `on_step` see `Sampling`."""
         if self._reference is None:
             compute = functools.partial(self._reference_tensors, on_step)
             tensors = cached(self.path, compute, self.workers, on_step)
@@ -419,7 +422,7 @@ class InceptionScorer(_FeatureScorer):
         return {"mean": gaussian.mean, "root": gaussian.root, "features": features}
 
     def _data_features(self, on_step: Callable[[], None] | None) -> Iterator[tuple[slice, Tensor]]:
-        """Features of consecutive images, of which each worker computes a block at a time."""
+        """Yield the features of consecutive images, with their indices; each worker computes a block of them."""
         num, together, network = len(self.images), _REFERENCE_BATCH * self.workers.size, self.network()
         disable = None if self.workers.is_rank_zero else True
         with tqdm(total=num, unit="images", desc="features of the data", leave=False, disable=disable) as bar:
@@ -435,7 +438,7 @@ class InceptionScorer(_FeatureScorer):
                 bar.update(count)
 
     def score(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
-        """The Frechet distance, which the curve shows, and the further metrics."""
+        """Compute the Frechet distance and the further metrics."""
 
         def distance(reference: _Reference, pool: Tensor, _: Tensor) -> dict[str, float]:
             return {self.distance_key: reference.distance(pool)}
@@ -443,8 +446,10 @@ class InceptionScorer(_FeatureScorer):
         return self._measured(sampling, energy, distance)
 
     def full_evaluation(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
-        """Every score of images."""
-        on_step = sampling.on_step if self.workers.size == 1 else None  # all workers would have to call it
+        """Compute all scores of images."""
+        on_step = (
+            sampling.on_step if self.workers.size == 1 else None
+        )  # all workers must call it, but only rank 0 would
         return self._measured(sampling, energy, functools.partial(self._distances, sampling.stream, on_step))
 
     def _measured(
@@ -453,9 +458,9 @@ class InceptionScorer(_FeatureScorer):
         energy: Energy | None,
         score: Callable[[_Reference, Tensor, Tensor], dict[str, float]],
     ) -> Scores:
-        """All workers sample and compute features; the first computes scores from them, and tells them."""
+        """Sample and compute features on all workers, score on rank 0, and broadcast the scores."""
         reference, network = self.reference(sampling.on_step), self.network()
-        on_piece = sampling.on_step if self.device.type == "cpu" else None  # elsewhere a second thread does this, fast
+        on_piece = sampling.on_step if self.device.type == "cpu" else None  # on a GPU, features take little time
 
         widths: list[int] = []
 
@@ -480,7 +485,7 @@ class InceptionScorer(_FeatureScorer):
         return Scores(self.workers.on_rank_zero(scores), measured.seconds_per_1000)
 
     def _keep_step(self, on_piece: Callable[[], None] | None, num: int, most: int) -> None:
-        """Call `on_piece`, after the pieces of `num` images, as often as a worker who has `most` of them."""
+        """Call `on_piece` for the missing pieces of a worker with `num` images, as often as one with `most` images."""
         if on_piece is not None:
             for _ in range(self.network().num_pieces(most) - self.network().num_pieces(num)):
                 on_piece()
@@ -488,7 +493,7 @@ class InceptionScorer(_FeatureScorer):
     def _distances(
         self, stream: str, on_step: Callable[[], None] | None, reference: _Reference, pool: Tensor, logits: Tensor
     ) -> dict[str, float]:
-        """Of features [N, 2048] and logits [N, 1008]."""
+        """The scores of features [N, 2048] and logits [N, 1008], or [N, 0] if there are none."""
         config, kept = self.config, reference.features
         some = _some_rows(pool, _KEPT, self._generator(stream, "neighbours/samples"))
         neighbors = _some_rows(kept, len(some), self._generator(stream, "neighbours"))
@@ -523,9 +528,9 @@ class PlanarScorer(Scorer):
     """Scores points in the plane, and the energy against the exact density.
 
     Args:
-        points: the data, from whose distribution as many further points are drawn as there are samples.
-        config: what is scored.
-        workers: generate samples together; the first scores them.
+        points: the data, from whose distribution as many held-out points are drawn as there are samples.
+        config: evaluation settings.
+        workers: process group that generates samples; rank 0 scores them.
     """
 
     panels = ("eval/energy_auc",)
@@ -540,7 +545,7 @@ class PlanarScorer(Scorer):
         self.cells = square_grid(SQUARE, _CELLS)
 
     def reference(self, stream: str) -> Tensor:
-        """What samples of that stream are compared with: [num_samples, 2]. The last one is remembered."""
+        """Held-out points with which samples of a stream are compared, [num_samples, 2]; those last used are kept."""
         if self._held_out is None or self._held_out[0] != stream:
             name = f"{self.config.seed}/{stream}"
             self._held_out = stream, self.points.held_out(self.config.num_samples, f"test/{name}")
@@ -548,15 +553,15 @@ class PlanarScorer(Scorer):
 
     @property
     def log_density(self) -> Tensor:
-        """Of the data in each cell of a grid, [G]."""
+        """The log density of the data in each cell of the grid, [G]."""
         return grid_log_density(self.points.distribution, _CELLS)
 
     def score(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
-        """Every score: they take little time."""
+        """Compute all scores, which take little time."""
         return self.full_evaluation(sampling, energy)
 
     def full_evaluation(self, sampling: Sampling, energy: Energy | None = None) -> Scores:
-        """Every score of points."""
+        """Compute all scores of points."""
         stream = sampling.stream
 
         def score(samples: Tensor) -> dict[str, float]:
@@ -566,8 +571,8 @@ class PlanarScorer(Scorer):
         return self._scores(sampling, energy, score)
 
     def of_data(self, stream: str = REPORT) -> Scores | None:
-        """The floor, which is the mean over sets of fresh points, the area under the curve of the exact density, and
-        what further metrics give for all of these points.
+        """The scores of the data: the mean distance of sets of fresh points, the area under the ROC curve of the exact
+        density, and the further metrics of all these points.
         """
         start, reference = time.perf_counter(), self.reference(stream)
         sets = [
@@ -575,7 +580,7 @@ class PlanarScorer(Scorer):
         ]
         seconds = (time.perf_counter() - start) * 1000.0 / (self.config.num_samples * _FLOOR_SETS)
         floor = sum(self._sliced_wasserstein(points, reference, stream) for points in sets) / _FLOOR_SETS
-        # The density, not its logarithm, which is minus infinity where there is none; ranks are the same.
+        # The density, not its logarithm, which may be minus infinity; the ranks are the same.
         exact = [self.points.distribution.log_density(points).exp() for points in (reference, self._uniform(stream))]
         rows = [metric.observe(torch.cat(sets), UNCONDITIONAL) for metric in self.metrics]
         further = self._further(rows, None, torch.device("cpu"))
@@ -597,7 +602,7 @@ class PlanarScorer(Scorer):
         }
 
     def _uniform(self, stream: str) -> Tensor:
-        """Noise on the square, as much as there are samples: [num_samples, 2]."""
+        """Uniform noise on the square, [num_samples, 2]."""
         noise = torch.rand((self.config.num_samples, 2), generator=self._generator(stream, "uniform"))
         return (2.0 * noise - 1.0) * SQUARE
 
@@ -612,19 +617,19 @@ def build_scorer(
     metrics: Sequence[Metric] = (),
     keys: Sequence[ScoreKey] | None = None,
 ) -> Scorer:
-    """The scorer of the kind of samples that a data set holds.
+    """Build the scorer for the samples of a data set.
 
     Args:
         data: the data set.
-        config: what is scored.
+        config: evaluation settings.
         cache: folder of cached features.
-        device: where samples are generated and features computed.
-        workers: generate samples together.
+        device: device on which samples are generated and features computed.
+        workers: process group that generates samples.
         metrics: further metrics of the same samples.
-        keys: of all scores, if the distances to the data are not the only ones.
+        keys: keys of all scores; None if there are only distances to the data.
 
     Raises:
-        UserError: there are too few of them, or nothing gives features of them.
+        UserError: there are too few images to score against, or no network for their features.
     """
     scorer = _distance_scorer(data, config, cache, device, workers)
     scorer.metrics = metrics
@@ -648,7 +653,7 @@ def _distance_scorer(
 
 
 def _some_images(images: Images, num: int) -> Images:
-    """`num` random images in their order, always the same ones, or all if there are no more."""
+    """Select `num` images, always the same ones, in their original order; all images if there are at most `num`."""
     if len(images) <= num:
         return images
     rows = torch.randperm(len(images), generator=generator(0, "reference images"))[:num].sort().values
