@@ -1,1 +1,1 @@
-"""Figures of samples, curves, densities and values."""
+"""Figures of samples, score curves, densities and values."""

@@ -1,4 +1,4 @@
-"""Figures of a run: grids of images, and curves."""
+"""Grids of images, and figures of score curves."""
 
 import io
 import math
@@ -103,14 +103,14 @@ def curves_figure(
         getattr(axes.yaxis, f"set_{which}_formatter")(FormatStrFormatter("%g"))
     axes.tick_params(axis="y", which="minor", labelsize=8)
     axes.grid(axis="y", which="both", color="0.92")
-    # Above the axes: no curve hides it, and Matplotlib does not search for a free place, which is slow and may warn.
+    # Above the axes, no curve hides the legend, and Matplotlib does not search for the best location, which is slow.
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False, fontsize=8, borderaxespad=0.2)
     _draw_others(figure, others)
     return figure
 
 
 def _placed(figure: Figure, rows: int, *, left: float, right: float, top: float) -> list[Axes]:
-    """A column of axes between edges in inches; a layout engine would draw the figure twice to place them."""
+    """Create a column of axes between edges in inches, without a layout engine, which would draw the figure twice."""
     width, height = figure.get_size_inches()
     edges = {"left": left / width, "right": right / width, "bottom": 0.5 / height, "top": top / height}
     return list(figure.subplots(rows, 1, sharex=True, squeeze=False, gridspec_kw={**edges, "hspace": 0.45})[:, 0])

@@ -18,7 +18,7 @@ from torch import Tensor
 from dxmi.data.planar import SQUARE
 
 _VIEW = 1.15 * SQUARE
-"""Half the side of the visible region, slightly larger than the square to show samples outside it."""
+"""Half the side of the visible region, which is slightly larger than the square, to show samples outside it."""
 _EXTENT = (-SQUARE, SQUARE, -SQUARE, SQUARE)
 _PANEL, _GAP = 2.2, 0.1
 _SIDE = _PANEL - _GAP
@@ -27,9 +27,9 @@ _TITLE, _BAR = 0.25, 0.8
 bar with its numbers.
 """
 _COLUMNS = (4, 3)
-"""Candidate numbers of columns, of which the one with fewer empty places is used."""
+"""Candidate numbers of columns; the one that leaves fewer empty places is used."""
 _MOST_TIMES = 11
-"""Maximum number of panels in a figure with one panel per t."""
+"""Maximum number of values of t that a figure shows."""
 _PATHS = 60
 """Number of sample paths that a panel shows; more would overlap too much."""
 _ANGLES = ListedColormap(0.85 * hsv_to_rgb([(hue, 0.85, 1.0) for hue in np.linspace(0.0, 1.0, 256)]))
@@ -58,7 +58,7 @@ def samples_figure(samples: Tensor, density: Tensor) -> Figure:
 
 
 def shown_times(num_steps: int) -> list[int]:
-    """The values of t that figures show: all of 0 .. T if they are few, else evenly spaced ones with both ends."""
+    """The values of t that figures show: all of 0 .. T if there are few, else evenly spaced ones including both ends."""
     panels = min(num_steps + 1, _MOST_TIMES)
     return [round(index * num_steps / (panels - 1)) for index in range(panels)]
 
@@ -141,7 +141,7 @@ class _Panels(NamedTuple):
 def _panels(titles: Sequence[str], columns: int | None = None, *, bar: float = 0.0, margin: float = 0.0) -> _Panels:
     """Create one panel per title.
 
-    The positions are computed here, since a layout engine would draw the figure twice more to find them.
+    The positions are computed here, since a layout engine would have to draw the figure twice more.
 
     Args:
         titles: titles of the panels.

@@ -1,4 +1,4 @@
-"""Figures of the samples of a run: grids of images, or plots of the plane."""
+"""Figures of the samples of a run: grids of images, or plots of points in the plane."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -18,10 +18,10 @@ _CELLS = 120
 
 
 class Visualizer(ABC):
-    """Draws samples of one kind.
+    """Draws the samples of a run.
 
     Attributes:
-        num_rows: number of samples that a figure of all steps shows.
+        num_rows: number of samples in a figure of all steps.
     """
 
     num_rows: int
@@ -40,7 +40,7 @@ class Visualizer(ABC):
 
 
 class ImageVisualizer(Visualizer):
-    """Grids of images."""
+    """Draws images in grids."""
 
     num_rows = 8
 
@@ -53,11 +53,11 @@ class ImageVisualizer(Visualizer):
         save_steps_grid(path, states)
 
     def draw_value(self, folder: Path, value: Value, num_steps: int) -> None:
-        """Do nothing: values of images are not drawn."""
+        """Do nothing, since values of images are not drawn."""
 
 
 class PlanarVisualizer(Visualizer):
-    """Plots of the plane.
+    """Plots points in the plane.
 
     Args:
         distribution: distribution of the data, whose density is drawn behind the samples.
@@ -99,5 +99,5 @@ def _map(heights: Tensor) -> Tensor:
 
 
 def build_visualizer(name: str) -> Visualizer:
-    """The visualizer for samples of the data set `name`, whose files are not needed."""
+    """Build the visualizer for samples of the data set `name`, without reading its files."""
     return PlanarVisualizer(DISTRIBUTIONS[name]) if name in DISTRIBUTIONS else ImageVisualizer()
