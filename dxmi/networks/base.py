@@ -11,12 +11,12 @@ from dxmi.errors import UserError
 
 
 class Denoiser(nn.Module, ABC):
-    """Predicts the noise in a noised input, or the quantity that its schedule interprets the output as.
+    """Predicts the noise in a noisy input, or the quantity that its schedule interprets the output as.
 
     Attributes:
         dropout: probability of dropping an activation in training; if not 0, `forward` takes a seed per sample.
-        classes: number of classes that it is conditioned on; 0 if it is unconditional.
-        latent: dimension Z of the latent that it takes in addition to its input; 0 if it takes none.
+        classes: number of classes on which it is conditioned; 0 if it is unconditional.
+        latent: dimension Z of the latent that it takes as a further input; 0 if it takes none.
     """
 
     dropout: float = 0.0
@@ -28,11 +28,19 @@ class Denoiser(nn.Module, ABC):
         """Embeddings [N, E] of diffusion steps [N], which may be fractional."""
 
     def embed_labels(self, labels: Tensor) -> Tensor:  # noqa: ARG002
-        """The term that labels [B] add to an embedding, [B, E]."""
+        """The term that labels [B] add to an embedding, [B, E].
+
+        Raises:
+            UserError: the network is unconditional.
+        """
         raise UserError(f"{type(self).__name__} is not class-conditional, but was given labels.")
 
     def embed_latent(self, latent: Tensor) -> Tensor:  # noqa: ARG002
-        """The term that latents [B, Z] add to an embedding, [B, E]."""
+        """The term that latents [B, Z] add to an embedding, [B, E].
+
+        Raises:
+            UserError: the network does not take a latent.
+        """
         raise UserError(f"{type(self).__name__} does not take a latent, but was given one.")
 
     @abstractmethod
@@ -40,7 +48,7 @@ class Denoiser(nn.Module, ABC):
         """Predict the noise in `x`: [B, *event].
 
         Args:
-            x: [B, *event].
+            x: noisy input, [B, *event].
             embedding: one for the batch [1, E] or one per sample [B, E].
             seed: dropout seed of each sample, 62 bits, int64, [B]; None disables dropout.
         """
@@ -52,7 +60,8 @@ def conditioned(
     """Add the embeddings of the labels and of the latent [B, Z] to an embedding of steps [1 or B, E].
 
     Raises:
-        UserError: the network needs labels or a latent that are missing, or does not take those that were given.
+        UserError: the network needs labels or a latent that are missing, or does not take those that were given, or the
+            condition consists of prompts.
     """
     labels = condition.labels
     if condition.embeddings is not None or condition.prompts is not None:
@@ -71,7 +80,7 @@ class Critic(nn.Module, ABC):
     """Scores an input; used as an energy.
 
     Attributes:
-        classes: number of classes that it is conditioned on; 0 if it is unconditional.
+        classes: number of classes on which it is conditioned; 0 if it is unconditional.
     """
 
     classes: int = 0
@@ -90,7 +99,7 @@ class TimedCritic(nn.Module, ABC):
     """Scores an input at a step; used as a value function.
 
     Attributes:
-        classes: number of classes that it is conditioned on; 0 if it is unconditional.
+        classes: number of classes on which it is conditioned; 0 if it is unconditional.
     """
 
     classes: int = 0
@@ -104,7 +113,7 @@ class TimedCritic(nn.Module, ABC):
         """The scores of `x` [B, *event]: [B].
 
         Args:
-            x: [B, *event].
+            x: input, [B, *event].
             embedding: one for the batch [1, E] or one per sample [B, E].
             labels: int64 [B] if the network is class-conditional, else None.
         """
@@ -115,7 +124,7 @@ class SinusoidalEmbedding(nn.Module):
 
     Args:
         dim: size of the embedding, an even number.
-        endpoint: whether the last frequency is 1 / 10,000, as in DDPM's code; else 1 / 10,000 would be the next one.
+        endpoint: whether the last frequency is 1 / 10,000, as in DDPM's code; else the one after the last would be.
         cosine_first: whether cosines come before sines, as in ADM's code.
     """
 

@@ -1,4 +1,4 @@
-"""Settings of the networks: one frozen dataclass for each kind. Nothing here imports PyTorch."""
+"""Settings of the networks: one class for each kind. Nothing here imports PyTorch."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ class NetworkConfig:
     """The part of a network's config that all kinds share."""
 
     kind: str = "mlp"
-    """Which network: the key of its config class in the registry."""
+    """Which network: its key in `dxmi.networks.registry`."""
     classes: int = 0
-    """Classes that it is conditioned on; 0 for none."""
+    """Number of classes on which the network is conditioned; 0 for an unconditional network."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.classes <= _MAX_CLASSES:
@@ -29,14 +29,14 @@ class MlpConfig(NetworkConfig):
 
     kind: str = "mlp"
     hidden: int = 512
-    """Units of each hidden layer."""
+    """Width of the hidden layers."""
     layers: int = 5
-    """Linear layers, the output layer included."""
+    """Number of linear layers, including the output layer."""
     embedding: int = 100
-    """Width of the sinusoidal time embedding; an energy, which knows no time, ignores it."""
+    """Width of the sinusoidal step embedding; not used by an energy, which does not depend on time."""
     first_gain: float = 1.0
-    """Factor of the first layer's initial weights. In the plane an MLP at 1 is slow to learn anything but the broadest
-    features of a density; at 3 it learns the eight Gaussians within a few hundred iterations."""
+    """Factor of the first layer's initial weights. In the plane, an MLP with 1 learns all but the coarsest features of
+    a density slowly; with 3 it learns the eight Gaussians within a few hundred iterations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,25 +56,25 @@ class UnetConfig(NetworkConfig):
 
     kind: str = "unet"
     channels: int = 128
-    """C at the highest resolution, and the width of the sinusoidal step embedding."""
+    """Channels that `multipliers` multiply, and the width of the sinusoidal step embedding."""
     multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    """C of each level, highest resolution first, as multiples of `channels`; each level has half the one before."""
+    """Channels of each level as multiples of `channels`; each level has half the resolution of the previous one."""
     blocks: int = 2
-    """Residual blocks a level on the way down; one more on the way up."""
+    """Residual blocks per level of the encoder; the decoder has one more per level."""
     attention: tuple[int, ...] | None = (16,)
-    """Heights, in patches, of the levels with attention after each block; null for none. The middle always has it."""
+    """Heights, in patches, of the levels with attention after each block; null for none. The middle always has one."""
     head_channels: int | None = None
-    """Channels of an attention head; null for a single head."""
+    """Channels of each attention head; null for a single head."""
     groups: int = 32
-    """Groups of each GroupNorm."""
+    """Number of groups of each GroupNorm."""
     dropout: float = 0.1
-    """Share of activations that pretraining drops in each residual block; fine-tuning and sampling drop none."""
+    """Dropout rate in each residual block while pretraining; fine-tuning and sampling use no dropout."""
     channels_last: bool = False
-    """Keep C last in memory, which is faster on GPUs with tensor cores."""
+    """Use the channels-last memory format, which is faster on GPUs with tensor cores."""
     patch: int = 1
-    """Side of the squares of pixels that are taken together as channels: 2 quarters the work and the memory."""
+    """Side of the square patches whose pixels are stacked as channels; 2 needs a quarter of the compute and memory."""
     recompute: bool = False
-    """Recompute each block's activations for the gradient instead of keeping them: less memory, a third more time."""
+    """Recompute the activations of each block in the backward pass: less memory, but a third more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,12 +110,12 @@ class EdmUnetConfig(UnetConfig):
     head_channels: int | None = 64
     dropout: float = 0.0
     scale_shift: bool = True
-    """The embedding scales and shifts each block's second norm, instead of being added before it."""
+    """Scale and shift the output of each block's second norm by the embedding, instead of adding it before the norm."""
     resample_in_blocks: bool = True
-    """Residual blocks change the resolution, instead of strided convolutions."""
+    """Change the resolution in residual blocks, instead of by a strided convolution or an upsampling layer."""
     step_scale: float = 1.0
-    """What diffusion steps are multiplied by before they are embedded. The Karras schedule tells a network 250 log
-    sigma, as OpenAI's were told; NVIDIA's were told a thousandth of that.
+    """Factor of the diffusion step before it is embedded. The Karras schedule gives the network 250 log sigma, on which
+    OpenAI's networks were trained. NVIDIA's were trained on a thousandth of that: use 0.001 for them.
     """
 
     def __post_init__(self) -> None:
@@ -130,23 +130,23 @@ class NcsnppGanConfig(NetworkConfig):
 
     kind: str = "ncsnpp_gan"
     channels: int = 128
-    """C at the highest resolution, and the width of the sinusoidal step embedding."""
+    """Channels that `multipliers` multiply, and the width of the sinusoidal step embedding."""
     multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    """C of each level, highest resolution first, as multiples of `channels`; each level has half the one before."""
+    """Channels of each level as multiples of `channels`; each level has half the resolution of the previous one."""
     blocks: int = 2
-    """Residual blocks a level on the way down; one more on the way up."""
+    """Residual blocks per level of the encoder; the decoder has one more per level."""
     attention: tuple[int, ...] | None = (16,)
-    """Heights of the levels with attention; null for none. The middle always has it."""
+    """Heights of the levels with attention; null for none. The middle always has one."""
     latent: int = 100
-    """Z: numbers in a latent."""
+    """Z, the dimension of the latent."""
     latent_embedding: int = 256
     """Width of the embedded latent."""
     latent_layers: int = 4
-    """Layers after the first one of the latent's MLP."""
+    """Number of layers of the latent's MLP, not counting the first."""
     channels_last: bool = False
-    """Keep C last in memory, which is faster on GPUs with tensor cores."""
+    """Use the channels-last memory format, which is faster on GPUs with tensor cores."""
     recompute: bool = False
-    """Recompute each block's activations for the gradient instead of keeping them: less memory, a third more time."""
+    """Recompute the activations of each block in the backward pass: less memory, but a third more time."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.multipliers) <= _MAX_LEVELS or min(self.multipliers) < 1:
@@ -157,7 +157,7 @@ class NcsnppGanConfig(NetworkConfig):
             raise ValueError(f"blocks is {self.blocks}: it must be in 1..{_MAX_BLOCKS}")
         super().__post_init__()
         if self.classes:
-            raise ValueError(f"classes is {self.classes}: this generator knows none, so make it 0")
+            raise ValueError(f"classes is {self.classes}: this generator is unconditional, so make it 0")
         for name in ("latent", "latent_embedding"):
             if not 1 <= getattr(self, name) <= _MAX_LATENT:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be in 1..{_MAX_LATENT}")
@@ -167,39 +167,39 @@ class NcsnppGanConfig(NetworkConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusersConfig(NetworkConfig):
-    """UNet2DModel under its own argument names; the defaults are those of google/ddpm-cifar10-32."""
+    """The arguments of diffusers' UNet2DModel; the defaults are those of google/ddpm-cifar10-32."""
 
     kind: str = "diffusers"
     block_out_channels: tuple[int, ...] = (128, 256, 256, 256)
-    """C of each level, highest resolution first."""
+    """Channels of each level, highest resolution first."""
     down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
-    """Block type of each level on the way down."""
+    """Block type of each level of the encoder."""
     up_block_types: tuple[str, ...] = ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-    """Block type of each level on the way up."""
+    """Block type of each level of the decoder, lowest resolution first."""
     layers_per_block: int = 2
-    """Residual blocks a level on the way down."""
+    """Residual blocks per level of the encoder; the decoder has one more per level."""
     downsample_padding: int = 0
-    """0 pads only at the right and at the bottom."""
+    """Padding of the downsampling convolutions; 0 pads only the right and the bottom side, as in DDPM."""
     downsample_type: str = "conv"
-    """conv or resnet."""
+    """Downsampling of the levels with attention: conv or resnet."""
     upsample_type: str = "conv"
-    """conv or resnet."""
+    """Upsampling of the levels with attention: conv or resnet."""
     act_fn: str = "silu"
     """Activation function."""
     attention_head_dim: int | None = None
-    """Channels of an attention head; null for a single head."""
+    """Channels of each attention head; null for a single head."""
     norm_num_groups: int = 32
-    """Groups of each GroupNorm."""
+    """Number of groups of each GroupNorm."""
     attn_norm_num_groups: int | None = None
     """Groups of the GroupNorm before the attention in the middle; null for the default of diffusers."""
     norm_eps: float = 1e-6
     """Epsilon of each GroupNorm."""
     resnet_time_scale_shift: str = "default"
-    """default or scale_shift."""
+    """How the step embedding enters a residual block: default (added) or scale_shift."""
     freq_shift: int = 1
-    """1 reaches the frequency 1 / 10,000."""
+    """With 1, the last frequency of the step embedding is 1 / 10,000; with 0, it is a little higher."""
     flip_sin_to_cos: bool = False
-    """Cosines before sines."""
+    """Put the cosines of the step embedding before the sines."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,24 +207,24 @@ class DiffusersConfig(NetworkConfig):
         if len(lengths) > 1:
             raise ValueError("block_out_channels, down_block_types and up_block_types must have as many entries each")
         if min(self.block_out_channels) < 1:
-            raise ValueError(f"block_out_channels is {list(self.block_out_channels)}: they must be positive")
+            raise ValueError(f"block_out_channels is {list(self.block_out_channels)}: all must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
 class IgebmConfig(NetworkConfig):
-    """The energy of the published image experiments."""
+    """The IGEBM energy, which most of the published image experiments use."""
 
     kind: str = "igebm"
     channels: int = 128
-    """C of the first two blocks; the others have twice as many."""
+    """Channels of the first two blocks; the others have twice as many."""
     spectral_norm: bool = False
     """Divide the weights of each convolution by their largest singular value."""
     output_scale: bool = True
     """Learn a scale and a shift of the output."""
     embedding: int = 128
-    """Width of the sinusoidal step embedding of a value; an energy, which knows no time, ignores it."""
+    """Width of the sinusoidal step embedding; not used by an energy, which does not depend on time."""
     channels_last: bool = False
-    """Keep C last in memory, which is faster on GPUs with tensor cores."""
+    """Use the channels-last memory format, which is faster on GPUs with tensor cores."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -240,15 +240,15 @@ class WideResNetConfig(NetworkConfig):
 
     kind: str = "wide_resnet"
     depth: int = 16
-    """Convolutions: 6 n + 4 for n blocks a group."""
+    """Number of convolutions: 6 n + 4 with n blocks per group."""
     width: int = 10
-    """k: multiplies the 16, 32 and 64 channels of the groups."""
+    """Factor k of the 16, 32 and 64 channels of the three groups."""
     groups: int = 4
-    """Groups of each GroupNorm; 0 for no normalization."""
+    """Number of groups of each GroupNorm; 0 for no normalization."""
     embedding: int = 128
-    """Width of the sinusoidal step embedding of a value; an energy, which knows no time, ignores it."""
+    """Width of the sinusoidal step embedding; not used by an energy, which does not depend on time."""
     channels_last: bool = False
-    """Keep C last in memory, which is faster on GPUs with tensor cores."""
+    """Use the channels-last memory format, which is faster on GPUs with tensor cores."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ from dxmi.networks.layers import fan_in_uniform, image_event
 
 
 class DiffusersDenoiser(Denoiser):
-    """A UNet2DModel. The embedding holds only the step and the label: the model itself embeds both.
+    """A UNet2DModel. The embedding consists of the step and the label only, since the model itself embeds both.
 
     Args:
         config: settings of the model.

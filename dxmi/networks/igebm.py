@@ -1,7 +1,7 @@
-"""The residual energy of IGEBM (Du & Mordatch, arXiv 1903.08689) as DxMI uses it: a critic of images.
+"""The residual energy of IGEBM (Du & Mordatch, arXiv 1903.08689) as used by DxMI, a critic of images.
 
-A convolution, six residual blocks without normalization (the 1st, 3rd and 5th halve the resolution), ReLU, a sum over
-the pixels, a linear map to one number, and a learned scale and shift of that number.
+It consists of a convolution, six residual blocks without normalization (the 1st, 3rd and 5th halve the resolution),
+ReLU, a sum over the pixels, a linear map to one number, and a learned scale and shift of that number.
 
 Axis letters: B batch, C channels, H height, W width, E embedding.
 """
@@ -27,7 +27,7 @@ _SLOPE = 0.2
 
 
 class _Block(nn.Module):
-    """lrelu(half(skip(x) + conv(lrelu(conv(x))))), each convolution followed by a scale and a shift per class."""
+    """lrelu(half(skip(x) + conv(lrelu(conv(x))))); with classes, each convolution has a scale and a shift per class."""
 
     def __init__(
         self, inputs: int, outputs: int, config: IgebmConfig, generator: torch.Generator, *, down: bool, timed: bool

@@ -1,4 +1,4 @@
-"""Layers that the image networks share: initialized from a generator, and pure functions of their arguments.
+"""Layers of the image networks. They are initialized from a generator and are pure functions of their arguments.
 
 Axis letters: B batch, C channels, H height, W width, N = H W pixels, G heads, D channels of a head, E embedding.
 """
@@ -29,7 +29,7 @@ def fan_average(fan_in: int, fan_out: int) -> tuple[float, float]:
 
 
 def zero(fan_in: int, fan_out: int) -> tuple[float, float]:  # noqa: ARG001
-    """Zero weights and biases, for the last layer of a residual branch, which then starts as the identity."""
+    """Zero weights and biases, for the last layer of a residual branch, so that the block starts as the identity."""
     return 0.0, 0.0
 
 
@@ -58,7 +58,7 @@ class Conv2d(nn.Conv2d):
 
 
 def fill(layer: LayerT, init: Init, generator: torch.Generator) -> LayerT:
-    """Draw the weights of `layer` from `generator`; returns `layer`."""
+    """Draw the weights and biases of `layer` from `generator` and return `layer`."""
     positions = layer.weight[0, 0].numel()
     bounds = init(layer.weight.shape[1] * positions, layer.weight.shape[0] * positions)
     with torch.no_grad():
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         heads: G, a divisor of C.
         norm: applied to the input of the attention.
         generator: draws the initial weights.
-        scale: factor of the residual sum, 1 or 1 / sqrt(2).
+        scale: factor of the sum, 1 or 1 / sqrt(2).
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Attention(nn.Module):
 # ----------------------------------------------------------------------------
 # Dropout.
 
-_LAYER_STRIDE = 0x9E3779B1  # 2^32 over the golden ratio: maps consecutive layer numbers to distant values
+_LAYER_STRIDE = 0x9E3779B1  # 2^32 / golden ratio: maps consecutive layer numbers to distant values
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -163,8 +163,8 @@ def _mix(x: Tensor) -> Tensor:
 def dropout_mask(seed: Tensor, layer: int, event: tuple[int, ...], rate: float) -> Tensor:
     """The mask of activations to keep, each with probability 1 - `rate`: bool, [B, *event].
 
-    The mask is a hash of (seed of the sample, layer, position) instead of a draw from a generator. It is therefore the
-    same if a batch is sharded, split into micro-batches, stacked, or recomputed for the gradient.
+    The mask is a hash of (seed of the sample, layer, position) and is not drawn from a generator. It is therefore the
+    same when a batch is sharded, split into micro-batches, stacked, or recomputed in the backward pass.
 
     Args:
         seed: one per sample, 62 bits, int64, [B].
@@ -210,8 +210,8 @@ _POWER_ITERATIONS = 12
 def spectral(weight: Tensor, start: Tensor) -> Tensor:
     """Divide `weight` [O, ...] by the largest singular value of its matrix [O, I] (arXiv 1802.05957).
 
-    The power iteration starts from `start` [O] every time, not from its previous result. The output then depends only
-    on the weights and not on the number of previous calls, at the cost of a few more matrix-vector products.
+    The power iteration always starts from `start` [O], not from its previous result, so that the output depends only on
+    the weights and not on the number of previous calls. This costs a few more matrix-vector products.
     """
     matrix = weight.flatten(1)
     with torch.no_grad():
@@ -253,14 +253,14 @@ def spectral_convs(network: nn.Module, generator: torch.Generator) -> None:
 
 
 # ----------------------------------------------------------------------------
-# Shared by the critics of images.
+# Layers and checks for the image networks.
 
 
 class StepMlp(nn.Module):
     """A sinusoidal embedding of steps, followed by two layers.
 
     Args:
-        width: E, and the number of sinusoids.
+        width: E, which is also the number of sinusoids.
         generator: draws the initial weights.
     """
 
@@ -276,7 +276,7 @@ class StepMlp(nn.Module):
 
 
 def image_event(event: tuple[int, ...], what: str, least: int) -> tuple[int, int]:
-    """(C, H) of an event, which must be a square image with sides of at least `least` pixels.
+    """Return (C, H) of an event, which must be a square image with sides of at least `least` pixels.
 
     Raises:
         UserError: the event is not such an image.
@@ -287,7 +287,7 @@ def image_event(event: tuple[int, ...], what: str, least: int) -> tuple[int, int
 
 
 def require_labels(labels: Tensor | None, classes: int) -> Tensor | None:
-    """The labels themselves, or None if the network is unconditional.
+    """Return the labels, which must be None exactly if the network is unconditional.
 
     Raises:
         UserError: there are classes but no labels, or labels but no classes.

@@ -17,7 +17,7 @@ from dxmi.networks.layers import label_table, linear, require_labels
 def _linear(
     inputs: int, outputs: int, generator: torch.Generator, *, bias: bool = True, gain: float = 1.0
 ) -> nn.Linear:
-    """A linear layer with weights drawn uniformly within gain / sqrt(inputs) from `generator`."""
+    """A linear layer with parameters uniform within +-gain / sqrt(inputs), drawn from `generator`."""
     bound = gain / math.sqrt(inputs)
     return linear(inputs, outputs, generator, lambda *_: (bound, bound), bias=bias)
 
@@ -60,7 +60,7 @@ class _StepEmbedding(nn.Module):
 
 
 class MlpDenoiser(Denoiser):
-    """Predicts noise of the shape of its input."""
+    """Predicts noise with the shape of its input."""
 
     def __init__(self, config: MlpConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
         super().__init__()

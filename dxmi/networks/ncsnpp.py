@@ -1,8 +1,8 @@
 """NCSN++ (Song et al., arXiv 2011.13456) as the generator of a denoising-diffusion GAN (Xiao et al., arXiv 2112.07804).
 
-A U-Net that predicts the image from a noisy one and a latent z: an MLP of z scales and shifts every norm, and the step
-embedding is added as in DDPM's U-Net. Resampling uses the filter [1, 3, 3, 1], every lower resolution of the encoder
-also receives the downsampled noisy image, and every sum of two branches is divided by the square root of two.
+A U-Net that predicts the image from a noisy one and a latent z. An MLP of z scales and shifts the norms of the residual
+blocks, and the step embedding is added as in DDPM's U-Net. Resampling uses the filter [1, 3, 3, 1]. Every lower
+resolution of the encoder also receives the downsampled noisy image. Every sum of two branches is divided by sqrt(2).
 
 Axis letters: B batch, C channels, H height, W width, E embedding (of the step, then of the latent), Z latent.
 """
@@ -31,7 +31,7 @@ _ROOT_HALF = math.sqrt(0.5)
 
 
 def _filter(x: Tensor, gain: float) -> Tensor:
-    """The filter of each channel of `x`, [C, 1, 4, 4]."""
+    """The filter times `gain`, repeated for each channel of `x`, [C, 1, 4, 4]."""
     tap = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) * (gain / 8.0)
     return torch.outer(tap, tap).expand(x.shape[1], 1, 4, 4)
 
@@ -47,7 +47,7 @@ def fir_double(x: Tensor) -> Tensor:
 
 
 class _Pyramid(nn.Module):
-    """The noisy image at the next lower resolution: the filter, then a 3x3 convolution of stride 2."""
+    """Maps the noisy image to the next lower resolution: the filter, then a 3x3 convolution with stride 2."""
 
     def __init__(self, inputs: int, outputs: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -60,7 +60,8 @@ class _Pyramid(nn.Module):
 
 
 # ----------------------------------------------------------------------------
-# Blocks. Each takes the map [B, C, H, W], the step after its SiLU [1 or B, 4 C], and the embedded latent [B, E'].
+# Blocks. Each takes a feature map [B, C, H, W], the step embedding after SiLU [1 or B, 4 C], and the embedded latent
+# [B, E'].
 
 
 def _groups(channels: int) -> int:
@@ -136,7 +137,7 @@ class _Level(nn.Module):
 
 
 class NcsnppGan(Denoiser):
-    """A generator that predicts the image, in (-1, 1), from a noisy one.
+    """A generator that predicts an image with values in (-1, 1) from a noisy one.
 
     Args:
         config: settings of the network.
@@ -144,7 +145,7 @@ class NcsnppGan(Denoiser):
         generator: draws the initial weights.
 
     Raises:
-        UserError: images of this size cannot be halved as often as the config requires.
+        UserError: the size of the images cannot be halved as often as the config requires.
     """
 
     def __init__(self, config: NcsnppGanConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
@@ -152,7 +153,7 @@ class NcsnppGan(Denoiser):
         in_channels, self.size = image_event(event, "NCSN++", least=1)
         halvings = len(config.multipliers) - 1
         if self.size % 2**halvings:
-            raise UserError(f"NCSN++ halves its input {halvings} times, which {self.size} pixels cannot be.")
+            raise UserError(f"NCSN++ halves its input {halvings} times, which is impossible with {self.size} pixels.")
         self.config = config
         self.latent = config.latent
         channels, hidden, width = config.channels, 4 * config.channels, config.latent_embedding
@@ -207,7 +208,7 @@ class NcsnppGan(Denoiser):
         return Attention(channels, 1, _norm(channels), generator, scale=_ROOT_HALF)
 
     def embed(self, steps: Tensor) -> Tensor:
-        """Map steps [N] to [N, E], with zeros to which an embedded latent can be added."""
+        """Map steps [N] to [N, E], with zeros to which an embedded latent is added."""
         step = self.embed_out(silu(self.embed_in(self.sinusoids(steps))))
         return F.pad(step, (0, self.config.latent_embedding))
 

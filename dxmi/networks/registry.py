@@ -1,4 +1,4 @@
-"""The networks, one registry per role. This module does not import PyTorch, see `dxmi.registry`."""
+"""The registries of networks, one per role. Nothing here imports PyTorch, see `dxmi.registry`."""
 
 from typing import TYPE_CHECKING
 
@@ -42,15 +42,15 @@ TIMED_CRITICS: Registry["TimedCritic"] = Registry(
 
 
 def build_denoiser(config: "NetworkConfig", event: tuple[int, ...], generator: "torch.Generator") -> "Denoiser":
-    """A noise predictor for events of shape `event`, initialized from `generator`."""
+    """Build a denoiser for events of shape `event`, initialized from `generator`."""
     return DENOISERS.build(config, event, generator)
 
 
 def build_critic(config: "NetworkConfig", event: tuple[int, ...], generator: "torch.Generator") -> "Critic":
-    """A time-independent score for events of shape `event`, initialized from `generator`."""
+    """Build a time-independent critic for events of shape `event`, initialized from `generator`."""
     return CRITICS.build(config, event, generator)
 
 
 def build_timed_critic(config: "NetworkConfig", event: tuple[int, ...], generator: "torch.Generator") -> "TimedCritic":
-    """A time-conditioned score for events of shape `event`, initialized from `generator`."""
+    """Build a time-conditioned critic for events of shape `event`, initialized from `generator`."""
     return TIMED_CRITICS.build(config, event, generator)

@@ -1,10 +1,11 @@
-"""U-Nets: DDPM's for 32x32 (arXiv 2006.11239) and the ADM one that EDM uses (arXiv 2105.05233, 2206.00364).
+"""U-Nets: that of DDPM for 32x32 images (arXiv 2006.11239), and that of ADM, which EDM uses (2105.05233, 2206.00364).
 
-Both are the same network with different blocks: an encoder of levels with halved resolutions, and a decoder with skip
-connections by concatenation:
+Both are the same network with different blocks: an encoder whose levels halve the resolution, and a decoder with skip
+connections by concatenation. By default they differ in these points:
 
-    DDPM:  the embedding is added;      strided convolutions between levels;        one head;  GroupNorm eps 1e-6
-    ADM:   it scales and shifts a norm; those, or residual blocks that resample;    heads of 64 channels;  eps 1e-5
+           embedding                 between levels                      attention              GroupNorm
+    DDPM   added                     convolutions                        one head               eps 1e-6
+    ADM    scales and shifts a norm  residual blocks that resample       heads of 64 channels   eps 1e-5
 
 Axis letters: B batch, C channels, H height, W width, E embedding.
 """
@@ -39,7 +40,7 @@ from dxmi.networks.layers import (
 
 
 class Style(NamedTuple):
-    """The differences between the two kinds.
+    """The differences between the two kinds of U-Net.
 
     Attributes:
         adm: whether it is the ADM kind: cosines before sines, and strided convolutions padded on all sides.
@@ -66,7 +67,7 @@ def style_of(config: UnetConfig) -> Style:
 Resample = Callable[[Tensor], Tensor]
 
 # ----------------------------------------------------------------------------
-# Blocks. Each takes the map [B, C, H, W], the embedding after its SiLU [1 or B, E], and the seed [B] or None.
+# Blocks. Each takes a feature map [B, C, H, W], the embedding after SiLU [1 or B, E], and the seed [B] or None.
 
 
 def downsample(x: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class ResidualBlock(nn.Module):
     Args:
         inputs: number of input channels.
         outputs: number of output channels.
-        layers: shared by the blocks of one network.
+        layers: factory of the network's layers.
         resample: `downsample`, `upsample` or None, applied between the first norm and the first convolution.
     """
 
@@ -134,7 +135,7 @@ class Stage(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A 3x3 convolution of stride 2; DDPM's is padded only at the right and the bottom, as in TensorFlow."""
+    """A 3x3 convolution with stride 2; DDPM's is padded only at the right and at the bottom, as in TensorFlow."""
 
     def __init__(self, channels: int, layers: "LayerFactory") -> None:
         super().__init__()
@@ -160,7 +161,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The stages of one resolution, and the resampling to the next one, if there is a next one."""
+    """The stages of one resolution, and the resampling to the next one, if there is one."""
 
     def __init__(self, stages: list[Stage], resample: nn.Module | None) -> None:
         super().__init__()
@@ -220,7 +221,7 @@ class Unet(Denoiser):
         generator: draws the initial weights.
 
     Raises:
-        UserError: images of this size cannot be halved as often as the config requires.
+        UserError: the size of the images is not divisible as the config requires.
     """
 
     def __init__(self, config: UnetConfig, event: tuple[int, ...], generator: torch.Generator) -> None:
@@ -315,13 +316,13 @@ class Unet(Denoiser):
 
     def _run(self, embedding: Tensor, seed: Tensor | None, block: nn.Module, h: Tensor) -> Tensor:
         """Apply a block, with activation checkpointing if `recompute` is set."""
-        if self.config.recompute and torch.is_grad_enabled():  # nothing random is drawn inside
+        if self.config.recompute and torch.is_grad_enabled():  # blocks draw no random numbers
             return checkpoint(block, h, embedding, seed, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
         return block(h, embedding, seed)  # type: ignore[no-any-return]
 
 
 def _checked(config: UnetConfig, event: tuple[int, ...]) -> tuple[int, int]:
-    """C of an event, and its height in patches, checked to be divisible as often as the config halves it."""
+    """The channels of an event and its height in patches, which must be divisible as the config requires."""
     in_channels, pixels = image_event(event, "A U-Net", least=1)
     halvings = len(config.multipliers) - 1
     if pixels % config.patch:
@@ -332,8 +333,8 @@ def _checked(config: UnetConfig, event: tuple[int, ...]) -> tuple[int, int]:
     size = pixels // config.patch
     if size % 2**halvings:
         raise UserError(
-            f"A U-Net with {halvings + 1} multipliers halves its input {halvings} times, which {size} "
-            f"{'pixels' if config.patch == 1 else 'patches'} cannot be: use fewer multipliers"
+            f"A U-Net with {halvings + 1} multipliers halves its input {halvings} times, which is "
+            f"impossible with {size} {'pixels' if config.patch == 1 else 'patches'}: use fewer multipliers"
             f"{'' if config.patch == 1 else ', or a smaller patch'}."
         )
     return in_channels, size

@@ -1,8 +1,8 @@
-"""The wide residual network (Zagoruyko & Komodakis, arXiv 1605.07146) as an energy: the larger critic for LSUN.
+"""The wide residual network (Zagoruyko & Komodakis, arXiv 1605.07146) as a critic, the larger one for LSUN.
 
-6n + 4 convolutions, three of them in skip connections: an input convolution; three groups of n pre-activation blocks
-with 16k, 32k and 64k channels, of which the second and the third halve the resolution; then a norm, leaky ReLU, the
-mean over the pixels, and a linear map to one number.
+It consists of an input convolution; three groups of n pre-activation blocks with 16k, 32k and 64k channels, where the
+second and the third group halve the resolution; a norm, leaky ReLU, the mean over the pixels, and a linear map to one
+number. It has 6n + 4 convolutions, including one in the skip connection of each group.
 
 Axis letters: B batch, C channels, H height, W width, E embedding.
 """
@@ -28,7 +28,7 @@ _SLOPE = 0.2
 
 
 class _Block(nn.Module):
-    """skip(x) + conv(lrelu(norm(conv(lrelu(norm(x)))))); step and class shift the input of the second norm."""
+    """skip(x) + conv(lrelu(norm(conv(lrelu(norm(x)))))); step and class embeddings shift the second norm's input."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class _Block(nn.Module):
             h = h + as_map(self.shift(shift))
         h = _leaky(self.norm_out(h))
         h = F.conv2d(h, self.conv_out.weight, self.conv_out.bias, stride=self.stride, padding=1)
-        if self.stride == 2:  # with `skip`, a 1x1 convolution of stride 2
+        if self.stride == 2:  # together with the 1x1 convolution `skip`, a convolution with stride 2
             x = x[:, :, ::2, ::2]
         skip: Tensor = self.skip(x)
         return skip + h

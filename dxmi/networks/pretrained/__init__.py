@@ -1,1 +1,1 @@
-"""Public checkpoints: their files, their layouts, and folders of diffusers."""
+"""Reading and writing public checkpoints: their files, their layouts, and folders of diffusers."""

@@ -1,6 +1,6 @@
 """Folders in which diffusers stores a model: `config.json` and `diffusion_pytorch_model.safetensors`.
 
-Our own U-Nets can be written to such a folder too, under diffusers' names and with the config of the equivalent
+This package's U-Nets can be written to such a folder, too, with diffusers' names and the config of the equivalent
 UNet2DModel.
 """
 
@@ -27,10 +27,10 @@ _CONFIG = "config.json"
 
 
 def config_of_folder(folder: Path) -> DiffusersConfig:
-    """The config of the model in a folder.
+    """Read the config of the model in a folder.
 
     Raises:
-        UserError: the folder has no model, or one that `DiffusersConfig` cannot describe.
+        UserError: the folder holds no model, or one that `DiffusersConfig` cannot describe.
     """
     tree = _tree_of_folder(folder)
     known = {field.name for field in fields(DiffusersConfig)} - {"kind"}
@@ -43,7 +43,7 @@ def config_of_folder(folder: Path) -> DiffusersConfig:
 
 
 def _tree_of_folder(folder: Path) -> dict[str, Any]:
-    """The content of config.json, checked to describe a model that can be a denoiser.
+    """Read config.json and check that it describes a model that can be a denoiser.
 
     Raises:
         UserError: the file is missing, or describes another kind of model.
@@ -51,7 +51,7 @@ def _tree_of_folder(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
     tree = _json(path, f"{folder} does not hold a diffusers model: ")
     if tree.get("_class_name") != "UNet2DModel":
-        raise UserError(f"{folder} holds a {tree.get('_class_name')}: a denoiser is a UNet2DModel.")
+        raise UserError(f"{folder} holds a {tree.get('_class_name')}: a denoiser must be a UNet2DModel.")
     for key, value in _FIXED.items():
         if tree.get(key, value) != value:
             raise UserError(f"{path} has {key}={tree[key]!r}: a denoiser needs {value!r}.")
@@ -91,11 +91,11 @@ _DEFAULTS: dict[str, Any] = {
     "freq_shift": 0,
     "flip_sin_to_cos": True,
 }
-"""Defaults of UNet2DModel, which a config.json may omit, where they differ from ours."""
+"""The defaults of UNet2DModel that differ from those of `DiffusersConfig`; a config.json may omit them."""
 
 
 # ----------------------------------------------------------------------------
-# Check that the model in a folder is the network of a config: names and shapes may match when the functions differ.
+# Check that the model in a folder is the network of a config: equal names and shapes do not imply equal functions.
 
 
 def require_same_model(folder: Path, network: Denoiser, event: tuple[int, ...]) -> None:
@@ -136,7 +136,7 @@ _ACTIVATIONS = {"swish": "silu", "SiLU": "silu"}
 
 
 def _effect(tree: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
-    """A canonical form of a config, equal for two configs of the same function.
+    """The canonical form of a config, which is equal for two configs that describe the same function.
 
     Raises:
         UserError: the values are not valid for a UNet2DModel.
@@ -174,7 +174,7 @@ def _described(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _levels(values: Mapping[str, Any], way: str, channels: Sequence[int]) -> list[tuple[str, int]]:
-    """For each level, the kind of its blocks and of its resampling, and its number of heads (0 without attention)."""
+    """The kind of the blocks and of the resampling of each level, and its number of heads (0 without attention)."""
     kinds, levels = values[f"{way}_block_types"], []
     for number, (kind, width) in enumerate(zip(kinds, channels, strict=True)):
         attends, plain = kind.startswith("Attn"), f"{way.capitalize()}Block2D"
@@ -192,12 +192,12 @@ def _heads(width: int, head_channels: int | None) -> int:
 
 
 def _side(size: Any) -> int | None:
-    """The height of the images, which are square."""
+    """The height of the images, which must be square."""
     return int(size[0]) if isinstance(size, list | tuple) else None if size is None else int(size)
 
 
 # ----------------------------------------------------------------------------
-# The scheduler of a folder: the quantity that the model predicts, and the noise that it was trained on.
+# The scheduler of a folder: the quantity that the model predicts, and the noise on which it was trained.
 
 _SCHEDULER = "scheduler_config.json"
 _EDM_SCHEDULERS = ("EDM", "CMStochasticIterative")
@@ -205,18 +205,18 @@ _OTHER_SCHEDULERS = ("FlowMatch", "ScoreSde", "KarrasVe", "VQDiffusion", "Amused
 
 
 def scheduler_of_folder(folder: Path) -> Path | None:
-    """The scheduler_config.json in the folder of a model, in the `scheduler` folder of its pipeline, or at its top."""
+    """Find scheduler_config.json in the folder of a model or of its pipeline, or in a folder `scheduler` of either."""
     places = (folder, folder / "scheduler", folder.parent / "scheduler", folder.parent)
     return next((place / _SCHEDULER for place in places if (place / _SCHEDULER).is_file()), None)
 
 
 def require_same_noise(path: Path, family: str, betas: Array) -> None:
-    """Compare a scheduler_config.json with the family of models that a run's schedule shortens.
+    """Check that a scheduler_config.json belongs to the family of models that a run's schedule shortens.
 
     Args:
         path: path of the file.
-        family: `ScheduleConfig.family`.
-        betas: forward process of the DDPM family, [K].
+        family: family of models, see `ScheduleConfig.family`.
+        betas: betas of the forward process of DDPM, [K].
 
     Raises:
         UserError: the model was trained on other noise or predicts another quantity.
@@ -225,7 +225,7 @@ def require_same_noise(path: Path, family: str, betas: Array) -> None:
     name = str(tree.get("_class_name", ""))
     edm = name.startswith(_EDM_SCHEDULERS)
     if name.startswith(_OTHER_SCHEDULERS) or edm != (family == "edm") or family not in ("ddpm", "edm"):
-        raise UserError(f"{path} is of {name or 'a DDPM scheduler'}: schedule.kind does not support its models.")
+        raise UserError(f"{path} describes {name or 'a DDPM scheduler'}: schedule.kind does not support its models.")
     wanted: dict[str, Any] = {"prediction_type": "epsilon", "thresholding": False, "rescale_betas_zero_snr": False}
     if edm:
         wanted = {"sigma_data": 0.5, "prediction_type": "epsilon"}

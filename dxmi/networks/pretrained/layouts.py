@@ -7,7 +7,7 @@
     ddgan      NVlabs/denoising-diffusion-gan
     igebm      the energies of the DxMI release
 
-A layout is a table of rows. A row states which of their tensors make up one of ours, and works in both directions.
+A layout is a table of rows. A row states which of their tensors make up one of ours, and converts in both directions.
 """
 
 import hashlib
@@ -46,9 +46,9 @@ class Row(NamedTuple):
     Attributes:
         ours: name of our tensor.
         theirs: names of their tensors, which are concatenated along the first axis.
-        ones: number of trailing axes of size 1 in theirs that ours lacks: their 1x1 convolution is our linear layer.
+        ones: number of trailing axes of size 1 that only theirs has, since their 1x1 convolution is our linear layer.
         transposed: whether theirs is [inputs, outputs].
-        order: order of the rows of a stacked q, k, v in theirs, a permutation of `thd`: three, head, head dimension.
+        order: order of the rows of their stacked q, k and v, a permutation of `thd`: three, head, head dimension.
         heads: number of heads G, for `order`.
     """
 
@@ -63,7 +63,7 @@ class Row(NamedTuple):
         """Convert their tensors to ours, which has the shape of `like`.
 
         Raises:
-            UserError: the shapes do not match, or a tensor holds other than finite floating-point numbers.
+            UserError: the shapes do not match, or a tensor holds values that are not finite floating-point numbers.
         """
         parts = [_floats(name, state[name]) for name in self.theirs]
         parts = [self._without_ones(part) for part in parts]
@@ -82,7 +82,7 @@ class Row(NamedTuple):
         return _reordered(whole, self.order, "thd", self.heads).contiguous()
 
     def _without_ones(self, part: Tensor) -> Tensor:
-        """Drop the trailing axes of size 1, if it has them."""
+        """Drop the trailing axes of size 1, if there are any."""
         kept = part.dim() - self.ones
         return part.reshape(part.shape[:kept]) if kept > 0 and set(part.shape[kept:]) <= {1} else part
 
@@ -99,11 +99,11 @@ def _floats(name: str, tensor: Tensor) -> Tensor:
     """Convert one of their tensors to float32.
 
     Raises:
-        UserError: the dtype is not a floating-point one, or a number is not finite in float32.
+        UserError: the dtype is not a floating-point type, or a number is not finite in float32.
     """
     if tensor.dtype not in _FLOATS:
         kinds = ", ".join(str(kind).removeprefix("torch.") for kind in _FLOATS)
-        raise UserError(f"{name} of the checkpoint is of {tensor.dtype}: weights must be one of {kinds}.")
+        raise UserError(f"{name} of the checkpoint has dtype {tensor.dtype}: weights must be one of {kinds}.")
     single = tensor.detach().float()
     bad = single.numel() - int(single.isfinite().sum())
     if bad:
@@ -118,7 +118,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _reordered(rows: Tensor, source: str, target: str, heads: int) -> Tensor:
-    """Permute the three factors of the first axis [3 G D]."""
+    """Permute the three factors of the first axis [3 G D] from the order `source` to the order `target`."""
     if source == target:
         return rows
     sizes = {"t": 3, "h": heads, "d": len(rows) // (3 * heads)}
@@ -128,7 +128,7 @@ def _reordered(rows: Tensor, source: str, target: str, heads: int) -> Tensor:
 
 
 def _pairs(ours: str, theirs: str) -> list[Row]:
-    """The rows of a layer's weight and bias."""
+    """The rows of the weight and the bias of a layer."""
     return [Row(f"{ours}.{name}", (f"{theirs}.{name}",)) for name in ("weight", "bias")]
 
 
@@ -140,7 +140,7 @@ class Place(NamedTuple):
     """A part of our U-Net.
 
     Attributes:
-        ours: our name of it.
+        ours: our name for it.
         way: down, middle or up.
         level: 0 at the highest resolution.
         stage: index of the stage in its level; for a resample, the number of stages of the level.
@@ -179,10 +179,10 @@ class UnetLayout:
 
     Attributes:
         ends: maps our names of the layers outside the levels to theirs.
-        labels: their name of the class embedding table.
-        block: their names of a block's norm_in, conv_in, embedding, norm_out, conv_out and skip.
-        attention: their names of norm, q k v (one or three), and out.
-        where: returns their name of a place.
+        labels: their name for the class embedding table.
+        block: their names for norm_in, conv_in, embedding, norm_out, conv_out and skip of a block.
+        attention: their names for norm, q k v (one or three), and out.
+        where: returns their name for a place.
         order: see `Row`.
         ones: see `Row`; applies to the layers of the attention.
         labels_transposed: whether their class table is [E, classes].
@@ -339,7 +339,7 @@ _EDM = UnetLayout(
 
 
 # ----------------------------------------------------------------------------
-# The generators of denoising-diffusion GANs: one list of modules, in the order of their use.
+# The generators of denoising-diffusion GANs: one list of modules in the order in which they are used.
 
 
 def _ddgan_rows(network: NcsnppGan) -> list[Row]:
@@ -453,9 +453,10 @@ def _layout_of(network: nn.Module, state: State) -> tuple[str, list[Row], tuple[
 
 
 def _adm(network: Unet, state: State) -> UnetLayout:  # noqa: ARG001
-    """The layout of guided-diffusion, or that of the EDM teachers.
+    """The layout of guided-diffusion, or that of the EDM teachers of openai/consistency_models.
 
-    The attention of guided-diffusion has 1-D convolutions, and stacks q, k and v head by head; the teachers' does not.
+    The attention of guided-diffusion has 1-D convolutions and stacks q, k and v head by head. That of the teachers has
+    2-D convolutions and stacks all heads of q, then of k, then of v.
     """
     if any(name.endswith(".qkv.weight") and tensor.dim() == 3 for name, tensor in state.items()):
         return replace(_ADM, ones=1, order="htd")
@@ -495,8 +496,8 @@ def load_public(network: nn.Module, state: State) -> str:
         The name of the layout, as in the module's docstring.
 
     Raises:
-        UserError: the layout is unknown, the checkpoint belongs to another network than the config describes, or its
-            weights are not finite numbers.
+        UserError: the layout is unknown, the checkpoint is of a network other than the one that the config describes,
+            or its weights are not finite numbers.
     """
     state = {name: tensor for name, tensor in state.items() if name not in SIGMAS}
     name, rows, ignored = _layout_of(network, state)

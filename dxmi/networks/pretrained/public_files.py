@@ -31,7 +31,7 @@ _NOT_WEIGHTS = {"optimizer", "optimizers", "optimiser", "optim", "scheduler", "s
 _COUNTERS = {"n_averaged", "initted", "step", "decay", "num_updates", "num_batches_tracked"}
 """Scalars that implementations of moving averages save among the weights."""
 _FEWEST = 4
-"""Minimum number of tensors of an average among other tensors; a layer with the name of an average has fewer."""
+"""Minimum number of tensors of an average next to other tensors; a layer that is merely named like one has fewer."""
 _BUFFERS = ("num_batches_tracked", "running_mean", "running_var", "resample_filter", "sigmas", "betas", "freqs")
 _DEPTH = 8
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -125,7 +125,7 @@ def _of_content(content: object, path: Path) -> PublicWeights:
 
 
 def _states(content: object, place: tuple[str, ...] = ()) -> Iterator[_State]:
-    """All dictionaries and lists of tensors, except for those of optimizers."""
+    """Yield all dictionaries and lists of tensors, except those of optimizers."""
     if len(place) > _DEPTH or (place and _words(place[-1]) & _NOT_WEIGHTS):
         return
     average = any(_is_average(key) for key in place)
@@ -278,7 +278,7 @@ def _decay(name: str) -> float:
 
 
 def _note(path: Path, chosen: _State, states: Sequence[_State], content: object) -> str:
-    """A sentence about what was taken and what was ignored; empty if the file holds nothing else."""
+    """A sentence that states what was taken and what was ignored; empty if the file holds nothing else."""
     others = [state.name or "the weights at the top" for state in states if state is not chosen]
     top = list(content) if isinstance(content, Mapping) else [f"[{n}]" for n in range(len(content))]  # type: ignore[arg-type]
     optimizers = [str(key) for key in top if _words(str(key)) & _NOT_WEIGHTS]
@@ -304,7 +304,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _with_new_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the layers of attentions as diffusers does since version 0.15."""
+    """Rename the layers of attention blocks as diffusers has done since version 0.15."""
 
     def new(name: str) -> str:
         head, _, end = name.rpartition(".")
