@@ -134,7 +134,7 @@ def test_one_flipped_bit_is_noticed_and_may_be_accepted(root):
     with pytest.raises(UserError, match=stating("not MNIST's train-images-idx3-ubyte … published")):
         load(DATA_SETS.config("mnist"))
     images = load(DATA_SETS.config("mnist", accept_unknown_files=True))
-    assert images.notes == ("taken as they are, whatever is published as mnist (data.accept_unknown_files)",)
+    assert images.notes == ("not compared with the published files of mnist (data.accept_unknown_files)",)
     assert images.signature != before
 
 

@@ -1,1 +1,1 @@
-"""Data sets: images are uint8 on disk and [-1, 1] inside, points in the plane are drawn."""
+"""Data sets: images, stored as uint8 and converted to [-1, 1], and points drawn from distributions in the plane."""

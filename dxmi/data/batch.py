@@ -1,6 +1,7 @@
-"""What one update is given: samples, the conditions under which they are drawn, and named random streams.
+"""The inputs of an update: samples, the conditions under which they are drawn, and named random streams.
 
-Tensors of an update have the seeds that are trained together in front: [K, B, ...], where K is 1 for a run by itself.
+The tensors of an update have a leading axis of the seeds that are trained together: [K, B, ...]; K is 1 for a single
+seed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +14,12 @@ from dxmi.distributed import Share
 
 
 class Condition(NamedTuple):
-    """What samples are conditioned on; every field is None where there is nothing of its kind.
+    """The conditions of samples; a field is None if there are no conditions of this kind.
 
     Attributes:
-        labels: classes, int64, [B].
-        embeddings: sequences that a network attends to, [B, L, D].
-        prompts: number of each prompt in the data set's list, int64, [B].
+        labels: Class of each sample, int64, [B].
+        embeddings: Sequences that a network attends to, [B, L, D].
+        prompts: Index of each sample's prompt in the data set's list, int64, [B].
     """
 
     labels: Tensor | None = None
@@ -26,7 +27,7 @@ class Condition(NamedTuple):
     prompts: Tensor | None = None
 
     def rows(self, rows: slice | Tensor) -> "Condition":
-        """The conditions of some of the samples."""
+        """Select the conditions of some of the samples."""
         return Condition(*(None if tensor is None else tensor[rows] for tensor in self))
 
 
@@ -37,9 +38,9 @@ class Batch(NamedTuple):
     """One process's part of a batch.
 
     Attributes:
-        x: real samples in [-1, 1], this process's rows of the batch, [K, b, *event]; None for algorithms without data.
-        condition: of the real samples and of those generated next to them, [K, b, ...].
-        share: which rows of the whole batch these are.
+        x: Real samples, images in [-1, 1] or points, [K, b, *event]; None for algorithms that do not read data.
+        condition: Condition of each real sample and of the sample generated along with it, [K, b, ...].
+        share: The rows of the whole batch that this part consists of.
     """
 
     x: Tensor | None
@@ -48,19 +49,19 @@ class Batch(NamedTuple):
 
     @classmethod
     def single(cls, x: Tensor | None, num: int, condition: Condition = UNCONDITIONAL) -> "Batch":
-        """A batch of one seed and one process.
+        """Create a batch of one seed and one process.
 
         Args:
-            x: real samples, [B, *event].
-            num: B.
-            condition: of each sample, [B, ...].
+            x: Real samples, [B, *event].
+            num: Number of samples, B.
+            condition: Condition of each sample, [B, ...].
         """
         whole = Condition(*(None if own is None else own.unsqueeze(0) for own in condition))
         return cls(None if x is None else x.unsqueeze(0), whole, Share(0, num, num))
 
     @classmethod
     def stacked(cls, batches: "Sequence[Batch]") -> "Batch":
-        """The batches of several seeds as one, with all seeds in front."""
+        """Concatenate the batches of several seeds along the seed axis."""
         first = batches[0]
         if len(batches) == 1:
             return first
@@ -71,23 +72,23 @@ class Batch(NamedTuple):
 
 
 class Streams:
-    """Named random streams of one or several seeds; what is drawn has the seeds in front, [K, ...].
+    """Named random streams of one or several seeds; drawn tensors have a leading seed axis, [K, ...].
 
-    Every process draws for the whole batch and then takes its rows, so that results do not depend on how many processes
-    there are.
+    Every process draws for the whole batch and then takes its rows, so that results do not depend on the number of
+    processes.
 
     Args:
-        generators: those of each seed, by name.
+        generators: Generators by name, one mapping per seed.
     """
 
     def __init__(self, generators: Sequence[Mapping[str, torch.Generator]]) -> None:
         self._generators = generators
 
     def draw(self, name: str, sample: Callable[[torch.Generator], Tensor]) -> Tensor:
-        """What `sample` gives for the generator of that name of every seed: [K, ...]."""
+        """Call `sample` with the generator `name` of every seed, and stack the results: [K, ...]."""
         drawn = [sample(own[name]) for own in self._generators]
         return drawn[0].unsqueeze(0) if len(drawn) == 1 else torch.stack(drawn)
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal numbers on the stream's device, [K, *shape]."""
+        """Draw standard normal numbers on the device of the stream, [K, *shape]."""
         return self.draw(name, lambda own: torch.randn(shape, generator=own, device=own.device))

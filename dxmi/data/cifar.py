@@ -47,7 +47,7 @@ def read_python_batch(path: Path) -> Batch:
     """Read the images and labels of a Python batch without executing code from the pickle.
 
     Raises:
-        UserError: the file cannot be read, has another content, or would have to execute code.
+        UserError: the file cannot be read, is not a Python batch, or refers to a name that is not permitted.
     """
     try:
         tree = _BatchUnpickler(_content(path), str(path)).load()
@@ -62,7 +62,7 @@ def read_python_batch(path: Path) -> Batch:
 
 
 def binary_rows(batch: Batch) -> bytes:
-    """The content of a binary file that holds a batch."""
+    """Serialize a batch in the format of a binary batch."""
     pixels, labels = batch
     return np.concatenate((labels.astype(np.uint8)[:, None], pixels.reshape(-1, _PIXELS)), axis=1).tobytes()
 
@@ -91,7 +91,7 @@ class _BatchUnpickler(pickle.Unpickler):
         self._name = name
 
     def find_class(self, module: str, name: str) -> Any:
-        """The replacement of a global name in the pickle."""
+        """Return the replacement of a global name in the pickle."""
         stand_in = _STAND_INS.get((module, name))
         if stand_in is None:
             raise UserError(f"{self._name} loads {module}.{name}, which no CIFAR-10 batch needs: do not trust it.")

@@ -1,4 +1,4 @@
-"""Settings of the data sets, a class for each kind. Nothing here imports PyTorch."""
+"""Settings of the data sets, one class per kind. Nothing here imports PyTorch."""
 
 import math
 from dataclasses import dataclass, field
@@ -7,17 +7,17 @@ from dxmi.config import NO_RESULT, require_choice
 from dxmi.persistence.files import PLACE
 
 PLANAR = ("gaussians8", "two_spirals", "checkerboard", "moons")
-"""Kinds whose samples are points in the plane."""
+"""Kinds of data sets whose samples are points in the plane."""
 _MAX_POINTS = 10_000_000
 _MAX_SIZE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The part of a data set's config that all kinds share."""
+    """The settings that all kinds of data sets share."""
 
     kind: str = "digits"
-    """Which data set: its key in `dxmi.data.registry`."""
+    """Kind of the data set: its key in `dxmi.data.registry`."""
 
     @property
     def is_planar(self) -> bool:
@@ -26,7 +26,7 @@ class DataConfig:
 
     @property
     def mirrors(self) -> bool:
-        """Whether half of a training batch is mirrored."""
+        """Whether training images are mirrored at random."""
         return False
 
 
@@ -36,22 +36,22 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesConfig(DataConfig):
-    """The part of the config that all data sets of images share."""
+    """The settings that all data sets of images share."""
 
     label: int | None = None
-    """Keep only this class of images; null for all."""
+    """Class to which the images are restricted; null for all classes."""
     flip: bool = False
-    """Mirror half of the images of a training batch, left to right; scores go by the images as they are."""
+    """Mirror each training image left to right with probability 1/2; scores compare with the images as stored."""
 
     @property
     def mirrors(self) -> bool:
-        """`flip`."""
+        """Whether `flip` is set."""
         return self.flip
 
 
 @dataclass(frozen=True, kw_only=True)
 class TenClassesConfig(ImagesConfig):
-    """Images of ten classes."""
+    """Settings of data sets of images of ten classes."""
 
     def __post_init__(self) -> None:
         if self.label is not None and not 0 <= self.label <= 9:
@@ -60,18 +60,18 @@ class TenClassesConfig(ImagesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsConfig(TenClassesConfig):
-    """1,797 handwritten digits of 8x8 pixels, which come with scikit-learn."""
+    """1,797 handwritten digits of 8x8 pixels, included in scikit-learn."""
 
     kind: str = "digits"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedImagesConfig(TenClassesConfig):
-    """Images in files that are compared with those that their authors publish."""
+    """Settings of data sets whose files are verified against the officially published ones."""
 
     accept_unknown_files: bool = field(default=False, metadata=NO_RESULT)
-    """Take files that are not those which the authors publish. It enters no signature of a config: what the files hold
-    is in that of the data."""
+    """Accept files that differ from the officially published ones. It is not part of a config's identity, since the
+    signature of the data covers the content of the files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +104,15 @@ class Cifar10Config(PublishedImagesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolderConfig(ImagesConfig):
-    """A user's own images, cropped and resized to squares."""
+    """Images in a folder of the user, resized and cropped to squares."""
 
     kind: str = "image_folder"
     folder: str = field(metadata=PLACE)
-    """A path, relative to $DXMI_DATA unless it begins with / or ~."""
+    """Path of the folder, relative to $DXMI_DATA unless it begins with / or ~."""
     size: int
-    """Side in pixels to which the images are cropped and resized."""
+    """Side of the squares in pixels."""
     class_folders: bool = False
-    """Each folder in it is a class, as in ImageNet; else all images below it are of one kind."""
+    """Whether each subfolder is a class, as in ImageNet; if false, the images have no classes."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= _MAX_SIZE:
@@ -131,10 +131,10 @@ class ImageFolderConfig(ImagesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PointsConfig(DataConfig):
-    """Points drawn from a distribution in the plane."""
+    """Settings of points drawn from a distribution in the plane."""
 
     num_points: int = 50_000
-    """Training points."""
+    """Number of training points."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_points <= _MAX_POINTS:
@@ -142,18 +142,18 @@ class PointsConfig(DataConfig):
 
     @property
     def is_planar(self) -> bool:
-        """True."""
+        """Always true."""
         return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogDensityFields:
-    """Which log density is meant, and how low it counts: what a reward and a metric of it share."""
+    """Settings of a log density in the plane, shared by the reward and the metric."""
 
     distribution: str = "gaussians8"
-    """gaussians8, two_spirals, checkerboard or moons."""
+    """Distribution: gaussians8, two_spirals, checkerboard or moons."""
     floor: float = -20.0
-    """The least value: where the distribution has no mass, its log density is minus infinity."""
+    """Lower bound; without it, the log density would be minus infinity outside of the distribution's support."""
 
     def __post_init__(self) -> None:
         require_choice("distribution", self.distribution, PLANAR)
@@ -184,6 +184,6 @@ class CheckerboardConfig(PointsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MoonsConfig(PointsConfig):
-    """Two half circles that reach into each other."""
+    """Two interleaved half circles."""
 
     kind: str = "moons"

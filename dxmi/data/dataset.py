@@ -1,4 +1,4 @@
-"""What every data set is to a run: stored samples, and the order in which they are read."""
+"""The interface of the data sets, and the stream of shuffled batches."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from dxmi.distributed import SINGLE_PROCESS, ProcessGroup
 from dxmi.tensors import decode
 
 RESIDENT_BYTES = 2 * 2**30
-"""Samples that take no more than this lie on the device; of others, only batches go there."""
+"""Largest size of a data set that is kept on the device; of a larger one, only batches are copied there."""
 
 _HALF = 0.5
 
@@ -24,9 +24,9 @@ class Split(NamedTuple):
     """One part of a data set.
 
     Attributes:
-        x: samples as they are stored, [N, *event].
-        condition: of each sample.
-        targets: what a test compares scores with, labels [N] or masks [N, H, W]; None if there is nothing of the kind.
+        x: Samples as stored, [N, *event].
+        condition: Condition of each sample.
+        targets: Ground truth with which test metrics compare, labels [N] or masks [N, H, W]; None if there is none.
     """
 
     x: Tensor
@@ -38,21 +38,21 @@ class Dataset(ABC):
     """Real samples, in memory or in a memory map.
 
     Attributes:
-        name: the kind of its config.
-        signature: hash of the samples, of their classes and of the classes' names in order, 12 hex digits.
+        name: Kind of the data set's config.
+        signature: Hash of the samples and, if there are any, of their labels and the class names, 12 hex digits.
     """
 
     name: str
     signature: str
     num_classes: int = 0
-    """Classes that samples may be of; 0 if they have none."""
+    """Number of classes; 0 if there are no classes."""
     notes: tuple[str, ...] = ()
-    """What was left out or changed when the samples were read, one sentence for each reason."""
+    """Notes on samples that were left out or changed when they were read, one sentence per reason."""
 
     @property
     @abstractmethod
     def stored(self) -> Tensor:
-        """The samples as they are kept, uint8 pixels or float32 coordinates: [N, *event]."""
+        """The samples as stored, uint8 pixels or float32 coordinates: [N, *event]."""
 
     @property
     def classes(self) -> Tensor | None:
@@ -60,23 +60,23 @@ class Dataset(ABC):
         return None
 
     def split(self, name: Literal["train", "test"]) -> Split | None:
-        """The training samples, or those that training never sees; None if the data set has no such part."""
+        """Return the samples for training or those held out for tests; None if the data set does not have this part."""
         if name == "train":
             return Split(self.stored, Condition(self.classes), self.classes)
         return self.test_split()
 
     def test_split(self) -> Split | None:
-        """Samples that training never sees, if the data set has any."""
+        """Return the samples held out for tests; None if there are none."""
         return None
 
     @property
     def class_counts(self) -> Tensor | None:
-        """Samples of each class, int64 [num_classes]; None if there are no classes."""
+        """The number of samples of each class, int64 [num_classes]; None if there are no classes."""
         return None if self.classes is None else torch.bincount(self.classes, minlength=self.num_classes)
 
     @property
     def event(self) -> tuple[int, ...]:
-        """Shape of one sample: (C, H, W) of an image, (D,) of a point."""
+        """The shape of one sample: (C, H, W) of an image, (D,) of a point."""
         return tuple(self.stored.shape[1:])
 
     def __len__(self) -> int:
@@ -84,24 +84,24 @@ class Dataset(ABC):
 
 
 def shape_hash(shape: tuple[int, ...]) -> "hashlib._Hash":
-    """The beginning of a signature; the bytes of the samples follow."""
+    """Start the hash of a signature, which must be updated with the bytes of the samples."""
     return hashlib.sha256(str(tuple(shape)).encode())
 
 
 def content_signature(stored: Tensor) -> str:
-    """12 hex digits of the hash of stored samples and their shape."""
+    """Hash stored samples and their shape to 12 hex digits."""
     digest = shape_hash(tuple(stored.shape))
     digest.update(stored.numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
 def labeled_signature(signature: str, labels: Tensor, names: Sequence[str]) -> str:
-    """12 hex digits of the hash of samples, given their own signature, with their classes.
+    """Hash samples together with their classes to 12 hex digits.
 
     Args:
-        signature: of the samples alone.
-        labels: class of each, int64 [N].
-        names: of the classes, in order.
+        signature: Signature of the samples without their classes.
+        labels: Class of each sample, int64 [N].
+        names: Names of the classes, in order.
     """
     digest = hashlib.sha256(json.dumps([signature, list(names)]).encode())
     digest.update(labels.numpy().tobytes())
@@ -109,20 +109,21 @@ def labeled_signature(signature: str, labels: Tensor, names: Sequence[str]) -> s
 
 
 class BatchStream:
-    """Shuffled epochs without end; every batch is full. Its whole state is three tensors.
+    """An endless stream of shuffled epochs, in which every batch is full. Its complete state is two tensors.
 
-    Many samples stay where they are, and only batches go to the device, the next one fetched by a second thread
-    meanwhile. A worker reads its own rows only.
+    Data sets larger than `RESIDENT_BYTES` are not copied to the device as a whole; a second thread then reads the next
+    batch in advance. A worker reads only its own rows.
 
     Args:
-        stored: samples as a data set keeps them, [N, *event].
+        stored: Samples as stored by a data set, [N, *event].
         batch_size: B; may be larger than N.
-        generator: shuffles, on the host.
-        labels: the class of each sample, [N], if they are wanted.
-        flip: mirror each image, left to right, with probability 1/2.
-        device: where the batches are wanted; by default where `stored` is.
-        workers: share each batch.
-        reads_samples: read the samples; otherwise batches hold conditions only, as often as in the data.
+        generator: Generator for the shuffling and mirroring, on the host.
+        labels: Class of each sample, [N]; None for unconditional batches.
+        flip: Whether to mirror each image left to right with probability 1/2.
+        device: Device of the batches; by default that of `stored`.
+        workers: Processes that share each batch.
+        reads_samples: Whether batches contain samples; otherwise they contain only conditions, with the frequencies of
+            the data.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class BatchStream:
         self._ahead = _Ahead(self._gathered)
 
     def next(self) -> Batch:
-        """This worker's part of the next batch, pixels as floats in [-1, 1], with one seed in front: [1, b, *event]."""
+        """Return this worker's part of the next batch, pixels as floats in [-1, 1], with seed axis: [1, b, *event]."""
         while len(self.order) < self.batch_size:
             epoch = torch.randperm(len(self.stored), generator=self.generator)
             self.order = torch.cat((self.order, epoch))
@@ -165,7 +166,7 @@ class BatchStream:
         return Condition(labels.unsqueeze(0))
 
     def _samples(self, drawn: Tensor) -> Tensor:
-        """Rows of `stored` as floats, on the device, some of them mirrored."""
+        """Read rows of `stored` as floats on the device, and mirror some of them if `flip` is set."""
         samples = decode(self._rows(drawn))
         if not self.flip:
             return samples
@@ -173,34 +174,34 @@ class BatchStream:
         return torch.where(chosen.to(self.device, non_blocking=True)[:, None, None, None], samples.flip(-1), samples)
 
     def _rows(self, drawn: Tensor) -> Tensor:
-        """Rows of `stored`, on the device."""
+        """Read rows of `stored` to the device, and start to read those of the next batch."""
         if self.resident:
             return self.stored[drawn.to(self.device, non_blocking=True)]
         rows = self._ahead.take(drawn)
-        if len(self.order) >= self.batch_size:  # else the epoch that comes next is not drawn yet
+        if len(self.order) >= self.batch_size:  # otherwise, the next epoch has not been shuffled yet
             self._ahead.begin(self.share.of(self.order[: self.batch_size]))
         return rows.to(self.device, non_blocking=True)
 
     def _gathered(self, drawn: Tensor) -> Tensor:
-        """Rows of `stored`, on the host, where a GPU can fetch them by itself."""
+        """Read rows of `stored` to the host, into pinned memory if the device is a GPU."""
         rows = self.stored[drawn]
         return rows.pin_memory() if self.device.type == "cuda" else rows
 
     def state(self) -> dict[str, Tensor]:
-        """What `load_state` needs to go on from here."""
+        """Return the state, from which `load_state` resumes."""
         return {"order": self.order.clone(), "generator": self.generator.get_state()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from where `state` was taken."""
+        """Resume from a state returned by `state`."""
         self.order = state["order"].clone()
         self.generator.set_state(state["generator"])
 
 
 class _Ahead:
-    """Rows fetched before they are asked for. A guess that proves wrong costs time alone.
+    """Reads rows in advance. A wrong guess costs only time.
 
     Args:
-        fetch: reads rows.
+        fetch: Function that reads rows.
     """
 
     def __init__(self, fetch: Callable[[Tensor], Tensor]) -> None:
@@ -209,11 +210,11 @@ class _Ahead:
         self._guess: tuple[Tensor, Future[Tensor]] | None = None
 
     def begin(self, drawn: Tensor) -> None:
-        """Fetch these rows, which will probably be asked for next."""
+        """Start to read these rows, which are expected to be requested next."""
         self._guess = drawn, self._pool.submit(self._fetch, drawn)
 
     def take(self, drawn: Tensor) -> Tensor:
-        """These rows, fetched already or now."""
+        """Return these rows; they are read now if they were not read in advance."""
         guess, self._guess = self._guess, None
         if guess is not None and torch.equal(guess[0], drawn):
             return guess[1].result()

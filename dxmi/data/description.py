@@ -11,7 +11,7 @@ from dxmi.data.planar import SQUARE, Points
 from dxmi.seeds import generator
 
 _CHUNK = 1_024
-"""Images that are counted at a time, since a memory map may exceed the memory."""
+"""Number of images whose values are counted at a time, since a memory map may be larger than the memory."""
 _COLORS = {1: ("gray",), 3: ("red", "green", "blue")}
 
 
@@ -20,9 +20,9 @@ class ClassCount:
     """The size of a class.
 
     Attributes:
-        number: label of the class.
-        name: name of its folder, or the name given by the authors of the data set.
-        count: number of its samples.
+        number: Label of the class.
+        name: Name of its folder, or the name given by the authors of the data set.
+        count: Number of its samples.
     """
 
     number: int
@@ -35,9 +35,9 @@ class Description:
     """A description of a data set as text.
 
     Attributes:
-        facts: values by title, in the order of display.
-        classes: sizes of the classes; empty if there are no classes.
-        notes: what was left out or changed when the samples were read.
+        facts: Values by title, in the order of display.
+        classes: Sizes of the classes; empty if there are no classes.
+        notes: What was left out or changed when the samples were read.
     """
 
     facts: dict[str, str]

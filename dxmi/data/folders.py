@@ -3,8 +3,8 @@
 Images are resized and cropped as in ADM (arXiv 2105.05233), whose versions of ImageNet-64 and LSUN later papers use:
 halved with a box filter while the shorter side is at least twice the target, resized to the target with bicubic
 interpolation, and cropped to the central square. A manifest is written after the pixels, so that a map with a manifest
-is complete. Hidden and system files are left out, as are unreadable ones; for each reason there is a note with the
-number of files and the name of the first.
+is complete. Hidden and system files are left out, as are unreadable ones; a note per reason states the number of
+files and the name of the first.
 
 Axis letters: N images, S side in pixels.
 """
@@ -57,11 +57,11 @@ class Listing:
     """The images in a folder.
 
     Attributes:
-        folder: the folder.
-        files: paths relative to the folder, sorted.
-        labels: class of each image, int64, [N]; all 0 if there are no classes.
-        classes: names of the folders that are classes, sorted; empty if there are no classes.
-        notes: what was left out, and which classes are empty, one sentence per reason.
+        folder: Folder that was searched.
+        files: Paths relative to the folder, sorted.
+        labels: Class of each image, int64, [N]; all 0 if there are no classes.
+        classes: Names of the folders that are classes, sorted; empty if there are no classes.
+        notes: What was left out, and which classes are empty, one sentence per reason.
     """
 
     folder: Path
@@ -99,9 +99,9 @@ class MappedImages:
     Attributes:
         pixels: uint8, [N, 3, S, S].
         labels: int64, [N].
-        classes: names of the classes, in order; empty if there are no classes.
-        signature: hash of the pixels, and of the labels and classes if there are any, 12 hex digits.
-        notes: what was left out or changed, one sentence per reason.
+        classes: Names of the classes, in order; empty if there are no classes.
+        signature: Hash of the pixels, and of the labels and classes if there are any, 12 hex digits.
+        notes: What was left out or changed, one sentence per reason.
     """
 
     pixels: Tensor
@@ -120,8 +120,8 @@ def list_images(folder: Path, *, class_folders: bool) -> Listing:
     """Find the images in a folder and its subfolders, sorted by path.
 
     Args:
-        folder: the folder.
-        class_folders: whether each folder in it is a class, numbered in the order of their names, as in ImageNet.
+        folder: Folder to search.
+        class_folders: Whether each folder in it is a class, numbered in the order of their names, as in ImageNet.
 
     Raises:
         UserError: the folder does not exist, cannot be read, or contains no image.
@@ -175,10 +175,10 @@ class _Search:
     """Searches a folder for images. Links are followed unless they lead back to a parent folder.
 
     Args:
-        root: the folder.
+        root: Folder to search.
 
     Attributes:
-        tally: counts of the files that were left out, and of the links that were followed.
+        tally: Counts of the files that were left out, and of the links that were followed.
     """
 
     def __init__(self, root: Path) -> None:
@@ -276,10 +276,10 @@ def open_folder(folder: Path, size: int, *, class_folders: bool, cache: Path) ->
     A lock ensures that only one process creates the map while others wait for it.
 
     Args:
-        folder: see `list_images`.
+        folder: See `list_images`.
         size: S.
-        class_folders: see `list_images`.
-        cache: folder of the maps.
+        class_folders: See `list_images`.
+        cache: Folder of the maps.
 
     Raises:
         UserError: there are no images, an image cannot be read, or the map cannot be written.
@@ -376,7 +376,7 @@ def read_square(path: Path, size: int) -> NDArray[np.uint8]:
 
 
 def _read(path: Path, size: int) -> tuple[NDArray[np.uint8], frozenset[str]]:
-    """The square, and the conversions that were necessary."""
+    """Read the central square; also returns the conversions that were necessary."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about unusual metadata
@@ -390,7 +390,7 @@ def _read(path: Path, size: int) -> tuple[NDArray[np.uint8], frozenset[str]]:
 
 
 def central_square(image: Image.Image, size: int) -> Image.Image:
-    """Resize an image and crop it to the central S x S square, see the module's docstring."""
+    """Resize an image and crop it to the central S x S square; see the module's docstring."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

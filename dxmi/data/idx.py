@@ -15,7 +15,7 @@ _UINT8, _MAX_RANK = 0x08, 3
 
 
 def idx_content(path: Path) -> bytes:
-    """The content of an IDX file, decompressed if it is gzipped.
+    """Read the content of an IDX file, decompressed if it is gzipped.
 
     Raises:
         UserError: the file cannot be read.
@@ -39,11 +39,11 @@ def parsed_idx(path: Path, raw: bytes) -> NDArray[np.uint8]:
     """Parse the content of an IDX file.
 
     Args:
-        path: path of the file, for messages.
-        raw: content of the file, see `idx_content`.
+        path: Path of the file, for messages.
+        raw: Content of the file, see `idx_content`.
 
     Raises:
-        UserError: it is not an IDX file of bytes, or is truncated.
+        UserError: the content is not an IDX file of bytes, or is truncated.
     """
     if len(raw) < 4 or raw[:2] != b"\x00\x00" or raw[2] != _UINT8:
         raise UserError(f"{path} is not an IDX file of bytes. Fetch it again.")

@@ -1,4 +1,4 @@
-"""Image data sets: small ones in memory, folders of images in a memory map."""
+"""Image data sets: published ones in memory, folders of images in a memory map."""
 
 import functools
 from collections.abc import Callable
@@ -24,11 +24,11 @@ from dxmi.persistence.tensor_files import printable
 
 MNIST8_IMAGES = 20_000
 _WITHOUT_TEST = ("digits",)
-"""Data sets that were published without a split."""
+"""Data sets that were published without a test split."""
 _DIGITS = "datasets/data/digits.csv.gz"
-"""In scikit-learn, whose own `load_digits` takes seconds to import."""
+"""Path in the package scikit-learn; importing its `load_digits` would take seconds."""
 _MNIST_FOLDER, _FASHION_FOLDER = "MNIST", "FashionMNIST"
-"""In `data_root()`; also torchvision's names."""
+"""Names of the folders in `data_root()`, and of the classes in torchvision."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Images(Dataset):
     """Images with their classes.
 
     Attributes:
-        name: the kind of its config.
-        pixels: uint8, [N, C, H, W].
-        labels: class of each, int64, [N]; all 0 if there are no classes.
-        signature: hash of the pixels, and of the labels and the names of the classes if there are any, 12 hex digits.
-        num_classes: how many classes there are; 0 for none.
-        class_names: of each class, in order; empty if they have none.
-        source: where they were read, in words.
-        notes: what was left out or changed, one sentence for each reason.
-        read_test: reads pixels and labels of the test images, where the data set has some.
+        name: Kind of the data set's config.
+        pixels: Pixels, uint8, [N, C, H, W].
+        labels: Class of each image, int64, [N]; all 0 if there are no classes.
+        signature: Hash of the pixels, and of the labels and class names if there are any, 12 hex digits.
+        num_classes: Number of classes; 0 if there are no classes.
+        class_names: Names of the classes, in order; empty if there are no classes.
+        source: Description of the place from which the images were read.
+        notes: Notes on images that were left out or changed, one sentence per reason.
+        read_test: Reads pixels and labels of the test images; None if there are none.
     """
 
     name: str
@@ -64,11 +64,11 @@ class Images(Dataset):
 
     @property
     def classes(self) -> Tensor | None:
-        """The labels, if there are classes."""
+        """The labels; None if there are no classes."""
         return self.labels if self.num_classes else None
 
     def test_split(self) -> Split | None:
-        """The published test images.
+        """Read the published test images; None if there are none.
 
         Raises:
             UserError: their files are missing or damaged.
@@ -80,41 +80,41 @@ class Images(Dataset):
 
 
 def data_root() -> Path:
-    """Where files of data sets are looked for: $DXMI_DATA, else ~/.cache/dxmi."""
+    """The folder of the data sets' files: $DXMI_DATA, or ~/.cache/dxmi by default."""
     return variable_folder("DXMI_DATA", "~/.cache/dxmi")
 
 
 def load_images(config: TenClassesConfig) -> Images:
-    """The images of one of the sets in `LOADERS`.
+    """Load one of the data sets in `LOADERS`.
 
     Raises:
-        UserError: a file is missing, damaged or of another data set; the sentence says which, where it was looked for
+        UserError: a file is missing, damaged or of another data set; the message names it, states where it was expected
             and how to get it.
     """
     name, label = config.kind, config.label
     accept_unknown = isinstance(config, PublishedImagesConfig) and config.accept_unknown_files
     pixels, labels = LOADERS[name](train=True, accept_unknown=accept_unknown)
     names = CLASS_NAMES[name]
-    names += tuple(str(number) for number in range(len(names), int(labels.max()) + 1))  # of files that are not known
+    names += tuple(str(number) for number in range(len(names), int(labels.max()) + 1))  # labels in unknown files
     signature = labeled_signature(content_signature(pixels), labels, names)
-    notes = (f"taken as they are, whatever is published as {name} (data.accept_unknown_files)",) * accept_unknown
+    notes = (f"not compared with the published files of {name} (data.accept_unknown_files)",) * accept_unknown
     test = None if name in _WITHOUT_TEST else functools.partial(_test_images, name, label, accept_unknown)
     images = Images(name, pixels, labels, signature, len(names), names, _SOURCES[name](), notes, test)
     return images if label is None else only_class(images, label)
 
 
 def _test_images(name: str, label: int | None, accept_unknown: bool) -> tuple[Tensor, Tensor]:
-    """Pixels and labels of the published test images, those of one class only unless it is None."""
+    """Read pixels and labels of the published test images, restricted to class `label` unless it is None."""
     pixels, labels = LOADERS[name](train=False, accept_unknown=accept_unknown)
     chosen = slice(None) if label is None else labels == label
     return pixels[chosen], labels[chosen]
 
 
 def load_folder(config: ImageFolderConfig) -> Images:
-    """The images of a folder as squares; see `dxmi.data.folders`.
+    """Load the images of a folder as squares; see `dxmi.data.folders`.
 
     Raises:
-        UserError: it is missing or holds what is no image; the sentence says which.
+        UserError: the folder is missing or has no images, or an image cannot be read; the message names it.
     """
     where = require_target(data_root() / user_path(config.folder, "data.folder"), "data.folder")
     mapped = open_folder(where, config.size, class_folders=config.class_folders, cache=cache_root() / "images")
@@ -132,10 +132,10 @@ def load_folder(config: ImageFolderConfig) -> Images:
 
 
 def only_class(images: Images, label: int) -> Images:
-    """The images of one class, in memory.
+    """Select the images of one class, and copy them to memory.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no images of this class.
     """
     chosen = (images.labels == label).nonzero()[:, 0]
     if len(chosen) == 0:
@@ -146,14 +146,14 @@ def only_class(images: Images, label: int) -> Images:
 
 
 # ----------------------------------------------------------------------------
-# Loaders: `train` chooses the split, `accept_unknown` takes files that are not the published ones; each returns pixels
-# uint8 [N, C, H, W] and labels int64 [N].
+# Loaders: `train` selects the training or the test split, and `accept_unknown` accepts files that differ from the
+# published ones. Each loader returns pixels, uint8 [N, C, H, W], and labels, int64 [N].
 
 
 def digits(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tensor]:  # noqa: ARG001  (the loaders share a signature)
-    """1,797 8x8 images of handwritten digits (UCI, carried by scikit-learn), 17 gray levels stretched to 0..255.
+    """Load 1,797 8x8 images of handwritten digits (UCI, from scikit-learn), 17 gray levels scaled to 0..255.
 
-    They come without a split: training and test set are the same.
+    They have no test split: the training and the test set are the same.
     """
     rows = torch.from_numpy(np.loadtxt(package_folder("sklearn") / _DIGITS, delimiter=","))  # 64 pixels, then the class
     pixels = (rows[:, :64].view(-1, 1, 8, 8) * (255.0 / 16.0)).round().to(torch.uint8)
@@ -161,7 +161,7 @@ def digits(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tensor
 
 
 def _mnist_like(folder: str, published: str, *, train: bool, accept_unknown: bool) -> tuple[Tensor, Tensor]:
-    """The data set that is published as `published`, from its `folder`, which is also torchvision's name for it."""
+    """Load the data set known as `published` from its `folder`, which is also its name in torchvision."""
 
     def read(file: str) -> NDArray[np.uint8]:
         path = _find(folder, file)
@@ -196,17 +196,17 @@ def _find(folder: str, name: str) -> Path:
 
 
 def mnist(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tensor]:
-    """MNIST, 28x28: 60,000 or 10,000 images."""
+    """Load MNIST at 28x28: 60,000 training or 10,000 test images."""
     return _mnist_like(_MNIST_FOLDER, known_files.MNIST, train=train, accept_unknown=accept_unknown)
 
 
 def fashion_mnist(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tensor]:
-    """Fashion-MNIST (arXiv 1708.07747), 28x28: 60,000 or 10,000 images."""
+    """Load Fashion-MNIST (arXiv 1708.07747) at 28x28: 60,000 training or 10,000 test images."""
     return _mnist_like(_FASHION_FOLDER, known_files.FASHION_MNIST, train=train, accept_unknown=accept_unknown)
 
 
 def mnist8(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tensor]:
-    """The first 20,000 MNIST images (or the 10,000 test images) at 8x8, bilinear with antialiasing."""
+    """Load the first 20,000 training or the 10,000 test images of MNIST at 8x8, bilinear with antialiasing."""
     pixels, labels = mnist(train=train, accept_unknown=accept_unknown)
     pixels, labels = pixels[:MNIST8_IMAGES], labels[:MNIST8_IMAGES]
     small = torch.nn.functional.interpolate(pixels.float(), size=(8, 8), mode="bilinear", antialias=True)
@@ -214,7 +214,7 @@ def mnist8(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tensor
 
 
 def cifar10(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tensor]:
-    """CIFAR-10, 32x32 in color: 50,000 or 10,000 images, from the binary batches or else from Python's."""
+    """Load CIFAR-10 at 32x32: 50,000 training or 10,000 test images, from the binary or else the Python batches."""
     folder = _cifar_folder()
     binary = folder.name == cifar.BINARY
 
@@ -231,7 +231,7 @@ def cifar10(*, train: bool, accept_unknown: bool = False) -> tuple[Tensor, Tenso
 
 
 def _cifar_folder() -> Path:
-    """The folder of the binary batches, or else of Python's."""
+    """The folder of the binary batches, or else of the Python batches."""
     for folder in (data_root() / cifar.BINARY, data_root() / cifar.PYTHON):
         require_target(folder, "The folder of CIFAR-10")
         if folder.is_dir():
@@ -264,7 +264,7 @@ CLASS_NAMES: dict[str, tuple[str, ...]] = {
         *("dog", "frog", "horse", "ship", "truck"),
     ),
 }
-"""The classes of each, in order."""
+"""Names of the classes of each data set, in order."""
 _SOURCES: dict[str, Callable[[], str]] = {
     "digits": lambda: "scikit-learn",
     "mnist": lambda: str(data_root() / _MNIST_FOLDER / "raw"),

@@ -41,10 +41,10 @@ def require_published(path: Path, content: bytes, name: str, file: str) -> None:
     """Check that a file has the content of an official file.
 
     Args:
-        path: path of the file.
-        content: content to compare.
-        name: name of the data set.
-        file: name of the official file.
+        path: Path of the file.
+        content: Content to compare.
+        name: Name of the data set.
+        file: Name of the official file.
 
     Raises:
         UserError: the content differs; the message names the actual file if it is a known one.

@@ -1,4 +1,4 @@
-"""From a data config to a data set."""
+"""Loading of the data set that a config describes."""
 
 from dxmi.data.configs import DataConfig
 from dxmi.data.dataset import Dataset
@@ -6,10 +6,10 @@ from dxmi.data.registry import DATA_SETS
 
 
 def load(config: DataConfig) -> Dataset:
-    """The data set that `config` describes.
+    """Load the data set that `config` describes.
 
     Raises:
-        UserError: a file is missing, damaged or of another data set; the sentence says which, where it was looked for
+        UserError: a file is missing, damaged or of another data set; the message names it, states where it was expected
             and how to get it.
     """
     return DATA_SETS.build(config)

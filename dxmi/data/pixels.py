@@ -20,8 +20,8 @@ from PIL import Image
 
 TURNED = "turned upright according to EXIF"
 TRANSPARENT = "transparent, composited on white"
-DEEP = "of more than 8 bits, scaled from their own range"
-FRAMES = "of several frames, of which the first is used"
+DEEP = "more than 8 bits, scaled from their own range"
+FRAMES = "several frames, only the first is used"
 _WHITE = 255
 _ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 258, 262
 """Numbers of EXIF and TIFF tags."""
@@ -52,7 +52,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, frozenset[str]]:
     """
     done = {FRAMES} if _has_frames(image) else set()
     turned = _turn(image)
-    image.load()  # turns a TIFF upright by itself
+    image.load()  # Pillow turns a TIFF upright here
     rgb, more = _colored(image)
     turn = _turn(image)
     if turned:

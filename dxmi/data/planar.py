@@ -1,10 +1,10 @@
-"""Distributions in the plane with exact densities: the 2D study's data (arXiv 2407.00626, section 5.1), and its like.
+"""Distributions in the plane with exact densities: that of the 2D study (arXiv 2407.00626, section 5.1) and others.
 
-Each lies within the square [-4, 4]^2, but for the tails of its noise. The densities of the two that spread normal noise
-around a curve are line integrals, computed by Gauss-Legendre quadrature with nodes no further apart than 0.6 standard
-deviations of the noise, which leaves an error below 1e-6 of the largest density.
+Each lies within the square [-4, 4]^2, except for the tails of its noise. The densities of the two distributions with
+normal noise around curves are line integrals, computed by Gauss-Legendre quadrature whose nodes are at most 0.6
+standard deviations of the noise apart; the error is below 1e-6 of the largest density.
 
-Axis letters: N points, 2 the plane, M nodes of a curve or centers of a mixture.
+Axis letters: N points, M nodes of a curve or centers of a mixture.
 """
 
 import math
@@ -21,11 +21,11 @@ from dxmi.data.dataset import Dataset, Split, content_signature
 from dxmi.seeds import generator
 
 SQUARE = 4.0
-"""Half the side of the square that the distributions fill, and on which densities are compared."""
+"""Half the side of the square that contains the distributions, and in which densities are compared."""
 _NODES = 512
-"""Of each curve's quadrature."""
+"""Number of quadrature nodes per curve."""
 _ROWS = 4096
-"""Points whose distances to all nodes are in memory at a time."""
+"""Number of points whose distances to all nodes are in memory at the same time."""
 
 
 class Distribution(ABC):
@@ -33,25 +33,25 @@ class Distribution(ABC):
 
     @abstractmethod
     def sample(self, num: int, generator: torch.Generator) -> Tensor:
-        """Independent points, float32 on the host: [num, 2]."""
+        """Draw independent points, float32 on the host: [num, 2]."""
 
     def bounded_log_density(self, points: Tensor, floor: float) -> Tensor:
-        """max(log density, floor) at `points` [N, 2] on any device, float64 on the host: [N]."""
+        """Compute max(log density, floor) at `points` [N, 2] on any device: float64 on the host, [N]."""
         return self.log_density(points.cpu()).clamp_min(floor)
 
     @abstractmethod
     def log_density(self, points: Tensor) -> Tensor:
-        """Log density at `points` [N, 2] in nats, float64; minus infinity where there are none: [N]."""
+        """Compute the log density at `points` [N, 2] in nats, float64; minus infinity outside of the support: [N]."""
 
 
 def _mixture_log_density(points: Tensor, centers: Tensor, log_weights: Tensor, std: float) -> Tensor:
-    """Log of sum_m w_m N(x; center_m, std^2 I), float64: [N].
+    """Compute log sum_m w_m N(x; center_m, std^2 I), float64: [N].
 
     Args:
-        points: [N, 2].
-        centers: [M, 2].
-        log_weights: [M].
-        std: of every component.
+        points: Points x, [N, 2].
+        centers: Centers of the components, [M, 2].
+        log_weights: Log weights of the components, [M].
+        std: Standard deviation of every component.
     """
     log_normalizer = math.log(2.0 * math.pi * std**2)
 
@@ -80,12 +80,12 @@ class Gaussians8(Distribution):
         self.centers = torch.stack((angle.cos(), angle.sin()), dim=1) * (4.0 / 1.414)
 
     def sample(self, num: int, generator: torch.Generator) -> Tensor:
-        """A cluster, and normal noise around its center."""
+        """Draw a cluster for each point, and normal noise around its center."""
         cluster = torch.randint(8, (num,), generator=generator)
         return (self.centers[cluster] + self.std * _noise(num, generator)).float()
 
     def log_density(self, points: Tensor) -> Tensor:
-        """Of the mixture."""
+        """Compute the log density of the mixture."""
         return _mixture_log_density(
             points, self.centers, torch.full((8,), -math.log(8.0), dtype=torch.float64), self.std
         )
@@ -93,36 +93,36 @@ class Gaussians8(Distribution):
 
 @cache
 def _quadrature() -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes in [0, 1] and their weights, which add up to 1: [M] each."""
+    """Compute Gauss-Legendre nodes in [0, 1] and their weights, which add up to 1: [M] each."""
     nodes, weights = (torch.from_numpy(table) for table in np.polynomial.legendre.leggauss(_NODES))
     return (nodes + 1.0) / 2.0, weights / 2.0
 
 
 class _Curve(Distribution):
-    """Normal noise around curves that are run through with a known density of the parameter."""
+    """Normal noise around two curves with a known distribution of the curve parameter u in [0, 1]."""
 
     std: float
 
     @abstractmethod
     def branches(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The points of the two curves at u [N] in [0, 1]; each curve has half of the mass: [N, 2] each."""
+        """Compute the points of the two curves at u [N]; each curve has half of the mass: [N, 2] each."""
 
     @abstractmethod
     def quantile(self, share: Tensor) -> Tensor:
-        """The u up to which that share of a curve's mass lies."""
+        """Compute the quantile function of u."""
 
     @abstractmethod
     def speed(self, u: Tensor) -> Tensor:
-        """Mass by unit of u: the derivative of the inverse of `quantile`."""
+        """Compute the density of u: the derivative of the inverse of `quantile`."""
 
     def sample(self, num: int, generator: torch.Generator) -> Tensor:
-        """A curve, a place on it, and normal noise around that."""
+        """Draw a curve and a position on it for each point, and add normal noise."""
         first, second = self.branches(self.quantile(_uniform(num, generator)))
         is_first = torch.randint(2, (num, 1), generator=generator) == 0
         return (torch.where(is_first, first, second) + self.std * _noise(num, generator)).float()
 
     def log_density(self, points: Tensor) -> Tensor:
-        """The integral of the noise's density along both curves."""
+        """Integrate the density of the noise along both curves."""
         u, weights = _quadrature()
         centers = torch.cat(self.branches(u))
         log_weights = (weights * self.speed(u) / 2.0).log().repeat(2)
@@ -130,61 +130,61 @@ class _Curve(Distribution):
 
 
 class TwoSpirals(_Curve):
-    """Two arms, each the other's reflection in the origin, of one and a half turns: radius theta / 3 at the angle theta
-    from 0 to 3 pi, with theta^2 uniform and normal noise of 0.1.
+    """Two arms of one and a half turns, each the point reflection of the other in the origin: radius theta / 3 at the
+    angle theta in [0, 3 pi], with uniform theta^2 and normal noise of standard deviation 0.1.
     """
 
     std = 0.1
 
     def branches(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The arms at theta = 3 pi u."""
+        """Compute the points of the arms at theta = 3 pi u."""
         theta = 3.0 * math.pi * u
         arm = torch.stack((theta.cos(), theta.sin()), dim=1) * (theta / 3.0)[:, None]
         return arm, -arm
 
     def quantile(self, share: Tensor) -> Tensor:
-        """The square root."""
+        """Compute the square root of `share`, since u^2 is uniform."""
         return share.sqrt()
 
     def speed(self, u: Tensor) -> Tensor:
-        """The derivative of the square."""
+        """Compute 2 u, the derivative of u^2."""
         return 2.0 * u
 
 
 class Moons(_Curve):
-    """Two interleaved half circles of radius 2 with normal noise of 0.2: the first around (-1, -0.5) and upper, the
-    second around (1, 0.5) and lower.
+    """Two interleaved half circles of radius 2 with normal noise of standard deviation 0.2: an upper one around
+    (-1, -0.5), and a lower one around (1, 0.5).
     """
 
     std = 0.2
 
     def branches(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The half circles at the angle pi u."""
+        """Compute the points of the half circles at the angle pi u."""
         upper = 2.0 * torch.stack(((math.pi * u).cos(), (math.pi * u).sin()), dim=1)
         offset = torch.tensor([1.0, 0.5], dtype=torch.float64)
         return upper - offset, offset - upper
 
     def quantile(self, share: Tensor) -> Tensor:
-        """The angle is uniform."""
+        """Return `share`, since u is uniform."""
         return share
 
     def speed(self, u: Tensor) -> Tensor:
-        """The angle is uniform."""
+        """Return 1, since u is uniform."""
         return torch.ones_like(u)
 
 
 class Checkerboard(Distribution):
-    """Uniform on the eight dark fields of a board of four by four fields of side 2."""
+    """The uniform distribution on the eight dark squares of a board of four by four squares with side 2."""
 
     def sample(self, num: int, generator: torch.Generator) -> Tensor:
-        """A field, and a place in it."""
+        """Draw a dark square and a position in it for each point."""
         row = torch.randint(4, (num,), generator=generator)
         column = 2 * torch.randint(2, (num,), generator=generator) + row % 2
         place = torch.rand((num, 2), generator=generator, dtype=torch.float64)
         return (2.0 * (torch.stack((column, row), dim=1) + place) - SQUARE).float()
 
     def log_density(self, points: Tensor) -> Tensor:
-        """-log 32 on a dark field, of which each has area 4."""
+        """Compute the log density: -log 32 on the dark squares, which have area 4 each."""
         field = ((points.double() + SQUARE) / 2.0).floor()
         is_dark = ((field >= 0.0) & (field < 4.0)).all(dim=1) & (field.sum(dim=1) % 2.0 == 0.0)
         return torch.full((len(points),), -math.log(32.0), dtype=torch.float64).where(is_dark, -math.inf)
@@ -200,12 +200,12 @@ DISTRIBUTIONS: dict[str, Distribution] = {
 
 @dataclass(frozen=True)
 class Points(Dataset):
-    """Points drawn once and for all from a distribution in the plane: the same whatever a run's seed.
+    """Points drawn from a distribution in the plane, which do not depend on the seed of a run.
 
     Attributes:
-        name: the kind of its config.
-        points: for training, float32, [N, 2].
-        signature: hash of the points, 12 hex digits.
+        name: Kind of the data set's config.
+        points: Training points, float32, [N, 2].
+        signature: Hash of the points, 12 hex digits.
     """
 
     name: str
@@ -219,20 +219,20 @@ class Points(Dataset):
 
     @property
     def distribution(self) -> Distribution:
-        """What they were drawn from."""
+        """The distribution from which the points were drawn."""
         return DISTRIBUTIONS[self.name]
 
     def test_split(self) -> Split:
-        """As many further points."""
+        """Draw as many points again, which training does not use."""
         return Split(self.held_out(len(self.points)))
 
     def held_out(self, num: int, stream: str = "test") -> Tensor:
-        """Points that training never sees, the same at every call with the same `stream`: [num, 2]."""
+        """Draw points that training does not use, the same at every call with the same `stream`: [num, 2]."""
         return _drawn(self.name, num, stream)
 
 
 def load_points(config: PointsConfig) -> Points:
-    """The training points of a distribution."""
+    """Draw the training points of a distribution."""
     points = _drawn(config.kind, config.num_points, "train")
     return Points(config.kind, points, content_signature(points))
 

@@ -1,4 +1,4 @@
-"""The data sets. Nothing here imports PyTorch: see `dxmi.registry`."""
+"""Registry of the data sets. Nothing here imports PyTorch: see `dxmi.registry`."""
 
 from typing import TYPE_CHECKING
 
