@@ -1,9 +1,9 @@
-"""The processes that share the work of one run; usually there is only one.
+"""The processes that share the work of a run, which is usually a single one.
 
 Each worker processes its rows of every global batch, and a mean over the batch is the sum of the workers' partial
 means. Each worker draws the noise of the whole batch and takes its rows, so that the noise of a run does not depend on
-the number of workers. That number changes results only by rounding, the checkpoints are the same files, and a run that
-was started with two workers may be resumed with four.
+the number of workers. Results differ only by rounding, checkpoints have the same format, and a run that was started
+with two workers may be resumed with four.
 """
 
 import json
@@ -30,9 +30,9 @@ class Share:
     """The rows of a global batch that belong to one worker.
 
     Attributes:
-        start: first row of the worker.
-        count: number of rows of the worker.
-        num: number of rows of the global batch.
+        start: First row of the worker.
+        count: Number of rows of the worker.
+        num: Number of rows of the global batch.
     """
 
     start: int
@@ -60,8 +60,8 @@ class ProcessGroup(ABC):
     """A group of processes, as seen by one of them.
 
     Attributes:
-        rank: rank of this worker, starting from 0.
-        size: number of workers.
+        rank: Rank of this worker, starting from 0.
+        size: Number of workers.
     """
 
     rank: int
@@ -73,24 +73,24 @@ class ProcessGroup(ABC):
         return self.rank == 0
 
     def share(self, num: int) -> Share:
-        """This worker's part of a global batch of `num` rows; the sizes of the parts differ by at most one."""
+        """Return this worker's part of a global batch of `num` rows; the sizes of the parts differ by at most one."""
         start, end = self.rank * num // self.size, (self.rank + 1) * num // self.size
         return Share(start, end - start, num)
 
     @abstractmethod
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sum each tensor over the workers, bitwise equal on all of them; the tensors are float32 on one device."""
+        """Sum each tensor over the workers; the tensors are float32 on one device, and the sums are bitwise equal."""
 
     @abstractmethod
     def gather(self, block: Tensor) -> list[Tensor]:
-        """The blocks of all workers in the order of ranks; all have the same shape."""
+        """Return the blocks of all workers in the order of ranks; all must have the same shape."""
 
     @abstractmethod
     def _broadcast_bytes(self, content: bytes) -> bytes:
         """Broadcast rank 0's bytes."""
 
     def broadcast(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Broadcast rank 0's tensors, to the host; a single worker returns its own tensors unchanged."""
+        """Return rank 0's tensors on the host of every worker; a single worker returns its own tensors unchanged."""
         if self.size == 1:
             return dict(tensors)
         return unpack(self._broadcast_bytes(pack(tensors) if self.is_rank_zero else b""))
@@ -99,7 +99,7 @@ class ProcessGroup(ABC):
         """Call `action` on rank 0 only, and return its result on all workers.
 
         Args:
-            action: returns a value that JSON can represent.
+            action: Function that returns a value that JSON can represent.
 
         Raises:
             UserError: raised by `action`; it is raised on every worker.
@@ -151,7 +151,7 @@ class TorchProcessGroup(ProcessGroup):
     Gradients are reduced in that group (NCCL on GPUs); everything else uses an additional Gloo group.
 
     Args:
-        timeout: seconds after which a worker that does not respond is considered to hang.
+        timeout: Seconds after which a worker that does not respond is considered to hang.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -187,11 +187,11 @@ class TorchProcessGroup(ProcessGroup):
 
 
 class Pace:
-    """Makes a periodic action due at the same step on all workers, about every `seconds` of rank 0's clock.
+    """Schedules a periodic action at the same steps on all workers, about every `seconds` of rank 0's clock.
 
     Args:
-        workers: process group; all workers must call `due` after each step.
-        seconds: target interval, which is met once the duration of a step is known.
+        workers: Process group; all workers must call `due` after each step.
+        seconds: Target interval, which is met once the duration of a step is known.
     """
 
     def __init__(self, workers: ProcessGroup, seconds: float) -> None:
@@ -210,7 +210,7 @@ class Pace:
         return True
 
     def _due_alone(self) -> bool:
-        """Whether the interval has passed; a single process can use its clock, whatever the durations of the steps."""
+        """Whether the interval has passed; a single process can check its clock after every step."""
         now = time.monotonic()
         if now - self._since < self._seconds:
             return False
@@ -218,7 +218,7 @@ class Pace:
         return True
 
     def _next_stride(self) -> int:
-        """Steps until the next action: as many as fit into the interval, but at most twice the previous number."""
+        """Compute the steps until the next action: as many as fit the interval, at most twice the previous number."""
         now = time.monotonic()
         seconds_a_step = max((now - self._since) / self._stride, _SHORTEST_STEP)
         self._since = now

@@ -12,10 +12,10 @@ class DivergedError(Exception):
     """A metric, a sample or a weight is not a finite number.
 
     Attributes:
-        step: the iteration after which it was detected.
-        metric: key of the metric, or a description of what is not finite.
-        value: the value that is not finite.
-        message: the message for the user.
+        step: The iteration after which it was detected.
+        metric: Key of the metric, or a description of what is not finite.
+        value: The value that is not finite.
+        message: The message for the user.
     """
 
     def __init__(self, step: int, metric: str, value: float, message: str = "") -> None:
@@ -31,7 +31,7 @@ class DivergedError(Exception):
         return DivergedError, (self.step, self.metric, self.value, self.message)
 
     def tree(self) -> dict[str, int | str | float]:
-        """The arguments of the constructor, as plain values."""
+        """The arguments of the constructor as a JSON-compatible dictionary."""
         return {"step": self.step, "metric": self.metric, "value": self.value, "message": self.message}
 
 
@@ -39,7 +39,7 @@ class WorkersLostError(Exception):
     """The workers of a run were lost more often than `resources.max_restarts` allows.
 
     Attributes:
-        details: tracebacks of the last workers that were lost.
+        details: Tracebacks of the last workers that were lost.
     """
 
     def __init__(self, reason: str, details: str = "") -> None:

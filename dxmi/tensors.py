@@ -31,7 +31,7 @@ def pack(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def unpack(content: bytes) -> dict[str, Tensor]:
-    """The inverse of `pack`: row-major tensors on the host, sorted by name.
+    """Deserialize tensors packed by `pack`: row-major tensors on the host, sorted by name.
 
     Matrix products with a transposed and with a row-major matrix use different BLAS routines, and may differ in the
     last bits. Results that are either computed or read from a file must therefore both be passed through this function.
@@ -40,7 +40,7 @@ def unpack(content: bytes) -> dict[str, Tensor]:
 
 
 def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
-    """A copy of `x` with the strides and the device of `like`, or `x` itself if they are already equal."""
+    """Copy `x` to the strides and the device of `like`; returns `x` if they are already equal."""
     if x.stride() == like.stride() and x.device == like.device:
         return x
     return torch.empty_like(like, dtype=x.dtype).copy_(x)
@@ -80,7 +80,7 @@ def encode(x: Tensor) -> Tensor:
 
 
 def num_beyond(x: Tensor, bound: float) -> Tensor:
-    """The number of samples of `x` [B, *event] with NaN or a magnitude above `bound`, reduced on the device, []."""
+    """Count the samples of `x` [B, *event] with NaN or a magnitude above `bound`: a scalar tensor on the device."""
     return (~(x.abs() <= bound).flatten(1).all(dim=1)).sum()
 
 
@@ -145,14 +145,14 @@ def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    """The tensors in nested tuples and dicts, in order."""
+    """List the tensors in nested tuples and dicts, in order."""
     found: list[Tensor] = []
     map_tensors(found.append, tree)
     return found
 
 
 def with_tensors(tree: Any, tensors: Iterator[Tensor]) -> Any:
-    """The inverse of `tensors_of`: replace the tensors in nested tuples and dicts with these, in order."""
+    """Replace the tensors in nested tuples and dicts with these, in order: the inverse of `tensors_of`."""
     return map_tensors(lambda _: next(tensors), tree)
 
 
