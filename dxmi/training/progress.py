@@ -40,4 +40,4 @@ Reporter = Callable[[Progress], bool | None]
 
 
 class StopRequestedError(Exception):
-    """The reporter asked for a stop."""
+    """The reporter requested a stop."""

@@ -58,7 +58,7 @@ def samples_figure(samples: Tensor, density: Tensor) -> Figure:
 
 
 def shown_times(num_steps: int) -> list[int]:
-    """The values of t that figures show: all of 0 .. T if there are few, else evenly spaced ones including both ends."""
+    """The values of t that figures show: all of 0 .. T if there are few, else evenly spaced ones with both ends."""
     panels = min(num_steps + 1, _MOST_TIMES)
     return [round(index * num_steps / (panels - 1)) for index in range(panels)]
 
