@@ -340,7 +340,7 @@ def test_an_override_lands_where_it_should(override, key, value):
         ("tracking.url=x", "tracking.url … uri"),
         ("algorithm.entropy_coeff=1", "algorithm.entropy_coeff … entropy_coef"),
         ("out=x", "name="),
-        ("+name=x", "is not how a study is named"),
+        ("+name=x", "'+name=x' … name=STUDY"),
     ],
 )
 def test_a_bad_override_is_refused_in_a_sentence(override, words):

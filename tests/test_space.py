@@ -322,7 +322,8 @@ def test_a_grid_of_infinitely_many_values_is_refused_with_the_line_to_write(kind
     with pytest.raises(UserError) as refused:
         grid_points([axis(LR, kind, [0.5, 1])])
     assert str(refused.value) == (
-        f"sweep.space.{LR} has infinitely many values: a grid needs points, like {{{kind}: [0.5, 1], points: 5}}."
+        f"sweep.space.{LR} has infinitely many values: for a grid, give their number as points, "
+        f"like {{{kind}: [0.5, 1], points: 5}}."
     )
 
 

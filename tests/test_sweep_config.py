@@ -235,7 +235,7 @@ def test_an_odd_override_of_the_name_is_refused_and_not_ignored(override):
     ("overrides", "words"),
     [
         ([], "coefficients … demo … sweep=NAME"),
-        (["sweep"], "Which sweep?"),
+        (["sweep"], "coefficients … demo … sweep=NAME … sweep=FILE.yaml"),
         (["sweep=dmo"], "demo … 'dmo' … .yaml"),
         (["sweep="], "''"),
         (["sweep=../sweep/demo"], "'../sweep/demo'"),

@@ -31,8 +31,8 @@ def _part(package: str, what: str) -> Iterator[None]:
         yield
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"{package} {metadata.version(package)} has no {what} as dxmi uses it ({error}): install a version that "
-            f"has it, {package} {_TESTED[package]}."
+            f"{package} {metadata.version(package)} lacks the {what} that dxmi uses ({error}): install a tested "
+            f"version, {package} {_TESTED[package]}."
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Adjustments of the environment that Ray, MLflow and other libraries need.
 
-A temporary folder with a long path, a user without a home folder, a proxy that also applies to loopback addresses: each
-is common on some machines, and leads to a traceback of a library or to a request that is never answered.
+Common causes of trouble are a temporary folder with a long path, a user without a home folder, and a proxy that also
+applies to loopback addresses. Without these adjustments, each causes a library to raise or a request to hang.
 """
 
 import ipaddress
@@ -106,7 +106,7 @@ def give_home() -> str:
         raise UserError(f"HOME is not set, and the system does not know user {os.getuid()}: set HOME to a folder.")
     home = made(place / "home")
     os.environ["HOME"] = str(home)
-    return f"HOME is not set, and the system does not know user {os.getuid()}: {home} serves as home folder."
+    return f"HOME is not set, and the system does not know user {os.getuid()}: {home} is used as the home folder."
 
 
 def _is_known() -> bool:

@@ -29,7 +29,7 @@ def last_line(error: str) -> str:
     lines = [line.strip() for line in error.strip().splitlines() if line.strip()]
     last = lines[-1] if lines else "it exited without an error message"
     if "worker process has died" in last:  # Ray's message continues with a list of all possible causes
-        return "its process died; if it was killed for memory, run fewer trials at once with sweep.max_concurrent"
+        return "its process died; if it ran out of memory, run fewer trials at once: lower sweep.max_concurrent"
     return last if len(last) <= _LONG else last[:_LONG] + "..."
 
 

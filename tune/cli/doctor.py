@@ -37,7 +37,7 @@ _MIN_MEMORY, _MIN_SHARED_MEMORY, _MIN_DISK = 4 * _GB, 0.2 * _GB, 5 * _GB
 
 
 _OTHER_FOLDER = {
-    "disk for studies": "choose another folder by --studies.",
+    "disk for studies": "choose another folder with --studies.",
     "disk for Ray": "set RAY_TMPDIR to another folder.",
 }
 

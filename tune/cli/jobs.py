@@ -25,7 +25,7 @@ def submit(args: argparse.Namespace) -> int:
     jobs = _jobs(args)
     job = new_id()
     patiently(lambda: jobs.submit(job, line, tree, variables), args.patience)
-    complain(f"submitted {job} with {tree.bytes / 1e6:.1f} MB of {tree.folder.resolve()}: {line}")
+    complain(f"submitted {job} (uploaded {tree.bytes / 1e6:.1f} MB from {tree.folder.resolve()}): {line}")
     return OK if args.no_follow else _follow(jobs, job, args)
 
 

@@ -52,7 +52,7 @@ def _prepare_machine() -> None:
 
 @contextmanager
 def _interrupts_raised() -> Iterator[None]:
-    """Raise KeyboardInterrupt on exit if one occurred inside but was swallowed, as some libraries do on import."""
+    """Raise a KeyboardInterrupt on exit if the block swallowed one, as the imports of some libraries do."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _in_main_thread():
         yield  # SIGINT is ignored or has another handler
         return

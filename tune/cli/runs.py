@@ -242,7 +242,7 @@ def _labels_of(experiment: Experiment) -> str:
     except UserError as error:
         return str(error)
     if used:
-        return f"taken from the data in training, {used} in sampling"
+        return f"those of the data for training, {used} for sampling"
     return "not used by any network (network.denoiser.classes is 0)" if experiment.data.num_classes else ""
 
 

@@ -30,7 +30,7 @@ from tune.studies.arm_results import changes_text
 from tune.studies.folder import StudyFolder
 from tune.studies.leaderboard import changed_inputs
 
-_TIMED_ELSEWHERE = ", timed on this machine's CPU since it has no GPU; GPUs take much less"
+_TIMED_ELSEWHERE = ", measured on the CPU of this machine, which has no GPU; it is much shorter on GPUs"
 
 
 def sweep(args: argparse.Namespace) -> int:
@@ -83,14 +83,14 @@ def _plan(console: Terminal, chosen: Sweep, cost: Estimate) -> None:
     """Print the plan of a sweep for --dry-run."""
     plan, sweep = chosen.plan, chosen.plan.sweep
     console.out(f"Study {plan.name} (signature {plan.signature}) in {chosen.folder.path}", highlight=False)
-    space = TextTable("setting", "values", "default", title="space", title_justify="left")
+    space = TextTable("setting", "values", "default", title="search space", title_justify="left")
     for axis in plan.axes:
         space.add_row(axis.path, str(axis), show(axis.own(plan.experiment)))
     console.print(space)
     objectives = ", ".join(f"{objective.direction} {objective.metric}" for objective in sweep.objectives)
     stopping = "no early stopping" if sweep.stopping.rule == "none" else f"early stopping by {sweep.stopping.rule}"
     rows = {
-        "trials": f"{plan.num_trials} by {sweep.sampler.kind} (seed {sweep.sampler.seed}), {stopping}",
+        "trials": f"{plan.num_trials}, proposed by {sweep.sampler.kind} (seed {sweep.sampler.seed}), {stopping}",
         "objective": objectives,
         "concurrency": str(chosen.slots),
         "time": _time(cost),
@@ -217,9 +217,9 @@ def _show_arms(console: Terminal, chosen: Ablation) -> None:
     }
     if plan.seed_plan is not None:
         first = ablation.seeds.first
-        rows["seeds"] = f"{first}, then more where the verdict is open, at most {ablation.seeds.cap}"
+        rows["seeds"] = f"{first} at first, then more for arms without a verdict, at most {ablation.seeds.cap}"
         rows["trials"] = f"{len(plan.arms) * first} at first, up to {plan.num_trials}"
-        rows["time"] += ", with all seeds"
+        rows["time"] += f" (for {ablation.seeds.cap} seeds in each arm)"
     if plan.seeds_at_once > 1:
         rows["trained together"] = _stack_text(chosen)
     if ablation.tuning is not None:
@@ -237,6 +237,6 @@ def _stack_text(chosen: Ablation) -> str:
     recorded = begun.stacked if isinstance(begun, AblationPlan) else None
     known = known_stack(replace(chosen.plan, stacked=recorded))
     if known is None:
-        return "the number of seeds per arm measured as fastest at the start; recorded in study.yaml"
+        return "the fastest number of seeds per arm, measured at the start and recorded in study.yaml"
     again = ", as recorded for this study" if known == recorded else ""
     return f"{known} seed{'s' if known > 1 else ''} per arm{again}"

@@ -199,7 +199,7 @@ def compose_ablation(overrides: Sequence[str]) -> ComposedAblation:
 
 @dataclass(frozen=True)
 class _Asked:
-    """The overrides of a study, sorted.
+    """The overrides of a study, divided by what they apply to.
 
     Attributes:
         name: Name of the study, if one was given.
@@ -217,7 +217,7 @@ class _Asked:
 
 
 def _asked(kind: str, shipped: list[str], overrides: Sequence[str]) -> _Asked:
-    """Sort the overrides of a sweep or an ablation (`kind`), and read its file."""
+    """Divide the overrides of a sweep or an ablation (`kind`) by what they apply to, and read its file."""
 
     def belongs(override: str, *keys: str) -> bool:
         key = _key(override)
@@ -226,14 +226,18 @@ def _asked(kind: str, shipped: list[str], overrides: Sequence[str]) -> _Asked:
     name = _raw("name", [o for o in overrides if o.startswith("name=")])
     odd = [o for o in overrides if belongs(o, "name") and not o.startswith("name=")]
     if odd:
-        raise UserError(f"{odd[0]!r} is not how a study is named: write name=STUDY.")
+        raise UserError(f"{odd[0]!r} cannot be used to name a study: write name=STUDY.")
     chosen = _raw(kind, [o for o in overrides if o.startswith(f"{kind}=")])
     if chosen is None:
-        raise UserError(f"Which {kind}? Add {kind}=NAME, one of {', '.join(shipped)}, or {kind}=FILE.yaml.")
+        raise UserError(
+            f"No {kind} is selected: add {kind}=NAME, with one of {', '.join(shipped)}, or {kind}=FILE.yaml."
+        )
     own = [o for o in overrides if belongs(o, kind, _TRACKING) and not o.startswith(f"{kind}=")]
     rest = [o for o in overrides if not belongs(o, kind, _TRACKING, "name")]
     if any(o.startswith("out=") for o in rest):
-        raise UserError("out is for one run: a study is stored in the folder of its name; give name=... instead.")
+        raise UserError(
+            "out applies to a single run: a study is stored in a folder with its name; use name=... instead."
+        )
     return _Asked(name, Path(chosen).stem, _study_file(kind, chosen, shipped), own, rest)
 
 
@@ -374,8 +378,8 @@ def _option_settings(overrides: Sequence[str], group: str, name: str) -> dict[st
 def _with_option(overrides: Sequence[str], group: str, name: str, old: dict[str, Any]) -> list[str]:
     """The overrides with a different option of a group, without those that the option determines.
 
-    These are the settings given in the option, all kinds in the group, and in a block whose kind changes all settings
-    except those shared by all kinds.
+    An option determines the settings that it gives and every kind in the group. If it changes the kind of a block, it
+    also determines all settings of that block except those shared by all kinds.
     """
     content = _option(group, name)
     decided = {f"{group}.{path}" for path, _ in leaves_of(content)}
@@ -428,16 +432,19 @@ def _study_file(kind: str, chosen: str, shipped: list[str]) -> dict[str, Any]:
     else:
         path = files.config_folder() / kind / f"{chosen}.yaml"
         if chosen not in shipped:
-            raise UserError(f"{kind} {chosen!r} does not exist: {_nearest(chosen, shipped)} A file ends in .yaml.")
+            raise UserError(
+                f"{kind} {chosen!r} does not exist: {_nearest(chosen, shipped)} To use a file, give a path that ends in "
+                ".yaml."
+            )
         missing = f"The {kind} file {path} no longer exists."
     tree = read_yaml(path, missing)
     _refuse_double_keys(path)
     if "${" in str(tree):
         raise UserError(
-            f"{path} holds a ${{...}}: write the value out; a study's records must not depend on the environment."
+            f"{path} contains a ${{...}}: replace it by its value, since a study must not depend on the environment."
         )
     if "_target_" in str(tree):
-        raise UserError(f"{path} names a _target_: a study's file may only contain values, not code to run.")
+        raise UserError(f"{path} contains a _target_: the file of a study may contain only values, not code to run.")
     return tree
 
 
@@ -456,8 +463,8 @@ def _refuse_double_keys(path: Path) -> None:
             twice = next((key for index, key in enumerate(keys) if values[index] in values[:index]), None)
             if twice is not None:
                 raise UserError(
-                    f"{path} names {twice.value} twice in one place, or a value that YAML reads as the same (yes, on "
-                    "and 1; no, off and 0): keep one, or put it in quotes."
+                    f"{path} has the key {twice.value} twice in one group, or another key that YAML reads as equal "
+                    "(yes, on and 1; no, off and 0): keep one of them, or put it in quotes."
                 )
             nodes += [value for _, value in node.value]
 
@@ -546,7 +553,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     seen = set()
     for override in parsed:
         if override.is_sweep_override():
-            raise UserError(f"{override.input_line} names several values: one run has one value for each setting.")
+            raise UserError(f"{override.input_line} gives several values: a run takes one value for each setting.")
         if override.key_or_group in seen:
             raise UserError(f"{override.key_or_group} is given twice: keep one.")
         seen.add(override.key_or_group)
@@ -694,9 +701,11 @@ def _delete(config: DictConfig, key: str, value: object) -> None:
     group, _, name = key.rpartition(".")
     above = OmegaConf.select(config, group) if group else config
     if not isinstance(above, DictConfig) or name not in above:
-        raise UserError(f"~{key} leaves out a setting that an earlier value has removed: leave one of them out.")
+        raise UserError(
+            f"~{key} removes a setting that another override has already removed: keep one of the two overrides."
+        )
     if value is not None and above[name] != value:
-        raise UserError(f"{key} is {above[name]}, not {value}: to leave it out, write ~{key}.")
+        raise UserError(f"{key} is {above[name]}, not {value}: to remove it, write ~{key}.")
     with open_dict(above):
         del above[name]
 

@@ -7,7 +7,7 @@ SWEEP, ABLATION = "sweep", "ablation"
 
 
 def config_folder() -> Path:
-    """configs/ beside the packages in a checkout, tune/_configs in an installed distribution."""
+    """The folder configs/ next to the packages in a checkout, or tune/_configs in an installed distribution."""
     tune = Path(__file__).resolve().parents[1]
     installed = tune / "_configs"
     return installed if installed.is_dir() else tune.parent / "configs"

@@ -156,7 +156,7 @@ class SweepConfig:
         if len(self.objectives) == 2 and self.stopping.rule != "none":
             raise ValueError(f"stopping.rule is {self.stopping.rule!r}: with two objectives it must be none")
         if (self.sampler.kind == "nsga2") != (len(self.objectives) == 2) and self.sampler.kind in ("nsga2", "tpe"):
-            raise ValueError(f"sampler.kind is {self.sampler.kind!r}: nsga2 requires two objectives and tpe one")
+            raise ValueError(f"sampler.kind is {self.sampler.kind!r}: nsga2 requires two objectives, tpe requires one")
         require_attempts(self.max_failures, self.max_concurrent)
 
 

@@ -250,7 +250,7 @@ class Controller:
         if outcome is not None:
             self._finish(trial, outcome)
         else:
-            self._say(trial, "interrupted; continues at the next resume")
+            self._say(trial, "interrupted; it continues when the study is resumed")
             self._leave(trial)
 
     def _outcome(self, trial: RunningTrial, report: LastReport) -> Outcome | None:
@@ -333,9 +333,9 @@ class Controller:
         if budget.device_hours is not None and device_hours > budget.device_hours:
             return f"the budget of {budget.device_hours:g} device hours is used up"
         if self._bytes > budget.disk_gb * 1e9:
-            return f"the study uses {self._bytes / 1e9:.1f} GB of a budget of {budget.disk_gb:g} GB"
+            return f"the study uses {self._bytes / 1e9:.1f} GB, more than its budget of {budget.disk_gb:g} GB"
         if budget.failed_trials is not None and failed >= budget.failed_trials:
-            return f"{failed} trials have failed, which reaches the budget"
+            return f"{failed} trials have failed, as many as the budget allows"
         return ""
 
     @property

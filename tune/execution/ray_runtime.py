@@ -111,7 +111,7 @@ def _start(cpus: int, gpus: int, groups: bool, before_try: Callable[[], None]) -
         else:
             return
     raise UserError(
-        "Ray did not start in time: this machine is busy with other work. Nothing is lost; try again when it is less "
+        "Ray did not start in time, probably because this machine is busy. Nothing is lost: try again when it is less "
         "loaded."
     )
 

@@ -33,5 +33,5 @@ class Slots:
         if self.gpu_share:
             each += f" and {self.gpu_share:g} of {self.gpus} GPUs" if self.gpus else f" and {self.gpu_share:g} GPUs"
         if self.workers > 1:
-            return f"{self.concurrent} at once, each with {self.workers} workers with {each} each"
+            return f"{self.concurrent} at once, each with {self.workers} workers that have {each} each"
         return f"{self.concurrent} at once, each with {each}"

@@ -157,7 +157,7 @@ class AblationPlan(Plan):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `identity` is of, with every default: for people."""
+        """The settings that `identity` covers, including defaults, in human-readable form."""
         ablation, experiment = identity_tree(self.ablation, RESULT), identity_tree(self.experiment, RESULT)
         return {"experiment": experiment, "ablation": ablation, "arms": self._arms()}
 

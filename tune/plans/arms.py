@@ -42,8 +42,8 @@ class Arm:
 
     Attributes:
         name: Name of letters, digits, dots, dashes and underscores.
-        changes: Changes of the baseline by path; empty for the baseline itself. A different kind replaces the whole
-            block by its defaults, and the other paths in the block give the settings that differ from them.
+        changes: Changes to the baseline by path; empty for the baseline itself. A change of kind replaces the whole
+            block with the defaults of the new kind; other changes in the block are then applied to these defaults.
         levels: Level of each factor in a factorial design, otherwise empty.
     """
 
@@ -145,21 +145,25 @@ def _require_name(where: str, name: object) -> None:
         shown = " ".join(where.split())[:_SHOWN]
         raise UserError(f"{shown} is not a name for an arm: use 1 to 40 letters, digits, dots, dashes or underscores.")
     if name == BASELINE:
-        raise UserError(f"{where} is the name of the arm that changes nothing: choose another.")
+        raise UserError(f"{where} is the reserved name of the unchanged arm: choose another.")
 
 
 def _check_factors(config: AblationConfig) -> None:
     if config.design == "fractional" and len(config.factors) > MAX_FACTORS:
-        raise UserError(f"ablation.factors has {len(config.factors)} entries: a fraction takes at most {MAX_FACTORS}.")
+        raise UserError(
+            f"ablation.factors has {len(config.factors)} entries: design=fractional takes at most {MAX_FACTORS}."
+        )
     for name, levels in config.factors.items():
         where = f"ablation.factors.{name}"
         _require_name(where, name)
         if not isinstance(levels, Mapping):
             raise UserError(f"{where} is {levels!r}: it must be a group of levels, like {_EXAMPLES['factors']}.")
         if len(levels) < 2:
-            raise UserError(f"{where} has fewer than two levels: name the baseline's own first, like {{own: {{}}}}.")
+            raise UserError(
+                f"{where} has fewer than two levels: give at least two, that of the baseline first, like {{own: {{}}}}."
+            )
         if config.design == "fractional" and len(levels) != 2:
-            raise UserError(f"{where} has {len(levels)} levels: a fraction takes two; use design=factorial.")
+            raise UserError(f"{where} has {len(levels)} levels: design=fractional takes two; use design=factorial.")
         for level in levels:
             _require_name(f"{where}.{level}", level)
     if (
@@ -167,7 +171,7 @@ def _check_factors(config: AblationConfig) -> None:
         and smallest_fraction(list(config.factors), config.resolution or 4).resolution is None
     ):
         raise UserError(
-            f"ablation.factors has {len(config.factors)} entries, too few for a fraction of resolution "
+            f"ablation.factors has {len(config.factors)} entries, too few for a fractional design of resolution "
             f"{config.resolution or 4}: use design=factorial, which runs all combinations, or add factors."
         )
 

@@ -117,8 +117,9 @@ def _hash(facts: Iterable[object], tensors: Iterable[Tensor]) -> str:
 def _iterations(total: int) -> list[int]:
     """The iterations out of `total` that are run, in ascending order.
 
-    At least six if there are that many, since RAdam does not use its second moment before the sixth; the last two,
-    since a moving average reaches its final decay late and a target network acts one iteration after its update.
+    They include at least six iterations if there are that many, since RAdam does not use its second moment before the
+    sixth, and the last two, since a moving average reaches its final decay late and a target network acts one iteration
+    after its update.
     """
     wanted = (0, 1, 2, 3, total // 4, 2 * total // 3, total - 2, total - 1)
     return sorted({iteration for iteration in wanted if 0 <= iteration < total})

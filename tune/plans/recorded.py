@@ -1,7 +1,7 @@
-"""Studies that an earlier schema recorded: how their files are read, see `dxmi.training.schema`.
+"""Reading studies that were recorded with an earlier schema, see `dxmi.training.schema`.
 
-Such a study has its old signature, and the config of each of its trials is made as it was then: the trial's values are
-put into the recorded experiment under their old names, and the result is upgraded.
+Such a study keeps its old signature. To build the config of a trial, its values are set in the recorded experiment
+under their old names, and the result is upgraded.
 """
 
 import copy
@@ -22,12 +22,12 @@ _FREE: dict[str, tuple[str, ...]] = {"sweep": _LIMITS, "ablation": ("also", *_LI
 
 @dataclass(frozen=True)
 class Recorded:
-    """What an earlier schema recorded of a study.
+    """The record of a study in an earlier schema.
 
     Attributes:
-        schema: that schema.
-        signature: of the study, by the rule of that schema.
-        experiment: the tree of its experiment under that schema.
+        schema: number of the schema.
+        signature: signature of the study as that schema defined it.
+        experiment: its experiment as a nested dictionary in that schema.
     """
 
     schema: int
@@ -35,26 +35,26 @@ class Recorded:
     experiment: Mapping[str, Any]
 
     def name_of(self, path: str) -> str:
-        """What a setting was called."""
+        """The name of a setting in that schema."""
         return _OLD_NAMES.get(path, path)
 
     def tree_of(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The present tree of a trial's config, from the settings that it changes."""
+        """The config of a trial in the current schema, given the settings that the trial changes."""
         found = copy.deepcopy(dict(self.experiment))
         for path, value in settings.items():
             put(found, self.name_of(path), value)
         return upgrade(found, self.schema)
 
     def refusal(self, study: str) -> str:
-        """The sentence about resuming such a study."""
+        """Error message for an attempt to resume such a study."""
         return outdated(f"The study {study}", self.schema)
 
 
 def present_study(tree: Mapping[str, Any]) -> tuple[dict[str, Any], Recorded | None]:
-    """The content of study.yaml with the present names of settings, and what was recorded if they had others.
+    """The content of study.yaml in the current schema, and its record if it was written with an earlier one.
 
     Raises:
-        UserError: it is of a later schema, or no study.
+        UserError: the schema is a later one, or the content is not that of a study.
     """
     schema, found = schema_of(tree), copy.deepcopy(dict(tree))
     if schema == SCHEMA:
@@ -79,7 +79,7 @@ def _identity_of_schema_1(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(space: Any) -> Any:
-    """A space, nested or with dots, whose settings have their present names."""
+    """A search space, nested or with dotted paths, with settings renamed to their current names."""
     if not isinstance(space, Mapping):
         return space
     found = {RENAMED.get(str(key), key): value for key, value in space.items()}

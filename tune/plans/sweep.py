@@ -36,7 +36,7 @@ class Plan:
         sweep: Config of the sweep.
         space: Search space as written in the sweep file.
         tracking: Where the study is recorded.
-        recorded: What an earlier schema recorded, if the study is of one: it can be read, but not resumed.
+        recorded: The study's record in an earlier schema, if it has one: such a study can be read, but not resumed.
     """
 
     name: str
@@ -113,14 +113,14 @@ class Plan:
         return tree_with(self.experiment, settings) if self.recorded is None else self.recorded.tree_of(settings)
 
     def journal_name(self, path: str) -> str:
-        """What the study's journal calls a setting that varies."""
+        """Name of a varying setting in the study's journal."""
         return path if self.recorded is None else self.recorded.name_of(path)
 
     def require_present(self) -> None:
         """Check that the study may be resumed.
 
         Raises:
-            UserError: it is of an earlier schema.
+            UserError: it was recorded with an earlier schema.
         """
         if self.recorded is not None:
             raise UserError(self.recorded.refusal(self.name))
@@ -160,7 +160,7 @@ class Plan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `identity` is of, with every default: for people."""
+        """The settings that `identity` covers, including defaults, in human-readable form."""
         sweep = {**identity_tree(self.sweep, RESULT), "space": self.space}
         return {"experiment": identity_tree(self.experiment, RESULT), "sweep": sweep}
 

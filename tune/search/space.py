@@ -133,7 +133,7 @@ class Axis:
             return list(self.choices)
         if self.kind != "integer" and not self.points:
             raise UserError(
-                f"sweep.space.{self.path} has infinitely many values: a grid needs points, "
+                f"sweep.space.{self.path} has infinitely many values: for a grid, give their number as points, "
                 f"like {{{self.kind}: [{self.low:g}, {self.high:g}], points: 5}}."
             )
         count = self.points or int(self.high) - int(self.low) + 1
@@ -181,7 +181,7 @@ def parse_space(tree: Any, experiment: ExperimentConfig, *, is_checked: bool = T
             raise UserError(f"sweep.space.{path} is given twice: keep one.")
         specs[path] = spec
     if not specs:
-        raise UserError(f"sweep.space is empty: a sweep varies at least one setting; {_EXAMPLE}.")
+        raise UserError(f"sweep.space is empty: a sweep must vary at least one setting; {_EXAMPLE}.")
     known = to_tree(experiment)
     axes = []
     for path, spec in specs.items():
