@@ -301,7 +301,12 @@ def test_every_table_names_the_test_and_five_seeds_are_too_few(played):
 
 @pytest.mark.parametrize(
     ("arms", "label", "words"),
-    [(1, "p", "sign flips"), (2, "p (closed)", "permutation"), (12, "p (closed)", "sets"), (13, "p (Holm)", "Holm's")],
+    [
+        (1, "p", "sign-flip test"),
+        (2, "p (closed)", "permutation"),
+        (12, "p (closed)", "sets"),
+        (13, "p (Holm)", "Holm's"),
+    ],
 )
 def test_tables_name_the_test_that_the_number_of_arms_calls_for(arms, label, words):
     results = SimpleNamespace(plan=SimpleNamespace(arms=range(1 + arms), ablation=SimpleNamespace(level=0.05)))
@@ -730,7 +735,7 @@ def test_an_ablation_with_tuning_is_run_gone_on_with_and_reported(tmp_path, caps
     arguments = ["ablate", *TINY, f"ablation={path}", "name=real", "--studies", str(tmp_path / "studies")]
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert re.search(r"too few seeds, (at least )?\d+( to \d+)? (needed|would do)", said)
+    assert re.search(r"too few seeds, (at least )?\d+( to \d+)? (needed|would suffice)", said)
     folder = StudyFolder(tmp_path / "studies" / "real")
     tuned = folder.read_plan().tuned
     assert set(tuned) == {"baseline", "no_entropy"}

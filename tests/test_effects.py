@@ -188,7 +188,7 @@ def test_two_levels_are_the_special_case():
         (lambda: two_level_effects(SQUARE, "AB", [("A", "B"), ("B", "A")], scores_of(4)), "each once"),
         (lambda: two_level_effects(SQUARE, "AB", [("A",)], scores_of(4, seeds=1)), "1 seeds have a score of every"),
         (lambda: two_level_effects(SQUARE, "AB", [("A",)], scores_of(4) * math.inf), "infinite"),
-        (lambda: two_level_effects([[1], [1]], "A", [("A",)], scores_of(2)), "cannot tell A from the mean"),
+        (lambda: two_level_effects([[1], [1]], "A", [("A",)], scores_of(2)), "cannot distinguish A from the mean"),
         (lambda: level_effects({"A": [1, 1]}, [("A",)], scores_of(2)), "'A' has one level"),
     ],
 )

@@ -150,7 +150,7 @@ def test_an_open_arm_goes_on_to_the_next_look():
     assert next_seeds(study(NOISE, seeds=3), "base", PLAN) == {"a": 4}
     assert next_seeds(study(NOISE, seeds=3), "base", SeedPlan(1, step=4)) == {"a": 7}
     (comparison,) = review(study(NOISE, seeds=3), "base", PLAN)
-    assert (comparison.verdict, comparison.reason) == (Verdict.TOO_FEW_SEEDS, "Still open after 3 of at most 12 seeds.")
+    assert (comparison.verdict, comparison.reason) == (Verdict.TOO_FEW_SEEDS, "Undecided after 3 of at most 12 seeds.")
 
 
 def test_a_steady_arm_stops_at_the_first_test_and_a_noisy_one_long_before_the_cap():
@@ -164,7 +164,7 @@ def test_a_steady_arm_stops_at_the_first_test_and_a_noisy_one_long_before_the_ca
     assert steady.verdict is Verdict.BETTER
     assert steady.p == pytest.approx(4.0 * 2.0 / 2.0**8, rel=1e-12)  # its share is a quarter
     assert noisy.verdict is Verdict.NO_DIFFERENCE
-    assert re.fullmatch(r"Stopped after 6 of at most 12 seeds: the chance .* 12 would .* was \d%\.", noisy.reason)
+    assert re.fullmatch(r"Stopped after 6 of at most 12 seeds: the chance .* 12 seeds would .* was \d%\.", noisy.reason)
 
 
 def test_an_arm_that_does_exactly_what_the_baseline_does_stops_at_the_start():
@@ -197,7 +197,7 @@ def test_at_the_cap_no_arm_goes_on_and_the_verdict_is_the_studys():
     assert next_seeds(study(NOISE, seeds=12), "base", plan) == {}
     (comparison,) = review(study(NOISE, seeds=12), "base", plan)
     assert comparison.verdict is Verdict.NO_DIFFERENCE
-    assert comparison.reason.startswith("12 seeds could have shown a difference.")
+    assert comparison.reason.startswith("12 seeds could have shown a difference, but did not.")
 
 
 def test_arms_stop_one_by_one_and_keep_their_verdicts():
@@ -220,7 +220,7 @@ def test_open_arms_get_their_seeds_together_until_none_has_any_hope():
     assert next_seeds(study(NOISE, hopeful, seeds=6), "base", SeedPlan(2)) == {"a": 7, "b": 7}
     assert next_seeds(study(NOISE, NOISE[::-1], seeds=6), "base", SeedPlan(2)) == {}
     found = review(study(NOISE, hopeful, seeds=6), "base", SeedPlan(2))
-    assert [c.reason for c in found] == ["Still open after 6 of at most 12 seeds."] * 2
+    assert [c.reason for c in found] == ["Undecided after 6 of at most 12 seeds."] * 2
     many = {"base": BASELINE[:6], "hopeful": BASELINE[:6] + 3.0 * hopeful[:6] - 1.0}
     many |= {f"arm{k}": BASELINE[:6] + NOISE[:6] for k in range(12)}
     assert next_seeds(many, "base", SeedPlan(13, cap=20)) == {"hopeful": 7}

@@ -197,7 +197,8 @@ def test_enough_seeds_and_a_large_p_show_no_difference():
     assert comparison.verdict is Verdict.NO_DIFFERENCE
     assert comparison.difference.low < 0.0 < comparison.difference.high
     assert re.fullmatch(
-        r"8 seeds could have shown a difference\. One like this takes at least \d+ seeds\.", comparison.reason
+        r"8 seeds could have shown a difference, but did not\. A difference of this size requires at least \d+ seeds\.",
+        comparison.reason,
     )
 
 
@@ -207,7 +208,8 @@ def test_fewer_than_6_seeds_are_too_few_whatever_they_say(seeds, verdict):
     assert comparison.verdict == verdict
     assert (comparison.seeds_needed.low, comparison.seeds_needed.high) == (6, 6)
     if seeds < 6:
-        assert comparison.reason.startswith(f"With {seeds} seeds the test cannot show any difference: one arm takes 6.")
+        start = f"With {seeds} seeds the test cannot show any difference: one arm requires 6 seeds."
+        assert comparison.reason.startswith(start)
 
 
 def test_too_few_seeds_says_how_many_the_pilot_suggests():
@@ -215,9 +217,10 @@ def test_too_few_seeds_says_how_many_the_pilot_suggests():
     assert comparison.seeds_needed == seeds_needed([0.5, -0.2, 0.3], 1, 0.05)
     assert comparison.seeds_needed.high == math.inf
     assert str(comparison).endswith(f"3 seeds; at least {comparison.seeds_needed.low:.0f} needed")
-    assert comparison.reason.endswith(f"one arm takes 6. One like this takes {comparison.seeds_needed}.")
+    needed = f"A difference of this size requires {comparison.seeds_needed}."
+    assert comparison.reason.endswith(f"one arm requires 6 seeds. {needed}")
     clear = only([3.4, 3.65, 3.33, 3.53])
-    assert str(clear).endswith(f"{clear.seeds_needed.numbers} would do")
+    assert str(clear).endswith(f"{clear.seeds_needed.numbers} would suffice")
     none = only([3.5, 3.7, 3.4])  # no spread
     assert none.seeds_needed.low == 6
 
@@ -239,7 +242,7 @@ def test_more_than_12_arms_have_holms_correction():
     assert {c.correction for c in found} == {Correction.HOLM}
     assert [c.p_adjusted for c in found] == [pytest.approx(13 * 2.0 / 2.0**8)] * 13
     assert {c.verdict for c in found} == {Verdict.TOO_FEW_SEEDS}
-    assert found[0].reason.startswith("With 8 seeds the test cannot show any difference: 13 arms take 10.")
+    assert found[0].reason.startswith("With 8 seeds the test cannot show any difference: 13 arms require 10 seeds.")
 
 
 @pytest.mark.parametrize(
@@ -252,8 +255,8 @@ def test_scores_that_equal_the_baselines_show_nothing(equal, verdict):
     assert comparison.p == 2.0 / 2.0 ** (8 - equal)
     assert comparison.verdict == verdict
     if verdict == "too few seeds":
-        assert f"at {equal} of which the scores are equal" in comparison.reason
-        assert "takes 6 that differ." in comparison.reason
+        assert f"at {equal} of which both scores are equal" in comparison.reason
+        assert "requires 6 seeds with different scores." in comparison.reason
 
 
 def test_ties_count_in_holms_procedure_too():

@@ -229,9 +229,7 @@ def _asked(kind: str, shipped: list[str], overrides: Sequence[str]) -> _Asked:
         raise UserError(f"{odd[0]!r} cannot be used to name a study: write name=STUDY.")
     chosen = _raw(kind, [o for o in overrides if o.startswith(f"{kind}=")])
     if chosen is None:
-        raise UserError(
-            f"No {kind} is selected: add {kind}=NAME, with one of {', '.join(shipped)}, or {kind}=FILE.yaml."
-        )
+        raise UserError(f"No {kind} is selected: add {kind}=NAME (one of {', '.join(shipped)}) or {kind}=FILE.yaml.")
     own = [o for o in overrides if belongs(o, kind, _TRACKING) and not o.startswith(f"{kind}=")]
     rest = [o for o in overrides if not belongs(o, kind, _TRACKING, "name")]
     if any(o.startswith("out=") for o in rest):
@@ -433,8 +431,7 @@ def _study_file(kind: str, chosen: str, shipped: list[str]) -> dict[str, Any]:
         path = files.config_folder() / kind / f"{chosen}.yaml"
         if chosen not in shipped:
             raise UserError(
-                f"{kind} {chosen!r} does not exist: {_nearest(chosen, shipped)} To use a file, give a path that ends in "
-                ".yaml."
+                f"{kind} {chosen!r} does not exist: {_nearest(chosen, shipped)} The path of a file must end in .yaml."
             )
         missing = f"The {kind} file {path} no longer exists."
     tree = read_yaml(path, missing)

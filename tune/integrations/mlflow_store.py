@@ -193,7 +193,8 @@ def _exists(root: Path) -> bool:
         if "locked" in str(error):
             raise UserError(f"{database} is locked by another program: end it, or wait.") from error
         raise UserError(
-            f"{database} is damaged or not an MLflow store ({error}). Move it away: resumed studies are recorded again."
+            f"{database} is damaged or not an MLflow store ({error}). Move it away: studies are "
+            "recorded again when they are resumed."
         ) from error
     return True
 

@@ -510,7 +510,7 @@ class _StudyUploader:
         except UserError as error:
             if record.number not in self._damaged:
                 self._damaged.add(record.number)
-                self._complain(f"Trial {record.number} is recorded in MLflow without the content of a file: {error}")
+                self._complain(f"Trial {record.number} is recorded in MLflow without one of its files: {error}")
             return []
 
 
@@ -634,8 +634,8 @@ class Tracker:
             errors = [error]
         if errors:
             self._say(
-                f"MLflow ({self.address}) does not take all records of the study {self._plan.name}: "
-                f"{reason_of(errors[0])}. The sweep continues, and they are sent again until they arrive."
+                f"MLflow ({self.address}) does not accept all records of the study {self._plan.name}: "
+                f"{reason_of(errors[0])}. The study continues, and the records are sent again until they are accepted."
             )
         else:
             self._said.clear()

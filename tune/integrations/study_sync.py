@@ -61,8 +61,8 @@ class StudySync:
         theirs, ours = self._study.read(self._folder.journal.name) or b"", _read(self._folder)
         if not theirs.startswith(ours) and not ours.startswith(theirs):
             raise UserError(
-                f"The study in {self._folder.path} and its copy at {self._address} went on separately: delete the "
-                "one that is not to be kept, or choose another name."
+                f"The study in {self._folder.path} and its copy at {self._address} were continued separately: delete "
+                "the one that you do not want to keep, or choose another name."
             )
         if len(theirs) >= len(ours) and theirs:
             self._study.pull(self._folder.path)
@@ -88,7 +88,9 @@ class StudySync:
             return
         self._send(self._study)
         if self._failing:
-            self._complain(f"the copy at {self._address} is not complete; the study in {self._folder.path} is.")
+            self._complain(
+                f"the copy at {self._address} is incomplete, but the study in {self._folder.path} is complete."
+            )
             return
         self._study.delete(_LEASE)
 
@@ -106,7 +108,7 @@ class StudySync:
             self._failing = False
         except OSError as error:
             if not self._failing:
-                self._complain(f"the study cannot be copied to {self._address} now ({error}); it continues here.")
+                self._complain(f"the study cannot currently be copied to {self._address} ({error}); it continues here.")
             self._failing = True
 
     # ------------------------------------------------------------------------
@@ -124,7 +126,7 @@ class StudySync:
             now = study.read(_LEASE)
             if now is not None and now != held:
                 raise UserError(
-                    f"Another process drives the study at {self._address} ({_holder(now)}): wait for it, or choose "
+                    f"Another process is running the study at {self._address} ({_holder(now)}): wait, or choose "
                     "another name."
                 )
             held = now

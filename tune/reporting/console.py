@@ -155,7 +155,7 @@ def result_table(summary: Summary) -> TextTable:
     better = better_text(summary.direction)
     table = TextTable(
         caption=f"Network evaluations per sample; {metric} of {summary.num_samples:,} samples each, {better}; "
-        f"seconds per 1,000 samples{generations}; {_NOT_COMPUTED} not computed. Bold: the best sampler with at most "
+        f"seconds per 1,000 samples{generations}; {_NOT_COMPUTED}: not computed. Bold: the best sampler with at most "
         f"{steps} evaluations."
     )
     headings = [key.removeprefix("eval/") for key in others]

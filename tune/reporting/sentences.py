@@ -79,7 +79,7 @@ def _front_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
         return " with ".join(f"{metric_label(plan, o)} {number(value, o.metric)}" for o, value in pairs)
 
     if len(front) == 1:
-        return f"It is better than or equal to every other trial in both objectives ({point(front[0])})."
+        return f"No other trial is better in either objective ({point(front[0])})."
     return f"{len(front)} trials are on the Pareto front, from {point(front[0])} to {point(front[-1])}."
 
 
@@ -109,10 +109,10 @@ def course_sentences(study: Study, records: Sequence[TrialRecord]) -> list[str]:
     progress, minutes = study.folder.read_progress(), study.plan.sweep.budget.wall_minutes
     seconds = float(progress.get("seconds") or 0.0)
     if seconds:
-        limit = f" of {duration(60.0 * minutes)}" if minutes else ""
-        sentences.append(f"The sweep has taken {duration(seconds)}{limit}.")
+        limit = f" of its budget of {duration(60.0 * minutes)}" if minutes else ""
+        sentences.append(f"The study has used {duration(seconds)}{limit}.")
     if progress.get("ended"):
-        sentences.append(f"Its last session ended: {progress['ended']}.")
+        sentences.append(f"Why its last session ended: {progress['ended']}.")
     if isinstance(study.plan, AblationPlan) and (study.plan.stacked or 1) > 1:
         stacked = study.plan.stacked
         sentences.append(

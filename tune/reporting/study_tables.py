@@ -170,7 +170,7 @@ def _caption(plan: Plan, rows: Sequence[LeaderboardRow], shown: Sequence[Leaderb
     if any(_marked_score(row).endswith(NOT_COMPARABLE) for row in shown):
         sentences.append(f"{NOT_COMPARABLE} on the noise used to select the checkpoint: not comparable.")
     if any(_is_missing(row, plan) for row in shown):
-        sentences.append(f"{NOT_COMPUTED} not computed.")
+        sentences.append(f"{NOT_COMPUTED}: not computed.")
     counts = Counter(str(row["state"]) for row in rows)
     if counts[TrialState.COMPLETE.value] < plan.num_trials and not isinstance(plan, AblationPlan):
         ways = [f"{counts[state.value]} {state.value}" for state in TrialState if counts[state.value]]

@@ -251,7 +251,7 @@ def _arms(results: Results) -> HtmlTable:
         *((name, "mean over the seeds, with its interval", "number") for name in other_labels(results)),
         ("minus baseline", "mean difference at the same seed, with its interval", "number"),
         (p_label(results), p_note(results), "number"),
-        ("beats baseline", "probability that a run of the arm is better than a run of the baseline", "number"),
+        ("P(beats baseline)", "probability that a run of the arm is better than a run of the baseline", "number"),
         ("verdict", "", ""),
     ]
     compared = {comparison.arm: comparison for comparison in results.comparisons}

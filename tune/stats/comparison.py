@@ -96,7 +96,7 @@ class Comparison:
         """Text that says how many seeds would suffice."""
         if math.isinf(self.seeds_needed.low):
             return "no number of seeds would show a difference of 0"
-        end = "would do" if math.isfinite(self.seeds_needed.high) else "needed"
+        end = "would suffice" if math.isfinite(self.seeds_needed.high) else "needed"
         return f"{self.seeds_needed.numbers} {end}"
 
 
@@ -261,17 +261,17 @@ def _reasons(pair: Pairs, verdict: Verdict, needed: SeedRange, rules: _Rules) ->
     if not pair.differences.any():
         return ["Every score equals the baseline's at the same seed."]
     if verdict is Verdict.NO_DIFFERENCE:
-        return [f"{seeds_text(seeds)} could have shown a difference.", *_would_show(needed)]
+        return [f"{seeds_text(seeds)} could have shown a difference, but did not.", *_would_show(needed)]
     return [_too_few(pair, rules), *_would_show(needed)]
 
 
 def _too_few(pair: Pairs, rules: _Rules) -> str:
     """Why no difference could be shown: too few seeds, or too many scores equal to the baseline's."""
     seeds, ties = len(pair.scores), int((np.abs(pair.differences) <= rounding(pair.differences)).sum())
-    takes = f"{rules.arms} arms take" if rules.arms > 1 else "one arm takes"
-    equal = f", at {ties} of which the scores are equal," if ties else ""
+    takes = f"{rules.arms} arms require" if rules.arms > 1 else "one arm requires"
+    equal = f", at {ties} of which both scores are equal," if ties else ""
     return f"With {seeds_text(seeds)}{equal} the test cannot show any difference: {takes} {rules.fewest}" + (
-        " that differ." if ties else "."
+        " seeds with different scores." if ties else " seeds."
     )
 
 
@@ -279,4 +279,4 @@ def _would_show(needed: SeedRange) -> list[str]:
     """How many seeds a difference of the observed size needs."""
     if math.isinf(needed.low):
         return ["No number of seeds would show a difference of 0."]
-    return [f"One like this takes {needed}."]
+    return [f"A difference of this size requires {needed}."]

@@ -49,9 +49,9 @@ class Effect:
         parts = [f"{name} {level}".rstrip() for name, level in zip(self.term, levels, strict=True)]
         what = f"{' x '.join(parts)}: {self.size}"
         if self.left_out:
-            return f"{what}, no test: runs are missing at {self.left_out} of {self.seeds + self.left_out} seeds"
+            return f"{what}, no test, since runs are missing at {self.left_out} of {self.seeds + self.left_out} seeds"
         if math.isnan(self.p):
-            return f"{what}, no test: seeds were added until verdicts were reached ({self.seeds} seeds)"
+            return f"{what}, no test, since seeds were added until there were verdicts ({self.seeds} seeds)"
         return f"{what}, {p_text(self.p_holm)} (Holm, {self.seeds} seeds)"
 
 
@@ -151,7 +151,9 @@ def _effects(
     table = _table(scores, coded)
     complete = table[:, ~np.isnan(table).any(axis=0)]
     if complete.shape[1] < 2:
-        raise UserError(f"{complete.shape[1]} seeds have a score of every run of the design: effects need at least 2.")
+        raise UserError(
+            f"{complete.shape[1]} seeds have a score for every run of the design: to estimate effects, give at least 2."
+        )
     parts = [_term(coded, term) for term in _checked(coded, terms)]
     _check_rank(parts, terms)
     at_seeds = _contrasts(parts, complete)
@@ -239,5 +241,5 @@ def _check_rank(parts: Sequence[_Factor], terms: Sequence[Term]) -> None:
         if np.linalg.matrix_rank(matrix) < matrix.shape[1]:
             before = ", ".join(["the mean", *(" x ".join(other) for other in terms[: count - 1])])
             raise UserError(
-                f"The design cannot tell {' x '.join(term)} from {before}: leave out a term, or run more of the design."
+                f"The design cannot distinguish {' x '.join(term)} from {before}: leave out a term, or add runs."
             )

@@ -186,7 +186,8 @@ def closed_p(baseline: ArrayLike, arms: ArrayLike, singles: ArrayLike, seed: int
         seed: Seed of the permutations.
 
     Returns:
-        Adjusted p-values [arms]. Arms with at most 5 % are significant at a family-wise error rate of 5 %.
+        Adjusted p-values [arms]. At a family-wise error rate of 5 %, arms with an adjusted p of at most .05 differ from
+        the baseline.
     """
     scores = np.vstack([np.asarray(baseline, dtype=np.float64), np.asarray(arms, dtype=np.float64)])
     whole = (InterimAnalysis(scores.shape[1], 1.0),)

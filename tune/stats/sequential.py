@@ -66,13 +66,13 @@ class SeedPlan:
             raise UserError(f"futility is {self.futility}: it must be a probability, at least 0 and below 1.")
         if self.start < 2 or self.step < 1:
             raise UserError(
-                f"A plan starts with at least 2 seeds and adds at least 1, not {self.start} and {self.step}."
+                f"start is {self.start} and step is {self.step}: start must be at least 2, and step at least 1."
             )
         fewest = max(self.start, seeds_to_test(self.arms, self.error_rate))
         if not fewest <= self.cap <= MOST_EXACT:
             raise UserError(
                 f"The cap is {self.cap} seeds: with {self.arms} arms and {self.start} seeds to start with, it must be "
-                f"from {fewest}, below which no verdict is possible, to {MOST_EXACT}."
+                f"in {fewest}..{MOST_EXACT}; with fewer seeds no verdict is possible."
             )
 
     @property
@@ -301,9 +301,10 @@ def _with_plan(comparison: Comparison, arm: _Arm, plan: SeedPlan, *, is_open: bo
     """Set verdict and reason of an undecided arm: whether it continues, or why it stopped before the cap."""
     where = f"{arm.seeds} of at most {plan.cap} seeds"
     if is_open:
-        reason = f"Still open after {where}."
+        reason = f"Undecided after {where}."
         return replace(comparison, verdict=Verdict.TOO_FEW_SEEDS, reason=reason)
     if comparison.p_adjusted <= plan.error_rate or arm.seeds == plan.cap or comparison.seeds < 2:
         return comparison
-    reason = f"Stopped after {where}: the chance that {plan.cap} would show a difference was {_chance(arm, plan):.0%}."
+    chance = f"{_chance(arm, plan):.0%}"
+    reason = f"Stopped after {where}: the chance that {plan.cap} seeds would show a difference was {chance}."
     return replace(comparison, verdict=Verdict.NO_DIFFERENCE, reason=reason)

@@ -44,14 +44,14 @@ if TYPE_CHECKING:
 
 _TESTS = {
     Correction.NONE: (
-        "p: sign flips of the paired differences; exact if arm and baseline are exchangeable at each seed."
+        "p: sign-flip test of the paired differences, exact if arm and baseline are exchangeable at each seed."
     ),
     Correction.CLOSED: (
-        "p: permutation of arms and baseline within seeds, closed over all sets of arms; exact if an arm that does "
-        "nothing is exchangeable with the baseline at each seed."
+        "p: closed testing over all sets of arms, by permutation of arms and baseline within seeds; exact if an arm "
+        "without effect is exchangeable with the baseline at each seed."
     ),
     Correction.HOLM: (
-        "p: sign flips of the paired differences with Holm's correction, exact if an arm that does nothing is "
+        "p: sign-flip tests of the paired differences with Holm's correction, exact if an arm without effect is "
         "exchangeable with the baseline at each seed."
     ),
 }
@@ -181,8 +181,8 @@ class Results:
         total = sum(runs.planned for runs in self.runs.values())
         if not any(counts.values()):
             return ""
-        until = "" if self.plan.seed_plan else " Until it is, p-values have Holm's correction for all arms."
-        return f"The study is not finished: of {total} runs {_counted(counts)}.{until}"
+        until = "" if self.plan.seed_plan else " Until then, p-values have Holm's correction for all arms."
+        return f"The study is not finished: of {total} runs, {_counted(counts)}.{until}"
 
     # ------------------------------------------------------------------------
     # Comparisons
@@ -355,7 +355,7 @@ class Results:
         if not self.plan.ablation.factors or self.effects:
             return ""
         return (
-            "Effects take two seeds at which every run of the design is complete; "
+            "Effects require two seeds at which every run of the design is complete; "
             f"so far there {'is 1' if self.complete.sum() == 1 else 'are none'}."
         )
 
@@ -378,14 +378,14 @@ class Results:
 def _why_untested(own: Runs, baseline: Runs, is_lost: bool) -> str:
     whose = {"the arm": own, "the baseline": baseline}
     missing = " and ".join(
-        f"{runs.missing} of {runs.planned} of {name} ({runs})" for name, runs in whose.items() if runs.missing
+        f"{runs.missing} of {runs.planned} runs of {name} ({runs})" for name, runs in whose.items() if runs.missing
     )
     if is_lost:
         return (
-            f"Runs without a score: {missing}. They are not missing at random, so the other scores do not represent "
-            "the arm, and no test is taken; the difference is that of the seeds that have both scores."
+            f"Without a score: {missing}. They are not missing at random, so the other scores do not represent the "
+            "arm, and no test is made; the difference is the mean over the seeds that have both scores."
         )
-    return f"Runs without a score yet: {missing}. The test is taken when all have ended."
+    return f"Without a score yet: {missing}. The test is made when all runs have ended."
 
 
 def _mean_references(summaries: Sequence[Mapping[str, Any]]) -> list[ScoredReference]:
@@ -494,15 +494,15 @@ def changes_text(changes: Mapping[str, Any]) -> str:
 def notes(results: Results) -> list[str]:
     """Notes to be shown under every table of arms."""
     generations = results.plan.ablation.generations
-    found = [f"Intervals of {100.0 * (1.0 - results.plan.ablation.level):g} %.", p_note(results)]
+    found = [f"Intervals have a level of {100.0 * (1.0 - results.plan.ablation.level):g} %.", p_note(results)]
     if generations > 1:
         found.append(f"The score of a run is its mean over {generations} draws of the evaluation's noise.")
     if results.gaps:
-        found.append("Where runs are missing, means and differences are those of the other runs, and no test is taken.")
+        found.append("Where runs are missing, means and differences are over the other runs, and no test is made.")
     if any(NOT_COMPUTED in other_cells(results, arm.name) for arm in results.plan.arms):
         found.append(f"{NOT_COMPUTED}: not computed.")
     found += [
-        f"{arm} was tuned by {runs.states.get(TrialState.COMPLETE, 0)} of {runs.planned} trials ({runs})."
+        f"{arm} was tuned with {runs.states.get(TrialState.COMPLETE, 0)} of {runs.planned} trials ({runs})."
         for arm, runs in results.tuning.items()
         if runs.missing and runs.states
     ]

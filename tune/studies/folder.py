@@ -75,7 +75,7 @@ class StudyFolder:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise UserError(
-                f"Another process is driving the study {self.path.name}: wait for it, or choose another name."
+                f"Another process is running the study {self.path.name}: wait for it, or choose another name."
             ) from error
         except OSError as error:
             raise UserError(f"The study folder {self.path} cannot be written: {error.strerror}.") from error

@@ -131,7 +131,7 @@ def fresh_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
     fresh = fresh_scores_of(records).get(best.number)
     if fresh is None or not fresh.scores:
         why = obstacle(StudyFolder(best.run.path.parent.parent), best, records).rstrip(".")
-        return f"Trial {best.number} has no score on fresh noise ({why}): as the best of many, it may look too good."
+        return f"Trial {best.number} has no score on fresh noise ({why}): its score is the best of many, and may be too good."
     values = (
         f"{metric_label(plan, o)} {number(value, o.metric)}"
         for o in plan.objectives
@@ -250,7 +250,7 @@ def changed_inputs(plan: Plan, records: Sequence[TrialRecord]) -> str:
     }
     found = {"The data": _course(data), "The files of pretrain.weights": _course(weights)}
     return " ".join(
-        f"{what} changed while this study ran ({course}): scores of trials before and after are not comparable."
+        f"{what} changed while this study ran ({course}): scores from before and after the change are not comparable."
         for what, course in found.items()
         if course
     )
