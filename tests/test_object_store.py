@@ -343,7 +343,7 @@ def test_a_copy_that_cannot_be_made_is_said_once_and_made_good(tmp_path, monkeyp
     assert len(said) == 1
     assert "no route" in said[0]
     sync.finish()
-    assert "is not complete" in said[-1]
+    assert "is incomplete" in said[-1]
     monkeypatch.setattr(Remote, "_replace", replace)
     sync.send_study()
     assert (tmp_path / "kept" / "s" / "optuna.journal").read_text() == "a\n"

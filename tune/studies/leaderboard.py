@@ -131,7 +131,9 @@ def fresh_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
     fresh = fresh_scores_of(records).get(best.number)
     if fresh is None or not fresh.scores:
         why = obstacle(StudyFolder(best.run.path.parent.parent), best, records).rstrip(".")
-        return f"Trial {best.number} has no score on fresh noise ({why}): its score is the best of many, and may be too good."
+        return (
+            f"Trial {best.number} has no score on fresh noise ({why}): as the best of many, its score may be too good."
+        )
     values = (
         f"{metric_label(plan, o)} {number(value, o.metric)}"
         for o in plan.objectives
