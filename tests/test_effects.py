@@ -186,7 +186,7 @@ def test_two_levels_are_the_special_case():
         (lambda: two_level_effects(SQUARE, "AB", [()], scores_of(4)), "different factors"),
         (lambda: two_level_effects(SQUARE, "AB", [], scores_of(4)), "at least one term"),
         (lambda: two_level_effects(SQUARE, "AB", [("A", "B"), ("B", "A")], scores_of(4)), "each once"),
-        (lambda: two_level_effects(SQUARE, "AB", [("A",)], scores_of(4, seeds=1)), "1 seeds have a score of every"),
+        (lambda: two_level_effects(SQUARE, "AB", [("A",)], scores_of(4, seeds=1)), "1 seeds have a score for every"),
         (lambda: two_level_effects(SQUARE, "AB", [("A",)], scores_of(4) * math.inf), "infinite"),
         (lambda: two_level_effects([[1], [1]], "A", [("A",)], scores_of(2)), "cannot distinguish A from the mean"),
         (lambda: level_effects({"A": [1, 1]}, [("A",)], scores_of(2)), "'A' has one level"),
