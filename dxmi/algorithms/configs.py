@@ -97,7 +97,7 @@ class DxMIConfig(AlgorithmConfig):
         for name, choices in named.items():
             require_choice(name, getattr(self, name), choices)
         for name in ("entropy_coef", "cost_coef", "energy_l2", "step_cost_scale"):
-            require_rate(f"{name}", getattr(self, name))
+            require_rate(name, getattr(self, name))
         for name in ("energy_updates", "value_updates", "policy_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -111,8 +111,9 @@ class DxMIConfig(AlgorithmConfig):
             raise ValueError("reference_var has no effect with running_cost=noise: leave it null")
         for number in self.reference_var or ():
             require_rate("reference_var", number, positive=True)
-        for number in (*(self.value_mask or ()), *self.policy_mask):
-            require_rate("a mask of the algorithm", number)
+        for name in ("value_mask", "policy_mask"):
+            for number in getattr(self, name) or ():
+                require_rate(name, number)
 
     def check(self, num_steps: int) -> None:
         """Check that each table has one entry, or one for each of the T steps."""
