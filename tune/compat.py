@@ -48,8 +48,8 @@ def quiet_worker_deaths(pattern: str) -> None:
 def lean_ray(*, state_api: bool) -> Iterator[None]:
     """Context in which Ray starts without processes that no trial needs, if this version supports it.
 
-    These are the autoscaler, the log monitor, which `log_to_driver=False` only silences, and the dashboard, of which
-    `include_dashboard=False` leaves a process without a page: three Python processes per command.
+    These are three Python processes per command: the autoscaler; the log monitor, which `log_to_driver=False` only
+    silences; and the dashboard, whose process `include_dashboard=False` starts anyway, without a web page.
 
     Args:
         state_api: Keep the dashboard process, which serves the state API. Ray Train queries it to find out whether the

@@ -145,11 +145,11 @@ def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
 
 
 def _in_mlflow(plan: Plan, result: SweepResult) -> list[str]:
-    """Lines that tell how to open a study in MLflow (a command or a server) and the addresses of its pages."""
+    """Lines that state how to open a study in MLflow (a command or a server) and the addresses of its pages."""
     uri = plan.tracking.uri
     if uri == "none":
         return []
-    heading = f"{'MLflow:':<13}{f'{_ui_command(result.folder)} serves these pages' if uri == 'local' else uri}"
+    heading = f"{'MLflow:':<13}{f'to open these pages, run {_ui_command(result.folder)}' if uri == 'local' else uri}"
     if uri != "local" and (result.undelivered or result.interrupted):  # do not wait for the server
         return [heading]
     try:
@@ -219,7 +219,7 @@ def _show_arms(console: Terminal, chosen: Ablation) -> None:
         first = ablation.seeds.first
         rows["seeds"] = f"{first} at first, then more for arms without a verdict, at most {ablation.seeds.cap}"
         rows["trials"] = f"{len(plan.arms) * first} at first, up to {plan.num_trials}"
-        rows["time"] += f" (for {ablation.seeds.cap} seeds in each arm)"
+        rows["time"] += f". The total is for {ablation.seeds.cap} seeds in each arm."
     if plan.seeds_at_once > 1:
         rows["trained together"] = _stack_text(chosen)
     if ablation.tuning is not None:

@@ -409,7 +409,7 @@ def _nested(where: str, tree: Any, is_group: Callable[[Any], bool]) -> Any:
         for name in path[:-1]:
             group = group.setdefault(name, {}) if is_group(group) else None
         if not is_group(group) or path[-1] in group:
-            raise UserError(f"{where} names {key} twice, or inside another setting: keep one.")
+            raise UserError(f"{where} names {key} twice, directly or as part of a group: keep one.")
         group[path[-1]] = _nested(where, value, is_group)
     return groups
 
@@ -438,7 +438,7 @@ def _study_file(kind: str, chosen: str, shipped: list[str]) -> dict[str, Any]:
     _refuse_double_keys(path)
     if "${" in str(tree):
         raise UserError(
-            f"{path} contains a ${{...}}: replace it by its value, since a study must not depend on the environment."
+            f"{path} contains a ${{...}}: write the value out, since a study must not depend on the environment."
         )
     if "_target_" in str(tree):
         raise UserError(f"{path} contains a _target_: the file of a study may contain only values, not code to run.")

@@ -271,7 +271,7 @@ class Controller:
         """Handle an exception or the death of a trial's process; `again` if it will be restarted."""
         trial, reason = self.running[number], last_line(error)
         if again and trial.stop_reason is None:
-            self._say(trial, f"crashed ({reason}), starting again", bad=True)
+            self._say(trial, f"crashed ({reason}); the trial is started again", bad=True)
             return
         if trial.stop_reason is not None or self.interrupted:  # it was about to stop; its checkpoints are complete
             self._ended(Stopped(number))

@@ -174,7 +174,9 @@ def _locked(root: Path) -> Iterator[None]:
         with FileLock(root / ".mlflow.lock", timeout=_LOCK_SECONDS):
             yield
     except Timeout as error:
-        raise UserError(f"Another process has been opening MLflow's store in {root} for minutes: end it.") from error
+        raise UserError(
+            f"Another process has locked MLflow's store in {root} for minutes: end that process."
+        ) from error
 
 
 def _exists(root: Path) -> bool:

@@ -37,8 +37,8 @@ class AblationPlan(Plan):
         ablation: Config of the ablation.
         arms: All arms, the baseline first.
         tuned: For each arm, the values found by its tuning sweep, by path; empty without tuning.
-        stacked: Number of seeds of an arm that each program trains, as chosen when the first program started; None
-            before. A resumed or repeated study uses the same number, since it changes results by rounding.
+        stacked: Number of seeds of an arm that each program trains. It is chosen when the first program starts and is
+            None before. A resumed or repeated study uses the same number, since it changes results by rounding.
     """
 
     ablation: AblationConfig

@@ -324,8 +324,8 @@ def _require_effects(changes: Sequence[_Change], found: Sequence[Arm], experimen
         own = told[config.signature]
         if _same(own, told[experiment.signature]):
             raise UserError(
-                f"{change.where} has no effect under this baseline: training is the same, bit for bit, whatever "
-                f"{' and '.join(change.settings)} {'is' if len(change.settings) == 1 else 'are'}. Leave it out."
+                f"{change.where} has no effect under this baseline: training is bitwise identical with and without the "
+                f"change of {' and '.join(change.settings)}. Leave it out."
             )
         for path, without in rest:
             if _same(own, told[without.signature]):
@@ -347,8 +347,8 @@ def _require_different(found: Sequence[Arm], told: Sequence[str | None]) -> None
     for (one, a), (other, b) in itertools.combinations(zip(found, told, strict=True), 2):
         if _same(a, b):
             raise UserError(
-                f"The arms {one.name} and {other.name} of the ablation train the same, bit for bit, since no setting "
-                "that differs between them has an effect: leave one of them out."
+                f"The arms {one.name} and {other.name} of the ablation are trained identically, bit for bit, since no "
+                "setting that differs between them has an effect: leave one of them out."
             )
 
 
@@ -365,7 +365,7 @@ def _check_tuning(config: AblationConfig, experiment: ExperimentConfig, found: S
             raise UserError(f"{where} cannot vary: {_FIXED[axis.path.partition('.')[0]]}.")
         for arm in found:
             if any(_overlap(axis.path, path) for path in arm.changes):
-                raise UserError(f"{where} would undo what the arm {arm.name} changes: tune another setting.")
+                raise UserError(f"{where} would overwrite a change of the arm {arm.name}: tune another setting.")
     for arm in found:
         try:
             tuning_axes(config, arm.config(experiment))

@@ -266,6 +266,6 @@ def _check_objectives(sweep: SweepConfig, experiment: ExperimentConfig) -> None:
     follows_curve = first.metric in ("score", own.name) and first.direction == own.direction
     if sweep.stopping.rule != "none" and not follows_curve:
         raise UserError(
-            f"sweep.stopping.rule is {sweep.stopping.rule!r}, which follows the curve of the score: the objective must "
-            f"then be score, and be {own.direction}d."
+            f"sweep.stopping.rule is {sweep.stopping.rule!r}, which compares score curves: the objective must be "
+            f"score, and it must be {own.direction}d."
         )

@@ -112,7 +112,7 @@ def course_sentences(study: Study, records: Sequence[TrialRecord]) -> list[str]:
         limit = f" of its budget of {duration(60.0 * minutes)}" if minutes else ""
         sentences.append(f"The study has used {duration(seconds)}{limit}.")
     if progress.get("ended"):
-        sentences.append(f"Why its last session ended: {progress['ended']}.")
+        sentences.append(f"Reason for the end of its last session: {progress['ended']}.")
     if isinstance(study.plan, AblationPlan) and (study.plan.stacked or 1) > 1:
         stacked = study.plan.stacked
         sentences.append(

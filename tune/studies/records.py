@@ -57,7 +57,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """A trial as it was proposed. It is built once: when it is proposed, or when its study is resumed.
+    """A trial as it was proposed; built once per session, when it is proposed or when its study is resumed.
 
     Attributes:
         number: Index from 0, in the order of proposal.
