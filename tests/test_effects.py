@@ -179,7 +179,7 @@ def test_two_levels_are_the_special_case():
     [
         (lambda: two_level_effects([[0, 1]], "AB", [("A",)], [[1.0, 2.0]]), "2] of -1 and \\+1"),
         (lambda: two_level_effects(SQUARE, "ABC", [("A",)], scores_of(4)), "3] of -1 and \\+1"),
-        (lambda: two_level_effects(SQUARE, "AB", [("A",)], scores_of(3)), r"shape \[3, 4\] and factor 'A' 4 runs"),
+        (lambda: two_level_effects(SQUARE, "AB", [("A",)], scores_of(3)), r"shape \[3, 4\], but factor 'A' has 4 runs"),
         (lambda: two_level_effects(SQUARE, "AB", [("D",)], scores_of(4)), "Term .* out of A, B"),
         (lambda: two_level_effects(SQUARE, "AB", ["A"], scores_of(4)), "Term 'A' must name"),
         (lambda: two_level_effects(SQUARE, "AB", [("A", "A")], scores_of(4)), "different factors"),

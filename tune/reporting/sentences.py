@@ -105,7 +105,7 @@ def course_sentences(study: Study, records: Sequence[TrialRecord]) -> list[str]:
         return [f"{planned} trial{'s are' if planned > 1 else ' is'} planned."]
     counts = Counter(record.state for record in records)
     ways = ", ".join(f"{counts[state]} {state.value}" for state in _TOLD if counts[state])
-    sentences = [f"{len(records)} of {planned} planned trial{'s' if planned > 1 else ''}: {ways}."]
+    sentences = [f"{len(records)} of {planned} planned trial{'s' if planned > 1 else ''} started: {ways}."]
     progress, minutes = study.folder.read_progress(), study.plan.sweep.budget.wall_minutes
     seconds = float(progress.get("seconds") or 0.0)
     if seconds:

@@ -216,8 +216,8 @@ def _table(scores: ArrayLike, coded: Mapping[str, _Factor]) -> Array:
     for name, factor in coded.items():
         if table.ndim != 2 or len(table) != len(factor.columns):
             raise UserError(
-                f"Scores have shape {list(table.shape)} and factor {name!r} {len(factor.columns)} runs: "
-                "give [runs, seeds], the runs in the design's order."
+                f"Scores have shape {list(table.shape)}, but factor {name!r} has {len(factor.columns)} runs: "
+                "give [runs, seeds], with the runs in the order of the design."
             )
     if np.isinf(table).any():
         raise UserError("A score is infinite: give finite numbers, or NaN where a run failed.")

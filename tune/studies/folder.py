@@ -103,7 +103,7 @@ class StudyFolder:
             raise UserError(f"{self.plan} has format {tree.get('format')!r}: this version of dxmi reads {FORMAT}.")
         plan = any_plan_from(tree)
         if plan.name != self.path.resolve().name:
-            raise UserError(f"The study in {self.path} is called {plan.name}: rename its folder to that.")
+            raise UserError(f"The study in {self.path} is called {plan.name}: rename the folder to {plan.name}.")
         if plan.signature != tree.get("signature"):
             raise UserError(f"{self.plan} has been edited, or was written by another version of dxmi: restore it.")
         return plan

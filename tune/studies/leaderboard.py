@@ -140,7 +140,7 @@ def fresh_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
         if (value := fresh.value(plan, o)) is not None
     )
     text = ", ".join(values) or f"{plan.metric.removeprefix('eval/')} {number(fresh.scores[plan.metric])}"
-    return f"On fresh noise, which was not used to select it, trial {best.number} has {text}."
+    return f"On fresh noise, which was not used for the selection, trial {best.number} has {text}."
 
 
 def free_sampler_sentences(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:

@@ -53,7 +53,7 @@ def outdone_sentences(metric: str, found: Iterable[Outdone | None]) -> list[str]
             subjects.append(f"{one.subject} ({score_text(one.score)})")
     name = metric.removeprefix("eval/")
     return [
-        f"Without any fine-tuning, {label} has {name} {score}: better than {listed(subjects)}, with no more network "
-        "evaluations."
+        f"Without any fine-tuning, {label} reaches {name} {score}, which is better than "
+        f"{listed(subjects)}, with no more network evaluations."
         for (label, score), subjects in groups.items()
     ]
