@@ -305,6 +305,7 @@ def _with_plan(comparison: Comparison, arm: _Arm, plan: SeedPlan, *, is_open: bo
         return replace(comparison, verdict=Verdict.TOO_FEW_SEEDS, reason=reason)
     if comparison.p_adjusted <= plan.error_rate or arm.seeds == plan.cap or comparison.seeds < 2:
         return comparison
-    chance = f"{_chance(arm, plan):.0%}"
-    reason = f"Stopped after {where}: the chance that {plan.cap} seeds would show a difference was {chance}."
+    reason = (
+        f"Stopped after {where}: the chance that {plan.cap} seeds would show a difference was {_chance(arm, plan):.0%}."
+    )
     return replace(comparison, verdict=Verdict.NO_DIFFERENCE, reason=reason)
