@@ -188,7 +188,7 @@ def test_studies_report_and_dry_run_say_what_there_is(finished, studies, capsys)
     before = sorted(path.name for path in studies.iterdir())
     assert main(["sweep", "sweep=demo", "name=dry", *TINY, "--studies", str(studies), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert missing("8 … tpe", said) == []
+    assert missing("8 … tpe … minimize score", said) == []
     assert "algorithm.policy.lr" in said
     assert sorted(path.name for path in studies.iterdir()) == before
 

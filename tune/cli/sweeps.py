@@ -87,7 +87,7 @@ def _plan(console: Terminal, chosen: Sweep, cost: Estimate) -> None:
     for axis in plan.axes:
         space.add_row(axis.path, str(axis), show(axis.own(plan.experiment)))
     console.print(space)
-    objectives = ", ".join(f"{objective.direction} {objective.metric}" for objective in sweep.objectives)
+    objectives = ", ".join(f"{objective.direction} {objective.metric}" for objective in plan.objectives)
     stopping = "no early stopping" if sweep.stopping.rule == "none" else f"early stopping by {sweep.stopping.rule}"
     rows = {
         "trials": f"{plan.num_trials}, proposed by {sweep.sampler.kind} (seed {sweep.sampler.seed}), {stopping}",
