@@ -3,6 +3,7 @@
 import functools
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,7 +70,8 @@ def file(tmp_path):
 
 
 def test_ablations_are_shipped_and_are_no_group_of_an_experiment():
-    assert {"algorithms", "dxmi_terms", "entropy", "paper_2d", "steps", "pretraining", "shortening"} == set(ablations())
+    plane = {"algorithms_2d", "paper_2d"}
+    assert {"algorithms", "dxmi_terms", "entropy", "steps", "pretraining", "shortening"} | plane == set(ablations())
     assert "ablation" not in groups()
     assert "sweep" not in groups()
 
@@ -81,7 +83,7 @@ def test_every_shipped_ablation_has_a_hypothesis_and_arms_that_its_experiment_ac
     ablation, found, composed = read(f"ablation={name}")
     assert len(ablation.hypothesis.split()) > 10
     assert ablation.hypothesis == written["hypothesis"]
-    assert composed.experiment.data.kind == ("gaussians8" if name == "paper_2d" else "digits")
+    assert composed.experiment.data.kind == ("gaussians8" if name.endswith("_2d") else "digits")
     assert (composed.source, composed.name) == (name, None)
     assert parse_ablation(yaml.safe_load(yaml.safe_dump(to_tree(ablation)))) == ablation
     assert len(found) == (4 if name == "shortening" else 1 + len(written["variants"]))
@@ -92,6 +94,15 @@ def values(name: str, path: str) -> list[Any]:
     _, found, composed = read(f"ablation={name}")
     tree = [to_tree(arm.config(composed.experiment)) for arm in found]
     return [functools.reduce(lambda group, key: group[key], path.split("."), whole) for whole in tree]
+
+
+@pytest.mark.parametrize("name", ["algorithms", "algorithms_2d"])
+def test_algorithms_are_compared_with_equal_network_evaluations(name):
+    _, (baseline, sft_pg), composed = read(f"ablation={name}")
+    dxmi, other = (arm.config(composed.experiment) for arm in (baseline, sft_pg))
+    assert (dxmi.algorithm.kind, other.algorithm.kind) == ("dxmi", "sft_pg")
+    assert dxmi.algorithm.policy_updates == other.algorithm.policy_updates == 1
+    assert replace(other, algorithm=dxmi.algorithm) == dxmi
 
 
 def test_shipped_ablations_compare_what_they_say():

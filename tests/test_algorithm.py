@@ -56,12 +56,12 @@ def ending_in(sample: Tensor) -> Trajectory:
 
 def update_energy(dxmi: DxMI, data: Tensor, sample: Tensor) -> dict[str, Tensor]:
     """The metrics of one energy update, as scalars."""
-    return without_seeds(dxmi._update_energy(Batch.single(data, len(data)), ending_in(sample)))
+    return without_seeds(dxmi.update_energy(Batch.single(data, len(data)), ending_in(sample)))
 
 
 def displacements(dxmi: DxMI, trajectory: Trajectory) -> Tensor | None:
     """Those of every stored step, [1, T, B]."""
-    return dxmi._displacements(with_seed(trajectory))
+    return dxmi.displacements(with_seed(trajectory))
 
 
 def update_value(
@@ -73,14 +73,14 @@ def update_value(
 ) -> Tensor:
     """The mean squared error of one value update, []."""
     batch = Batch.single(None, trajectory.batch_size)
-    return dxmi._update_value(t, batch, with_seed(trajectory), displacement, streams_of(generator))[0]
+    return dxmi.update_value(t, batch, with_seed(trajectory), displacement, streams_of(generator))[0]
 
 
 def update_policy(dxmi: DxMI, trajectory: Trajectory, drawn: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """The metrics of one policy update, as scalars."""
     batch = Batch.single(None, trajectory.batch_size)
     states = StoredStates.gather(with_seed(trajectory), batch.condition, drawn[None], batch.share)
-    return without_seeds(dxmi._update_policy(states, streams_of(generator)))
+    return without_seeds(dxmi.update_policy(states, streams_of(generator)))
 
 
 def updates(dxmi: DxMI, num: int = 3, batch_size: int = B, first: int = 0) -> dict[str, Tensor]:
@@ -320,13 +320,13 @@ def test_value_update_regresses_on_the_target_by_hand(make_dxmi, kind, t):
 
 def test_the_energy_steps_of_an_iteration_are_as_many_as_asked_for(make_dxmi, monkeypatch):
     dxmi, pairs = make_dxmi(DxMIConfig(energy_updates=3)), []
-    original = dxmi._update_energy
+    original = dxmi.update_energy
 
     def spy(batch: Batch, trajectory: Trajectory) -> dict[str, Tensor]:
         pairs.append((batch.x, trajectory.x[:, -1]))
         return original(batch, trajectory)
 
-    monkeypatch.setattr(dxmi, "_update_energy", spy)
+    monkeypatch.setattr(dxmi, "update_energy", spy)
     updates(dxmi, 1)
     assert len(pairs) == 3
     assert all(torch.equal(a, b) for pair in pairs for a, b in zip(pair, pairs[0], strict=True))
@@ -334,20 +334,20 @@ def test_the_energy_steps_of_an_iteration_are_as_many_as_asked_for(make_dxmi, mo
 
 def test_value_learns_from_the_last_step_backwards(make_dxmi, monkeypatch):
     dxmi, order = make_dxmi(DxMIConfig(value_updates=2)), []
-    original = dxmi._update_value
+    original = dxmi.update_value
 
     def spy(t: int, *others: Any) -> Tensor:
         order.append(t)
         return original(t, *others)
 
-    monkeypatch.setattr(dxmi, "_update_value", spy)
+    monkeypatch.setattr(dxmi, "update_value", spy)
     updates(dxmi, 1)
     assert order == [3, 2, 1, 0, 3, 2, 1, 0]
 
 
 def test_td_error_is_the_root_of_the_mean_square_over_all_steps(make_dxmi, monkeypatch):
     dxmi = make_dxmi(DxMIConfig())
-    monkeypatch.setattr(dxmi, "_update_value", lambda t, *others: torch.tensor([float(t)]))
+    monkeypatch.setattr(dxmi, "update_value", lambda t, *others: torch.tensor([float(t)]))
     assert float(updates(dxmi, 1)["value/td_error"]) == pytest.approx(math.sqrt((0 + 1 + 2 + 3) / 4))
 
 
@@ -505,13 +505,13 @@ def test_one_draw_is_a_batch_of_distinct_states_from_all_steps():
 @pytest.mark.parametrize(("changes", "expected"), [({}, 1), ({"policy_updates": 3}, 3), ({"all_states": True}, T)])
 def test_number_of_policy_updates(make_dxmi, monkeypatch, changes, expected):
     dxmi, calls = make_dxmi(DxMIConfig(**changes)), []
-    original = dxmi._update_policy
+    original = dxmi.update_policy
 
     def spy(*args: Any) -> dict[str, Tensor]:
         calls.append(args)
         return original(*args)
 
-    monkeypatch.setattr(dxmi, "_update_policy", spy)
+    monkeypatch.setattr(dxmi, "update_policy", spy)
     updates(dxmi, 1)
     assert len(calls) == expected
 

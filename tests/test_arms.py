@@ -153,7 +153,7 @@ def test_a_fraction_is_of_resolution_four_unless_it_says_otherwise():
     [
         ({}, "ablation.factors … empty … {method: {var: {}, step"),
         ({"a": 3}, "ablation.factors.a is 3 … levels"),
-        ({"a": {"own": {}}}, "ablation.factors.a … two levels … baseline's"),
+        ({"a": {"own": {}}}, "ablation.factors.a … two levels … baseline"),
         ({"a": {"own": {}, "same": {}}}, "ablation.factors.a.same … baseline … nothing"),
         (
             {"a": {"off": {TAU: 0}, "on": {}}},
@@ -325,14 +325,14 @@ def test_arms_that_come_to_the_same_are_refused(effects):
         "b": {TAU: 0, COST: 0.5, "algorithm.value_mask": [1]},
     }
     sentence = refusal(variants=same)
-    assert missing("arms a and b … the same", sentence) == []
+    assert missing("arms a and b … identically", sentence) == []
 
 
 def test_a_factor_that_another_switches_off_is_refused(effects):
     """Without a step cost its height does nothing, so two cells of the factorial are one."""
     with_cost = build(ExperimentConfig, to_tree(EXPERIMENT) | {"algorithm": {"step_cost": "linear"}})
     named = {"kind": {"own": {}, "none": {STEP_COST: "none"}}, "height": {"own": {}, "double": {SCALE: 2.0}}}
-    with pytest.raises(UserError, match=stating("kind-none … kind-none.height-double … the same")):
+    with pytest.raises(UserError, match=stating("kind-none … kind-none.height-double … identically")):
         arms_of(with_cost, **factors(**named))
 
 

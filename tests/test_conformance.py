@@ -128,7 +128,7 @@ def test_the_default_of_a_block_is_its_kind_with_that_kinds_defaults():
 
 
 def test_configs_are_imported_without_what_they_describe():
-    paths = [REGISTRIES[name]._entries[kind][0].partition(":")[0] for name, kind in ENTRIES]
+    paths = [REGISTRIES[name].config_class(kind).__module__ for name, kind in ENTRIES]
     imports = "; ".join(f"import {module}" for module in sorted(set(paths)))
     code = f"import sys; {imports}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -504,7 +504,7 @@ def test_an_interrupt_leaves_its_trials_running_in_the_journal_for_the_next_sess
         session.stopped(number)
     assert session.is_over
     assert session.interrupted
-    assert missing("interrupted … resume", session.texts(1)[-1]) == []
+    assert missing("interrupted … resumed", session.texts(1)[-1]) == []
     assert [session.state(number) for number in range(3)] == [TrialState.COMPLETE, *[TrialState.RUNNING] * 2]
     path = str(session.study.folder.journal)
     seen = optuna.load_study(study_name="study", storage=JournalStorage(JournalFileBackend(path)))

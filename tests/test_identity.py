@@ -88,7 +88,7 @@ def identities() -> dict[str, str]:
     return {
         "run": config.signature,
         "pretraining": experiment.pretraining_signature,
-        "reference": of_references._path(reference).name,
+        "reference": of_references.path(reference).name,
         "sweep": sweep.signature,
         "ablation": ablation.signature,
         "arm": ablation.config_of({"arm": "none", "seed": 5}).signature,

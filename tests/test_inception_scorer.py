@@ -154,7 +154,7 @@ def test_every_score_is_that_of_its_definition(network, make_policy, tmp_path):
     def drawn(what: str) -> int:
         return int(torch.randint(2**31, (), generator=generator(0, f"report/{what}")))
 
-    neighbors = scorers._some_rows(real.pool, 20, generator(0, "report/neighbours"))
+    neighbors = scorers.some_rows(real.pool, 20, generator(0, "report/neighbours"))
     precision, recall = precision_recall(fake.pool, neighbors)
     expected = {
         "eval/fid_20": frechet_distance(fake.pool.double(), real.pool.double()),

@@ -26,7 +26,7 @@ from tune.execution import jobs as submit
 def own(tmp_path_factory, monkeypatch):
     """A short folder of this user alone, as the only one there may be."""
     place = Path(f"/tmp/dt-{os.getpid()}")
-    monkeypatch.setattr(machine, "_own_places", lambda: [p for p in (place,) if machine._is_own(p)])
+    monkeypatch.setattr(machine, "_own_places", lambda: [p for p in (place,) if machine.is_own(p)])
     yield place
     for path in sorted(place.rglob("*"), reverse=True):
         path.rmdir()
@@ -61,8 +61,8 @@ def test_a_long_temporary_folder_is_left_for_a_short_one_of_ours(variable, name,
 def test_the_limit_is_the_systems_own(monkeypatch):
     longest = "/tmp/" + "x" * (107 - len("/tmp/" + "/ray" + machine._LONGEST_SOCKET))
     monkeypatch.setattr(machine, "_SOCKET_BYTES", 107)
-    assert machine._fits(Path(longest) / "ray")
-    assert not machine._fits(Path(longest + "x") / "ray")
+    assert machine.fits(Path(longest) / "ray")
+    assert not machine.fits(Path(longest + "x") / "ray")
 
 
 def test_a_short_temporary_folder_is_used_as_ray_would(monkeypatch):
@@ -84,15 +84,15 @@ def test_a_folder_that_others_could_have_made_is_not_ours(trap, tmp_path):
     else:
         place.mkdir()
         place.chmod(0o755)
-    assert not machine._is_own(place)
+    assert not machine.is_own(place)
 
 
 def test_a_folder_of_another_user_is_not_ours(tmp_path, monkeypatch):
     place = tmp_path / "dxmi-0"
     place.mkdir(mode=0o700)
-    assert machine._is_own(place)
+    assert machine.is_own(place)
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000)
-    assert not machine._is_own(place)
+    assert not machine.is_own(place)
 
 
 def test_without_a_short_folder_it_is_said_and_the_doctor_says_it_too(monkeypatch, tmp_path):
@@ -248,7 +248,7 @@ def test_the_clients_of_ui_and_submit_ask_directly(proxied, answering):
             return None
 
     proxied.setenv("http_proxy", "http://127.0.0.1:9")
-    assert ui._answers(Alive(), int(answering.rpartition(":")[2]))
+    assert ui.answers(Alive(), int(answering.rpartition(":")[2]))
     client = submit._client(answering)
     assert client._do_request("GET", "/api/version").status_code == 200
 

@@ -289,12 +289,12 @@ def ended(root: Path, name: str, **changes) -> SweepResult:
 
 
 def test_the_end_of_a_study_names_its_addresses_and_what_serves_them(studies):
-    first, *pages = tune.cli.sweeps._in_mlflow(sweep_plan(), ended(studies, "lr-1"))
+    first, *pages = tune.cli.sweeps.in_mlflow(sweep_plan(), ended(studies, "lr-1"))
     assert f"dxmi ui lr-1 --studies '{studies}'" in first
     assert [line.strip().partition(": ")[0] for line in pages] == [
         "fid_digits of all 3 trials", "best checkpoint", "all metrics",
     ]  # fmt: skip
-    assert tune.cli.sweeps._in_mlflow(sweep_plan(uri="none"), ended(studies, "lr-1")) == []
+    assert tune.cli.sweeps.in_mlflow(sweep_plan(uri="none"), ended(studies, "lr-1")) == []
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_the_end_of_a_study_names_its_addresses_and_what_serves_them(studies):
 )
 def test_the_end_of_every_kind_of_study_names_them(studies, name, about):
     result = ended(studies, name)
-    first, *pages = tune.cli.sweeps._in_mlflow(Study.read(result.folder).plan, result)
+    first, *pages = tune.cli.sweeps.in_mlflow(Study.read(result.folder).plan, result)
     assert f"dxmi ui {name} --studies" in first
     assert [line.strip().partition(": ")[0] for line in pages] == [about, "best checkpoint", "all metrics"]
 
@@ -314,11 +314,11 @@ def test_a_server_that_is_away_costs_the_addresses_only(studies, capsys, monkeyp
 
     monkeypatch.setattr(tune.reporting.pages, "open_writer", away)
     plan = sweep_plan(uri="http://mlflow.example:5000")
-    (line,) = tune.cli.sweeps._in_mlflow(plan, ended(studies, "lr-1"))
+    (line,) = tune.cli.sweeps.in_mlflow(plan, ended(studies, "lr-1"))
     assert "http://mlflow.example:5000" in line
     assert "Connection refused" in capsys.readouterr().err
     for why in ({"interrupted": True}, {"undelivered": 3}):
-        assert tune.cli.sweeps._in_mlflow(plan, ended(studies, "lr-1", **why)) == [line]
+        assert tune.cli.sweeps.in_mlflow(plan, ended(studies, "lr-1", **why)) == [line]
     assert capsys.readouterr().err == "", "nobody has waited for it"
 
 

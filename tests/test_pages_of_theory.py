@@ -172,7 +172,7 @@ def test_the_example_of_an_algorithm_runs():
     }
     experiment = Experiment(build(ExperimentConfig, tree))
     _, state = experiment.build_finetuning(experiment.build_denoiser())
-    algorithm = names["Awr"](names["AwrConfig"](), experiment._parts(experiment.build_denoiser()))
+    algorithm = names["Awr"](names["AwrConfig"](), experiment.parts(experiment.build_denoiser()))
     metrics = algorithm.update(state.stream.next(), 0, names["Streams"]([state.generators]))
     assert {"reward/mean", "value/error", "policy/grad_norm"} <= metrics.keys()
     assert set(algorithm.panels) <= metrics.keys()

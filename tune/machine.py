@@ -35,9 +35,9 @@ def ray_folder() -> Path:
         UserError: no writable folder has a short enough path.
     """
     usual = Path(os.environ.get("RAY_TMPDIR") or _temporary()).absolute() / "ray"
-    if _fits(usual) and _can_be_made(usual):
+    if fits(usual) and _can_be_made(usual):
         return usual
-    own = next((folder for folder in (place / "ray" for place in _own_places()) if _fits(folder)), None)
+    own = next((folder for folder in (place / "ray" for place in _own_places()) if fits(folder)), None)
     if own is None:
         raise UserError(
             f"Ray keeps sockets in a folder, and the path {usual} is too long for them (at most {_SOCKET_BYTES} bytes "
@@ -58,7 +58,8 @@ def _temporary() -> str:
     return os.environ.get("TMPDIR") or "/tmp" if sys.platform.startswith("linux") else "/tmp"  # noqa: S108
 
 
-def _fits(folder: Path) -> bool:
+def fits(folder: Path) -> bool:
+    """Whether the paths of Ray's sockets in a folder are short enough for the operating system."""
     return len(os.fsencode(str(folder) + _LONGEST_SOCKET)) <= _SOCKET_BYTES
 
 
@@ -74,10 +75,10 @@ def _own_places() -> list[Path]:
     name, runtime = f"dxmi-{os.getuid()}", os.environ.get("XDG_RUNTIME_DIR")
     places = [Path("/tmp") / name, Path("/var/tmp") / name]  # noqa: S108  (checked)
     places += [Path(runtime) / "dxmi"] if runtime else []
-    return [place for place in places if _is_own(place)]
+    return [place for place in places if is_own(place)]
 
 
-def _is_own(folder: Path) -> bool:
+def is_own(folder: Path) -> bool:
     """Whether a folder is a real folder that only its owner, this user, can access, or can be created as such."""
     try:
         found = folder.lstat()

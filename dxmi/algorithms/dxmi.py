@@ -130,31 +130,31 @@ class DxMI(PolicyAlgorithm):
         trajectory = self.rollout(batch, streams)
 
         # 2. Adapt the reference variance.
-        displacement = self._displacements(trajectory)
+        displacement = self.displacements(trajectory)
         if displacement is not None and self.running_cost.is_adaptive:
             self._adapt(displacement, batch)
 
         # 3. Energy: low on data, high on samples.
         for _ in range(config.energy_updates):
-            metrics = self._update_energy(batch, trajectory)
+            metrics = self.update_energy(batch, trajectory)
 
         # 4. Value: one temporal-difference step at each t, backwards in time.
         for _ in range(config.value_updates):
             errors = [
-                self._update_value(t, batch, trajectory, displacement, streams) for t in reversed(range(num_steps))
+                self.update_value(t, batch, trajectory, displacement, streams) for t in reversed(range(num_steps))
             ]
         metrics["value/td_error"] = torch.stack(errors).mean(0).sqrt()
 
         # 5. Policy: one new reparameterized step from stored states.
         for drawn in draws:
             states = StoredStates.gather(trajectory, batch.condition, drawn, batch.share)
-            metrics |= self._update_policy(states, streams)
+            metrics |= self.update_policy(states, streams)
         metrics["policy/entropy"] = self.mean_log_sigma()
 
         self.update_averages()
         return metrics
 
-    def _displacements(self, trajectory: Trajectory) -> Tensor | None:
+    def displacements(self, trajectory: Trajectory) -> Tensor | None:
         """The displacement of each stored step, see `RunningCost.displacement`, [K, T, b]; None if it is not used."""
         is_in_target = bool(self.value_control.steps) and not self.config.resample_next
         if not self.running_cost.is_adaptive and not is_in_target:
@@ -173,7 +173,7 @@ class DxMI(PolicyAlgorithm):
         (mean,) = self._workers.sum([batch.share.mean(displacement)])
         adapt_(self.seeds.table(self.running_cost.reference_var), mean, self.running_cost.decay)
 
-    def _update_energy(self, batch: Batch, trajectory: Trajectory) -> Metrics:
+    def update_energy(self, batch: Batch, trajectory: Trajectory) -> Metrics:
         """Step 3: minimize mean E(x_data) - mean E(x_T) + l2 (mean E(x_data)^2 + mean E(x_T)^2)."""
 
         def loss(data: Tensor, sample: Tensor, condition: Condition) -> Mapping[str, Tensor]:
@@ -186,7 +186,7 @@ class DxMI(PolicyAlgorithm):
         result = optimizer.minimize(loss, batch.x, trajectory.x[:, -1], batch.condition, num=batch.share.num)
         return {f"energy/{name}": mean for name, mean in result.means.items()}
 
-    def _update_value(
+    def update_value(
         self, t: int, batch: Batch, trajectory: Trajectory, displacement: Tensor | None, streams: Streams
     ) -> Tensor:
         """Step 4 at one t: minimize mean (V(x_t, t) - target)^2; returns this mean, [K]."""
@@ -233,7 +233,7 @@ class DxMI(PolicyAlgorithm):
         value = (self.target or self.value)(x_next, t + 1, condition)
         return td_target(value, self.step_cost[t], control)
 
-    def _update_policy(self, states: StoredStates, streams: Streams) -> Metrics:
+    def update_policy(self, states: StoredStates, streams: Streams) -> Metrics:
         """Step 5: minimize the mean of V(x_{t+1}, t+1) + control cost over one new step from stored states."""
         noise = states.own(streams.normal("noise", (states.num, *self.policy.event)))
         latent = states.own(self.draw_latent(states.num, streams))

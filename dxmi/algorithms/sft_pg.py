@@ -89,7 +89,7 @@ class SftPg(PolicyGradient):
 
         # 2. Critic: low on data, high on samples.
         for _ in range(config.critic_updates):
-            metrics = self._update_critic(batch, sample, streams)
+            metrics = self.update_critic(batch, sample, streams)
 
         # 3. Value: the expected score f(x_T) of the sample.
         score = self._scores(sample, batch.condition)
@@ -101,13 +101,13 @@ class SftPg(PolicyGradient):
         # 4. Policy: the score-function gradient, estimated from some of the actions.
         for drawn in draws:
             states = StoredStates.gather(trajectory, batch.condition, drawn, batch.share, with_next=True)
-            metrics |= self._update_policy(states, score)
+            metrics |= self.update_policy(states, score)
         metrics["policy/entropy"] = self.mean_log_sigma()
 
         self.update_averages()
         return metrics
 
-    def _update_critic(self, batch: Batch, sample: Tensor, streams: Streams) -> Metrics:
+    def update_critic(self, batch: Batch, sample: Tensor, streams: Streams) -> Metrics:
         """Step 2: minimize mean f(x_data) - mean f(x_T) + gradient_penalty * mean (|grad f(x_between)| - 1)^2."""
         share = batch.share
         between = share.of(
@@ -138,7 +138,7 @@ class SftPg(PolicyGradient):
         """v(x_t, t), the expected f(x_T) given states [b, *event] at steps [b]: [b]."""
         return timed_values(self.value.network, self.steps, x, t, condition)
 
-    def _update_policy(self, states: StoredStates, score: Tensor) -> Metrics:
+    def update_policy(self, states: StoredStates, score: Tensor) -> Metrics:
         """Step 4: one gradient step that descends (f(x_T) - v(x_t, t)) log pi(x_{t+1} | x_t)."""
         with torch.no_grad():
             expected = self.seeds.map(self._expected, states.x, states.t, states.condition)

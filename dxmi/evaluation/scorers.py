@@ -334,10 +334,10 @@ class ImageScorer(_FeatureScorer):
 
     def _neighbors(self, stream: str) -> Tensor:
         """As many reference features as samples, since comparing all pairs of a large data set takes minutes."""
-        return _some_rows(self.reference, self.config.num_samples, self._generator(stream, "neighbours"))
+        return some_rows(self.reference, self.config.num_samples, self._generator(stream, "neighbours"))
 
 
-def _some_rows(x: Tensor, num: int, generator: torch.Generator) -> Tensor:
+def some_rows(x: Tensor, num: int, generator: torch.Generator) -> Tensor:
     """Select `num` random rows, or all rows if there are at most `num`."""
     return x if len(x) <= num else x[torch.randperm(len(x), generator=generator)[:num]]
 
@@ -495,8 +495,8 @@ class InceptionScorer(_FeatureScorer):
     ) -> dict[str, float]:
         """The scores of features [N, 2048] and logits [N, 1008], or [N, 0] if there are none."""
         config, kept = self.config, reference.features
-        some = _some_rows(pool, _KEPT, self._generator(stream, "neighbours/samples"))
-        neighbors = _some_rows(kept, len(some), self._generator(stream, "neighbours"))
+        some = some_rows(pool, _KEPT, self._generator(stream, "neighbours/samples"))
+        neighbors = some_rows(kept, len(some), self._generator(stream, "neighbours"))
         precision, recall = precision_recall(some, neighbors, on_step)
         subsets, size, size_name = config.kid_subsets, config.kid_subset_size, count_name(config.num_samples)
         values = {

@@ -258,9 +258,10 @@ class Experiment:
 
     def build_algorithm(self, denoiser: Denoiser) -> PolicyAlgorithm:
         """Build the fine-tuning algorithm; it trains `denoiser` in place."""
-        return ALGORITHMS.build(self.config.algorithm, self._parts(denoiser)).to(self.device)
+        return ALGORITHMS.build(self.config.algorithm, self.parts(denoiser)).to(self.device)
 
-    def _parts(self, denoiser: Denoiser) -> Parts:
+    def parts(self, denoiser: Denoiser) -> Parts:
+        """What the algorithm is built from; its policy trains `denoiser` in place."""
         config, event, network = self.config, self.event, self.config.network
         schedule = shorten(config.schedule)
         return Parts(

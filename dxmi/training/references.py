@@ -80,12 +80,12 @@ class References:
             numbers = {**scores.values, "seconds_per_1000": scores.seconds_per_1000}
             return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
 
-        found = cached(self._path(reference), compute, self._experiment.workers, self._reporter.ask_again)
+        found = cached(self.path(reference), compute, self._experiment.workers, self._reporter.ask_again)
         numbers = {key: float(value) for key, value in sorted(found.items())}
         seconds = numbers.pop("seconds_per_1000")
         return Scores(numbers, seconds)
 
-    def _path(self, reference: Reference, **more: Any) -> Path:
+    def path(self, reference: Reference, **more: Any) -> Path:
         """The path of the cached scores of a sampler, or of its cached samples if `more` is given."""
         reward = self._config.reward
         identity = {
@@ -137,5 +137,5 @@ class References:
             sampling = Sampling(policy, PICTURES, on_step=self._reporter.listen, source=reference.label)
             return {"samples": preview(sampling, evaluate.grid, evaluate)}
 
-        path = self._path(reference, grid=evaluate.grid)
+        path = self.path(reference, grid=evaluate.grid)
         return cached(path, compute, self._experiment.workers, self._reporter.ask_again)["samples"]

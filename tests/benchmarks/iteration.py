@@ -103,11 +103,11 @@ def shares(runner: Runner) -> dict[str, float]:
 
     dxmi = runner.algorithm
     timed(dxmi, "rollout", "1 rollout")
-    timed(dxmi, "_displacements", "2 reference variance")
+    timed(dxmi, "displacements", "2 reference variance")
     timed(dxmi, "_adapt", "2 reference variance")
-    timed(dxmi, "_update_energy", "3 energy")
-    timed(dxmi, "_update_value", "4 value")
-    timed(dxmi, "_update_policy", "5 policy")
+    timed(dxmi, "update_energy", "3 energy")
+    timed(dxmi, "update_value", "4 value")
+    timed(dxmi, "update_policy", "5 policy")
     count = ROUNDS * PER_ROUND
     start = time.perf_counter()
     for _ in range(count):

@@ -126,7 +126,7 @@ def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
     for label, path in places.items():
         if path.exists():
             console.out(f"{label + ':':<13}{path}", highlight=False)
-    for line in _in_mlflow(chosen.plan, result):
+    for line in in_mlflow(chosen.plan, result):
         console.out(line, highlight=False)
     warning = changed_inputs(chosen.plan, result.records)
     for sentence in (warning, *result.outdated):
@@ -144,7 +144,7 @@ def _close(console: Terminal, chosen: Sweep, result: SweepResult) -> int:
     return OK
 
 
-def _in_mlflow(plan: Plan, result: SweepResult) -> list[str]:
+def in_mlflow(plan: Plan, result: SweepResult) -> list[str]:
     """Lines that state how to open a study in MLflow (a command or a server) and the addresses of its pages."""
     uri = plan.tracking.uri
     if uri == "none":

@@ -90,7 +90,7 @@ def serve(store: str, root: Path, port: int, say: Callable[[str], None], pages: 
         text=True,
     )
     try:
-        if _answers(server, port):
+        if answers(server, port):
             say(f"MLflow UI: {address_of(port)}  (press Ctrl-C to stop)")
             for line in pages:
                 say(line)
@@ -111,7 +111,7 @@ def serve(store: str, root: Path, port: int, say: Callable[[str], None], pages: 
     return 1
 
 
-def _answers(server: "subprocess.Popen[str]", port: int) -> bool:
+def answers(server: "subprocess.Popen[str]", port: int) -> bool:
     """Wait until the server responds; returns False if it exits or takes too long."""
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
