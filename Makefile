@@ -11,7 +11,7 @@ BIN := .venv/bin
 # Keep compiled bytecode regardless of the environment; otherwise every process would recompile its libraries.
 unexport PYTHONDONTWRITEBYTECODE
 
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+PYTEST := $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 .DEFAULT_GOAL := help
 .PHONY: help setup demo quick test test-all test-gpu tests check clean
 

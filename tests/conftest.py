@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,22 +32,15 @@ from support import NETWORK, make_parts
 _LONGEST_FIRST = [
     f"test_{name}"
     for name in (
-        "sweep",
-        "storage",
-        "data_parallel",
-        "workers",
-        "readme",
-        "resume",
-        "tracking",
-        "cli",
-        "stacks",
-        "stacking",
+        *("sweep", "ray_train", "stacking", "readme", "resume", "mlflow_tracker", "workers", "report", "planar_run"),
+        *("mlflow_server", "seed_batching", "object_store", "cli", "configs", "oracle", "ablation_config", "ablation"),
+        *("inert_settings", "experiments", "cache", "pages", "inception"),
     )
 ]
 """Files in the order in which the processes take them, so that none is left with a long one at the end."""
 _SLOWEST_FIRST = [
     f"test_{name}"
-    for name in ("sweep", "multiple_testing", "data_parallel", "seed_plan", "cluster", "power", "statistics")
+    for name in ("sweep", "multiple_testing", "ray_train", "sequential", "cluster", "power", "statistics")
 ]
 """The same where slow tests run too."""
 
@@ -70,6 +64,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3_600))
     first = _LONGEST_FIRST if config.option.markexpr else [*_SLOWEST_FIRST, *_LONGEST_FIRST]
+    gone = [name for name in first if not (Path(__file__).parent / f"{name}.py").exists()]
+    if gone:
+        raise pytest.UsageError(f"tests/conftest.py orders files that do not exist: {', '.join(gone)}")
     rank = {name: number for number, name in enumerate(dict.fromkeys(first))}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 

@@ -126,7 +126,7 @@ def test_arms_that_a_free_sampler_beats_are_named_by_their_means(played, monkeyp
     study.play(lambda arm, _: 7.0 if arm == "fast" else 12.0)
     results = results_of(study.plan, study.folder, study.records())
     (sentence,) = results.outdone  # neither by 1000 nor by 10 steps, which are more than the arms have
-    assert "5 steps (DDIM, evenly over 0..999) has fid_digits 9.00" in sentence
+    assert "5 steps (DDIM, evenly over 0..999) reaches fid_digits 9.00" in sentence
     assert "baseline (12.00) and no_entropy (12.00)" in sentence
     assert "fast" not in sentence
     assert verdict_sentences(results)[-1] == sentence

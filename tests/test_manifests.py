@@ -550,7 +550,7 @@ def test_the_command_composes_and_waits_for_nodes(on_the_head, capsys):
     assert main([*on_the_head, *TINY, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert missing("lr-1 … 8 at once", said) == []
-    assert missing("CPU … timed … Nothing … started", said) == []  # the GPUs are to come
+    assert missing("CPU … measured … Nothing … started", said) == []  # the GPUs are to come
 
 
 def test_the_same_command_goes_on_with_the_study_and_another_does_not(on_the_head):

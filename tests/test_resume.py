@@ -306,7 +306,7 @@ def test_a_run_of_a_version_that_computes_other_numbers_is_not_gone_on_with(undi
     for step in checkpoint.steps_in(folder):
         found = checkpoint.load(checkpoint.path_of(folder, step))
         checkpoint.save(folder, step, found.groups, {**found.meta, **change})
-    with pytest.raises(UserError, match=stating(f"{out} … compare")):
+    with pytest.raises(UserError, match=stating(f"{out} … comparable")):
         train(tiny(), out=out)
 
 
