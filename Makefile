@@ -11,7 +11,7 @@ BIN := .venv/bin
 # Keep compiled bytecode regardless of the environment; otherwise every process would recompile its libraries.
 unexport PYTHONDONTWRITEBYTECODE
 
-PYTEST := $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 .DEFAULT_GOAL := help
 .PHONY: help setup demo quick test test-all test-gpu tests check clean
 
@@ -57,7 +57,12 @@ quick: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(QUICK:%=tests/test_%.py)
 
-tests: setup
+# One process compiles what the tests import; on a fresh machine all of them would otherwise do it at the same time.
+.venv/.compiled: .venv/.ready
+	@$(BIN)/python -m pytest --collect-only -q >/dev/null 2>&1 || true
+	@touch $@
+
+tests: setup .venv/.compiled
 	$(PYTEST) $(MARKS)
 
 test-gpu: setup

@@ -58,7 +58,8 @@ def test_every_yaml_composes_builds_and_steps(group, name):
         declare_torchvision_operators()
         pytest.importorskip("diffusers", reason="the optional package diffusers is not installed")
     small = ["train.batch_size=4", "pretrain.batch_size=4", "pretrain.weights=null"]
-    narrow = NARROW.get(NETWORK_OF.get(name, name), []) if group in ("network", "experiment") else []
+    large = {"cifar10_small": "unet", **NETWORK_OF}
+    narrow = NARROW.get(large.get(name, name), []) if group in ("network", "experiment") else []
     rewarded = ["reward=quadratic"] if group == "algorithm" and needs_reward(name) else []
     experiment = with_fake_images(compose_experiment([f"{group}={name}", *rewarded, *small, *narrow]).experiment)
     ddpm, pretraining = experiment.build_pretraining()
