@@ -331,6 +331,7 @@ def test_long_names_may_break_and_stay_text():
     assert breakable("<b>_x") == "&lt;b&gt;_x"
     assert breakable("trials/0006/checkpoints") == "trials/0006/<wbr>checkpoints"
     assert breakable("-0.5 [-1.2, 3e-05]") == '-0.5 <span class="interval">[-1.2, 3e-05]</span>'
+    assert breakable("5.53e-06") == '<span class="numeral">5.53e-06</span>'
 
 
 def test_many_columns_are_set_small():

@@ -453,7 +453,9 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str, str]] = []
         self.words: list[str] = []
         self._open: list[str] = []
-        self.feed(re.sub(r'<wbr>|<span class="interval">([^<]*)</span>', r"\1", text))  # no words of their own
+        self.feed(
+            re.sub(r'<wbr>|<span class="(?:interval|numeral)">([^<]*)</span>', r"\1", text)
+        )  # no words of their own
         self.close()
         assert not self._open, f"not closed: {self._open}"
 

@@ -55,10 +55,14 @@ _MANY_COLUMNS = 7
 """Tables with more columns use a smaller font."""
 
 
+_WHOLE = re.compile(r"(?P<interval>\[[^][<]*\])|(?P<numeral>\b\d[\d.]*e-\d+\b)")
+"""What stays on one line: an interval if there is room for it, and a number with a hyphen."""
+
+
 def breakable(text: str) -> Markup:
-    """Escape text and allow line breaks in long names after dots, dashes, slashes and underscores."""
+    """Escape text; lines may break in long names after dots, dashes, slashes and underscores, but not in numbers."""
     broken = re.sub(r"(?<=[A-Za-z0-9][._/-])(?=[A-Za-z])", "<wbr>", str(escape(text)))
-    return Markup(re.sub(r"\[[^][<]*\]", r'<span class="interval">\g<0></span>', broken))  # noqa: S704  (escaped)
+    return Markup(_WHOLE.sub(lambda m: f'<span class="{m.lastgroup}">{m[0]}</span>', broken))  # noqa: S704  (escaped)
 
 
 @dataclass(frozen=True)
