@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3_600))
     first = _LONGEST_FIRST if config.option.markexpr else [*_SLOWEST_FIRST, *_LONGEST_FIRST]
-    gone = [name for name in first if not (Path(__file__).parent / f"{name}.py").exists()]
+    gone = [name for name in {*_SLOWEST_FIRST, *_LONGEST_FIRST} if not (Path(__file__).parent / f"{name}.py").exists()]
     if gone:
         raise pytest.UsageError(f"tests/conftest.py orders files that do not exist: {', '.join(gone)}")
     rank = {name: number for number, name in enumerate(dict.fromkeys(first))}

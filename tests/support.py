@@ -111,6 +111,8 @@ NETWORK_OF = {
     "lsun_t4": "edm_unet_256",
 }
 """The large networks of the published experiments."""
+LARGE = {"cifar10_small": "unet", **NETWORK_OF}
+"""Those of all experiments."""
 
 
 NETWORK = MlpConfig(hidden=16, layers=3, embedding=8)

@@ -17,7 +17,7 @@ from dxmi.data.images import Images
 from dxmi.errors import UserError
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
-from support import NARROW, NETWORK_OF, missing, stating, step
+from support import LARGE, NARROW, missing, stating, step
 from tune.config import files
 from tune.config.compose import compose_ablation, compose_experiment, compose_sweep, overridden
 from tune.config.files import config_folder, groups
@@ -58,8 +58,7 @@ def test_every_yaml_composes_builds_and_steps(group, name):
         declare_torchvision_operators()
         pytest.importorskip("diffusers", reason="the optional package diffusers is not installed")
     small = ["train.batch_size=4", "pretrain.batch_size=4", "pretrain.weights=null"]
-    large = {"cifar10_small": "unet", **NETWORK_OF}
-    narrow = NARROW.get(large.get(name, name), []) if group in ("network", "experiment") else []
+    narrow = NARROW.get(LARGE.get(name, name), []) if group in ("network", "experiment") else []
     rewarded = ["reward=quadratic"] if group == "algorithm" and needs_reward(name) else []
     experiment = with_fake_images(compose_experiment([f"{group}={name}", *rewarded, *small, *narrow]).experiment)
     ddpm, pretraining = experiment.build_pretraining()

@@ -16,7 +16,7 @@ from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import train
 from dxmi.training.summary import Summary
-from support import NARROW, NETWORK_OF, idx_bytes, stating
+from support import LARGE, NARROW, NETWORK_OF, idx_bytes, stating
 from tune.config.compose import compose_experiment
 
 PUBLISHED = list(NETWORK_OF)
@@ -80,10 +80,11 @@ def smoke(name: str, out: Path, *overrides: str) -> Summary:
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10_small"])
 def test_an_experiment_runs_from_end_to_end_in_seconds(name, files, tmp_path):
-    # bfloat16 is emulated on most CPUs, and slow: the small one of the two has it. test_configs.py steps each as it is.
+    # bfloat16 is emulated on most CPUs, and slow: the small one of the two has it. test_configs.py steps each in its own
+    # precision.
     narrow = {
         "mnist": ["train.precision=bfloat16"],
-        "cifar10_small": [*NARROW["unet"], "train.precision=float32"],
+        "cifar10_small": [*NARROW[LARGE["cifar10_small"]], "train.precision=float32"],
     }
     summary = smoke(name, tmp_path / "run", *narrow[name])
     assert summary.iterations == 2
