@@ -80,8 +80,8 @@ def smoke(name: str, out: Path, *overrides: str) -> Summary:
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10_small"])
 def test_an_experiment_runs_from_end_to_end_in_seconds(name, files, tmp_path):
-    # bfloat16 is emulated on most CPUs, and slow: the small one of the two has it. test_configs.py steps each in its own
-    # precision.
+    # bfloat16 is emulated on most CPUs, and slow: the small one of the two has it. test_configs.py steps each in
+    # its own precision.
     narrow = {
         "mnist": ["train.precision=bfloat16"],
         "cifar10_small": [*NARROW[LARGE["cifar10_small"]], "train.precision=float32"],
