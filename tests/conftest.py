@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from dxmi.algorithms.dxmi import DxMI
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.build import shorten
 from dxmi.networks.registry import build_denoiser
-from support import NETWORK, make_parts
+from support import NETWORK, drawn_figures, figures_are_drawn, make_parts
 
 _LONGEST_FIRST = [
     f"test_{name}"
@@ -87,19 +88,29 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of something else: PNG figures are written, but not drawn, which takes a third of a short run."""
+@pytest.fixture(autouse=True, scope="session")
+def _blank_figures() -> Iterator[None]:
+    """Figures are written, but drawn only for tests that are marked `draws`: drawing takes a third of a short run."""
     drawn = Figure.savefig
 
-    def save(figure: Figure, file: io.BytesIO, *, format: str, **options: Any) -> None:  # noqa: A002  (Matplotlib's name)
-        if format == "png":
-            width, height = (round(inches * options["dpi"]) for inches in figure.get_size_inches())
-            Image.new("RGB", (width, height), "white").save(file, format)
-        else:
+    def save(figure: Figure, file: io.BytesIO | io.StringIO, *, format: str, **options: Any) -> None:  # noqa: A002  (Matplotlib's name)
+        width, height = (round(inches * options.get("dpi", 72)) for inches in figure.get_size_inches())
+        if figures_are_drawn():
             drawn(figure, file, format=format, **options)
+        elif isinstance(file, io.StringIO):
+            file.write(f'<svg width="{width}pt" height="{height}pt" viewBox="0 0 {width} {height}"></svg>')
+        else:
+            Image.new("RGB", (width, height), "white").save(file, format)
 
-    monkeypatch.setattr(Figure, "savefig", save)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _draw_if_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    with drawn_figures() if request.node.get_closest_marker("draws") else nullcontext():
+        yield
 
 
 @pytest.fixture

@@ -56,6 +56,22 @@ def _whole(fact: str) -> str:
     return before + re.sub(r"(?<!')'(?!')", "['\"]?", text) + after
 
 
+_DRAWING: list[bool] = []
+
+
+@contextmanager
+def drawn_figures() -> Iterator[None]:
+    """Figures are drawn meanwhile: conftest.py leaves them blank. A test that needs it is marked `draws`."""
+    _DRAWING.append(True)
+    yield
+    _DRAWING.pop()
+
+
+def figures_are_drawn() -> bool:
+    """Whether a `drawn_figures` is open."""
+    return bool(_DRAWING)
+
+
 TINY = [
     "experiment=digits",
     "network.denoiser.hidden=16",

@@ -575,6 +575,7 @@ def test_effects_of_a_factorial_design_are_the_differences_that_were_put_in(play
     assert sizes[("entropy", "rate")] == pytest.approx(0.5 / 2, abs=0.02)
 
 
+@pytest.mark.draws
 def test_tables_figures_and_report_say_the_same_in_every_state(played, tmp_path):
     study = played(factors=FACTORS, seeds=2, hypothesis="50 % of_it & <b>more</b>")
     for _ in range(4):

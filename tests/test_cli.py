@@ -147,6 +147,7 @@ def test_data_shows_a_folder_with_what_was_left_out(tmp_path, capsys, classes):
     assert Image.open(grid).size[0] > 100
 
 
+@pytest.mark.draws
 def test_data_draws_images_and_points(tmp_path, capsys):
     for experiment in ("digits", "moons"):
         path = tmp_path / f"{experiment}.png"

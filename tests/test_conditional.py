@@ -32,8 +32,6 @@ from support import TINY, changed, stating, step
 from tune.cli.main import main
 from tune.config.compose import compose_experiment
 
-pytestmark = pytest.mark.usefixtures("blank_figures")
-
 SMALL = [
     "experiment=digits",
     "pretrain.batch_size=8",

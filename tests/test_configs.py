@@ -57,7 +57,7 @@ def test_every_yaml_composes_builds_and_steps(group, name):
     if name == "diffusers":
         declare_torchvision_operators()
         pytest.importorskip("diffusers", reason="the optional package diffusers is not installed")
-    small = ["train.batch_size=4", "pretrain.batch_size=4", "pretrain.weights=null"]
+    small = ["train.batch_size=2", "pretrain.batch_size=2", "pretrain.weights=null"]
     narrow = NARROW.get(LARGE.get(name, name), []) if group in ("network", "experiment") else []
     rewarded = ["reward=quadratic"] if group == "algorithm" and needs_reward(name) else []
     experiment = with_fake_images(compose_experiment([f"{group}={name}", *rewarded, *small, *narrow]).experiment)

@@ -22,8 +22,6 @@ from tune.studies.ranking import ranked
 from tune.studies.records import Outcome, TrialState, pruned, unfinished
 from tune.studies.study import Study
 
-pytestmark = pytest.mark.usefixtures("blank_figures")
-
 REWARDED = {"algorithm": {"kind": "reinforce"}, "reward": {"kind": "classifier", "label": 3}}
 SPACE = {"algorithm": {"policy": {"lr": {"log_uniform": [1e-6, 1e-3]}}}}
 CURVE = {0: -3.0, 1: -1.0, 2: -2.0}

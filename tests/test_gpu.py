@@ -24,10 +24,7 @@ from dxmi.training.run import train
 from support import NARROW, NETWORK_OF, TINY, changed, stacked_step, stating, step
 from tune.config.compose import compose_experiment
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make test-gpu"),
-    pytest.mark.usefixtures("blank_figures"),
-]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make test-gpu")
 
 NETWORK = {"kind": "mlp", "hidden": 32, "layers": 3, "embedding": 16}
 SEEDS = (0, 3, 7)

@@ -34,8 +34,6 @@ from dxmi.training.schema import config_tree, read_config
 from support import TINY, changed, stating
 from tune.config.compose import compose_experiment
 
-pytestmark = pytest.mark.usefixtures("blank_figures")
-
 CONFIG = EvaluateConfig(num_samples=8, batch_size=4)
 EVENTS = [(1, 8, 8), (2,)]
 NUMBERS = [math.nan, math.inf, -math.inf]

@@ -22,8 +22,6 @@ from tune.integrations.study_sync import StudySync
 from tune.studies.folder import StudyFolder
 from tune.studies.records import TrialState
 
-pytestmark = pytest.mark.usefixtures("blank_figures")
-
 QUIET = Console(quiet=True)
 
 

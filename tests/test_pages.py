@@ -20,7 +20,7 @@ import tune.reporting.pages
 from dxmi.persistence.checkpoint import path_of
 from dxmi.training.schema import config_tree
 from dxmi.visualization.pictures import save_grid
-from support import TINY, free_port, missing
+from support import TINY, drawn_figures, free_port, missing
 from tune.api.sweep import SweepResult
 from tune.cli.main import main
 from tune.config.ablation import parse_ablation
@@ -93,10 +93,12 @@ def _end(study: Study, number: int, value: float) -> None:
 def studies(tmp_path_factory) -> Path:
     """A sweep of three trials, an ablation of three arms and two seeds, one in the plane, and one without record."""
     root = tmp_path_factory.mktemp("my studies, 50% #1 é")
-    played(root, sweep_plan(), 3)
-    played(root, ablation("terms", {"no_entropy": {"algorithm.entropy_coef": 0}, "free": {"algorithm.cost_coef": 0}}))
-    played(root, sweep_plan("plane", experiment="moons"), 2)
-    played(root, sweep_plan("silent", uri="none"), 1)
+    arms = {"no_entropy": {"algorithm.entropy_coef": 0}, "free": {"algorithm.cost_coef": 0}}
+    with drawn_figures():
+        played(root, sweep_plan(), 3)
+        played(root, ablation("terms", arms))
+        played(root, sweep_plan("plane", experiment="moons"), 2)
+        played(root, sweep_plan("silent", uri="none"), 1)
     return root
 
 

@@ -22,6 +22,7 @@ from dxmi.training.progress import Phase
 from dxmi.training.run import train
 from dxmi.visualization.planar import energy_figure, samples_figure, shown_times, steps_figure, values_figure
 from dxmi.visualization.visualizers import ImageVisualizer, PlanarVisualizer, build_visualizer
+from support import drawn_figures
 from tune.cli.main import main
 from tune.config.compose import compose_experiment
 
@@ -64,7 +65,8 @@ def outcome(out) -> tuple[bytes, bytes, str, dict]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert train(tiny(), out=out) is not None
+    with drawn_figures():
+        assert train(tiny(), out=out) is not None
     return out
 
 
@@ -100,7 +102,6 @@ def test_the_samples_are_scored_everywhere_and_the_energy_where_there_is_one(run
     assert all(set(row) >= POINT_SCORES | ENERGY_SCORES for row in rows)
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_the_last_checkpoint_counts_in_the_plane_and_the_best_if_asked_for(run, tmp_path):
     """The rates are so large that the samples of the last are the worst."""
     rates = ("algorithm.policy.lr=0.3", "algorithm.policy.decay=constant", "algorithm.policy.max_grad_norm=null")
@@ -116,7 +117,6 @@ def test_the_last_checkpoint_counts_in_the_plane_and_the_best_if_asked_for(run, 
         assert (summary.scores["best"] == summary.scores["last"]) == (result == "last")
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_a_run_that_trains_no_energy_neither_scores_nor_draws_one(tmp_path):
     out = tmp_path / "run"
     summary = train(tiny("train.iterations=0", "schedule.num_steps=30"), out=out)
@@ -128,7 +128,6 @@ def test_a_run_that_trains_no_energy_neither_scores_nor_draws_one(tmp_path):
     assert json.loads(path.read_text()) == summary.scores["best"]
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_a_reward_has_a_floor_in_the_plane_too(tmp_path):
     """Which is that of the data itself: what a policy that has learned the data gets."""
     rewarded = tiny("algorithm=reinforce", "reward=log_density", "reward.distribution=moons")
@@ -184,6 +183,7 @@ def test_sample_writes_points_as_they_are(run, tmp_path):
     assert not np.array_equal(points, draw("c.npz", "--guidance", "5"))
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize("options", [[], ["--steps-grid"]])
 def test_sample_draws_figures(run, tmp_path, options):
     path = tmp_path / "figure.png"

@@ -510,6 +510,7 @@ def a_full_study(sweep: Fabricated) -> Fabricated:
     return sweep
 
 
+@pytest.mark.draws
 def test_the_report_tells_everything_and_needs_no_network(made):
     sweep = a_full_study(made())
     page = require_self_contained(sweep.report())
@@ -547,6 +548,7 @@ def test_the_script_is_the_one_that_the_policy_allows(made):
     assert sha256_base64(script) == allowed
 
 
+@pytest.mark.draws
 def test_two_writes_differ_in_the_time_only(made, monkeypatch):
     sweep = a_full_study(made())
     monkeypatch.setattr("tune.reporting.html.timestamp", lambda: "2026-01-01 00:00:00 UTC")

@@ -29,8 +29,6 @@ from dxmi.training.run import train
 from support import TINY, changed, locked_by_another, missing, stating
 from tune.config.compose import compose_experiment
 
-pytestmark = pytest.mark.usefixtures("blank_figures")
-
 
 def tiny(*overrides: str) -> Experiment:
     return Experiment(compose_experiment(changed(TINY, *overrides)).experiment)

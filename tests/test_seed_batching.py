@@ -34,8 +34,6 @@ from tune.studies.folder import StudyFolder
 from tune.studies.records import TrialState
 from tune.studies.study import Study
 
-pytestmark = pytest.mark.usefixtures("blank_figures")
-
 VARIANTS = {"no_entropy": {"algorithm.entropy_coef": 0}, "fast": {"algorithm.policy.lr": 3.0e-4}}
 TWO_SLOTS = Slots(cpus=2, gpus=0, threads=1, gpu_share=0.0, concurrent=2)
 
