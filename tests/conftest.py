@@ -3,8 +3,8 @@
 import gc
 import io
 import os
-
-from dxmi.diffusion.schedules.configs import VarScheduleConfig
+import shutil
+import sqlite3
 
 # Before torch and NumPy are imported:
 if "DXMI_TEST_GPU" not in os.environ:  # as `make test-gpu` sets it
@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,11 @@ from dxmi.algorithms.configs import DxMIConfig
 from dxmi.algorithms.dxmi import DxMI
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.build import shorten
+from dxmi.diffusion.schedules.configs import VarScheduleConfig
 from dxmi.networks.registry import build_denoiser
 from support import NETWORK, drawn_figures, figures_are_drawn, make_parts
+from tune.compat import mlflow_tables
+from tune.integrations import mlflow_store
 
 _LONGEST_FIRST = [
     f"test_{name}"
@@ -79,6 +82,23 @@ def _surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setitem(os.environ, "DXMI_CACHE", str(tmp_path_factory.mktemp("cache")))
         # Ray's workers are nicer than others by 15, and would wait for the tests of the other processes to end.
         patch.setitem(os.environ, "RAY_worker_niceness", "0")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _copied_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """MLflow's tables are made once and then copied: to make them takes 1.5 s, and many tests need a new store."""
+    made = tmp_path_factory.mktemp("store") / "mlflow.db"
+
+    def copy(database: str, artifacts: str) -> None:
+        if not made.exists():
+            mlflow_tables(f"sqlite:///{made}", artifacts)
+            with closing(sqlite3.connect(made)) as connection:
+                connection.execute("PRAGMA journal_mode=DELETE")  # all of it is in that file
+        shutil.copy(made, database.removeprefix("sqlite:///"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlflow_store, "mlflow_tables", copy)
         yield
 
 

@@ -379,7 +379,8 @@ def test_ctrl_c_while_it_starts_is_no_traceback(tmp_path, seconds):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "Traceback" not in errors or "tune/cli/main.py" not in errors
+    # Until `main` begins, Python is still importing its own modules, and says so in its own way.
+    assert "Traceback" not in errors or not re.search(r"tune/cli/main.py.*, in (main|_run)", errors)
 
 
 @pytest.mark.parametrize("module", ["dxmi", "tune.machine", "tune.cli.parser", "tune.cli.config"])
@@ -398,7 +399,9 @@ sys.exit(main(["config"]))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "dxmi: stopped.\n")
 
 
-@pytest.mark.parametrize("module", ["dxmi.errors", "tune.cli.parser", "tune.cli.runs", "torch"])
+@pytest.mark.parametrize(
+    "module", ["dxmi.errors", "tune.cli.parser", "tune.cli.runs", pytest.param("torch", marks=pytest.mark.slow)]
+)
 def test_a_ctrl_c_that_an_import_swallows_is_not_lost(module):
     program = f"""
 import signal, sys

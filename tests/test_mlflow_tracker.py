@@ -1055,6 +1055,7 @@ class Server:
         self.process.wait()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_and_started_again_has_everything_once_and_in_order(tmp_path):
     server = Server(tmp_path)
     made = Made(tmp_path / "studies", uri=server.uri)

@@ -154,6 +154,7 @@ def test_every_distribution_runs_also_from_a_random_network_with_a_shared_value(
     assert all(math.isfinite(value) for values in summary.scores.values() for value in values.values())
 
 
+@pytest.mark.draws
 def test_runs_of_other_seeds_have_noise_of_their_own_and_arms_of_one_seed_share_it(run, tmp_path):
     """References are those of a run's own noise; an arm that does not touch the pretraining finds them as they are."""
     summary = json.loads((run / "summary.json").read_text())

@@ -160,7 +160,7 @@ CONDITIONAL = {
 @pytest.mark.parametrize(
     ("settings", "phase"),
     [
-        pytest.param(settings, phase, id=f"{name}-{phase}")
+        pytest.param(settings, phase, id=f"{name}-{phase}", marks=[pytest.mark.slow] * ("U-Net" in name))
         for name, settings in CONDITIONAL.items()
         for phase in ("pretraining", "finetuning")
         if phase == "finetuning" or FRESH[0] not in settings  # which pretraining does not use

@@ -299,6 +299,7 @@ def mixed(studies):
     )
 
 
+@pytest.mark.slow  # as are its kin; test_controller.py has the same cases without processes
 @pytest.mark.parametrize(
     ("seed", "words"),
     [(1, "nan … 20"), (2, "NoneType … 20"), (3, "Tensor … 20"), (4, "inf … 20"), (5, "eval/fid_digits … missing … 20")],
@@ -309,6 +310,7 @@ def test_a_report_that_is_no_number_fails_that_trial_alone_as_diverged(mixed, se
     assert missing(words, outcome.reason) == []
 
 
+@pytest.mark.slow
 def test_a_crash_is_tried_again_and_then_failed_with_its_traceback(mixed):
     record = mixed.records[6]
     assert record.state is TrialState.FAILED
@@ -319,12 +321,14 @@ def test_a_crash_is_tried_again_and_then_failed_with_its_traceback(mixed):
     assert "\x1b" not in kept
 
 
+@pytest.mark.slow
 def test_a_trial_whose_process_died_once_completes(mixed):
     assert mixed.records[7].state is TrialState.COMPLETE
     assert "worker process has died" in mixed.folder.error(7).read_text()
     assert (mixed.records[7].run.path / "attempts").read_text() == "xx"
 
 
+@pytest.mark.slow
 def test_the_sweep_goes_on_and_optuna_and_mlflow_have_them_as_failed(mixed):
     assert mixed.records[0].state is TrialState.COMPLETE
     assert not mixed.all_failed
