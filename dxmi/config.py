@@ -93,7 +93,9 @@ def default_of(own: Field[Any]) -> Any:
 def unknown_key(where: str, key: str, known: list[str], kind: str | None = None) -> str:
     """The error message for an unknown key, with the closest known one; `kind` is the kind of the block, if any."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}."
+    above, _, below = where.partition(f"{key}.")
+    meant = [f"{above}{name}.{below}" if below else name for name in near]
+    hint = f"did you mean {meant[0]}?" if meant else f"known here: {', '.join(known)}."
     return f"{where} is not a setting{'' if kind is None else f' of {kind}'}: {hint}"
 
 

@@ -136,6 +136,7 @@ def test_published_reproduction_is_as_design_lists_it():
     ("override", "sentence"),
     [
         ("algorithm.entropy_coeff=1", "algorithm.entropy_coeff … entropy_coef"),
+        ("algoritm.entropy_coef=1", "algoritm.entropy_coef … algorithm.entropy_coef"),
         ("experimnt=digits", "experimnt … experiment"),
         ("experiment=digts", "digits"),
         ("network.denoiser.hiden=3", "network.denoiser.hiden … hidden"),

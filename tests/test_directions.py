@@ -78,6 +78,7 @@ def test_the_best_checkpoint_has_the_highest_reward(tmp_path):
 
     def report(progress: Any) -> None:
         if "eval/reward" in progress.metrics:
+            assert next(iter(progress.metrics)) == "eval/reward"  # the one that the command line shows
             seen[progress.step] = progress.metrics["eval/reward"]
 
     summary = train(Experiment(rewarded()), out=tmp_path / "run", report=report)
@@ -86,6 +87,13 @@ def test_the_best_checkpoint_has_the_highest_reward(tmp_path):
     assert summary.best["step"] == max(seen, key=lambda step: seen[step])
     assert summary.best["selection_value"] == max(seen.values())
     assert summary.directions["eval/fid_digits"] == MINIMIZE
+
+
+def test_a_reward_that_does_not_fit_the_data_is_refused_before_anything_is_trained(tmp_path):
+    made = compose_experiment(["experiment=gaussians8", "algorithm=reinforce", "reward=classifier", "reward.label=3"])
+    with pytest.raises(UserError, match=stating("reward.classifier is digits … (1, 8, 8) … (2,) … another reward")):
+        train(Experiment(made.experiment), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_objectives_take_the_direction_of_their_metric():

@@ -182,6 +182,8 @@ def test_an_address_says_what_it_was_made_of_and_is_one_link():
     assert unquote(others[1]).partition("?")[0].endswith(f"/runs/{runs[0]}/artifacts/a b/c#d")
     assert state(others[0])["searchFilter"] == "tags.study = 'lr-1' AND tags.trial_id LIKE '%/%'"
     assert state(others[0])["orderByKey"] == "metrics.`best/fid_digits`"
+    assert state(others[0])["orderByAsc"] == "true"
+    assert state(trials_page(SERVER, "1", "rl", "eval/reward", "maximize"))["orderByAsc"] == "false"
 
 
 def test_a_sweep_has_a_chart_of_all_trials_and_its_best_checkpoint(studies):

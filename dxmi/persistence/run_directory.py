@@ -77,7 +77,7 @@ class RunDirectory:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise UserError(
-                f"Another process is training in {self.path}: wait for it, or set out to another folder."
+                f"Another process is training in {self.path}: wait until it ends, or train in another folder."
             ) from error
         return lock
 

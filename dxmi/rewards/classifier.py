@@ -36,7 +36,8 @@ class ClassifierReward:
         if tuple(x.shape[1:]) != self._event:
             raise UserError(
                 f"reward.classifier is {self._config.classifier}, which sees images of shape {self._event}, but "
-                f"samples have {tuple(x.shape[1:])}: choose the classifier of the run's data."
+                f"samples have {tuple(x.shape[1:])}: choose the classifier of the run's data or, if there is none, "
+                "another reward."
             )
         logits: Tensor = self._classifier.to(x.device)(to_uint8(x))
         return logits.log_softmax(dim=1).gather(1, self._labels(x, condition)[:, None])[:, 0]

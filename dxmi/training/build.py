@@ -12,6 +12,7 @@ from dxmi.algorithms.base import DEVICE, HOST, Algorithm, Parts, PolicyAlgorithm
 from dxmi.algorithms.ddpm import DDPM
 from dxmi.algorithms.registry import ALGORITHMS
 from dxmi.config import RESULT, block_delta, delta, signature
+from dxmi.data.batch import Condition
 from dxmi.data.dataset import BatchStream, Dataset
 from dxmi.data.images import data_root
 from dxmi.data.loading import load
@@ -285,6 +286,16 @@ class Experiment:
             UserError: the run has no reward, or it cannot be built.
         """
         return no_reward() if self.config.reward is None else REWARDS.build(self.config.reward)
+
+    def check_reward(self) -> None:
+        """Compute the reward of one sample, so that a reward that does not fit the data is refused before training.
+
+        Raises:
+            UserError: the reward cannot be computed for such a sample.
+        """
+        if self.config.reward is not None:
+            labels = torch.zeros(1, dtype=torch.int64) if self.config.network.denoiser.classes else None
+            self.build_reward()(torch.zeros(1, *self.event), Condition(labels))
 
     def build_scorer(self, evaluate: EvaluateConfig | None = None) -> Scorer:
         """Build the scorer of samples, with the evaluation settings of the run unless others are given.

@@ -22,7 +22,7 @@ class Progress:
         phase: current phase.
         step: number of completed steps of the phase.
         total: number of steps of the phase.
-        metrics: newly logged metrics or scores; empty if there are none.
+        metrics: newly logged metrics, or scores with the primary one first; empty if there are none.
         note: message for the user, for example about a damaged checkpoint.
         of_data: whether the note is about the data, which all runs of a study share.
     """

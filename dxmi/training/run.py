@@ -215,12 +215,14 @@ class Run:
         """Lock the folder and build the scorer, or end the run if the folder already holds its summary.
 
         Raises:
-            UserError: the folder holds another run, is in use, or cannot be written.
+            UserError: the folder holds another run, is in use, or cannot be written, or the reward does not fit the
+                data.
         """
         self.workers.on_rank_zero(self._refuse_other_run)
         if self._end_if_finished(says_changes=True):
             return
         self.experiment.choose_kernels()
+        self.experiment.check_reward()
         self.scorer = self.experiment.build_scorer()
         self.workers.on_rank_zero(self._take_folder)
         if self._end_if_finished():  # another process finished the run before this one took the lock
@@ -404,7 +406,8 @@ class Run:
         best, takes_last = self._best, self.config.evaluate.result == "last"
         if best is None or takes_last or is_better(score, best["value"], self.scorer.direction):
             self._best = {"step": step, "value": score}
-        self.reporter.tell(Phase.FINETUNE, step, self.config.train.iterations, scores)
+        primary_first = {self.scorer.metric: score, **scores}
+        self.reporter.tell(Phase.FINETUNE, step, self.config.train.iterations, primary_first)
         return score
 
     def _sampling(self, stream: str, step: int) -> Sampling:

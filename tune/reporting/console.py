@@ -89,7 +89,7 @@ class ProgressReporter:
     def ask_to_stop(self, _signal: str) -> None:
         """Make the run save and stop at its next report."""
         self.stop = True
-        complain("saving and stopping; press Ctrl-C again to stop immediately.")
+        complain("stopping at the next logged iteration, and saving; press Ctrl-C again to stop immediately.")
 
     def __call__(self, event: Event) -> bool:
         """Show one event; returns whether a stop was requested."""
@@ -125,7 +125,7 @@ class ProgressReporter:
 def _score_note(metrics: Mapping[str, float]) -> str:
     """Return the evaluation score among `metrics` as text, or an empty string."""
     scores = (key for key in metrics if key.startswith("eval/") and key != NUM_SAMPLES_KEY)
-    first = next(scores, None)  # the score by which runs are compared
+    first = next(scores, None)  # the primary one
     return "" if first is None else f"{first.removeprefix('eval/')} {score_text(metrics[first])}"
 
 

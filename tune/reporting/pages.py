@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 from dxmi.errors import UserError
+from dxmi.metrics.keys import MINIMIZE
 from dxmi.persistence.checkpoint import path_of
 from tune.integrations.mlflow_store import MlflowWriter, TrackedRun, open_writer
 from tune.integrations.mlflow_tracker import reason_of
@@ -90,7 +91,7 @@ def pages_on(server: str, writer: MlflowWriter, plan: Plan, records: Sequence[Tr
     chosen = _chosen(plan, with_curve)
     shown = [runs[_trial(plan, record)].id for record in chosen]
     return StudyPages(
-        trials=trials_page(server, writer.experiment, plan.name, plan.metric),
+        trials=trials_page(server, writer.experiment, plan.name, plan.metric, plan.direction),
         curves=curves_page(server, writer.experiment, shown, plan.metric) if shown else "",
         about=_about(plan, len(chosen), len(with_curve)),
         best=_best_page(server, writer.experiment, plan, records, runs),
@@ -182,7 +183,7 @@ def experiment_page(server: str, experiment: str) -> str:
     return f"{_experiment(server, experiment)}/runs?{_encoded(_MODEL_TRAINING)}"
 
 
-def trials_page(server: str, experiment: str, study: str, metric: str) -> str:
+def trials_page(server: str, experiment: str, study: str, metric: str, direction: str = MINIMIZE) -> str:
     """Return the address of a study's trials, best first, with charts of all their metrics.
 
     Sorted by start time, MLflow would fold them under the study's run, which has no curves.
@@ -190,7 +191,7 @@ def trials_page(server: str, experiment: str, study: str, metric: str) -> str:
     state = {
         "searchFilter": f"tags.study = '{study}' AND tags.trial_id LIKE '%/%'",
         "orderByKey": f"metrics.`best/{metric.removeprefix('eval/')}`",
-        "orderByAsc": "true",
+        "orderByAsc": "true" if direction == MINIMIZE else "false",
         "compareRunsMode": "CHART",
         **_MODEL_TRAINING,
     }
