@@ -101,7 +101,13 @@ def newcomer(tmp_path_factory):
         yield Newcomer(home)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dxmi ")])
+def marks_of(command: str) -> list[pytest.MarkDecorator]:
+    """Marks of a command: those that need a whole sweep are slow, as test_sweep.py has one."""
+    needs_sweep = "lr-1" in command and "--dry-run" not in command
+    return [pytest.mark.slow] if needs_sweep else []
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, marks=marks_of(c)) for c in COMMANDS if c.startswith("dxmi ")])
 def test_a_command_of_the_pages_works(newcomer, command):
     """Alone, too: what it uses is made first."""
     assert newcomer.types(command) == 0
@@ -118,6 +124,7 @@ def test_files_that_the_readme_promises_are_there_afterwards(newcomer):
         assert (newcomer.home / "runs" / "low-entropy" / name).exists()
 
 
+@pytest.mark.slow  # as is the sweep
 def test_files_that_the_readme_promises_of_a_study_are_there_afterwards(newcomer):
     (command,) = (command for command in COMMANDS if made_by(command) == "lr-1")
     assert newcomer.types(command) == 0

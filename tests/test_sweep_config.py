@@ -156,7 +156,7 @@ def test_a_range_of_a_shipped_space_can_be_overridden_or_dropped(override, bound
     ("override", "words"),
     [
         ("sweep.budget.trails=3", "sweep.budget.trails … trials"),
-        ("sweep.samplr.seed=3", "sweep.samplr.seed … sampler"),
+        ("sweep.samplr.seed=3", "sweep.samplr.seed … sweep.sampler.seed"),
         ("sweep.sampler.knd=tpe", "sweep.sampler.knd … kind"),
         ("+sweep.smapler=3", "sweep.smapler … sampler"),
         ("tracking.url=x", "tracking.url … uri"),
