@@ -63,8 +63,10 @@ _DRAWING: list[bool] = []
 def drawn_figures() -> Iterator[None]:
     """Figures are drawn meanwhile: conftest.py leaves them blank. A test that needs it is marked `draws`."""
     _DRAWING.append(True)
-    yield
-    _DRAWING.pop()
+    try:
+        yield
+    finally:
+        _DRAWING.pop()
 
 
 def figures_are_drawn() -> bool:

@@ -174,7 +174,10 @@ def test_an_address_says_what_it_was_made_of_and_is_one_link():
     assert json.loads(told["metric"]) == "eval/fid (50 %) & more"
     assert json.loads(told["plot_metric_keys"]) == ["eval/fid (50 %) & more"]
     assert told["x_axis"] == "step"
-    others = (trials_page(SERVER, "1", "lr-1", "eval/fid_digits"), artifact_page(SERVER, "1", runs[0], "a b/c#d"))
+    others = (
+        trials_page(SERVER, "1", "lr-1", "eval/fid_digits", "minimize"),
+        artifact_page(SERVER, "1", runs[0], "a b/c#d"),
+    )
     for address in (found, *others):
         assert not set(address) & set(" \"'<>[]{}|\\^`"), "a terminal would end the link there"
         assert address.count("#") == 1

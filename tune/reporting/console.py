@@ -17,7 +17,6 @@ from rich.progress import (
 from rich.text import Text
 
 from dxmi.data.description import ClassCount, Description
-from dxmi.evaluation.config import NUM_SAMPLES_KEY
 from dxmi.evaluation.scored_references import best_reference, scored_references
 from dxmi.formatting import score_text
 from dxmi.metrics.keys import better_text, is_better
@@ -124,9 +123,8 @@ class ProgressReporter:
 
 def _score_note(metrics: Mapping[str, float]) -> str:
     """Return the evaluation score among `metrics` as text, or an empty string."""
-    scores = (key for key in metrics if key.startswith("eval/") and key != NUM_SAMPLES_KEY)
-    first = next(scores, None)  # the primary one
-    return "" if first is None else f"{first.removeprefix('eval/')} {score_text(metrics[first])}"
+    primary = next((key for key in metrics if key.startswith("eval/")), None)  # it comes first: see `Progress`
+    return "" if primary is None else f"{primary.removeprefix('eval/')} {score_text(metrics[primary])}"
 
 
 _BESIDE = ("eval/precision_", "eval/recall_", "eval/energy_auc")

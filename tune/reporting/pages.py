@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 from dxmi.errors import UserError
-from dxmi.metrics.keys import MINIMIZE
+from dxmi.metrics.keys import MINIMIZE, Direction
 from dxmi.persistence.checkpoint import path_of
 from tune.integrations.mlflow_store import MlflowWriter, TrackedRun, open_writer
 from tune.integrations.mlflow_tracker import reason_of
@@ -183,7 +183,7 @@ def experiment_page(server: str, experiment: str) -> str:
     return f"{_experiment(server, experiment)}/runs?{_encoded(_MODEL_TRAINING)}"
 
 
-def trials_page(server: str, experiment: str, study: str, metric: str, direction: str = MINIMIZE) -> str:
+def trials_page(server: str, experiment: str, study: str, metric: str, direction: Direction) -> str:
     """Return the address of a study's trials, best first, with charts of all their metrics.
 
     Sorted by start time, MLflow would fold them under the study's run, which has no curves.
