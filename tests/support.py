@@ -86,6 +86,7 @@ TINY = [
     "evaluate.num_samples=64",
     "evaluate.batch_size=64",
     "evaluate.grid=4",
+    "evaluate.full_steps=[50]",
     "resources.threads=1",
 ]
 """A run of a second."""

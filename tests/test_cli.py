@@ -37,7 +37,7 @@ def test_train_ends_with_the_table_and_the_paths(tmp_path, capsys):
     assert main(["train", *TINY, f"out={out}"]) == 0
     printed = capsys.readouterr().out
     for words in (
-        *("1000 … DDPM", "5 … DDIM … trailing", "5 … before", "5 … after"),
+        *("50 … DDPM", "5 … DDIM … trailing", "5 … before", "5 … after"),
         "fid_digits … 64",
     ):
         assert missing(words, printed) == []

@@ -309,9 +309,11 @@ def test_a_run_is_scored_and_compared_with_deterministic_references(network, tmp
     told = []
     summary = train(experiment, out=tmp_path / "run", report=lambda progress: told.append(progress) and None)
     assert summary.metric == "eval/fid_64"
-    samplers = ("ddim_{}_trailing", "dpm_solver_{}_trailing", "ddpm_{}_trailing", "ddpm_{}_trailing_large")
-    names = {"ddpm_1000", "shortened", *(sampler.format(steps) for sampler in samplers for steps in (2, 3, 5))}
-    names.remove("dpm_solver_2_trailing")  # it is DDIM
+    trailing = ("ddim_{}_trailing", "dpm_solver_{}_trailing", "ddpm_{}_trailing", "ddpm_{}_trailing_large")
+    by_log_snr = ("ddim_{}_log_snr", "dpm_solver_{}_log_snr")
+    names = {"shortened", *(sampler.format(steps) for sampler in trailing for steps in (2, 3, 5, 50))}
+    names |= {sampler.format(steps) for sampler in by_log_snr for steps in (2, 3, 5)}
+    names -= {"dpm_solver_2_trailing", "dpm_solver_2_log_snr"}  # they are DDIM
     assert summary.reference.keys() == names
     assert len(set(summary.reference.values())) == len(names)
     keys = experiment.config.score_keys()
@@ -327,12 +329,12 @@ def test_a_run_is_scored_and_compared_with_deterministic_references(network, tmp
     assert (
         max(steps)
         == next(p.total for p in told if p.phase is Phase.REFERENCES)
-        == 64 * (1000 + 5 + 3 * 2 + 4 * (3 + 5))
+        == 64 * (5 + 4 * 2 + 6 * (3 + 5) + 4 * 50)
     )
     assert train(experiment, out=tmp_path / "run") == summary
     labels = list(map(str, result_table(summary).columns[0].cells))
-    assert labels[0] == "1000 steps (DDPM, small variance)"
-    assert labels[1:3] == ["2 steps (DDIM, trailing)", "2 steps (DDPM, trailing, small variance)"]
+    assert labels[0] == "50 steps (DDIM, trailing)"
+    assert labels[4:6] == ["2 steps (DDIM, trailing)", "2 steps (DDPM, trailing, small variance)"]
     assert len(labels) == len(names) + 1
 
 

@@ -87,8 +87,9 @@ def test_a_planar_run_draws_samples_steps_energy_and_values(run):
 def test_the_samples_are_scored_everywhere_and_the_energy_where_there_is_one(run):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["metric"] == "eval/sliced_wasserstein"
-    samplers = {"ddpm_1000", "shortened", "ddim_5_trailing", "dpm_solver_5_trailing", "ddpm_5_trailing"}
-    samplers.add("ddpm_5_trailing_large")
+    trailing = ("ddim_{}_trailing", "dpm_solver_{}_trailing", "ddpm_{}_trailing", "ddpm_{}_trailing_large")
+    samplers = {name.format(steps) for name in trailing for steps in (5, 50, 250)}
+    samplers |= {"shortened", "ddim_5_log_snr", "dpm_solver_5_log_snr"}
     assert set(summary["reference"]) == {*samplers, "data"}
     assert set(summary["samplers"]) == samplers
     scored = {name: set(values) for name, values in summary["scores"].items()}

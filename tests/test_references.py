@@ -13,14 +13,23 @@ from dxmi.diffusion.schedules.registry import SCHEDULES
 from dxmi.evaluation.config import SELECTION, EvaluateConfig
 from dxmi.evaluation.references import references
 from dxmi.evaluation.sampling import Sampling, generate, preview
-from dxmi.evaluation.scored_references import Role, best_reference, full_reference, highlights, scored_references
+from dxmi.evaluation.scored_references import (
+    Role,
+    best_of_parent,
+    best_reference,
+    full_reference,
+    highlights,
+    scored_references,
+)
 from dxmi.networks.base import Denoiser
 from support import missing
 from tune.studies.outdone import outdone, outdone_sentences
 
 KARRAS = SCHEDULES.config("karras", num_steps=10)
 GAN = SCHEDULES.config("ddgan", num_steps=4)
-FEW = ["ddim_5_trailing", "dpm_solver_5_trailing", "ddpm_5_trailing", "ddpm_5_trailing_large"]
+TRAILING = ["ddim_5_trailing", "dpm_solver_5_trailing", "ddpm_5_trailing", "ddpm_5_trailing_large"]
+FEW = [*TRAILING, "ddim_5_log_snr", "dpm_solver_5_log_snr"]
+FULL = [name.replace("5", number) for number in ("50", "250") for name in TRAILING]
 EDM_FEW = ["euler_10_trailing", "dpm_solver_10_trailing", "ancestral_10_trailing", "heun_9_trailing"]
 
 
@@ -44,48 +53,54 @@ def keys(config: ScheduleConfig, **kwargs: object) -> list[str]:
 
 
 def test_each_family_has_its_references():
-    assert keys(VarScheduleConfig()) == ["ddpm_1000", *FEW, "shortened"]
+    assert keys(VarScheduleConfig()) == [*FULL, *FEW, "shortened"]
     assert keys(KARRAS) == ["ancestral_250_trailing", "heun_79_trailing", *EDM_FEW, "shortened"]
     assert keys(GAN, steps=(5,)) == ["shortened"]
-    assert keys(VarScheduleConfig(), full=False) == [*FEW, "shortened"]
+    assert keys(VarScheduleConfig(), full_steps=None) == [*FEW, "shortened"]
     other = replace(KARRAS, rho=5.0)
     assert keys(other, steps=(250,))[:3] == ["ancestral_250_trailing", "heun_79_trailing", "euler_10_trailing_rho5"]
     assert "ancestral_250_trailing_rho5" in keys(other, steps=(250,))
-    assert keys(KARRAS, full=False) == [*EDM_FEW, "shortened"]
+    assert keys(KARRAS, full_steps=None) == [*EDM_FEW, "shortened"]
 
 
-@pytest.mark.parametrize("shape", ["linear", "quadratic", "trailing"])
+@pytest.mark.parametrize("shape", ["linear", "quadratic", "trailing", "log_snr"])
 def test_a_policy_on_a_subset_of_the_steps_is_compared_with_the_same_samplers(shape):
-    """Whatever the policy's own steps are, the references' are trailing."""
-    found = {r.key: r for r in references(SCHEDULES.config("step", shape=shape), full=False)}
+    """Whatever the policy's own steps are, the references' are trailing or even in the log-SNR."""
+    found = {r.key: r for r in references(SCHEDULES.config("step", shape=shape), full_steps=None)}
     assert [*found] == [*FEW, "shortened"]
     for key in FEW:
-        assert found[key].schedule.timestep.tolist() == [999, 799, 599, 399, 199]
+        expected = [999, 799, 599, 399, 199] if key in TRAILING else [999, 785, 492, 138, 17]
+        assert found[key].schedule.timestep.tolist() == expected
 
 
 def test_further_numbers_of_steps_have_all_samplers_and_none_is_there_twice():
-    more = keys(VarScheduleConfig(), full=False, steps=(5, 7))
+    more = keys(VarScheduleConfig(), full_steps=None, steps=(5, 7))
     assert more == [*FEW, *(key.replace("5", "7") for key in FEW), "shortened"]
-    whole = keys(VarScheduleConfig(), steps=(1000,))
-    assert whole == ["ddpm_1000", *FEW, "ddim_1000", "dpm_solver_1000", "ddpm_1000_large", "shortened"]
+    whole = keys(VarScheduleConfig(), full_steps=(1000,), steps=(50, 1000))
+    assert whole == [
+        *("ddim_1000", "dpm_solver_1000", "ddpm_1000", "ddpm_1000_large"),
+        *FEW,
+        *(key.replace("5", "50") for key in TRAILING),
+        "shortened",
+    ]
 
 
 @pytest.mark.parametrize("config", [VarScheduleConfig(num_steps=1), SCHEDULES.config("karras", num_steps=1)])
 def test_with_one_step_all_samplers_are_one(config):
-    assert len(keys(config, full=False)) == 2
+    assert len(keys(config, full_steps=None)) == 2
 
 
 def test_with_two_steps_a_solver_of_second_order_is_the_one_of_first_order_and_left_out():
     two = [VarScheduleConfig(num_steps=2), SCHEDULES.config("karras", num_steps=2)]
-    assert [keys(config, full=False) for config in two] == [
-        ["ddim_2_trailing", "ddpm_2_trailing", "ddpm_2_trailing_large", "shortened"],
+    assert [keys(config, full_steps=None) for config in two] == [
+        ["ddim_2_trailing", "ddpm_2_trailing", "ddpm_2_trailing_large", "ddim_2_log_snr", "shortened"],
         ["euler_2_trailing", "ancestral_2_trailing", "shortened"],
     ]
 
 
 @pytest.mark.parametrize("config", [VarScheduleConfig(), KARRAS, SCHEDULES.config("karras", num_steps=4), GAN])
 def test_each_reference_calls_the_network_as_often_as_it_says(config):
-    for reference in references(config, full=config is KARRAS, steps=(2, 3)):
+    for reference in references(config, full_steps=(4, 50) if config is KARRAS else None, steps=(2, 3)):
         network = Counting()
         reference.policy(network, reference.schedule, (1,)).sample(2, torch.Generator().manual_seed(0))
         assert network.calls == reference.evaluations, reference.key
@@ -104,9 +119,12 @@ def test_deterministic_references_have_no_noise_and_the_last_step_of_none_adds_a
 
 
 def test_labels_name_sampler_spacing_variance_and_further_evaluations():
-    labels = {r.key: r.label for config in (VarScheduleConfig(), KARRAS) for r in references(config)}
+    labels = {
+        r.key: r.label for config in (VarScheduleConfig(), KARRAS) for r in references(config, full_steps=(1000,))
+    }
     assert labels["ddim_5_trailing"] == "5 steps (DDIM, trailing)"
     assert labels["ddpm_5_trailing_large"] == "5 steps (DDPM, trailing, large variance)"
+    assert labels["dpm_solver_5_log_snr"] == "5 steps (DPM-Solver++(2M), log-SNR)"
     assert labels["ddpm_1000"] == "1000 steps (DDPM, small variance)"
     assert labels["heun_9_trailing"] == "5 steps (Heun, trailing, 9 evaluations)"
 
@@ -135,7 +153,7 @@ class Telling(Counting):
 @pytest.mark.parametrize("num", [3, 4, 6])
 def test_a_preview_shows_the_samples_that_the_score_looks_at_and_computes_no_others(config, num):
     evaluate = EvaluateConfig(batch_size=4, num_samples=8)
-    for reference in references(config, full=False):
+    for reference in references(config, full_steps=None):
         policy = reference.policy(Counting(), reference.schedule, (1, 4, 4))
         steps = []
         shown = preview(Sampling(policy, SELECTION, on_step=lambda: steps.append(1)), num, evaluate)  # noqa: B023
@@ -160,12 +178,15 @@ def test_the_first_of_many_samples_keep_the_noise_labels_and_latents_that_they_h
 
 def summary(**scores: float) -> dict:
     """Of a run with five steps; the references' scores by key."""
-    told = {reference.key: reference.tree for reference in references(VarScheduleConfig(), steps=(3, 10))}
+    told = {
+        reference.key: reference.tree
+        for reference in references(VarScheduleConfig(), full_steps=(1000,), steps=(3, 10))
+    }
     return {"num_steps": 5, "reference": scores, "samplers": {key: told[key] for key in scores if key in told}}
 
 
 SCORES = {
-    "ddpm_1000": 8.6, "ddim_5_trailing": 2.9, "ddpm_5_trailing_large": 90.0, "ddim_10_trailing": 1.5,
+    "ddpm_1000": 8.6, "ddim_1000": 9.6, "ddim_5_trailing": 2.9, "ddpm_5_trailing_large": 90.0, "ddim_10_trailing": 1.5,
     "ddim_3_trailing": 7.0, "shortened": 17.5, "data": 0.1,
 }  # fmt: skip
 
@@ -182,6 +203,7 @@ def test_the_best_reference_is_one_that_is_no_dearer():
     assert best_reference(found, 5).key == "ddim_5_trailing"
     assert best_reference(found, 4).key == "ddim_3_trailing"
     assert best_reference(found, 2) is None
+    assert best_of_parent(found).key == "ddim_10_trailing"
     assert full_reference(found).key == "ddpm_1000"
     assert [r.key for r in highlights(found, 5)] == ["ddpm_1000", "ddim_5_trailing", "shortened"]
 

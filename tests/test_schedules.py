@@ -272,6 +272,24 @@ def test_trailing_steps_are_distinct_and_start_at_the_last(num_steps):
     assert steps[0] >= 1000 // num_steps - 1
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 5, 10, 20])
+def test_log_snr_steps_are_the_nearest_to_even_spacing_in_the_log_signal_to_noise_ratio(num_steps):
+    """DPM-Solver's uniform lambda: half the log-SNR, from step 999 down, without the least noisy end."""
+    log_snr = np.log(LEVELS / (1.0 - LEVELS))
+    even = np.linspace(log_snr[-1], log_snr[0], num_steps + 1)[:-1]
+    nearest = [int(np.abs(log_snr - value).argmin()) for value in even]
+    assert timestep_subset(num_steps, "log_snr") == nearest[::-1]
+
+
+@pytest.mark.parametrize("num_steps", [100, 500, 987, 999, 1000])
+def test_log_snr_steps_are_distinct_however_many_there_are(num_steps):
+    steps = timestep_subset(num_steps, "log_snr")
+    assert len(steps) == num_steps
+    assert steps == sorted(set(steps))
+    assert steps[0] >= 0
+    assert steps[-1] == 999
+
+
 @pytest.mark.parametrize(("num_steps", "rho"), [(1, 7.0), (4, 4.0), (10, 7.0)])
 def test_references_of_an_edm_model_spend_no_evaluation_on_the_lowest_level(num_steps, rho):
     config = SCHEDULES.config("karras", rho=rho)
@@ -301,6 +319,7 @@ REFUSED = [
     {"num_steps": 1001},
     {"shape": "cubic"},
     {"shape": "trailing"},
+    {"shape": "log_snr"},
     {"kappa": -0.1},
     {"kappa": 1.1},
     {"kappa": float("nan")},

@@ -13,6 +13,8 @@ SELECTION, REPORT, CONFIRMATION = "selection", "report", "confirmation"
 chosen by its score on REPORT, is scored again on CONFIRMATION. Each seed has its own draw, see `stream_of`."""
 PICTURES = "pictures"
 """Noise stream of the sample grids, which is the same for all runs, so that their pictures can be compared."""
+FULL_STEPS = (50, 250)
+"""Default numbers of network evaluations with which a pretrained DDPM is sampled to show its own quality."""
 SCORING_VERSION = 2
 """Increased whenever a change of the code changes a score, so that cached references are scored again."""
 RESULTS = ("best", "last")
@@ -54,10 +56,13 @@ class EvaluateConfig:
     reference_images: int | None = field(default=None, metadata=NO_SCORE)
     """Number of images of the data, drawn once, with which samples are compared; null for all images."""
     full_reference: bool = field(default=True, metadata=NO_SCORE)
-    """Also score the pretrained model with all of its steps, which takes up to 1000 network evaluations per sample."""
+    """Also score the pretrained model with many steps, to show its own quality."""
+    full_steps: tuple[int, ...] = field(default=FULL_STEPS, metadata=NO_SCORE)
+    """Numbers of network evaluations of these references of a DDPM: for each number, DDIM, DPM-Solver++(2M), and DDPM
+    with both variances. Unused for other models, and with full_reference=false."""
     reference_steps: tuple[int, ...] | None = field(default=None, metadata=NO_SCORE)
     """Numbers of network evaluations of further references: for each number, all samplers with which a policy of that
-    many steps would be compared. 1000 also adds DDPM with the large variance. null for none."""
+    many steps would be compared; null for none."""
 
     metrics: tuple[MetricConfig, ...] | None = field(default=None, metadata=chosen_from(METRICS))
     """Further metrics, as names of kinds, like [class_entropy], or as groups of settings; null for none."""
@@ -71,10 +76,10 @@ class EvaluateConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         require_choice("result", self.result, RESULTS)
         require_choice("features", self.features, FEATURES, or_null=True)
-        if not all(1 <= steps <= NUM_DIFFUSION_STEPS for steps in self.reference_steps or ()):
-            raise ValueError(f"reference_steps is {self.reference_steps}: each must be in 1..{NUM_DIFFUSION_STEPS}")
-        if len(set(self.reference_steps or ())) < len(self.reference_steps or ()):
-            raise ValueError(f"reference_steps is {self.reference_steps}: it names a number twice")
+        for name in ("full_steps", "reference_steps"):
+            self._check_numbers_of_steps(name, getattr(self, name) or ())
+        if not self.full_steps:
+            raise ValueError("full_steps is empty: for no such references, set full_reference=false")
         if self.kid_subset_size < _MIN_SUBSET:
             raise ValueError(f"kid_subset_size is {self.kid_subset_size}: it must be at least {_MIN_SUBSET}")
         if not 0 <= self.seed < _SEEDS:
@@ -83,6 +88,18 @@ class EvaluateConfig:
             number = getattr(self, name)
             if number is not None and number < MIN_SAMPLES:
                 raise ValueError(f"{name} is {number}: it must be at least {MIN_SAMPLES}")
+
+    @staticmethod
+    def _check_numbers_of_steps(name: str, numbers: tuple[int, ...]) -> None:
+        if not all(1 <= steps <= NUM_DIFFUSION_STEPS for steps in numbers):
+            raise ValueError(f"{name} is {numbers}: each must be in 1..{NUM_DIFFUSION_STEPS}")
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"{name} is {numbers}: it names a number twice")
+
+    @property
+    def full_evaluations(self) -> tuple[int, ...] | None:
+        """`full_steps`, or None if these references are not wanted."""
+        return self.full_steps if self.full_reference else None
 
 
 def features_of(name: str, config: EvaluateConfig) -> str:

@@ -3,7 +3,8 @@
 The key, the description and the number of network evaluations of each sampler are defined only here. They are stored in
 the summary, from which the table at the end of a run, curves.png, leaderboards and reports read them. All samplers are
 training-free: they use the pretrained model unchanged. Except for the policy before fine-tuning, which keeps its own
-schedule, each sampler is in its strongest usual form, with trailing spacing.
+schedule, each sampler is in its strongest usual form: with trailing spacing, and the deterministic ones with few steps
+also with even spacing in the log-SNR. None of these is the strongest for every model and number of steps.
 """
 
 from collections.abc import Sequence
@@ -23,12 +24,16 @@ from dxmi.diffusion.schedules.configs import (
 from dxmi.diffusion.schedules.ddpm import ancestral_schedule, ddim_schedule
 from dxmi.diffusion.schedules.edm import karras_schedule
 from dxmi.diffusion.solvers import DpmSolver, HeunSolver
+from dxmi.evaluation.config import FULL_STEPS
 from dxmi.evaluation.scored_references import SHORTENED, Role, ScoredReference
 
 _RHO = 7.0
 """Exponent of the spacing of EDM's noise levels (arXiv 2206.00364, table 1)."""
 _ANCESTRAL_STEPS, _HEUN_STEPS = 250, 40
 """Numbers of steps that show what an EDM model can do; that of Heun's method is from EDM's paper for ImageNet-64."""
+_MOST_BY_LOG_SNR = 20
+"""Largest number of steps for which log-SNR spacing is compared with trailing spacing. With more, it would spend most
+steps on almost clean data."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +84,19 @@ class Reference:
         return ScoredReference(self.key, self.label, self.sampler, self.role, self.evaluations, score)
 
 
-def references(config: ScheduleConfig, *, full: bool = True, steps: Sequence[int] = ()) -> list[Reference]:
+def references(
+    config: ScheduleConfig, *, full_steps: Sequence[int] | None = FULL_STEPS, steps: Sequence[int] = ()
+) -> list[Reference]:
     """The samplers that a policy is compared with, each with a distinct key.
 
     Args:
         config: schedule of the policy.
-        full: whether to include samplers with all steps of the model.
+        full_steps: numbers of network evaluations with which a DDPM is sampled to show its own quality (an EDM model
+            is sampled in the usual ways instead); None for no such samplers.
         steps: further numbers of network evaluations.
     """
-    found = [*(_full(config) if full else []), *_of_steps(config, config.num_steps, Role.FEW)]
+    found = [] if full_steps is None else _full(config, full_steps)
+    found += _of_steps(config, config.num_steps, Role.FEW)
     for number in steps:
         found += _of_steps(config, number, Role.FURTHER)
     found.append(Reference(SHORTENED, "before", Role.SHORTENED, shorten(config)))
@@ -97,14 +106,18 @@ def references(config: ScheduleConfig, *, full: bool = True, steps: Sequence[int
     return list(unique.values())
 
 
-def _full(config: ScheduleConfig) -> list[Reference]:
-    """The samplers that show what the model can do with all of its steps; a diffusion GAN has none."""
+def _full(config: ScheduleConfig, full_steps: Sequence[int]) -> list[Reference]:
+    """The samplers that show what the model can do with many steps; a diffusion GAN has none.
+
+    Which is the best depends on the model. On well-trained models of small images, the deterministic samplers with 20
+    to 100 steps are better than DDPM's ancestral sampler with 1000, whose samples are more alike.
+    """
     if isinstance(config, DdganScheduleConfig):
         return []
     if isinstance(config, KarrasScheduleConfig):
         many = replace(config, rho=_RHO)
         return [_karras_ancestral(many, _ANCESTRAL_STEPS, Role.FULL), _heun(many, _HEUN_STEPS, Role.FULL)]
-    return [_ancestral(NUM_DIFFUSION_STEPS, "small", Role.FULL)]
+    return [reference for number in full_steps for reference in _trailing(number, Role.FULL)]
 
 
 def _of_steps(config: ScheduleConfig, num_steps: int, role: Role) -> list[Reference]:
@@ -118,6 +131,16 @@ def _of_steps(config: ScheduleConfig, num_steps: int, role: Role) -> list[Refere
         return []
     if isinstance(config, KarrasScheduleConfig):
         return _karras_of_steps(config, num_steps, role)
+    found = _trailing(num_steps, role)
+    if 1 < num_steps <= _MOST_BY_LOG_SNR:
+        found.append(_ddim(num_steps, role, "log_snr"))
+    if 2 < num_steps <= _MOST_BY_LOG_SNR:
+        found.append(_solver(num_steps, role, "log_snr"))
+    return found
+
+
+def _trailing(num_steps: int, role: Role) -> list[Reference]:
+    """All distinct samplers of a DDPM with this number of trailing steps."""
     found = [_ddim(num_steps, role)]
     if num_steps > 2:
         found.append(_solver(num_steps, role))
@@ -141,20 +164,22 @@ def _karras_of_steps(config: KarrasScheduleConfig, num_steps: int, role: Role) -
 # The samplers of a DDPM. With all 1000 steps there is no choice of a spacing.
 
 
-def _spacing(num_steps: int) -> tuple[str, str]:
+def _spacing(num_steps: int, shape: str = "trailing") -> tuple[str, str]:
     """The spacing as a suffix of the key, and as text."""
-    return ("", "") if num_steps == NUM_DIFFUSION_STEPS else ("_trailing", ", trailing")
+    if num_steps == NUM_DIFFUSION_STEPS:
+        return "", ""
+    return f"_{shape}", ", log-SNR" if shape == "log_snr" else f", {shape}"
 
 
-def _ddim(num_steps: int, role: Role) -> Reference:
-    key, words = _spacing(num_steps)
-    return Reference(f"ddim_{num_steps}{key}", f"DDIM{words}", role, ddim_schedule(num_steps))
+def _ddim(num_steps: int, role: Role, shape: str = "trailing") -> Reference:
+    key, words = _spacing(num_steps, shape)
+    return Reference(f"ddim_{num_steps}{key}", f"DDIM{words}", role, ddim_schedule(num_steps, shape))
 
 
-def _solver(num_steps: int, role: Role) -> Reference:
-    key, words = _spacing(num_steps)
-    name = f"DPM-Solver++(2M){words}"
-    return Reference(f"dpm_solver_{num_steps}{key}", name, role, ddim_schedule(num_steps), DpmSolver)
+def _solver(num_steps: int, role: Role, shape: str = "trailing") -> Reference:
+    key, words = _spacing(num_steps, shape)
+    name, schedule = f"DPM-Solver++(2M){words}", ddim_schedule(num_steps, shape)
+    return Reference(f"dpm_solver_{num_steps}{key}", name, role, schedule, DpmSolver)
 
 
 def _ancestral(num_steps: int, variance: str, role: Role) -> Reference:

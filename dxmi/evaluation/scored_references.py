@@ -15,7 +15,7 @@ class Role(StrEnum):
     """What a reference shows."""
 
     FULL = "full"
-    """The quality of the pretrained model with all of its steps."""
+    """The quality of the pretrained model with many steps."""
     FEW = "few"
     """The quality of a training-free sampler with as many network evaluations as the policy, or one fewer."""
     FURTHER = "further"
@@ -51,7 +51,7 @@ class ScoredReference:
 
 
 def scored_references(summary: Mapping[str, Any]) -> list[ScoredReference]:
-    """The references in a summary, in table order: all steps, further numbers, few steps, before fine-tuning."""
+    """The references in a summary, in table order: many steps, further numbers, few steps, before fine-tuning."""
     told, num_steps = summary.get("samplers") or {}, summary["num_steps"]
     found = [
         ScoredReference(key=key, score=score, **_described(key, told.get(key) or _earlier(key, num_steps)))
@@ -70,6 +70,12 @@ def _described(key: str, tree: Mapping[str, Any]) -> dict[str, Any]:
         "role": Role(tree.get("role", Role.FURTHER)),
         "evaluations": tree["evaluations"],
     }
+
+
+def data_label(summary: Mapping[str, Any]) -> str:
+    """The label of the floor in a summary: real data scored in place of samples."""
+    floor = (summary.get("scored_with") or {}).get("floor")
+    return f"real data ({floor})" if floor else "the data itself"
 
 
 _EARLIER = {
@@ -103,8 +109,13 @@ def best_reference(
     return _best([reference for reference in found if reference.evaluations <= evaluations], direction)
 
 
+def best_of_parent(found: Iterable[ScoredReference], direction: str = MINIMIZE) -> ScoredReference | None:
+    """The best training-free sampler of the pretrained model, with any number of evaluations."""
+    return _best([reference for reference in found if reference.role is not Role.SHORTENED], direction)
+
+
 def full_reference(found: Iterable[ScoredReference], direction: str = MINIMIZE) -> ScoredReference | None:
-    """The best reference that samples with all steps of the pretrained model."""
+    """The best reference that samples with many steps of the pretrained model."""
     return _best([reference for reference in found if reference.role is Role.FULL], direction)
 
 
@@ -113,12 +124,12 @@ def _best(found: Sequence[ScoredReference], direction: str) -> ScoredReference |
 
 
 def highlights(found: Sequence[ScoredReference], num_steps: int, direction: str = MINIMIZE) -> list[ScoredReference]:
-    """The references to draw in a figure: all steps, the best with few steps, and the policy before fine-tuning.
+    """The references to draw in a figure: the best with many and with few steps, and the policy before fine-tuning.
 
-    Others with few steps may have such bad scores that the curves would be flattened.
+    Others may have such bad scores that the curves would be flattened.
     """
-    best = best_reference(found, num_steps, direction)
-    return [r for r in found if r.role in (Role.FULL, Role.SHORTENED) or r is best]
+    best = (full_reference(found, direction), best_reference(found, num_steps, direction))
+    return [r for r in found if r.role is Role.SHORTENED or r in best]
 
 
 def evaluations_text(number: int) -> str:

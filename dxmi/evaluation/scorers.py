@@ -99,6 +99,10 @@ from dxmi.tensors import decode, require_finite, require_finite_metrics
 
 _CELLS = 160
 """Cells per side of the grid over the square; each is 0.05 wide, half the narrowest distribution's deviation."""
+TEST_FLOOR, HALVES_FLOOR = "test images", "one half of the images against the other"
+"""Descriptions of the real images that are scored as the floor."""
+_FLOOR_HALVES = 4
+"""Number of random divisions of the data into halves whose mean score is the floor, if there are no test images."""
 _FLOOR_SETS = 8
 """Number of sets of fresh data whose mean score is the floor."""
 _KEPT = 10_000
@@ -170,7 +174,10 @@ class Scorer(ABC):
 
     @abstractmethod
     def of_data(self, stream: str = REPORT) -> Scores | None:
-        """The scores of fresh data in place of samples of `stream`; None if no further data can be drawn."""
+        """The floor: the scores of real data in place of samples of `stream`; None if there are no data for it.
+
+        Afterwards, `about["floor"]` says which data were scored.
+        """
 
     def _scores(self, sampling: Sampling, energy: Energy | None, score: Score) -> Scores:
         """Sample on all workers, score on rank 0, and broadcast the scores."""
@@ -187,10 +194,16 @@ class Scorer(ABC):
 
         return Scores(*self.workers.on_rank_zero(scores))
 
-    def _further(self, rows: Sequence[Tensor], energy: Energy | None, device: torch.device) -> dict[str, float]:
-        """The scores of the further metrics; `rows` holds the observations of each metric."""
+    def _further(
+        self,
+        rows: Sequence[Tensor],
+        energy: Energy | None,
+        device: torch.device,
+        metrics: Sequence[Metric] | None = None,
+    ) -> dict[str, float]:
+        """The scores of the further metrics (or of `metrics`); `rows` holds the observations of each."""
         values: dict[str, float] = {}
-        for metric, own in zip(self.metrics, rows, strict=True):
+        for metric, own in zip(self.metrics if metrics is None else metrics, rows, strict=True):
             evidence = Evidence(own, self._energy_of(energy, device), self._test_split, self._train_split)
             if metric.has_evidence(evidence):
                 values |= metric.scores(evidence)
@@ -258,9 +271,26 @@ class _FeatureScorer(Scorer):
         self.images = images
         self.device = device
 
-    def of_data(self, stream: str = REPORT) -> Scores | None:  # noqa: ARG002
-        """None, since samples are compared with all available images."""
-        return None
+    def _held_out(self, stream: str) -> Tensor | None:
+        """As many of the published test images as there are samples of `stream`, or fewer; None if there are none."""
+        if not self.workers.on_rank_zero(self._has_test_images):
+            return None
+        test = self.images.split("test")
+        assert test is not None
+        return some_rows(test.x, self.config.num_samples, self._generator(stream, "floor"))
+
+    def _has_test_images(self) -> bool:
+        try:
+            test = self.images.split("test")
+        except UserError:  # their files are missing, which concerns only the floor
+            return False
+        return test is not None and len(test.x) >= MIN_SAMPLES
+
+    def _floor(self, compute: Callable[[], dict[str, float]], num: int, what: str) -> Scores:
+        """The scores of `num` real images, computed on rank 0; `what` describes the images."""
+        values = self.workers.on_rank_zero(lambda: self._checked(compute()))
+        self.about = {**self.about, "floor": what}
+        return Scores(values | {NUM_SAMPLES_KEY: float(num)}, 0.0)
 
 
 class ImageScorer(_FeatureScorer):
@@ -315,11 +345,36 @@ class ImageScorer(_FeatureScorer):
         """Compute all scores of images."""
         return self._scores(sampling, energy, lambda samples: self._distances(samples, sampling.stream))
 
+    def of_data(self, stream: str = REPORT) -> Scores | None:
+        """The scores of test images or, if there are none, the mean scores of random halves against the other halves.
+
+        Further metrics are not computed of halves, which are part of the training data.
+        """
+        held_out = self._held_out(stream)
+        if held_out is None:
+            return self._floor(lambda: self._mean_of_halves(stream), len(self.images) // 2, HALVES_FLOOR)
+        own = [metric for metric in self.metrics if metric.applies_to_data]
+
+        def scores() -> dict[str, float]:
+            rows = [metric.observe(held_out, UNCONDITIONAL) for metric in own]
+            return {**self._distances(held_out, stream), **self._further(rows, None, held_out.device, own)}
+
+        return self._floor(scores, len(held_out), TEST_FLOOR)
+
+    def _mean_of_halves(self, stream: str) -> dict[str, float]:
+        halves = [self._half_scores(stream, number) for number in range(_FLOOR_HALVES)]
+        return {key: sum(half[key] for half in halves) / len(halves) for key in halves[0]}
+
+    def _half_scores(self, stream: str, number: int) -> dict[str, float]:
+        """Distance, precision and recall of one random half of the data against the other."""
+        order = torch.randperm(len(self.images), generator=self._generator(stream, f"halves/{number}"))
+        one, other = order.tensor_split(2)
+        return self._compared(self.reference[one], self.reference[other], stream)
+
     def _distances(self, samples: Tensor, stream: str) -> dict[str, float]:
         config, features = self.config, classifier_features(self.name, samples)
-        precision, recall = precision_recall(features, self._neighbors(stream))
         return {
-            self.distance_key: frechet_distance(features, self.reference),
+            **self._compared(features, self.reference, stream),
             f"eval/kid_{self.name}": kernel_distance(
                 features,
                 self.reference,
@@ -327,14 +382,19 @@ class ImageScorer(_FeatureScorer):
                 subset_size=config.kid_subset_size,
                 seed=self._seed(stream, "kid"),
             ),
-            f"eval/precision_{self.name}": precision,
-            f"eval/recall_{self.name}": recall,
             "eval/sliced_wasserstein": self._sliced_wasserstein(samples, self.images.pixels, stream),
         }
 
-    def _neighbors(self, stream: str) -> Tensor:
-        """As many reference features as samples, since comparing all pairs of a large data set takes minutes."""
-        return some_rows(self.reference, self.config.num_samples, self._generator(stream, "neighbours"))
+    def _compared(self, features: Tensor, reference: Tensor, stream: str) -> dict[str, float]:
+        """Distance, precision and recall of samples, compared with images with the features `reference`."""
+        # As many as samples, since comparing all pairs of a large data set takes minutes.
+        neighbors = some_rows(reference, self.config.num_samples, self._generator(stream, "neighbours"))
+        precision, recall = precision_recall(features, neighbors)
+        return {
+            self.distance_key: frechet_distance(features, reference),
+            f"eval/precision_{self.name}": precision,
+            f"eval/recall_{self.name}": recall,
+        }
 
 
 def some_rows(x: Tensor, num: int, generator: torch.Generator) -> Tensor:
@@ -408,11 +468,33 @@ class InceptionScorer(_FeatureScorer):
             self._reference = _Reference(gaussian, tensors["features"])
         return self._reference
 
+    def of_data(self, stream: str = REPORT) -> Scores | None:
+        """The distance, precision and recall of test images; None if there are none, since halves would be too few."""
+        held_out = self._held_out(stream)
+        if held_out is None:
+            return None
+        reference, size_name = self.reference(), count_name(self.config.num_samples)
+        path = self.path.with_name(f"{self.identity}-floor-{self.config.num_samples}-{stream.replace('/', '-')}.cached")
+        pool = cached(path, lambda: {"features": self._features_of(held_out)}, self.workers)["features"]
+
+        def scores() -> dict[str, float]:
+            some = some_rows(pool, _KEPT, self._generator(stream, "neighbours/samples"))
+            neighbors = some_rows(reference.features, len(some), self._generator(stream, "neighbours"))
+            precision, recall = precision_recall(some, neighbors)
+            names = (self.distance_key, f"eval/precision_{size_name}", f"eval/recall_{size_name}")
+            return dict(zip(names, (reference.distance(pool), precision, recall), strict=True))
+
+        return self._floor(scores, len(pool), TEST_FLOOR)
+
+    def _features_of(self, pixels: Tensor) -> Tensor:
+        """The features [N, 2048] of images on the host, computed by all workers."""
+        return torch.cat([features for _, features in self._data_features(None, pixels)])
+
     def _reference_tensors(self, on_step: Callable[[], None] | None) -> dict[str, Tensor]:
         num, moments, kept = len(self.images), None, []
         chosen = torch.zeros(num, dtype=torch.bool)
         chosen[torch.randperm(num, generator=generator(0, "reference"))[:_KEPT]] = True
-        for rows, features in self._data_features(on_step):
+        for rows, features in self._data_features(on_step, self.images.pixels):
             new = Moments.of(features.to(self.device))
             moments = new if moments is None else moments.merged(new)
             kept.append(features[chosen[rows]])
@@ -421,14 +503,14 @@ class InceptionScorer(_FeatureScorer):
         gaussian = Gaussian.fitted(moments) if num > len(features) else Gaussian.of(features.to(self.device))
         return {"mean": gaussian.mean, "root": gaussian.root, "features": features}
 
-    def _data_features(self, on_step: Callable[[], None] | None) -> Iterator[tuple[slice, Tensor]]:
+    def _data_features(self, on_step: Callable[[], None] | None, pixels: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield the features of consecutive images, with their indices; each worker computes a block of them."""
-        num, together, network = len(self.images), _REFERENCE_BATCH * self.workers.size, self.network()
+        num, together, network = len(pixels), _REFERENCE_BATCH * self.workers.size, self.network()
         disable = None if self.workers.is_rank_zero else True
         with tqdm(total=num, unit="images", desc="features of the data", leave=False, disable=disable) as bar:
             for start in range(0, num, together):
                 first = start + _REFERENCE_BATCH * self.workers.rank
-                own = self.images.pixels[first : min(first + _REFERENCE_BATCH, num)]
+                own = pixels[first : min(first + _REFERENCE_BATCH, num)]
                 block = torch.zeros(_REFERENCE_BATCH, NUM_FEATURES)
                 if len(own):
                     block[: len(own)] = network(own, on_step).pool.cpu()

@@ -45,6 +45,8 @@ class Metric(ABC):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({SAMPLES})
+    applies_to_data: ClassVar[bool] = True
+    """Whether it can be computed of real data in place of samples, without the conditions that samples have."""
 
     def observe(self, samples: Tensor, condition: Condition) -> Tensor:  # noqa: ARG002  (a metric may need no samples)
         """The rows [n, F], on the host, to keep of samples [n, *event] in the format that the data set stores."""

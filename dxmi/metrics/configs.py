@@ -58,3 +58,22 @@ class EnergyGapConfig(MetricConfig):
     def keys(self) -> list[ScoreKey]:
         """The gap, which is near 0 if the energy generalizes."""
         return [ScoreKey("eval/energy_gap")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearestNeighborConfig(MetricConfig):
+    """A check against memorizing: distances of samples to the nearest training images, next to those of unseen images.
+
+    Unseen images are the published test images or, if there are none, each training image without its own copy.
+    """
+
+    kind: str = "nearest_neighbor"
+
+    def keys(self) -> list[ScoreKey]:
+        """The keys, neither of which is a goal.
+
+        nearest_ratio is the median distance of samples divided by that of unseen images: 1 if samples are as far from
+        the training images as unseen images are, 0 if they are copies. copies is the share of samples that are closer
+        to a training image than all but 1 % of the unseen images: .01 if samples are like unseen images.
+        """
+        return [ScoreKey("eval/nearest_ratio", MAXIMIZE), ScoreKey("eval/copies")]

@@ -14,6 +14,7 @@ METRICS: Registry["Metric"] = Registry(
     {
         "class_entropy": (f"{_CONFIGS}:ClassEntropyConfig", "dxmi.metrics.class_entropy:ClassEntropy"),
         "log_density": (f"{_CONFIGS}:LogDensityConfig", "dxmi.metrics.log_density:LogDensity"),
+        "nearest_neighbor": (f"{_CONFIGS}:NearestNeighborConfig", "dxmi.metrics.nearest_neighbor:NearestNeighbor"),
         "energy_gap": (f"{_CONFIGS}:EnergyGapConfig", "dxmi.metrics.energy_gap:EnergyGap"),
     },
 )

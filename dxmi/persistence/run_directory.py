@@ -43,7 +43,7 @@ class RunDirectory:
         """The path of an image to compare samples with.
 
         Args:
-            name: data, full (the model with all of its steps) or few (the best training-free sampler with no more
+            name: data, full (the model with many steps) or few (the best training-free sampler with no more
                 network evaluations than the policy).
         """
         return self.samples / f"reference_{name}.png"

@@ -1,6 +1,7 @@
 """The mean reward of a run's samples, as a metric."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ class MeanReward(Metric):
     Args:
         reward: Reward of the run.
     """
+
+    applies_to_data: ClassVar[bool] = False
 
     def __init__(self, reward: Reward) -> None:
         self._reward = reward

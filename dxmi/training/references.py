@@ -50,7 +50,7 @@ class References:
         self._reporter = reporter
         evaluate = experiment.config.evaluate
         self.compared: list[Reference] = references(
-            experiment.config.schedule, full=evaluate.full_reference, steps=evaluate.reference_steps or ()
+            experiment.config.schedule, full_steps=evaluate.full_evaluations, steps=evaluate.reference_steps or ()
         )
 
     def scores(self, denoiser: Denoiser) -> dict[str, Scores]:
@@ -115,7 +115,7 @@ class References:
             self._experiment.workers.on_rank_zero(draw)
 
     def _previews(self, denoiser: Denoiser, scored: Sequence[ScoredReference]) -> dict[str, Tensor]:
-        """Samples of the best sampler with all steps, and of the best one with no more evaluations than the policy."""
+        """Samples of the best sampler with many steps, and of the best one with no more evaluations than the policy."""
         direction = self._scorer.direction
         few = best_reference(scored, self._config.schedule.num_steps, direction)
         by_key = {reference.key: reference for reference in self.compared}

@@ -19,7 +19,7 @@ from dxmi.critics.energy import Energy
 from dxmi.errors import UserError
 from dxmi.evaluation.config import PICTURES, REPORT, SCORING_VERSION, SELECTION
 from dxmi.evaluation.sampling import Sampling, generate, generate_states, stream_of
-from dxmi.evaluation.scored_references import DATA, highlights, scored_references
+from dxmi.evaluation.scored_references import DATA, data_label, highlights, scored_references
 from dxmi.evaluation.scorers import Scores
 from dxmi.metrics.keys import is_better
 from dxmi.networks.base import Denoiser
@@ -550,7 +550,7 @@ class Run:
         shown = highlights(scored_references(vars(summary)), summary.num_steps, summary.direction)
         lines = {reference.label: reference.score for reference in shown}
         if DATA in summary.reference:
-            lines["the data itself"] = summary.reference[DATA]
+            lines[data_label(vars(summary))] = summary.reference[DATA]
         others = {key: curve_of(rows, key) for key in panels}
         save_figure(
             self.directory.curves, curves_figure(summary.metric, curve_of(rows, summary.metric), lines, best, others)

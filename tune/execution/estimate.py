@@ -99,8 +99,9 @@ def _measured(experiment: Experiment, slots: Slots, trials: int) -> Estimate:
 
 def _reference_evaluations(config: ExperimentConfig) -> int:
     """Total number of network evaluations for one sample from every reference."""
-    full, steps = config.evaluate.full_reference, config.evaluate.reference_steps or ()
-    return sum(reference.evaluations for reference in references(config.schedule, full=full, steps=steps))
+    evaluate = config.evaluate
+    compared = references(config.schedule, full_steps=evaluate.full_evaluations, steps=evaluate.reference_steps or ())
+    return sum(reference.evaluations for reference in compared)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -17,7 +17,7 @@ from rich.progress import (
 from rich.text import Text
 
 from dxmi.data.description import ClassCount, Description
-from dxmi.evaluation.scored_references import best_reference, scored_references
+from dxmi.evaluation.scored_references import DATA, best_reference, data_label, scored_references
 from dxmi.formatting import score_text
 from dxmi.metrics.keys import better_text, is_better
 from dxmi.persistence.run_directory import RunDirectory
@@ -127,7 +127,7 @@ def _score_note(metrics: Mapping[str, float]) -> str:
     return "" if primary is None else f"{primary.removeprefix('eval/')} {score_text(metrics[primary])}"
 
 
-_BESIDE = ("eval/precision_", "eval/recall_", "eval/energy_auc")
+_BESIDE = ("eval/precision_", "eval/recall_", "eval/copies", "eval/energy_auc")
 """Key prefixes of scores that a table shows in addition to the one by which runs are compared."""
 _NOT_COMPUTED = "-"
 
@@ -145,7 +145,7 @@ def result_table(summary: Summary) -> TextTable:
     best = bold.key if bold is not None and is_beaten else "best"
     after = f"{steps} step{'s' if steps > 1 else ''}, after (iteration {summary.best['step']})"
     rows = [(reference.label, str(reference.evaluations), reference.key) for reference in references]
-    rows += [(after, str(steps), "best"), ("the data itself", "", "data")]
+    rows += [(after, str(steps), "best"), (data_label(vars(summary)), "", DATA)]
     draws = len(summary.generations)
     generations = (
         f"; the score of the fine-tuned policy is the mean over {draws} draws of the noise" if draws > 1 else ""
@@ -164,7 +164,7 @@ def result_table(summary: Summary) -> TextTable:
             continue
         scores = summary.scores[name]
         shown = [score_text(scores[key]) if key in scores else _NOT_COMPUTED for key in (summary.metric, *others)]
-        seconds = f"{summary.seconds_per_1000_images[name]:.3f}"
+        seconds = _NOT_COMPUTED if name == DATA else f"{summary.seconds_per_1000_images[name]:.3f}"
         table.add_row(label, evaluations, *shown, seconds, style="bold" if name == best else None)
     return table
 

@@ -20,7 +20,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import create_trial
 
-from dxmi.evaluation.scored_references import DATA, Role, ScoredReference, scored_references
+from dxmi.evaluation.scored_references import DATA, Role, ScoredReference, data_label, scored_references
 from dxmi.metrics.keys import sign_of
 from tune.config.sweep import ObjectiveConfig
 from tune.plans.sweep import Plan
@@ -107,7 +107,8 @@ def references(records: Iterable[TrialRecord]) -> list[StudyReference]:
             found.setdefault(reference.kind, []).append(reference)
         if summary and DATA in summary["reference"]:
             data.append(float(summary["reference"][DATA]))
-    floor = [StudyReference("the data itself", min(data), max(data), _is_one(data))] if data else []
+            label = data_label(summary)
+    floor = [StudyReference(label, min(data), max(data), _is_one(data))] if data else []
     return [*(_reference(scored) for scored in found.values()), *floor]
 
 
@@ -126,12 +127,15 @@ def _reference(scored: Sequence[ScoredReference]) -> StudyReference:
 
 
 def shared_highlights(plan: Plan, records: Sequence[TrialRecord]) -> list[StudyReference]:
-    """Select the references to draw as lines: those that all trials share, and only the best one with few steps."""
+    """Select the references to draw as lines: those that all trials share; of many and of few steps, only the best."""
     shared = [reference for reference in references(records) if reference.is_shared]
-    few = [reference for reference in shared if reference.role is Role.FEW]
     sign = sign_of(plan.direction)
-    best = min(few, key=lambda reference: sign * reference.low, default=None)
-    return [r for r in shared if r.role in (Role.FULL, Role.SHORTENED, None) or r is best]
+
+    def best(role: Role) -> StudyReference | None:
+        return min((r for r in shared if r.role is role), key=lambda r: sign * r.low, default=None)
+
+    chosen = (best(Role.FULL), best(Role.FEW))
+    return [r for r in shared if r.role in (Role.SHORTENED, None) or r in chosen]
 
 
 # ----------------------------------------------------------------------------

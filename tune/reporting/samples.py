@@ -125,7 +125,7 @@ def arm_matrix(results: Results) -> Matrix | None:
 
 
 def reference_strips(plan: Plan, runs: Sequence[TrialRecord], side: int, columns: int) -> list[Strip]:
-    """Return images of real data, the model with all steps, and the best training-free sampler.
+    """Return images of real data, the model with many steps, and the best training-free sampler.
 
     They are taken from the first run that has them.
 

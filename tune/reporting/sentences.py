@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from dxmi.evaluation.scored_references import DATA, highlights, scored_references
+from dxmi.evaluation.scored_references import DATA, data_label, highlights, scored_references
 from tune.messages import duration, listed
 from tune.plans.ablation import AblationPlan
 from tune.plans.arms import BASELINE
@@ -65,7 +65,7 @@ def _references_sentences(plan: Plan, best: TrialRecord) -> list[str]:
     shown = highlights(scored_references(summary), summary["num_steps"], plan.direction)
     parts = [f"{reference.label}: {number(reference.score)}" for reference in shown]
     if DATA in summary["reference"]:
-        parts.append(f"the data itself: {number(summary['reference'][DATA])}")
+        parts.append(f"{data_label(summary)}: {number(summary['reference'][DATA])}")
     is_score = plan.objectives[0].metric in ("score", plan.metric)
     label = "" if is_score else f"Its {plan.metric.removeprefix('eval/')} is {number(score_of(best))}. "
     return [f"{label}References, each on {summary['num_samples']:,} samples: {'; '.join(parts)}."] if parts else []

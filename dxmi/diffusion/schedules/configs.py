@@ -2,12 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 NUM_DIFFUSION_STEPS = 1000
+BETA_FIRST, BETA_LAST = 1e-4, 0.02
+"""First and last variance of DDPM's forward process, which are linear in between."""
 SHORTENINGS = ("var", "step")
 """Kinds that shorten DDPM's 1000 steps."""
 SHAPES = ("linear", "quadratic")
-STEP_SHAPES = (*SHAPES, "trailing")
+STEP_SHAPES = (*SHAPES, "trailing", "log_snr")
 """Spacings that kind `step` supports."""
 VARIANCES = ("small", "large")
 
@@ -58,8 +61,9 @@ class StepScheduleConfig(ScheduleConfig):
 
     kind: str = "step"
     shape: str = "quadratic"
-    """Spacing of the steps: linear, quadratic, or trailing, which is even spacing down from the last step,
-    999 - 1000 t / T, so that no network evaluation is spent on almost clean data."""
+    """Spacing of the steps: linear; quadratic; trailing, which is even spacing down from the last step,
+    999 - 1000 t / T, so that no network evaluation is spent on almost clean data; or log_snr, which is even spacing in
+    the logarithm of the signal-to-noise ratio, as in DPM-Solver."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,8 +126,12 @@ def timestep_subset(num_steps: int, shape: str) -> list[int]:
 
     Linear: evenly spaced over 0..999. Quadratic: squares of numbers evenly spaced over 0..sqrt(800), rounded down, with
     duplicates if T is large. With T = 1 both keep only the noisiest of these. Trailing: round(1000 i / T) - 1 for
-    i = 1..T, which is `timestep_spacing="trailing"` of diffusers.
+    i = 1..T, which is `timestep_spacing="trailing"` of diffusers. Log-SNR: for T evenly spaced values of
+    log(abar / (1 - abar)), from its value at step 999 to, but not including, that at step 0, the nearest step
+    (DPM-Solver, arXiv 2206.00927, section 3.4); steps that would coincide, near the data, are moved apart.
     """
+    if shape == "log_snr":
+        return _log_snr_subset(num_steps)
     if shape == "trailing":
         return [round(NUM_DIFFUSION_STEPS * i / num_steps) - 1 for i in range(1, num_steps + 1)]
     last, root = NUM_DIFFUSION_STEPS - 1, math.sqrt(0.8 * NUM_DIFFUSION_STEPS)
@@ -133,3 +141,24 @@ def timestep_subset(num_steps: int, shape: str) -> list[int]:
         return [i * last // (num_steps - 1) for i in range(num_steps)]
     fractions = [i * (root / (num_steps - 1)) for i in range(num_steps - 1)] + [root]
     return [math.floor(fraction**2 + 1e-9) for fraction in fractions]
+
+
+def forward_log_snr() -> list[float]:
+    """log(abar_k / (1 - abar_k)) of DDPM's forward process, which falls with k, [K]."""
+    slope = (BETA_LAST - BETA_FIRST) / (NUM_DIFFUSION_STEPS - 1)
+    log_levels = accumulate(math.log1p(-(BETA_FIRST + slope * k)) for k in range(NUM_DIFFUSION_STEPS))
+    return [log_level - math.log(-math.expm1(log_level)) for log_level in log_levels]
+
+
+def _log_snr_subset(num_steps: int) -> list[int]:
+    """The steps whose log-SNRs are nearest to T evenly spaced values, see `timestep_subset`."""
+    ratios = forward_log_snr()
+    gap = (ratios[0] - ratios[-1]) / num_steps
+    targets = [ratios[-1] + gap * i for i in range(num_steps)]  # noisiest first
+    nearest = [min(range(len(ratios)), key=lambda k: abs(ratios[k] - target)) for target in targets]
+    steps = sorted(nearest)
+    for i in range(1, num_steps):  # near the data, where the ratio changes most from step to step, several may coincide
+        steps[i] = max(steps[i], steps[i - 1] + 1)
+    for i in range(num_steps):  # with almost as many steps as there are, that may have gone beyond the last
+        steps[i] = min(steps[i], NUM_DIFFUSION_STEPS - num_steps + i)
+    return steps

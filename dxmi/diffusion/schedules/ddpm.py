@@ -13,13 +13,14 @@ from scipy.special import gammaln
 
 from dxmi.diffusion.schedules.base import Array, ForwardProcess, Schedule, StepSchedule, noised
 from dxmi.diffusion.schedules.configs import (
+    BETA_FIRST,
+    BETA_LAST,
     NUM_DIFFUSION_STEPS,
     StepScheduleConfig,
     VarScheduleConfig,
     timestep_subset,
 )
 
-BETA_FIRST, BETA_LAST = 1e-4, 0.02
 _ROOT_TOLERANCE, _ROOT_PRECISION = 1e-12, 4.0 * sys.float_info.epsilon
 
 
@@ -152,9 +153,9 @@ def ddpm_forward_process() -> ForwardProcess:
     return noised(forward_levels())
 
 
-def ddim_schedule(num_steps: int) -> StepSchedule:
-    """DDIM (arXiv 2010.02502) on trailing steps, which is deterministic given the starting noise."""
-    return _respaced(num_steps, kappa=0.0)
+def ddim_schedule(num_steps: int, shape: str = "trailing") -> StepSchedule:
+    """DDIM (arXiv 2010.02502), which is deterministic given the starting noise; `shape` is the spacing of the steps."""
+    return _respaced(num_steps, kappa=0.0, shape=shape)
 
 
 def ancestral_schedule(num_steps: int = NUM_DIFFUSION_STEPS, variance: str = "small") -> StepSchedule:
@@ -172,7 +173,7 @@ def ancestral_schedule(num_steps: int = NUM_DIFFUSION_STEPS, variance: str = "sm
     return replace(small, sigma=np.append(np.sqrt(small.eta[:-1]), 0.0))
 
 
-def _respaced(num_steps: int, kappa: float) -> StepSchedule:
-    """The tables of trailing steps, without noise in the last step."""
-    config = StepScheduleConfig(num_steps=num_steps, shape="trailing", kappa=kappa, final_sigma=0.0)
+def _respaced(num_steps: int, kappa: float, shape: str = "trailing") -> StepSchedule:
+    """The tables of a subset of the steps, without noise in the last step."""
+    config = StepScheduleConfig(num_steps=num_steps, shape=shape, kappa=kappa, final_sigma=0.0)
     return SubsetSteps(config).steps()
