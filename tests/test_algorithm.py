@@ -56,7 +56,7 @@ def ending_in(sample: Tensor) -> Trajectory:
 
 def update_energy(dxmi: DxMI, data: Tensor, sample: Tensor) -> dict[str, Tensor]:
     """The metrics of one energy update, as scalars."""
-    return without_seeds(dxmi.update_energy(Batch.single(data, len(data)), ending_in(sample)))
+    return without_seeds(dxmi.update_energy(Batch.single(data, len(data)), ending_in(sample), streams_of()))
 
 
 def displacements(dxmi: DxMI, trajectory: Trajectory) -> Tensor | None:
@@ -264,6 +264,40 @@ def test_energy_metrics_are_the_means_on_data_and_on_samples(make_dxmi, kind):
         assert float(metrics[key]) == pytest.approx(float(value), rel=1e-5)
 
 
+def test_the_gradient_penalty_is_the_squared_gradient_at_data_and_samples(make_dxmi):
+    dxmi = make_dxmi(DxMIConfig(value="separate", energy_l2=0.0, energy_gradient_penalty=0.3))
+    data, sample = normal(B, *EVENT).requires_grad_(), normal(B, *EVENT, seed=1).requires_grad_()
+    of_data, of_sample = dxmi.energy(data), dxmi.energy(sample)
+    gradients = torch.autograd.grad(of_data.sum() + of_sample.sum(), (data, sample))
+    penalty = sum(float(gradient.double().square().sum(1).mean()) for gradient in gradients)
+    metrics = update_energy(dxmi, data.detach(), sample.detach())
+    assert float(metrics["energy/penalty"]) == pytest.approx(penalty, rel=1e-5)
+    contrast = float((of_data.mean() - of_sample.mean()).detach())
+    assert float(metrics["energy/loss"]) == pytest.approx(contrast + 0.3 * penalty, rel=1e-5)
+
+
+def test_a_strong_gradient_penalty_flattens_the_energy(make_dxmi):
+    def slope(penalty: float) -> float:
+        settings = DxMIConfig(value="separate", energy_gradient_penalty=penalty, energy=OptimizerConfig(lr=0.01))
+        dxmi, x = make_dxmi(settings), normal(B, *EVENT, seed=2).requires_grad_()
+        updates(dxmi, 30)
+        return float(torch.autograd.grad(dxmi.energy(x).sum(), x)[0].norm())
+
+    assert slope(100.0) < 0.2 * slope(0.0)
+
+
+def test_the_noise_of_the_energy_is_added_to_data_and_samples_and_to_each_its_own(make_dxmi, monkeypatch):
+    dxmi, seen = make_dxmi(DxMIConfig(value="separate", energy_noise=0.5)), []
+    network, forward = dxmi.energy.network, dxmi.energy.network.forward
+    monkeypatch.setattr(network, "forward", lambda x: seen.append(x) or forward(x))
+    data, sample = torch.zeros(2000, *EVENT), torch.full((2000, *EVENT), 4.0)
+    update_energy(dxmi, data, sample)
+    noise = seen[0].detach() - torch.cat((data, sample))
+    assert float(noise.std()) == pytest.approx(0.5, rel=0.03)
+    assert float(noise.mean()) == pytest.approx(0.0, abs=0.02)
+    assert abs(float((noise[:2000] * noise[2000:]).mean())) < 0.02
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_l2_a_separate_energy_keeps_its_offset(make_dxmi, kind):
     """A constant cancels in the loss; any optimizer that scales gradients would move it by their rounding noise."""
@@ -322,9 +356,9 @@ def test_the_energy_steps_of_an_iteration_are_as_many_as_asked_for(make_dxmi, mo
     dxmi, pairs = make_dxmi(DxMIConfig(energy_updates=3)), []
     original = dxmi.update_energy
 
-    def spy(batch: Batch, trajectory: Trajectory) -> dict[str, Tensor]:
+    def spy(batch: Batch, trajectory: Trajectory, streams: Streams) -> dict[str, Tensor]:
         pairs.append((batch.x, trajectory.x[:, -1]))
-        return original(batch, trajectory)
+        return original(batch, trajectory, streams)
 
     monkeypatch.setattr(dxmi, "update_energy", spy)
     updates(dxmi, 1)
@@ -801,6 +835,8 @@ DXMI: Perturbations = {
     "entropy_coef": ({}, 0.2),
     "cost_coef": ({}, 0.02),
     "energy_l2": ({}, 0.5),
+    "energy_noise": ({}, 0.5),
+    "energy_gradient_penalty": ({}, 0.5),
     "running_cost": ({}, "noise"),
     "step_cost": ({}, "sigmoid"),
     "step_cost_scale": ({"step_cost": "linear"}, 2.0),

@@ -53,6 +53,11 @@ class DxMIConfig(AlgorithmConfig):
     """Weight of the running cost, per dimension."""
     energy_l2: float = 1.0
     """Weight of the squared-energy regularizer."""
+    energy_noise: float = 0.0
+    """Standard deviation of noise that is added to data and samples in the energy's update, so that the energy cannot
+    single out the training data."""
+    energy_gradient_penalty: float = 0.0
+    """Weight of the squared norm of the energy's gradient at data and samples."""
     running_cost: str = "transition"
     """transition: (x_{t+1} - x_t)^2 / (2 s_t^2), as in the paper; noise: half the squared standardized noise, as in the
     public MNIST reproduction."""
@@ -96,7 +101,8 @@ class DxMIConfig(AlgorithmConfig):
         named = {"preset": PRESETS, "running_cost": RUNNING_COSTS, "step_cost": STEP_COSTS, "value": VALUES}
         for name, choices in named.items():
             require_choice(name, getattr(self, name), choices)
-        for name in ("entropy_coef", "cost_coef", "energy_l2", "step_cost_scale"):
+        coefficients = ("entropy_coef", "cost_coef", "energy_l2", "energy_noise", "energy_gradient_penalty")
+        for name in (*coefficients, "step_cost_scale"):
             require_rate(name, getattr(self, name))
         for name in ("energy_updates", "value_updates", "policy_updates"):
             if getattr(self, name) < 1:

@@ -13,6 +13,7 @@ Logged metrics (means over the batch, of the last update of the iteration):
     energy/data_mean     mean E(x_data)
     energy/sample_mean   mean E(x_T)
     energy/loss          loss of step 3
+    energy/penalty       |grad E|^2, summed over data and samples, only with energy_gradient_penalty
     value/td_error       root mean squared V(x_t, t) - target, over all t
     policy/loss          loss of step 5
     policy/grad_norm     gradient norm before clipping, only with policy.max_grad_norm
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from dxmi.algorithms.base import DEVICE, HOST, Metrics, Parts, PolicyAlgorithm
 from dxmi.algorithms.configs import DxMIConfig
 from dxmi.algorithms.costs import ControlCost, RunningCost, adapt_, per_step_table, step_costs
-from dxmi.algorithms.losses import energy_loss, policy_loss, td_target, value_loss
+from dxmi.algorithms.losses import energy_loss, policy_loss, squared_gradient, td_target, value_loss
 from dxmi.algorithms.states import StoredStates, draw_states
 from dxmi.critics.energy import Energy
 from dxmi.critics.value import SeparateValue, SharedValue, Value
@@ -136,7 +137,7 @@ class DxMI(PolicyAlgorithm):
 
         # 3. Energy: low on data, high on samples.
         for _ in range(config.energy_updates):
-            metrics = self.update_energy(batch, trajectory)
+            metrics = self.update_energy(batch, trajectory, streams)
 
         # 4. Value: one temporal-difference step at each t, backwards in time.
         for _ in range(config.value_updates):
@@ -173,18 +174,46 @@ class DxMI(PolicyAlgorithm):
         (mean,) = self._workers.sum([batch.share.mean(displacement)])
         adapt_(self.seeds.table(self.running_cost.reference_var), mean, self.running_cost.decay)
 
-    def update_energy(self, batch: Batch, trajectory: Trajectory) -> Metrics:
-        """Step 3: minimize mean E(x_data) - mean E(x_T) + l2 (mean E(x_data)^2 + mean E(x_T)^2)."""
+    def update_energy(self, batch: Batch, trajectory: Trajectory, streams: Streams) -> Metrics:
+        """Step 3: minimize mean E(x_data) - mean E(x_T) + l2 (mean E(x_data)^2 + mean E(x_T)^2) + gradient penalty."""
+        config = self.config
 
-        def loss(data: Tensor, sample: Tensor, condition: Condition) -> Mapping[str, Tensor]:
+        def loss(data: Tensor, sample: Tensor, noise: Tensor | None, condition: Condition) -> Mapping[str, Tensor]:
+            x = torch.cat((data, sample))
+            if noise is not None:
+                x = x.add(torch.cat(noise.unbind(1)), alpha=config.energy_noise)
             both = Condition(*(None if c is None else torch.cat((c, c)) for c in condition))
-            energy_data, energy_sample = self.energy(torch.cat((data, sample)), both).chunk(2)
-            contrast = energy_loss(energy_data, energy_sample, self.config.energy_l2)
-            return {"loss": contrast, "data_mean": energy_data, "sample_mean": energy_sample}
+            energies, penalty = self._energies(x, both)
+            energy_data, energy_sample = energies.chunk(2)
+            values = {"data_mean": energy_data, "sample_mean": energy_sample}
+            contrast = energy_loss(energy_data, energy_sample, config.energy_l2)
+            if penalty is None:
+                return {"loss": contrast, **values}
+            return {"loss": contrast + config.energy_gradient_penalty * penalty, **values, "penalty": penalty}
 
         optimizer = self.optimizers.get("energy", self.optimizers["value"])
-        result = optimizer.minimize(loss, batch.x, trajectory.x[:, -1], batch.condition, num=batch.share.num)
+        inputs = (batch.x, trajectory.x[:, -1], self._energy_noise(batch, streams), batch.condition)
+        result = optimizer.minimize(loss, *inputs, num=batch.share.num)
         return {f"energy/{name}": mean for name, mean in result.means.items()}
+
+    def _energy_noise(self, batch: Batch, streams: Streams) -> Tensor | None:
+        """Draw noise for data and samples of the energy's update, [K, b, 2, *event]; None if none is added."""
+        if self.config.energy_noise == 0.0:
+            return None
+        return batch.share.of(streams.normal("noise", (batch.share.num, 2, *self.policy.event)), dim=1)
+
+    def _energies(self, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        """E of data and samples [2b, *event]: [2b]; and the sum of their gradient penalties, [b], if there is one."""
+        if self.config.energy_gradient_penalty == 0.0:
+            return self.energy(x, condition), None
+
+        def total(x: Tensor) -> tuple[Tensor, Tensor]:
+            energies = self.energy(x, condition)
+            return energies.sum(), energies
+
+        gradient, energies = torch.func.grad(total, has_aux=True)(x)
+        of_data, of_sample = squared_gradient(gradient).chunk(2)
+        return energies, of_data + of_sample
 
     def update_value(
         self, t: int, batch: Batch, trajectory: Trajectory, displacement: Tensor | None, streams: Streams

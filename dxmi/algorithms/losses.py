@@ -23,6 +23,11 @@ def energy_loss(energy_data: Tensor, energy_sample: Tensor, energy_l2: float) ->
     return contrast + energy_l2 * (energy_data.square() + energy_sample.square())
 
 
+def squared_gradient(gradient: Tensor) -> Tensor:
+    """|grad E(x)|^2 of gradients [B, *event], a zero-centered gradient penalty (arXiv 1801.04406, R1 and R2): [B]."""
+    return event_sum(gradient.square())
+
+
 def td_target(value_next: Tensor, step_cost: Tensor, control: Tensor | None) -> Tensor:
     """sg[V(x_{t+1}, t+1) + step_cost_t + control cost], the target of the value update of Algorithm 2: [B].
 
