@@ -70,6 +70,8 @@ ALIVE: list[tuple[Settings, str, Any]] = [
     ({"algorithm.policy.lr": 1e-8}, "algorithm.entropy_coef", 0.11),
     ({}, "algorithm.cost_coef", 0.0),
     ({}, "algorithm.energy_l2", 0.99),
+    ({}, "algorithm.energy_noise", 0.01),
+    ({}, "algorithm.energy_gradient_penalty", 0.01),
     ({}, "algorithm.running_cost", "noise"),
     ({}, "algorithm.step_cost", "linear"),
     ({}, "algorithm.step_cost", "sigmoid"),

@@ -79,7 +79,7 @@ def test_the_summary_has_at_least_what_was_promised(undisturbed):
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert {"signature", "seed", "git_revision", "versions", "device", "seconds", "iterations"} <= summary.keys()
     assert summary["metric"] == "eval/fid_digits"
-    assert {"ddpm_1000", "shortened"} <= summary["reference"].keys()
+    assert {"ddpm_50_trailing", "shortened"} <= summary["reference"].keys()
     assert {"value", "step", "checkpoint"} <= summary["best"].keys()
     assert {"value", "step", "checkpoint"} <= summary["last"].keys()
     assert set(summary["seconds"]) == {phase.value for phase in Phase}

@@ -461,7 +461,10 @@ def test_settings_by_their_dotted_paths_are_all_there_are():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1.23456e-5, "1.23e-05"), (0.5, "0.5"), (3, "3"), (True, "true"), (None, "null"), ("a b", "a b"), ([1], "[1]")],
+    [
+        *((1.23456e-5, "1.23e-05"), (0.5, "0.5"), (0.9995, "0.9995"), (0.987654, "0.9877"), (0.99, "0.99")),
+        *((3, "3"), (True, "true"), (None, "null"), ("a b", "a b"), ([1], "[1]")),
+    ],
 )
 def test_a_value_is_shown_short(value, text):
     assert show(value) == text

@@ -112,7 +112,7 @@ def test_the_first_trial_has_the_experiments_own_values(finished):
 
 
 def test_trials_share_one_pretraining(finished):
-    references = [summary["reference"]["ddpm_1000"] for summary in summaries(finished).values()]
+    references = [summary["reference"]["ddpm_50_trailing"] for summary in summaries(finished).values()]
     assert len(references) == 3
     assert len(set(references)) == 1
 

@@ -430,6 +430,7 @@ CHANGED = {
     "budget.disk_gb": 1.0,
     "max_failures": 1,
     "max_concurrent": 1,
+    "seeds": 3,
 }
 """Another value of every field of a sweep."""
 

@@ -6,7 +6,7 @@ uninterrupted run. For this, the iterations of logged rows and evaluations are d
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from shutil import copytree
@@ -141,11 +141,10 @@ def _each(runs: Sequence["Run"], step: Callable[["Run"], Any]) -> list[Any]:
 def _fit(runs: Sequence["Run"], open_phase: Callable[["Run"], TrainingPhase | None]) -> None:
     """Train the runs that have iterations to compute, as one program."""
     phases = dict(zip(runs, _each(runs, open_phase), strict=True))
-    waiting = {run: phase for run, phase in phases.items() if phase is not None}
-    for run, error in zip(waiting, fit(list(waiting.values())), strict=True):
+    waiting = {run: run.ending_with(phase) for run, phase in phases.items() if phase is not None}
+    fit(list(waiting.values()))
+    for run in waiting:
         run.clock.enter(None)
-        if error is not None:
-            run.end(error)
 
 
 class Run:
@@ -203,6 +202,18 @@ class Run:
         self.close()
         if self._ended is not None:
             self._ended(result)
+
+    def ending_with(self, phase: TrainingPhase) -> TrainingPhase:
+        """A phase that ends this run as soon as one of its iterations raises an exception."""
+
+        def after_iteration(step: int, metrics: Mapping[str, Tensor]) -> None:
+            try:
+                phase.after_iteration(step, metrics)
+            except Exception as error:
+                self.end(error)
+                raise
+
+        return replace(phase, after_iteration=after_iteration)
 
     def close(self) -> None:
         """Release the locks that the run holds."""

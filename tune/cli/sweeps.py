@@ -72,7 +72,7 @@ def _announce(console: Terminal, chosen: Sweep) -> None:
     chosen.check_room(cost)
     again = "Resuming study" if chosen.folder.exists else "Study"
     console.out(
-        f"{again} {chosen.plan.name}: {cost.trials} trials, {chosen.slots}; "
+        f"{again} {chosen.plan.name}: {cost.trials} trials{_of_seeds(chosen.plan)}, {chosen.slots}; "
         f"about {duration(cost.seconds)} and {cost.bytes / 1e9:.1f} GB in total, less if trials are stopped early"
         f"{_TIMED_ELSEWHERE if cost.elsewhere else ''}.",
         highlight=False,
@@ -90,7 +90,8 @@ def _plan(console: Terminal, chosen: Sweep, cost: Estimate) -> None:
     objectives = ", ".join(f"{objective.direction} {objective.metric}" for objective in plan.objectives)
     stopping = "no early stopping" if sweep.stopping.rule == "none" else f"early stopping by {sweep.stopping.rule}"
     rows = {
-        "trials": f"{plan.num_trials}, proposed by {sweep.sampler.kind} (seed {sweep.sampler.seed}), {stopping}",
+        "trials": f"{plan.num_trials}{_of_seeds(plan)}, proposed by {sweep.sampler.kind} (seed {sweep.sampler.seed}), "
+        f"{stopping}",
         "objective": objectives,
         "concurrency": str(chosen.slots),
         "time": _time(cost),
@@ -103,6 +104,11 @@ def _plan(console: Terminal, chosen: Sweep, cost: Estimate) -> None:
     console.print(table)
     console.out("Nothing was started and nothing was written.", highlight=False)
     chosen.check_room(cost)
+
+
+def _of_seeds(plan: Plan) -> str:
+    """Say how many seeds each trial has, if it has several."""
+    return f" of {len(plan.trial_seeds)} seeds each" if len(plan.trial_seeds) > 1 else ""
 
 
 def _time(cost: Estimate) -> str:

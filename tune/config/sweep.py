@@ -17,6 +17,7 @@ RULES = ("none", "asha", "median")
 KINDS = ("log_uniform", "uniform", "integer", "choice")
 """Kinds of search dimensions, see `tune.search.space`."""
 _SEEDS = 2**32
+_MOST_SEEDS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,9 @@ class ObjectiveConfig:
 
     metric: str = "score"
     """score: the experiment's own metric (eval/fid_X, or eval/sliced_wasserstein for planar data) of the best
-    checkpoint on fresh noise; any other eval/... key; num_steps: network evaluations per sample; seconds: time of
-    fine-tuning."""
+    checkpoint on fresh noise; any other eval/... key; pretrained: the score of the pretrained model's best
+    training-free sampler, for sweeps over pretrain.*; last: the score of the last checkpoint; num_steps: network
+    evaluations per sample; seconds: time of fine-tuning."""
     direction: str | None = None
     """minimize or maximize; null for the metric's own direction."""
 
@@ -140,6 +142,9 @@ class SweepConfig:
 
     objectives: tuple[ObjectiveConfig, ...] = (ObjectiveConfig(),)
     """One objective, or two for a Pareto front; the first one ranks the leaderboard."""
+    seeds: int = 1
+    """Number of seeds of each trial, from the experiment's own on. They are trained in one program; the trial's score
+    is their mean, by which it is also stopped early."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig, metadata=NO_RESULT)
@@ -149,6 +154,8 @@ class SweepConfig:
     """Maximum number of trials at once; null for as many as the devices allow."""
 
     def __post_init__(self) -> None:
+        if not 1 <= self.seeds <= _MOST_SEEDS:
+            raise ValueError(f"seeds is {self.seeds}: it must be in 1..{_MOST_SEEDS}")
         if len(self.objectives) > 2:
             raise ValueError(f"objectives has {len(self.objectives)} entries: it takes one or two")
         if len({objective.metric for objective in self.objectives}) < len(self.objectives):

@@ -61,10 +61,8 @@ def _confirm_here(
         if is_stopped():
             raise _Stopped
 
-    out, step = str(record.run.path.resolve()), record.outcome.step
-    assert step is not None  # set for every complete trial
     try:
-        result = fresh_scores(out, step, slots.threads, address(record.number), on_step)
+        result = fresh_scores(_checkpoints(record), slots.threads, address(record.number), on_step)
     except _Stopped:
         return
     except Exception as error:  # noqa: BLE001  (a failure here must not fail the finished sweep)
@@ -85,8 +83,7 @@ def _confirm_on_ray(
     task = ray.remote(num_cpus=slots.threads, num_gpus=slots.gpu_share, max_retries=0)(fresh_scores)
     pending = {}
     for record in waiting:
-        out, step = str(record.run.path.resolve()), record.outcome.step
-        pending[task.remote(out, step, slots.threads, address(record.number))] = record
+        pending[task.remote(_checkpoints(record), slots.threads, address(record.number))] = record
     while pending:
         done, _ = ray.wait([*pending], timeout=_POLL_SECONDS)
         for reference in done:
@@ -102,29 +99,47 @@ def _confirm_on_ray(
             return
 
 
+def _checkpoints(record: TrialRecord) -> list[tuple[str, int]]:
+    """Run folder and iteration of the best checkpoint of each seed of a complete trial; the trial's folder is first."""
+    steps = [(run.read_summary() or {}).get("best", {}).get("step") for run in record.runs]
+    steps[0] = record.outcome.step
+    return [(str(run.path.resolve()), step) for run, step in zip(record.runs, steps, strict=True)]
+
+
 def fresh_scores(
-    out: str, step: int, threads: int, address: str | None = None, on_step: Callable[[], None] | None = None
+    checkpoints: Sequence[tuple[str, int]],
+    threads: int,
+    address: str | None = None,
+    on_step: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Score a run's best checkpoint on the noise reserved for confirmation.
+    """Score the best checkpoints of a trial on the noise reserved for confirmation.
 
     Args:
-        out: the run's folder.
-        step: iteration of the checkpoint.
+        checkpoints: run folder and iteration of each seed's checkpoint; the trial's folder is first.
         threads: number of PyTorch threads.
-        address: storage address of the run, if this node does not have its folder.
+        address: storage address of the trial, if this node does not have its folder.
         on_step: called after each sampling step; its exceptions propagate.
 
     Returns:
-        A dict with the key `scores`, or with the key `problem` and an error message.
+        A dict with the means over the seeds under the key `scores`, or with an error message under the key `problem`.
     """
     try:
         if address is None:
-            return {"scores": _scores(RunDirectory(Path(out)), step, threads, on_step)}
+            return {"scores": _mean_scores(checkpoints, threads, on_step)}
         with TemporaryDirectory() as here:
             Remote(address).pull(Path(here))
-            return {"scores": _scores(RunDirectory(Path(here)), step, threads, on_step)}
+            trial = Path(checkpoints[0][0])
+            moved = [(str(Path(here) / Path(out).relative_to(trial)), step) for out, step in checkpoints]
+            return {"scores": _mean_scores(moved, threads, on_step)}
     except (UserError, OSError) as error:
         return {"problem": str(error)}
+
+
+def _mean_scores(
+    checkpoints: Sequence[tuple[str, int]], threads: int, on_step: Callable[[], None] | None
+) -> dict[str, float]:
+    found = [_scores(RunDirectory(Path(out)), step, threads, on_step) for out, step in checkpoints]
+    return {key: sum(scores[key] for scores in found) / len(found) for key in found[0]}
 
 
 def _scores(run: RunDirectory, step: int, threads: int, on_step: Callable[[], None] | None) -> dict[str, float]:

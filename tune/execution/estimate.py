@@ -57,8 +57,8 @@ class Estimate:
         return self.trials * self.trial_bytes
 
 
-def estimate(config: ExperimentConfig, slots: Slots, trials: int) -> Estimate:
-    """Time a few iterations of each phase with one trial's threads.
+def estimate(config: ExperimentConfig, slots: Slots, trials: int, seeds: int = 1) -> Estimate:
+    """Time a few iterations of each phase with one trial's threads, for trials of `seeds` seeds each.
 
     The GPUs of a cluster may be on other nodes or not yet available: if this machine has none, its CPU is timed.
 
@@ -71,7 +71,14 @@ def estimate(config: ExperimentConfig, slots: Slots, trials: int) -> Estimate:
     before = torch.get_num_threads()
     torch.set_num_threads(slots.threads)
     try:
-        return replace(_measured(Experiment(config), slots, trials), elsewhere=elsewhere)
+        one = _measured(Experiment(config), slots, trials)
+        return replace(
+            one,
+            shared_seconds=seeds * one.shared_seconds,
+            trial_seconds=seeds * one.trial_seconds,
+            trial_bytes=seeds * one.trial_bytes,
+            elsewhere=elsewhere,
+        )
     finally:
         torch.set_num_threads(before)
 

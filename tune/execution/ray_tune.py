@@ -250,6 +250,7 @@ def _task(controller: Controller, sync: StudySync, record: TrialRecord) -> Trial
         address=sync.address(record.number),
         metric=study.plan.metric,
         same_as=None if record.same_as is None else place(record.same_as),
+        seeds=study.plan.trial_seeds,
     )
 
 

@@ -1,4 +1,4 @@
-"""Runs a trial, or several seeds of one arm, in a Ray worker: build, train, report.
+"""Runs a trial, all seeds of a trial, or several seeds of one arm, in a Ray worker: build, train, report.
 
 A trial makes no decisions: the controller requests its stop.
 
@@ -13,7 +13,8 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from shutil import copytree, ignore_patterns, rmtree
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 
 from dxmi.config import build
 from dxmi.errors import DivergedError, UserError, WorkersLostError
+from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.progress import Progress, Reporter
@@ -40,6 +42,7 @@ from tune.execution.trial_messages import (
     to_json,
 )
 from tune.integrations.object_store import Remote, kept, node_folder
+from tune.studies.seed_means import mean_rows, mean_summary, seed_runs
 
 STEP, REPORT = "step", "report"
 """Keys of a report to Tune: the number that Tune requires, and the text of `to_json`."""
@@ -139,6 +142,49 @@ class _Reporter:
             self._pending = self._heartbeat(event)
 
 
+class _SeedReporters:
+    """Combines the reports of a trial's seeds: a score is reported when all seeds have it, as their mean.
+
+    Args:
+        reporter: reports for the trial.
+        metric: the score that every evaluation must report.
+        runs: run folders of the seeds, with the scores of earlier sessions.
+        seeds: the seeds.
+    """
+
+    def __init__(self, reporter: _Reporter, metric: str, runs: Sequence[RunDirectory], seeds: Sequence[int]) -> None:
+        self._reporter, self._metric, self._seeds = reporter, metric, seeds
+        self._rows = [[row for row in run.rows() if metric in row] for run in runs]
+        self._stopped = False
+
+    def of(self, k: int) -> Reporter:
+        """The reporter of the seed with index `k`."""
+        return partial(self._report, k)
+
+    def stop(self) -> None:
+        """Ask all seeds to stop, since one of them has failed."""
+        self._stopped = True
+
+    def _report(self, k: int, event: Progress) -> bool:
+        if event.note:
+            if k == 0 or not event.of_data:
+                self._reporter(replace(event, note=event.note if k == 0 else f"seed {self._seeds[k]}: {event.note}"))
+        elif any(key.startswith(_EVALUATION) for key in event.metrics):
+            self._evaluated(k, event)
+        elif k == 0:
+            self._reporter(event)
+        return self._stopped or self._reporter.stop
+
+    def _evaluated(self, k: int, event: Progress) -> None:
+        metrics = checked(event.metrics, event.step, self._metric)
+        others = [row for row in self._rows[k] if row["step"] != event.step]
+        self._rows[k] = [*others, {"step": event.step, **metrics}]
+        found = [[row for row in rows if row["step"] == event.step] for rows in self._rows]
+        for row in mean_rows(found):  # one row if all seeds have reached this iteration, otherwise none
+            means = {key: float(value) for key, value in row.items() if key != "step"}
+            self._reporter(replace(event, metrics=means))
+
+
 def run_trials(config: Mapping[str, Any], *, channel: Any, trainer: Trainer = train) -> None:
     """Trainable function of Ray Tune: runs one trial, or several trials of one arm in one program.
 
@@ -160,7 +206,8 @@ def run_trials(config: Mapping[str, Any], *, channel: Any, trainer: Trainer = tr
     if len(tasks) > 1:
         _run_stacked(tasks, reporters)
     else:
-        reporters[0].end(_result(tasks[0], lambda: _summary(tasks[0], trainer, reporters[0])))
+        train_it = _mean_of_seeds if len(tasks[0].seeds) > 1 else _summary
+        reporters[0].end(_result(tasks[0], lambda: train_it(tasks[0], trainer, reporters[0])))
 
 
 def _run_stacked(tasks: Sequence[TrialTask], reporters: Sequence[_Reporter]) -> None:
@@ -169,7 +216,7 @@ def _run_stacked(tasks: Sequence[TrialTask], reporters: Sequence[_Reporter]) -> 
 
     def ended(number: int, outcome: Summary | Exception | None) -> None:
         try:
-            reporters[number].end(_result(tasks[number], lambda: _raised_or(outcome)))
+            reporters[number].end(_result(tasks[number], lambda: _tree_or_raised(outcome)))
         except Exception as error:  # noqa: BLE001  (raised to Tune below, after all trials have ended)
             crashes.append(error)
 
@@ -178,6 +225,32 @@ def _run_stacked(tasks: Sequence[TrialTask], reporters: Sequence[_Reporter]) -> 
         train_stacked(members, ended)
     if crashes:
         raise crashes[0]
+
+
+def _mean_of_seeds(task: TrialTask, trainer: Trainer, reporter: _Reporter) -> Mapping[str, Any] | None:
+    """Train all seeds of a trial in one program and return their mean summary, or None if they were stopped.
+
+    If a seed fails, the others are stopped, and its error is raised.
+    """
+    with kept(task.address, Path(task.out)) as (here, keep):
+        config, runs = build(ExperimentConfig, task.tree), seed_runs(here, task.seeds)
+        reporters = _SeedReporters(reporter, task.metric, runs, task.seeds)
+
+        def ended(_: int, outcome: Summary | Exception | None) -> None:
+            if isinstance(outcome, Exception):
+                reporters.stop()
+
+        members = [
+            SeedRun(Experiment(replace(config, seed=seed)), run.path, reporters.of(k), _kept_by(keep))
+            for k, (seed, run) in enumerate(zip(task.seeds, runs, strict=True))
+        ]
+        if trainer is train:
+            results = train_stacked(members, ended)
+        else:
+            results = [trainer(own.experiment, out=own.out, report=own.report, saved=own.saved) for own in members]
+        summaries = [asdict(summary) for result in results if (summary := _raised_or(result)) is not None]
+        keep()
+    return mean_summary(summaries) if len(summaries) == len(members) else None
 
 
 def _member(task: TrialTask, reporter: _Reporter, held: ExitStack) -> SeedRun:
@@ -195,7 +268,12 @@ def _raised_or(outcome: Summary | Exception | None) -> Summary | None:
     return outcome
 
 
-def _result(task: TrialTask, train_it: Callable[[], Summary | None]) -> LastReport:
+def _tree_or_raised(outcome: Summary | Exception | None) -> Mapping[str, Any] | None:
+    summary = _raised_or(outcome)
+    return None if summary is None else asdict(summary)
+
+
+def _result(task: TrialTask, train_it: Callable[[], Mapping[str, Any] | None]) -> LastReport:
     """Return how the training ended; only errors that a retry could resolve are raised."""
     try:
         summary = train_it()
@@ -209,19 +287,19 @@ def _result(task: TrialTask, train_it: Callable[[], Summary | None]) -> LastRepo
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return OutOfDisk(task.number, f"{error.strerror}: {error.filename or task.out}")
         raise
-    return Stopped(task.number) if summary is None else Finished(task.number, asdict(summary))
+    return Stopped(task.number) if summary is None else Finished(task.number, summary)
 
 
-def _summary(task: TrialTask, trainer: Trainer, reporter: _Reporter) -> Summary | None:
+def _summary(task: TrialTask, trainer: Trainer, reporter: _Reporter) -> Mapping[str, Any] | None:
     """Train a single trial and return its summary, or None if it was stopped."""
     out, address = Path(task.out), task.address
     config = build(ExperimentConfig, task.tree)
     if config.resources.num_workers > 1:
         from tune.execution.ray_train import train_on_workers  # noqa: PLC0415  (Ray Train takes seconds to import)
 
-        return train_on_workers(config, out=out, report=reporter, address=address)
+        return _tree_or_raised(train_on_workers(config, out=out, report=reporter, address=address))
     with kept(address, out) as (here, keep):
-        return trainer(Experiment(config), out=here, report=reporter, saved=_kept_by(keep))
+        return _tree_or_raised(trainer(Experiment(config), out=here, report=reporter, saved=_kept_by(keep)))
 
 
 def _copy_run(source: str, out: Path, address: str | None) -> None:

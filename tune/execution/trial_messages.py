@@ -20,6 +20,7 @@ class TrialTask:
         address: storage address of the run, or None if it is stored in its folder.
         metric: the score that every evaluation must report.
         same_as: folder or address of a finished run with the same config, or None.
+        seeds: seeds of the trial, of which `tree` has the first.
     """
 
     number: int
@@ -28,6 +29,7 @@ class TrialTask:
     address: str | None
     metric: str
     same_as: str | None = None
+    seeds: Sequence[int] = ()
 
 
 def tasks_to_json(tasks: Sequence[TrialTask]) -> str:

@@ -118,7 +118,7 @@ def _numbers(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 def _results(record: TrialRecord) -> list[tuple[int, dict[str, float]]]:
     """The results of an ended trial as pairs (step, metrics)."""
     outcome = record.outcome
-    summary = record.run.read_summary() if outcome.state is TrialState.COMPLETE else None
+    summary = record.summary() if outcome.state is TrialState.COMPLETE else None
     if summary is not None:
         names = [name for name in ("best", "last") if name in summary and name in summary["scores"]]
         return [(int(summary[name]["step"]), _numbers(summary["scores"][name], f"{name}/")) for name in names]
@@ -194,7 +194,7 @@ class _Tally:
             self._best[key] = better(value, self._best.get(key, value))
         if not self._references:
             with suppress(UserError):
-                self._references = (record.run.read_summary() or {}).get("reference", {})
+                self._references = (record.summary() or {}).get("reference", {})
 
     def points(self, trials: int) -> list[Point]:
         """The study's metrics; their step is the number of ended trials."""
@@ -480,7 +480,7 @@ class _StudyUploader:
             "signature": record.signature,
             "git_revision": git_revision() or "unknown",
             "arm": str(record.values.get(ARM, "sweep")),
-            "seed": str(record.seed),
+            "seed": " ".join(map(str, self._plan.trial_seeds)) if record.further_runs else str(record.seed),
             "state": record.state.value,
         }
 
@@ -501,7 +501,7 @@ class _StudyUploader:
                 yield Point(key, value, step, times.setdefault(step, seen))
 
     def _rows(self, record: TrialRecord) -> list[Row]:
-        return self._readable(record, record.run.rows)
+        return self._readable(record, record.rows)
 
     def _readable(self, record: TrialRecord, read: Callable[[], list[T]]) -> list[T]:
         """The result of `read`; if the file is damaged, an empty list and a message, so that the rest is recorded."""
@@ -515,11 +515,12 @@ class _StudyUploader:
 
 
 def _look(record: TrialRecord) -> object:
+    """A value that changes whenever there is something new to record about a trial."""
     try:
-        stat = record.run.metrics.stat()
+        stats = [run.metrics.stat() for run in record.runs]
     except OSError:
         return record.state
-    return record.state, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return record.state, *((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
 def _is_closed(run: TrackedRun, record: TrialRecord) -> bool:

@@ -49,7 +49,36 @@ class Plan:
     def __post_init__(self) -> None:
         require_name(self.name)
         _check_objectives(self.sweep, self.experiment)
+        self._check_seeds()
         _ = self.num_trials  # validates a grid
+
+    def _check_seeds(self) -> None:
+        """Check that a trial can have several seeds.
+
+        Raises:
+            UserError: it cannot.
+        """
+        seeds, resources = self.sweep.seeds, self.experiment.resources
+        if seeds == 1:
+            return
+        if "seed" in self.space:
+            raise UserError(f"sweep.seeds is {seeds}, but sweep.space varies seed: remove one of the two.")
+        if not resources.can_stack_seeds:
+            raise UserError(
+                f"sweep.seeds is {seeds}, but the seeds of a trial are trained by one process and in one program: make "
+                "resources.num_workers and resources.accumulate 1, and resources.compile and resources.cuda_graphs "
+                "false, or sweep.seeds 1."
+            )
+
+    @property
+    def is_of_parents(self) -> bool:
+        """Whether trials are ranked by their pretrained models, whatever the fine-tuned policies are like."""
+        return self.objectives[0].metric == "pretrained"
+
+    @property
+    def trial_seeds(self) -> tuple[int, ...]:
+        """The seeds of each trial."""
+        return tuple(range(self.experiment.seed, self.experiment.seed + self.sweep.seeds))
 
     command: ClassVar[str] = "sweep"
     """Subcommand of `dxmi` that runs such a study."""
@@ -217,7 +246,9 @@ def require_name(name: str) -> None:
         )
 
 
-_OWN_METRICS = ("score", "num_steps", "seconds")
+_OWN_METRICS = ("score", "pretrained", "last", "num_steps", "seconds")
+_LIKE_THE_SCORE = ("score", "pretrained", "last")
+"""Those that are values of the primary score."""
 
 
 def keys_of(experiment: ExperimentConfig) -> list[str]:
@@ -230,7 +261,8 @@ def resolved_objectives(
 ) -> tuple[ObjectiveConfig, ...]:
     """The objectives of a study, with the direction of their metric where none is given."""
     keys = experiment.score_keys()
-    known = {key.name: key.direction for key in keys} | {"score": primary_key(keys).direction}
+    known = {key.name: key.direction for key in keys}
+    known |= dict.fromkeys(_LIKE_THE_SCORE, primary_key(keys).direction)
     return tuple(
         replace(objective, direction=objective.direction or known.get(objective.metric, MINIMIZE))
         for objective in objectives

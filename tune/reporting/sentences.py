@@ -21,6 +21,7 @@ from tune.studies.leaderboard import (
     number,
     settings,
     short_names,
+    spread_of,
     summary_of,
 )
 from tune.studies.ranking import pareto_front
@@ -50,11 +51,22 @@ def result_sentences(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
     claim = f"has the best {label}, {value}" if has_front else f"is the best, with {label} {value}"
     words = settings(plan, best)
     where = f" at {listed(words)}" if len(words) <= FEW else "; its settings are below"
-    first = f"Trial {best.number} {claim} ({better(objective)}) after {best.outcome.step} iterations{where}."
+    after = "" if plan.is_of_parents else f" after {best.outcome.step} iterations"
+    first = f"Trial {best.number} {claim} ({better(objective)}){_of_seeds(best)}{after}{where}."
     fresh = fresh_sentence(plan, records)
     front = [_front_sentence(plan, records)] if has_front else []
     free = free_sampler_sentences(plan, records)
     return [first, *([fresh] if fresh else []), *free, *_references_sentences(plan, best), *front]
+
+
+def _of_seeds(record: TrialRecord) -> str:
+    """Say over how many seeds a trial's value is the mean, and their spread; empty with one seed."""
+    spread = spread_of(record)
+    if spread is None:
+        return ""
+    values = record.outcome.by_seed
+    shown = f"{number(min(values))} to {number(max(values))}, standard deviation {number(spread)}"
+    return f", the mean over {len(values)} seeds ({shown}),"
 
 
 def _references_sentences(plan: Plan, best: TrialRecord) -> list[str]:

@@ -34,6 +34,7 @@ from tune.studies.leaderboard import (
     FRESH,
     NOT_COMPARABLE,
     NOT_COMPUTED,
+    SPREAD,
     best_of,
     better,
     fidelity_columns,
@@ -151,12 +152,14 @@ def board_table(plan: Plan, records: Sequence[TrialRecord]) -> HtmlTable:
     objectives = [name for name in objective_columns(plan) if name != "score"]
     listed = frame.to_dict("records")
     fidelity, fresh = fidelity_columns(plan), fresh_columns(listed)
+    spread = [SPREAD] if SPREAD in frame.columns else []
     headings = [
         ("#", "rank", "number"),
         ("trial", "trial", "number"),
         ("state", "state", ""),
         *((name.removeprefix("eval/"), name, "number") for name in objectives),
         ("score", plan.metric, "number"),
+        *((SPREAD, f"standard deviation over the {len(plan.trial_seeds)} seeds", "number") for _ in spread),
         *((name.removeprefix("eval/"), f"{name} of the best checkpoint", "number") for name in fidelity),
         *((name.replace("_", " ", 1), "on noise that was not used to select the trial", "number") for name in fresh),
         ("step", "iteration of the best checkpoint", "number"),
@@ -164,7 +167,7 @@ def board_table(plan: Plan, records: Sequence[TrialRecord]) -> HtmlTable:
         ("seconds", "wall time of the trial", "number"),
         ("checkpoint, or reason", "checkpoints are relative to the study's folder", ""),
     ]
-    rows = [_board_row(plan, row, objectives, [*fidelity, *fresh]) for row in listed]
+    rows = [_board_row(plan, row, objectives, [*spread, *fidelity, *fresh]) for row in listed]
     return HtmlTable(headings, rows)
 
 
@@ -192,7 +195,7 @@ def _board_row(
 def _beside_cell(value: Any, name: str) -> Cell:
     """Return the cell of an additional score; missing precision and recall are marked as not computed."""
     if pd.isna(value):
-        return Cell("" if name.startswith(FRESH) else NOT_COMPUTED, "", "number")
+        return Cell("" if name == SPREAD or name.startswith(FRESH) else NOT_COMPUTED, "", "number")
     return _metric_cell(value, name)
 
 

@@ -38,6 +38,7 @@ FIXED = {
 }
 """Groups of settings that cannot vary in a study, and why."""
 _MAX_GRID = 100_000
+_CLOSE_TO_1 = 0.9
 
 Value = Any
 Param = str | float | int | bool | None
@@ -153,7 +154,12 @@ class Axis:
 
 
 def show(value: Value) -> str:
-    """Format a value for messages: short numbers, text without quotes."""
+    """Format a value for messages: short numbers, text without quotes.
+
+    Numbers have three significant digits; those close below 1, such as decays, are shown by their distance from 1.
+    """
+    if isinstance(value, float) and _CLOSE_TO_1 < value < 1.0:
+        return f"{value:.{2 - math.floor(math.log10(1.0 - value))}f}".rstrip("0")
     if isinstance(value, float):
         return f"{value:.3g}"
     return value if isinstance(value, str) else json.dumps(value, default=str)

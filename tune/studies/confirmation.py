@@ -49,7 +49,7 @@ class Confirmation:
 
 def chosen(plan: Plan, records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """The trials that the sweep selects: the best one, or the Pareto front with two objectives."""
-    if isinstance(plan, AblationPlan):
+    if isinstance(plan, AblationPlan) or plan.is_of_parents:
         return []
     if len(plan.objectives) > 1:
         return pareto_front(plan, records)

@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -40,6 +41,8 @@ NOT_COMPUTED = "-"
 """Table cell of a score that was not computed."""
 FRESH = "fresh_"
 """Prefix of columns with scores on fresh noise, which was not used to select the trial."""
+SPREAD = "sd"
+"""Column with the standard deviation of the first objective over a trial's seeds."""
 _OWN_COLUMNS = ("rank", "trial", "state", "score", "step", "seconds", "checkpoint", "reason")
 _LONGEST_REASON = 400
 _NEEDED = {"reference", "num_steps", "num_samples", "device", "threads", "versions"}
@@ -83,7 +86,13 @@ def metric_label(plan: Plan, objective: ObjectiveConfig) -> str:
     """Human-readable label of an objective."""
     if objective.metric == "score":
         return plan.metric.removeprefix("eval/")
-    return "seconds of fine-tuning" if objective.metric == "seconds" else objective.metric.removeprefix("eval/")
+    metric = plan.metric.removeprefix("eval/")
+    own = {
+        "seconds": "seconds of fine-tuning",
+        "pretrained": f"{metric} of the pretrained model",
+        "last": f"{metric} of the last checkpoint",
+    }
+    return own.get(objective.metric, objective.metric.removeprefix("eval/"))
 
 
 def better(objective: ObjectiveConfig) -> str:
@@ -106,7 +115,7 @@ def settings(plan: Plan, record: TrialRecord) -> list[str]:
 def summary_of(record: TrialRecord) -> Mapping[str, Any]:
     """The run's summary; empty if it is missing or damaged, since a report uses whatever is available."""
     try:
-        summary = record.run.read_summary() or {}
+        summary = record.summary() or {}
     except UserError:
         return {}
     return summary if summary.keys() >= _NEEDED else {}
@@ -126,7 +135,7 @@ def fresh_scores_of(records: Sequence[TrialRecord]) -> dict[int, Confirmation]:
 def fresh_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
     """Sentence with the best trial's scores on fresh noise; empty if no trial is complete."""
     best = best_of(plan, records)
-    if best is None or isinstance(plan, AblationPlan):
+    if best is None or isinstance(plan, AblationPlan) or plan.is_of_parents:
         return ""
     fresh = fresh_scores_of(records).get(best.number)
     if fresh is None or not fresh.scores:
@@ -145,6 +154,8 @@ def fresh_sentence(plan: Plan, records: Sequence[TrialRecord]) -> str:
 
 def free_sampler_sentences(plan: Plan, records: Sequence[TrialRecord]) -> list[str]:
     """Sentences about training-free samplers that are better than the best trial or trials on the Pareto front."""
+    if plan.is_of_parents:
+        return []
     best = best_of(plan, records)
     results = pareto_front(plan, records) if len(plan.objectives) > 1 else [best]
     return outdone_sentences(plan.metric, [_outdone(plan, record) for record in results if record is not None])
@@ -166,9 +177,10 @@ def leaderboard(plan: Plan, records: Sequence[TrialRecord]) -> "pd.DataFrame":
 
     Returns:
         Data frame with the columns rank (of complete trials), trial, state, each objective other than the score, score,
-        precision and recall where the data has them, fresh_X for each objective X that has scores on fresh noise (see
-        `tune.studies.confirmation`), step (of the best checkpoint), each parameter by its path, seconds, signature,
-        checkpoint (relative to the study, empty if it was deleted) and reason (one line).
+        sd and seed_K (standard deviation over the seeds, and value for seed K, of the first objective; only if trials
+        have several seeds), precision and recall where the data has them, fresh_X for each objective X that has scores
+        on fresh noise (see `tune.studies.confirmation`), step (of the best checkpoint), each parameter by its path,
+        seconds, signature, checkpoint (relative to the study, empty if it was deleted) and reason (one line).
     """
     import pandas as pd  # noqa: PLC0415
 
@@ -183,6 +195,7 @@ def leaderboard(plan: Plan, records: Sequence[TrialRecord]) -> "pd.DataFrame":
         columns[name] = pd.array([_objective(record, index) for record in rows], dtype="Float64")
     columns.pop("score", None)
     columns["score"] = pd.array([record.outcome.score for record in rows], dtype="Float64")
+    columns |= {name: pd.array(values, dtype="Float64") for name, values in _seed_columns(plan, rows).items()}
     for name in fidelity_columns(plan):
         columns[name] = pd.array([_fidelity(record, name) for record in rows], dtype="Float64")
     fresh = fresh_scores_of(rows)
@@ -199,6 +212,21 @@ def leaderboard(plan: Plan, records: Sequence[TrialRecord]) -> "pd.DataFrame":
     columns["checkpoint"] = [_checkpoint(record) for record in rows]
     columns["reason"] = [_reason(record) for record in rows]
     return pd.DataFrame(columns)
+
+
+def _seed_columns(plan: Plan, rows: Sequence[TrialRecord]) -> dict[str, list[float | None]]:
+    """The first objective of each seed, and the spread of the seeds; empty if trials have one seed."""
+    if len(plan.trial_seeds) == 1:
+        return {}
+    columns: dict[str, list[float | None]] = {SPREAD: [spread_of(record) for record in rows]}
+    for k, seed in enumerate(plan.trial_seeds):
+        columns[f"seed_{seed}"] = [record.outcome.by_seed[k] if record.outcome.by_seed else None for record in rows]
+    return columns
+
+
+def spread_of(record: TrialRecord) -> float | None:
+    """The standard deviation of the first objective over a trial's seeds; None with one seed, or if not complete."""
+    return stdev(record.outcome.by_seed) if len(record.outcome.by_seed) > 1 else None
 
 
 def _objective(record: TrialRecord, index: int) -> float | None:

@@ -6,11 +6,13 @@ from enum import StrEnum
 from typing import Any, Self
 
 from dxmi.errors import UserError
-from dxmi.metrics.keys import sign_of
-from dxmi.persistence.run_directory import RunDirectory
+from dxmi.evaluation.scored_references import best_of_parent, scored_references
+from dxmi.metrics.keys import MINIMIZE, sign_of
+from dxmi.persistence.run_directory import Row, RunDirectory
 from dxmi.training.config import ExperimentConfig
 from tune.plans.sweep import Plan
 from tune.search.space import Value
+from tune.studies.seed_means import BY_SEED, mean_rows, mean_summary
 
 
 class TrialState(StrEnum):
@@ -45,6 +47,7 @@ class Outcome:
         step: Iteration of that checkpoint.
         objectives: One value per objective, if complete.
         seconds: Wall time of the trial in the session in which it ended.
+        by_seed: First objective of each seed, if complete and with several seeds.
     """
 
     state: TrialState
@@ -53,6 +56,7 @@ class Outcome:
     step: int | None = None
     objectives: tuple[float, ...] = ()
     seconds: float = 0.0
+    by_seed: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,12 @@ class TrialRecord:
         number: Index from 0, in the order of proposal.
         values: Values of the varying settings by path.
         signature: Signature of the full config.
-        seed: Seed of the run.
+        seed: Seed of the run, the first one if there are several.
         run: Run folder.
         outcome: How the trial ended, or an outcome in the state RUNNING.
         same_as: Number of an earlier complete trial with the same config, whose result is reused; None if there is
             none.
+        further_runs: Run folders of the further seeds.
     """
 
     number: int
@@ -107,6 +112,12 @@ class TrialRecord:
     run: RunDirectory
     outcome: Outcome
     same_as: int | None = None
+    further_runs: tuple[RunDirectory, ...] = ()
+
+    @property
+    def runs(self) -> tuple[RunDirectory, ...]:
+        """Run folders of all seeds."""
+        return (self.run, *self.further_runs)
 
     @property
     def state(self) -> TrialState:
@@ -114,26 +125,58 @@ class TrialRecord:
         return self.outcome.state
 
     def curve(self, metric: str) -> dict[int, float]:
-        """Scores by iteration, on the noise that selects the best checkpoint."""
-        rows = self.run.rows()
-        return {int(row["step"]): float(row[metric]) for row in rows if metric in row}
+        """Scores by iteration, on the noise that selects the best checkpoint; means over the seeds."""
+        return {int(row["step"]): float(row[metric]) for row in self.rows() if metric in row}
+
+    def rows(self) -> list[Row]:
+        """Logged metrics and scores, means over the seeds.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        return mean_rows([run.rows() for run in self.runs])
+
+    def summary(self) -> Mapping[str, Any] | None:
+        """The summary of the run, or the mean summary of its seeds; None before all of them have ended.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        found = [summary for run in self.runs if (summary := run.read_summary()) is not None]
+        return mean_summary(found) if len(found) == len(self.runs) else None
 
 
 def completed(plan: Plan, summary: Mapping[str, Any], seconds: float | None = None) -> Outcome:
-    """The outcome of a run that has a summary."""
-    values = {
-        **summary["scores"]["best"],
-        "score": summary["best"]["value"],
-        "num_steps": summary["num_steps"],
-        "seconds": summary["seconds"]["finetune"],
-    }
+    """The outcome of a trial that has a summary."""
+    values, metric = _values(summary), plan.objectives[0].metric
     return Outcome(
         TrialState.COMPLETE,
         score=float(summary["best"]["value"]),
         step=int(summary["best"]["step"]),
-        objectives=tuple(float(values[objective.metric]) for objective in plan.objectives),
+        objectives=tuple(values[objective.metric] for objective in plan.objectives),
         seconds=sum(summary["seconds"].values()) if seconds is None else seconds,
+        by_seed=tuple(_values(own)[metric] for own in summary.get(BY_SEED, ())),
     )
+
+
+def _values(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The values by which trials can be compared, see `tune.config.sweep.ObjectiveConfig`."""
+    values = {
+        **summary["scores"]["best"],
+        "score": summary["best"]["value"],
+        "last": summary["last"]["value"],
+        "pretrained": _score_of_parent(summary),
+        "num_steps": summary["num_steps"],
+        "seconds": summary["seconds"]["finetune"],
+    }
+    return {metric: float(value) for metric, value in values.items()}
+
+
+def _score_of_parent(summary: Mapping[str, Any]) -> float:
+    """The score of the best training-free sampler; that of the shortened model if there is no other."""
+    scored = scored_references(summary)
+    best = best_of_parent(scored, str(summary.get("direction", MINIMIZE)))
+    return float(summary["best"]["value"]) if best is None else best.score
 
 
 def pruned(plan: Plan, curve: Mapping[int, float], step: int, seconds: float = 0.0) -> Outcome:

@@ -28,6 +28,7 @@ from tune.search.samplers import Proposal, template
 from tune.studies import journal
 from tune.studies.folder import StudyFolder
 from tune.studies.records import Outcome, TrialRecord, TrialSpec, TrialState, completed, pruned
+from tune.studies.seed_means import seed_runs
 
 if TYPE_CHECKING:
     import optuna
@@ -143,6 +144,7 @@ class Study:
             run=self.folder.run(trial.number),
             outcome=_outcome(trial, about.get("outcome")),
             same_as=about["same_as"],
+            further_runs=seed_runs(self.folder.run(trial.number).path, self.plan.trial_seeds)[1:],
         )
 
     def config(self, record: TrialRecord) -> ExperimentConfig:
@@ -250,12 +252,13 @@ class Study:
         """
         from dxmi.persistence.checkpoint import newest, prune  # noqa: PLC0415  (it imports PyTorch)
 
-        run = self.folder.run(number)
-        saved, _ = newest(run.checkpoints)
-        if saved is not None:
-            best = saved.meta["best"]
-            prune(run.checkpoints, {saved.step, *([best["step"]] if best else [])})
-        return sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file())
+        record = self.record(number)
+        for run in record.runs:
+            saved, _ = newest(run.checkpoints)
+            if saved is not None:
+                best = saved.meta["best"]
+                prune(run.checkpoints, {saved.step, *([best["step"]] if best else [])})
+        return sum(file.stat().st_size for file in record.run.path.rglob("*") if file.is_file())
 
     # ------------------------------------------------------------------------
     # After a crash
@@ -284,13 +287,14 @@ class Study:
     def _missed_outcome(self, record: TrialRecord) -> Outcome | None:
         from dxmi.persistence.checkpoint import newest  # noqa: PLC0415  (it imports PyTorch)
 
-        summary = record.run.read_summary()
+        summary = record.summary()
         if summary is not None:
             return completed(self.plan, summary)
-        saved, _ = newest(record.run.checkpoints)
+        saved = [found.step for run in record.runs if (found := newest(run.checkpoints)[0]) is not None]
         curve = self.curves()[record.number]
-        if saved is not None and saved.step in curve and self.should_prune(record.number, saved.step):
-            return pruned(self.plan, curve, saved.step)
+        step = min(saved, default=-1)  # that of the seed that is furthest behind
+        if len(saved) == len(record.runs) and step in curve and self.should_prune(record.number, step):
+            return pruned(self.plan, curve, step)
         return None
 
 
@@ -298,7 +302,8 @@ def _outcome(trial: "FrozenTrial", recorded: Mapping[str, Any] | None) -> Outcom
     if recorded is None or not trial.state.is_finished():
         return Outcome(TrialState.RUNNING)
     outcome = Outcome(**recorded)
-    return replace(outcome, state=TrialState(outcome.state), objectives=tuple(outcome.objectives))
+    objectives, by_seed = tuple(outcome.objectives), tuple(outcome.by_seed)
+    return replace(outcome, state=TrialState(outcome.state), objectives=objectives, by_seed=by_seed)
 
 
 # ----------------------------------------------------------------------------
