@@ -106,6 +106,7 @@ ALIVE: list[tuple[Settings, str, Any]] = [
     ({}, "schedule.num_steps", 3),
     ({}, "schedule.kind", "step"),
     ({}, "schedule.shape", "linear"),
+    ({}, "schedule.last_level", 0.9),
     ({}, "schedule.kappa", 0.9),
     ({}, "schedule.final_sigma", 2e-3),
     *(({"schedule.kind": "karras", "schedule.num_steps": 3}, f"schedule.{name}", value) for name, value in KARRAS),

@@ -311,10 +311,27 @@ def test_ddim_schedule_is_deterministic_ddim(num_steps):
     assert not s.sigma.any()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("num_steps", "level"), [(1, 0.1), (2, 0.8), (5, 0.3), (10, 0.05)])
+def test_var_ends_at_the_level_that_is_asked_for(shape, num_steps, level):
+    schedule = shorten(SCHEDULES.config("var", shape=shape, num_steps=num_steps, last_level=level))
+    assert schedule.level[0] == pytest.approx(level, rel=1e-9)
+    assert schedule.signal_scale.max() <= level**-0.5 * (1.0 + 1e-9)
+
+
+def test_var_with_its_own_level_is_the_default():
+    for shape in SHAPES:
+        default = variances(5, shape)
+        np.testing.assert_allclose(variances(5, shape, float(LEVELS[-1])), default, rtol=1e-9)
+
+
 # ----------------------------------------------------------------------------
 # Settings.
 
 REFUSED = [
+    {"last_level": 0.0},
+    {"last_level": 1.0},
+    {"last_level": float("nan")},
     {"num_steps": 0},
     {"num_steps": 1001},
     {"shape": "cubic"},

@@ -7,6 +7,8 @@ from itertools import accumulate
 NUM_DIFFUSION_STEPS = 1000
 BETA_FIRST, BETA_LAST = 1e-4, 0.02
 """First and last variance of DDPM's forward process, which are linear in between."""
+LEAST_LEVEL, MOST_LEVEL = 1e-4, 0.99
+"""Range of `VarScheduleConfig.last_level`."""
 SHORTENINGS = ("var", "step")
 """Kinds that shorten DDPM's 1000 steps."""
 SHAPES = ("linear", "quadratic")
@@ -49,10 +51,17 @@ class VarScheduleConfig(ScheduleConfig):
     kind: str = "var"
     shape: str = "quadratic"
     """Spacing of the noise variances: linear or quadratic."""
+    last_level: float | None = None
+    """Signal level of the noisiest step, at which sampling starts; null for that of step 999, 4e-5. With one or two
+    steps, the first step divides by the root of this level and amplifies errors of the network by as much."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_shape(self.kind, self.shape, SHAPES)
+        if self.last_level is not None and not LEAST_LEVEL <= self.last_level <= MOST_LEVEL:
+            raise ValueError(
+                f"last_level is {self.last_level}: it must be in [{LEAST_LEVEL:g}, {MOST_LEVEL:g}], or null"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

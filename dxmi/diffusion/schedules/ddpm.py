@@ -82,7 +82,7 @@ class VarSteps(Schedule):
     def steps(self) -> StepSchedule:
         """The tables of the T levels."""
         config = self.config
-        levels = np.cumprod(1.0 - variances(config.num_steps, config.shape), dtype=np.float64)
+        levels = np.cumprod(1.0 - variances(config.num_steps, config.shape, config.last_level), dtype=np.float64)
         timesteps = np.array([continuous_step(level) for level in levels])
         return _tables(levels, timesteps, config.kappa, config.final_sigma)
 
@@ -119,14 +119,16 @@ def _tables(levels: Array, timesteps: Array, kappa: float, final_sigma: float) -
     return StepSchedule(level, timesteps[::-1].copy(), signal_scale, output_scale, sigma, 1.0 - g / g_next)
 
 
-def variances(num_steps: int, shape: str) -> Array:
-    """VAR: noise variances eta_1..eta_T for which prod (1 - eta) is the last level of the forward process, [T].
+def variances(num_steps: int, shape: str, last_level: float | None = None) -> Array:
+    """VAR: noise variances eta_1..eta_T for which prod (1 - eta) is `last_level`, [T].
+
+    By default, that is the last level of the forward process.
 
     Linear: eta from beta_0 to v. Quadratic: eta_i = beta_0 (1 + i v)^2, with v capped at 0.95 / (sqrt(beta_0) T) so
     that no eta exceeds 1. For small T the cap is reached, and gbar_T stays above the target (.343, .220 and .0208 for
     T = 4, 5 and 10). With T = 1 both shapes have the single level that equals the target.
     """
-    target = float(forward_levels()[-1])
+    target = float(forward_levels()[-1]) if last_level is None else last_level
     if num_steps == 1:
         return np.array([1.0 - target])
     index = np.arange(num_steps, dtype=np.float64)
