@@ -71,7 +71,8 @@ def file(tmp_path):
 
 def test_ablations_are_shipped_and_are_no_group_of_an_experiment():
     plane = {"algorithms_2d", "paper_2d"}
-    assert {"algorithms", "dxmi_terms", "entropy", "steps", "pretraining", "shortening"} | plane == set(ablations())
+    image = {"algorithms", "dxmi_terms", "entropy", "guidance", "steps", "pretraining", "shortening"}
+    assert image | plane == set(ablations())
     assert "ablation" not in groups()
     assert "sweep" not in groups()
 
@@ -108,7 +109,7 @@ def test_algorithms_are_compared_with_equal_network_evaluations(name):
 def test_shipped_ablations_compare_what_they_say():
     assert sorted(values("entropy", TAU)) == [0.0, 0.01, 0.03, 0.1, 0.3, 1.0]
     assert sorted(values("steps", "schedule.num_steps")) == [2, 4, 5, 8, 10, 20]
-    assert sorted(values("pretraining", "pretrain.iterations")) == [0, 3000, 6000]
+    assert sorted(values("pretraining", "pretrain.iterations")) == [0, 6000, 60_000]
     methods, shapes = values("shortening", "schedule.kind"), values("shortening", "schedule.shape")
     assert list(zip(methods, shapes, strict=True)) == [
         *(("var", "quadratic"), ("var", "linear"), ("step", "quadratic"), ("step", "linear"))
@@ -129,11 +130,11 @@ def test_the_2d_study_has_the_arms_of_the_papers_table():
     assert [method == "var" for method in methods] == [not iterations for iterations in pretrained]
 
 
-def test_a_separate_value_is_the_only_thing_that_its_arm_changes():
-    """Its energy keeps the optimizer that the shared one has in experiment=digits."""
+def test_a_shared_value_is_the_only_thing_that_its_arm_changes():
+    """It keeps the optimizer that the separate energy has in experiment=digits."""
     _, found, composed = read("ablation=dxmi_terms", "experiment=digits")
-    algorithm = next(arm for arm in found if arm.name == "separate_value").config(composed.experiment).algorithm
-    assert algorithm.energy == algorithm.critic == composed.experiment.algorithm.critic
+    algorithm = next(arm for arm in found if arm.name == "shared_value").config(composed.experiment).algorithm
+    assert algorithm.critic == algorithm.energy == composed.experiment.algorithm.energy
 
 
 def test_the_shortening_is_a_two_level_design():

@@ -255,7 +255,9 @@ ODD = [
     "/data/a=b", "/data/a,b", "/data/größe", "/with space/x", "/it's \"q\"", "/a[1]/{b}(c)", "/a$b/${HOME}/${oc.env:X}",
     "/a#b", "~/x", "a:b", "-x", "/trailing/", "/100%", "/back\\slash", "!x", "*", "&x", "'quoted'", "[a, b]", "1e5",
 ]  # fmt: skip
-PLACES = ["data.folder", "pretrain.weights", "resources.storage_path"]
+PLACES = ["data.folder", "pretrain.weights", "pretrain.teacher", "resources.storage_path"]
+TOGETHER = [place for place in PLACES if place != "pretrain.teacher"]
+"""Those that one config can have."""
 
 
 def value_of(tree: dict, path: str):
@@ -266,13 +268,13 @@ def value_of(tree: dict, path: str):
 
 @pytest.mark.parametrize("text", ODD)
 def test_a_path_is_taken_as_it_is_written_and_survives_every_file_of_ours(text):
-    overrides = ["data=imagenet64", *(f"{place}={text}" for place in PLACES)]
+    overrides = ["data=imagenet64", *(f"{place}={text}" for place in TOGETHER)]
     config = compose_experiment(overrides).experiment
     files = yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(to_tree(config))), sort_keys=False))
     later = build(ExperimentConfig, files)
     assert later == config
     again = overridden({"resources": files["resources"]}, ["resources.threads=1"])  # as a resume does
-    for place in PLACES:
+    for place in TOGETHER:
         assert value_of(to_tree(later), place) == text
     assert again["resources"] == {**files["resources"], "threads": 1}
 

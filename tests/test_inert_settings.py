@@ -71,6 +71,7 @@ ALIVE: list[tuple[Settings, str, Any]] = [
     ({}, "algorithm.cost_coef", 0.0),
     ({}, "algorithm.energy_l2", 0.99),
     ({}, "algorithm.energy_noise", 0.01),
+    ({}, "algorithm.guidance", 0.1),
     ({}, "algorithm.energy_gradient_penalty", 0.01),
     ({}, "algorithm.running_cost", "noise"),
     ({}, "algorithm.step_cost", "linear"),
@@ -181,7 +182,8 @@ def test_every_setting_that_may_vary_is_tried():
     free |= {f"schedule.{name}" for name, _ in KARRAS}
     free -= {f"network.{network}.kind" for network in ("denoiser", "energy", "value")}  # only MLPs are tried
     free -= {"algorithm.kind"}  # the settings of DxMI are tried
-    free -= {"pretrain.weights"}  # nothing is claimed of a run that starts from a file
+    # Nothing is claimed of a run that starts from a file or another run.
+    free -= {"pretrain.weights", "pretrain.teacher", "algorithm.teacher_energy"}
     dead = {"train.log_every", "network.energy.embedding"}
     assert {path for _, path, _ in ALIVE} == free - dead
 

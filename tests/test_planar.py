@@ -21,7 +21,7 @@ from dxmi.data.registry import DATA_SETS
 from dxmi.errors import UserError
 from dxmi.evaluation.config import NUM_SAMPLES_KEY, REPORT, EvaluateConfig
 from dxmi.evaluation.sampling import Sampling, generate
-from dxmi.evaluation.scorers import PlanarScorer, build_scorer
+from dxmi.evaluation.scorers import ImageScorer, PlanarScorer, build_scorer
 from dxmi.metrics.density import calibrated_kl, roc_auc, square_grid
 from dxmi.networks.base import Critic
 from dxmi.seeds import generator
@@ -326,4 +326,5 @@ def test_without_an_energy_the_samples_alone_are_scored(scorer, make_policy):
 def test_the_kind_of_data_chooses_the_scorer(tmp_path, scorer):
     built = build_scorer(scorer.points, scorer.config, tmp_path, torch.device("cpu"))
     assert isinstance(built, PlanarScorer)
-    assert build_scorer(load(DigitsConfig()), scorer.config, tmp_path, torch.device("cpu")).of_data() is None
+    images = build_scorer(load(DigitsConfig()), scorer.config, tmp_path, torch.device("cpu"))
+    assert isinstance(images, ImageScorer)

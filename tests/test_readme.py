@@ -51,7 +51,8 @@ def small(command: str) -> list[str]:
     program, *arguments = shlex.split(command)
     assert program == "dxmi"
     if arguments[0] in ("train", "sweep", "ablate") and not {"--resume", "--config"} & set(arguments):
-        arguments += TINY
+        given = {argument.partition("=")[0] for argument in arguments}
+        arguments += [setting for setting in TINY if setting.partition("=")[0] not in given]
     if any("mnist" in argument for argument in arguments):  # the newcomer's files are small ones
         arguments += ["data.accept_unknown_files=true"]
     if arguments[0] == "ablate" and "--dry-run" not in arguments:
@@ -240,7 +241,7 @@ def test_every_config_file_is_on_a_page():
 
 
 def test_every_shipped_sweep_is_on_the_page_with_its_sampler_and_trials():
-    names = {"tpe": "TPE", "nsga2": "NSGA-II"}
+    names = {"tpe": "TPE", "nsga2": "NSGA-II", "grid": "grid"}
     for name in sweeps():
         tree = yaml.safe_load((ROOT / "configs" / "sweep" / f"{name}.yaml").read_text())
         (by,) = re.findall(rf"^\| `{name}` \| .+ \| (.+) \|$", TUNE, flags=re.MULTILINE)

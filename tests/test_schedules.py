@@ -368,6 +368,7 @@ def test_more_squares_than_there_are_distinct_steps_are_refused():
 
 
 PERTURBED = {"num_steps": 6, "shape": "linear", "kappa": 0.5, "final_sigma": 0.01}
+PERTURBED |= {"last_level": 0.5}
 PERTURBED |= {"rho": 5.0, "sigma_min": 0.01, "sigma_max": 70.0, "noisy_end": True}
 FIELDS = [(kind, own.name) for kind in SCHEDULES.kinds() for own in fields(SCHEDULES.config_class(kind))]
 

@@ -89,7 +89,7 @@ def test_the_best_trial_is_scored_once_more_on_noise_that_did_not_choose_it(fini
     summary = best.run.read_summary()
     assert confirmation.scores.keys() == summary["scores"]["best"].keys()
     assert confirmation.scores["eval/fid_digits"] != summary["best"]["value"]
-    assert confirmation.scores == fresh_scores(str(best.run.path), best.outcome.step, 1)["scores"]
+    assert confirmation.scores == fresh_scores([(str(best.run.path), best.outcome.step)], 1)["scores"]
     (parent,), _ = runs_of(finished)
     assert parent.data.metrics["fresh/fid_digits"] == confirmation.scores["eval/fid_digits"]
     assert fresh_sentence(finished.read_plan(), records) in finished.best.read_text()
@@ -101,9 +101,9 @@ def test_a_checkpoint_that_cannot_be_scored_is_a_sentence(finished, tmp_path):
     run = shutil.copytree(best.run.path, tmp_path / "run")
     for path in (run / "checkpoints").rglob("*.safetensors"):
         path.write_bytes(b"damaged")
-    assert str(run) in fresh_scores(str(run), best.outcome.step, 1)["problem"]
+    assert str(run) in fresh_scores([(str(run), best.outcome.step)], 1)["problem"]
     shutil.rmtree(run)
-    assert str(run) in fresh_scores(str(run), best.outcome.step, 1)["problem"]
+    assert str(run) in fresh_scores([(str(run), best.outcome.step)], 1)["problem"]
 
 
 def test_the_first_trial_has_the_experiments_own_values(finished):

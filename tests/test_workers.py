@@ -205,7 +205,7 @@ CASES = [
     *[(f"{name}-after", "after", tree_of(algorithm)) for name, algorithm in ALGORITHMS.items()],
     *[(f"batch-{size}", "after", tree_of(train__batch_size=size)) for size in (1, 3)],
     ("pretrained", "pretrained", tree_of()),
-    ("stopped", "stopped", tree_of(pretrain__iterations=0, evaluate__num_samples=300)),
+    ("stopped", "stopped", tree_of(pretrain__iterations=0, evaluate__num_samples=300, evaluate__full_steps=[1000])),
 ]
 ALONE_ONLY = [
     *[(f"pieces-{n}", "after", tree_of(SEPARATE, resources__accumulate=n)) for n in (2, 7)],

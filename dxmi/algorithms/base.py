@@ -174,6 +174,11 @@ class PolicyAlgorithm(Algorithm):
         return None
 
     @property
+    def guidance(self) -> float:
+        """Scale of the value guidance with which the policy is evaluated."""
+        return 0.0
+
+    @property
     def guide(self) -> Guide | None:
         """The gradient of the value, which can guide sampling; None if there is no value."""
         return None if self.value is None else self.value.gradient

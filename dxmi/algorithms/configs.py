@@ -1,5 +1,6 @@
 """Settings of the algorithms. Nothing here imports PyTorch."""
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -23,6 +24,11 @@ class AlgorithmConfig:
 
     needs_reward: ClassVar[bool] = False
     """Whether it maximizes the reward chosen by the setting `reward`, which is then the run's score."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it starts from a part of `pretrain.teacher`."""
+        return False
 
     def check(self, num_steps: int) -> None:
         """Check the settings against the T steps of the schedule.
@@ -75,6 +81,8 @@ class DxMIConfig(AlgorithmConfig):
     """m_p, weight of entropy and cost in the policy update: one number for all steps, or T numbers."""
     value: str = "shared"
     """shared: the energy is also the value; separate: the value has its own, time-conditioned network."""
+    teacher_energy: bool = False
+    """Start from the energy of pretrain.teacher instead of an untrained one."""
     energy_updates: int = 1
     """Energy steps per iteration; more than one helps if the T value steps smooth a shared energy too much."""
     value_updates: int = 1
@@ -90,6 +98,8 @@ class DxMIConfig(AlgorithmConfig):
     Polyak coefficient of .005 corresponds to .995."""
     policy_ema: float | None = 0.999
     """Decay of the moving average of the policy, which is evaluated instead of the policy; null for none."""
+    guidance: float = 0.0
+    """Scale of the value guidance with which the policy is sampled in evaluations; training does not use it."""
     policy: PolicyOptimizerConfig = field(default_factory=PolicyOptimizerConfig)
     """Optimizer of the denoiser and the log sigmas."""
     critic: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -107,6 +117,8 @@ class DxMIConfig(AlgorithmConfig):
         for name in ("energy_updates", "value_updates", "policy_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance is {self.guidance}: it must be a finite number")
         if not 0.0 <= self.reference_var_ema <= 1.0:
             raise ValueError(f"reference_var_ema is {self.reference_var_ema}: it must be in [0, 1]")
         for name in ("target_ema", "policy_ema"):
@@ -120,6 +132,11 @@ class DxMIConfig(AlgorithmConfig):
         for name in ("value_mask", "policy_mask"):
             for number in getattr(self, name) or ():
                 require_rate(name, number)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it starts from the energy of `pretrain.teacher`."""
+        return self.teacher_energy
 
     def check(self, num_steps: int) -> None:
         """Check that each table has one entry, or one for each of the T steps."""
@@ -139,6 +156,9 @@ class DDPMConfig:
     """Decay of the moving average of the weights; the average is the pretrained model."""
     weights: str | None = field(default=None, metadata=PLACE)
     """Public checkpoint to start from, a file or a folder of diffusers; iterations=0 uses it unchanged."""
+    teacher: str | None = field(default=None, metadata=PLACE)
+    """Folder of a run whose policy is distilled into the steps of this run's schedule, in place of pretraining; null
+    for pretraining."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
     """Optimizer of the denoiser."""
 
@@ -149,6 +169,8 @@ class DDPMConfig:
             raise ValueError(f"batch_size is {self.batch_size}: it must be at least 1")
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"ema is {self.ema}: it must be in [0, 1)")
+        if self.teacher is not None and self.weights is not None:
+            raise ValueError("teacher and weights are both set: the student starts from the teacher, so leave out one")
 
 
 @dataclass(frozen=True, kw_only=True)

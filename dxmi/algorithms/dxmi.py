@@ -114,6 +114,11 @@ class DxMI(PolicyAlgorithm):
         """The energy E = V(., T)."""
         return self.value.energy
 
+    @property
+    def guidance(self) -> float:
+        """Scale of the value guidance with which the policy is evaluated."""
+        return self.config.guidance
+
     # ------------------------------------------------------------------------
     # One iteration: Algorithm 1.
 

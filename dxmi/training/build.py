@@ -4,14 +4,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dxmi.algorithms.base import DEVICE, HOST, Algorithm, Parts, PolicyAlgorithm
 from dxmi.algorithms.ddpm import DDPM
+from dxmi.algorithms.distillation import Distillation
 from dxmi.algorithms.registry import ALGORITHMS
-from dxmi.config import RESULT, block_delta, delta, signature
+from dxmi.config import RESULT, block_delta, delta, differences, signature, to_tree
 from dxmi.data.batch import Condition
 from dxmi.data.dataset import BatchStream, Dataset
 from dxmi.data.images import data_root
@@ -35,6 +37,7 @@ from dxmi.networks.registry import build_critic, build_denoiser, build_timed_cri
 from dxmi.persistence.cache import cache_root
 from dxmi.persistence.checkpoint import Checkpoint
 from dxmi.persistence.files import require_target, user_path
+from dxmi.persistence.run_directory import RunDirectory
 from dxmi.rewards.base import Reward, no_reward
 from dxmi.rewards.metric import MeanReward
 from dxmi.rewards.registry import REWARDS
@@ -146,6 +149,9 @@ class Experiment:
         """The signature of everything that the pretrained denoiser depends on."""
         config = self.config
         weights = None if config.pretrain.weights is None else self.weights_signature
+        given: dict[str, Any] = {"weights": weights}
+        if config.pretrain.teacher is not None:
+            given |= {"teacher": self.teacher_signature, "schedule": shorten(config.schedule).tree()}
         identity = {
             "schema": SCHEMA,
             "version": PRETRAINING_VERSION,
@@ -154,7 +160,7 @@ class Experiment:
             "data": self.data.signature,
             "mirrors": config.data.mirrors,
             "network": block_delta(config.network.denoiser, RESULT),
-            "pretrain": {**delta(config.pretrain, RESULT), "weights": weights},
+            "pretrain": {**delta(config.pretrain, RESULT), **given},
             "precision": config.train.precision,
             "family": config.schedule.family,
         }
@@ -200,13 +206,15 @@ class Experiment:
             raise UserError(f"pretrain.weights is {self.config.pretrain.weights}{place}. {error}{seen}") from error
 
     def inputs(self) -> dict[str, str]:
-        """The signatures of the run's inputs: `data`, and `weights` if `pretrain.weights` is set.
+        """The signatures of the run's inputs: `data`, and `weights` or `teacher` if pretraining starts from one.
 
         Raises:
             UserError: an input cannot be read.
         """
-        inputs = {"data": self.data.signature}
-        return inputs if self.config.pretrain.weights is None else {**inputs, "weights": self.weights_signature}
+        inputs, pretrain = {"data": self.data.signature}, self.config.pretrain
+        if pretrain.teacher is not None:
+            inputs["teacher"] = self.teacher_signature
+        return inputs if pretrain.weights is None else {**inputs, "weights": self.weights_signature}
 
     @cached_property
     def weights_signature(self) -> str:
@@ -238,18 +246,64 @@ class Experiment:
         require_same_noise(scheduler, self.config.schedule.family, forward_betas())
         return notes
 
-    def build_pretraining(self) -> tuple[DDPM, TrainingState]:
-        """Build the pretraining algorithm and its initial state."""
+    @cached_property
+    def teacher(self) -> PolicyAlgorithm:
+        """The algorithm of `pretrain.teacher` with the weights of its best checkpoint, on the device.
+
+        Raises:
+            UserError: there is no such run, it has no checkpoint, or its networks differ from this run's.
+        """
+        from dxmi.training.loading import load_run  # noqa: PLC0415  (it imports this module)
+        from dxmi.training.schema import read_config  # noqa: PLC0415  (likewise)
+
+        folder = user_path(self.config.pretrain.teacher or "", "pretrain.teacher")
+        require_target(folder, "pretrain.teacher")
+        run = RunDirectory(folder)
+        stored = read_config(run.read_config())
+        for name in ("denoiser", "energy") if self.config.algorithm.needs_teacher else ("denoiser",):
+            theirs, own = (to_tree(getattr(config.network, name)) for config in (stored.config, self.config))
+            changed = differences(theirs, own)
+            if changed:
+                raise UserError(
+                    f"network.{name} differs from that of pretrain.teacher, {folder} ({'; '.join(changed[:3])}): leave "
+                    "it as it is there."
+                )
+        return load_run(run, stored, "best").algorithm.to(self.device)
+
+    @cached_property
+    def teacher_signature(self) -> str:
+        """The signature of the policy, and of the energy if it is used, of `pretrain.teacher`."""
+        tensors = {f"policy.{key}": value for key, value in self.teacher.eval_policy.state_dict().items()}
+        if self.config.algorithm.needs_teacher and self.teacher.energy is not None:
+            tensors |= {f"energy.{key}": value for key, value in self.teacher.energy.state_dict().items()}
+        return digest(tensors)
+
+    def build_pretraining(self) -> tuple[DDPM | Distillation, TrainingState]:
+        """Build the pretraining algorithm, or the distillation in its place, and its initial state."""
         config = self.config
-        network, accumulate = self.build_denoiser(), config.resources.accumulate
+        algorithm = self._build_ddpm() if config.pretrain.teacher is None else self._build_distillation()
+        algorithm = algorithm.to(self.device)
+        self._compile(algorithm)
+        stream = self._stream(config.pretrain.batch_size, "pretrain/data")
+        return algorithm, TrainingState(
+            algorithm, algorithm.optimizers, self._generators("pretrain", algorithm), stream
+        )
+
+    def _build_ddpm(self) -> DDPM:
+        config, network = self.config, self.build_denoiser()
         if config.pretrain.weights is not None:
             self._load_public(network)
-        ddpm = DDPM(config.pretrain, network, self.workers, accumulate, forward_process(config.schedule)).to(
-            self.device
-        )
-        self._compile(ddpm)
-        stream = self._stream(config.pretrain.batch_size, "pretrain/data")
-        return ddpm, TrainingState(ddpm, ddpm.optimizers, self._generators("pretrain", ddpm), stream)
+        process = forward_process(config.schedule)
+        return DDPM(config.pretrain, network, self.workers, config.resources.accumulate, process)
+
+    def _build_distillation(self) -> Distillation:
+        """Build the distillation; the student's network starts from the teacher's."""
+        config, network, teacher = self.config, self.build_denoiser(), self.teacher.eval_policy
+        if network.latent:
+            raise UserError("pretrain.teacher is set, but the network takes a latent: such a policy has no single map.")
+        network.load_state_dict(teacher.network.state_dict())
+        student = self.build_policy(network, shorten(config.schedule))
+        return Distillation(config.pretrain, student, teacher, self.workers, config.resources.accumulate)
 
     def build_policy(self, denoiser: Denoiser, schedule: StepSchedule, kind: type[Policy] = Policy) -> Policy:
         """Build a sampler (of class `kind`) with a denoiser and a schedule."""
@@ -325,9 +379,18 @@ class Experiment:
         self._compile(algorithm)
         if config.pretrain.weights is not None:
             algorithm.start_from(public_log_sigma(self.public_weights.tensors))
+        if config.algorithm.needs_teacher:
+            self._take_energy(algorithm)
         generators = self._generators("finetune", algorithm)
         stream = self._stream(config.train.batch_size, "finetune/data", reads_samples=algorithm.needs_data)
         return algorithm, TrainingState(algorithm, algorithm.optimizers, generators, stream)
+
+    def _take_energy(self, algorithm: PolicyAlgorithm) -> None:
+        """Copy the energy of `pretrain.teacher`."""
+        energy = self.teacher.energy
+        if energy is None or algorithm.energy is None:
+            raise UserError("algorithm.teacher_energy is true, but pretrain.teacher has no energy: make it false.")
+        algorithm.energy.load_state_dict(energy.state_dict())
 
     def _generators(self, phase: str, algorithm: Algorithm) -> dict[str, torch.Generator]:
         """The generators of an algorithm's random streams, by name."""

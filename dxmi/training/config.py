@@ -194,6 +194,7 @@ class ExperimentConfig:
             self.algorithm.check(self.schedule.num_steps)
         except ValueError as error:
             raise ValueError(f"algorithm.{error}") from error
+        self._check_teacher()
         if self.algorithm.needs_reward and self.reward is None:
             raise ValueError(
                 f"reward is null, but algorithm.kind is {self.algorithm.kind}, which maximizes one: it must be one of "
@@ -203,6 +204,12 @@ class ExperimentConfig:
             self.score_keys()
         except ValueError as error:
             raise ValueError(f"evaluate.{error}") from error
+
+    def _check_teacher(self) -> None:
+        if self.pretrain.teacher is None and self.algorithm.needs_teacher:
+            raise ValueError(
+                "algorithm.teacher_energy is true, but pretrain.teacher is null: name the run whose energy it is"
+            )
 
     def score_keys(self) -> list[ScoreKey]:
         """The keys of all scores of a finished run, one of which is primary.

@@ -42,7 +42,7 @@ class LoadedRun:
     complaints: list[str]
     data: str = ""
 
-    def states(self, num: int, seed: int | None, guidance: float, label: int | None = None) -> Tensor:
+    def states(self, num: int, seed: int | None, guidance: float | None, label: int | None = None) -> Tensor:
         """Draw samples and return all of their states, starting with the noise: [T+1, num, *event].
 
         The states have the format in which a data set stores samples.
@@ -50,7 +50,7 @@ class LoadedRun:
         Args:
             num: number of samples.
             seed: seed of the noise; None for the run's evaluation seed.
-            guidance: strength of the guidance by the value.
+            guidance: scale of the guidance by the value; None for the run's setting.
             label: class of all samples; None to draw classes with the frequencies of the data.
 
         Raises:
@@ -64,7 +64,7 @@ class LoadedRun:
         self,
         num_samples: int | None,
         seed: int | None,
-        guidance: float,
+        guidance: float | None,
         stream: str = REPORT,
         *,
         on_batch: Callable[[int], None] | None = None,
@@ -75,7 +75,7 @@ class LoadedRun:
         Args:
             num_samples: number of samples; None for the run's setting.
             seed: seed of the noise; None for the run's evaluation seed.
-            guidance: strength of the guidance by the value.
+            guidance: scale of the guidance by the value; None for the run's setting.
             stream: kind of noise, see `stream_of`.
             on_batch: see `Sampling`.
             on_step: see `Sampling`.
@@ -119,8 +119,9 @@ class LoadedRun:
         except ValueError as error:
             raise UserError(f"{error}.") from error
 
-    def _sampling(self, stream: str, guidance: float) -> Sampling:
-        return Sampling(self.algorithm.eval_policy, stream, self.algorithm.guide, guidance, step=self.step)
+    def _sampling(self, stream: str, guidance: float | None) -> Sampling:
+        scale = self.algorithm.guidance if guidance is None else guidance
+        return Sampling(self.algorithm.eval_policy, stream, self.algorithm.guide, scale, step=self.step)
 
 
 def load_run(run: RunDirectory, stored: StoredConfig, which: str) -> LoadedRun:

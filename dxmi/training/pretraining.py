@@ -8,6 +8,7 @@ from shutil import rmtree
 from torch import Tensor
 
 from dxmi.algorithms.ddpm import DDPM
+from dxmi.algorithms.distillation import Distillation
 from dxmi.networks.base import Denoiser
 from dxmi.persistence import checkpoint
 from dxmi.persistence.cache import Entry, cache_root, entry
@@ -39,7 +40,7 @@ class Pretraining:
         self._path = cache_root() / "pretrained" / f"{experiment.pretraining_signature}.cached"
         self._held = ExitStack()
         self._entry: Entry | None = None
-        self._ddpm: DDPM | None = None
+        self._algorithm: DDPM | Distillation | None = None
 
     @property
     def _partial(self) -> Path:
@@ -57,7 +58,7 @@ class Pretraining:
 
     def _phase(self) -> TrainingPhase:
         """The pretraining phase, from its newest checkpoint."""
-        self._ddpm, state, start = self._resumed()
+        self._algorithm, state, start = self._resumed()
         window, total, log_every = MetricWindow(), self._total, self._experiment.config.train.log_every
 
         def after_iteration(step: int, metrics: Mapping[str, Tensor]) -> None:
@@ -72,9 +73,9 @@ class Pretraining:
         def joined(_: int) -> None:
             self._clock.enter(Phase.PRETRAIN)
 
-        return TrainingPhase(self._ddpm, state, start, total, self._experiment.precision, joined, after_iteration)
+        return TrainingPhase(self._algorithm, state, start, total, self._experiment.precision, joined, after_iteration)
 
-    def _resumed(self) -> tuple[DDPM, TrainingState, int]:
+    def _resumed(self) -> tuple[DDPM | Distillation, TrainingState, int]:
         """The pretraining algorithm, its state, and the next iteration."""
         ddpm, state = self._experiment.build_pretraining()
         found, _ = newest_checkpoint(self._partial, self._experiment.workers)
@@ -99,8 +100,8 @@ class Pretraining:
         """
         assert self._entry is not None
         with self._held:
-            if self._ddpm is not None:
-                average = self._ddpm.average.state_dict()
+            if self._algorithm is not None:
+                average = self._algorithm.average.state_dict()
                 require_finite_state(average, "The pretrained model", self._total)
                 self._entry.write(dict(average))
             assert self._entry.tensors is not None

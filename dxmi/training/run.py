@@ -422,12 +422,14 @@ class Run:
         return score
 
     def _sampling(self, stream: str, step: int) -> Sampling:
-        return Sampling(self._algorithm.eval_policy, stream, on_step=self.reporter.listen, step=step)
+        own = self._algorithm
+        return Sampling(own.eval_policy, stream, own.guide, own.guidance, on_step=self.reporter.listen, step=step)
 
     def _picture_sampling(self, step: int = 0) -> Sampling:
         """The sampling for pictures, which only rank 0 draws."""
         on_step = self.reporter.listen if self.workers.size == 1 else None
-        return Sampling(self._algorithm.eval_policy, PICTURES, on_step=on_step, step=step)
+        own = self._algorithm
+        return Sampling(own.eval_policy, PICTURES, own.guide, own.guidance, on_step=on_step, step=step)
 
     def _record_scores(self, step: int, scores: Mapping[str, float]) -> None:
         samples = generate(self._picture_sampling(), self.config.evaluate.grid, self.config.evaluate)
@@ -604,7 +606,7 @@ def changed_inputs(run: RunDirectory, summary: Mapping[str, Any], experiment: Ex
         now = experiment.inputs()
     except UserError as error:
         return [f"{run.path} was trained on inputs that can no longer be read: {error}"]
-    names = {"data": "data", "weights": "pretrain.weights"}
+    names = {"data": "data", "weights": "pretrain.weights", "teacher": "pretrain.teacher"}
     return [
         f"{run.path} was trained on other {names[key]} (signature {recorded[key][:12]}, now {now[key][:12]}): its "
         "scores refer to the former."

@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
             _train,
             _sample,
             _evaluate,
+            _distill,
             _export,
             _data,
             _config,
@@ -124,6 +125,14 @@ def _train(commands: _Commands) -> None:
     source.add_argument(
         "--config", type=Path, metavar="FILE", help="Read a complete config from a file, such as a study's best.yaml."
     )
+
+
+def _distill(commands: _Commands) -> None:
+    text = "Distill the policy of a run into fewer steps, and fine-tune these with the run's algorithm."
+    sub = commands.add("distill", "runs", text)
+    sub.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="Folder of the finished run.")
+    sub.add_argument("--steps", type=_positive, default=1, metavar="N", help="Steps of the student (default: 1).")
+    _overrides(sub, "Settings of the new run to override. out=DIR sets its folder.")
 
 
 def _sample(commands: _Commands) -> None:
@@ -205,9 +214,9 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--guidance",
         type=_finite,
-        default=0.0,
         metavar="S",
-        help="Scale of value guidance, a gradient step down the value after each sampling step (default: 0).",
+        help="Scale of value guidance, a gradient step down the value after each sampling step (default: as in the "
+        "run).",
     )
     sub.add_argument(
         "--seed", type=int, metavar="N", help="Seed of the sampling noise (default: the run's evaluation seed)."

@@ -11,6 +11,7 @@ from tune.cli.studies import place
 from tune.messages import complain
 from tune.plans.ablation import AblationPlan
 from tune.plans.sweep import Plan, require_name
+from tune.reporting.sentences import free_verdict
 from tune.reporting.study_tables import arms_table, leaderboard_table
 from tune.reporting.terminal import Terminal
 from tune.studies.arm_results import results_of
@@ -24,7 +25,7 @@ def show_results(console: Terminal, folder: StudyFolder, plan: Plan, records: Se
     """Print a study's result table and name the entries that a training-free sampler beats."""
     if isinstance(plan, AblationPlan):
         results = results_of(plan, folder, records)
-        table, sentences = arms_table(results), results.outdone
+        table, sentences = arms_table(results), [*free_verdict(results), *results.outdone]
     else:
         table, sentences = leaderboard_table(plan, records), free_sampler_sentences(plan, records)
     console.print(table)

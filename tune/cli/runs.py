@@ -1,4 +1,4 @@
-"""`dxmi train | sample | evaluate | export | data`."""
+"""`dxmi train | distill | sample | evaluate | export | data`."""
 
 import argparse
 import importlib
@@ -27,6 +27,7 @@ from dxmi.training.loading import LoadedRun, load_run
 from dxmi.training.run import labels_text
 from dxmi.training.run import train as train_experiment
 from dxmi.training.schema import read_config
+from dxmi.training.student import student_config
 from dxmi.training.summary import Summary
 from dxmi.visualization.pictures import save_labeled_grid
 from dxmi.visualization.visualizers import build_visualizer
@@ -45,14 +46,27 @@ from tune.reporting.text_tables import TextTable
 
 def train(args: argparse.Namespace) -> int:
     """Run an experiment to its summary, or resume one."""
-    config, out = _resumed(args) if args.resume else _read(args) if args.config else _composed(args)
+    return _train(*(_resumed(args) if args.resume else _read(args) if args.config else _composed(args)), "dxmi train")
+
+
+def distill(args: argparse.Namespace) -> int:
+    """Distill the policy of a run into fewer steps, and fine-tune these."""
+    stored = read_config(RunDirectory(args.run_dir).read_config())
+    student = student_config(stored.config, args.run_dir, args.steps)
+    out = [override for override in args.overrides if override.startswith("out=")]
+    tree = overridden(to_tree(student), [override for override in args.overrides if override not in out])
+    config = build(ExperimentConfig, tree)
+    return _train(config, out_folder(out) or _default_out(config), "dxmi distill")
+
+
+def _train(config: ExperimentConfig, out: Path, command: str) -> int:
     run = RunDirectory(out)
     console = Terminal()
     address, keep = _kept(config, out)
     finished = run.read_summary()
     if finished is None and steps_in(run.checkpoints):
         console.out(f"Resuming the run in {out}.", highlight=False)
-    require_no_stack(config, "dxmi train")
+    require_no_stack(config, command)
     experiment = Experiment(config)
     if finished is None:
         _ = experiment.data  # indexing a folder takes minutes; Ctrl-C exits at once since there is nothing to save yet

@@ -148,7 +148,7 @@ def _scores(run: RunDirectory, step: int, threads: int, on_step: Callable[[], No
     loaded = load_run(run, read_config(tree), "best")
     if loaded.step != step:
         raise UserError(f"the checkpoint of iteration {step} in {run.path} is missing or damaged.")
-    values = loaded.scores(None, None, 0.0, CONFIRMATION, on_step=on_step).values
+    values = loaded.scores(None, None, None, CONFIRMATION, on_step=on_step).values
     for key, value in values.items():
         if not math.isfinite(value):
             raise UserError(f"{key} is {value} on fresh noise.")

@@ -29,7 +29,7 @@ class TrialTask:
     address: str | None
     metric: str
     same_as: str | None = None
-    seeds: Sequence[int] = ()
+    seeds: tuple[int, ...] = ()
 
 
 def tasks_to_json(tasks: Sequence[TrialTask]) -> str:
@@ -39,7 +39,7 @@ def tasks_to_json(tasks: Sequence[TrialTask]) -> str:
 
 def tasks_from_json(text: str) -> list[TrialTask]:
     """Inverse of `tasks_to_json`."""
-    return [TrialTask(**task) for task in json.loads(text)]
+    return [TrialTask(**{**task, "seeds": tuple(task["seeds"])}) for task in json.loads(text)]
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def _digest(config: ExperimentConfig) -> Digest:
     networks = (config.network.denoiser, config.network.energy, config.network.value)
     if config.schedule.num_steps > _MAX_STEPS or not all(isinstance(network, MlpConfig) for network in networks):
         return None  # it would take too long
-    if config.pretrain.weights is not None:
+    if config.pretrain.weights is not None or config.pretrain.teacher is not None:
         return None
     experiment = Experiment(config, event=_EVENT)
     with experiment.precision():
@@ -154,5 +154,6 @@ def _finetuned(experiment: Experiment, denoiser: Denoiser) -> list[Tensor]:
         algorithm.update(_batch(num, iteration, denoiser), iteration, streams)
     policy, value = algorithm.policy, algorithm.value
     judged: list[nn.Module] = [algorithm.eval_policy, policy, *([] if value is None else [value])]
+    guidance = torch.tensor(algorithm.guidance, dtype=torch.float64)
     schedule = [policy.timestep, policy.signal_scale, policy.output_scale, policy.log_sigma]
-    return [*schedule, *(parameter.detach() for module in judged for parameter in module.parameters())]
+    return [guidance, *schedule, *(parameter.detach() for module in judged for parameter in module.parameters())]

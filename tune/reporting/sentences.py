@@ -107,7 +107,15 @@ def verdict_sentences(results: Results) -> list[str]:
     baseline = [f"The baseline {results.gaps[BASELINE]}."] if results.runs[BASELINE].lost else []
     unfinished = [results.unfinished] if results.unfinished else []
     verdicts = [f"{str(verdict).capitalize()}: {', '.join(arms)}." for verdict, arms in by_verdict.items() if arms]
-    return [*verdicts, *baseline, *unfinished, *results.outdone]
+    return [*verdicts, *free_verdict(results), *baseline, *unfinished, *results.outdone]
+
+
+def free_verdict(results: Results) -> list[str]:
+    """Describe the comparison of the baseline with the best training-free sampler, if there is one."""
+    if results.against_free is None:
+        return []
+    sampler, comparison = results.against_free
+    return [f"The baseline against {sampler.label} without fine-tuning (mean {number(sampler.score)}): {comparison}."]
 
 
 def course_sentences(study: Study, records: Sequence[TrialRecord]) -> list[str]:

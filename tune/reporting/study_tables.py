@@ -97,7 +97,7 @@ def _columns(plan: Plan, rows: Sequence[LeaderboardRow]) -> list[_Column]:
             if name != "score"
         ),
         _Column("score ", [_marked_score(row) for row in rows]),
-        *([_Column(SPREAD, [_optional_number(row, SPREAD) for row in rows])] if SPREAD in rows[0] else []),
+        *([_Column(SPREAD, [_optional_number(row, SPREAD) for row in rows])] if rows and SPREAD in rows[0] else []),
         *(_Column(_heading(name), [fidelity_text(row[name]) for row in rows]) for name in fidelity_columns(plan)),
         *(_Column(_heading(name), [_optional_number(row, name) for row in rows]) for name in fresh_columns(rows)),
         _Column("step", [_optional(row["step"], "{:d}") for row in rows]),

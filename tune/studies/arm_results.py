@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dxmi.errors import UserError
-from dxmi.evaluation.scored_references import ScoredReference, scored_references
+from dxmi.evaluation.scored_references import ScoredReference, best_reference, scored_references
 from dxmi.metrics.keys import Direction
 from dxmi.persistence.files import write_atomic
 from tune.plans.ablation import ARM, SEED, AblationPlan
@@ -299,6 +299,28 @@ class Results:
                 evaluations, direction = summaries[0]["num_steps"], self.plan.direction
                 found.append(outdone(arm.name, score, _mean_references(summaries), evaluations, direction))
         return outdone_sentences(self.plan.metric, found)
+
+    @cached_property
+    def against_free(self) -> tuple[ScoredReference, Comparison] | None:
+        """The baseline compared with the best training-free sampler, paired by seed, since seeds have their own models.
+
+        The sampler is the one with the best mean over the seeds among those with at most as many network evaluations
+        as the baseline. This choice favors the samplers. The comparison is a single test, whatever arms the study has.
+        None unless the objective is the score and all seeds of the baseline have ended with one.
+        """
+        scored = self._scored_summaries(BASELINE)
+        if self.plan.ablation.objective.metric != "score" or len(scored) < self.runs[BASELINE].planned:
+            return None
+        summaries = [summary for _, summary in scored]
+        best = best_reference(_mean_references(summaries), summaries[0]["num_steps"], self._direction)
+        if best is None:
+            return None
+        scores = {
+            best.key: np.array([float(summary["reference"][best.key]) for summary in summaries]),
+            BASELINE: np.array([score for score, _ in scored]),
+        }
+        (found,) = compare(scores, best.key, direction=self._direction, bootstrap=self._bootstrap)
+        return best, found
 
     def _scored_summaries(self, arm: str) -> list[tuple[float, Mapping[str, Any]]]:
         """Score and summary of each complete run of an arm."""

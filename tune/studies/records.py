@@ -164,12 +164,12 @@ def _values(summary: Mapping[str, Any]) -> dict[str, float]:
     values = {
         **summary["scores"]["best"],
         "score": summary["best"]["value"],
-        "last": summary["last"]["value"],
         "pretrained": _score_of_parent(summary),
         "num_steps": summary["num_steps"],
         "seconds": summary["seconds"]["finetune"],
     }
-    return {metric: float(value) for metric, value in values.items()}
+    last = {"last": summary["last"]["value"]} if "last" in summary else {}
+    return {metric: float(value) for metric, value in (values | last).items()}
 
 
 def _score_of_parent(summary: Mapping[str, Any]) -> float:
