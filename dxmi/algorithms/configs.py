@@ -159,6 +159,9 @@ class DDPMConfig:
     teacher: str | None = field(default=None, metadata=PLACE)
     """Folder of a run whose policy is distilled into the steps of this run's schedule, in place of pretraining; null
     for pretraining."""
+    shipped: bool = True
+    """Use the result of exactly this pretraining that ships with the package, if there is one; `--from-scratch` sets it
+    to false."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
     """Optimizer of the denoiser."""
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from dxmi.rewards.metric import MeanReward
 from dxmi.rewards.registry import REWARDS
 from dxmi.seeds import generator
 from dxmi.training.config import SCHEMA, ExperimentConfig
+from dxmi.training.shipped import ShippedParent, find_shipped
 from dxmi.training.state import TrainingState
 
 PRETRAINING_VERSION = 2
@@ -145,26 +147,46 @@ class Experiment:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     @property
-    def pretraining_signature(self) -> str:
-        """The signature of everything that the pretrained denoiser depends on."""
+    def pretraining_recipe(self) -> dict[str, Any]:
+        """Everything that determines the pretrained denoiser, except for the version of PyTorch."""
         config = self.config
-        weights = None if config.pretrain.weights is None else self.weights_signature
-        given: dict[str, Any] = {"weights": weights}
+        pretrain = delta(config.pretrain, RESULT)
+        pretrain.pop("shipped", None)
+        pretrain["weights"] = None if config.pretrain.weights is None else self.weights_signature
         if config.pretrain.teacher is not None:
-            given |= {"teacher": self.teacher_signature, "schedule": shorten(config.schedule).tree()}
-        identity = {
+            pretrain |= {"teacher": self.teacher_signature, "schedule": shorten(config.schedule).tree()}
+        return {
             "schema": SCHEMA,
             "version": PRETRAINING_VERSION,
-            "torch": torch.__version__,
             "seed": config.seed,
             "data": self.data.signature,
             "mirrors": config.data.mirrors,
             "network": block_delta(config.network.denoiser, RESULT),
-            "pretrain": {**delta(config.pretrain, RESULT), **given},
+            "pretrain": pretrain,
             "precision": config.train.precision,
             "family": config.schedule.family,
         }
-        return signature(identity)
+
+    @cached_property
+    def shipped(self) -> ShippedParent | None:
+        """The result of the pretraining that ships with the package; None if there is none, or it is not wanted.
+
+        Raises:
+            UserError: its file has been altered.
+        """
+        return find_shipped(self.pretraining_recipe) if self.config.pretrain.shipped else None
+
+    @property
+    def pretraining_signature(self) -> str:
+        """The signature of everything that the pretrained denoiser depends on."""
+        if self.shipped is not None:
+            return signature({"shipped": self.shipped.sha256})
+        return signature({**self.pretraining_recipe, "torch": torch.__version__})
+
+    @property
+    def pretraining_path(self) -> Path:
+        """The path of the cached result of the pretraining."""
+        return cache_root() / "pretrained" / f"{self.pretraining_signature}.cached"
 
     # ------------------------------------------------------------------------
     # Building. Every random stream has a name; see dxmi.seeds.
@@ -206,12 +228,14 @@ class Experiment:
             raise UserError(f"pretrain.weights is {self.config.pretrain.weights}{place}. {error}{seen}") from error
 
     def inputs(self) -> dict[str, str]:
-        """The signatures of the run's inputs: `data`, and `weights` or `teacher` if pretraining starts from one.
+        """The signatures of the run's inputs: `data`, and `parent` (a shipped model), `weights` or `teacher` if used.
 
         Raises:
             UserError: an input cannot be read.
         """
         inputs, pretrain = {"data": self.data.signature}, self.config.pretrain
+        if self.shipped is not None:
+            inputs["parent"] = self.shipped.sha256
         if pretrain.teacher is not None:
             inputs["teacher"] = self.teacher_signature
         return inputs if pretrain.weights is None else {**inputs, "weights": self.weights_signature}

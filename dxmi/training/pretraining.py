@@ -11,7 +11,7 @@ from dxmi.algorithms.ddpm import DDPM
 from dxmi.algorithms.distillation import Distillation
 from dxmi.networks.base import Denoiser
 from dxmi.persistence import checkpoint
-from dxmi.persistence.cache import Entry, cache_root, entry
+from dxmi.persistence.cache import Entry, entry
 from dxmi.tensors import require_finite_state
 from dxmi.training.build import Experiment
 from dxmi.training.fit import TrainingPhase
@@ -37,7 +37,7 @@ class Pretraining:
         self._reporter = reporter
         self._clock = clock
         self._total = experiment.config.pretrain.iterations
-        self._path = cache_root() / "pretrained" / f"{experiment.pretraining_signature}.cached"
+        self._path = experiment.pretraining_path
         self._held = ExitStack()
         self._entry: Entry | None = None
         self._algorithm: DDPM | Distillation | None = None
@@ -54,6 +54,12 @@ class Pretraining:
             self._reporter.note(self._experiment.check_public(denoiser), Phase.PRETRAIN, self._total)
         found = entry(self._path, self._experiment.workers, self._reporter.ask_again)
         self._entry = self._held.enter_context(found)
+        shipped = self._experiment.shipped
+        if shipped is not None:
+            if self._entry.tensors is None:
+                self._entry.write(dict(shipped.tensors))
+            sentence = f"the pretrained model {shipped.name} ships with the package; --from-scratch trains it here."
+            self._reporter.note([sentence], Phase.PRETRAIN, self._total, of_data=True)
         return self._phase() if self._entry.tensors is None else None
 
     def _phase(self) -> TrainingPhase:

@@ -606,7 +606,7 @@ def changed_inputs(run: RunDirectory, summary: Mapping[str, Any], experiment: Ex
         now = experiment.inputs()
     except UserError as error:
         return [f"{run.path} was trained on inputs that can no longer be read: {error}"]
-    names = {"data": "data", "weights": "pretrain.weights", "teacher": "pretrain.teacher"}
+    names = {"data": "data", "weights": "pretrain.weights", "teacher": "pretrain.teacher", "parent": "shipped model"}
     return [
         f"{run.path} was trained on other {names[key]} (signature {recorded[key][:12]}, now {now[key][:12]}): its "
         "scores refer to the former."

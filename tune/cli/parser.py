@@ -58,6 +58,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    if getattr(args, "from_scratch", False):
+        args.overrides = [*args.overrides, "pretrain.shipped=false"]
     return args
 
 
@@ -120,6 +122,7 @@ def _train(commands: _Commands) -> None:
     text = "Run an experiment: pretraining, shortening, fine-tuning and evaluation."
     sub = commands.add("train", "runs", text, _about_overrides())
     _overrides(sub, "Settings to override. out=DIR sets the run folder. With --resume, only resources.* is allowed.")
+    _from_scratch(sub)
     source = sub.add_mutually_exclusive_group()
     source.add_argument("--resume", type=Path, metavar="RUN_DIR", help="Resume the interrupted run in this folder.")
     source.add_argument(
@@ -209,6 +212,14 @@ def _overrides(sub: argparse.ArgumentParser, text: str) -> None:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help=text)
 
 
+def _from_scratch(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--from-scratch",
+        action="store_true",
+        help="Pretrain the model here, also if the result of that pretraining ships with the package.",
+    )
+
+
 def _run_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="Folder of the run.")
     sub.add_argument(
@@ -267,6 +278,7 @@ def _study_options(sub: argparse.ArgumentParser, dry_run: str) -> None:
         help="Resume a study, given by name or folder. Only resources, budgets and tracking may change.",
     )
     sub.add_argument("--dry-run", action="store_true", help=dry_run)
+    _from_scratch(sub)
     _studies_argument(sub)
 
 

@@ -76,6 +76,8 @@ class StoppingConfig:
     """asha: rungs are at first_step x factor^k, and the best 1/factor continue."""
     min_trials: int = 3
     """median: number of finished trials required before any trial is stopped."""
+    spare_first: bool = False
+    """Never stop trial 0, which has the experiment's own values, so that the others can be compared with it."""
 
     def __post_init__(self) -> None:
         require_choice("rule", self.rule, RULES)

@@ -10,7 +10,6 @@ from dxmi.data.batch import Streams
 from dxmi.evaluation.config import SELECTION
 from dxmi.evaluation.references import references
 from dxmi.evaluation.sampling import Sampling, generate
-from dxmi.persistence.cache import cache_root
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from tune.execution.slots import Slots
@@ -94,10 +93,10 @@ def _measured(experiment: Experiment, slots: Slots, trials: int) -> Estimate:
     )
     sampling = batch * config.evaluate.num_samples / config.evaluate.batch_size
     shared = 0.0
-    cached = cache_root() / "pretrained" / f"{experiment.pretraining_signature}.cached"
-    if not cached.exists():
-        data, noise = pretraining.stream.next(), Streams([pretraining.generators])
-        shared += config.pretrain.iterations * _seconds(lambda: ddpm.update(data, 0, noise))
+    if not experiment.pretraining_path.exists():
+        if experiment.shipped is None:
+            data, noise = pretraining.stream.next(), Streams([pretraining.generators])
+            shared += config.pretrain.iterations * _seconds(lambda: ddpm.update(data, 0, noise))
         shared += sampling * _reference_evaluations(config) / config.schedule.num_steps
     evaluations = train.iterations / config.evaluate.every + 3
     seconds = train.iterations * iteration + evaluations * sampling * _SCORING

@@ -222,6 +222,8 @@ class Study:
         """Whether a trial that has just been scored should stop early; never true at its last iteration."""
         if step >= self.spec(self.record(number)).iterations:
             return False
+        if number == 0 and self.plan.sweep.stopping.spare_first:
+            return False
         finished = [record.number for record in self._complete()]
         sign = sign_of(self.plan.direction)
         curves = {n: {s: sign * score for s, score in curve.items()} for n, curve in self.curves().items()}
