@@ -78,7 +78,9 @@ def test_a_planar_run_draws_samples_steps_energy_and_values(run):
     names = {entry.name for entry in (run / "samples").iterdir()}
     pictures = {f"reference_{name}.png" for name in ("data", "full", "few")}
     steps = {f"step_{step:06d}.png" for step in (0, 10, 20)}
-    assert names == {*pictures, *steps, "steps.png", "energy.png", "values.png"}
+    others = {name for name in names if "_5_" in name}
+    assert len(others) >= 5  # the samplers with as many evaluations, of which one may be the best, named few
+    assert names - others == {*pictures, *steps, "steps.png", "energy.png", "values.png"}
     for path in [*(run / "samples").iterdir(), run / "curves.png"]:
         with Image.open(path) as picture:
             picture.verify()

@@ -43,8 +43,8 @@ class RunDirectory:
         """The path of an image to compare samples with.
 
         Args:
-            name: data, full (the model with many steps) or few (the best training-free sampler with no more
-                network evaluations than the policy).
+            name: data, full (the model with many steps), few (the best training-free sampler with no more network
+                evaluations than the policy), or the key of another training-free sampler with as many.
         """
         return self.samples / f"reference_{name}.png"
 

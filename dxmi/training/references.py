@@ -13,7 +13,7 @@ from dxmi.diffusion.policy import Policy
 from dxmi.evaluation.config import PICTURES, REPORT, SCORING_VERSION
 from dxmi.evaluation.references import Reference, references
 from dxmi.evaluation.sampling import Sampling, preview, stream_of
-from dxmi.evaluation.scored_references import DATA, ScoredReference, best_reference, full_reference
+from dxmi.evaluation.scored_references import DATA, Role, ScoredReference, best_reference, full_reference
 from dxmi.evaluation.scorers import Scorer, Scores
 from dxmi.networks.base import Denoiser
 from dxmi.persistence.cache import cache_root, cached
@@ -107,7 +107,7 @@ class References:
     # Pictures.
 
     def draw(self, run: RunDirectory, visualizer: Visualizer, denoiser: Denoiser, scores: Mapping[str, Scores]) -> None:
-        """Draw the data, and samples of the best references on the same noise as those of the policy."""
+        """Draw the data, and samples of references on the same noise as those of the policy."""
         found = primary_scores(self._scorer.metric, scores)
         scored = [reference.scored(found[reference.key]) for reference in self.compared if reference.key in found]
         for name, samples in {"data": self._some_data(), **self._previews(denoiser, scored)}.items():
@@ -115,11 +115,12 @@ class References:
             self._experiment.workers.on_rank_zero(draw)
 
     def _previews(self, denoiser: Denoiser, scored: Sequence[ScoredReference]) -> dict[str, Tensor]:
-        """Samples of the best sampler with many steps, and of the best one with no more evaluations than the policy."""
+        """Samples by the name of their picture, see `RunDirectory.reference_picture`."""
         direction = self._scorer.direction
         few = best_reference(scored, self._config.schedule.num_steps, direction)
         by_key = {reference.key: reference for reference in self.compared}
         chosen = {"full": full_reference(scored, direction), "few": few}
+        chosen |= {one.key: one for one in scored if one.role is Role.FEW and one is not few}
         return {name: self._preview(by_key[one.key], denoiser) for name, one in chosen.items() if one is not None}
 
     def _some_data(self) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from dxmi.evaluation.scored_references import DATA, best_reference, full_reference, scored_references
-from dxmi.metrics.keys import MINIMIZE
+from dxmi.evaluation.scored_references import DATA, Role, best_reference, full_reference, scored_references
+from dxmi.metrics.keys import MINIMIZE, sign_of
 from tune.plans.sweep import Plan
 from tune.reporting.sentences import score_of
 from tune.studies.arm_results import Results
@@ -125,7 +125,7 @@ def arm_matrix(results: Results) -> Matrix | None:
 
 
 def reference_strips(plan: Plan, runs: Sequence[TrialRecord], side: int, columns: int) -> list[Strip]:
-    """Return images of real data, the model with many steps, and the best training-free sampler.
+    """Return images of real data, the model with many steps, and the training-free samplers with few, best first.
 
     They are taken from the first run that has them.
 
@@ -155,7 +155,9 @@ def _strip_words(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     scored, floor = scored_references(summary), summary["reference"].get(DATA)
     direction = str(summary.get("direction", MINIMIZE))
     full, few = full_reference(scored, direction), best_reference(scored, summary["num_steps"], direction)
-    references = [("full", full), ("few", few)]
+    others = [found for found in scored if found.role is Role.FEW and found is not few]
+    others.sort(key=lambda found: sign_of(direction) * found.score)
+    references = [("full", full), ("few", few), *((found.key, found) for found in others)]
     return [
         ("data", "real data", "" if floor is None else number(floor)),
         *((name, found.label, f"{number(found.score)}, no fine-tuning") for name, found in references if found),
