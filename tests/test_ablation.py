@@ -132,6 +132,30 @@ def test_arms_that_a_free_sampler_beats_are_named_by_their_means(played, monkeyp
     assert verdict_sentences(results)[-1] == sentence
 
 
+@pytest.mark.parametrize(("mean", "verdict"), [(2.0, Verdict.BETTER), (30.0, Verdict.WORSE)])
+def test_the_baseline_is_tested_against_the_best_free_sampler_with_as_many_evaluations(
+    played, monkeypatch, mean, verdict
+):
+    """With eight seeds that agree, the p-value of the sign-flip test is 2 / 2^8."""
+    monkeypatch.setattr(Played, "references", {"ddpm_1000": 0.1, "ddim_5": 9.0, "dpm_solver_5": 9.5})
+    study = played(seeds=8)
+    study.play(lambda _, seed: mean + 0.1 * seed)
+    results = results_of(study.plan, study.folder, study.records())
+    sampler, comparison = results.against_free
+    assert (sampler.key, sampler.score) == ("ddim_5", 9.0)
+    assert comparison.verdict is verdict
+    assert comparison.p == pytest.approx(2.0 / 2**8)
+    assert comparison.difference.estimate == pytest.approx(mean + 0.35 - 9.0)
+    (sentence,) = (text for text in verdict_sentences(results) if "without fine-tuning (mean" in text)
+    assert missing(f"5 steps … DDIM … 9.00 … {verdict}", sentence) == []
+
+
+def test_an_unfinished_baseline_is_not_tested_against_free_samplers(played):
+    study = played(seeds=4)
+    study.play(shifted(), most=5)
+    assert results_of(study.plan, study.folder, study.records()).against_free is None
+
+
 def test_real_data_and_references_stand_above_the_arms_samples(played, monkeypatch):
     """Those of the first run that has them: here the baseline's with seed 1."""
     monkeypatch.setattr(Played, "references", {"ddpm_1000": 5.0, "ddim_5": 9.0})
