@@ -14,12 +14,16 @@ _LEVEL = 0.2
 _KAPPA = 0.1
 """Scale of the student's initial sigmas, which are small, since it learns a deterministic map."""
 _ITERATIONS = 10_000
+_RATE, _WARMUP = 0.2, 100
+"""Factor of the policy's learning rate, and warm-up: the energy has seen no samples of the student yet, and at the full
+rate the policy leaves the data before the energy has followed."""
 
 
 def student_config(teacher: ExperimentConfig, run: Path, num_steps: int) -> ExperimentConfig:
     """The config of the student of a run: distillation in place of pretraining, and the run's algorithm with few steps.
 
-    DxMI starts from the teacher's energy. Settings for each step are reset to their defaults.
+    DxMI starts from the teacher's energy, with a lower learning rate of the policy. Settings for each step are reset to
+    their defaults.
 
     Args:
         teacher: Config of the run.
@@ -42,7 +46,10 @@ def student_config(teacher: ExperimentConfig, run: Path, num_steps: int) -> Expe
         )
     algorithm = teacher.algorithm
     if isinstance(algorithm, DxMIConfig):
-        algorithm = replace(algorithm, teacher_energy=True, reference_var=None, value_mask=None, policy_mask=(1.0,))
+        policy = replace(algorithm.policy, lr=_RATE * algorithm.policy.lr, warmup=_WARMUP)
+        per_step = {"reference_var": None, "value_mask": None, "policy_mask": [1.0]}
+        own = {**to_tree(algorithm), **per_step, "teacher_energy": True, "policy": to_tree(policy)}
+        algorithm = build(DxMIConfig, own)
     student = VarScheduleConfig(shape="linear", num_steps=num_steps, last_level=_LEVEL, kappa=_KAPPA)
     tree = {
         **to_tree(teacher),
