@@ -101,6 +101,7 @@ def test_a_run_is_distilled_from_the_command_line_and_scored(teacher, tmp_path, 
     assert missing("1 step … before … 1 step … after", capsys.readouterr().out) == []
     summary = json.loads((out / "summary.json").read_text())
     assert summary["num_steps"] == 1
+    assert set(summary["reference"]) == {"shortened", "data"}  # its network predicts no noise
     assert set(summary["inputs"]) == {"data", "teacher"}
     assert main(["distill", str(teacher), *fast, f"out={out}"]) == 0  # the same run
     assert "already finished" in capsys.readouterr().out

@@ -85,7 +85,11 @@ class Reference:
 
 
 def references(
-    config: ScheduleConfig, *, full_steps: Sequence[int] | None = FULL_STEPS, steps: Sequence[int] = ()
+    config: ScheduleConfig,
+    *,
+    full_steps: Sequence[int] | None = FULL_STEPS,
+    steps: Sequence[int] = (),
+    is_student: bool = False,
 ) -> list[Reference]:
     """The samplers that a policy is compared with, each with a distinct key.
 
@@ -94,12 +98,17 @@ def references(
         full_steps: numbers of network evaluations with which a DDPM is sampled to show its own quality (an EDM model
             is sampled in the usual ways instead); None for no such samplers.
         steps: further numbers of network evaluations.
+        is_student: whether the network was distilled from a policy; it then predicts no noise, and has no other
+            sampler than the policy before fine-tuning.
     """
+    shortened = Reference(SHORTENED, "before", Role.SHORTENED, shorten(config))
+    if is_student:
+        return [shortened]
     found = [] if full_steps is None else _full(config, full_steps)
     found += _of_steps(config, config.num_steps, Role.FEW)
     for number in steps:
         found += _of_steps(config, number, Role.FURTHER)
-    found.append(Reference(SHORTENED, "before", Role.SHORTENED, shorten(config)))
+    found.append(shortened)
     unique: dict[str, Reference] = {}
     for reference in found:
         unique.setdefault(reference.key, reference)

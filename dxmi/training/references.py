@@ -20,7 +20,7 @@ from dxmi.persistence.cache import cache_root, cached
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.seeds import generator
 from dxmi.training.build import Experiment
-from dxmi.training.config import SCHEMA
+from dxmi.training.config import SCHEMA, ExperimentConfig
 from dxmi.training.progress import Phase
 from dxmi.training.reporter import RunReporter
 from dxmi.visualization.visualizers import Visualizer
@@ -29,6 +29,17 @@ from dxmi.visualization.visualizers import Visualizer
 def primary_scores(metric: str, scores: Mapping[str, Scores]) -> dict[str, float]:
     """The primary score of each sampler that has one: training-free samplers have no scores of an energy."""
     return {key: scored.values[metric] for key, scored in scores.items() if metric in scored.values}
+
+
+def references_of(config: ExperimentConfig) -> list[Reference]:
+    """The training-free samplers that the policy of a run with this config is compared with."""
+    evaluate = config.evaluate
+    return references(
+        config.schedule,
+        full_steps=evaluate.full_evaluations,
+        steps=evaluate.reference_steps or (),
+        is_student=config.pretrain.teacher is not None,
+    )
 
 
 class References:
@@ -48,10 +59,7 @@ class References:
         self._config = experiment.config
         self._scorer = scorer
         self._reporter = reporter
-        evaluate = experiment.config.evaluate
-        self.compared: list[Reference] = references(
-            experiment.config.schedule, full_steps=evaluate.full_evaluations, steps=evaluate.reference_steps or ()
-        )
+        self.compared: list[Reference] = references_of(experiment.config)
 
     def scores(self, denoiser: Denoiser) -> dict[str, Scores]:
         """The scores of each sampler and, if further data can be drawn, of the data itself, by key."""

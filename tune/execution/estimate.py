@@ -8,10 +8,10 @@ import torch
 
 from dxmi.data.batch import Streams
 from dxmi.evaluation.config import SELECTION
-from dxmi.evaluation.references import references
 from dxmi.evaluation.sampling import Sampling, generate
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
+from dxmi.training.references import references_of
 from tune.execution.slots import Slots
 
 _REPEATS = 3
@@ -105,9 +105,7 @@ def _measured(experiment: Experiment, slots: Slots, trials: int) -> Estimate:
 
 def _reference_evaluations(config: ExperimentConfig) -> int:
     """Total number of network evaluations for one sample from every reference."""
-    evaluate = config.evaluate
-    compared = references(config.schedule, full_steps=evaluate.full_evaluations, steps=evaluate.reference_steps or ())
-    return sum(reference.evaluations for reference in compared)
+    return sum(reference.evaluations for reference in references_of(config))
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -38,7 +38,7 @@ FIXED = {
 }
 """Groups of settings that cannot vary in a study, and why."""
 _MAX_GRID = 100_000
-_CLOSE_TO_1 = 0.9
+_CLOSE_TO_1 = 0.99
 
 Value = Any
 Param = str | float | int | bool | None
