@@ -99,7 +99,7 @@ from dxmi.tensors import decode, require_finite, require_finite_metrics
 
 _CELLS = 160
 """Cells per side of the grid over the square; each is 0.05 wide, half the narrowest distribution's deviation."""
-TEST_FLOOR, HALVES_FLOOR = "test images", "one half of the images against the other"
+TEST_FLOOR, HALVES_FLOOR = "test images", "half against half"
 """Descriptions of the real images that are scored as the floor."""
 _FLOOR_HALVES = 4
 """Number of random divisions of the data into halves whose mean score is the floor, if there are no test images."""

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup, escape
 
-from dxmi.evaluation.scored_references import best_reference, scored_references
+from dxmi.evaluation.scored_references import DATA, best_reference, data_label, scored_references
 from dxmi.metrics.keys import is_better
 from tune.plans.arms import Arm, two_level_design
 from tune.plans.sweep import Plan, fidelity_keys
@@ -325,7 +325,7 @@ def sampler_rows(plan: Plan, records: Sequence[TrialRecord]) -> list[_Sampler]:
         own = summary["scores"].get(name, {})
         return [number(own[key]) if key in own else NOT_COMPUTED for key in fidelity_keys(plan.experiment)]
 
-    by_label = {reference.label: reference.key for reference in scored}
+    by_label = {reference.label: reference.key for reference in scored} | {data_label(summary): DATA}
     cheap = best_reference(scored, summary["num_steps"], plan.direction)
     beaten = cheap is not None and is_better(cheap.score, score_of(best), plan.direction)
     rows = [
