@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from dxmi.errors import UserError
+from dxmi.persistence.cache import cached
 from dxmi.training import shipped
 from dxmi.training.build import Experiment
+from dxmi.training.run import train
 from dxmi.training.shipped import SHIPPED, find_shipped
 from support import TINY, changed, missing, stating
 from tune.cli.main import main
@@ -73,8 +75,6 @@ def test_an_altered_file_is_refused(monkeypatch):
 
 def test_the_shipped_weights_are_those_of_a_run_rounded_to_half_precision(tmp_path, monkeypatch, capsys):
     """The command that writes a file, on a small pretraining."""
-    from dxmi.training.run import train  # noqa: PLC0415
-
     made = Experiment(compose_experiment(changed(TINY, *QUICK)).experiment)
     train(made, out=tmp_path / "run")
     (tmp_path / "parents").mkdir()
@@ -85,8 +85,6 @@ def test_the_shipped_weights_are_those_of_a_run_rounded_to_half_precision(tmp_pa
     shipped._names_by_recipe.cache_clear()
     found = find_shipped(made.pretraining_recipe)
     shipped._names_by_recipe.cache_clear()
-    from dxmi.persistence.cache import cached  # noqa: PLC0415
-
     exact = cached(made.pretraining_path, dict)
     for key, value in exact.items():
         assert torch.equal(found.tensors[key], value.half().float())
