@@ -171,7 +171,7 @@ class _SeedReporters:
                 self._reporter(replace(event, note=event.note if k == 0 else f"seed {self._seeds[k]}: {event.note}"))
         elif any(key.startswith(_EVALUATION) for key in event.metrics):
             self._evaluated(k, event)
-        elif k == 0:
+        else:  # of every seed, since the reporter hears of a requested stop only when it is called
             self._reporter(event)
         return self._stopped or self._reporter.stop
 
