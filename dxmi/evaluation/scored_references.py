@@ -132,6 +132,18 @@ def highlights(found: Sequence[ScoredReference], num_steps: int, direction: str 
     return [r for r in found if r.role is Role.SHORTENED or r in best]
 
 
+def pictured(found: Sequence[ScoredReference], num_steps: int, direction: str = MINIMIZE) -> dict[str, ScoredReference]:
+    """The references of which samples are drawn, by the name of their picture (`RunDirectory.reference_picture`).
+
+    The best with many steps, the best with few, and then the others with few, best first.
+    """
+    few = best_reference(found, num_steps, direction)
+    others = [reference for reference in found if reference.role is Role.FEW and reference is not few]
+    others.sort(key=lambda reference: sign_of(direction) * reference.score)
+    named = {"full": full_reference(found, direction), "few": few, **{other.key: other for other in others}}
+    return {name: reference for name, reference in named.items() if reference is not None}
+
+
 def evaluations_text(number: int) -> str:
     """Format a number of network evaluations."""
     return f"{number} network evaluation{'s' if number > 1 else ''}"

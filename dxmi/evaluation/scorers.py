@@ -89,6 +89,7 @@ from dxmi.metrics.keys import (
     count_name,
     inception_keys,
     inception_score_key,
+    mean_scores,
     planar_keys,
     primary_key,
 )
@@ -176,7 +177,7 @@ class Scorer(ABC):
     def of_data(self, stream: str = REPORT) -> Scores | None:
         """The floor: the scores of real data in place of samples of `stream`; None if there are no data for it.
 
-        Afterwards, `about["floor"]` says which data were scored.
+        For images, `about["floor"]` then says which were scored.
         """
 
     def _scores(self, sampling: Sampling, energy: Energy | None, score: Score) -> Scores:
@@ -271,13 +272,17 @@ class _FeatureScorer(Scorer):
         self.images = images
         self.device = device
 
-    def _held_out(self, stream: str) -> Tensor | None:
-        """As many of the published test images as there are samples of `stream`, or fewer; None if there are none."""
+    def _test_images(self) -> Tensor | None:
+        """The published test images; None if there are none."""
         if not self.workers.on_rank_zero(self._has_test_images):
             return None
         test = self.images.split("test")
         assert test is not None
-        return some_rows(test.x, self.config.num_samples, self._generator(stream, "floor"))
+        return test.x
+
+    def _as_many(self, rows: Tensor, stream: str) -> Tensor:
+        """As many random rows, of test images or their features, as there are samples of `stream`, or fewer."""
+        return some_rows(rows, self.config.num_samples, self._generator(stream, "floor"))
 
     def _has_test_images(self) -> bool:
         try:
@@ -350,9 +355,10 @@ class ImageScorer(_FeatureScorer):
 
         Further metrics are not computed of halves, which are part of the training data.
         """
-        held_out = self._held_out(stream)
-        if held_out is None:
+        test = self._test_images()
+        if test is None:
             return self._floor(lambda: self._mean_of_halves(stream), len(self.images) // 2, HALVES_FLOOR)
+        held_out = self._as_many(test, stream)
         own = [metric for metric in self.metrics if metric.applies_to_data]
 
         def scores() -> dict[str, float]:
@@ -362,8 +368,7 @@ class ImageScorer(_FeatureScorer):
         return self._floor(scores, len(held_out), TEST_FLOOR)
 
     def _mean_of_halves(self, stream: str) -> dict[str, float]:
-        halves = [self._half_scores(stream, number) for number in range(_FLOOR_HALVES)]
-        return {key: sum(half[key] for half in halves) / len(halves) for key in halves[0]}
+        return mean_scores([self._half_scores(stream, number) for number in range(_FLOOR_HALVES)])
 
     def _half_scores(self, stream: str, number: int) -> dict[str, float]:
         """Distance, precision and recall of one random half of the data against the other."""
@@ -470,21 +475,14 @@ class InceptionScorer(_FeatureScorer):
 
     def of_data(self, stream: str = REPORT) -> Scores | None:
         """The distance, precision and recall of test images; None if there are none, since halves would be too few."""
-        held_out = self._held_out(stream)
-        if held_out is None:
+        test = self._test_images()
+        if test is None:
             return None
-        reference, size_name = self.reference(), count_name(self.config.num_samples)
-        path = self.path.with_name(f"{self.identity}-floor-{self.config.num_samples}-{stream.replace('/', '-')}.cached")
-        pool = cached(path, lambda: {"features": self._features_of(held_out)}, self.workers)["features"]
-
-        def scores() -> dict[str, float]:
-            some = some_rows(pool, _KEPT, self._generator(stream, "neighbours/samples"))
-            neighbors = some_rows(reference.features, len(some), self._generator(stream, "neighbours"))
-            precision, recall = precision_recall(some, neighbors)
-            names = (self.distance_key, f"eval/precision_{size_name}", f"eval/recall_{size_name}")
-            return dict(zip(names, (reference.distance(pool), precision, recall), strict=True))
-
-        return self._floor(scores, len(pool), TEST_FLOOR)
+        reference = self.reference()
+        path = self.path.with_name(f"{self.identity}-test-v{SCORING_VERSION}.cached")
+        features = cached(path, lambda: {"features": self._features_of(test)}, self.workers)["features"]
+        pool = self._as_many(features, stream)
+        return self._floor(lambda: self._compared(stream, None, reference, pool), len(pool), TEST_FLOOR)
 
     def _features_of(self, pixels: Tensor) -> Tensor:
         """The features [N, 2048] of images on the host, computed by all workers."""
@@ -577,30 +575,38 @@ class InceptionScorer(_FeatureScorer):
     ) -> dict[str, float]:
         """The scores of features [N, 2048] and logits [N, 1008], or [N, 0] if there are none."""
         config, kept = self.config, reference.features
-        some = some_rows(pool, _KEPT, self._generator(stream, "neighbours/samples"))
-        neighbors = some_rows(kept, len(some), self._generator(stream, "neighbours"))
-        precision, recall = precision_recall(some, neighbors, on_step)
-        subsets, size, size_name = config.kid_subsets, config.kid_subset_size, count_name(config.num_samples)
         values = {
-            self.distance_key: reference.distance(pool),
+            **self._compared(stream, on_step, reference, pool),
             "eval/fid_infinity": reference.gaussian.distance_at_infinity(
                 pool.to(self.device), self._generator(stream, "extrapolation"), on_step
             ),
             "eval/kid": kernel_distance(
                 pool.double(),
                 kept.double(),
-                subsets=subsets,
-                subset_size=size,
+                subsets=config.kid_subsets,
+                subset_size=config.kid_subset_size,
                 seed=self._seed(stream, "kid"),
                 on_step=on_step,
             ),
-            f"eval/precision_{size_name}": precision,
-            f"eval/recall_{size_name}": recall,
         }
         if logits.shape[1]:
             key = inception_score_key(config.num_samples).name
             values[key] = inception_score(logits, self._seed(stream, "inception_score"))
         return values
+
+    def _compared(
+        self, stream: str, on_step: Callable[[], None] | None, reference: _Reference, pool: Tensor
+    ) -> dict[str, float]:
+        """Distance, precision and recall of features [N, 2048]."""
+        some = some_rows(pool, _KEPT, self._generator(stream, "neighbours/samples"))
+        neighbors = some_rows(reference.features, len(some), self._generator(stream, "neighbours"))
+        precision, recall = precision_recall(some, neighbors, on_step)
+        size_name = count_name(self.config.num_samples)
+        return {
+            self.distance_key: reference.distance(pool),
+            f"eval/precision_{size_name}": precision,
+            f"eval/recall_{size_name}": recall,
+        }
 
 
 _PLANAR_DISTANCE = primary_key(planar_keys()).name

@@ -1,6 +1,6 @@
 """The keys of all scores, and whether each is minimized or maximized. All other code takes them from here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 Direction = Literal["minimize", "maximize"]
@@ -62,6 +62,12 @@ def is_better(score: float, other: float, direction: str) -> bool:
 def best_score(scores: Sequence[float], direction: str) -> float:
     """The best of `scores`."""
     return max(scores) if direction == MAXIMIZE else min(scores)
+
+
+def mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of every score that all mappings have, in the order of the first."""
+    shared = [key for key in scores[0] if all(key in each for each in scores)]
+    return {key: sum(each[key] for each in scores) / len(scores) for key in shared}
 
 
 def classifier_keys(name: str) -> list[ScoreKey]:

@@ -83,12 +83,12 @@ class Pretraining:
 
     def _resumed(self) -> tuple[DDPM | Distillation, TrainingState, int]:
         """The pretraining algorithm, its state, and the next iteration."""
-        ddpm, state = self._experiment.build_pretraining()
+        algorithm, state = self._experiment.build_pretraining()
         found, _ = newest_checkpoint(self._partial, self._experiment.workers)
         if found is None:
-            return ddpm, state, 0
+            return algorithm, state, 0
         if state.restore(found):
-            return ddpm, state, found.step
+            return algorithm, state, found.step
         # Other runs will share the result, so it must not depend on where pretraining was interrupted.
         sentence = f"{found.path} was saved on another kind of device: pretraining starts afresh."
         self._reporter.note([sentence], Phase.FINETUNE, self._experiment.config.train.iterations)

@@ -13,7 +13,7 @@ from dxmi.diffusion.policy import Policy
 from dxmi.evaluation.config import PICTURES, REPORT, SCORING_VERSION
 from dxmi.evaluation.references import Reference, references
 from dxmi.evaluation.sampling import Sampling, preview, stream_of
-from dxmi.evaluation.scored_references import DATA, Role, ScoredReference, best_reference, full_reference
+from dxmi.evaluation.scored_references import DATA, ScoredReference, pictured
 from dxmi.evaluation.scorers import Scorer, Scores
 from dxmi.networks.base import Denoiser
 from dxmi.persistence.cache import cache_root, cached
@@ -124,12 +124,9 @@ class References:
 
     def _previews(self, denoiser: Denoiser, scored: Sequence[ScoredReference]) -> dict[str, Tensor]:
         """Samples by the name of their picture, see `RunDirectory.reference_picture`."""
-        direction = self._scorer.direction
-        few = best_reference(scored, self._config.schedule.num_steps, direction)
         by_key = {reference.key: reference for reference in self.compared}
-        chosen = {"full": full_reference(scored, direction), "few": few}
-        chosen |= {one.key: one for one in scored if one.role is Role.FEW and one is not few}
-        return {name: self._preview(by_key[one.key], denoiser) for name, one in chosen.items() if one is not None}
+        chosen = pictured(scored, self._config.schedule.num_steps, self._scorer.direction)
+        return {name: self._preview(by_key[one.key], denoiser) for name, one in chosen.items()}
 
     def _some_data(self) -> Tensor:
         """Data for one grid, the same in every run with this evaluation seed."""

@@ -21,7 +21,7 @@ from dxmi.evaluation.config import PICTURES, REPORT, SCORING_VERSION, SELECTION
 from dxmi.evaluation.sampling import Sampling, generate, generate_states, stream_of
 from dxmi.evaluation.scored_references import DATA, data_label, highlights, scored_references
 from dxmi.evaluation.scorers import Scores
-from dxmi.metrics.keys import is_better
+from dxmi.metrics.keys import is_better, mean_scores
 from dxmi.networks.base import Denoiser
 from dxmi.persistence import checkpoint
 from dxmi.persistence.checkpoint import Checkpoint, DamagedCheckpointError
@@ -495,7 +495,7 @@ class Run:
             first = self._report(self._best["step"])
         further = range(1, self.config.evaluate.generations)
         self._generations = [first.values, *(self._report(self._best["step"], draw).values for draw in further)]
-        best = Scores(_mean(self._generations), first.seconds_per_1000)
+        best = Scores(mean_scores(self._generations), first.seconds_per_1000)
         self.reporter.tell(Phase.REPORT, 2, 2)
         return {"best": best, "last": best if best_is_last else last}
 
@@ -634,11 +634,6 @@ def labels_text(counts: Tensor | None) -> str:
     if shares.max() == shares.min():
         return f"{text}, each equally often"
     return f"{text}, {shares.min():.3%} to {shares.max():.3%} each"
-
-
-def _mean(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each score over the draws of the noise."""
-    return {key: sum(draw[key] for draw in draws) / len(draws) for key in draws[0]}
 
 
 def curve_of(rows: list[Row], key: str) -> list[tuple[float, float]]:

@@ -53,10 +53,9 @@ def distill(args: argparse.Namespace) -> int:
     """Distill the policy of a run into fewer steps, and fine-tune these."""
     stored = read_config(RunDirectory(args.run_dir).read_config())
     student = student_config(stored.config, args.run_dir, args.steps)
-    out = [override for override in args.overrides if override.startswith("out=")]
-    tree = overridden(to_tree(student), [override for override in args.overrides if override not in out])
-    config = build(ExperimentConfig, tree)
-    return _train(config, out_folder(out) or _default_out(config), "dxmi distill")
+    out, others = _split_out(args.overrides)
+    config = build(ExperimentConfig, overridden(to_tree(student), others))
+    return _train(config, out or _default_out(config), "dxmi distill")
 
 
 def _train(config: ExperimentConfig, out: Path, command: str) -> int:
@@ -126,13 +125,19 @@ def _composed(args: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
 
 def _read(args: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
     """Read a complete config from a file; only resources.* and out= may be overridden."""
-    out = [override for override in args.overrides if override.startswith("out=")]
-    other = [o for o in args.overrides if not o.startswith(("resources.", "out="))]
+    out, others = _split_out(args.overrides)
+    other = [override for override in others if not override.startswith("resources.")]
     if other:
         raise UserError(f"--config uses the settings of {args.config}: edit it, or leave out {' '.join(other)}.")
     tree = read_yaml(args.config, f"The config {args.config} cannot be read.")
-    config = _with_resources(read_config(tree).config, [o for o in args.overrides if o not in out])
-    return config, out_folder(out) or _default_out(config)
+    config = _with_resources(read_config(tree).config, others)
+    return config, out or _default_out(config)
+
+
+def _split_out(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Return the folder given by out=DIR, if any, and the other overrides."""
+    out = [override for override in overrides if override.startswith("out=")]
+    return out_folder(out), [override for override in overrides if override not in out]
 
 
 def _default_out(config: ExperimentConfig) -> Path:

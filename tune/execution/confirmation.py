@@ -11,6 +11,7 @@ from typing import Any
 
 from dxmi.errors import UserError
 from dxmi.evaluation.config import CONFIRMATION
+from dxmi.metrics.keys import mean_scores
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.loading import load_run
 from dxmi.training.schema import read_config
@@ -138,8 +139,7 @@ def fresh_scores(
 def _mean_scores(
     checkpoints: Sequence[tuple[str, int]], threads: int, on_step: Callable[[], None] | None
 ) -> dict[str, float]:
-    found = [_scores(RunDirectory(Path(out)), step, threads, on_step) for out, step in checkpoints]
-    return {key: sum(scores[key] for scores in found) / len(found) for key in found[0]}
+    return mean_scores([_scores(RunDirectory(Path(out)), step, threads, on_step) for out, step in checkpoints])
 
 
 def _scores(run: RunDirectory, step: int, threads: int, on_step: Callable[[], None] | None) -> dict[str, float]:

@@ -249,7 +249,6 @@ def _mean_of_seeds(task: TrialTask, trainer: Trainer, reporter: _Reporter) -> Ma
         else:
             results = [trainer(own.experiment, out=own.out, report=own.report, saved=own.saved) for own in members]
         summaries = [asdict(summary) for result in results if (summary := _raised_or(result)) is not None]
-        keep()
     return mean_summary(summaries) if len(summaries) == len(members) else None
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from dxmi.evaluation.scored_references import DATA, Role, best_reference, full_reference, scored_references
-from dxmi.metrics.keys import MINIMIZE, sign_of
+from dxmi.evaluation.scored_references import DATA, pictured, scored_references
+from dxmi.metrics.keys import MINIMIZE
 from tune.plans.sweep import Plan
 from tune.reporting.sentences import score_of
 from tune.studies.arm_results import Results
@@ -153,14 +153,10 @@ def reference_strips(plan: Plan, runs: Sequence[TrialRecord], side: int, columns
 def _strip_words(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return file name, label and note of each reference image."""
     scored, floor = scored_references(summary), summary["reference"].get(DATA)
-    direction = str(summary.get("direction", MINIMIZE))
-    full, few = full_reference(scored, direction), best_reference(scored, summary["num_steps"], direction)
-    others = [found for found in scored if found.role is Role.FEW and found is not few]
-    others.sort(key=lambda found: sign_of(direction) * found.score)
-    references = [("full", full), ("few", few), *((found.key, found) for found in others)]
+    references = pictured(scored, summary["num_steps"], str(summary.get("direction", MINIMIZE)))
     return [
         ("data", "real data", "" if floor is None else number(floor)),
-        *((name, found.label, f"{number(found.score)}, no fine-tuning") for name, found in references if found),
+        *((name, found.label, f"{number(found.score)}, no fine-tuning") for name, found in references.items()),
     ]
 
 

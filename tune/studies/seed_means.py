@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dxmi.metrics.keys import mean_scores
 from dxmi.persistence.run_directory import Row, RunDirectory
 
 BY_SEED = "by_seed"
@@ -32,7 +33,7 @@ def mean_rows(runs: Sequence[Sequence[Row]]) -> list[Row]:
         return list(runs[0])
     by_step = [_by_step(rows) for rows in runs]
     steps = sorted(set.intersection(*(set(rows) for rows in by_step)))
-    means = [(step, _mean([rows[step] for rows in by_step])) for step in steps]
+    means = [(step, mean_scores([rows[step] for rows in by_step])) for step in steps]
     return [{"step": step, **mean} for step, mean in means if mean]
 
 
@@ -57,9 +58,11 @@ def mean_summary(summaries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     names = set.intersection(*(set(summary["scores"]) for summary in summaries))
     return {
         **first,
-        "reference": _mean([summary["reference"] for summary in summaries]),
+        "reference": mean_scores([summary["reference"] for summary in summaries]),
         "scores": {
-            name: _mean([summary["scores"][name] for summary in summaries]) for name in first["scores"] if name in names
+            name: mean_scores([summary["scores"][name] for summary in summaries])
+            for name in first["scores"]
+            if name in names
         },
         **{
             name: {**first[name], "value": sum(summary[name]["value"] for summary in summaries) / len(summaries)}
@@ -68,9 +71,3 @@ def mean_summary(summaries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         "seconds": {phase: sum(summary["seconds"][phase] for summary in summaries) for phase in first["seconds"]},
         BY_SEED: list(summaries),
     }
-
-
-def _mean(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every key that all mappings have, in the order of the first."""
-    shared = [key for key in numbers[0] if all(key in each for each in numbers)]
-    return {key: sum(each[key] for each in numbers) / len(numbers) for key in shared}
