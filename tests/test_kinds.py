@@ -60,7 +60,7 @@ def test_a_groups_option_of_another_kind_drops_what_the_experiment_says_of_its_o
 
 def test_a_groups_option_of_the_same_kind_comes_below_the_experiment():
     assert experiment("experiment=lsun_t4", "schedule=karras") == experiment("experiment=lsun_t4")
-    assert experiment("experiment=mnist8", "network=mlp").network.energy.hidden == 256
+    assert experiment("experiment=mnist8", "network=mlp").network.value.hidden == 256
 
 
 @pytest.mark.parametrize(
