@@ -28,7 +28,7 @@ from tune.studies.outdone import outdone, outdone_sentences
 KARRAS = SCHEDULES.config("karras", num_steps=10)
 GAN = SCHEDULES.config("ddgan", num_steps=4)
 TRAILING = ["ddim_5_trailing", "dpm_solver_5_trailing", "ddpm_5_trailing", "ddpm_5_trailing_large"]
-FEW = [*TRAILING, "ddim_5_log_snr", "dpm_solver_5_log_snr"]
+FEW = [*TRAILING, "ddim_5_log_snr", "dpm_solver_5_log_snr", "dpm_solver_5_log_snr_clipped"]
 FULL = [name.replace("5", number) for number in ("50", "250") for name in TRAILING]
 EDM_FEW = ["euler_10_trailing", "dpm_solver_10_trailing", "ancestral_10_trailing", "heun_9_trailing"]
 
@@ -73,6 +73,10 @@ def test_a_policy_on_a_subset_of_the_steps_is_compared_with_the_same_samplers(sh
         assert found[key].schedule.timestep.tolist() == expected
 
 
+def test_points_have_no_range_to_which_a_prediction_could_be_clipped():
+    assert keys(VarScheduleConfig(), full_steps=None, are_images=False) == [*FEW[:-1], "shortened"]
+
+
 def test_further_numbers_of_steps_have_all_samplers_and_none_is_there_twice():
     more = keys(VarScheduleConfig(), full_steps=None, steps=(5, 7))
     assert more == [*FEW, *(key.replace("5", "7") for key in FEW), "shortened"]
@@ -93,7 +97,10 @@ def test_with_one_step_all_samplers_are_one(config):
 def test_with_two_steps_a_solver_of_second_order_is_the_one_of_first_order_and_left_out():
     two = [VarScheduleConfig(num_steps=2), SCHEDULES.config("karras", num_steps=2)]
     assert [keys(config, full_steps=None) for config in two] == [
-        ["ddim_2_trailing", "ddpm_2_trailing", "ddpm_2_trailing_large", "ddim_2_log_snr", "shortened"],
+        [
+            *("ddim_2_trailing", "ddpm_2_trailing", "ddpm_2_trailing_large"),
+            *("ddim_2_log_snr", "ddim_2_log_snr_clipped", "shortened"),
+        ],
         ["euler_2_trailing", "ancestral_2_trailing", "shortened"],
     ]
 
@@ -125,6 +132,7 @@ def test_labels_name_sampler_spacing_variance_and_further_evaluations():
     assert labels["ddim_5_trailing"] == "5 steps (DDIM, trailing)"
     assert labels["ddpm_5_trailing_large"] == "5 steps (DDPM, trailing, large variance)"
     assert labels["dpm_solver_5_log_snr"] == "5 steps (DPM-Solver++(2M), log-SNR)"
+    assert labels["dpm_solver_5_log_snr_clipped"] == "5 steps (DPM-Solver++(2M), log-SNR, clipped)"
     assert labels["ddpm_1000"] == "1000 steps (DDPM, small variance)"
     assert labels["heun_9_trailing"] == "5 steps (Heun, trailing, 9 evaluations)"
 

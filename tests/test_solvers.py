@@ -14,7 +14,7 @@ from dxmi.diffusion.schedules.configs import NUM_DIFFUSION_STEPS
 from dxmi.diffusion.schedules.ddpm import ddim_schedule, forward_levels
 from dxmi.diffusion.schedules.edm import SIGMA_DATA, karras_schedule
 from dxmi.diffusion.schedules.registry import SCHEDULES
-from dxmi.diffusion.solvers import DpmSolver, HeunSolver
+from dxmi.diffusion.solvers import ClippedDpmSolver, DpmSolver, HeunSolver
 from dxmi.networks.base import Denoiser
 
 STD = 0.5
@@ -23,11 +23,15 @@ KARRAS = SCHEDULES.config("karras")
 
 
 class OfGaussian(Denoiser):
-    """The exact noise predictor of data N(0, STD^2): eps(x, k) = s_k x / (a_k^2 STD^2 + s_k^2)."""
+    """The exact noise predictor of data N(0, std^2): eps(x, k) = s_k x / (a_k^2 std^2 + s_k^2)."""
+
+    def __init__(self, std: float = STD) -> None:
+        super().__init__()
+        self.std = std
 
     def embed(self, steps: Tensor) -> Tensor:
         level = torch.from_numpy(forward_levels())[steps.long()]
-        return ((1.0 - level).sqrt() / (level * STD**2 + 1.0 - level))[:, None]
+        return ((1.0 - level).sqrt() / (level * self.std**2 + 1.0 - level))[:, None]
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return embedding * x
@@ -72,13 +76,13 @@ def on_edm(num_steps: int) -> StepSchedule:
     return karras_schedule(KARRAS, num_steps, kappa=0.0)
 
 
-def by_hand(num_steps: int) -> Tensor:
-    """Where the solver takes x_0 = 1, in float64 and in the paper's letters."""
+def by_hand(num_steps: int, start: float = 1.0, std: float = STD, bound: float = math.inf) -> Tensor:
+    """Where the solver takes x_0 = start, in float64 and in the paper's letters, with predictions in +-bound."""
     a = torch.from_numpy(ddim_schedule(num_steps).level).sqrt()
     s = (1.0 - a**2).clamp_min(0.0).sqrt()
-    ratio, x, data = (a / s).log(), torch.ones(1, dtype=torch.float64), []
+    ratio, x, data = (a / s).log(), torch.tensor([start], dtype=torch.float64), []
     for t in range(num_steps):
-        data.append((x - s[t] * s[t] * x / (a[t] ** 2 * STD**2 + s[t] ** 2)) / a[t])
+        data.append(((x - s[t] * s[t] * x / (a[t] ** 2 * std**2 + s[t] ** 2)) / a[t]).clamp(-bound, bound))
         used = data[t]
         if 0 < t < num_steps - 1:
             r = (ratio[t] - ratio[t - 1]) / (ratio[t + 1] - ratio[t])
@@ -94,6 +98,19 @@ def test_its_steps_are_the_papers(num_steps):
     start, *_, end = DpmSolver(OfGaussian(), schedule, (1,)).sample_states(3, torch.Generator().manual_seed(0))
     bound = 2.0 * torch.finfo(torch.float32).eps / math.sqrt(schedule.level[0])
     torch.testing.assert_close(end / start, by_hand(num_steps).float().expand(3, 1), rtol=1e-5, atol=bound)
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 5, 10])
+def test_with_clipping_no_prediction_of_the_data_leaves_the_range_of_pixels(num_steps):
+    """Without clipping, many samples of data whose deviation is 2 leave it."""
+    clipped = ClippedDpmSolver(OfGaussian(2.0), ddim_schedule(num_steps), (1,))
+    start, *_, end = clipped.sample_states(200, torch.Generator().manual_seed(0))
+    expected = torch.cat([by_hand(num_steps, float(x), std=2.0, bound=1.0) for x in start])
+    torch.testing.assert_close(end, expected.float()[:, None], rtol=1e-5, atol=1e-4)
+    plain = DpmSolver(OfGaussian(2.0), ddim_schedule(num_steps), (1,)).sample(200, torch.Generator().manual_seed(0))
+    assert (plain.abs() > 1.0).float().mean() > 0.1
+    assert end.abs().max() <= 1.0 + 1e-6
+    assert torch.equal(end.sign(), plain.sign())
 
 
 def test_its_grid_ends_one_even_step_from_the_data():

@@ -42,13 +42,32 @@ class DpmSolver(Policy):
     def transition(self, x: Tensor, t: int | Tensor, *args: Any, **kwargs: Any) -> GaussianStep:
         """One step of the solver, for samples that are all at step t and were at t - 1 in the previous call."""
         assert isinstance(t, int)
-        step = super().transition(x, t, *args, **kwargs)
-        data = (step.mean - self._ratio[t] * x) / self._gain[t]
+        step, data = self._first_order(super().transition(x, t, *args, **kwargs), x, t)
         before, self._before = self._before, data
         if t in (0, self.num_steps - 1):
             return step
         assert before is not None
         return GaussianStep(step.mean + self._gain[t] * self._weight[t] * (data - before), step.sigma)
+
+    def _first_order(self, ddim: GaussianStep, x: Tensor, t: int) -> tuple[GaussianStep, Tensor]:
+        """The step without the term D_t - D_{t-1}, given DDIM's step, and the prediction D_t."""
+        return ddim, (ddim.mean - self._ratio[t] * x) / self._gain[t]
+
+
+class ClippedDpmSolver(DpmSolver):
+    """DPM-Solver++(2M) whose predictions D_t are clipped to [-1, 1], the range of pixels.
+
+    DDPM's code does the same in every step of its ancestral sampler. With two steps this is a clipped DDIM.
+
+    Args:
+        network: predicts the noise.
+        schedule: see `DpmSolver`.
+        event: shape of one sample.
+    """
+
+    def _first_order(self, ddim: GaussianStep, x: Tensor, t: int) -> tuple[GaussianStep, Tensor]:
+        data = super()._first_order(ddim, x, t)[1].clamp(-1.0, 1.0)
+        return GaussianStep(self._ratio[t] * x + self._gain[t] * data, ddim.sigma), data
 
 
 class HeunSolver(Policy):

@@ -4,7 +4,9 @@ The key, the description and the number of network evaluations of each sampler a
 the summary, from which the table at the end of a run, curves.png, leaderboards and reports read them. All samplers are
 training-free: they use the pretrained model unchanged. Except for the policy before fine-tuning, which keeps its own
 schedule, each sampler is in its strongest usual form: with trailing spacing, and the deterministic ones with few steps
-also with even spacing in the log-SNR. None of these is the strongest for every model and number of steps.
+also with even spacing in the log-SNR. None of these is the strongest for every model and number of steps. On images,
+the last one is also clipped: with two or three steps, this may make it the strongest. With other spacings and more
+steps, clipping makes scores worse, see configs/README.md.
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ from dxmi.diffusion.schedules.configs import (
 )
 from dxmi.diffusion.schedules.ddpm import ancestral_schedule, ddim_schedule
 from dxmi.diffusion.schedules.edm import karras_schedule
-from dxmi.diffusion.solvers import DpmSolver, HeunSolver
+from dxmi.diffusion.solvers import ClippedDpmSolver, DpmSolver, HeunSolver
 from dxmi.evaluation.config import FULL_STEPS
 from dxmi.evaluation.scored_references import SHORTENED, Role, ScoredReference
 
@@ -89,6 +91,7 @@ def references(
     *,
     full_steps: Sequence[int] | None = FULL_STEPS,
     steps: Sequence[int] = (),
+    are_images: bool = True,
     is_student: bool = False,
 ) -> list[Reference]:
     """The samplers that a policy is compared with, each with a distinct key.
@@ -98,6 +101,7 @@ def references(
         full_steps: numbers of network evaluations with which a DDPM is sampled to show its own quality (an EDM model
             is sampled in the usual ways instead); None for no such samplers.
         steps: further numbers of network evaluations.
+        are_images: whether the data are images, whose pixels are in [-1, 1]; otherwise nothing is clipped.
         is_student: whether the network was distilled from a policy; it then predicts no noise, and has no other
             sampler than the policy before fine-tuning.
     """
@@ -105,9 +109,9 @@ def references(
     if is_student:
         return [shortened]
     found = [] if full_steps is None else _full(config, full_steps)
-    found += _of_steps(config, config.num_steps, Role.FEW)
+    found += _of_steps(config, config.num_steps, Role.FEW, are_images=are_images)
     for number in steps:
-        found += _of_steps(config, number, Role.FURTHER)
+        found += _of_steps(config, number, Role.FURTHER, are_images=are_images)
     found.append(shortened)
     unique: dict[str, Reference] = {}
     for reference in found:
@@ -129,7 +133,7 @@ def _full(config: ScheduleConfig, full_steps: Sequence[int]) -> list[Reference]:
     return [reference for number in full_steps for reference in _trailing(number, Role.FULL)]
 
 
-def _of_steps(config: ScheduleConfig, num_steps: int, role: Role) -> list[Reference]:
+def _of_steps(config: ScheduleConfig, num_steps: int, role: Role, *, are_images: bool) -> list[Reference]:
     """All distinct samplers with this number of network evaluations, or one fewer; a diffusion GAN has none.
 
     With one step all samplers are the same: they return the data predicted from the noise. With two steps,
@@ -145,6 +149,8 @@ def _of_steps(config: ScheduleConfig, num_steps: int, role: Role) -> list[Refere
         found.append(_ddim(num_steps, role, "log_snr"))
     if 2 < num_steps <= _MOST_BY_LOG_SNR:
         found.append(_solver(num_steps, role, "log_snr"))
+    if are_images and 1 < num_steps <= _MOST_BY_LOG_SNR:
+        found.append(_clipped(num_steps, role))
     return found
 
 
@@ -189,6 +195,12 @@ def _solver(num_steps: int, role: Role, shape: str = "trailing") -> Reference:
     key, words = _spacing(num_steps, shape)
     name, schedule = f"DPM-Solver++(2M){words}", ddim_schedule(num_steps, shape)
     return Reference(f"dpm_solver_{num_steps}{key}", name, role, schedule, DpmSolver)
+
+
+def _clipped(num_steps: int, role: Role) -> Reference:
+    """The clipped deterministic sampler with log-SNR spacing: DPM-Solver++(2M), which with two steps is DDIM."""
+    plain = (_solver if num_steps > 2 else _ddim)(num_steps, role, "log_snr")
+    return replace(plain, key=f"{plain.key}_clipped", sampler=f"{plain.sampler}, clipped", policy=ClippedDpmSolver)
 
 
 def _ancestral(num_steps: int, variance: str, role: Role) -> Reference:

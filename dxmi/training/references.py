@@ -38,6 +38,7 @@ def references_of(config: ExperimentConfig) -> list[Reference]:
         config.schedule,
         full_steps=evaluate.full_evaluations,
         steps=evaluate.reference_steps or (),
+        are_images=not config.data.is_planar,
         is_student=config.pretrain.teacher is not None,
     )
 
