@@ -313,6 +313,7 @@ def test_a_run_is_scored_and_compared_with_deterministic_references(network, tmp
     by_log_snr = ("ddim_{}_log_snr", "dpm_solver_{}_log_snr")
     names = {"shortened", *(sampler.format(steps) for sampler in trailing for steps in (2, 3, 5, 50))}
     names |= {sampler.format(steps) for sampler in by_log_snr for steps in (2, 3, 5)}
+    names |= {"ddim_2_log_snr_clipped", "dpm_solver_3_log_snr_clipped", "dpm_solver_5_log_snr_clipped"}
     names -= {"dpm_solver_2_trailing", "dpm_solver_2_log_snr"}  # they are DDIM
     assert summary.reference.keys() == names
     assert len(set(summary.reference.values())) == len(names)
