@@ -330,7 +330,7 @@ def test_a_run_is_scored_and_compared_with_deterministic_references(network, tmp
     assert (
         max(steps)
         == next(p.total for p in told if p.phase is Phase.REFERENCES)
-        == 64 * (5 + 4 * 2 + 6 * (3 + 5) + 4 * 50)
+        == 64 * (5 + 5 * 2 + 7 * (3 + 5) + 4 * 50)
     )
     assert train(experiment, out=tmp_path / "run") == summary
     labels = list(map(str, result_table(summary).columns[0].cells))
