@@ -5,8 +5,8 @@ the summary, from which the table at the end of a run, curves.png, leaderboards 
 training-free: they use the pretrained model unchanged. Except for the policy before fine-tuning, which keeps its own
 schedule, each sampler is in its strongest usual form: with trailing spacing, and the deterministic ones with few steps
 also with even spacing in the log-SNR. None of these is the strongest for every model and number of steps. On images,
-the last one is also clipped: with two or three steps, this may make it the strongest. With other spacings and more
-steps, clipping makes scores worse, see configs/README.md.
+the last of these is also clipped: with two or three steps, this may make it the strongest. With more steps and with
+trailing spacing, clipping never gave the best score, see configs/README.md.
 """
 
 from collections.abc import Sequence
@@ -101,7 +101,8 @@ def references(
         full_steps: numbers of network evaluations with which a DDPM is sampled to show its own quality (an EDM model
             is sampled in the usual ways instead); None for no such samplers.
         steps: further numbers of network evaluations.
-        are_images: whether the data are images, whose pixels are in [-1, 1]; otherwise nothing is clipped.
+        are_images: whether the data are images, whose pixels are in [-1, 1], so that predictions of a DDPM are also
+            clipped.
         is_student: whether the network was distilled from a policy; it then predicts no noise, and has no other
             sampler than the policy before fine-tuning.
     """
@@ -147,10 +148,10 @@ def _of_steps(config: ScheduleConfig, num_steps: int, role: Role, *, are_images:
     found = _trailing(num_steps, role)
     if 1 < num_steps <= _MOST_BY_LOG_SNR:
         found.append(_ddim(num_steps, role, "log_snr"))
-    if 2 < num_steps <= _MOST_BY_LOG_SNR:
-        found.append(_solver(num_steps, role, "log_snr"))
-    if are_images and 1 < num_steps <= _MOST_BY_LOG_SNR:
-        found.append(_clipped(num_steps, role))
+        if num_steps > 2:
+            found.append(_solver(num_steps, role, "log_snr"))
+        if are_images:
+            found.append(_clipped(found[-1]))
     return found
 
 
@@ -197,9 +198,8 @@ def _solver(num_steps: int, role: Role, shape: str = "trailing") -> Reference:
     return Reference(f"dpm_solver_{num_steps}{key}", name, role, schedule, DpmSolver)
 
 
-def _clipped(num_steps: int, role: Role) -> Reference:
-    """The clipped deterministic sampler with log-SNR spacing: DPM-Solver++(2M), which with two steps is DDIM."""
-    plain = (_solver if num_steps > 2 else _ddim)(num_steps, role, "log_snr")
+def _clipped(plain: Reference) -> Reference:
+    """The same deterministic sampler with clipped predictions of the data."""
     return replace(plain, key=f"{plain.key}_clipped", sampler=f"{plain.sampler}, clipped", policy=ClippedDpmSolver)
 
 
