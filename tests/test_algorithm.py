@@ -508,6 +508,63 @@ def test_policy_update_minimises_the_loss_by_hand(make_dxmi, kind):
     assert float(metrics["policy/cost"]) == pytest.approx(np.mean(costs), rel=1e-5)
 
 
+@pytest.mark.parametrize("horizon", [2, 3, None])
+@pytest.mark.parametrize("kind", VALUES)
+def test_a_longer_horizon_minimises_the_loss_by_hand(make_dxmi, kind, horizon):
+    """V(x_{t+h}, t+h) and the sum of the control costs of h new steps, or of those that are left; and its gradient."""
+    masks = (1.0, 0.5, 0.0, 2.0)
+    settings = DxMIConfig(value=kind, policy_mask=masks, cost_coef=0.2, entropy_coef=0.3, policy_horizon=horizon)
+    dxmi = make_dxmi(settings)
+    trajectory = dxmi.policy.rollout(normal(T + 1, B, *EVENT))
+    drawn = torch.tensor([0, 4, 7, 13, 18, 23])  # steps 0, 0, 1, 2, 3, 3
+    generator = torch.Generator().manual_seed(3)
+    noise = [torch.randn((B, *EVENT), generator=generator) for _ in range(horizon or T)]
+    losses, costs = [], []
+    for i, index in enumerate(drawn.tolist()):
+        t, sample = divmod(index, B)
+        x, end = trajectory.x[t, sample : sample + 1], min(t + (horizon or T), T)
+        loss, cost = torch.zeros(()), 0.0
+        for k, now in enumerate(range(t, end)):
+            mean, sigma = dxmi.policy.transition(x, now)
+            x_next = mean + sigma[:, None] * noise[k][i : i + 1]
+            running = (x_next - x).square().mean() / (2.0 * dxmi.running_cost.reference_var[now])
+            loss = loss + masks[now] * (0.2 * running - 0.3 * sigma.log().sum())
+            x, cost = x_next, cost + running.item()
+        losses.append(loss + dxmi.value(x, end).sum())
+        costs.append(cost)
+    total = torch.stack(losses).mean()
+    grads = torch.autograd.grad(total, dxmi.optimizers["policy"].parameters)
+    metrics = update_policy(dxmi, trajectory, drawn, torch.Generator().manual_seed(3))
+    assert float(metrics["policy/loss"]) == pytest.approx(total.item(), rel=1e-5)
+    assert float(metrics["policy/cost"]) == pytest.approx(np.mean(costs), rel=1e-5)
+    norm = torch.stack([grad.norm() for grad in grads]).norm()
+    assert float(metrics["policy/grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_the_energy_alone_trains_the_policy_through_all_steps(make_dxmi):
+    """With all steps and no updates of the value, its network before T is neither trained nor of any effect."""
+    settings = DxMIConfig(value="separate", policy_horizon=None, value_updates=0)
+    dxmi, other = make_dxmi(settings), make_dxmi(settings)
+    with torch.no_grad():
+        for parameter in other.value.network.parameters():
+            parameter.add_(0.5)
+    before = parameters(dxmi.value.network)
+    assert "value/td_error" not in updates(dxmi)
+    updates(other)
+    assert not changed(before, dxmi.value.network)
+    assert same(dxmi.policy, other.policy)
+
+
+def test_the_policy_waits_for_the_energy(make_dxmi):
+    dxmi = make_dxmi(DxMIConfig(policy_start=2))
+    before, energy = parameters(dxmi.policy), parameters(dxmi.value)
+    assert "policy/loss" not in updates(dxmi, 2)
+    assert not changed(before, dxmi.policy)
+    assert changed(energy, dxmi.value)
+    assert "policy/loss" in updates(dxmi, 1, first=2)
+    assert changed(before, dxmi.policy)
+
+
 def test_policy_entropy_is_the_mean_log_sigma(make_dxmi):
     dxmi = make_dxmi(DxMIConfig())
     metrics = updates(dxmi)
@@ -757,6 +814,9 @@ REFUSED: list[dict[str, Any]] = [
     {"energy_updates": 0},
     {"value_updates": 0},
     {"policy_updates": 0},
+    {"policy_horizon": 0},
+    {"policy_horizon": None, "value_updates": -1},
+    {"policy_start": -1},
     {"reference_var_ema": 1.1},
     {"target_ema": 1.0},
     {"policy_ema": -0.1},
@@ -790,6 +850,12 @@ def test_fine_tuning_without_noise_is_refused_by_name(name):
 def test_a_table_of_the_wrong_length_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"^{name} has 3 entries"):
         DxMIConfig(**{name: (1.0, 1.0, 1.0)}).check(T)
+
+
+def test_a_horizon_beyond_the_last_step_is_refused():
+    with pytest.raises(ValueError, match=r"^policy_horizon is 5: it must be at most the 4 steps of schedule.num_steps"):
+        DxMIConfig(policy_horizon=T + 1).check(T)
+    DxMIConfig(policy_horizon=T).check(T)
 
 
 # ----------------------------------------------------------------------------
@@ -848,6 +914,8 @@ DXMI: Perturbations = {
     "energy_updates": ({}, 2),
     "value_updates": ({}, 2),
     "policy_updates": ({}, 2),
+    "policy_start": ({}, 1),
+    "policy_horizon": ({}, 2),
     "all_states": ({}, True),
     "resample_next": ({}, True),
     "target_ema": ({}, 0.05),

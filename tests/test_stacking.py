@@ -36,6 +36,8 @@ ALGORITHMS = {
     "separate": SEPARATE,
     "several updates": {**SEPARATE, "energy_updates": 2, "value_updates": 2, "policy_updates": 2},
     "all states, resampled": {**SEPARATE, "all_states": True, "resample_next": True},
+    "several steps": {**SEPARATE, "policy_horizon": 3},
+    "all steps, from the second iteration on": {"policy_horizon": None, "value_updates": 0, "policy_start": 1},
     "noise cost, radam, clipped": {
         "running_cost": "noise",
         "policy_ema": None,

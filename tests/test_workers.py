@@ -199,7 +199,7 @@ def test_chunks_make_up_the_rows(num, pieces):
 # ----------------------------------------------------------------------------
 # Equality: as many cases as can be in one group of processes, since to start them takes most of the time
 
-ALGORITHMS = {"shared": {}, "separate": SEPARATE}
+ALGORITHMS = {"shared": {}, "separate": SEPARATE, "all steps": {**SEPARATE, "policy_horizon": None}}
 CASES = [
     *[(f"{name}-gradients", "gradients", tree_of(algorithm)) for name, algorithm in ALGORITHMS.items()],
     *[(f"{name}-after", "after", tree_of(algorithm)) for name, algorithm in ALGORITHMS.items()],

@@ -86,9 +86,14 @@ class DxMIConfig(AlgorithmConfig):
     energy_updates: int = 1
     """Energy steps per iteration; more than one helps if the T value steps smooth a shared energy too much."""
     value_updates: int = 1
-    """Sweeps of the value over t = T-1 .. 0 per iteration."""
+    """Sweeps of the value over t = T-1 .. 0 per iteration; may be 0 if policy_horizon is null."""
     policy_updates: int = 1
     """Draws of stored states per iteration."""
+    policy_start: int = 0
+    """Iteration from which the policy is trained; before it, only energy and value are."""
+    policy_horizon: int | None = 1
+    """Steps of the policy through which its loss is differentiated before the value is evaluated: 1 in the paper; null
+    for all that are left, which backpropagates the energy through the trajectory and makes no use of the value."""
     all_states: bool = False
     """Use all T x B stored states in each draw, in minibatches of B, instead of only B of them."""
     resample_next: bool = False
@@ -114,9 +119,11 @@ class DxMIConfig(AlgorithmConfig):
         coefficients = ("entropy_coef", "cost_coef", "energy_l2", "energy_noise", "energy_gradient_penalty")
         for name in (*coefficients, "step_cost_scale"):
             require_rate(name, getattr(self, name))
-        for name in ("energy_updates", "value_updates", "policy_updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        counts = {"energy_updates": 1, "value_updates": int(self.needs_value), "policy_updates": 1}
+        for name, least in {**counts, "policy_horizon": 1, "policy_start": 0}.items():
+            number = getattr(self, name)
+            if number is not None and number < least:
+                raise ValueError(f"{name} is {number}: it must be at least {least}")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance is {self.guidance}: it must be a finite number")
         if not 0.0 <= self.reference_var_ema <= 1.0:
@@ -134,6 +141,11 @@ class DxMIConfig(AlgorithmConfig):
                 require_rate(name, number)
 
     @property
+    def needs_value(self) -> bool:
+        """Whether the policy's update evaluates the value before T."""
+        return self.policy_horizon is not None
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether it starts from the energy of `pretrain.teacher`."""
         return self.teacher_energy
@@ -142,6 +154,11 @@ class DxMIConfig(AlgorithmConfig):
         """Check that each table has one entry, or one for each of the T steps."""
         for name in ("reference_var", "value_mask", "policy_mask"):
             require_per_step(name, getattr(self, name), num_steps)
+        if self.policy_horizon is not None and self.policy_horizon > num_steps:
+            raise ValueError(
+                f"policy_horizon is {self.policy_horizon}: it must be at most the {num_steps} steps of "
+                "schedule.num_steps, or null for all of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,11 @@ One `update` is one iteration of Algorithm 1, with the dynamic programming of Al
     2. adapt the reference variance             AVR
     3. energy: low on data, high on samples     one optimizer step (or energy_updates)
     4. value: t = T-1 .. 0, temporal difference one optimizer step each (value_updates sweeps)
-    5. policy: one new step from stored states  one optimizer step per minibatch (policy_updates draws)
+    5. policy: new steps from stored states     one optimizer step per minibatch (policy_updates draws)
+
+The paper takes one new step and evaluates V after it. With `policy_horizon` h, the policy takes h new steps, through
+which the loss is differentiated, before V is evaluated (value expansion, arXiv 1803.00101); with h = T, this is
+backpropagation through the trajectory, and V before T is not used.
 
 Logged metrics (means over the batch, of the last update of the iteration):
 
@@ -14,14 +18,15 @@ Logged metrics (means over the batch, of the last update of the iteration):
     energy/sample_mean   mean E(x_T)
     energy/loss          loss of step 3
     energy/penalty       |grad E|^2, summed over data and samples, only with energy_gradient_penalty
-    value/td_error       root mean squared V(x_t, t) - target, over all t
+    value/td_error       root mean squared V(x_t, t) - target, over all t; absent if value_updates is 0
     policy/loss          loss of step 5
     policy/grad_norm     gradient norm before clipping, only with policy.max_grad_norm
     policy/entropy       mean_t log sigma_t, the per-dimension entropy up to a constant
-    policy/cost          mean running cost of the steps in step 5; absent if policy_mask is 0
+    policy/cost          mean running cost of step 5, summed over its new steps; absent if policy_mask is 0
 """
 
 import copy
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
@@ -40,6 +45,7 @@ from dxmi.diffusion.trajectory import GaussianStep, Trajectory
 from dxmi.optim.config import OptimizerConfig
 from dxmi.optim.moving_average import MovingAverage
 from dxmi.optim.optimizer import Optimizer
+from dxmi.tensors import per_sample
 
 
 class DxMI(PolicyAlgorithm):
@@ -128,7 +134,7 @@ class DxMI(PolicyAlgorithm):
         self.schedule(iteration)
         draws = [
             draw
-            for _ in range(config.policy_updates)
+            for _ in range(config.policy_updates if iteration >= config.policy_start else 0)
             for draw in draw_states(streams, "states", num_steps, batch.share.num, every=config.all_states)
         ]
 
@@ -149,9 +155,9 @@ class DxMI(PolicyAlgorithm):
             errors = [
                 self.update_value(t, batch, trajectory, displacement, streams) for t in reversed(range(num_steps))
             ]
-        metrics["value/td_error"] = torch.stack(errors).mean(0).sqrt()
+            metrics["value/td_error"] = torch.stack(errors).mean(0).sqrt()
 
-        # 5. Policy: one new reparameterized step from stored states.
+        # 5. Policy: new reparameterized steps from stored states.
         for drawn in draws:
             states = StoredStates.gather(trajectory, batch.condition, drawn, batch.share)
             metrics |= self.update_policy(states, streams)
@@ -267,27 +273,82 @@ class DxMI(PolicyAlgorithm):
         value = (self.target or self.value)(x_next, t + 1, condition)
         return td_target(value, self.step_cost[t], control)
 
+    @property
+    def horizon(self) -> int:
+        """Number of new steps of the policy's update, h."""
+        return self.config.policy_horizon or self.policy.num_steps
+
     def update_policy(self, states: StoredStates, streams: Streams) -> Metrics:
-        """Step 5: minimize the mean of V(x_{t+1}, t+1) + control cost over one new step from stored states."""
-        noise = states.own(streams.normal("noise", (states.num, *self.policy.event)))
-        latent = states.own(self.draw_latent(states.num, streams))
+        """Step 5: minimize the mean of V(x_{t+h}, t+h) + control costs over h new steps from stored states.
+
+        A trajectory ends at T: states from which fewer than h steps are left are taken to x_T.
+        """
+        horizon, num_steps = self.horizon, self.policy.num_steps
+        noise = tuple(states.own(streams.normal("noise", (states.num, *self.policy.event))) for _ in range(horizon))
+        latents = tuple(states.own(self.draw_latent(states.num, streams)) for _ in range(horizon))
 
         def loss(
-            x: Tensor, t: Tensor, noise: Tensor, latent: Tensor | None, condition: Condition, **split: int
+            x: Tensor,
+            t: Tensor,
+            noise: Sequence[Tensor],
+            latents: Sequence[Tensor | None],
+            condition: Condition,
+            *,
+            acting: Sequence[int],
+            **split: int,
         ) -> Mapping[str, Tensor]:
-            log_sigma, values, control = self.policy.log_sigma, {}, None
-            step = self.policy.transition(x, t, log_sigma=log_sigma, condition=condition, latent=latent)
-            x_next = step.sample(noise)
-            if self.policy_control.steps:
-                cost = self.running_cost(self.running_cost.displacement(x, x_next, step), t)
-                control = self.policy_control(cost, log_sigma[t], t)
-                values["cost"] = cost
-            value = self.value.forward_timesteps(x_next, t + 1, condition, **split)
-            return {"loss": policy_loss(value, control), **values}
+            x, costs = self._expand(x, t, noise, latents, condition, acting)
+            value = self.value.forward_timesteps(x, (t + horizon).clamp(max=num_steps), condition, **split)
+            named = {"cost": costs["running"]} if costs else {}
+            return {"loss": policy_loss(value, costs.get("control")), **named}
 
-        inputs = (states.x, states.t, noise, latent, states.condition)
-        result = self.optimizers["policy"].minimize(loss, *inputs, num=states.num, static=states.split)
-        return result.metrics("policy")
+        inputs = (states.x, states.t, noise, latents, states.condition)
+        static = functools.partial(states.split, horizon=horizon)
+        return self.optimizers["policy"].minimize(loss, *inputs, num=states.num, static=static).metrics("policy")
+
+    def _expand(  # noqa: PLR0917
+        self,
+        x: Tensor,
+        t: Tensor,
+        noise: Sequence[Tensor],
+        latents: Sequence[Tensor | None],
+        condition: Condition,
+        acting: Sequence[int],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take new steps from states `x` at ascending steps `t`; the first `acting[k]` states take the k-th of them.
+
+        Returns:
+            The states after them, [b, *event], and their costs, see `_new_step`, each summed over the steps.
+        """
+        sums: dict[str, Tensor] = {}
+        for k, num in enumerate(acting):
+            rows, now = slice(num), t[:num] + k
+            latent = latents[k]
+            x_next, costs = self._new_step(
+                x[rows],
+                now.clamp(max=self.policy.num_steps - 1),
+                noise[k][rows],
+                None if latent is None else latent[rows],
+                condition.rows(rows),
+            )
+            if k > 0:
+                is_left = now < self.policy.num_steps  # some rows may be at T for some of the seeds only
+                x_next = torch.cat((torch.where(per_sample(is_left, x_next), x_next, x[rows]), x[num:]))
+                costs = {name: nn.functional.pad(cost * is_left, (0, len(x) - num)) for name, cost in costs.items()}
+            x, sums = x_next, {name: sums[name] + cost if k > 0 else cost for name, cost in costs.items()}
+        return x, sums
+
+    def _new_step(
+        self, x: Tensor, t: Tensor, noise: Tensor, latent: Tensor | None, condition: Condition
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take a step; returns x_{t+1} and its `running` and `control` costs, [b] each, unless all masks are 0."""
+        log_sigma = self.policy.log_sigma
+        step = self.policy.transition(x, t, log_sigma=log_sigma, condition=condition, latent=latent)
+        x_next = step.sample(noise)
+        if not self.policy_control.steps:
+            return x_next, {}
+        running = self.running_cost(self.running_cost.displacement(x, x_next, step), t)
+        return x_next, {"running": running, "control": self.policy_control(running, log_sigma[t], t)}
 
 
 def _untrained_value(config: DxMIConfig, parts: Parts) -> Value:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,15 +91,27 @@ class StoredStates:
         """This process's rows of a tensor that was drawn for the whole minibatch, [K, num, ...]."""
         return drawn if drawn is None or self._own is None else drawn[:, self._own]
 
-    def split(self, rows: slice) -> Mapping[str, int]:
-        """Count the `rows` whose next state is known to be before T and those at T, for `Value.forward_timesteps`.
+    def split(self, rows: slice, horizon: int = 1) -> Mapping[str, Any]:
+        """Count those of the `rows` from which steps are left, and those that a number of steps takes to T.
 
         The counts are computed on the host, without synchronizing with the device. If seeds differ, the rows between
-        the two groups are at T for some of the seeds only.
+        the states before T and those at T are at T for some of the seeds only.
+
+        Args:
+            rows: Rows of this process.
+            horizon: Number of steps that are taken from each state, unless T comes first.
+
+        Returns:
+            `num_nonterminal` and `num_terminal`, the rows before T and at T after these steps, as for
+            `Value.forward_timesteps`; `acting`, for each step the number of rows of which any is not yet at T.
         """
-        steps = self._t_host[:, rows]
-        ends = (steps == self._last).sum(1)
-        return {"num_nonterminal": steps.shape[1] - int(ends.max()), "num_terminal": int(ends.min())}
+        left = self._last + 1 - self._t_host[:, rows]  # steps to T, in descending order
+        ends = (left <= horizon).sum(1)
+        return {
+            "num_nonterminal": left.shape[1] - int(ends.max()),
+            "num_terminal": int(ends.min()),
+            "acting": tuple(int((left > k).sum(1).max()) for k in range(horizon)),
+        }
 
 
 def select_rows(x: Tensor, index: Tensor) -> Tensor:
