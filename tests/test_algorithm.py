@@ -937,8 +937,9 @@ DDPM: Perturbations = {
 @pytest.mark.parametrize(("config", "perturbations"), [(DxMIConfig, DXMI), (DDPMConfig, DDPM)])
 def test_every_setting_has_a_perturbation(config, perturbations):
     """A new field fails here until the tests below try it."""
-    # weights: in test_conditional; teacher and teacher_energy: in test_distillation; guidance: in test_guided_run
-    elsewhere = {"kind", "weights", "teacher", "teacher_energy", "guidance", "shipped"}
+    # weights: in test_conditional; seed: in test_stacking; teacher and teacher_energy: in test_distillation;
+    # guidance: in test_guided_run
+    elsewhere = {"kind", "weights", "teacher", "teacher_energy", "guidance", "shipped", "seed"}
     assert set(leaves(config)) - elsewhere == set(perturbations)
 
 

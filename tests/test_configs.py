@@ -109,6 +109,7 @@ def test_pretraining_signature_ignores_what_pretraining_does_not_depend_on():
         "algorithm.policy.lr=1e-3", "schedule.num_steps=10", "evaluate.every=7", "network.energy.hidden=8"
     )
     assert len({of(), of("seed=1"), of("network.denoiser.hidden=8"), of("pretrain.ema=0.9")}) == 4
+    assert of("seed=1") == of("pretrain.seed=1") == of("seed=2", "pretrain.seed=1")
 
 
 def test_single_class_experiment_differs_from_its_parent_only_in_name_and_label():

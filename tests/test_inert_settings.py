@@ -106,6 +106,7 @@ ALIVE: list[tuple[Settings, str, Any]] = [
     ({}, "pretrain.iterations", 0),
     ({}, "pretrain.iterations", 401),
     ({}, "pretrain.batch_size", 5),
+    ({}, "pretrain.seed", 1),
     ({}, "pretrain.ema", 0.9),
     ({"pretrain.ema": 0.97}, "pretrain.ema", 0.975),
     ({}, "schedule.num_steps", 3),

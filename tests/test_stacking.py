@@ -275,6 +275,22 @@ def test_stacked_runs_are_the_solo_runs(alone, tmp_path):
         require_same_run(tmp_path / str(seed), alone / str(seed))
 
 
+@pytest.mark.usefixtures("own_cache")
+def test_stacked_runs_may_share_one_pretrained_model(tmp_path):
+    """The first trains it and the second finds it in the cache, though both are in one program."""
+    stacked, solo = tmp_path / "stacked", tmp_path / "solo"
+    shared = [member(seed, stacked, None, "pretrain.seed=3") for seed in (0, 7)]
+    assert len({own.experiment.pretraining_path for own in [*shared, member(3, solo)]}) == 1
+    first, second = train_stacked(shared)
+    assert first.scores["shortened"] != second.scores["shortened"]  # scored on other noise
+    for seed in (0, 7):
+        train(member(seed, solo, None, "pretrain.seed=3").experiment, out=solo / str(seed))
+        require_same_run(stacked / str(seed), solo / str(seed))
+    train(member(3, solo).experiment, out=solo / "3")
+    own = RunDirectory(solo / "3").read_summary()
+    assert own["scores"] != RunDirectory(solo / "7").read_summary()["scores"]
+
+
 def stop_at(step: int, phase: Phase = Phase.FINETUNE):
     return lambda progress: progress.phase is phase and progress.step >= step
 

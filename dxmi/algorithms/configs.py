@@ -176,6 +176,9 @@ class DDPMConfig:
     teacher: str | None = field(default=None, metadata=PLACE)
     """Folder of a run whose policy is distilled into the steps of this run's schedule, in place of pretraining; null
     for pretraining."""
+    seed: int | None = None
+    """Seed of the pretraining; null for that of the run. If it is given, all seeds of a study share one pretrained
+    model, and their spread does not include that of pretraining."""
     shipped: bool = True
     """Use the result of exactly this pretraining that ships with the package, if there is one; `--from-scratch` sets it
     to false."""
@@ -189,6 +192,8 @@ class DDPMConfig:
             raise ValueError(f"batch_size is {self.batch_size}: it must be at least 1")
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"ema is {self.ema}: it must be in [0, 1)")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}: it must be in 0..2^63 - 1, or null for the seed of the run")
         if self.teacher is not None and self.weights is not None:
             raise ValueError("teacher and weights are both set: the student starts from the teacher, so leave out one")
 

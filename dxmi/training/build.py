@@ -151,14 +151,15 @@ class Experiment:
         """Everything that determines the pretrained denoiser, except for the version of PyTorch."""
         config = self.config
         pretrain = delta(config.pretrain, RESULT)
-        pretrain.pop("shipped", None)
+        for name in ("shipped", "seed"):
+            pretrain.pop(name, None)
         pretrain["weights"] = None if config.pretrain.weights is None else self.weights_signature
         if config.pretrain.teacher is not None:
             pretrain |= {"teacher": self.teacher_signature, "schedule": shorten(config.schedule).tree()}
         return {
             "schema": SCHEMA,
             "version": PRETRAINING_VERSION,
-            "seed": config.seed,
+            "seed": self._seed_of("pretrain"),
             "data": self.data.signature,
             "mirrors": config.data.mirrors,
             "network": block_delta(config.network.denoiser, RESULT),
@@ -191,13 +192,18 @@ class Experiment:
     # ------------------------------------------------------------------------
     # Building. Every random stream has a name; see dxmi.seeds.
 
-    def _weights(self, name: str) -> torch.Generator:
-        return generator(self.config.seed, f"weights/{name}")
+    def _seed_of(self, phase: str) -> int:
+        """The seed of a phase, `pretrain` or `finetune`."""
+        own = self.config.pretrain.seed
+        return self.config.seed if phase == "finetune" or own is None else own
+
+    def _weights(self, name: str, phase: str = "finetune") -> torch.Generator:
+        return generator(self._seed_of(phase), f"weights/{name}")
 
     def build_denoiser(self) -> Denoiser:
         """Build an untrained denoiser on the device."""
         config = self.config.network.denoiser
-        return build_denoiser(config, self.event, self._weights("denoiser")).to(self.device)
+        return build_denoiser(config, self.event, self._weights("denoiser", "pretrain")).to(self.device)
 
     @cached_property
     def public_weights(self) -> PublicWeights:
@@ -308,7 +314,7 @@ class Experiment:
         algorithm = self._build_ddpm() if config.pretrain.teacher is None else self._build_distillation()
         algorithm = algorithm.to(self.device)
         self._compile(algorithm)
-        stream = self._stream(config.pretrain.batch_size, "pretrain/data")
+        stream = self._stream(config.pretrain.batch_size, "pretrain")
         return algorithm, TrainingState(
             algorithm, algorithm.optimizers, self._generators("pretrain", algorithm), stream
         )
@@ -406,7 +412,7 @@ class Experiment:
         if config.algorithm.needs_teacher:
             self._take_energy(algorithm)
         generators = self._generators("finetune", algorithm)
-        stream = self._stream(config.train.batch_size, "finetune/data", reads_samples=algorithm.needs_data)
+        stream = self._stream(config.train.batch_size, "finetune", reads_samples=algorithm.needs_data)
         return algorithm, TrainingState(algorithm, algorithm.optimizers, generators, stream)
 
     def _take_energy(self, algorithm: PolicyAlgorithm) -> None:
@@ -420,7 +426,7 @@ class Experiment:
         """The generators of an algorithm's random streams, by name."""
         devices = {HOST: torch.device("cpu"), DEVICE: self.device}
         return {
-            name: generator(self.config.seed, f"{phase}/{name}", devices[where])
+            name: generator(self._seed_of(phase), f"{phase}/{name}", devices[where])
             for name, where in algorithm.streams.items()
         }
 
@@ -440,11 +446,11 @@ class Experiment:
                 if isinstance(module, Denoiser | Critic | TimedCritic):
                     module.compile(dynamic=False)
 
-    def _stream(self, batch_size: int, name: str, *, reads_samples: bool = True) -> BatchStream:
+    def _stream(self, batch_size: int, phase: str, *, reads_samples: bool = True) -> BatchStream:
         return BatchStream(
             self.data.stored,
             batch_size,
-            generator(self.config.seed, name),
+            generator(self._seed_of(phase), f"{phase}/data"),
             self._labels() if self.config.network.denoiser.classes else None,
             flip=self.config.data.mirrors,
             device=self.device,

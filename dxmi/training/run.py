@@ -122,8 +122,9 @@ def train_stacked(members: Sequence[SeedRun], ended: Callable[[int, Result], Non
     in_order = sorted(runs, key=lambda run: run.config.seed)
     try:
         _each(in_order, Run.begin)
-        _fit(in_order, Run.open_pretraining)
-        _each(in_order, Run.finish_pretraining)
+        for wave in _waves(in_order):
+            _fit(wave, Run.open_pretraining)
+            _each(wave, Run.finish_pretraining)
         _each(in_order, Run.score_references)
         _fit(in_order, Run.open_finetuning)
         _each(in_order, Run.finish)
@@ -131,6 +132,21 @@ def train_stacked(members: Sequence[SeedRun], ended: Callable[[int, Result], Non
         for run in runs:  # also if a KeyboardInterrupt ends all of them
             run.close()
     return [run.result for run in runs]
+
+
+def _waves(runs: Sequence["Run"]) -> list[list["Run"]]:
+    """Divide runs into groups that can be pretrained together: no two of a group need the same pretrained model.
+
+    The first group trains the models, and the others find them in the cache.
+    """
+    waves: list[dict[Path | None, Run]] = []
+    for run in runs:
+        path = run.attempt(partial(getattr, run.experiment, "pretraining_path"))
+        wave = next((wave for wave in waves if path not in wave), None)
+        if wave is None:
+            waves.append(wave := {})
+        wave[path] = run
+    return [list(wave.values()) for wave in waves]
 
 
 def _each(runs: Sequence["Run"], step: Callable[["Run"], Any]) -> list[Any]:
