@@ -71,7 +71,7 @@ def file(tmp_path):
 
 def test_ablations_are_shipped_and_are_no_group_of_an_experiment():
     plane = {"algorithms_2d", "paper_2d"}
-    image = {"algorithms", "dxmi_terms", "entropy", "guidance", "steps", "pretraining", "shortening"}
+    image = {"algorithms", "dxmi_terms", "entropy", "guidance", "horizon", "steps", "pretraining", "shortening"}
     assert image | plane == set(ablations())
     assert "ablation" not in groups()
     assert "sweep" not in groups()
@@ -109,6 +109,7 @@ def test_algorithms_are_compared_with_equal_network_evaluations(name):
 def test_shipped_ablations_compare_what_they_say():
     assert sorted(values("entropy", TAU)) == [0.0, 0.01, 0.03, 0.1, 0.3, 1.0]
     assert sorted(values("steps", "schedule.num_steps")) == [1, 2, 3, 5, 10]
+    assert values("horizon", "algorithm.policy_horizon") == [1, 2, None]
     assert sorted(values("pretraining", "pretrain.iterations")) == [0, 6000, 60_000]
     methods, shapes = values("shortening", "schedule.kind"), values("shortening", "schedule.shape")
     assert list(zip(methods, shapes, strict=True)) == [
