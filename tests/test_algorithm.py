@@ -817,6 +817,7 @@ REFUSED: list[dict[str, Any]] = [
     {"policy_horizon": 0},
     {"policy_horizon": None, "value_updates": -1},
     {"policy_start": -1},
+    {"policy_horizon": None, "value_updates": 0, "value": "separate", "guidance": 0.1},
     {"reference_var_ema": 1.1},
     {"target_ema": 1.0},
     {"policy_ema": -0.1},

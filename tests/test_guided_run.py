@@ -1,13 +1,15 @@
 """Value guidance as a setting of a run: its evaluations use it, its training does not."""
 
 import pytest
+import torch
 
+from dxmi.errors import UserError
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.build import Experiment
 from dxmi.training.loading import load_run
 from dxmi.training.run import train
 from dxmi.training.schema import read_config
-from support import TINY, changed
+from support import TINY, changed, stating
 from tune.config.compose import compose_experiment
 
 METRIC = "eval/fid_digits"
@@ -39,3 +41,21 @@ def test_a_run_is_scored_again_with_its_own_guidance_or_another(runs):
 
     assert last(5.0, None) == pytest.approx(runs[5.0].read_summary()["last"]["value"])
     assert last(5.0, 0.0) == pytest.approx(runs[0.0].read_summary()["last"]["value"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["algorithm=reinforce", "reward=quadratic"],
+        ["algorithm.value=separate", "algorithm.policy_horizon=null", "algorithm.value_updates=0"],
+    ],
+    ids=["no value", "an untrained value"],
+)
+def test_a_run_without_a_trained_value_is_not_guided(tmp_path, settings):
+    given = changed(TINY, "evaluate.full_reference=false", *settings)
+    train(Experiment(compose_experiment(given).experiment), out=tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    loaded = load_run(run, read_config(run.read_config()), "last")
+    assert torch.equal(loaded.states(4, 0, None), loaded.states(4, 0, 0.0))
+    with pytest.raises(UserError, match=stating("guidance is 0.1 … no value … leave out")):
+        loaded.states(4, 0, 0.1)

@@ -119,11 +119,7 @@ class DxMIConfig(AlgorithmConfig):
         coefficients = ("entropy_coef", "cost_coef", "energy_l2", "energy_noise", "energy_gradient_penalty")
         for name in (*coefficients, "step_cost_scale"):
             require_rate(name, getattr(self, name))
-        counts = {"energy_updates": 1, "value_updates": int(self.needs_value), "policy_updates": 1}
-        for name, least in {**counts, "policy_horizon": 1, "policy_start": 0}.items():
-            number = getattr(self, name)
-            if number is not None and number < least:
-                raise ValueError(f"{name} is {number}: it must be at least {least}")
+        self._require_counts()
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance is {self.guidance}: it must be a finite number")
         if not 0.0 <= self.reference_var_ema <= 1.0:
@@ -140,10 +136,27 @@ class DxMIConfig(AlgorithmConfig):
             for number in getattr(self, name) or ():
                 require_rate(name, number)
 
+    def _require_counts(self) -> None:
+        """Check the numbers of updates, and that a value that is used is trained."""
+        counts = {"energy_updates": 1, "value_updates": int(self.needs_value), "policy_updates": 1}
+        for name, least in {**counts, "policy_horizon": 1, "policy_start": 0}.items():
+            number = getattr(self, name)
+            if number is not None and number < least:
+                raise ValueError(f"{name} is {number}: it must be at least {least}")
+        if self.guidance and not self.trains_value:
+            raise ValueError(
+                f"guidance is {self.guidance}, but value_updates is 0: it must be 0 without a trained value"
+            )
+
     @property
     def needs_value(self) -> bool:
         """Whether the policy's update evaluates the value before T."""
         return self.policy_horizon is not None
+
+    @property
+    def trains_value(self) -> bool:
+        """Whether the value before T is trained, as a shared value is with the energy."""
+        return self.value == "shared" or self.value_updates > 0
 
     @property
     def needs_teacher(self) -> bool:

@@ -41,6 +41,7 @@ from dxmi.algorithms.states import StoredStates, draw_states
 from dxmi.critics.energy import Energy
 from dxmi.critics.value import SeparateValue, SharedValue, Value
 from dxmi.data.batch import Batch, Condition, Streams
+from dxmi.diffusion.policy import Guide
 from dxmi.diffusion.trajectory import GaussianStep, Trajectory
 from dxmi.optim.config import OptimizerConfig
 from dxmi.optim.moving_average import MovingAverage
@@ -124,6 +125,11 @@ class DxMI(PolicyAlgorithm):
     def guidance(self) -> float:
         """Scale of the value guidance with which the policy is evaluated."""
         return self.config.guidance
+
+    @property
+    def guide(self) -> Guide | None:
+        """The gradient of the value; None if the value before T is not trained."""
+        return super().guide if self.config.trains_value else None
 
     # ------------------------------------------------------------------------
     # One iteration: Algorithm 1.

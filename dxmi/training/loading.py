@@ -121,6 +121,8 @@ class LoadedRun:
 
     def _sampling(self, stream: str, guidance: float | None) -> Sampling:
         scale = self.algorithm.guidance if guidance is None else guidance
+        if scale != 0.0 and self.algorithm.guide is None:
+            raise UserError(f"The guidance is {scale:g}, but this run has trained no value: leave out the guidance.")
         return Sampling(self.algorithm.eval_policy, stream, self.algorithm.guide, scale, step=self.step)
 
 
