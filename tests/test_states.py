@@ -92,6 +92,22 @@ def test_the_split_counts_rows_that_all_seeds_agree_on(seeds, rows, split):
     assert (found["num_nonterminal"], found["num_terminal"]) == split
 
 
+@pytest.mark.parametrize(
+    ("seeds", "rows", "horizon", "acting"),
+    [
+        (slice(0, 1), slice(0, 6), 1, (6,)),
+        (slice(0, 1), slice(0, 6), 4, (6, 4, 3, 2)),
+        (slice(1, 2), slice(0, 6), 4, (6, 2, 2, 1)),
+        (slice(0, 2), slice(0, 6), 4, (6, 4, 3, 2)),
+        (slice(0, 1), slice(2, 6), 4, (4, 2, 1)),  # no state is at step 0: a network is not given an empty batch
+        (slice(0, 2), slice(4, 6), 4, (2,)),
+        (slice(0, 1), slice(3, 3), 4, (0,)),
+    ],
+)
+def test_the_states_that_act_in_each_of_several_steps(seeds, rows, horizon, acting):
+    assert gathered(INDEX, seeds=seeds).acting(rows, horizon) == acting
+
+
 @pytest.mark.parametrize("kind", ["shared", "separate"])
 @pytest.mark.parametrize("k", range(K))
 def test_a_value_is_the_same_with_and_without_the_split(make_dxmi, kind, k):

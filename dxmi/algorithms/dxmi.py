@@ -26,9 +26,8 @@ Logged metrics (means over the batch, of the last update of the iteration):
 """
 
 import copy
-import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -308,8 +307,10 @@ class DxMI(PolicyAlgorithm):
             named = {"cost": costs["running"]} if costs else {}
             return {"loss": policy_loss(value, costs.get("control")), **named}
 
+        def static(rows: slice) -> Mapping[str, Any]:
+            return {"acting": states.acting(rows, horizon), **states.split(rows, horizon)}
+
         inputs = (states.x, states.t, noise, latents, states.condition)
-        static = functools.partial(states.split, horizon=horizon)
         return self.optimizers["policy"].minimize(loss, *inputs, num=states.num, static=static).metrics("policy")
 
     def _expand(  # noqa: PLR0917

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,27 +90,32 @@ class StoredStates:
         """This process's rows of a tensor that was drawn for the whole minibatch, [K, num, ...]."""
         return drawn if drawn is None or self._own is None else drawn[:, self._own]
 
-    def split(self, rows: slice, horizon: int = 1) -> Mapping[str, Any]:
-        """Count those of the `rows` from which steps are left, and those that a number of steps takes to T.
+    def split(self, rows: slice, horizon: int = 1) -> Mapping[str, int]:
+        """Count the `rows` that are known to be before T, and at T, after some steps, for `Value.forward_timesteps`.
 
         The counts are computed on the host, without synchronizing with the device. If seeds differ, the rows between
-        the states before T and those at T are at T for some of the seeds only.
+        the two groups are at T for some of the seeds only.
 
         Args:
             rows: Rows of this process.
             horizon: Number of steps that are taken from each state, unless T comes first.
-
-        Returns:
-            `num_nonterminal` and `num_terminal`, the rows before T and at T after these steps, as for
-            `Value.forward_timesteps`; `acting`, for each step the number of rows of which any is not yet at T.
         """
-        left = self._last + 1 - self._t_host[:, rows]  # steps to T, in descending order
+        left = self._steps_left(rows)
         ends = (left <= horizon).sum(1)
-        return {
-            "num_nonterminal": left.shape[1] - int(ends.max()),
-            "num_terminal": int(ends.min()),
-            "acting": tuple(int((left > k).sum(1).max()) for k in range(horizon)),
-        }
+        return {"num_nonterminal": left.shape[1] - int(ends.max()), "num_terminal": int(ends.min())}
+
+    def acting(self, rows: slice, horizon: int) -> tuple[int, ...]:
+        """Count, for each of `horizon` steps, the first of the `rows` that are not yet at T for every seed.
+
+        Steps that no row takes are left out.
+        """
+        left = self._steps_left(rows)
+        counts = (int((left > k).sum(1).max()) for k in range(horizon))
+        return tuple(num for k, num in enumerate(counts) if num > 0 or k == 0)
+
+    def _steps_left(self, rows: slice) -> Tensor:
+        """The number of steps from each state to T, in descending order, [K, b]."""
+        return self._last + 1 - self._t_host[:, rows]
 
 
 def select_rows(x: Tensor, index: Tensor) -> Tensor:
