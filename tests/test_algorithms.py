@@ -6,7 +6,6 @@ A new algorithm is picked up here by its line in the registry.
 import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from dxmi.algorithms.base import PolicyAlgorithm
 from dxmi.algorithms.registry import ALGORITHMS
-from dxmi.config import build
+from dxmi.config import build, to_tree
 from dxmi.data.batch import Batch, Streams
 from dxmi.distributed import SINGLE_PROCESS, ProcessGroup
 from dxmi.persistence.checkpoint import Checkpoint
@@ -214,32 +213,55 @@ def test_a_copy_is_independent(kind):
     assert members[0].seeds.size == 1
 
 
-CHANGED = {
-    "entropy_coef": 0.5,
-    "last_step": True,
-    "policy_ema": 0.05,
-    "baseline": "mean",
-    "baseline_updates": 3,
-    "gradient_penalty": 1.0,
-    "critic_updates": 3,
-    "value_updates": 3,
-    "policy_updates": 1,
-    **{name: {"lr": 0.01} for name in ("policy", "critic", "energy")},
+CHANGED: dict[str, tuple[Any, ...]] = {
+    "entropy_coef": (0.5,),
+    "last_step": (True,),
+    "policy_ema": (0.05,),
+    "baseline": ("mean", "none"),
+    "baseline_updates": (3,),
+    "gradient_penalty": (1.0,),
+    "critic_updates": (3,),
+    "value_updates": (3,),
+    "policy_updates": (1,),
+    "groups": ("condition", "batch"),
+    "spread": ("batch",),
+    "buffer": (8,),
+    "min_count": (1000,),
+    "advantage_clip": (0.1,),
+    "kl_coef": (0.1,),
+    "epochs": (1,),
+    "minibatches": (3,),
+    "clip": (1e-3,),
+    "dual_clip": (None,),
+    "log_ratio": ("mean",),
+    "target_kl": (1e-9,),
+    **{name: ({"lr": 0.01},) for name in ("policy", "critic", "energy")},
 }
-"""Another value of every setting of the policy-gradient algorithms; test_algorithm has those of DxMI."""
+"""Other values of every setting of the policy-gradient algorithms; test_algorithm has those of DxMI."""
+COMPANIONS: dict[str, dict[str, Any]] = {
+    **{key: {"baseline": "learned"} for key in ("critic", "baseline_updates")},
+    "groups": {"baseline": "mean"},
+    "buffer": {"baseline": "mean", "spread": "none"},
+    "min_count": {"baseline": "mean", "spread": "none", "buffer": 30, "groups": "batch"},
+    "dual_clip": {"clip": 1e-4, "dual_clip": 1.0002},
+}
+"""Settings with which another one has an effect."""
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dxmi"])
 def test_no_setting_is_without_effect(kind):
     def trained(**changes: Any) -> dict[str, Tensor]:
-        algorithm, state = start(experiment(kind, algorithm={"kind": kind, **changes}))
+        algorithm, state = start(experiment(kind, classes=10, algorithm={"kind": kind, **changes}))
         advance(algorithm, [state], range(3))
         return tensors(algorithm, state)
 
-    settings = [field.name for field in fields(ALGORITHMS.config_class(kind)) if field.name != "kind"]
-    plain, dead = trained(), []
-    for name in settings:
-        other = trained(**{name: CHANGED[name]})
+    defaults = to_tree(ALGORITHMS.config_class(kind)())
+    dead = []
+    for name in sorted(defaults.keys() - {"kind"}):
+        companions = {key: value for key, value in COMPANIONS.get(name, {}).items() if key in defaults}
+        before = companions.get(name, defaults[name])
+        changed = next(value for value in CHANGED[name] if value != before)
+        plain, other = trained(**companions), trained(**companions | {name: changed})
         if plain.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in plain.items()):
             dead.append(name)
     assert dead == []

@@ -13,6 +13,9 @@ RUNNING_COSTS = ("transition", "noise")
 PRESETS = ("as_released", "objective")
 VALUES = ("shared", "separate")
 BASELINES = ("learned", "leave_one_out", "mean", "none")
+GROUPS = ("batch", "condition")
+SPREADS = ("none", "group", "batch")
+LOG_RATIOS = ("sum", "mean")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,23 +242,108 @@ class PolicyGradientConfig(AlgorithmConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReinforceConfig(PolicyGradientConfig):
-    """Settings of REINFORCE with a scalar reward."""
+class RewardGradientConfig(PolicyGradientConfig):
+    """The settings that the policy-gradient algorithms with a scalar reward share."""
 
-    kind: str = "reinforce"
-    baseline: str = "learned"
+    baseline: str = "leave_one_out"
     """Subtracted from the reward: learned (V(x_t, t) of a value network), leave_one_out (mean reward of the other
-    samples), mean (mean reward of all samples, which scales the gradient by 1 - 1/B), or none."""
+    samples of the group), mean (mean reward of the group, which scales the gradient by 1 - 1/N), or none."""
     baseline_updates: int = 1
     """Optimizer steps of the learned baseline per iteration."""
+    groups: str = "batch"
+    """Samples that are compared with each other: those of the batch, or those of the batch with the same condition."""
+    spread: str = "none"
+    """Standard deviation by which the advantages are divided: none, group, or batch. Dividing by that of the group
+    changes the objective: a condition whose rewards differ little gets a larger weight."""
+    buffer: int = 0
+    """Number of recent rewards of each group whose mean and standard deviation are used instead of those of the batch;
+    0 for those of the batch."""
+    min_count: int = 16
+    """Number of recorded rewards below which a group uses the statistics of the batch; unused with buffer=0."""
+    advantage_clip: float | None = None
+    """Upper limit of the magnitude of an advantage; null for none."""
+    kl_coef: float = 0.0
+    """Weight of KL(policy || pretrained policy), summed over the actions of a trajectory, in units of reward per nat.
+    It is the exact KL divergence of Gaussians at the states of the rollout."""
 
     needs_reward: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("baseline", self.baseline, BASELINES)
-        if self.baseline_updates < 1:
-            raise ValueError(f"baseline_updates is {self.baseline_updates}: it must be at least 1")
+        require_choice("groups", self.groups, GROUPS)
+        require_choice("spread", self.spread, SPREADS)
+        for name, least in {"baseline_updates": 1, "buffer": 0, "min_count": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if self.buffer and self.baseline != "mean":
+            raise ValueError(f"buffer is {self.buffer}, but baseline is {self.baseline}: a buffer needs baseline=mean")
+        if self.buffer and self.spread == "batch":
+            raise ValueError(f"buffer is {self.buffer}, but spread is batch: a buffer needs spread=group or none")
+        if self.advantage_clip is not None:
+            require_rate("advantage_clip", self.advantage_clip, positive=True)
+        require_rate("kl_coef", self.kl_coef)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforceConfig(RewardGradientConfig):
+    """Settings of REINFORCE with a scalar reward."""
+
+    kind: str = "reinforce"
+    baseline: str = "learned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioConfig(RewardGradientConfig):
+    """The settings of the algorithms that take several steps with the probability ratio of new and old policy."""
+
+    epochs: int = 2
+    """Number of times that the actions of a rollout are used, each time in another order."""
+    minibatches: int = 2
+    """Number of parts into which the actions are divided in each epoch; there is one optimizer step for each part."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "minibatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoConfig(RatioConfig):
+    """Settings of PPO (arXiv 1707.06347) on the steps of the policy, DDPO-IS (arXiv 2305.13301)."""
+
+    kind: str = "ppo"
+    clip: float = 0.2
+    """Interval [1 - clip, 1 + clip] of the probability ratio outside of which an action has no gradient."""
+    dual_clip: float | None = 2.0
+    """Upper limit of the ratio of actions with a negative advantage, at least 1 + clip; null for none. Without it, a
+    few actions whose ratio is large dominate the gradient."""
+    log_ratio: str = "sum"
+    """Log ratio of an action: sum over the dimensions, the true one; or mean, the root of the true ratio of order D, as
+    in the public code of DDPO."""
+    target_kl: float | None = None
+    """KL(old || new) of a trajectory in nats above which the remaining optimizer steps of the iteration are skipped;
+    null for none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("log_ratio", self.log_ratio, LOG_RATIOS)
+        require_rate("clip", self.clip, positive=True)
+        if self.dual_clip is not None and not self.dual_clip >= 1.0 + self.clip:
+            raise ValueError(f"dual_clip is {self.dual_clip}: it must be at least 1 + clip, or null")
+        if self.target_kl is not None:
+            require_rate("target_kl", self.target_kl, positive=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoConfig(PpoConfig):
+    """Settings of GRPO (arXiv 2402.03300): PPO whose advantages compare samples of the same condition."""
+
+    kind: str = "grpo"
+    baseline: str = "mean"
+    groups: str = "condition"
+    spread: str = "group"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ dynamic programming (DxDP) that replaces backpropagation through the trajectory.
 means, as published. `dxmi/README.md` states all losses in the notation used here.
 """
 
+import torch
 from torch import Tensor
 
 from dxmi.tensors import event_mean, event_sum
@@ -53,6 +54,19 @@ def score_function_loss(log_prob: Tensor, advantage: Tensor) -> Tensor:
     See Williams (1992). The advantage A is a cost here: it is negative if the action was better than expected.
     """
     return advantage.detach() * log_prob
+
+
+def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: float, dual_clip: float | None) -> Tensor:
+    """-min(A rho, A clip(rho, 1 - clip, 1 + clip)), the surrogate loss of PPO (arXiv 1707.06347, equation 7): [B].
+
+    If the advantage A is negative, the loss is unbounded for large ratios rho; with `dual_clip`, such a ratio is
+    limited to it (arXiv 1912.09729, equation 5). A is a reward here: it is positive if the action was better than
+    expected.
+    """
+    loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1.0 - clip, 1.0 + clip))
+    if dual_clip is None:
+        return loss
+    return torch.where(advantage < 0.0, torch.minimum(loss, -advantage * dual_clip), loss)
 
 
 def gradient_penalty(gradient: Tensor) -> Tensor:

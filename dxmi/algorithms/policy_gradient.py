@@ -13,7 +13,7 @@ from dxmi.algorithms.base import Parts, PolicyAlgorithm
 from dxmi.algorithms.configs import PolicyGradientConfig
 from dxmi.algorithms.losses import score_function_loss, value_loss
 from dxmi.data.batch import Batch, Condition
-from dxmi.diffusion.trajectory import Trajectory
+from dxmi.diffusion.trajectory import GaussianStep, Trajectory
 from dxmi.errors import UserError
 from dxmi.networks.base import TimedCritic
 from dxmi.optim.optimizer import Optimizer, StepResult
@@ -71,23 +71,35 @@ class PolicyGradient(PolicyAlgorithm):
         t = self.steps[:num, None].expand(num, x.shape[2]).flatten().expand(len(x), -1)
         return Actions(x[:, :num].flatten(1, 2), x[:, 1 : num + 1].flatten(1, 2), t, _repeated(condition, num))
 
-    def follow_gradient(self, actions: Actions, advantage: Tensor, num: int) -> StepResult:
+    def follow_gradient(
+        self,
+        actions: Actions,
+        advantage: Tensor,
+        num: int,
+        reference: GaussianStep | None = None,
+        kl_coef: float = 0.0,
+    ) -> StepResult:
         """Take one gradient step that decreases E[sum_t A_t], with the score-function estimate of its gradient.
 
         Args:
             actions: Actions drawn uniformly from all actions of a batch of trajectories, or all of them.
             advantage: A of each action, a cost, [K, b].
             num: Number of rows of all processes together.
+            reference: Steps of the reference policy from the same states; None for no KL divergence from it.
+            kl_coef: Weight of the KL divergence from the reference, summed over the actions.
         """
 
-        def loss(x: Tensor, x_next: Tensor, t: Tensor, condition: Condition, advantage: Tensor) -> Mapping[str, Tensor]:
+        def loss(actions: Actions, advantage: Tensor, reference: GaussianStep | None) -> Mapping[str, Tensor]:
+            x, x_next, t, condition = actions
             log_sigma = self.policy.log_sigma
             step = self.policy.transition(x, t, log_sigma=log_sigma, condition=condition)
             # The mean over rows averages over the steps, but the policy gradient is a sum over them.
             surrogate = self.num_actions * score_function_loss(step.log_prob(x_next), advantage)
+            if reference is not None:
+                surrogate = surrogate + self.num_actions * kl_coef * step.kl(reference)
             return {"loss": surrogate - self.entropy_coef * log_sigma[t]}
 
-        return self.optimizers["policy"].minimize(loss, *actions, advantage, num=num)
+        return self.optimizers["policy"].minimize(loss, actions, advantage, reference, num=num)
 
     def fit_expected(
         self, predict: Callable[[Tensor, Tensor, Condition], Tensor], actions: Actions, outcome: Tensor, num: int

@@ -11,6 +11,8 @@ ALGORITHMS: Registry["PolicyAlgorithm"] = Registry(
     "algorithm",
     {
         "dxmi": ("dxmi.algorithms.configs:DxMIConfig", "dxmi.algorithms.dxmi:DxMI"),
+        "grpo": ("dxmi.algorithms.configs:GrpoConfig", "dxmi.algorithms.grpo:Grpo"),
+        "ppo": ("dxmi.algorithms.configs:PpoConfig", "dxmi.algorithms.ppo:Ppo"),
         "reinforce": ("dxmi.algorithms.configs:ReinforceConfig", "dxmi.algorithms.reinforce:Reinforce"),
         "sft_pg": ("dxmi.algorithms.configs:SftPgConfig", "dxmi.algorithms.sft_pg:SftPg"),
     },

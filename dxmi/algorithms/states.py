@@ -14,8 +14,6 @@ from dxmi.distributed import Share
 def draw_states(streams: Streams, name: str, num_steps: int, num: int, *, every: bool) -> tuple[Tensor, ...]:
     """Draw indices into the T x B states of `num` trajectories, time-major: B of them, or all in T minibatches.
 
-    Each minibatch is sorted in ascending order, so that samples of the same step are adjacent.
-
     Args:
         streams: Random streams.
         name: Name of the stream to draw from, which is on the host.
@@ -24,11 +22,27 @@ def draw_states(streams: Streams, name: str, num_steps: int, num: int, *, every:
         every: Whether to use every state.
 
     Returns:
-        Minibatches [K, B].
+        Minibatches [K, B], see `draw_minibatches`.
     """
-    shuffled = streams.draw(name, lambda own: torch.randperm(num_steps * num, generator=own))
-    draws = torch.split(shuffled, num, dim=1) if every else (shuffled[:, :num],)
-    return tuple(drawn.sort(dim=1).values for drawn in draws)
+    return draw_minibatches(streams, name, num_steps * num, num)[: None if every else 1]
+
+
+def draw_minibatches(streams: Streams, name: str, total: int, size: int) -> tuple[Tensor, ...]:
+    """Draw all indices below `total` in random order, in minibatches of `size`; the last one may be smaller.
+
+    Each minibatch is sorted in ascending order, so that samples of the same step are adjacent.
+
+    Args:
+        streams: Random streams.
+        name: Name of the stream to draw from, which is on the host.
+        total: Number of indices.
+        size: Number of indices of a minibatch.
+
+    Returns:
+        Minibatches [K, size].
+    """
+    shuffled = streams.draw(name, lambda own: torch.randperm(total, generator=own))
+    return tuple(drawn.sort(dim=1).values for drawn in torch.split(shuffled, size, dim=1))
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,10 @@ class Policy(nn.Module):
         mean = (signal_scale * x).addcmul(output_scale, noise)
         return GaussianStep(mean, log_sigma[row].exp().expand(len(x)))
 
+    def forward(self, x: Tensor, t: int | Tensor, condition: Condition = UNCONDITIONAL) -> GaussianStep:
+        """The Gaussian over x_{t+1}, for `torch.func.functional_call`."""
+        return self.transition(x, t, condition=condition)
+
     def step(
         self,
         x: Tensor,

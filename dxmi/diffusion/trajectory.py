@@ -33,6 +33,13 @@ class GaussianStep(NamedTuple):
         squares = event_sum((x - self.mean).square()) / self.sigma.square()
         return -0.5 * squares - dims * (self.sigma.log() + 0.5 * math.log(2.0 * math.pi))
 
+    def kl(self, other: "GaussianStep") -> Tensor:
+        """KL(self || other) in nats, summed over the event: [B]."""
+        dims = math.prod(self.mean.shape[1:])
+        log_ratio = self.sigma.log() - other.sigma.log()
+        squares = event_sum((self.mean - other.mean).square()) / other.sigma.square()
+        return 0.5 * (squares + dims * ((2.0 * log_ratio).exp() - 1.0 - 2.0 * log_ratio))
+
 
 class Trajectory(NamedTuple):
     """A batch of rollouts.

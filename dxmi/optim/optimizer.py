@@ -21,6 +21,8 @@ from dxmi.tensors import chunks, laid_out_as, map_tensors, tensors_of
 Loss = Callable[..., Mapping[str, Tensor]]
 """Maps some rows of the inputs to unreduced values [b] by name. The mean of the value named `loss` is minimized; the
 means of the others are logged."""
+Takes = Callable[[Mapping[str, Tensor]], Tensor]
+"""Maps the means of the values that the loss returned to the seeds that take the step, bool [K]."""
 Static = Callable[[slice], Mapping[str, Any]]
 """Maps a slice of rows to additional keyword arguments of the loss, which are the same for all seeds."""
 
@@ -100,7 +102,9 @@ class Optimizer:
         for group, rate in zip(self.torch.param_groups, self.rates, strict=True):
             group["lr"].fill_(rate * factor)
 
-    def minimize(self, loss: Loss, *inputs: Any, num: int, static: Static | None = None) -> StepResult:
+    def minimize(
+        self, loss: Loss, *inputs: Any, num: int, static: Static | None = None, takes: Takes | None = None
+    ) -> StepResult:
         """Take one step that decreases the mean of a loss over a batch.
 
         Gradients are computed for one micro-batch at a time, and summed over the micro-batches and the processes.
@@ -110,14 +114,48 @@ class Optimizer:
             inputs: Rows of this process, nested tuples of tensors [K, b, ...].
             num: Number of rows of the whole batch, of all processes together.
             static: Computes additional keyword arguments of `loss` from the slice of rows that it is given.
+            takes: Decides which seeds take the step; parameters and moments of the others are left unchanged, but the
+                step is counted. None for all seeds, which also take the optimizer's first step in any case.
         """
         grads, means = self._summed(loss, inputs, num, static)
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = laid_out_as(grad, parameter)  # fused optimizers assume equal strides
         norm = None if self.config.max_grad_norm is None else self._clip(self.config.max_grad_norm)
-        with torch.no_grad():
-            self._step(self.torch)
+        if takes is None or not self.torch.state:
+            self._take()
+        else:
+            before = [tensor.clone() for tensor in self._stepped()]
+            self._take()
+            self._undo(before, ~takes(means))
         return StepResult(means, norm)
+
+    @torch.no_grad()
+    def _take(self) -> None:
+        """Take the step of the torch optimizer."""
+        self._step(self.torch)
+
+    def skip(self) -> None:
+        """Count a step that no seed takes."""
+        for state in self.torch.state.values():
+            state["step"] += 1
+
+    def _stepped(self) -> list[Tensor]:
+        """The parameters and their moments, which a step changes in place."""
+        moments = [value for state in self.torch.state.values() for value in state.values() if value.dim()]
+        return [*self.parameters, *moments]
+
+    @torch.no_grad()
+    def _undo(self, before: Sequence[Tensor], seeds: Tensor) -> None:
+        """Restore the tensors of some seeds, bool [K], after a step."""
+        after = self._stepped()
+        for tensor, earlier in zip(after, before, strict=True):
+            table, saved = self._by_seed(tensor), self._by_seed(earlier)
+            table.copy_(torch.where(seeds.view(-1, *[1] * (table.dim() - 1)), saved, table))
+
+    @staticmethod
+    def _by_seed(tensor: Tensor) -> Tensor:
+        """A view of a parameter or moment with a leading seed axis."""
+        return tensor.unsqueeze(0)
 
     def _summed(
         self, loss: Loss, inputs: tuple[Any, ...], num: int, static: Static | None
@@ -215,12 +253,19 @@ class StackedOptimizer(Optimizer):
                 member.torch.state[row] = {key: value if value.dim() == 0 else value[k] for key, value in state.items()}
         self._linked = True
 
-    def minimize(self, loss: Loss, *inputs: Any, num: int, static: Static | None = None) -> StepResult:
+    def minimize(
+        self, loss: Loss, *inputs: Any, num: int, static: Static | None = None, takes: Takes | None = None
+    ) -> StepResult:
         """Take a step as `Optimizer.minimize` does, for every member."""
-        result = super().minimize(loss, *inputs, num=num, static=static)
+        result = super().minimize(loss, *inputs, num=num, static=static, takes=takes)
         if not self._linked:  # the state is created by the first step
             self._link()
         return result
+
+    @staticmethod
+    def _by_seed(tensor: Tensor) -> Tensor:
+        """The tensor itself, whose first axis is that of the seeds."""
+        return tensor
 
     def _clip(self, max_norm: float) -> Tensor:
         """Clip as `torch.nn.utils.clip_grad_norm_` does, with a separate norm for each member: [K]."""
