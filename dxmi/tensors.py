@@ -144,6 +144,11 @@ def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
     return tree
 
 
+def batch_rows(tree: Item, rows: slice) -> Item:
+    """Select rows of all tensors [K, b, ...] in nested tuples and dicts."""
+    return map_tensors(lambda x: x[:, rows], tree)  # type: ignore[no-any-return]
+
+
 def tensors_of(tree: Any) -> list[Tensor]:
     """List the tensors in nested tuples and dicts, in order."""
     found: list[Tensor] = []

@@ -10,13 +10,22 @@ from linear_chain import FROZEN, Chain, left_behind, trajectories, update
 from torch import Tensor
 
 from dxmi.algorithms.advantages import Advantages
-from dxmi.algorithms.configs import BASELINES, GrpoConfig, PpoConfig, ReinforceConfig
+from dxmi.algorithms.configs import (
+    BASELINES,
+    GrpoConfig,
+    PpoConfig,
+    ReinforceConfig,
+    TrpoConfig,
+    TrpoPenaltyConfig,
+)
 from dxmi.algorithms.grpo import Grpo
 from dxmi.algorithms.losses import clipped_surrogate
 from dxmi.algorithms.ppo import Ppo
 from dxmi.algorithms.reinforce import Reinforce
-from dxmi.data.batch import Batch, Streams
-from dxmi.diffusion.trajectory import GaussianStep
+from dxmi.algorithms.trpo import Trpo, conjugate_gradients
+from dxmi.algorithms.trpo_penalty import TrpoPenalty
+from dxmi.data.batch import UNCONDITIONAL, Batch, Streams
+from dxmi.diffusion.trajectory import GaussianStep, Trajectory
 from dxmi.errors import DivergedError
 from dxmi.optim.config import PolicyOptimizerConfig
 from dxmi.optim.seeds import SINGLE_SEED
@@ -142,7 +151,7 @@ def test_recorded_statistics_are_those_of_the_public_code():
             assert float(spread[0, k]) == pytest.approx(float(known.std(correction=0)), abs=2e-6)
 
 
-def learned_chain(algorithm: Reinforce | Ppo) -> tuple[Tensor, Tensor, Tensor]:
+def learned_chain(algorithm: Reinforce | Ppo | Trpo) -> tuple[Tensor, Tensor, Tensor]:
     """a, b and the free s of a trained policy."""
     network = algorithm.policy.network
     slopes = torch.tensor(CHAIN.a).double() + network.change.detach().double()
@@ -340,3 +349,125 @@ def test_a_reward_that_is_not_finite_stops_the_iteration_before_anything_changes
     with pytest.raises(DivergedError, match="reward"):
         update(algorithm, 8)
     assert all(torch.equal(value, before[name]) for name, value in algorithm.state_dict().items())
+
+
+# ----------------------------------------------------------------------------
+# TRPO.
+
+
+def trpo(**settings: Any) -> Trpo:
+    return Trpo(TrpoConfig(**{"last_step": True, "policy_ema": None, **settings}), CHAIN.parts())
+
+
+def fisher_matrix(x: Tensor) -> Tensor:
+    """The Fisher matrix of a trajectory at given states [T+1, N]: blocks [[E x^2, E x], [E x, 1]] / s^2, and 2."""
+    num_steps = CHAIN.num_steps
+    exact = torch.zeros(3 * num_steps - 1, 3 * num_steps - 1, dtype=torch.float64)
+    for t, s in enumerate(CHAIN.s):
+        first, second = float(x[t].double().mean()), float(x[t].double().square().mean())
+        pair = [t, num_steps + t]
+        exact[torch.tensor(pair)[:, None], torch.tensor(pair)] = (
+            torch.tensor([[second, first], [first, 1.0]]).double() / s**2
+        )
+    for t in range(num_steps - 1):
+        exact[2 * num_steps + t, 2 * num_steps + t] = 2.0
+    return exact
+
+
+def test_fisher_products_are_those_of_the_closed_form():
+    algorithm = trpo()
+    x = trajectories(algorithm, 500)
+    noise = algorithm.policy.noise(500, torch.Generator().manual_seed(0))
+    trajectory = Trajectory(*(part.unsqueeze(0) for part in algorithm.policy.rollout(noise)))
+    actions = algorithm.actions(trajectory, UNCONDITIONAL)
+    exact = fisher_matrix(x)
+    for row in torch.eye(len(exact)):
+        found = algorithm.fisher_product(row[None], actions, algorithm.num_actions * 500)[0].double()
+        torch.testing.assert_close(found, exact @ row.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_conjugate_gradients_solve_what_a_direct_solver_solves():
+    draws = torch.Generator().manual_seed(0)
+    root, target = torch.randn(2, 12, 12, generator=draws).double(), torch.randn(2, 12, generator=draws).double()
+    matrix = root @ root.mT + torch.eye(12).double()
+    x, curvature, residual = conjugate_gradients(lambda v: (matrix @ v[..., None])[..., 0], target, 60, 0.0)
+    torch.testing.assert_close(x, torch.linalg.solve(matrix, target))
+    torch.testing.assert_close(curvature, (x * target).sum(1))
+    assert float(residual.max()) < 1e-10
+    damped, curvature, _ = conjugate_gradients(lambda v: (matrix @ v[..., None])[..., 0], target, 60, 0.3)
+    shift = 0.3 * torch.einsum("ki,kij,kj->k", target, matrix, target) / target.square().sum(1)
+    shifted = matrix + shift[:, None, None] * torch.eye(12)
+    torch.testing.assert_close(damped, torch.linalg.solve(shifted, target))
+    torch.testing.assert_close(curvature, torch.einsum("ki,kij,kj->k", damped, matrix, damped))
+
+
+@pytest.mark.parametrize("max_kl", [1e-4, 0.02])
+def test_the_divergence_of_a_step_is_its_bound(max_kl):
+    """KL(old || new) of the chain's moments is max_kl to 1 %, and the direction is F^-1 of the gradient."""
+    algorithm = trpo(max_kl=max_kl, damping=0.0, cg_iterations=30)
+    x = trajectories(algorithm, N)
+    metrics = update(algorithm, N)
+    assert metrics["policy/kl"] == pytest.approx(max_kl, rel=0.01)
+    assert metrics["policy/backtracks"] == 0.0
+    a, b, s = learned_chain(algorithm)
+    change = torch.cat((a - torch.tensor(CHAIN.a).double(), b - torch.tensor(CHAIN.b).double()))
+    rises = torch.cat((change, s.log() - torch.tensor(CHAIN.s[:-1]).double().log()))
+    exact = fisher_matrix(x)
+    assert float(rises @ exact @ rises) / 2.0 == pytest.approx(max_kl, rel=0.01 + 2.0 * math.sqrt(max_kl))
+    offset = (rewards(x).sum() - rewards(x)) / (N - 1)
+    gradient = (CHAIN.scores(x) * (rewards(x) - offset)[:, None]).mean(0)
+    direction = torch.linalg.solve(exact, gradient)
+    cosine = torch.nn.functional.cosine_similarity(rises, direction, dim=0)
+    assert float(cosine) > 0.9999
+
+
+def test_without_moving_sigmas_the_divergence_is_exactly_quadratic():
+    """In (a, b) the divergence has no higher terms: the first, uncorrected step has max_kl to rounding."""
+    algorithm = trpo(max_kl=0.3, damping=0.0, cg_iterations=30)
+    algorithm.policy.free_log_sigma.requires_grad_(False)
+    optimizer = algorithm.optimizers["policy"]
+    optimizer.parameters = [p for p in optimizer.parameters if p is not algorithm.policy.free_log_sigma]
+    algorithm._names = algorithm._names[:2]
+    lengths = []
+    move = algorithm._move
+
+    def recorded(start: Any, change: Tensor) -> None:
+        lengths.append(float(change.norm()))
+        move(start, change)
+
+    algorithm._move = recorded  # type: ignore[method-assign]
+    metrics = update(algorithm, 2000)
+    assert metrics["policy/kl"] == pytest.approx(0.3, rel=1e-4)
+    assert lengths == pytest.approx([lengths[0]] * len(lengths), rel=1e-4)
+
+
+def test_a_step_that_makes_the_surrogate_worse_is_given_up():
+    algorithm = trpo(max_kl=0.1, backtracks=2)
+    before = {name: value.clone() for name, value in algorithm.state_dict().items()}
+    algorithm._reward = lambda x, condition: torch.zeros(len(x))
+    metrics = update(algorithm, 100)
+    assert metrics["policy/kl"] == 0.0
+    assert metrics["reward/zero_std_ratio"] == 1.0
+    assert all(torch.equal(value, before[name]) for name, value in algorithm.state_dict().items())
+
+
+def test_trpo_maximizes_the_reward_of_the_chain():
+    algorithm = trpo(max_kl=0.05)
+    first = update(algorithm, 2000)["reward/mean"]
+    for iteration in range(1, 40):
+        last = update(algorithm, 2000, seed=iteration, iteration=iteration)["reward/mean"]
+    assert last > 0.35 * first  # rewards are negative
+
+
+def test_the_penalty_follows_schulmans_rule():
+    policy = PolicyOptimizerConfig(lr=0.02, sigma_lr=0.0, max_grad_norm=None)
+    config = {"last_step": True, "policy_ema": None, "max_kl": 0.02, "penalty": 0.5, "policy": policy}
+    algorithm = TrpoPenalty(TrpoPenaltyConfig(**config), CHAIN.parts())
+    expected = 0.5
+    for iteration in range(12):
+        metrics = update(algorithm, 1000, seed=iteration, iteration=iteration)
+        assert metrics["policy/penalty"] == pytest.approx(expected)
+        kl = metrics["policy/kl"]
+        expected *= 2.0 if kl > 0.03 else 0.5 if kl < 0.02 / 1.5 else 1.0
+    assert float(algorithm.penalty) == pytest.approx(expected)
+    assert expected != 0.5

@@ -225,8 +225,6 @@ class PolicyGradientConfig(AlgorithmConfig):
     dominates all others; if false, the last step only decodes the last state."""
     policy_ema: float | None = 0.999
     """Decay of the moving average of the policy, which is evaluated instead of the policy; null for none."""
-    policy: PolicyOptimizerConfig = field(default_factory=PolicyOptimizerConfig)
-    """Optimizer of the denoiser and the log sigmas."""
     critic: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer of the learned baseline, the expected cost or reward V(x, t)."""
 
@@ -239,6 +237,14 @@ class PolicyGradientConfig(AlgorithmConfig):
         """Check that at least one step counts as an action."""
         if num_steps == 1 and not self.last_step:
             raise ValueError("last_step is false, but schedule.num_steps is 1: no step is left to learn from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptimizerFields:
+    """The optimizer of the policy, for algorithms that have one."""
+
+    policy: PolicyOptimizerConfig = field(default_factory=PolicyOptimizerConfig)
+    """Optimizer of the denoiser and the log sigmas."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +292,7 @@ class RewardGradientConfig(PolicyGradientConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReinforceConfig(RewardGradientConfig):
+class ReinforceConfig(PolicyOptimizerFields, RewardGradientConfig):
     """Settings of REINFORCE with a scalar reward."""
 
     kind: str = "reinforce"
@@ -294,7 +300,7 @@ class ReinforceConfig(RewardGradientConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RatioConfig(RewardGradientConfig):
+class RatioConfig(PolicyOptimizerFields, RewardGradientConfig):
     """The settings of the algorithms that take several steps with the probability ratio of new and old policy."""
 
     epochs: int = 2
@@ -347,7 +353,48 @@ class GrpoConfig(PpoConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftPgConfig(PolicyGradientConfig):
+class TrpoConfig(RewardGradientConfig):
+    """Settings of TRPO (arXiv 1502.05477): a natural-gradient step of a given KL divergence."""
+
+    kind: str = "trpo"
+    max_kl: float = 2.0
+    """KL(old || new) of a step, summed over the actions of a trajectory, in nats."""
+    cg_iterations: int = 10
+    """Iterations of conjugate gradients, each with one Fisher-vector product."""
+    damping: float = 1e-3
+    """Added to the Fisher matrix, relative to its mean diagonal along the gradient."""
+    backtracks: int = 10
+    """Number of times that a step that does not improve the surrogate is shortened before it is given up."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_rate("max_kl", self.max_kl, positive=True)
+        require_rate("damping", self.damping)
+        for name, least in {"cg_iterations": 1, "backtracks": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrpoPenaltyConfig(RatioConfig):
+    """Settings of TRPO with a penalty whose weight adapts (arXiv 1707.06347, section 4)."""
+
+    kind: str = "trpo_penalty"
+    max_kl: float = 2.0
+    """KL(old || new) of an iteration, summed over the actions of a trajectory, in nats, towards which the weight of the
+    penalty adapts."""
+    penalty: float = 1e-3
+    """Initial weight of the penalty, in units of reward per nat; doubled after iterations with more than 1.5 max_kl,
+    and halved after those with less than max_kl / 1.5."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_rate("max_kl", self.max_kl, positive=True)
+        require_rate("penalty", self.penalty, positive=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftPgConfig(PolicyOptimizerFields, PolicyGradientConfig):
     """Settings of SFT-PG (arXiv 2301.13362): policy gradient with a learned critic as the cost."""
 
     kind: str = "sft_pg"

@@ -16,6 +16,7 @@ from dxmi.data.batch import Batch, Condition
 from dxmi.diffusion.trajectory import GaussianStep, Trajectory
 from dxmi.errors import UserError
 from dxmi.networks.base import TimedCritic
+from dxmi.optim.config import PolicyOptimizerConfig
 from dxmi.optim.optimizer import Optimizer, StepResult
 
 
@@ -60,8 +61,8 @@ class PolicyGradient(PolicyAlgorithm):
         self.num_actions = self.policy.num_steps - (not config.last_step)
         self.register_buffer("steps", torch.arange(self.policy.num_steps), persistent=False)
 
-    def _policy_optimizer(self, config: PolicyGradientConfig, parts: Parts) -> Optimizer:
-        policy, settings = self.policy, config.policy
+    def _policy_optimizer(self, settings: PolicyOptimizerConfig, parts: Parts) -> Optimizer:
+        policy = self.policy
         groups = ((policy.network.parameters(), settings.lr), ([policy.free_log_sigma], settings.sigma_lr))
         return parts.optimizer(settings, *groups)
 

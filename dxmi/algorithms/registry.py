@@ -15,5 +15,7 @@ ALGORITHMS: Registry["PolicyAlgorithm"] = Registry(
         "ppo": ("dxmi.algorithms.configs:PpoConfig", "dxmi.algorithms.ppo:Ppo"),
         "reinforce": ("dxmi.algorithms.configs:ReinforceConfig", "dxmi.algorithms.reinforce:Reinforce"),
         "sft_pg": ("dxmi.algorithms.configs:SftPgConfig", "dxmi.algorithms.sft_pg:SftPg"),
+        "trpo": ("dxmi.algorithms.configs:TrpoConfig", "dxmi.algorithms.trpo:Trpo"),
+        "trpo_penalty": ("dxmi.algorithms.configs:TrpoPenaltyConfig", "dxmi.algorithms.trpo_penalty:TrpoPenalty"),
     },
 )

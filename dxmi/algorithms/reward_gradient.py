@@ -17,11 +17,12 @@ from torch import Tensor
 
 from dxmi.algorithms.advantages import Advantages, constant_groups
 from dxmi.algorithms.base import Metrics, Parts
-from dxmi.algorithms.configs import RewardGradientConfig
+from dxmi.algorithms.configs import PolicyOptimizerFields, RewardGradientConfig
 from dxmi.algorithms.policy_gradient import Actions, PolicyGradient, timed_values
 from dxmi.data.batch import Batch, Condition
 from dxmi.diffusion.trajectory import GaussianStep, Trajectory
 from dxmi.distributed import Share, mean_over
+from dxmi.optim.config import PolicyOptimizerConfig
 from dxmi.tensors import require_finite
 
 
@@ -48,9 +49,15 @@ class RewardGradient(PolicyGradient):
         self.advantages = Advantages(config, max(self.policy.network.classes, 1))
         self.reference = copy.deepcopy(self.policy).requires_grad_(False) if config.kl_coef else None
         self.baseline = parts.timed_critic() if config.baseline == "learned" else None
-        self.optimizers = {"policy": self._policy_optimizer(config, parts)}
+        self.optimizers = {"policy": self._policy_optimizer(self._policy_settings(config), parts)}
         if self.baseline is not None:
             self.optimizers["value"] = parts.optimizer(config.critic, (self.baseline.parameters(), config.critic.lr))
+
+    @staticmethod
+    def _policy_settings(config: RewardGradientConfig) -> PolicyOptimizerConfig:
+        """The settings of the policy's optimizer."""
+        assert isinstance(config, PolicyOptimizerFields)
+        return config.policy
 
     def start_from(self, log_sigma: Tensor | None) -> None:
         """Start from the sigmas of a policy that was fine-tuned earlier, which are those of the reference, too."""

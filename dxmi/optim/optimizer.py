@@ -16,7 +16,7 @@ from dxmi.distributed import SINGLE_PROCESS, ProcessGroup, mean_over
 from dxmi.errors import UserError
 from dxmi.optim.config import OptimizerConfig, lr_factor
 from dxmi.optim.seeds import SINGLE_SEED, Seeds, StackedSeeds
-from dxmi.tensors import chunks, laid_out_as, map_tensors, tensors_of
+from dxmi.tensors import batch_rows, chunks, laid_out_as, tensors_of
 
 Loss = Callable[..., Mapping[str, Tensor]]
 """Maps some rows of the inputs to unreduced values [b] by name. The mean of the value named `loss` is minimized; the
@@ -117,7 +117,7 @@ class Optimizer:
             takes: Decides which seeds take the step; parameters and moments of the others are left unchanged, but the
                 step is counted. None for all seeds, which also take the optimizer's first step in any case.
         """
-        grads, means = self._summed(loss, inputs, num, static)
+        grads, means = self.gradients(loss, *inputs, num=num, static=static)
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = laid_out_as(grad, parameter)  # fused optimizers assume equal strides
         norm = None if self.config.max_grad_norm is None else self._clip(self.config.max_grad_norm)
@@ -149,23 +149,26 @@ class Optimizer:
         """Restore the tensors of some seeds, bool [K], after a step."""
         after = self._stepped()
         for tensor, earlier in zip(after, before, strict=True):
-            table, saved = self._by_seed(tensor), self._by_seed(earlier)
+            table, saved = self.by_seed(tensor), self.by_seed(earlier)
             table.copy_(torch.where(seeds.view(-1, *[1] * (table.dim() - 1)), saved, table))
 
     @staticmethod
-    def _by_seed(tensor: Tensor) -> Tensor:
+    def by_seed(tensor: Tensor) -> Tensor:
         """A view of a parameter or moment with a leading seed axis."""
         return tensor.unsqueeze(0)
 
-    def _summed(
-        self, loss: Loss, inputs: tuple[Any, ...], num: int, static: Static | None
+    def gradients(
+        self, loss: Loss, *inputs: Any, num: int, static: Static | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Compute gradients and means over all micro-batches and processes, with a single all-reduce."""
+        """Compute the gradient of each parameter, and the means of the values that the loss returns, [K].
+
+        The arguments are those of `minimize`. Micro-batches and processes are summed, with a single all-reduce.
+        """
         names: list[str] = []
         total: list[Tensor] = []
         pieces = chunks(tensors_of(inputs)[0].shape[1], self.accumulate)
         for rows in pieces:
-            given = inputs if len(pieces) == 1 else _rows(inputs, rows)
+            given = inputs if len(pieces) == 1 else batch_rows(inputs, rows)
             means = self._means(loss, given, num, static(rows) if static else {})
             grads = torch.autograd.grad(means["loss"].sum(), self.parameters)
             names, numbers = list(means), [*grads, *(mean.detach() for mean in means.values())]
@@ -210,11 +213,6 @@ class Optimizer:
                 )
             state.setdefault(int(index), {})[name] = (laid_out_as(value, own) if value.dim() else value).clone()
         self.torch.load_state_dict({"state": state, "param_groups": self.torch.state_dict()["param_groups"]})
-
-
-def _rows(inputs: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
-    """Select rows of tensors [K, b, ...]."""
-    return map_tensors(lambda x: x[:, rows], inputs)  # type: ignore[no-any-return]
 
 
 class StackedOptimizer(Optimizer):
@@ -263,7 +261,7 @@ class StackedOptimizer(Optimizer):
         return result
 
     @staticmethod
-    def _by_seed(tensor: Tensor) -> Tensor:
+    def by_seed(tensor: Tensor) -> Tensor:
         """The tensor itself, whose first axis is that of the seeds."""
         return tensor
 
