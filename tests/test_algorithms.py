@@ -224,7 +224,7 @@ CHANGED: dict[str, tuple[Any, ...]] = {
     "gradient_penalty": (1.0,),
     "critic_updates": (3,),
     "value_updates": (3,),
-    "policy_updates": (1,),
+    "policy_updates": (1, 2),
     "groups": ("condition", "batch"),
     "spread": ("batch",),
     "buffer": (8,),
@@ -242,16 +242,24 @@ CHANGED: dict[str, tuple[Any, ...]] = {
     "damping": (0.5,),
     "backtracks": (0,),
     "penalty": (10.0,),
+    "steps": (2,),
+    "target_ema": (0.5,),
+    "reward_updates": (3,),
+    "temperature": (3.0,),
+    "temperature_lr": (0.1,),
+    "target_entropy": (-1.0,),
     **{name: ({"lr": 0.01},) for name in ("policy", "critic", "energy")},
 }
 """Other values of every setting of the policy-gradient algorithms; test_algorithm has those of DxMI."""
 COMPANIONS: dict[str, dict[str, Any]] = {
     **{key: {"baseline": "learned"} for key in ("critic", "baseline_updates")},
     "groups": {"baseline": "mean"},
+    "last_step": {"kl_coef": 0.1},
     "buffer": {"baseline": "mean", "spread": "none"},
     "min_count": {"baseline": "mean", "spread": "none", "buffer": 30, "groups": "batch"},
     "dual_clip": {"clip": 1e-4, "dual_clip": 1.0002},
     "backtracks": {"max_kl": 1e6},
+    "temperature_lr": {"target_entropy": -1.0},
 }
 """Settings with which another one has an effect."""
 

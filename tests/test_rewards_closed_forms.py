@@ -2,32 +2,41 @@
 
 import math
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from linear_chain import FROZEN, Chain, left_behind, trajectories, update
+from linear_chain import FROZEN, Chain, QuadraticValue, left_behind, trajectories, update
 from torch import Tensor
 
 from dxmi.algorithms.advantages import Advantages
+from dxmi.algorithms.base import PolicyAlgorithm
 from dxmi.algorithms.configs import (
     BASELINES,
+    DpokConfig,
+    DraftConfig,
     GrpoConfig,
     PpoConfig,
     ReinforceConfig,
+    SacConfig,
     TrpoConfig,
     TrpoPenaltyConfig,
 )
+from dxmi.algorithms.dpok import Dpok
+from dxmi.algorithms.draft import Draft
 from dxmi.algorithms.grpo import Grpo
 from dxmi.algorithms.losses import clipped_surrogate
-from dxmi.algorithms.ppo import Ppo
+from dxmi.algorithms.policy_gradient import Actions
+from dxmi.algorithms.ppo import Experience, Ppo
 from dxmi.algorithms.reinforce import Reinforce
+from dxmi.algorithms.sac import Sac
 from dxmi.algorithms.trpo import Trpo, conjugate_gradients
 from dxmi.algorithms.trpo_penalty import TrpoPenalty
 from dxmi.data.batch import UNCONDITIONAL, Batch, Streams
 from dxmi.diffusion.trajectory import GaussianStep, Trajectory
-from dxmi.errors import DivergedError
-from dxmi.optim.config import PolicyOptimizerConfig
+from dxmi.errors import DivergedError, UserError
+from dxmi.optim.config import OptimizerConfig, PolicyOptimizerConfig
 from dxmi.optim.seeds import SINGLE_SEED
 
 CHAIN = Chain()
@@ -151,7 +160,7 @@ def test_recorded_statistics_are_those_of_the_public_code():
             assert float(spread[0, k]) == pytest.approx(float(known.std(correction=0)), abs=2e-6)
 
 
-def learned_chain(algorithm: Reinforce | Ppo | Trpo) -> tuple[Tensor, Tensor, Tensor]:
+def learned_chain(algorithm: PolicyAlgorithm) -> tuple[Tensor, Tensor, Tensor]:
     """a, b and the free s of a trained policy."""
     network = algorithm.policy.network
     slopes = torch.tensor(CHAIN.a).double() + network.change.detach().double()
@@ -345,7 +354,7 @@ def test_stacked_seeds_stop_separately():
 def test_a_reward_that_is_not_finite_stops_the_iteration_before_anything_changes(make):
     algorithm = make()
     before = {name: value.clone() for name, value in algorithm.state_dict().items()}
-    algorithm._reward = lambda x, condition: torch.full((len(x),), math.nan)
+    algorithm.reward = lambda x, condition: torch.full((len(x),), math.nan)
     with pytest.raises(DivergedError, match="reward"):
         update(algorithm, 8)
     assert all(torch.equal(value, before[name]) for name, value in algorithm.state_dict().items())
@@ -444,7 +453,7 @@ def test_without_moving_sigmas_the_divergence_is_exactly_quadratic():
 def test_a_step_that_makes_the_surrogate_worse_is_given_up():
     algorithm = trpo(max_kl=0.1, backtracks=2)
     before = {name: value.clone() for name, value in algorithm.state_dict().items()}
-    algorithm._reward = lambda x, condition: torch.zeros(len(x))
+    algorithm.reward = lambda x, condition: torch.zeros(len(x))
     metrics = update(algorithm, 100)
     assert metrics["policy/kl"] == 0.0
     assert metrics["reward/zero_std_ratio"] == 1.0
@@ -471,3 +480,132 @@ def test_the_penalty_follows_schulmans_rule():
         expected *= 2.0 if kl > 0.03 else 0.5 if kl < 0.02 / 1.5 else 1.0
     assert float(algorithm.penalty) == pytest.approx(expected)
     assert expected != 0.5
+
+
+# ----------------------------------------------------------------------------
+# SAC.
+
+
+def sac(iterations: int, **settings: Any) -> Sac:
+    parts = replace(CHAIN.parts(iterations), timed_critic=lambda: QuadraticValue(torch.zeros(CHAIN.num_steps, 3)))
+    critics = {name: OptimizerConfig(lr=0.2, decay="cosine") for name in ("critic", "energy")}
+    return Sac(SacConfig(policy_ema=None, last_step=True, target_ema=0.8, **critics, **settings), parts)
+
+
+def train(algorithm: PolicyAlgorithm, iterations: int, num: int) -> dict[str, float]:
+    streams = Streams([{name: torch.Generator().manual_seed(k) for k, name in enumerate(algorithm.streams)}])
+    for iteration in range(iterations):
+        metrics = algorithm.update(Batch.single(None, num), iteration, streams)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def test_the_values_of_sac_are_those_of_the_oracle():
+    """With a fixed policy, temperature and divergence 0, V(x, t) is minus the expected reward, in both networks."""
+    algorithm = sac(500, temperature=0.0, policy=PolicyOptimizerConfig(lr=0.0, sigma_lr=0.0, max_grad_norm=None))
+    train(algorithm, 500, 2048)
+    for twin in (algorithm.value.first, algorithm.value.second):
+        energy = torch.tensor([0.5, -CHAIN.c, 0.5 * CHAIN.c**2]) / CHAIN.v
+        torch.testing.assert_close(twin.energy.network.coefficients.detach(), energy, rtol=0.0, atol=0.02)
+        torch.testing.assert_close(twin.network.table.detach().double(), -CHAIN.values(), rtol=0.0, atol=0.05)
+
+
+def test_sac_reaches_the_optimum_of_the_regularized_objective():
+    """The same a*, b* and s* as with the score function, through learned values of a learned reward."""
+    beta, iterations = 0.3, 1000
+    policy = PolicyOptimizerConfig(lr=0.01, sigma_lr=0.01, max_grad_norm=None, decay="cosine")
+    algorithm = sac(iterations, temperature=0.0, kl_coef=beta, policy=policy)
+    metrics = train(algorithm, iterations, 2048)
+    for found, exact in zip(learned_chain(algorithm), CHAIN.optimum(beta), strict=True):
+        torch.testing.assert_close(found, exact[: len(found)], rtol=0.0, atol=2e-3)
+    assert metrics["reward/error"] < 1e-2
+
+
+@pytest.mark.parametrize("target", [-0.2, pytest.param(0.1, marks=pytest.mark.slow)])
+def test_the_temperature_of_sac_is_that_of_the_closed_form(target):
+    """With fixed means, the best sigmas are s_t^2 = temperature v / A_t^2, whose entropy determines the temperature."""
+    iterations = 1500
+    policy = PolicyOptimizerConfig(lr=0.0, sigma_lr=0.02, max_grad_norm=None, decay="cosine")
+    settings = {"temperature": 0.3, "target_entropy": target, "temperature_lr": 0.05, "policy": policy}
+    algorithm = sac(iterations, **settings)
+    metrics = train(algorithm, iterations, 1024)
+    num_free = CHAIN.num_steps - 1
+    after = [math.prod(CHAIN.a[t + 1 :]) for t in range(num_free)]
+    mean = sum(math.log(s * a) for s, a in zip(CHAIN.s, after, strict=False)) / num_free
+    exact = math.exp(2.0 * (target * CHAIN.num_steps / num_free + mean)) / CHAIN.v
+    assert metrics["policy/relative_entropy"] == pytest.approx(target, abs=5e-3)
+    assert metrics["policy/temperature"] == pytest.approx(exact, rel=0.05)
+    expected = torch.tensor([math.sqrt(exact * CHAIN.v) / a for a in after], dtype=torch.float64)
+    torch.testing.assert_close(learned_chain(algorithm)[2], expected, rtol=0.03, atol=0.0)
+
+
+# ----------------------------------------------------------------------------
+# DRaFT and DPOK.
+
+
+def draft(**settings: Any) -> Draft:
+    return Draft(DraftConfig(**{**FROZEN, **settings}), CHAIN.parts())
+
+
+def test_draft_through_all_steps_has_the_gradient_of_the_closed_form():
+    found = []
+    for seed in range(16):
+        algorithm = draft(steps=None)
+        update(algorithm, 5000, seed=seed)
+        found.append(-left_behind(algorithm))
+    require_unbiased(torch.stack(found).mean(0), torch.stack(found), CHAIN.gradient())
+
+
+def test_draft_through_the_last_step_only_trains_what_this_step_reads():
+    algorithm = draft(steps=1)
+    metrics = update(algorithm, 100_000)
+    gradient, exact = -left_behind(algorithm), CHAIN.gradient()
+    last = torch.tensor([CHAIN.num_steps - 1, 2 * CHAIN.num_steps - 1])
+    torch.testing.assert_close(gradient[last], exact[last], rtol=0.03, atol=0.0)
+    others = torch.ones(len(exact), dtype=torch.bool).index_fill(0, last, False)
+    assert torch.all(gradient[others] == 0.0)
+    objective = CHAIN.objective(*CHAIN.tensors()).item()
+    assert metrics["reward/mean"] == pytest.approx(objective, abs=3.0 * metrics["reward/std"] / math.sqrt(100_000))
+
+
+def test_draft_reaches_the_optimum_of_the_regularized_objective():
+    beta, iterations = 0.3, 600
+    policy = PolicyOptimizerConfig(lr=0.02, sigma_lr=0.02, max_grad_norm=None, decay="cosine")
+    algorithm = draft(steps=None, kl_coef=beta, last_step=True, policy=policy)
+    algorithm.optimizers["policy"].total = iterations
+    train(algorithm, iterations, 4096)
+    for found, exact in zip(learned_chain(algorithm), CHAIN.optimum(beta), strict=True):
+        torch.testing.assert_close(found, exact[: len(found)], rtol=0.0, atol=1e-3)
+
+
+def test_draft_refuses_a_reward_without_gradients():
+    parts = replace(CHAIN.parts(), reward=lambda: lambda x, condition: x.sum(1))
+    with pytest.raises(UserError, match="not differentiable"):
+        Draft(DraftConfig(**FROZEN), parts)
+
+
+def dpok(**settings: Any) -> Dpok:
+    config = {"last_step": True, "epochs": 1, "minibatches": 1, **FROZEN, **settings}
+    return Dpok(DpokConfig(**config), CHAIN.parts())
+
+
+def test_the_first_gradient_of_dpok_is_that_of_reinforce_with_its_own_divergence():
+    """At the reference the divergence has no gradient; with the exact value as baseline both are the same."""
+    one, other = dpok(kl_coef=0.5), reinforce(baseline="learned")
+    update(one, 500)
+    update(other, 500)
+    torch.testing.assert_close(left_behind(one), left_behind(other), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_an_action_outside_of_dpoks_interval_has_no_gradient(sign):
+    algorithm = dpok(clip=0.1, kl_coef=0.0)
+    x = torch.randn(6, 1)
+    steps, condition = torch.zeros(6, dtype=torch.int64), UNCONDITIONAL
+    with torch.no_grad():
+        new = algorithm.policy(x, steps, condition)
+    actions = Actions(x, new.mean + 0.3, steps, condition)
+    far = GaussianStep(new.mean - 1.0, new.sigma)  # the action was unlikely under this old policy
+    losses = algorithm.losses(actions, Experience(far, None, torch.full((6,), sign)))
+    gradient = torch.autograd.grad(losses["loss"].sum(), algorithm.policy.network.shift)[0]
+    assert torch.all(losses["clipped"] == 1.0)
+    assert torch.all(gradient == 0.0)

@@ -24,7 +24,7 @@ from dxmi.diffusion.trajectory import Trajectory
 from dxmi.distributed import SINGLE_PROCESS, ProcessGroup
 from dxmi.errors import UserError
 from dxmi.networks.base import Critic, TimedCritic
-from dxmi.optim.config import OptimizerConfig
+from dxmi.optim.config import OptimizerConfig, PolicyOptimizerConfig
 from dxmi.optim.moving_average import MovingAverage
 from dxmi.optim.optimizer import Optimizer, StackedOptimizer
 from dxmi.optim.seeds import SINGLE_SEED, Seeds, StackedSeeds
@@ -143,6 +143,7 @@ class PolicyAlgorithm(Algorithm):
 
     Attributes:
         policy: Policy that is fine-tuned.
+        reference: The pretrained policy, which is not trained; None if the algorithm does not keep it.
         ema_policy: Moving average of the policy; None if there is none.
         value: Value whose gradient can guide sampling, and of which a map is drawn; None if none is learned.
         needs_data: Whether `update` reads real samples.
@@ -156,12 +157,23 @@ class PolicyAlgorithm(Algorithm):
     def __init__(self, parts: Parts, policy_ema: float | None) -> None:
         super().__init__()
         self.policy = parts.policy
+        self.reference: Policy | None = None
         self.value: Value | None = None
         self.ema_policy = copy.deepcopy(parts.policy) if policy_ema is not None else None
         if self.ema_policy is not None and policy_ema is not None:
             self.averages = [MovingAverage.between(self.policy, self.ema_policy, policy_ema)]
         self._workers = parts.workers
         self._rollout = GraphedRollout(self.policy) if parts.graphed else self.policy.rollout
+
+    def policy_optimizer(self, settings: PolicyOptimizerConfig, parts: Parts) -> Optimizer:
+        """Create the optimizer of the denoiser and the free log sigmas."""
+        policy = self.policy
+        groups = ((policy.network.parameters(), settings.lr), ([policy.free_log_sigma], settings.sigma_lr))
+        return parts.optimizer(settings, *groups)
+
+    def keep_reference(self) -> None:
+        """Keep a copy of the policy as it is now, from which divergences are computed."""
+        self.reference = copy.deepcopy(self.policy).requires_grad_(False)
 
     @property
     def eval_policy(self) -> Policy:
@@ -221,6 +233,8 @@ class PolicyAlgorithm(Algorithm):
             raise UserError(
                 f"pretrain.weights is a policy of {len(log_sigma)} steps, but schedule.num_steps is {num_steps}."
             )
-        for policy in (self.policy, *([] if self.ema_policy is None else [self.ema_policy])):
+        for policy in (self.policy, self.ema_policy, self.reference):
+            if policy is None:
+                continue
             with torch.no_grad():
                 policy.free_log_sigma.copy_(log_sigma[:-1])

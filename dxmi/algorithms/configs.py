@@ -41,6 +41,12 @@ class AlgorithmConfig:
         """
 
 
+def require_decay(name: str, decay: float | None) -> None:
+    """Raise a ValueError unless `decay` is the decay of a moving average, or null."""
+    if decay is not None and not 0.0 <= decay < 1.0:
+        raise ValueError(f"{name} is {decay}: it must be in [0, 1), or null")
+
+
 def require_per_step(name: str, numbers: tuple[float, ...] | None, num_steps: int) -> None:
     """Raise a ValueError unless `numbers` is null, one number for all steps, or one for each of the T steps."""
     if numbers is not None and len(numbers) not in (1, num_steps):
@@ -128,9 +134,7 @@ class DxMIConfig(AlgorithmConfig):
         if not 0.0 <= self.reference_var_ema <= 1.0:
             raise ValueError(f"reference_var_ema is {self.reference_var_ema}: it must be in [0, 1]")
         for name in ("target_ema", "policy_ema"):
-            decay = getattr(self, name)
-            if decay is not None and not 0.0 <= decay < 1.0:
-                raise ValueError(f"{name} is {decay}: it must be in [0, 1), or null")
+            require_decay(name, getattr(self, name))
         if self.running_cost == "noise" and self.reference_var is not None:
             raise ValueError("reference_var has no effect with running_cost=noise: leave it null")
         for number in self.reference_var or ():
@@ -230,8 +234,7 @@ class PolicyGradientConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         require_rate("entropy_coef", self.entropy_coef)
-        if self.policy_ema is not None and not 0.0 <= self.policy_ema < 1.0:
-            raise ValueError(f"policy_ema is {self.policy_ema}: it must be in [0, 1), or null")
+        require_decay("policy_ema", self.policy_ema)
 
     def check(self, num_steps: int) -> None:
         """Check that at least one step counts as an action."""
@@ -350,6 +353,116 @@ class GrpoConfig(PpoConfig):
     baseline: str = "mean"
     groups: str = "condition"
     spread: str = "group"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpokConfig(RatioConfig):
+    """Settings of DPOK (arXiv 2305.16381): a policy gradient with a learned baseline and a KL penalty."""
+
+    kind: str = "dpok"
+    baseline: str = "learned"
+    baseline_updates: int = 5
+    kl_coef: float = 1e-3
+    """Weight of KL(policy || pretrained policy), summed over the actions of a trajectory, in units of reward per nat.
+    Only the divergence of each step itself is differentiated, not its effect on later ones, as published."""
+    clip: float = 0.2
+    """Interval [1 - clip, 1 + clip] to which the probability ratio is limited; outside, an action has no gradient,
+    whether its advantage is positive or negative."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_rate("clip", self.clip, positive=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig(PolicyOptimizerFields, AlgorithmConfig):
+    """Settings of DRaFT (arXiv 2309.17400): backpropagation of a differentiable reward."""
+
+    kind: str = "draft"
+    steps: int | None = 1
+    """Last steps of the trajectory through which the reward is backpropagated; null for all."""
+    kl_coef: float = 0.0
+    """Weight of KL(policy || pretrained policy), summed over the actions among these steps, in units of reward per
+    nat."""
+    last_step: bool = False
+    """Whether the last step, whose sigma is very small, counts in the KL divergence."""
+    policy_ema: float | None = 0.999
+    """Decay of the moving average of the policy, which is evaluated instead of the policy; null for none."""
+
+    needs_reward: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps is {self.steps}: it must be at least 1, or null")
+        require_rate("kl_coef", self.kl_coef)
+        require_decay("policy_ema", self.policy_ema)
+
+    def check(self, num_steps: int) -> None:
+        """Check that the trajectory has as many steps."""
+        if self.steps is not None and self.steps > num_steps:
+            raise ValueError(
+                f"steps is {self.steps}: it must be at most the {num_steps} steps of schedule.num_steps, or null"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SacConfig(PolicyOptimizerFields, AlgorithmConfig):
+    """Settings of SAC (arXiv 1801.01290) along the chain: soft values on a learned surrogate of the reward."""
+
+    kind: str = "sac"
+    temperature: float = 0.01
+    """Initial weight of the entropy, in units of reward per nat."""
+    target_entropy: float | None = None
+    """Entropy of the policy minus that of the pretrained one, in nats per dimension and action, towards which the
+    temperature adapts; null for a fixed temperature."""
+    temperature_lr: float = 1e-3
+    """Learning rate of the log temperature; unused with target_entropy=null."""
+    kl_coef: float = 0.0
+    """Weight of KL(policy || pretrained policy), summed over the actions of a trajectory, in units of reward per
+    nat."""
+    last_step: bool = False
+    """Whether the last step, whose sigma is very small and fixed, counts in entropy and KL divergence."""
+    target_ema: float = 0.995
+    """Decay of the moving averages of the critics, from which targets are computed; 0.995 is a Polyak coefficient of
+    .005."""
+    reward_updates: int = 1
+    """Optimizer steps of the surrogate of the reward per iteration."""
+    value_updates: int = 1
+    """Sweeps of the values over t = T-1 .. 0 per iteration."""
+    policy_updates: int = 1
+    """Draws of B stored states per iteration, with one optimizer step of the policy for each."""
+    policy_ema: float | None = 0.999
+    """Decay of the moving average of the policy, which is evaluated instead of the policy; null for none."""
+    critic: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer of the values."""
+    energy: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer of the surrogates of the reward, whose negatives are the energies of the values."""
+
+    needs_reward: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_rate("temperature", self.temperature)
+        require_rate("temperature_lr", self.temperature_lr)
+        require_rate("kl_coef", self.kl_coef)
+        for name in ("target_ema", "policy_ema"):
+            require_decay(name, getattr(self, name))
+        for name in ("reward_updates", "value_updates", "policy_updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.target_entropy is not None and not math.isfinite(self.target_entropy):
+            raise ValueError(f"target_entropy is {self.target_entropy}: it must be a finite number, or null")
+        if self.target_entropy is not None and self.temperature == 0.0:
+            raise ValueError("temperature is 0, but target_entropy is set: the temperature must be greater than 0")
+        if self.target_entropy is not None and self.policy.sigma_lr == 0.0:
+            raise ValueError(
+                f"target_entropy is {self.target_entropy}, but policy.sigma_lr is 0: with fixed sigmas the entropy "
+                "cannot change, so leave target_entropy null, and use kl_coef"
+            )
+
+    def check(self, num_steps: int) -> None:
+        """Check that there is a step whose entropy counts."""
+        if num_steps == 1 and not self.last_step:
+            raise ValueError("last_step is false, but schedule.num_steps is 1: no step has an entropy")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,13 +93,12 @@ class DxMI(PolicyAlgorithm):
 
     def _optimizers(self, parts: Parts) -> dict[str, Optimizer]:
         """Create the optimizers by the name of what they train; a shared value is trained together with its energy."""
-        config, policy, value = self.config, self.policy, self.value
+        config, value = self.config, self.value
 
         def critic(settings: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
             return parts.optimizer(settings, (parameters, settings.lr))
 
-        own = ((policy.network.parameters(), config.policy.lr), ([policy.free_log_sigma], config.policy.sigma_lr))
-        found = {"policy": parts.optimizer(config.policy, *own)}
+        found = {"policy": self.policy_optimizer(config.policy, parts)}
         if not isinstance(value, SeparateValue):
             return {**found, "value": critic(config.critic, value.parameters())}
         found["value"] = critic(config.critic, value.network.parameters())

@@ -16,8 +16,7 @@ from dxmi.data.batch import Batch, Condition
 from dxmi.diffusion.trajectory import GaussianStep, Trajectory
 from dxmi.errors import UserError
 from dxmi.networks.base import TimedCritic
-from dxmi.optim.config import PolicyOptimizerConfig
-from dxmi.optim.optimizer import Optimizer, StepResult
+from dxmi.optim.optimizer import StepResult
 
 
 class Actions(NamedTuple):
@@ -60,11 +59,6 @@ class PolicyGradient(PolicyAlgorithm):
         self.entropy_coef = config.entropy_coef
         self.num_actions = self.policy.num_steps - (not config.last_step)
         self.register_buffer("steps", torch.arange(self.policy.num_steps), persistent=False)
-
-    def _policy_optimizer(self, settings: PolicyOptimizerConfig, parts: Parts) -> Optimizer:
-        policy = self.policy
-        groups = ((policy.network.parameters(), settings.lr), ([policy.free_log_sigma], settings.sigma_lr))
-        return parts.optimizer(settings, *groups)
 
     def actions(self, trajectory: Trajectory, condition: Condition) -> Actions:
         """Collect all T' actions of each trajectory, x [K, T+1, b, *event], time-major: [K, T' * b, ...]."""

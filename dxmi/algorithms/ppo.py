@@ -34,6 +34,7 @@ Logged metrics (means over the batch and over the optimizer steps of the iterati
     value/error              root mean squared r - V(x_t, t) over all actions, only with baseline=learned
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -49,6 +50,7 @@ from dxmi.algorithms.states import StoredStates, draw_minibatches, select_rows
 from dxmi.data.batch import Batch, Streams
 from dxmi.diffusion.trajectory import GaussianStep, Trajectory
 from dxmi.optim.optimizer import StepResult
+from dxmi.rewards.base import rewards_of
 from dxmi.tensors import map_tensors
 
 
@@ -85,7 +87,7 @@ class RatioAlgorithm(RewardGradient):
         self.schedule(iteration)
         drawn = [self._draw(batch, streams) for _ in range(self.config.epochs)]
         trajectory = self.rollout(batch, streams)
-        reward = self.rewards(trajectory.x[:, -1], batch.condition, iteration)
+        reward = rewards_of(self.reward, trajectory.x[:, -1], batch.condition, iteration)
         actions, num = self.actions(trajectory, batch.condition), self.num_rows(batch)
 
         old = self._replay(trajectory, drawn[0], batch)
@@ -103,8 +105,21 @@ class RatioAlgorithm(RewardGradient):
     def optimize(
         self, trajectory: Trajectory, experience: Experience, minibatches: Iterator[Tensor], batch: Batch
     ) -> Metrics:
-        """Step 4: take one optimizer step for each of the minibatches of actions."""
-        raise NotImplementedError
+        """Step 4: take one optimizer step for each of the minibatches of actions; returns the means of the metrics."""
+        totals: list[Metrics] = []
+        for drawn in minibatches:
+            states = self.gathered(trajectory, drawn, batch)
+            actions = Actions(states.x, states.x_next, states.t, states.condition)
+            chosen = self.select(experience, states, batch)
+            result = self.optimizers["policy"].minimize(self.losses, actions, chosen, num=states.num)
+            totals.append(result.metrics("policy"))
+        metrics = {name: torch.stack([one[name] for one in totals]).mean(0) for name in totals[0]}
+        del metrics["policy/loss"]  # only the gradient of a surrogate loss has a meaning
+        return metrics
+
+    @abstractmethod
+    def losses(self, actions: Actions, experience: Experience) -> Mapping[str, Tensor]:
+        """The `loss` of each action of one seed, and other values that are logged, [b] each."""
 
     def _draw(self, batch: Batch, streams: Streams) -> tuple[Tensor, ...]:
         """Draw the minibatches of an epoch."""
@@ -174,32 +189,34 @@ class Ppo(RatioAlgorithm):
         return {**means, "policy/ratio_std": spread, "policy/kl": largest, "policy/steps": steps}
 
     def _step(self, states: StoredStates, experience: Experience, takes: Tensor) -> StepResult:
-        config, num_actions = self.config, self.num_actions
-
-        def loss(actions: Actions, experience: Experience) -> Mapping[str, Tensor]:
-            x, x_next, t, condition = actions
-            old, reference, advantage = experience
-            step = self.policy(x, t, condition)
-            log_ratio = step.log_prob(x_next) - old.log_prob(x_next)
-            if config.log_ratio == "mean":
-                log_ratio = log_ratio / x_next[0].numel()
-            ratio = log_ratio.exp()
-            # The mean over rows averages over the steps, but the policy gradient is a sum over them.
-            surrogate = num_actions * clipped_surrogate(ratio, advantage, config.clip, config.dual_clip)
-            if reference is not None:
-                surrogate = surrogate + num_actions * config.kl_coef * step.kl(reference)
-            return {
-                "loss": surrogate - self.entropy_coef * step.sigma.log(),
-                "kl": num_actions * old.kl(step),
-                "ratio": ratio,
-                "ratio_square": ratio.square(),
-                "clipped_high": ((ratio > 1.0 + config.clip) & (advantage > 0.0)).float(),
-                "clipped_low": ((ratio < 1.0 - config.clip) & (advantage < 0.0)).float(),
-            }
+        config = self.config
 
         def stays_close(means: Mapping[str, Tensor]) -> Tensor:
             return (takes > 0.0) & (means["kl"] <= (config.target_kl or 0.0))
 
         inputs = (Actions(states.x, states.x_next, states.t, states.condition), experience)
         decides = None if config.target_kl is None else stays_close
-        return self.optimizers["policy"].minimize(loss, *inputs, num=states.num, takes=decides)
+        return self.optimizers["policy"].minimize(self.losses, *inputs, num=states.num, takes=decides)
+
+    def losses(self, actions: Actions, experience: Experience) -> Mapping[str, Tensor]:
+        """The clipped surrogate of each action, and statistics of its ratio, [b] each."""
+        config, num_actions = self.config, self.num_actions
+        x, x_next, t, condition = actions
+        old, reference, advantage = experience
+        step = self.policy(x, t, condition)
+        log_ratio = step.log_prob(x_next) - old.log_prob(x_next)
+        if config.log_ratio == "mean":
+            log_ratio = log_ratio / x_next[0].numel()
+        ratio = log_ratio.exp()
+        # The mean over rows averages over the steps, but the policy gradient is a sum over them.
+        surrogate = num_actions * clipped_surrogate(ratio, advantage, config.clip, config.dual_clip)
+        if reference is not None:
+            surrogate = surrogate + num_actions * config.kl_coef * step.kl(reference)
+        return {
+            "loss": surrogate - self.entropy_coef * step.sigma.log(),
+            "kl": num_actions * old.kl(step),
+            "ratio": ratio,
+            "ratio_square": ratio.square(),
+            "clipped_high": ((ratio > 1.0 + config.clip) & (advantage > 0.0)).float(),
+            "clipped_low": ((ratio < 1.0 - config.clip) & (advantage < 0.0)).float(),
+        }

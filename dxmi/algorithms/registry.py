@@ -10,10 +10,13 @@ if TYPE_CHECKING:
 ALGORITHMS: Registry["PolicyAlgorithm"] = Registry(
     "algorithm",
     {
+        "dpok": ("dxmi.algorithms.configs:DpokConfig", "dxmi.algorithms.dpok:Dpok"),
+        "draft": ("dxmi.algorithms.configs:DraftConfig", "dxmi.algorithms.draft:Draft"),
         "dxmi": ("dxmi.algorithms.configs:DxMIConfig", "dxmi.algorithms.dxmi:DxMI"),
         "grpo": ("dxmi.algorithms.configs:GrpoConfig", "dxmi.algorithms.grpo:Grpo"),
         "ppo": ("dxmi.algorithms.configs:PpoConfig", "dxmi.algorithms.ppo:Ppo"),
         "reinforce": ("dxmi.algorithms.configs:ReinforceConfig", "dxmi.algorithms.reinforce:Reinforce"),
+        "sac": ("dxmi.algorithms.configs:SacConfig", "dxmi.algorithms.sac:Sac"),
         "sft_pg": ("dxmi.algorithms.configs:SftPgConfig", "dxmi.algorithms.sft_pg:SftPg"),
         "trpo": ("dxmi.algorithms.configs:TrpoConfig", "dxmi.algorithms.trpo:Trpo"),
         "trpo_penalty": ("dxmi.algorithms.configs:TrpoPenaltyConfig", "dxmi.algorithms.trpo_penalty:TrpoPenalty"),

@@ -26,6 +26,7 @@ from typing import ClassVar
 from dxmi.algorithms.base import Metrics
 from dxmi.algorithms.reward_gradient import RewardGradient, kl_per_seed
 from dxmi.data.batch import Batch, Streams
+from dxmi.rewards.base import rewards_of
 
 
 class Reinforce(RewardGradient):
@@ -37,7 +38,7 @@ class Reinforce(RewardGradient):
         """Perform one iteration; returns the metrics listed in the module's docstring."""
         self.schedule(iteration)
         trajectory = self.rollout(batch, streams)
-        reward = self.rewards(trajectory.x[:, -1], batch.condition, iteration)
+        reward = rewards_of(self.reward, trajectory.x[:, -1], batch.condition, iteration)
         actions, num = self.actions(trajectory, batch.condition), self.num_rows(batch)
 
         reference = self.reference_steps(actions)

@@ -8,7 +8,6 @@ pretrained policy at the same state. Its gradient is that of the expected return
 with A_t = r - baseline - kl_coef (sum of KL_s over s > t, minus its mean over the other trajectories).
 """
 
-import copy
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -23,7 +22,6 @@ from dxmi.data.batch import Batch, Condition
 from dxmi.diffusion.trajectory import GaussianStep, Trajectory
 from dxmi.distributed import Share, mean_over
 from dxmi.optim.config import PolicyOptimizerConfig
-from dxmi.tensors import require_finite
 
 
 class RewardGradient(PolicyGradient):
@@ -34,7 +32,6 @@ class RewardGradient(PolicyGradient):
         parts: Components from which the algorithm is built.
 
     Attributes:
-        reference: The pretrained policy, which is not trained; None with kl_coef=0.
         baseline: Value network of the learned baseline; None if it is not learned.
     """
 
@@ -45,11 +42,12 @@ class RewardGradient(PolicyGradient):
     def __init__(self, config: RewardGradientConfig, parts: Parts) -> None:
         super().__init__(config, parts)
         self.config = config
-        self._reward = parts.reward()
+        self.reward = parts.reward()
         self.advantages = Advantages(config, max(self.policy.network.classes, 1))
-        self.reference = copy.deepcopy(self.policy).requires_grad_(False) if config.kl_coef else None
+        if config.kl_coef:
+            self.keep_reference()
         self.baseline = parts.timed_critic() if config.baseline == "learned" else None
-        self.optimizers = {"policy": self._policy_optimizer(self._policy_settings(config), parts)}
+        self.optimizers = {"policy": self.policy_optimizer(self._policy_settings(config), parts)}
         if self.baseline is not None:
             self.optimizers["value"] = parts.optimizer(config.critic, (self.baseline.parameters(), config.critic.lr))
 
@@ -58,23 +56,6 @@ class RewardGradient(PolicyGradient):
         """The settings of the policy's optimizer."""
         assert isinstance(config, PolicyOptimizerFields)
         return config.policy
-
-    def start_from(self, log_sigma: Tensor | None) -> None:
-        """Start from the sigmas of a policy that was fine-tuned earlier, which are those of the reference, too."""
-        super().start_from(log_sigma)
-        if self.reference is not None:
-            with torch.no_grad():
-                self.reference.free_log_sigma.copy_(self.policy.free_log_sigma)
-
-    def rewards(self, samples: Tensor, condition: Condition, iteration: int) -> Tensor:
-        """r(x_T, c) of samples [K, b, *event]: [K, b]; called once for all seeds.
-
-        Raises:
-            DivergedError: a reward is not finite.
-        """
-        flat = Condition(*(None if own is None else own.flatten(0, 1) for own in condition))
-        reward = self._reward(samples.flatten(0, 1), flat).view(samples.shape[:2]).float()
-        return require_finite(reward, "The reward", iteration)
 
     def whole(self, values: Tensor, share: Share) -> Tensor:
         """Collect a number for each trajectory of all processes, [K, b] -> [K, B]."""

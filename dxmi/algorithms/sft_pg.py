@@ -63,7 +63,7 @@ class SftPg(PolicyGradient):
         idle = {id(offset) for offset in self.energy.network.offsets}
         trained = [parameter for parameter in self.energy.parameters() if id(parameter) not in idle]
         self.optimizers = {
-            "policy": self._policy_optimizer(config.policy, parts),
+            "policy": self.policy_optimizer(config.policy, parts),
             "value": parts.optimizer(config.critic, (self.value.network.parameters(), config.critic.lr)),
             "energy": parts.optimizer(config.energy, (trained, config.energy.lr)),
         }

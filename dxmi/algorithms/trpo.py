@@ -46,6 +46,7 @@ from dxmi.data.batch import Batch, Condition, Streams
 from dxmi.diffusion.trajectory import GaussianStep
 from dxmi.distributed import mean_over
 from dxmi.optim.config import PolicyOptimizerConfig
+from dxmi.rewards.base import rewards_of
 from dxmi.tensors import batch_rows, chunks
 
 TOLERANCE = 0.01
@@ -82,7 +83,7 @@ class Trpo(RewardGradient):
         """Perform one iteration; returns the metrics listed in the module's docstring."""
         self.schedule(iteration)
         trajectory = self.rollout(batch, streams)
-        reward = self.rewards(trajectory.x[:, -1], batch.condition, iteration)
+        reward = rewards_of(self.reward, trajectory.x[:, -1], batch.condition, iteration)
         actions, num = self.actions(trajectory, batch.condition), self.num_rows(batch)
 
         with torch.no_grad():

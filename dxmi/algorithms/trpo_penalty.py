@@ -57,23 +57,15 @@ class TrpoPenalty(RatioAlgorithm):
         self, trajectory: Trajectory, experience: Experience, minibatches: Iterator[Tensor], batch: Batch
     ) -> Metrics:
         """Take one optimizer step for each minibatch, and adapt the penalty to the divergence after them."""
-        totals: list[Metrics] = []
-        for drawn in minibatches:
-            states = self.gathered(trajectory, drawn, batch)
-            inputs = (
-                Actions(states.x, states.x_next, states.t, states.condition),
-                self.select(experience, states, batch),
-            )
-            totals.append(self.optimizers["policy"].minimize(self._loss, *inputs, num=states.num).metrics("policy"))
-        metrics = {name: torch.stack([one[name] for one in totals]).mean(0) for name in totals[0]}
-        del metrics["policy/loss"]  # only the gradient of this surrogate loss has a meaning
+        metrics = super().optimize(trajectory, experience, minibatches, batch)
         weight = self.seeds.table(self.penalty)
         metrics["policy/penalty"] = weight.clone()
         metrics["policy/kl"] = self._divergence(trajectory, experience, batch)
         self._adapt(weight, metrics["policy/kl"])
         return metrics
 
-    def _loss(self, actions: Actions, experience: Experience) -> Mapping[str, Tensor]:
+    def losses(self, actions: Actions, experience: Experience) -> Mapping[str, Tensor]:
+        """The surrogate with the penalty, and the ratio, of each action, [b] each."""
         x, x_next, t, condition = actions
         old, reference, advantage = experience
         step = self.policy(x, t, condition)

@@ -132,3 +132,52 @@ class SeparateValue(Value):
         labels = (condition.labels,) if self.network.classes else ()
         value: Tensor = self.network(x, embedding, *labels)
         return value.float()
+
+
+class TwinValue(Value):
+    """The larger, that is more pessimistic, of two separately trained values (arXiv 1802.09477).
+
+    Args:
+        first: A value.
+        second: Another value, with other initial weights.
+    """
+
+    def __init__(self, first: SeparateValue, second: SeparateValue) -> None:
+        super().__init__()
+        self.first = first
+        self.second = second
+
+    @property
+    def energy(self) -> Energy:  # type: ignore[override]
+        """The energy of the first value."""
+        return self.first.energy
+
+    def both(self, x: Tensor, t: int, condition: Condition = UNCONDITIONAL) -> tuple[Tensor, Tensor]:
+        """Compute both values at step `t`, [B] each."""
+        return self.first(x, t, condition), self.second(x, t, condition)
+
+    def forward(self, x: Tensor, t: int, condition: Condition = UNCONDITIONAL) -> Tensor:
+        """Compute the larger value at step `t`: [B]."""
+        return torch.maximum(*self.both(x, t, condition))
+
+    def forward_timesteps(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition = UNCONDITIONAL,
+        *,
+        num_nonterminal: int = 0,
+        num_terminal: int = 0,
+    ) -> Tensor:
+        """Compute the larger value, where samples may be at different steps: [B]."""
+        split = {"num_nonterminal": num_nonterminal, "num_terminal": num_terminal}
+        one, other = (value.forward_timesteps(x, t, condition, **split) for value in (self.first, self.second))
+        return torch.maximum(one, other)
+
+    def timed_parameters(self) -> list[nn.Parameter]:
+        """The parameters of both values before T."""
+        return [*self.first.network.parameters(), *self.second.network.parameters()]
+
+    def energy_parameters(self) -> list[nn.Parameter]:
+        """The parameters of both energies."""
+        return [*self.first.energy.parameters(), *self.second.energy.parameters()]

@@ -164,7 +164,7 @@ class Policy(nn.Module):
         drawn = torch.randint(int(bounds[-1]), (num,), generator=generator, device=bounds.device)
         return Condition(torch.searchsorted(bounds, drawn, right=True))
 
-    def _start(self, noise: Tensor) -> Tensor:
+    def start(self, noise: Tensor) -> Tensor:
         """x_0 from standard normal noise [B, *event]."""
         return noise if self.start_sigma == 1.0 else noise * self.start_sigma
 
@@ -178,7 +178,7 @@ class Policy(nn.Module):
             latents: standard normal latents, see `self.latents`, [T, B, Z], if the network takes them.
         """
         embeddings, log_sigma = self.embeddings(), self.log_sigma
-        states, means = [self._start(noise[0])], []
+        states, means = [self.start(noise[0])], []
         for t in range(self.num_steps):
             latent = None if latents is None else latents[t]
             step = self.transition(states[-1], t, embeddings, log_sigma, condition, latent)
@@ -211,7 +211,7 @@ class Policy(nn.Module):
         embeddings, log_sigma = self.embeddings(), self.log_sigma
         noise = torch.randn((num, *self.event), generator=generator, device=self.timestep.device)
         condition = condition.rows(slice(first))
-        x = self._start(noise[:first].clone())
+        x = self.start(noise[:first].clone())
         yield x
         for t in range(self.num_steps):
             latent = self.latent(num, generator)

@@ -121,12 +121,13 @@ class Optimizer:
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = laid_out_as(grad, parameter)  # fused optimizers assume equal strides
         norm = None if self.config.max_grad_norm is None else self._clip(self.config.max_grad_norm)
-        if takes is None or not self.torch.state:
+        takers = None if takes is None else takes(means)
+        if takers is None or not self.torch.state:
             self._take()
         else:
             before = [tensor.clone() for tensor in self._stepped()]
             self._take()
-            self._undo(before, ~takes(means))
+            self._undo(before, ~takers)
         return StepResult(means, norm)
 
     @torch.no_grad()

@@ -33,14 +33,25 @@ class ClassifierReward:
         Raises:
             UserError: the samples do not have the shape of the classifier's images, or have no classes.
         """
+        self._require_images(x)
+        return self._log_probability(to_uint8(x), condition)
+
+    def differentiable(self, x: Tensor, condition: Condition) -> Tensor:
+        """Compute log p(label | x) with gradients, [B]; the pixels are clipped, but not rounded."""
+        self._require_images(x)
+        return self._log_probability(x.clamp(-1.0, 1.0).add(1.0).mul(255.0 / 2.0), condition)
+
+    def _require_images(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != self._event:
             raise UserError(
                 f"reward.classifier is {self._config.classifier}, which sees images of shape {self._event}, but "
                 f"samples have {tuple(x.shape[1:])}: choose the classifier of the run's data or, if there is none, "
                 "another reward."
             )
-        logits: Tensor = self._classifier.to(x.device)(to_uint8(x))
-        return logits.log_softmax(dim=1).gather(1, self._labels(x, condition)[:, None])[:, 0]
+
+    def _log_probability(self, pixels: Tensor, condition: Condition) -> Tensor:
+        logits: Tensor = self._classifier.to(pixels.device)(pixels)
+        return logits.log_softmax(dim=1).gather(1, self._labels(pixels, condition)[:, None])[:, 0]
 
     def _labels(self, x: Tensor, condition: Condition) -> Tensor:
         if self._config.label is not None:
