@@ -2,10 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from dxmi.config import require_choice
 from dxmi.data.configs import LogDensityFields
 from dxmi.metrics.configs import CLASSIFIER_SETS
+
+AXES = ("vertical", "horizontal")
+GOALS = ("compressible", "incompressible")
+MAX_QUALITY = 100
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,3 +59,76 @@ class QuadraticRewardConfig(RewardConfig):
             raise ValueError(f"scale is {self.scale}: it must be a finite number greater than 0")
         if not all(math.isfinite(number) for number in self.target):
             raise ValueError(f"target is {self.target}: its numbers must be finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InkRewardConfig(RewardConfig):
+    """Mean brightness of an image, in [0, 1]: how much ink there is on a dark ground."""
+
+    kind: str = "ink"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SymmetryRewardConfig(RewardConfig):
+    """Minus the mean absolute difference between an image and its mirror image, in [-1, 0]."""
+
+    kind: str = "symmetry"
+    axis: str = "vertical"
+    """Axis of the mirror: vertical (left to right) or horizontal (top to bottom)."""
+
+    def __post_init__(self) -> None:
+        require_choice("axis", self.axis, AXES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrokeWidthRewardConfig(RewardConfig):
+    """Width of the strokes of a bright drawing on a dark ground, in pixels: twice its area divided by its perimeter."""
+
+    kind: str = "stroke_width"
+    threshold: float = 0.5
+    """Brightness in [0, 1] above which a pixel belongs to the drawing."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.threshold < 1.0:
+            raise ValueError(f"threshold is {self.threshold}: it must be in (0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JpegRewardConfig(RewardConfig):
+    """Size of an image as JPEG in kilobytes (DDPO, arXiv 2305.13301), without that of a blank image."""
+
+    kind: str = "jpeg"
+    goal: str = "compressible"
+    """compressible: minus the size; incompressible: the size."""
+    quality: int = 95
+    """Quality of the JPEG, 1 to 100."""
+
+    def __post_init__(self) -> None:
+        require_choice("goal", self.goal, GOALS)
+        if not 1 <= self.quality <= MAX_QUALITY:
+            raise ValueError(f"quality is {self.quality}: it must be in 1..{MAX_QUALITY}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpRewardConfig(RewardConfig):
+    """Rewards that another process on this machine computes, over HTTP."""
+
+    kind: str = "http"
+    url: str = "http://127.0.0.1:8000/rewards"
+    """Address, http://127.0.0.1:PORT/PATH; other hosts are refused."""
+    timeout: float = 30.0
+    """Seconds after which a request has failed."""
+    retries: int = 3
+    """Number of times that a failed request is repeated."""
+    batch_size: int = 64
+    """Number of samples per request."""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme != "http" or parts.hostname not in LOOPBACK:
+            raise ValueError(f"url is {self.url!r}: it must be http://127.0.0.1:PORT/PATH, on this machine")
+        if not 0.0 < self.timeout < math.inf:
+            raise ValueError(f"timeout is {self.timeout}: it must be a number of seconds greater than 0")
+        for name, least in {"retries": 0, "batch_size": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")

@@ -14,6 +14,11 @@ REWARDS: Registry["Reward"] = Registry(
     {
         "classifier": (f"{_CONFIGS}:ClassifierRewardConfig", "dxmi.rewards.classifier:ClassifierReward"),
         "log_density": (f"{_CONFIGS}:LogDensityRewardConfig", "dxmi.rewards.log_density:LogDensityReward"),
+        "ink": (f"{_CONFIGS}:InkRewardConfig", "dxmi.rewards.drawing:InkReward"),
+        "symmetry": (f"{_CONFIGS}:SymmetryRewardConfig", "dxmi.rewards.drawing:SymmetryReward"),
+        "stroke_width": (f"{_CONFIGS}:StrokeWidthRewardConfig", "dxmi.rewards.drawing:StrokeWidthReward"),
+        "jpeg": (f"{_CONFIGS}:JpegRewardConfig", "dxmi.rewards.jpeg:JpegReward"),
+        "http": (f"{_CONFIGS}:HttpRewardConfig", "dxmi.rewards.http:HttpReward"),
         "quadratic": (f"{_CONFIGS}:QuadraticRewardConfig", "dxmi.rewards.quadratic:QuadraticReward"),
     },
 )

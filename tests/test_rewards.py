@@ -1,0 +1,188 @@
+"""Rewards against values computed by hand, and a server that misbehaves."""
+
+import base64
+import io
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dxmi.config import build
+from dxmi.data.batch import UNCONDITIONAL, Condition
+from dxmi.errors import UserError
+from dxmi.rewards.base import Reward, differentiable
+from dxmi.rewards.registry import REWARDS
+from dxmi.training.config import ExperimentConfig
+
+
+def reward(kind: str, **settings: Any) -> Reward:
+    return REWARDS.build(REWARDS.config(kind, **settings))
+
+
+def drawing(*rows: str) -> Tensor:
+    """An image of one channel in [-1, 1]: # is bright."""
+    return torch.tensor([[[[1.0 if mark == "#" else -1.0 for mark in row] for row in rows]]])
+
+
+def test_ink_is_the_mean_brightness():
+    images = torch.cat(
+        (
+            drawing("....", "...."),
+            drawing("##..", "...."),
+            drawing("####", "####"),
+            3.0 * drawing("#.", "#.").repeat(1, 1, 1, 2),
+        )
+    )
+    torch.testing.assert_close(reward("ink")(images, UNCONDITIONAL), torch.tensor([0.0, 0.25, 1.0, 0.5]))
+
+
+def test_symmetry_compares_an_image_with_its_mirror_image():
+    images = torch.cat((drawing("#..#", ".##."), drawing("##..", "....")))
+    torch.testing.assert_close(reward("symmetry")(images, UNCONDITIONAL), torch.tensor([0.0, -0.5]))
+    found = reward("symmetry", axis="horizontal")(images, UNCONDITIONAL)
+    torch.testing.assert_close(found, torch.tensor([-1.0, -0.5]))
+
+
+def test_the_width_of_a_long_stroke_is_its_width():
+    for width in (1, 3):
+        image = torch.full((1, 1, 40, 200), -1.0)
+        image[0, 0, 10 : 10 + width] = 1.0
+        exact = 2 * 200 * width / (2 * 200 + 2 * width)
+        assert float(reward("stroke_width")(image, UNCONDITIONAL)) == pytest.approx(exact)
+    assert float(reward("stroke_width")(drawing("...", "..."), UNCONDITIONAL)) == 0.0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_size_as_jpeg_is_that_of_pillow(channels):
+    draws = torch.Generator().manual_seed(0)
+    noise = torch.randint(256, (2, channels, 32, 32), generator=draws, dtype=torch.uint8)
+    images = torch.cat((noise.float() / 127.5 - 1.0, torch.full((1, channels, 32, 32), -1.0)))
+
+    def size(image: Tensor) -> int:
+        buffer = io.BytesIO()
+        array = image.permute(1, 2, 0).numpy() if channels == 3 else image[0].numpy()
+        Image.fromarray(array).save(buffer, "JPEG", quality=95)
+        return len(buffer.getvalue())
+
+    blank = size(torch.zeros(channels, 32, 32, dtype=torch.uint8))
+    expected = torch.tensor([*((size(image) - blank) / 1000.0 for image in noise), 0.0])
+    torch.testing.assert_close(reward("jpeg")(images, UNCONDITIONAL), -expected)
+    torch.testing.assert_close(reward("jpeg", goal="incompressible")(images, UNCONDITIONAL), expected)
+
+
+def test_the_differentiable_classifier_agrees_with_the_one_on_rounded_pixels():
+    """On whole pixels both are the same, and the gradient is that of finite differences."""
+    images = torch.randint(256, (8, 1, 8, 8), generator=torch.Generator().manual_seed(1)).float() / 127.5 - 1.0
+    labels = Condition(torch.arange(8))
+    classifier = reward("classifier")
+    smooth = differentiable(classifier)
+    torch.testing.assert_close(smooth(images, labels), classifier(images, labels), rtol=1e-4, atol=1e-4)
+    x = (0.9 * images).requires_grad_()
+    (gradient,) = torch.autograd.grad(smooth(x, labels).sum(), x)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    ends = [smooth(x.detach() + step * direction, labels) for step in (-1e-3, 1e-3)]
+    slope = (ends[1] - ends[0]) / 2e-3
+    torch.testing.assert_close((gradient * direction).sum((1, 2, 3)), slope, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["ink", "symmetry", "stroke_width", "jpeg"])
+def test_rewards_of_images_refuse_points(kind):
+    with pytest.raises(UserError, match=kind):
+        reward(kind)(torch.zeros(3, 2), UNCONDITIONAL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "path"),
+    [
+        ({"kind": "symmetry", "axis": "diagonal"}, "reward.axis"),
+        ({"kind": "stroke_width", "threshold": 1.0}, "reward.threshold"),
+        ({"kind": "jpeg", "quality": 0}, "reward.quality"),
+        ({"kind": "jpeg", "goal": "pretty"}, "reward.goal"),
+        ({"kind": "http", "url": "http://example.org/rewards"}, "reward.url"),
+        ({"kind": "http", "url": "http://127.0.0.1:1/", "timeout": 0.0}, "reward.timeout"),
+    ],
+)
+def test_wrong_settings_are_named(settings, path):
+    with pytest.raises(UserError, match=path):
+        build(ExperimentConfig, {"reward": settings})
+
+
+class Server(HTTPServer):
+    """Answers each request with the next of `answers`: a status and a body, or the mean of each sample."""
+
+    answers: list[tuple[int, bytes]]
+    requests: list[dict[str, Any]]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(body)
+        samples = np.frombuffer(base64.b64decode(body["samples"]), "<f4").reshape(body["shape"])
+        means = samples.reshape(len(samples), -1).mean(1).tolist()
+        status, answer = (
+            self.server.answers.pop(0) if self.server.answers else (200, json.dumps({"rewards": means}).encode())
+        )
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing is printed."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr("dxmi.rewards.http._PAUSE", 0.0)
+    made = Server(("127.0.0.1", 0), Handler)
+    made.answers, made.requests = [], []
+    thread = threading.Thread(target=made.serve_forever)
+    thread.start()
+    yield made
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+def over_http(server: Server, **settings: Any) -> Reward:
+    return reward("http", url=f"http://127.0.0.1:{server.server_port}/r", **settings)
+
+
+def test_rewards_over_http_come_in_batches_and_in_order(server):
+    x = torch.randn(10, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    labels = Condition(torch.arange(10))
+    torch.testing.assert_close(over_http(server, batch_size=4)(x, labels), x.mean((1, 2, 3)))
+    assert [request["labels"] for request in server.requests] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_failed_requests_are_repeated(server):
+    server.answers = [(500, b""), (503, b"")]
+    found = over_http(server, retries=2)(torch.zeros(2, 3), UNCONDITIONAL)
+    torch.testing.assert_close(found, torch.zeros(2))
+    assert len(server.requests) == 3
+    server.answers = [(500, b"")] * 2
+    with pytest.raises(UserError, match="did not answer"):
+        over_http(server, retries=1)(torch.zeros(2, 3), UNCONDITIONAL)
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>", b"{}", b'{"rewards": [1.0]}', b'{"rewards": [1.0, NaN]}', b'{"rewards": "ab"}']
+)
+def test_an_invalid_answer_is_refused(server, body):
+    server.answers = [(200, body)]
+    with pytest.raises(UserError, match="answered"):
+        over_http(server)(torch.zeros(2, 3), UNCONDITIONAL)
+
+
+def test_a_server_that_is_not_there_is_named():
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
+        reward("http", url="http://127.0.0.1:9/", retries=0, timeout=2.0)(torch.zeros(1, 2), UNCONDITIONAL)
