@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -17,9 +18,15 @@ from torch import Tensor
 from dxmi.config import build
 from dxmi.data.batch import UNCONDITIONAL, Condition
 from dxmi.errors import UserError
+from dxmi.persistence.run_directory import RunDirectory
 from dxmi.rewards.base import Reward, differentiable
 from dxmi.rewards.registry import REWARDS
+from dxmi.tensors import decode
+from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
+from dxmi.training.loading import load_run
+from dxmi.training.run import train
+from dxmi.training.schema import read_config
 
 
 def reward(kind: str, **settings: Any) -> Reward:
@@ -106,6 +113,10 @@ def test_rewards_of_images_refuse_points(kind):
         ({"kind": "jpeg", "quality": 0}, "reward.quality"),
         ({"kind": "jpeg", "goal": "pretty"}, "reward.goal"),
         ({"kind": "http", "url": "http://example.org/rewards"}, "reward.url"),
+        ({"kind": "energy", "run": ""}, "reward.run"),
+        ({"kind": "function", "function": "os.system"}, "reward.function"),
+        ({"kind": "sum", "parts": []}, "reward.parts"),
+        ({"kind": "sum", "parts": ["ink", "symmetry"], "weights": [1.0]}, "reward.weights"),
         ({"kind": "http", "url": "http://127.0.0.1:1/", "timeout": 0.0}, "reward.timeout"),
     ],
 )
@@ -186,3 +197,88 @@ def test_an_invalid_answer_is_refused(server, body):
 def test_a_server_that_is_not_there_is_named():
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
         reward("http", url="http://127.0.0.1:9/", retries=0, timeout=2.0)(torch.zeros(1, 2), UNCONDITIONAL)
+
+
+# ----------------------------------------------------------------------------
+# Rewards that need more than their settings.
+
+
+def experiment(**reward_settings: Any) -> Experiment:
+    tree = {"network": {"denoiser": {"classes": 10}}, "algorithm": {"kind": "ppo"}, "reward": reward_settings}
+    return Experiment(build(ExperimentConfig, tree))
+
+
+def test_a_sum_adds_parts_that_are_standardized_on_the_training_data():
+    made = experiment(kind="sum", parts=["ink", {"kind": "classifier"}], weights=[2.0, -0.5])
+    x, labels = decode(made.data.stored[:1000]), Condition(made.data.classes[:1000])
+    parts = [reward("ink")(x, labels).double(), reward("classifier")(x, labels).double()]
+    samples, condition = decode(made.data.stored[1000:1040]), Condition(made.data.classes[1000:1040])
+    own = [reward(kind)(samples, condition).double() for kind in ("ink", "classifier")]
+    expected = sum(w * (r - p.mean()) / p.std() for w, r, p in zip((2.0, -0.5), own, parts, strict=True))
+    found = made.build_reward()(samples, condition)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    smooth = differentiable(made.build_reward())(samples, condition)
+    torch.testing.assert_close(smooth, found, rtol=1e-3, atol=1e-3)
+
+
+FUNCTION = """
+import torch
+
+def brightest(x, labels):
+    return x.flatten(1).amax(1) + labels
+
+def wrong(x, labels):
+    return x
+
+value = 3
+"""
+
+
+def test_a_function_is_executed_only_if_that_is_allowed(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards_of_this_test.py").write_text(FUNCTION)
+    monkeypatch.chdir(tmp_path)
+    settings = {"kind": "function", "function": "my_rewards_of_this_test:brightest"}
+    with pytest.raises(UserError, match=r"resources\.allow_code"):
+        experiment(**settings).build_reward()
+    assert "my_rewards_of_this_test" not in sys.modules
+    found = allowed(**settings)(torch.zeros(3, 1, 8, 8), Condition(torch.arange(3)))
+    torch.testing.assert_close(found, torch.tensor([0.0, 1.0, 2.0]))
+    with pytest.raises(UserError, match="must return a tensor"):
+        allowed(kind="function", function="my_rewards_of_this_test:wrong")(torch.zeros(3, 1, 8, 8), UNCONDITIONAL)
+    for name in ("missing", "value"):
+        with pytest.raises(UserError, match=f"no function {name}"):
+            allowed(kind="function", function=f"my_rewards_of_this_test:{name}")
+    for module in ("os", "not_there"):
+        with pytest.raises(UserError, match="there is no file"):
+            allowed(kind="function", function=f"{module}:system")
+
+
+def allowed(**settings: Any) -> Reward:
+    tree = {"algorithm": {"kind": "ppo"}, "reward": settings, "resources": {"allow_code": True}}
+    return Experiment(build(ExperimentConfig, tree)).build_reward()
+
+
+def test_an_energy_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
+        experiment(kind="energy", run=str(tmp_path / "nothing")).build_reward()
+
+
+def test_the_energy_of_a_finished_run_is_a_reward(tmp_path):
+    small = {"kind": "mlp", "hidden": 16, "layers": 3, "embedding": 8}
+    tree = {
+        "network": {"denoiser": small, "energy": small, "value": small},
+        "pretrain": {"iterations": 0},
+        "schedule": {"num_steps": 2},
+        "train": {"iterations": 2, "batch_size": 8},
+        "evaluate": {"num_samples": 8, "batch_size": 8, "full_reference": False, "grid": 4},
+    }
+    train(Experiment(build(ExperimentConfig, tree)), out=tmp_path / "run")
+    made = experiment(kind="energy", run=str(tmp_path / "run")).build_reward()
+    x = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loaded = load_run(
+        RunDirectory(tmp_path / "run"), read_config((RunDirectory(tmp_path / "run")).read_config()), "best"
+    )
+    assert loaded.algorithm.energy is not None
+    torch.testing.assert_close(made(x, UNCONDITIONAL), -loaded.algorithm.energy(x).detach())
+    (gradient,) = torch.autograd.grad(differentiable(made)(x, UNCONDITIONAL).sum(), x)
+    assert float(gradient.abs().sum()) > 0.0

@@ -379,7 +379,7 @@ class DraftConfig(PolicyOptimizerFields, AlgorithmConfig):
     """Settings of DRaFT (arXiv 2309.17400): backpropagation of a differentiable reward."""
 
     kind: str = "draft"
-    steps: int | None = 1
+    steps: int | None = None
     """Last steps of the trajectory through which the reward is backpropagated; null for all."""
     kl_coef: float = 0.0
     """Weight of KL(policy || pretrained policy), summed over the actions among these steps, in units of reward per
@@ -399,6 +399,11 @@ class DraftConfig(PolicyOptimizerFields, AlgorithmConfig):
 
     def check(self, num_steps: int) -> None:
         """Check that the trajectory has as many steps."""
+        if self.kl_coef and self.steps == 1 and not self.last_step:
+            raise ValueError(
+                f"kl_coef is {self.kl_coef}, but steps is 1 and the last step does not count in the divergence: make "
+                "steps at least 2, or last_step true"
+            )
         if self.steps is not None and self.steps > num_steps:
             raise ValueError(
                 f"steps is {self.steps}: it must be at most the {num_steps} steps of schedule.num_steps, or null"

@@ -52,8 +52,7 @@ class Draft(PolicyAlgorithm):
         super().__init__(parts, config.policy_ema)
         self.config = config
         self.reward = differentiable(parts.reward())
-        if config.kl_coef:
-            self.keep_reference()
+        self.keep_reference()
         self.optimizers = {"policy": self.policy_optimizer(config.policy, parts)}
 
     def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
@@ -78,7 +77,7 @@ class Draft(PolicyAlgorithm):
         metrics = {"reward/mean": means["reward"], "reward/std": spread}
         if result.grad_norm is not None:
             metrics["policy/grad_norm"] = result.grad_norm
-        if self.reference is not None:
+        if self.config.kl_coef:
             metrics["policy/kl_reference"] = means["kl"]
         metrics["policy/entropy"] = self.mean_log_sigma()
         self.update_averages()
@@ -97,7 +96,8 @@ class Draft(PolicyAlgorithm):
         for t in range(first, num_steps):
             latent = None if latents is None else latents[:, t]
             step = self.policy.transition(x, t, condition=condition, latent=latent)
-            if self.reference is not None and t < num_actions:
+            if config.kl_coef and t < num_actions:
+                assert self.reference is not None
                 kl = kl + step.kl(self.reference.transition(x, t, condition=condition, latent=latent))
             x = step.sample(noise[:, t + 1])
         reward = self.reward(x, condition).float()

@@ -44,8 +44,7 @@ class RewardGradient(PolicyGradient):
         self.config = config
         self.reward = parts.reward()
         self.advantages = Advantages(config, max(self.policy.network.classes, 1))
-        if config.kl_coef:
-            self.keep_reference()
+        self.keep_reference()
         self.baseline = parts.timed_critic() if config.baseline == "learned" else None
         self.optimizers = {"policy": self.policy_optimizer(self._policy_settings(config), parts)}
         if self.baseline is not None:
@@ -106,8 +105,9 @@ class RewardGradient(PolicyGradient):
 
     def reference_steps(self, actions: Actions) -> GaussianStep | None:
         """The steps of the pretrained policy from the states of the actions, [K, T' * b, ...]; None with kl_coef=0."""
-        if self.reference is None:
+        if not self.config.kl_coef:
             return None
+        assert self.reference is not None
         with torch.no_grad():
             steps: GaussianStep = self.seeds.map(self.reference, actions.x, actions.t, actions.condition)
         return steps

@@ -41,6 +41,7 @@ class Sampling:
         workers: process group whose workers take the batches in turn.
         step: iteration of the policy.
         source: name of the policy in the message about samples that are not finite; by default its iteration.
+        reference: the pretrained policy, if the divergence from it is a score; None otherwise.
     """
 
     policy: Policy
@@ -52,6 +53,7 @@ class Sampling:
     workers: ProcessGroup = SINGLE_PROCESS
     step: int = 0
     source: str = ""
+    reference: Policy | None = None
 
     @property
     def bound(self) -> float:

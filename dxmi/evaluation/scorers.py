@@ -26,6 +26,7 @@ of points in the plane:
 
 and of both:
 
+    eval/kl_reference        KL(policy | pretrained policy) of a trajectory in nats, if the algorithm maximizes a reward
     eval/num_samples         number of samples from which the other scores were computed
 
 All random quantities in a score (subsets, directions, uniform noise, held-out points of the plane) are drawn from
@@ -69,6 +70,7 @@ from dxmi.evaluation.config import (
     EvaluateConfig,
     features_of,
 )
+from dxmi.evaluation.divergence import policy_divergence
 from dxmi.evaluation.sampling import Sampling, generate_conditioned, measure
 from dxmi.metrics.base import TEST_SPLIT, Evidence, Metric
 from dxmi.metrics.classifier import CLASSIFIERS
@@ -83,6 +85,7 @@ from dxmi.metrics.fidelity import (
 from dxmi.metrics.gaussians import Gaussian, Moments
 from dxmi.metrics.inception import NETWORK, NUM_FEATURES, Inception, file_digest, find_weights, load_inception
 from dxmi.metrics.keys import (
+    KL_KEY,
     Direction,
     ScoreKey,
     classifier_keys,
@@ -108,6 +111,8 @@ _FLOOR_SETS = 8
 """Number of sets of fresh data whose mean score is the floor."""
 _KEPT = 10_000
 """Maximum number of images of the data whose features are kept, for the kernel distance, precision and recall."""
+_ROLLOUTS = 1_000
+"""Maximum number of rollouts over which the divergence from the pretrained policy is averaged."""
 _REFERENCE_BATCH = 500
 """Number of images of the data whose features a worker computes at once."""
 
@@ -190,10 +195,20 @@ class Scorer(ABC):
 
         def scores() -> list[Any]:
             rows = [metric.observe(samples, condition) for metric in self.metrics]
-            values = {**score(samples), **self._further(rows, energy, samples.device)}
+            further = self._further(rows, energy, samples.device)
+            values = {**score(samples), **further, **self._divergence(sampling)}
             return [self._checked(values, sampling.step), seconds]
 
         return Scores(*self.workers.on_rank_zero(scores))
+
+    def _divergence(self, sampling: Sampling) -> dict[str, float]:
+        """The divergence from the reference policy, if there is one, on noise of its own."""
+        if sampling.reference is None:
+            return {}
+        device = sampling.policy.timestep.device
+        noise = generator(self.config.seed, f"{sampling.stream}/divergence", device)
+        num = min(self.config.num_samples, _ROLLOUTS)
+        return {KL_KEY.name: policy_divergence(sampling.policy, sampling.reference, num, noise)}
 
     def _further(
         self,
@@ -559,7 +574,8 @@ class InceptionScorer(_FeatureScorer):
         def scores() -> dict[str, float]:
             found, *rows = torch.split(measured.features, widths, dim=1)
             pool, logits = found[:, :NUM_FEATURES], found[:, NUM_FEATURES:]
-            values = {**score(reference, pool, logits), **self._further(rows, energy, self.device)}
+            further = self._further(rows, energy, self.device)
+            values = {**score(reference, pool, logits), **further, **self._divergence(sampling)}
             return self._checked(values, sampling.step)
 
         return Scores(self.workers.on_rank_zero(scores), measured.seconds_per_1000)

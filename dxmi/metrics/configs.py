@@ -77,3 +77,34 @@ class NearestNeighborConfig(MetricConfig):
         to a training image than all but 1 % of the unseen images: .01 if samples are like unseen images.
         """
         return [ScoreKey("eval/nearest_ratio", MAXIMIZE), ScoreKey("eval/copies")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutConfig(MetricConfig):
+    """Accuracy of a support-vector classifier of raw pixels, fitted to the data, on the classes of the samples.
+
+    It takes no part in training, so it shows whether a reward was maximized or only deceived.
+    """
+
+    kind: str = "held_out"
+    label: int | None = None
+    """Class that all samples should have; null for the class on which each sample was conditioned."""
+
+    def __post_init__(self) -> None:
+        if self.label is not None and self.label < 0:
+            raise ValueError(f"label is {self.label}: it must be a class of the data, or null")
+
+    def keys(self) -> list[ScoreKey]:
+        """The accuracy, in [0, 1]."""
+        return [ScoreKey("eval/held_out_accuracy", MAXIMIZE)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiversityConfig(MetricConfig):
+    """Mean distance between two samples with the same condition, relative to that of the data."""
+
+    kind: str = "diversity"
+
+    def keys(self) -> list[ScoreKey]:
+        """The relative distance, 1 for the data."""
+        return [ScoreKey("eval/diversity", MAXIMIZE)]

@@ -26,6 +26,9 @@ class ScoreKey(NamedTuple):
 REWARD_KEY = ScoreKey("eval/reward", MAXIMIZE)
 """The mean reward of samples."""
 
+KL_KEY = ScoreKey("eval/kl_reference")
+"""KL divergence of a policy from the pretrained one, in nats per trajectory."""
+
 
 def with_primary(keys: Sequence[ScoreKey], name: str) -> list[ScoreKey]:
     """Return `keys` with the key `name` as the only primary one.

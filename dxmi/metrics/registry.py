@@ -15,6 +15,8 @@ METRICS: Registry["Metric"] = Registry(
         "class_entropy": (f"{_CONFIGS}:ClassEntropyConfig", "dxmi.metrics.class_entropy:ClassEntropy"),
         "log_density": (f"{_CONFIGS}:LogDensityConfig", "dxmi.metrics.log_density:LogDensity"),
         "nearest_neighbor": (f"{_CONFIGS}:NearestNeighborConfig", "dxmi.metrics.nearest_neighbor:NearestNeighbor"),
+        "held_out": (f"{_CONFIGS}:HeldOutConfig", "dxmi.metrics.held_out:HeldOut"),
+        "diversity": (f"{_CONFIGS}:DiversityConfig", "dxmi.metrics.diversity:Diversity"),
         "energy_gap": (f"{_CONFIGS}:EnergyGapConfig", "dxmi.metrics.energy_gap:EnergyGap"),
     },
 )

@@ -1,6 +1,8 @@
 """The interface of rewards: functions of samples and their conditions."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +13,23 @@ from dxmi.tensors import require_finite
 Reward = Callable[[Tensor, Condition], Tensor]
 """Maps samples [B, *event], which are in [-1, 1] if they are images, and their conditions to unreduced rewards [B].
 Higher is better; the function need not be differentiable."""
+
+
+@dataclass(frozen=True)
+class RewardContext:
+    """What a reward may need beyond its settings; it is passed to its method `prepare`, if it has one.
+
+    Attributes:
+        build: Builds and prepares another reward.
+        data: Returns the training samples, images in [-1, 1] or points, and their conditions.
+        energy_of: Loads the energy of the run in a folder, as a function of samples and conditions.
+        allow_code: Whether Python files of the user may be executed.
+    """
+
+    build: Callable[[Any], Reward]
+    data: Callable[[], tuple[Tensor, Condition]]
+    energy_of: Callable[[str], Reward]
+    allow_code: bool = False
 
 
 def rewards_of(reward: Reward, samples: Tensor, condition: Condition, iteration: int) -> Tensor:

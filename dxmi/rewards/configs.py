@@ -1,12 +1,15 @@
 """Settings of the rewards. Nothing here imports PyTorch."""
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from dxmi.config import require_choice
 from dxmi.data.configs import LogDensityFields
 from dxmi.metrics.configs import CLASSIFIER_SETS
+from dxmi.registry import chosen_from
+from dxmi.rewards.registry import REWARDS
 
 AXES = ("vertical", "horizontal")
 GOALS = ("compressible", "incompressible")
@@ -107,6 +110,55 @@ class JpegRewardConfig(RewardConfig):
         require_choice("goal", self.goal, GOALS)
         if not 1 <= self.quality <= MAX_QUALITY:
             raise ValueError(f"quality is {self.quality}: it must be in 1..{MAX_QUALITY}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnergyRewardConfig(RewardConfig):
+    """Minus the energy that a finished DxMI run has learned."""
+
+    kind: str = "energy"
+    run: str = "runs/digits"
+    """Folder of the run, whose best checkpoint is used."""
+
+    def __post_init__(self) -> None:
+        if not self.run:
+            raise ValueError("run is empty: name the folder of a finished run that has learned an energy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionRewardConfig(RewardConfig):
+    """A Python function of the user's project; it is only called if resources.allow_code is true."""
+
+    kind: str = "function"
+    function: str = "rewards:reward"
+    """Import path, module:function. The module must be a file below the current folder."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.function):
+            raise ValueError(f"function is {self.function!r}: it must be an import path, module:function")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumRewardConfig(RewardConfig):
+    """A weighted sum of rewards, each of which is standardized with its mean and spread on the training data."""
+
+    kind: str = "sum"
+    parts: tuple[RewardConfig, ...] = field(
+        default_factory=lambda: (InkRewardConfig(), SymmetryRewardConfig()), metadata=chosen_from(REWARDS)
+    )
+    """The rewards, as names of kinds or as groups of settings."""
+    weights: tuple[float, ...] | None = None
+    """Weight of each part; null for 1 each."""
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("parts is empty: name at least one reward")
+        if self.weights is not None and len(self.weights) != len(self.parts):
+            raise ValueError(
+                f"weights has {len(self.weights)} entries: it takes one for each of {len(self.parts)} parts"
+            )
+        if not all(math.isfinite(weight) for weight in self.weights or ()):
+            raise ValueError(f"weights is {self.weights}: its numbers must be finite")
 
 
 @dataclass(frozen=True, kw_only=True)

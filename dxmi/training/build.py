@@ -39,10 +39,12 @@ from dxmi.persistence.cache import cache_root
 from dxmi.persistence.checkpoint import Checkpoint
 from dxmi.persistence.files import require_target, user_path
 from dxmi.persistence.run_directory import RunDirectory
-from dxmi.rewards.base import Reward, no_reward
+from dxmi.rewards.base import Reward, RewardContext, no_reward
+from dxmi.rewards.configs import RewardConfig
 from dxmi.rewards.metric import MeanReward
 from dxmi.rewards.registry import REWARDS
 from dxmi.seeds import generator
+from dxmi.tensors import decode
 from dxmi.training.config import SCHEMA, ExperimentConfig
 from dxmi.training.shipped import ShippedParent, find_shipped
 from dxmi.training.state import TrainingState
@@ -369,7 +371,43 @@ class Experiment:
         Raises:
             UserError: the run has no reward, or it cannot be built.
         """
-        return no_reward() if self.config.reward is None else REWARDS.build(self.config.reward)
+        return no_reward() if self.config.reward is None else self._prepared_reward(self.config.reward)
+
+    def _prepared_reward(self, config: RewardConfig) -> Reward:
+        """Build a reward, and give it what it needs beyond its settings."""
+        reward = REWARDS.build(config)
+        prepare = getattr(reward, "prepare", None)
+        if prepare is not None:
+            allow_code = self.config.resources.allow_code
+            prepare(RewardContext(self._prepared_reward, self._real_samples, self._energy_of, allow_code))
+        return reward
+
+    def _real_samples(self) -> tuple[Tensor, Condition]:
+        """The training samples as floats, with their classes if there are any."""
+        return decode(self.data.stored), Condition(self.data.classes)
+
+    def _energy_of(self, folder: str) -> Reward:
+        """The energy of the best checkpoint of a run.
+
+        Raises:
+            UserError: there is no such run, or it has no energy, or its samples have another shape.
+        """
+        from dxmi.training.loading import load_run  # noqa: PLC0415  (it imports this module)
+        from dxmi.training.schema import read_config  # noqa: PLC0415  (likewise)
+
+        path = user_path(folder, "reward.run")
+        require_target(path, "reward.run")
+        run = RunDirectory(path)
+        loaded = load_run(run, read_config(run.read_config()), "best")
+        energy = loaded.algorithm.energy
+        if energy is None:
+            raise UserError(f"reward.run is {path}, whose algorithm learns no energy: name a run of algorithm=dxmi.")
+        if loaded.experiment.event != self.event:
+            raise UserError(
+                f"reward.run is {path}, whose samples have shape {loaded.experiment.event}, but those of this run have "
+                f"{self.event}: name a run with the same data."
+            )
+        return energy.to(self.device).requires_grad_(False)
 
     def check_reward(self) -> None:
         """Compute the reward of one sample, so that a reward that does not fit the data is refused before training.

@@ -14,6 +14,7 @@ from dxmi.diffusion.schedules.configs import ScheduleConfig, VarScheduleConfig
 from dxmi.diffusion.schedules.registry import SCHEDULES
 from dxmi.evaluation.config import INCEPTION, EvaluateConfig, features_of
 from dxmi.metrics.keys import (
+    KL_KEY,
     REWARD_KEY,
     ScoreKey,
     classifier_keys,
@@ -111,6 +112,8 @@ class ResourcesConfig:
     stack_seeds: int | None = None
     """In an ablation, number of seeds of an arm that one program trains; null for the number that is measured to be
     the fastest."""
+    allow_code: bool = False
+    """Execute a Python file of the current folder that the config names, see reward=function."""
     worker_timeout: float = 1800.0
     """Seconds after which a worker that does not respond is considered to hang, and the workers are restarted."""
     max_restarts: int = 3
@@ -223,6 +226,8 @@ class ExperimentConfig:
             keys.append(REWARD_KEY)
             if self.algorithm.needs_reward and self.evaluate.primary is None:
                 primary = REWARD_KEY.name
+        if self.algorithm.needs_reward:
+            keys.append(KL_KEY)
         for metric in self.evaluate.metrics or ():
             keys += metric.keys()
         return with_primary(keys, primary)

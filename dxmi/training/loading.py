@@ -123,7 +123,8 @@ class LoadedRun:
         scale = self.algorithm.guidance if guidance is None else guidance
         if scale != 0.0 and self.algorithm.guide is None:
             raise UserError(f"The guidance is {scale:g}, but this run has trained no value: leave out the guidance.")
-        return Sampling(self.algorithm.eval_policy, stream, self.algorithm.guide, scale, step=self.step)
+        own = self.algorithm
+        return Sampling(own.eval_policy, stream, own.guide, scale, step=self.step, reference=own.reference)
 
 
 def load_run(run: RunDirectory, stored: StoredConfig, which: str) -> LoadedRun:

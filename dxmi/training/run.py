@@ -439,7 +439,8 @@ class Run:
 
     def _sampling(self, stream: str, step: int) -> Sampling:
         own = self._algorithm
-        return Sampling(own.eval_policy, stream, own.guide, own.guidance, on_step=self.reporter.listen, step=step)
+        sampling = Sampling(own.eval_policy, stream, own.guide, own.guidance, on_step=self.reporter.listen, step=step)
+        return replace(sampling, reference=own.reference)
 
     def _picture_sampling(self, step: int = 0) -> Sampling:
         """The sampling for pictures, which only rank 0 draws."""

@@ -1,0 +1,30 @@
+"""How far a fine-tuned policy is from the pretrained one."""
+
+import torch
+
+from dxmi.data.batch import Condition
+from dxmi.diffusion.policy import Policy
+
+
+@torch.no_grad()
+def policy_divergence(policy: Policy, reference: Policy, num: int, noise: torch.Generator) -> float:
+    """Mean KL(policy || reference) of a trajectory in nats, from rollouts of the policy.
+
+    It is the sum over the steps of the exact divergence of two Gaussians at the states of the rollouts. The last step
+    is left out: its sigma is so small that a change of .001 per pixel would count half a nat for each.
+
+    Args:
+        policy: The policy.
+        reference: The policy to which it is compared, with equal steps.
+        num: Number of rollouts.
+        noise: Generator of the conditions and the noise.
+    """
+    condition: Condition = policy.draw_condition(num, noise)
+    x = policy.start(torch.randn((num, *policy.event), generator=noise, device=policy.timestep.device))
+    total = torch.zeros(num, dtype=torch.float64, device=x.device)
+    for t in range(policy.num_steps - 1):
+        latent = policy.latent(num, noise)
+        step = policy.transition(x, t, condition=condition, latent=latent)
+        total += step.kl(reference.transition(x, t, condition=condition, latent=latent)).double()
+        x = step.sample(torch.randn(x.shape, generator=noise, device=x.device))
+    return float(total.mean())

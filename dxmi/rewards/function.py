@@ -1,0 +1,76 @@
+"""A Python function of the user's project as the reward.
+
+The function is called with samples [B, *event] (images are in [-1, 1]) and their classes [B] or None, and returns [B].
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dxmi.data.batch import Condition
+from dxmi.errors import UserError
+from dxmi.rewards.base import RewardContext
+from dxmi.rewards.configs import FunctionRewardConfig
+
+
+class FunctionReward:
+    """Calls a function of a module below the current folder. Nothing is imported before `prepare` allows it.
+
+    Args:
+        config: Settings: the import path.
+    """
+
+    def __init__(self, config: FunctionRewardConfig) -> None:
+        self._path = config.function
+        self._function: Callable[[Tensor, Tensor | None], Tensor] | None = None
+
+    def prepare(self, context: RewardContext) -> None:
+        """Import the function, if that is allowed.
+
+        Raises:
+            UserError: it is not allowed, or there is no such function in a file below the current folder.
+        """
+        if not context.allow_code:
+            raise UserError(
+                f"reward.function is {self._path}, but resources.allow_code is false: set it to true if this file may "
+                "be executed."
+            )
+        self._function = _imported(self._path)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, condition: Condition) -> Tensor:
+        """Compute the reward of each sample: [B].
+
+        Raises:
+            UserError: the function did not return one number for each sample.
+        """
+        assert self._function is not None
+        found: Any = self._function(x, condition.labels)
+        if not isinstance(found, Tensor) or found.shape != (len(x),):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise UserError(
+                f"reward.function {self._path} returned {shape} for {len(x)} samples: it must return a tensor with one "
+                "number for each."
+            )
+        return found.float()
+
+
+def _imported(path: str) -> Callable[[Tensor, Tensor | None], Tensor]:
+    module, _, name = path.partition(":")
+    root = Path.cwd().resolve()
+    file = root.joinpath(*module.split(".")).with_suffix(".py")
+    if not file.is_file() or not file.resolve().is_relative_to(root):
+        raise UserError(f"reward.function is {path}, but there is no file {file.relative_to(root)} in {root}.")
+    sys.path.insert(0, str(root))
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    finally:
+        sys.path.remove(str(root))
+    if not callable(found):
+        raise UserError(f"reward.function is {path}, but {file.name} has no function {name}.")
+    return found  # type: ignore[no-any-return]

@@ -1,0 +1,69 @@
+"""The weighted sum of several rewards, each of which is standardized first."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dxmi.data.batch import Condition
+from dxmi.rewards.base import Reward, RewardContext, differentiable
+from dxmi.rewards.configs import SumRewardConfig
+
+_SAMPLES = 1_000
+"""Number of training samples on which mean and standard deviation are computed."""
+
+
+class _Part(NamedTuple):
+    reward: Reward
+    weight: float
+    mean: float
+    spread: float
+
+
+class SumReward:
+    """sum_i weight_i (r_i - mean_i) / std_i, with mean and standard deviation on the first 1,000 training samples.
+
+    Rewards of different units then count by their weights only, and one step of a standard deviation on real data is
+    worth the same for all of them.
+
+    Args:
+        config: Settings: parts and weights.
+    """
+
+    def __init__(self, config: SumRewardConfig) -> None:
+        self._config = config
+        self._parts: list[_Part] = []
+
+    def prepare(self, context: RewardContext) -> None:
+        """Build the parts, and measure them on real data.
+
+        Raises:
+            UserError: a part cannot be built, or does not fit the data.
+        """
+        x, condition = context.data()
+        x, condition = x[:_SAMPLES], condition.rows(slice(_SAMPLES))
+        weights = self._config.weights or (1.0,) * len(self._config.parts)
+        for settings, weight in zip(self._config.parts, weights, strict=True):
+            reward = context.build(settings)
+            found = reward(x, condition).double()
+            self._parts.append(_Part(reward, weight, float(found.mean()), max(float(found.std()), 1e-12)))
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, condition: Condition) -> Tensor:
+        """Compute the reward of each sample: [B]."""
+        return self._total([part.reward for part in self._parts], x, condition)
+
+    def differentiable(self, x: Tensor, condition: Condition) -> Tensor:
+        """Compute the reward of each sample with gradients, [B].
+
+        Raises:
+            UserError: a part is not differentiable.
+        """
+        return self._total([differentiable(part.reward) for part in self._parts], x, condition)
+
+    def _total(self, rewards: list[Reward], x: Tensor, condition: Condition) -> Tensor:
+        terms = [
+            part.weight * (reward(x, condition).float() - part.mean) / part.spread
+            for reward, part in zip(rewards, self._parts, strict=True)
+        ]
+        return torch.stack(terms).sum(0)

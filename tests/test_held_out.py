@@ -1,0 +1,83 @@
+"""What judges a run that maximizes a reward: held-out accuracy, diversity, divergence from the pretrained policy."""
+
+import math
+
+import pytest
+import torch
+from linear_chain import Chain
+
+from dxmi.data.batch import UNCONDITIONAL, Condition
+from dxmi.data.configs import DigitsConfig
+from dxmi.data.dataset import Dataset, Split
+from dxmi.data.loading import load
+from dxmi.errors import UserError
+from dxmi.evaluation.divergence import policy_divergence
+from dxmi.metrics.base import Evidence, Metric
+from dxmi.metrics.configs import DiversityConfig, HeldOutConfig
+from dxmi.metrics.diversity import Diversity, within_distance
+from dxmi.metrics.held_out import HeldOut
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load(DigitsConfig())
+
+
+def score(metric: Metric, x: torch.Tensor, condition: Condition, train: Split) -> float:
+    rows = metric.observe(x, condition)
+    (value,) = metric.scores(Evidence(rows, None, None, train)).values()
+    return value
+
+
+def half(digits: Dataset, start: int) -> Split:
+    """Every second digit."""
+    assert digits.classes is not None
+    return Split(digits.stored[start::2], UNCONDITIONAL, digits.classes[start::2])
+
+
+def test_the_held_out_classifier_knows_digits_it_was_not_fitted_to(digits):
+    train, test = half(digits, 0), half(digits, 1)
+    assert test.targets is not None
+    metric = HeldOut(HeldOutConfig())
+    assert score(metric, test.x, Condition(test.targets), train) > 0.98
+    assert score(metric, test.x, Condition((test.targets + 1) % 10), train) < 0.01
+    threes = float((test.targets == 3).double().mean())
+    assert score(HeldOut(HeldOutConfig(label=3)), test.x, UNCONDITIONAL, train) == pytest.approx(threes, abs=0.01)
+
+
+def test_held_out_accuracy_needs_classes(digits):
+    with pytest.raises(UserError, match="held_out"):
+        HeldOut(HeldOutConfig()).observe(digits.stored[:3], UNCONDITIONAL)
+    with pytest.raises(UserError, match="no classes"):
+        score(HeldOut(HeldOutConfig(label=1)), digits.stored[:3], UNCONDITIONAL, Split(digits.stored))
+
+
+def test_diversity_is_one_for_the_data_and_falls_with_the_spread(digits):
+    train, test = half(digits, 0), half(digits, 1)
+    assert test.targets is not None
+    metric = Diversity(DiversityConfig())
+    condition = Condition(test.targets)
+    assert score(metric, test.x, condition, train) == pytest.approx(1.0, abs=0.02)
+    x = test.x.float()
+    means = torch.stack([x[test.targets == label].mean(0) for label in range(10)])[test.targets]
+    assert score(metric, means + 0.5 * (x - means), condition, train) == pytest.approx(0.5, abs=0.01)
+    assert score(metric, means, condition, train) == pytest.approx(0.0, abs=1e-3)
+
+
+def test_distances_are_within_a_label():
+    x = torch.tensor([[0.0], [1.0], [100.0], [103.0], [7.0]])
+    assert within_distance(x, torch.tensor([0, 0, 1, 1, 2])) == pytest.approx((1.0 + 3.0) / 2.0)
+    assert within_distance(x[:1], torch.tensor([0])) == 0.0
+
+
+def test_the_divergence_is_that_of_the_chain():
+    """All means shifted by .1, and the first sigma doubled: the sum over all steps but the last, in closed form."""
+    chain = Chain()
+    policy, reference = chain.policy(), chain.policy()
+    with torch.no_grad():
+        policy.network.shift.add_(0.1)
+        policy.free_log_sigma[0] += math.log(2.0)
+    expected = sum(0.1**2 / (2.0 * s**2) for s in chain.s[:-1]) + 0.5 * (4.0 - 1.0 - math.log(4.0))
+    found = policy_divergence(policy, reference, 50, torch.Generator().manual_seed(0))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert policy_divergence(reference, reference, 50, torch.Generator().manual_seed(0)) == 0.0
