@@ -362,13 +362,20 @@ def is_place(cls: type, path: str) -> bool:
     return any(is_place(group, rest) for group in groups_of(cls, own))
 
 
-def places(cls: type, path: str = "") -> list[str]:
-    """The paths of all settings of `cls` that hold a path or an address."""
+def places(cls: type, path: str = "", within: tuple[type, ...] = ()) -> list[str]:
+    """The paths of all settings of `cls` that hold a path or an address.
+
+    Args:
+        cls: A config class.
+        path: Path of the group with this class.
+        within: Classes of the groups that contain it; a group within a group of its own class is left out.
+    """
     found = []
     for own in fields(cls):
         where = _joined(path, own.name)
         found += [where] if own.metadata.get("is_place") else []
-        found += [place for group in groups_of(cls, own) for place in places(group, where)]
+        inner = [group for group in groups_of(cls, own) if group not in (*within, cls)]
+        found += [place for group in inner for place in places(group, where, (*within, cls))]
     return list(dict.fromkeys(found))
 
 

@@ -57,8 +57,9 @@ def blocks(cls: type = ExperimentConfig, path: str = "") -> Iterator[tuple[str, 
         where = f"{path}.{own.name}" if path else own.name
         if registry_of(own.metadata) is not None:
             yield where, cls, own
-        for group in groups_of(cls, own):
-            yield from blocks(group, where)
+        if where != "reward.parts":  # rewards again
+            for group in groups_of(cls, own):
+                yield from blocks(group, where)
 
 
 def test_every_registry_is_reached_from_the_config_of_a_run():

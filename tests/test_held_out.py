@@ -6,6 +6,7 @@ import pytest
 import torch
 from linear_chain import Chain
 
+from dxmi.config import build
 from dxmi.data.batch import UNCONDITIONAL, Condition
 from dxmi.data.configs import DigitsConfig
 from dxmi.data.dataset import Dataset, Split
@@ -16,6 +17,9 @@ from dxmi.metrics.base import Evidence, Metric
 from dxmi.metrics.configs import DiversityConfig, HeldOutConfig
 from dxmi.metrics.diversity import Diversity, within_distance
 from dxmi.metrics.held_out import HeldOut
+from dxmi.training.build import Experiment
+from dxmi.training.config import ExperimentConfig
+from dxmi.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +85,38 @@ def test_the_divergence_is_that_of_the_chain():
     found = policy_divergence(policy, reference, 50, torch.Generator().manual_seed(0))
     assert found == pytest.approx(expected, rel=1e-5)
     assert policy_divergence(reference, reference, 50, torch.Generator().manual_seed(0)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("constraint", "steps"), [(None, {30, 40}), ("eval/reward", {30, 40}), ("eval/kl_reference", {0})]
+)
+def test_the_best_checkpoint_meets_the_constraint(tmp_path, constraint, steps):
+    """The reward rises, which is allowed for a score that is maximized; the divergence from the start may not."""
+    small = {"kind": "mlp", "hidden": 16, "layers": 3, "embedding": 8}
+    tree = {
+        "network": {"denoiser": small},
+        "pretrain": {"iterations": 200},
+        "schedule": {"num_steps": 3},
+        "algorithm": {"kind": "draft", "policy_ema": None, "policy": {"lr": 2e-3, "max_grad_norm": None}},
+        "reward": {"kind": "ink"},
+        "train": {"iterations": 40, "batch_size": 16, "log_every": 10},
+        "evaluate": {
+            "num_samples": 64,
+            "every": 10,
+            "full_reference": False,
+            "grid": 4,
+            "constraint": constraint,
+        },
+    }
+    summary = train(Experiment(build(ExperimentConfig, tree)), out=tmp_path)
+    assert summary.metric == "eval/reward"
+    assert summary.best["step"] in steps
+    assert summary.scores["last"]["eval/kl_reference"] > 0.0
+    assert summary.scores["last"]["eval/reward"] > summary.reference["shortened"] + 0.1
+
+
+def test_a_constraint_must_be_a_score_of_the_run():
+    with pytest.raises(UserError, match=r"evaluate\.constraint"):
+        build(ExperimentConfig, {"evaluate": {"constraint": "eval/fid_mnist"}})
+    with pytest.raises(UserError, match=r"evaluate\.constraint_factor"):
+        build(ExperimentConfig, {"evaluate": {"constraint_factor": 0.5}})

@@ -115,7 +115,7 @@ def test_rewards_of_images_refuse_points(kind):
         ({"kind": "http", "url": "http://example.org/rewards"}, "reward.url"),
         ({"kind": "energy", "run": ""}, "reward.run"),
         ({"kind": "function", "function": "os.system"}, "reward.function"),
-        ({"kind": "sum", "parts": []}, "reward.parts"),
+        ({"kind": "sum", "parts": ["sum"]}, "reward.parts"),
         ({"kind": "sum", "parts": ["ink", "symmetry"], "weights": [1.0]}, "reward.weights"),
         ({"kind": "http", "url": "http://127.0.0.1:1/", "timeout": 0.0}, "reward.timeout"),
     ],
@@ -219,6 +219,11 @@ def test_a_sum_adds_parts_that_are_standardized_on_the_training_data():
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
     smooth = differentiable(made.build_reward())(samples, condition)
     torch.testing.assert_close(smooth, found, rtol=1e-3, atol=1e-3)
+
+
+def test_a_sum_needs_parts():
+    with pytest.raises(UserError, match=r"reward\.parts"):
+        experiment(kind="sum").build_reward()
 
 
 FUNCTION = """

@@ -1,5 +1,6 @@
 """Settings of the evaluation. Nothing here imports PyTorch."""
 
+import math
 from dataclasses import dataclass, field
 
 from dxmi.config import NO_SCORE, require_choice
@@ -70,11 +71,24 @@ class EvaluateConfig:
     """The score by which checkpoints and trials are compared; null for the reward if the algorithm maximizes one, else
     the distance to the data."""
 
+    constraint: str | None = field(default=None, metadata=NO_SCORE)
+    """Score that limits the choice of the best checkpoint, such as eval/fid_digits in a run that maximizes a reward;
+    null for no limit."""
+    constraint_factor: float = field(default=1.2, metadata=NO_SCORE)
+    """A checkpoint may be the best if the constraint's score is at most this factor of that before fine-tuning or, if
+    it is maximized, at least that score divided by the factor. Unused with constraint=null."""
+
     def __post_init__(self) -> None:
         for name in ("every", "batch_size", "kid_subsets", "kid_subset_size", "projections", "grid", "generations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         require_choice("result", self.result, RESULTS)
+        if not 1.0 <= self.constraint_factor < math.inf:
+            raise ValueError(f"constraint_factor is {self.constraint_factor}: it must be at least 1")
+        if self.constraint is not None and self.result == "last":
+            raise ValueError(
+                "constraint is set, but result is last: the last checkpoint is not chosen, so leave one out"
+            )
         require_choice("features", self.features, FEATURES, or_null=True)
         for name in ("full_steps", "reference_steps"):
             self._check_numbers_of_steps(name, getattr(self, name) or ())

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from dxmi.config import require_choice
 from dxmi.data.configs import LogDensityFields
 from dxmi.metrics.configs import CLASSIFIER_SETS
+from dxmi.persistence.files import PLACE
 from dxmi.registry import chosen_from
 from dxmi.rewards.registry import REWARDS
 
@@ -117,7 +118,7 @@ class EnergyRewardConfig(RewardConfig):
     """Minus the energy that a finished DxMI run has learned."""
 
     kind: str = "energy"
-    run: str = "runs/digits"
+    run: str = field(default="runs/digits", metadata=PLACE)
     """Folder of the run, whose best checkpoint is used."""
 
     def __post_init__(self) -> None:
@@ -143,19 +144,18 @@ class SumRewardConfig(RewardConfig):
     """A weighted sum of rewards, each of which is standardized with its mean and spread on the training data."""
 
     kind: str = "sum"
-    parts: tuple[RewardConfig, ...] = field(
-        default_factory=lambda: (InkRewardConfig(), SymmetryRewardConfig()), metadata=chosen_from(REWARDS)
-    )
+    parts: tuple[RewardConfig, ...] | None = field(default=None, metadata=chosen_from(REWARDS))
     """The rewards, as names of kinds or as groups of settings."""
     weights: tuple[float, ...] | None = None
     """Weight of each part; null for 1 each."""
 
     def __post_init__(self) -> None:
-        if not self.parts:
-            raise ValueError("parts is empty: name at least one reward")
-        if self.weights is not None and len(self.weights) != len(self.parts):
+        parts = self.parts or ()
+        if any(part.kind == self.kind for part in parts):
+            raise ValueError("parts has a sum among its parts: name the parts of that sum instead")
+        if self.weights is not None and len(self.weights) != len(parts):
             raise ValueError(
-                f"weights has {len(self.weights)} entries: it takes one for each of {len(self.parts)} parts"
+                f"weights has {len(self.weights)} entries: it takes one for each of the {len(parts)} parts"
             )
         if not all(math.isfinite(weight) for weight in self.weights or ()):
             raise ValueError(f"weights is {self.weights}: its numbers must be finite")

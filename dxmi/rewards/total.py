@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dxmi.data.batch import Condition
+from dxmi.errors import UserError
 from dxmi.rewards.base import Reward, RewardContext, differentiable
 from dxmi.rewards.configs import SumRewardConfig
 
@@ -38,12 +39,15 @@ class SumReward:
         """Build the parts, and measure them on real data.
 
         Raises:
-            UserError: a part cannot be built, or does not fit the data.
+            UserError: there are no parts, or one cannot be built or does not fit the data.
         """
+        parts = self._config.parts
+        if not parts:
+            raise UserError("reward.parts is empty: name the rewards that are added, such as [ink, symmetry].")
         x, condition = context.data()
         x, condition = x[:_SAMPLES], condition.rows(slice(_SAMPLES))
-        weights = self._config.weights or (1.0,) * len(self._config.parts)
-        for settings, weight in zip(self._config.parts, weights, strict=True):
+        weights = self._config.weights or (1.0,) * len(parts)
+        for settings, weight in zip(parts, weights, strict=True):
             reward = context.build(settings)
             found = reward(x, condition).double()
             self._parts.append(_Part(reward, weight, float(found.mean()), max(float(found.std()), 1e-12)))

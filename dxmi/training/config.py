@@ -218,7 +218,7 @@ class ExperimentConfig:
         """The keys of all scores of a finished run, one of which is primary.
 
         Raises:
-            ValueError: `evaluate.primary` is not one of them.
+            ValueError: `evaluate.primary` or `evaluate.constraint` is not one of them.
         """
         keys = self._distance_keys()
         primary = self.evaluate.primary or primary_key(keys).name
@@ -230,6 +230,12 @@ class ExperimentConfig:
             keys.append(KL_KEY)
         for metric in self.evaluate.metrics or ():
             keys += metric.keys()
+        names = [key.name for key in keys]
+        if self.evaluate.constraint not in (None, *names):
+            raise ValueError(
+                f"constraint is {self.evaluate.constraint!r}, which is not a score of this run: it must be one of "
+                f"{', '.join(names)}, or null"
+            )
         return with_primary(keys, primary)
 
     def _distance_keys(self) -> list[ScoreKey]:

@@ -21,7 +21,7 @@ from dxmi.evaluation.config import PICTURES, REPORT, SCORING_VERSION, SELECTION
 from dxmi.evaluation.sampling import Sampling, generate, generate_states, stream_of
 from dxmi.evaluation.scored_references import DATA, data_label, highlights, scored_references
 from dxmi.evaluation.scorers import Scores
-from dxmi.metrics.keys import is_better, mean_scores
+from dxmi.metrics.keys import MAXIMIZE, is_better, mean_scores
 from dxmi.networks.base import Denoiser
 from dxmi.persistence import checkpoint
 from dxmi.persistence.checkpoint import Checkpoint, DamagedCheckpointError
@@ -188,6 +188,7 @@ class Run:
         self._saved = member.saved or (lambda _: None)
         self._held = ExitStack()
         self._best: dict[str, Any] | None = None
+        self._score_before: float | None = None  # of the constraint's score
         self._generations: list[dict[str, float]] = []
         self._members = 1
         self._devices = [device_name(self.experiment.device)]
@@ -356,6 +357,7 @@ class Run:
         self.workers.on_rank_zero(lambda: self._go_back_to(found.step))
         self.clock.add(found.meta["seconds"])
         self._best = self.workers.on_rank_zero(lambda: self._best_that_is_whole(found))
+        self._score_before = found.meta.get("score_before")
         if found.meta["score"] is None and self._is_evaluated(found.step):  # a stop interrupted the evaluation
             self._evaluate_and_save(found.step)
         return found.step
@@ -431,11 +433,23 @@ class Run:
         score = scores[self.scorer.metric]
         self.workers.on_rank_zero(lambda: self._record_scores(step, scores))
         best, takes_last = self._best, self.config.evaluate.result == "last"
-        if best is None or takes_last or is_better(score, best["value"], self.scorer.direction):
+        is_allowed = self._meets_constraint(scores)
+        if best is None or takes_last or (is_allowed and is_better(score, best["value"], self.scorer.direction)):
             self._best = {"step": step, "value": score}
         primary_first = {self.scorer.metric: score, **scores}
         self.reporter.tell(Phase.FINETUNE, step, self.config.train.iterations, primary_first)
         return score
+
+    def _meets_constraint(self, scores: Mapping[str, float]) -> bool:
+        """Whether a checkpoint with these scores may be the best; the first ones are those before fine-tuning."""
+        key, factor = self.config.evaluate.constraint, self.config.evaluate.constraint_factor
+        if key is None or key not in scores:
+            return True
+        if self._score_before is None:
+            self._score_before = scores[key]
+        if {known.name: known.direction for known in self.config.score_keys()}[key] == MAXIMIZE:
+            return scores[key] >= self._score_before / factor
+        return scores[key] <= self._score_before * factor
 
     def _sampling(self, stream: str, step: int) -> Sampling:
         own = self._algorithm
@@ -475,6 +489,7 @@ class Run:
         return {
             "signature": self.config.signature,
             "best": self._best,
+            "score_before": self._score_before,
             "score": score,
             "seconds": self.clock.seconds,
             "event": list(data.event),
