@@ -34,9 +34,9 @@ from tune.config.compose import compose_experiment
 from tune.config.sweep import TrackingConfig
 from tune.integrations.mlflow_tracker import Tracker
 from tune.plans.ablation import AblationPlan, ablation_plan, any_plan_from
-from tune.plans.arms import arms
+from tune.plans.arms import BASELINE, arms
 from tune.plans.sweep import plan_from
-from tune.reporting.ablation_figures import ablation_figures
+from tune.reporting.ablation_figures import ablation_figures, frontier_paths
 from tune.reporting.html import write_report
 from tune.reporting.maps import arm_maps
 from tune.reporting.samples import arm_matrix
@@ -772,3 +772,25 @@ def test_an_ablation_with_tuning_is_run_gone_on_with_and_reported(tmp_path, caps
     assert list(frame["arm"]) == ["baseline", "no_entropy"]
     assert isinstance(Sweep.resume("real", studies=tmp_path / "studies").plan, AblationPlan)
     assert main(["report", "real", "--studies", str(tmp_path / "studies")]) == 0
+
+
+# ----------------------------------------------------------------------------
+# Reward against divergence
+
+
+def test_the_frontier_has_the_means_over_the_seeds_at_equal_iterations(played):
+    study = played(seeds=[0, 1])
+    study.play(shifted())
+    assert "frontier" not in ablation_figures(outcome(study), study.curves())  # no run logs a divergence
+    for record in study.records():
+        arm, seed = record.values["arm"], record.values["seed"]
+        for step in (0, 20, *([40] if seed == 0 else [])):
+            divergence = step * (2.0 if arm == BASELINE else 1.0) + seed
+            record.run.append([{"step": step, "eval/fid_digits": 9.0 - step / 10.0, "eval/kl_reference": divergence}])
+    paths = frontier_paths(outcome(study))
+    assert set(paths) == {arm.name for arm in study.plan.arms}
+    assert paths[BASELINE].divergence == [0.5, 40.5]  # the last iteration is that of one seed only
+    assert paths[BASELINE].score == [9.0, 7.0]
+    figure = ablation_figures(outcome(study), study.curves())["frontier"]
+    assert f"{BASELINE}: 7 at 40.5 nats" in figure.get_label()
+    assert "Reward against divergence" in write_report(study, study.records()).read_text()

@@ -70,7 +70,7 @@ def file(tmp_path):
 
 
 def test_ablations_are_shipped_and_are_no_group_of_an_experiment():
-    plane = {"algorithms_2d", "paper_2d", "steps_2d"}
+    plane = {"algorithms_2d", "paper_2d", "steps_2d", "rl_algorithms"}
     image = {"algorithms", "dxmi_terms", "entropy", "guidance", "horizon", "steps", "pretraining", "shortening"}
     assert image | plane == set(ablations())
     assert "ablation" not in groups()

@@ -1,4 +1,4 @@
-"""Figures of an ablation: a forest plot of differences, score curves by arm, and interactions of factors.
+"""Figures of an ablation: a forest plot, score curves by arm, interactions, and reward against divergence.
 
 Colors have the same meaning as in `tune.reporting.figures`; the baseline is gray, and an arm has the color of its
 verdict.
@@ -7,12 +7,15 @@ verdict.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter
 
+from dxmi.metrics.keys import KL_KEY
+from dxmi.persistence.run_directory import RunDirectory
 from tune.plans.arms import BASELINE
 from tune.reporting.figures import ASIDE, BEST, COMPLETE, INK, MUTED, NORMAL, SMALL, WIDTH, score_label, styled
 from tune.stats.comparison import Comparison, Verdict
@@ -29,11 +32,14 @@ _COLORS = {
     Verdict.UNFINISHED: "#b08800",
 }
 _COLUMNS = 3
+_PATHS = (COMPLETE, BEST, "#009e73", "#cc79a7", "#b08800", "#0072b2", "#56b4e9", MUTED)
+_FAR = 1_000.0
+"""Divergence in nats above which its axis is logarithmic."""
 Curve = Mapping[int, float]
 
 
 def ablation_figures(results: Results, curves: Mapping[int, Curve]) -> dict[str, Figure]:
-    """Draw those figures of an ablation for which there are data: forest, arms, interactions."""
+    """Draw those figures of an ablation for which there are data: forest, arms, interactions, frontier."""
     figures = {}
     if results.comparisons:
         figures["forest"] = forest(results)
@@ -41,6 +47,9 @@ def ablation_figures(results: Results, curves: Mapping[int, Curve]) -> dict[str,
         figures["arms"] = arm_curves(results, curves)
     if results.effects:
         figures["interactions"] = interactions(results)
+    paths = frontier_paths(results)
+    if paths:
+        figures["frontier"] = frontier(results, paths)
     return figures
 
 
@@ -135,6 +144,80 @@ def _draw_band(axes: Axes, curves: Sequence[Curve], color: str) -> None:
         intervals = [mean_interval(values[:, index]) for index in range(len(steps))]
         low = [max(interval.low, 0.2 * interval.estimate) for interval in intervals]  # 0 cannot be shown on a log axis
         axes.fill_between(steps, low, [interval.high for interval in intervals], color=color, alpha=0.2, linewidth=0)
+
+
+# ----------------------------------------------------------------------------
+# Reward against divergence
+
+
+@dataclass(frozen=True)
+class FrontierPath:
+    """The mean course of an arm, one entry per evaluated iteration.
+
+    Attributes:
+        divergence: KL divergence from the pretrained policy in nats, mean over the seeds.
+        score: Primary score, mean over the seeds.
+        low: Lower end of the score's interval.
+        high: Upper end of it.
+    """
+
+    divergence: list[float]
+    score: list[float]
+    low: list[float]
+    high: list[float]
+
+
+def frontier_paths(results: Results) -> dict[str, FrontierPath]:
+    """The course of every arm whose runs log their divergence from the pretrained policy, by name."""
+    found = {}
+    for arm in results.plan.arms:
+        records = (results.records.get((arm.name, seed)) for seed in results.seeds)
+        runs = [_divergences(record.run, results.plan.metric) for record in records if record is not None]
+        path = _mean_path([run for run in runs if run])
+        if path is not None:
+            found[arm.name] = path
+    return found
+
+
+def _divergences(run: RunDirectory, metric: str) -> dict[int, tuple[float, float]]:
+    """Divergence and score by iteration; empty if the run logs no divergence."""
+    rows = [row for row in run.rows() if KL_KEY.name in row and metric in row]
+    return {int(row["step"]): (float(row[KL_KEY.name]), float(row[metric])) for row in rows}
+
+
+def _mean_path(runs: Sequence[Mapping[int, tuple[float, float]]]) -> FrontierPath | None:
+    """The means at the iterations that all runs share."""
+    if not runs:
+        return None
+    steps = sorted(set.intersection(*(set(run) for run in runs)))
+    values = np.array([[run[step] for step in steps] for run in runs])  # [seeds, steps, 2]
+    intervals = [mean_interval(values[:, index, 1]) for index in range(len(steps))] if len(runs) > 1 else []
+    means = values.mean(axis=0)
+    score = means[:, 1].tolist()
+    low = [interval.low for interval in intervals] or score
+    high = [interval.high for interval in intervals] or score
+    return FrontierPath(means[:, 0].tolist(), score, low, high)
+
+
+def frontier(results: Results, paths: Mapping[str, FrontierPath]) -> Figure:
+    """Draw the score of every arm against its divergence from the pretrained policy, at equal iterations.
+
+    Algorithms are compared at equal divergence: the upper left is better if the score is maximized.
+    """
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    axes = styled(figure.subplots())
+    for index, (name, path) in enumerate(paths.items()):
+        color = INK if name == BASELINE else _PATHS[index % len(_PATHS)]
+        axes.plot(path.divergence, path.score, "o-", color=color, linewidth=1.4, markersize=3, label=name)
+        axes.fill_between(path.divergence, path.low, path.high, color=color, alpha=0.15, linewidth=0)
+    if max(max(path.divergence) for path in paths.values()) > _FAR:
+        axes.set_xscale("symlog", linthresh=_FAR / 10.0)
+    axes.set_xlabel("KL divergence from the pretrained policy, nats per trajectory")
+    axes.set_ylabel(results.plan.metric.removeprefix("eval/"))
+    axes.legend(frameon=False, fontsize=SMALL, labelcolor=INK)
+    ends = (f"{name}: {path.score[-1]:.3g} at {path.divergence[-1]:.3g} nats" for name, path in paths.items())
+    figure.set_label("; ".join(ends))
+    return figure
 
 
 # ----------------------------------------------------------------------------
