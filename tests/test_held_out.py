@@ -17,9 +17,14 @@ from dxmi.metrics.base import Evidence, Metric
 from dxmi.metrics.configs import DiversityConfig, HeldOutConfig
 from dxmi.metrics.diversity import Diversity, within_distance
 from dxmi.metrics.held_out import HeldOut
+from dxmi.persistence import checkpoint
+from dxmi.persistence.run_directory import RunDirectory
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
+from dxmi.training.loading import load_run
 from dxmi.training.run import train
+from dxmi.training.schema import read_config
+from dxmi.training.state import ALGORITHM
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +125,28 @@ def test_a_constraint_must_be_a_score_of_the_run():
         build(ExperimentConfig, {"evaluate": {"constraint": "eval/fid_mnist"}})
     with pytest.raises(UserError, match=r"evaluate\.constraint_factor"):
         build(ExperimentConfig, {"evaluate": {"constraint_factor": 0.5}})
+
+
+def test_a_run_that_did_not_keep_its_pretrained_policy_can_be_loaded(tmp_path):
+    small = {"kind": "mlp", "hidden": 16, "layers": 3, "embedding": 8}
+    tree = {
+        "network": {"denoiser": small, "value": small},
+        "pretrain": {"iterations": 0},
+        "schedule": {"num_steps": 3},
+        "algorithm": {"kind": "reinforce"},
+        "reward": {"kind": "ink"},
+        "train": {"iterations": 2, "batch_size": 8},
+        "evaluate": {"num_samples": 8, "batch_size": 8, "full_reference": False, "grid": 4},
+    }
+    train(Experiment(build(ExperimentConfig, tree)), out=tmp_path)
+    run = RunDirectory(tmp_path)
+    stored = read_config(run.read_config())
+    kept = load_run(run, stored, "last").scores(None, None, None).values
+    assert kept["eval/kl_reference"] > 0.0
+    newest, _ = checkpoint.newest(run.checkpoints)
+    assert newest is not None
+    own = {name: value for name, value in newest.groups[ALGORITHM].items() if not name.startswith("reference.")}
+    checkpoint.save(run.checkpoints, newest.step, {**newest.groups, ALGORITHM: own}, newest.meta)
+    loaded = load_run(run, stored, "last").scores(None, None, None).values
+    assert "eval/kl_reference" not in loaded
+    assert loaded["eval/reward"] == kept["eval/reward"]

@@ -75,10 +75,18 @@ def test_sweeps_are_shipped():
     assert {"demo", "learning_rates", "coefficients"} <= set(sweeps())
 
 
+NEEDED = {
+    "planar": ["experiment=gaussians8"],
+    "ppo": ["experiment=digits_reward"],
+    "trpo": ["experiment=digits_reward", "algorithm=trpo"],
+}
+"""What the sweeps need that are not for the default experiment."""
+
+
 @pytest.mark.parametrize("name", sweeps())
 def test_every_shipped_sweep_builds_a_plan_of_what_its_file_says(name):
     written = yaml.safe_load((config_folder() / "sweep" / f"{name}.yaml").read_text())
-    plan = planned(f"sweep={name}", *(["experiment=gaussians8"] if name == "planar" else []))
+    plan = planned(f"sweep={name}", *NEEDED.get(name, []))
     assert [axis.path for axis in plan.axes] == list(written["space"])
     assert plan.num_trials == written["budget"]["trials"]
     assert plan.sweep == build(SweepConfig, {key: value for key, value in written.items() if key != "space"})

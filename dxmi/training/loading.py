@@ -153,6 +153,8 @@ def load_run(run: RunDirectory, stored: StoredConfig, which: str) -> LoadedRun:
     experiment.use_threads()
     experiment.choose_kernels()
     algorithm = experiment.build_algorithm(experiment.build_denoiser())
+    if not any(name.startswith("reference.") for name in found.groups[ALGORITHM]):
+        algorithm.reference = None  # the run did not keep its pretrained policy, as with version 0.2
     checkpoint.restore(algorithm, found, ALGORITHM)
     algorithm.requires_grad_(False)
     return LoadedRun(experiment, algorithm, found.step, complaints, str(found.meta.get("data", "")))
