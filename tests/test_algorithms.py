@@ -241,6 +241,7 @@ CHANGED: dict[str, tuple[Any, ...]] = {
     "cg_iterations": (2,),
     "damping": (0.5,),
     "backtracks": (0,),
+    "train_sigmas": (False,),
     "penalty": (10.0,),
     "steps": (2,),
     "target_ema": (0.5,),
@@ -281,3 +282,11 @@ def test_no_setting_is_without_effect(kind):
         if plain.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in plain.items()):
             dead.append(name)
     assert dead == []
+
+
+def test_the_twins_of_sac_start_and_stay_different():
+    algorithm, state = start(experiment("sac"))
+    advance(algorithm, [state], range(2))
+    first, second = algorithm.value.first.state_dict(), algorithm.value.second.state_dict()
+    same = [name for name, value in first.items() if torch.equal(value, second[name])]
+    assert [name for name in same if name.endswith("weight")] == []

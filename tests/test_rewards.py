@@ -26,7 +26,7 @@ from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.loading import load_run
 from dxmi.training.run import train
-from dxmi.training.schema import read_config
+from dxmi.training.schema import config_tree, read_config
 
 
 def reward(kind: str, **settings: Any) -> Reward:
@@ -117,7 +117,10 @@ def test_rewards_of_images_refuse_points(kind):
         ({"kind": "function", "function": "os.system"}, "reward.function"),
         ({"kind": "sum", "parts": ["sum"]}, "reward.parts"),
         ({"kind": "sum", "parts": ["ink", "symmetry"], "weights": [1.0]}, "reward.weights"),
+        ({"kind": "http", "url": "http://127.0.0.1:port/"}, "reward.url"),
+        ({"kind": "http", "url": "http://[::1/"}, "reward.url"),
         ({"kind": "http", "url": "http://127.0.0.1:1/", "timeout": 0.0}, "reward.timeout"),
+        ({"kind": "function", "function": "a.:b"}, "reward.function"),
     ],
 )
 def test_wrong_settings_are_named(settings, path):
@@ -180,6 +183,9 @@ def test_failed_requests_are_repeated(server):
     found = over_http(server, retries=2)(torch.zeros(2, 3), UNCONDITIONAL)
     torch.testing.assert_close(found, torch.zeros(2))
     assert len(server.requests) == 3
+    server.answers = [(404, b"")]
+    with pytest.raises(UserError, match="status 404"):
+        over_http(server)(torch.zeros(2, 3), UNCONDITIONAL)
     server.answers = [(500, b"")] * 2
     with pytest.raises(UserError, match="did not answer"):
         over_http(server, retries=1)(torch.zeros(2, 3), UNCONDITIONAL)
@@ -214,7 +220,7 @@ def test_a_sum_adds_parts_that_are_standardized_on_the_training_data():
     parts = [reward("ink")(x, labels).double(), reward("classifier")(x, labels).double()]
     samples, condition = decode(made.data.stored[1000:1040]), Condition(made.data.classes[1000:1040])
     own = [reward(kind)(samples, condition).double() for kind in ("ink", "classifier")]
-    expected = sum(w * (r - p.mean()) / p.std() for w, r, p in zip((2.0, -0.5), own, parts, strict=True))
+    expected = sum(w * (r - p.mean()) / p.std(correction=0) for w, r, p in zip((2.0, -0.5), own, parts, strict=True))
     found = made.build_reward()(samples, condition)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
     smooth = differentiable(made.build_reward())(samples, condition)
@@ -224,6 +230,24 @@ def test_a_sum_adds_parts_that_are_standardized_on_the_training_data():
 def test_a_sum_needs_parts():
     with pytest.raises(UserError, match=r"reward\.parts"):
         experiment(kind="sum").build_reward()
+
+
+def test_a_part_that_is_the_same_for_all_data_is_refused():
+    with pytest.raises(UserError, match="cannot be standardized"):
+        experiment(kind="sum", parts=[{"kind": "quadratic", "scale": 1e30}]).build_reward()
+
+
+def test_a_redirect_is_not_followed(server):
+    server.answers = [(302, b"")]
+    with pytest.raises(UserError, match="status 302"):
+        over_http(server)(torch.zeros(2, 3), UNCONDITIONAL)
+
+
+def test_no_file_gives_the_permission_to_execute_code(tmp_path):
+    tree = {"algorithm": {"kind": "ppo"}, "reward": {"kind": "ink"}, "resources": {"allow_code": True}}
+    config = build(ExperimentConfig, tree)
+    assert "allow_code" not in config_tree(config)["resources"]
+    assert not read_config({**config_tree(config), "resources": {"allow_code": True}}).config.resources.allow_code
 
 
 FUNCTION = """

@@ -10,7 +10,7 @@ import torch
 from linear_chain import FROZEN, Chain, QuadraticValue, left_behind, trajectories, update
 from torch import Tensor
 
-from dxmi.algorithms.advantages import Advantages
+from dxmi.algorithms.advantages import Advantages, constant_groups, group_moments
 from dxmi.algorithms.base import PolicyAlgorithm
 from dxmi.algorithms.configs import (
     BASELINES,
@@ -165,6 +165,15 @@ def learned_chain(algorithm: PolicyAlgorithm) -> tuple[Tensor, Tensor, Tensor]:
     network = algorithm.policy.network
     slopes = torch.tensor(CHAIN.a).double() + network.change.detach().double()
     return slopes, network.shift.detach().double(), algorithm.policy.free_log_sigma.detach().double().exp()
+
+
+def test_equal_rewards_have_no_spread_in_any_precision():
+    reward, group = torch.full((1, 8), -0.0123), torch.zeros(1, 8, dtype=torch.int64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert float(constant_groups(reward, group, 1)) == 1.0
+        _, mean, deviation = group_moments(reward + 100.0, group, 1)
+    assert float(deviation.max()) < 1e-4
+    torch.testing.assert_close(mean, reward + 100.0)
 
 
 # ----------------------------------------------------------------------------
@@ -432,11 +441,7 @@ def test_the_divergence_of_a_step_is_its_bound(max_kl):
 
 def test_without_moving_sigmas_the_divergence_is_exactly_quadratic():
     """In (a, b) the divergence has no higher terms: the first, uncorrected step has max_kl to rounding."""
-    algorithm = trpo(max_kl=0.3, damping=0.0, cg_iterations=30)
-    algorithm.policy.free_log_sigma.requires_grad_(False)
-    optimizer = algorithm.optimizers["policy"]
-    optimizer.parameters = [p for p in optimizer.parameters if p is not algorithm.policy.free_log_sigma]
-    algorithm._names = algorithm._names[:2]
+    algorithm = trpo(max_kl=0.3, damping=0.0, cg_iterations=30, train_sigmas=False)
     lengths = []
     move = algorithm._move
 

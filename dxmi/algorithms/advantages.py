@@ -90,9 +90,10 @@ def group_moments(values: Tensor, group: Tensor, num_groups: int) -> tuple[Tenso
     """Number of members, mean, and standard deviation (over N) of the group of every sample, [K, B] each."""
     member = nn.functional.one_hot(group, num_groups).to(values)
     number = member.sum(1)
-    mean = torch.einsum("kb,kbc->kc", values, member) / number.clamp_min(1.0)
+    # Products with a sum instead of a matrix product, which would be computed in bfloat16 under autocast.
+    mean = (values[..., None] * member).sum(1) / number.clamp_min(1.0)
     center = mean.gather(1, group)
-    square = torch.einsum("kb,kbc->kc", (values - center).square(), member) / number.clamp_min(1.0)
+    square = ((values - center).square()[..., None] * member).sum(1) / number.clamp_min(1.0)
     return number.gather(1, group), center, square.gather(1, group).sqrt()
 
 

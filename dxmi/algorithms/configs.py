@@ -28,6 +28,9 @@ class AlgorithmConfig:
     needs_reward: ClassVar[bool] = False
     """Whether it maximizes the reward chosen by the setting `reward`, which is then the run's score."""
 
+    needs_gradient: ClassVar[bool] = False
+    """Whether it backpropagates the reward, which must then be differentiable."""
+
     @property
     def needs_teacher(self) -> bool:
         """Whether it starts from a part of `pretrain.teacher`."""
@@ -390,6 +393,7 @@ class DraftConfig(PolicyOptimizerFields, AlgorithmConfig):
     """Decay of the moving average of the policy, which is evaluated instead of the policy; null for none."""
 
     needs_reward: ClassVar[bool] = True
+    needs_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -399,10 +403,10 @@ class DraftConfig(PolicyOptimizerFields, AlgorithmConfig):
 
     def check(self, num_steps: int) -> None:
         """Check that the trajectory has as many steps."""
-        if self.kl_coef and self.steps == 1 and not self.last_step:
+        if self.kl_coef and (self.steps or num_steps) == 1 and not self.last_step:
             raise ValueError(
-                f"kl_coef is {self.kl_coef}, but steps is 1 and the last step does not count in the divergence: make "
-                "steps at least 2, or last_step true"
+                f"kl_coef is {self.kl_coef}, but only the last step is trained, which does not count in the "
+                "divergence: make steps at least 2, or last_step true"
             )
         if self.steps is not None and self.steps > num_steps:
             raise ValueError(
@@ -480,7 +484,9 @@ class TrpoConfig(RewardGradientConfig):
     cg_iterations: int = 10
     """Iterations of conjugate gradients, each with one Fisher-vector product."""
     damping: float = 1e-3
-    """Added to the Fisher matrix, relative to its mean diagonal along the gradient."""
+    """Added to the diagonal of the Fisher matrix, relative to the curvature along the gradient."""
+    train_sigmas: bool = True
+    """Whether the step changes the log sigmas, too."""
     backtracks: int = 10
     """Number of times that a step that does not improve the surrogate is shortened before it is given up."""
 

@@ -87,7 +87,7 @@ class RatioAlgorithm(RewardGradient):
         self.schedule(iteration)
         drawn = [self._draw(batch, streams) for _ in range(self.config.epochs)]
         trajectory = self.rollout(batch, streams)
-        reward = rewards_of(self.reward, trajectory.x[:, -1], batch.condition, iteration)
+        reward = rewards_of(self.reward, trajectory.x[:, -1], batch.condition, iteration, self._workers)
         actions, num = self.actions(trajectory, batch.condition), self.num_rows(batch)
 
         old = self._replay(trajectory, drawn[0], batch)
@@ -184,7 +184,8 @@ class Ppo(RatioAlgorithm):
             sums = {name: takes * value + sums.get(name, 0.0) for name, value in values.items()}
         steps = sums.pop("policy/steps")
         means = {name: value / steps for name, value in sums.items()}
-        spread = (means.pop("policy/ratio_square") - means["policy/ratio"].square()).clamp_min(0.0).sqrt()
+        offset = means["policy/ratio"] - 1.0
+        spread = (means.pop("policy/offset_square") - offset.square()).clamp_min(0.0).sqrt()
         del means["policy/loss"]  # only the gradient of this surrogate loss has a meaning
         return {**means, "policy/ratio_std": spread, "policy/kl": largest, "policy/steps": steps}
 
@@ -216,7 +217,7 @@ class Ppo(RatioAlgorithm):
             "loss": surrogate - self.entropy_coef * step.sigma.log(),
             "kl": num_actions * old.kl(step),
             "ratio": ratio,
-            "ratio_square": ratio.square(),
+            "offset_square": (ratio - 1.0).square(),  # without the cancellation of rho^2 - 1
             "clipped_high": ((ratio > 1.0 + config.clip) & (advantage > 0.0)).float(),
             "clipped_low": ((ratio < 1.0 - config.clip) & (advantage < 0.0)).float(),
         }

@@ -38,7 +38,7 @@ class Reinforce(RewardGradient):
         """Perform one iteration; returns the metrics listed in the module's docstring."""
         self.schedule(iteration)
         trajectory = self.rollout(batch, streams)
-        reward = rewards_of(self.reward, trajectory.x[:, -1], batch.condition, iteration)
+        reward = rewards_of(self.reward, trajectory.x[:, -1], batch.condition, iteration, self._workers)
         actions, num = self.actions(trajectory, batch.condition), self.num_rows(batch)
 
         reference = self.reference_steps(actions)

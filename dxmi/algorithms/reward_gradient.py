@@ -99,7 +99,10 @@ class RewardGradient(PolicyGradient):
     def _later_kl(self, kl: Tensor, batch: Batch) -> Tensor:
         """Sum of the divergences after each action, minus its mean over the other trajectories, [K, T' * b]."""
         table, num = kl.view(len(kl), self.num_actions, -1), batch.share.num
-        later = table.flip(1).cumsum(1).flip(1) - table
+        sums = [torch.zeros_like(table[:, 0])]  # a loop, since cumsum has no deterministic kernel on a GPU
+        for t in reversed(range(1, self.num_actions)):
+            sums.append(sums[-1] + table[:, t])
+        later = torch.stack(sums[::-1], dim=1)
         (mean,) = self._workers.sum([batch.share.mean(later)])
         return ((later - mean[..., None]) * (num / max(num - 1, 1))).flatten(1)
 

@@ -39,7 +39,6 @@ Logged metrics (means over the batch, of the last update of the iteration):
 """
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -54,6 +53,7 @@ from dxmi.critics.energy import Energy
 from dxmi.critics.value import SeparateValue, TwinValue
 from dxmi.data.batch import Batch, Condition, Streams
 from dxmi.diffusion.trajectory import GaussianStep, Trajectory
+from dxmi.errors import UserError
 from dxmi.optim.moving_average import MovingAverage
 from dxmi.rewards.base import rewards_of
 
@@ -64,6 +64,9 @@ class Sac(PolicyAlgorithm):
     Args:
         config: Settings of SAC.
         parts: Components from which it is built.
+
+    Raises:
+        UserError: kl_coef is set, but the denoiser takes latents.
     """
 
     needs_data = False
@@ -73,12 +76,17 @@ class Sac(PolicyAlgorithm):
         *("policy/temperature", "policy/relative_entropy", "policy/grad_norm"),
     )
     value: TwinValue
-    log_temperature: Tensor
+    temperature: Tensor
     counts: Tensor
 
     def __init__(self, config: SacConfig, parts: Parts) -> None:
         super().__init__(parts, config.policy_ema)
         self.config = config
+        if config.kl_coef and self.policy.network.latent:
+            raise UserError(
+                f"algorithm.kl_coef is {config.kl_coef}, but the denoiser takes latents, with which the divergence of "
+                "a step is unknown: make it 0."
+            )
         self.reward = parts.reward()
         num_steps = self.policy.num_steps
         twins = [SeparateValue(Energy(parts.critic()), parts.timed_critic(), num_steps) for _ in range(2)]
@@ -87,8 +95,7 @@ class Sac(PolicyAlgorithm):
         average = MovingAverage.between(self.value, self.target, config.target_ema, warm_up=False)
         self.averages = [*self.averages, average]
         self.keep_reference()
-        start = math.log(config.temperature) if config.temperature else -math.inf
-        self.register_buffer("log_temperature", torch.tensor(start))
+        self.register_buffer("temperature", torch.tensor(config.temperature))
         counts = torch.ones(num_steps)
         counts[-1] = float(config.last_step)
         self.register_buffer("counts", counts, persistent=False)
@@ -107,7 +114,7 @@ class Sac(PolicyAlgorithm):
             for _ in range(config.policy_updates)
         ]
         trajectory = self.rollout(batch, streams)
-        reward = rewards_of(self.reward, trajectory.x[:, -1], batch.condition, iteration)
+        reward = rewards_of(self.reward, trajectory.x[:, -1], batch.condition, iteration, self._workers)
         mean, square = self._workers.sum([batch.share.mean(reward), batch.share.mean(reward.square())])
         metrics = {"reward/mean": mean, "reward/std": (square - mean.square()).clamp_min(0.0).sqrt()}
 
@@ -156,7 +163,7 @@ class Sac(PolicyAlgorithm):
         assert self.reference is not None
         dims = x[0].numel()
         relative = dims * (step.sigma.log() - self.reference.log_sigma[t])
-        control = -self.log_temperature.exp() * counts * relative
+        control = -self.temperature * counts * relative
         if not self.config.kl_coef:
             return {"control": control}
         kl = counts * step.kl(self.reference.transition(x, t, condition=condition))
@@ -187,11 +194,11 @@ class Sac(PolicyAlgorithm):
     def _adapt(self) -> Metrics:
         """Step 5: log temperature -= lr (entropy - target_entropy); both entropies are relative and per dimension."""
         assert self.reference is not None
-        log_temperature = self.seeds.table(self.log_temperature)
+        temperature = self.seeds.table(self.temperature)
         own, theirs = (self.seeds.table(policy.free_log_sigma) for policy in (self.policy, self.reference))
         counts = self.counts[:-1]
         entropy = ((own - theirs) * counts).sum(1) / self.counts.sum()
-        metrics = {"policy/relative_entropy": entropy, "policy/temperature": log_temperature.exp()}
+        metrics = {"policy/relative_entropy": entropy, "policy/temperature": temperature.clone()}
         if self.config.target_entropy is not None:
-            log_temperature.sub_(self.config.temperature_lr * (entropy - self.config.target_entropy))
+            temperature.mul_((-self.config.temperature_lr * (entropy - self.config.target_entropy)).exp())
         return metrics

@@ -6,7 +6,7 @@ KL(old || new) of a trajectory is at most max_kl nats. One `update` is one itera
     1. roll out the policy, and compute the advantages of its actions
     2. g: gradient of the surrogate
     3. direction: F^-1 g by conjugate gradients    F is the Fisher matrix of the policy at the states of the rollout
-    4. step: as long as max_kl allows              its length is corrected by the measured divergence
+    4. step: the longest that max_kl allows        its length is corrected by the measured divergence
     5. line search: shorten the step until the surrogate has improved
     6. baseline: fit V(x_t, t) to r                if it is learned
 
@@ -36,6 +36,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dxmi.algorithms.base import Metrics, Parts
 from dxmi.algorithms.configs import RewardGradientConfig, TrpoConfig
@@ -70,6 +71,9 @@ class Trpo(RewardGradient):
     def __init__(self, config: TrpoConfig, parts: Parts) -> None:
         super().__init__(config, parts)
         self._accumulate = parts.accumulate
+        if not config.train_sigmas:
+            optimizer = parts.optimizer(self._policy_settings(config), (self.policy.network.parameters(), 0.0))
+            self.optimizers = {**self.optimizers, "policy": optimizer}
         names = {id(parameter): name for name, parameter in self.policy.named_parameters()}
         self._names = [names[id(parameter)] for parameter in self.optimizers["policy"].parameters]
 
@@ -83,7 +87,7 @@ class Trpo(RewardGradient):
         """Perform one iteration; returns the metrics listed in the module's docstring."""
         self.schedule(iteration)
         trajectory = self.rollout(batch, streams)
-        reward = rewards_of(self.reward, trajectory.x[:, -1], batch.condition, iteration)
+        reward = rewards_of(self.reward, trajectory.x[:, -1], batch.condition, iteration, self._workers)
         actions, num = self.actions(trajectory, batch.condition), self.num_rows(batch)
 
         with torch.no_grad():
@@ -191,7 +195,7 @@ class Trpo(RewardGradient):
                 step = functional_call(self.policy, named, (x, t, condition))
                 return step.mean, step.sigma.log()
 
-            with _FORWARD_MODE:
+            with _FORWARD_MODE, sdpa_kernel(SDPBackend.MATH):  # other kernels of attention lack forward mode
                 (mean, log_sigma), tangents = torch.func.jvp(gaussian, parameters, direction)  # type: ignore[misc]
             _, pull = torch.func.vjp(gaussian, *parameters)  # type: ignore[misc]
             precision = (-2.0 * log_sigma).exp().view(-1, *[1] * (mean.dim() - 1))

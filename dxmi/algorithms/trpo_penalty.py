@@ -36,6 +36,9 @@ from dxmi.distributed import mean_over
 _TOO_FAR, _FACTOR = 1.5, 2.0
 """Schulman's rule: the factor of max_kl outside of which the penalty changes, and by which it then does."""
 
+_RANGE = 1e4
+"""Factor by which the penalty may differ from its initial value; it could otherwise reach 0 or infinity."""
+
 
 class TrpoPenalty(RatioAlgorithm):
     """TRPO with an adaptive penalty, with all state that training changes.
@@ -89,3 +92,4 @@ class TrpoPenalty(RatioAlgorithm):
         target = self.config.max_kl
         is_far, is_near = kl > _TOO_FAR * target, kl < target / _TOO_FAR
         weight.mul_(torch.where(is_far, _FACTOR, torch.where(is_near, 1.0 / _FACTOR, 1.0)))
+        weight.clamp_(self.config.penalty / _RANGE, self.config.penalty * _RANGE)

@@ -76,7 +76,7 @@ class EvaluateConfig:
     null for no limit."""
     constraint_factor: float = field(default=1.2, metadata=NO_SCORE)
     """A checkpoint may be the best if the constraint's score is at most this factor of that before fine-tuning or, if
-    it is maximized, at least that score divided by the factor. Unused with constraint=null."""
+    it is maximized, worse by at most as much. Unused with constraint=null."""
 
     def __post_init__(self) -> None:
         for name in ("every", "batch_size", "kid_subsets", "kid_subset_size", "projections", "grid", "generations"):

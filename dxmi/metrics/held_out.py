@@ -19,8 +19,8 @@ _MOST = 10_000
 class HeldOut(Metric):
     """The share of samples that a support-vector classifier of raw pixels assigns to the class of their condition.
 
-    A reward is maximized where the classifier behind it is wrong, too. This classifier has other features and another
-    family of functions: it is a kernel machine, fitted to the first 10,000 training samples when it is first needed.
+    A reward can also be maximized by samples that its classifier gets wrong. This classifier has other features and is
+    of another family: a kernel machine, fitted to the first 10,000 training samples when it is first needed.
 
     Args:
         config: Settings: the class, for samples without conditions.
@@ -60,7 +60,7 @@ def _fitted(train: Split) -> Any:
     """A support-vector classifier with a Gaussian kernel.
 
     Raises:
-        UserError: the data have no classes.
+        UserError: the data have no classes, or only one.
     """
     from sklearn.pipeline import make_pipeline  # noqa: PLC0415  (its import takes a second)
     from sklearn.preprocessing import StandardScaler  # noqa: PLC0415
@@ -68,6 +68,8 @@ def _fitted(train: Split) -> Any:
 
     if train.targets is None:
         raise UserError("evaluate.metrics has held_out, but the data have no classes: leave it out.")
+    if len(train.targets[:_MOST].unique()) == 1:  # type: ignore[no-untyped-call]
+        raise UserError("evaluate.metrics has held_out, but the data have only one class: leave it out.")
     x = train.x[:_MOST].flatten(1).float().numpy()
     scaled = make_pipeline(StandardScaler(with_std=False), SVC(C=10.0, gamma="scale"))
     return scaled.fit(x, train.targets[:_MOST].numpy())

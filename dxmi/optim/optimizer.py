@@ -115,14 +115,15 @@ class Optimizer:
             num: Number of rows of the whole batch, of all processes together.
             static: Computes additional keyword arguments of `loss` from the slice of rows that it is given.
             takes: Decides which seeds take the step; parameters and moments of the others are left unchanged, but the
-                step is counted. None for all seeds, which also take the optimizer's first step in any case.
+                step is counted. With None, all seeds take it.
+                All seeds take the optimizer's first step in any case.
         """
         grads, means = self.gradients(loss, *inputs, num=num, static=static)
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = laid_out_as(grad, parameter)  # fused optimizers assume equal strides
         norm = None if self.config.max_grad_norm is None else self._clip(self.config.max_grad_norm)
         takers = None if takes is None else takes(means)
-        if takers is None or not self.torch.state:
+        if takers is None or not self.torch.state or bool(takers.all()):
             self._take()
         else:
             before = [tensor.clone() for tensor in self._stepped()]

@@ -67,7 +67,7 @@ class QuadraticRewardConfig(RewardConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class InkRewardConfig(RewardConfig):
-    """Mean brightness of an image, in [0, 1]: how much ink there is on a dark ground."""
+    """Mean brightness of an image, in [0, 1]: how much ink there is on a dark background."""
 
     kind: str = "ink"
 
@@ -86,7 +86,7 @@ class SymmetryRewardConfig(RewardConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class StrokeWidthRewardConfig(RewardConfig):
-    """Width of the strokes of a bright drawing on a dark ground, in pixels: twice its area divided by its perimeter."""
+    """Width of the strokes of a bright drawing in pixels: twice its area divided by its perimeter."""
 
     kind: str = "stroke_width"
     threshold: float = 0.5
@@ -135,7 +135,7 @@ class FunctionRewardConfig(RewardConfig):
     """Import path, module:function. The module must be a file below the current folder."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.function):
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", self.function):
             raise ValueError(f"function is {self.function!r}: it must be an import path, module:function")
 
 
@@ -169,15 +169,22 @@ class HttpRewardConfig(RewardConfig):
     url: str = "http://127.0.0.1:8000/rewards"
     """Address, http://127.0.0.1:PORT/PATH; other hosts are refused."""
     timeout: float = 30.0
-    """Seconds after which a request has failed."""
+    """Timeout of a request, in seconds."""
     retries: int = 3
     """Number of times that a failed request is repeated."""
     batch_size: int = 64
     """Number of samples per request."""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme != "http" or parts.hostname not in LOOPBACK:
+        try:
+            parts = urlsplit(self.url)
+        except ValueError as error:
+            raise ValueError(f"url is {self.url!r}: {error}") from error
+        try:
+            is_valid = parts.scheme == "http" and parts.hostname in LOOPBACK and (parts.port is None or parts.port > 0)
+        except ValueError:  # the port is not a number
+            is_valid = False
+        if not is_valid or re.search(r"\s", self.url):
             raise ValueError(f"url is {self.url!r}: it must be http://127.0.0.1:PORT/PATH, on this machine")
         if not 0.0 < self.timeout < math.inf:
             raise ValueError(f"timeout is {self.timeout}: it must be a number of seconds greater than 0")

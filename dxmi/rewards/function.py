@@ -3,7 +3,7 @@
 The function is called with samples [B, *event] (images are in [-1, 1]) and their classes [B] or None, and returns [B].
 """
 
-import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +57,7 @@ class FunctionReward:
                 f"reward.function {self._path} returned {shape} for {len(x)} samples: it must return a tensor with one "
                 "number for each."
             )
-        return found.float()
+        return found.to(x.device, torch.float32)
 
 
 def _imported(path: str) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -66,11 +66,16 @@ def _imported(path: str) -> Callable[[Tensor, Tensor | None], Tensor]:
     file = root.joinpath(*module.split(".")).with_suffix(".py")
     if not file.is_file() or not file.resolve().is_relative_to(root):
         raise UserError(f"reward.function is {path}, but there is no file {file.relative_to(root)} in {root}.")
+    spec = importlib.util.spec_from_file_location(f"dxmi_reward_{module.replace('.', '_')}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)  # exactly this file, whatever else has its name
     sys.path.insert(0, str(root))
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        spec.loader.exec_module(loaded)
     finally:
         sys.path.remove(str(root))
+    found = getattr(loaded, name, None)
     if not callable(found):
         raise UserError(f"reward.function is {path}, but {file.name} has no function {name}.")
     return found  # type: ignore[no-any-return]

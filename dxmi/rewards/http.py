@@ -1,11 +1,12 @@
 """Rewards that another process on the same machine computes, over HTTP.
 
-A request is a POST of JSON: `shape` [b, *event], `samples`, the base64 code of their float32 numbers in row-major order
+A request is a POST of JSON: `shape` [b, *event], `samples`, their float32 values in row-major order, base64-encoded
 (little endian; images are in [-1, 1]), and `labels`, a list of classes or null. The answer is JSON with `rewards`, a
 list of b finite numbers.
 """
 
 import base64
+import http.client
 import json
 import math
 import time
@@ -23,7 +24,16 @@ from dxmi.rewards.configs import HttpRewardConfig
 _PAUSE = 0.5
 """Seconds before a failed request is repeated, doubled each time."""
 _SHOWN = 200
+_SERVER_ERROR = 500
+"""The first status of errors after which a request is repeated."""
 _MAX_ANSWER = 16 * 2**20
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Refuses redirects, which could lead to another machine."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Return no new request, so that the redirect is an error."""
 
 
 class HttpReward:
@@ -36,7 +46,7 @@ class HttpReward:
     def __init__(self, config: HttpRewardConfig) -> None:
         self._config = config
         # No proxy: the address is on this machine.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
 
     @torch.no_grad()
     def __call__(self, x: Tensor, condition: Condition) -> Tensor:
@@ -69,7 +79,12 @@ class HttpReward:
                 with self._opener.open(request, timeout=self._config.timeout) as response:
                     body: bytes = response.read(_MAX_ANSWER)
                     return body
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+                if isinstance(error, urllib.error.HTTPError) and error.code < _SERVER_ERROR:
+                    raise UserError(
+                        f"The reward at {self._config.url} answered with status {error.code}: correct its address or "
+                        "its server."
+                    ) from error
                 if attempt == self._config.retries:
                     raise UserError(
                         f"The reward at {self._config.url} did not answer ({error}) after {attempt + 1} requests: "
@@ -83,7 +98,7 @@ class HttpReward:
         try:
             answer: Any = json.loads(body)
             rewards = [float(value) for value in answer["rewards"]]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             shown = body[:_SHOWN].decode(errors="replace")
             raise UserError(
                 f"The reward at {self._config.url} answered {shown!r}: it must be JSON with a list `rewards`."

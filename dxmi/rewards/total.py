@@ -44,13 +44,18 @@ class SumReward:
         parts = self._config.parts
         if not parts:
             raise UserError("reward.parts is empty: name the rewards that are added, such as [ink, symmetry].")
-        x, condition = context.data()
-        x, condition = x[:_SAMPLES], condition.rows(slice(_SAMPLES))
+        x, condition = context.data(_SAMPLES)
         weights = self._config.weights or (1.0,) * len(parts)
         for settings, weight in zip(parts, weights, strict=True):
             reward = context.build(settings)
             found = reward(x, condition).double()
-            self._parts.append(_Part(reward, weight, float(found.mean()), max(float(found.std()), 1e-12)))
+            spread = float(found.std(correction=0))
+            if not spread > 0.0:
+                raise UserError(
+                    f"reward.parts has {settings.kind}, which is the same for all training samples, so that it cannot "
+                    "be standardized: leave it out."
+                )
+            self._parts.append(_Part(reward, weight, float(found.mean()), spread))
 
     @torch.no_grad()
     def __call__(self, x: Tensor, condition: Condition) -> Tensor:

@@ -1,11 +1,12 @@
 """An experiment: builds the data, networks, algorithm and scorer of a run from its config."""
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from dxmi.persistence.cache import cache_root
 from dxmi.persistence.checkpoint import Checkpoint
 from dxmi.persistence.files import require_target, user_path
 from dxmi.persistence.run_directory import RunDirectory
-from dxmi.rewards.base import Reward, RewardContext, no_reward
+from dxmi.rewards.base import PostponedReward, Reward, RewardContext, differentiable, no_reward
 from dxmi.rewards.configs import RewardConfig
 from dxmi.rewards.metric import MeanReward
 from dxmi.rewards.registry import REWARDS
@@ -49,6 +50,7 @@ from dxmi.training.config import SCHEMA, ExperimentConfig
 from dxmi.training.shipped import ShippedParent, find_shipped
 from dxmi.training.state import TrainingState
 
+Network = TypeVar("Network", Critic, TimedCritic)
 PRETRAINING_VERSION = 2
 """Increased whenever a change of the code changes the result of pretraining, so that old results are not reused."""
 
@@ -75,6 +77,7 @@ class Experiment:
         event: shape of one sample, if it is known without reading the data.
         workers: process group of the run.
         class_counts: number of samples of each class of the denoiser, if known without reading the data.
+        postpones_reward: whether the reward is built at its first call, as it is not needed to draw samples.
 
     Raises:
         UserError: the device does not exist.
@@ -86,8 +89,11 @@ class Experiment:
         event: tuple[int, ...] | None = None,
         workers: ProcessGroup = SINGLE_PROCESS,
         class_counts: Sequence[int] | None = None,
+        *,
+        postpones_reward: bool = False,
     ) -> None:
         self.config = config
+        self._postpones_reward = postpones_reward
         self.workers = workers
         self.device = _device(config.resources.device)
         self._event = event
@@ -355,15 +361,23 @@ class Experiment:
             policy=self.build_policy(denoiser, schedule),
             schedule=schedule,
             iterations=config.train.iterations,
-            critic=lambda: build_critic(network.energy, event, self._weights("energy")).to(self.device),
-            timed_critic=lambda: build_timed_critic(config.network.value, event, self._weights("value")).to(
-                self.device
-            ),
+            critic=self._factory("energy", lambda weights: build_critic(network.energy, event, weights)),
+            timed_critic=self._factory("value", lambda weights: build_timed_critic(network.value, event, weights)),
             reward=self.build_reward,
             workers=self.workers,
             accumulate=config.resources.accumulate,
             graphed=self._graphed(),
         )
+
+    def _factory(self, name: str, build: Callable[[torch.Generator], Network]) -> Callable[[], Network]:
+        """A factory of networks on the device; each call creates one with other initial weights."""
+        numbers = itertools.count()
+
+        def make() -> Network:
+            number = next(numbers)
+            return build(self._weights(f"{name}/{number}" if number else name)).to(self.device)
+
+        return make
 
     def build_reward(self) -> Reward:
         """Build the reward of the run.
@@ -371,7 +385,12 @@ class Experiment:
         Raises:
             UserError: the run has no reward, or it cannot be built.
         """
-        return no_reward() if self.config.reward is None else self._prepared_reward(self.config.reward)
+        config = self.config.reward
+        if config is None:
+            return no_reward()
+        if self._postpones_reward:
+            return PostponedReward(lambda: self._prepared_reward(config))
+        return self._prepared_reward(config)
 
     def _prepared_reward(self, config: RewardConfig) -> Reward:
         """Build a reward, and give it what it needs beyond its settings."""
@@ -382,9 +401,11 @@ class Experiment:
             prepare(RewardContext(self._prepared_reward, self._real_samples, self._energy_of, allow_code))
         return reward
 
-    def _real_samples(self) -> tuple[Tensor, Condition]:
-        """The training samples as floats, with their classes if there are any."""
-        return decode(self.data.stored), Condition(self.data.classes)
+    def _real_samples(self, num: int) -> tuple[Tensor, Condition]:
+        """The first training samples as floats, with their classes if there are any, on the device."""
+        classes = self.data.classes
+        labels = None if classes is None else classes[:num].to(self.device)
+        return decode(self.data.stored[:num].to(self.device)), Condition(labels)
 
     def _energy_of(self, folder: str) -> Reward:
         """The energy of the best checkpoint of a run.
@@ -398,7 +419,7 @@ class Experiment:
         path = user_path(folder, "reward.run")
         require_target(path, "reward.run")
         run = RunDirectory(path)
-        loaded = load_run(run, read_config(run.read_config()), "best")
+        loaded = load_run(run, read_config(run.read_config()), "best", self.config.resources)
         energy = loaded.algorithm.energy
         if energy is None:
             raise UserError(f"reward.run is {path}, whose algorithm learns no energy: name a run of algorithm=dxmi.")
@@ -406,6 +427,11 @@ class Experiment:
             raise UserError(
                 f"reward.run is {path}, whose samples have shape {loaded.experiment.event}, but those of this run have "
                 f"{self.event}: name a run with the same data."
+            )
+        if energy.network.classes not in (0, self.config.network.denoiser.classes):
+            raise UserError(
+                f"reward.run is {path}, whose energy knows {energy.network.classes} classes, but "
+                f"network.denoiser.classes is {self.config.network.denoiser.classes}: make it {energy.network.classes}."
             )
         return energy.to(self.device).requires_grad_(False)
 
@@ -417,7 +443,11 @@ class Experiment:
         """
         if self.config.reward is not None:
             labels = torch.zeros(1, dtype=torch.int64) if self.config.network.denoiser.classes else None
-            self.build_reward()(torch.zeros(1, *self.event), Condition(labels))
+            reward = self.build_reward()
+            if self.config.algorithm.needs_gradient:
+                reward = differentiable(reward)
+            on_device = None if labels is None else labels.to(self.device)
+            reward(torch.zeros(1, *self.event, device=self.device), Condition(on_device))
 
     def build_scorer(self, evaluate: EvaluateConfig | None = None) -> Scorer:
         """Build the scorer of samples, with the evaluation settings of the run unless others are given.

@@ -230,13 +230,24 @@ class ExperimentConfig:
             keys.append(KL_KEY)
         for metric in self.evaluate.metrics or ():
             keys += metric.keys()
-        names = [key.name for key in keys]
+        self._check_constraint()
+        return with_primary(keys, primary)
+
+    def _check_constraint(self) -> None:
+        """Check that the score of the constraint is computed for every checkpoint.
+
+        Raises:
+            ValueError: it is not.
+        """
+        computed = [primary_key(self._distance_keys()), *([] if self.reward is None else [REWARD_KEY])]
+        for metric in self.evaluate.metrics or ():
+            computed += metric.keys()
+        names = [key.name for key in computed]
         if self.evaluate.constraint not in (None, *names):
             raise ValueError(
-                f"constraint is {self.evaluate.constraint!r}, which is not a score of this run: it must be one of "
-                f"{', '.join(names)}, or null"
+                f"constraint is {self.evaluate.constraint!r}, which is not a score of every checkpoint: it must be one "
+                f"of {', '.join(names)}, or null"
             )
-        return with_primary(keys, primary)
 
     def _distance_keys(self) -> list[ScoreKey]:
         """The keys of the scores that compare samples with the data."""

@@ -17,6 +17,7 @@ from dxmi.persistence.checkpoint import Checkpoint
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.tensors import require_finite_state
 from dxmi.training.build import Experiment, require_signature
+from dxmi.training.config import ResourcesConfig
 from dxmi.training.schema import StoredConfig, upgrade_tensors
 from dxmi.training.state import ALGORITHM
 
@@ -127,13 +128,17 @@ class LoadedRun:
         return Sampling(own.eval_policy, stream, own.guide, scale, step=self.step, reference=own.reference)
 
 
-def load_run(run: RunDirectory, stored: StoredConfig, which: str) -> LoadedRun:
-    """Load the `best` or the `last` checkpoint of a run.
+def load_run(
+    run: RunDirectory, stored: StoredConfig, which: str, resources: ResourcesConfig | None = None
+) -> LoadedRun:
+    """Load the `best` or the `last` checkpoint of a run. Its reward is built only when it is needed.
 
     Args:
         run: folder of the run.
         stored: config of the run, of the present or an earlier schema.
         which: `best` or `last`.
+        resources: resources with which it is loaded, without changing the number of threads; by default those of the
+            run, which then apply to this process.
 
     Raises:
         UserError: the run has no intact checkpoint, or its config was edited.
@@ -149,9 +154,11 @@ def load_run(run: RunDirectory, stored: StoredConfig, which: str) -> LoadedRun:
     # If the class counts were not recorded, they have to be computed from the data.
     recorded = "class_counts" in found.meta or config.network.denoiser.classes == 0
     event = tuple(found.meta["event"]) if recorded else None
-    experiment = Experiment(config, event=event, class_counts=found.meta.get("class_counts"))
-    experiment.use_threads()
-    experiment.choose_kernels()
+    config = config if resources is None else replace(config, resources=resources)
+    experiment = Experiment(config, event=event, class_counts=found.meta.get("class_counts"), postpones_reward=True)
+    if resources is None:
+        experiment.use_threads()
+        experiment.choose_kernels()
     algorithm = experiment.build_algorithm(experiment.build_denoiser())
     if not any(name.startswith("reference.") for name in found.groups[ALGORITHM]):
         algorithm.reference = None  # the run did not keep its pretrained policy, as with version 0.2

@@ -447,9 +447,10 @@ class Run:
             return True
         if self._score_before is None:
             self._score_before = scores[key]
+        margin = (factor - 1.0) * abs(self._score_before)
         if {known.name: known.direction for known in self.config.score_keys()}[key] == MAXIMIZE:
-            return scores[key] >= self._score_before / factor
-        return scores[key] <= self._score_before * factor
+            return scores[key] >= self._score_before - margin
+        return scores[key] <= self._score_before + margin
 
     def _sampling(self, stream: str, step: int) -> Sampling:
         own = self._algorithm

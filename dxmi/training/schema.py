@@ -74,17 +74,23 @@ def outdated(what: str, schema: int) -> str:
 
 def config_tree(config: ExperimentConfig) -> Tree:
     """The whole tree of a config, with the schema, as it is stored in files."""
-    return {KEY: SCHEMA, **to_tree(config)}
+    tree = to_tree(config)
+    del tree["resources"]["allow_code"]  # permission is given anew in each command, never by a file
+    return {KEY: SCHEMA, **tree}
 
 
 def read_config(tree: Mapping[str, Any]) -> StoredConfig:
     """Build the config from the tree in a file, of the present or an earlier schema.
+
+    Permission to execute code, `resources.allow_code`, is not read: a file of another person could give it.
 
     Raises:
         UserError: the schema is unknown, or a setting is invalid.
     """
     schema = schema_of(tree)
     own = {key: value for key, value in tree.items() if key != KEY}
+    if isinstance(own.get("resources"), Mapping):
+        own["resources"] = {key: value for key, value in own["resources"].items() if key != "allow_code"}
     config = build(ExperimentConfig, upgrade(own, schema))
     return StoredConfig(config, schema, config.signature if schema == SCHEMA else signature(identity_of_schema_1(own)))
 
