@@ -290,3 +290,13 @@ def test_the_twins_of_sac_start_and_stay_different():
     first, second = algorithm.value.first.state_dict(), algorithm.value.second.state_dict()
     same = [name for name, value in first.items() if torch.equal(value, second[name])]
     assert [name for name in same if name.endswith("weight")] == []
+
+
+def test_a_step_of_trpo_has_its_divergence_with_attention_and_groups_too():
+    """A U-Net whose attention and normalization have no forward mode."""
+    unet = {"kind": "unet", "channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": [4], "groups": 4}
+    networks = {"denoiser": {**unet, "dropout": 0.0}, "energy": NETWORK, "value": NETWORK}
+    settings = {"kind": "trpo", "max_kl": 0.01, "cg_iterations": 3}
+    algorithm, state = start(experiment("trpo", network=networks, train={"batch_size": 6}, algorithm=settings))
+    metrics = advance(algorithm, [state], range(1))
+    assert float(metrics["policy/kl"]) == pytest.approx(0.01, rel=0.01)

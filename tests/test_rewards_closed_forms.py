@@ -392,8 +392,11 @@ def fisher_matrix(x: Tensor) -> Tensor:
     return exact
 
 
-def test_fisher_products_are_those_of_the_closed_form():
+@pytest.mark.parametrize("uses_groups", [False, True])
+def test_fisher_products_are_those_of_the_closed_form(uses_groups):
+    """In forward mode, and as the gradient of a vector-Jacobian product."""
     algorithm = trpo()
+    algorithm._uses_groups = uses_groups
     x = trajectories(algorithm, 500)
     noise = algorithm.policy.noise(500, torch.Generator().manual_seed(0))
     trajectory = Trajectory(*(part.unsqueeze(0) for part in algorithm.policy.rollout(noise)))

@@ -11,8 +11,7 @@ KL(old || new) of a trajectory is at most max_kl nats. One `update` is one itera
     6. baseline: fit V(x_t, t) to r                if it is learned
 
 The Fisher matrix of Gaussian steps is a Gauss-Newton matrix: F v = E sum_t J' (J v) / sigma_t^2 for the means, plus
-2 D for the log sigmas. A product takes one Jacobian-vector and one vector-Jacobian product; F is never built, and no
-gradient is differentiated.
+2 D for the log sigmas. A product takes one Jacobian-vector and one vector-Jacobian product, and F is never built.
 
 Logged metrics (means over the batch):
 
@@ -34,7 +33,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -48,7 +47,7 @@ from dxmi.diffusion.trajectory import GaussianStep
 from dxmi.distributed import mean_over
 from dxmi.optim.config import PolicyOptimizerConfig
 from dxmi.rewards.base import rewards_of
-from dxmi.tensors import batch_rows, chunks
+from dxmi.tensors import batch_rows, chunks, per_sample
 
 TOLERANCE = 0.01
 """Relative excess of the measured divergence over max_kl that is accepted."""
@@ -74,6 +73,7 @@ class Trpo(RewardGradient):
         if not config.train_sigmas:
             optimizer = parts.optimizer(self._policy_settings(config), (self.policy.network.parameters(), 0.0))
             self.optimizers = {**self.optimizers, "policy": optimizer}
+        self._uses_groups = any(isinstance(module, nn.GroupNorm) for module in self.policy.modules())
         names = {id(parameter): name for name, parameter in self.policy.named_parameters()}
         self._names = [names[id(parameter)] for parameter in self.optimizers["policy"].parameters]
 
@@ -195,11 +195,10 @@ class Trpo(RewardGradient):
                 step = functional_call(self.policy, named, (x, t, condition))
                 return step.mean, step.sigma.log()
 
-            with _FORWARD_MODE, sdpa_kernel(SDPBackend.MATH):  # other kernels of attention lack forward mode
-                (mean, log_sigma), tangents = torch.func.jvp(gaussian, parameters, direction)  # type: ignore[misc]
-            _, pull = torch.func.vjp(gaussian, *parameters)  # type: ignore[misc]
-            precision = (-2.0 * log_sigma).exp().view(-1, *[1] * (mean.dim() - 1))
-            dims = mean[0].numel()
+            (_, log_sigma), pull = torch.func.vjp(gaussian, *parameters)  # type: ignore[misc]
+            tangents = self._tangents(gaussian, parameters, direction)
+            precision = per_sample((-2.0 * log_sigma).exp(), x)
+            dims = x[0].numel()
             return pull((weight * precision * tangents[0], weight * 2.0 * dims * tangents[1]))  # type: ignore[no-any-return]
 
         total: list[Tensor] = []
@@ -207,6 +206,28 @@ class Trpo(RewardGradient):
             part = self.seeds.map(product, direction, *batch_rows((actions.x, actions.t, actions.condition), rows))
             total = [a + b for a, b in zip(total, part, strict=True)] if total else list(part)
         return _flat(self._workers.sum(total))
+
+    def _tangents(
+        self,
+        function: Callable[..., tuple[Tensor, Tensor]],
+        parameters: tuple[Tensor, ...],
+        direction: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor]:
+        """The Jacobian-vector product of a function of the parameters with a direction.
+
+        PyTorch's forward mode does not support the normalization of groups in every memory format, so for U-Nets the
+        product is the gradient of a vector-Jacobian product, which is linear in its vector.
+        """
+        if not self._uses_groups:
+            with _FORWARD_MODE:
+                return torch.func.jvp(function, parameters, direction)[1]  # type: ignore[no-any-return]
+
+        def pulled(vectors: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+            return torch.func.vjp(function, *parameters)[1](vectors)  # type: ignore[no-any-return]
+
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # other kernels of attention cannot be derived twice
+            zeros = tuple(torch.zeros_like(output) for output in function(*parameters))
+            return torch.func.vjp(pulled, zeros)[1](direction)[0]  # type: ignore[no-any-return]
 
 
 def conjugate_gradients(
