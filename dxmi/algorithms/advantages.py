@@ -49,13 +49,12 @@ class Advantages(nn.Module):
             group: Group of each sample, [K, B].
             seeds: Seeds of the module that owns these advantages.
         """
-        mean, spread = (self._recorded if self.config.buffer else self._of_batch)(reward, group, seeds)
+        mean, spread = self._recorded(reward, group, seeds) if self.config.buffer else self._of_batch(reward, group)
         baseline = torch.zeros_like(reward) if mean is None else mean.expand_as(reward)
         return baseline, torch.ones_like(reward) if spread is None else (spread + EPSILON).expand_as(reward)
 
-    def _of_batch(self, reward: Tensor, group: Tensor, seeds: Seeds) -> tuple[Tensor | None, Tensor | None]:
+    def _of_batch(self, reward: Tensor, group: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Baseline and spread of every sample from the batch itself; None for what is not used."""
-        del seeds
         config, mean = self.config, None
         number, center, deviation = group_moments(reward, group, self.num_groups)
         if config.baseline == "mean":

@@ -43,16 +43,14 @@ class Dpok(RatioAlgorithm):
 
     def losses(self, actions: Actions, experience: Experience) -> Mapping[str, Tensor]:
         """The surrogate with the limited ratio of each action, and statistics of the ratio, [b] each."""
-        clip, num_actions = self.config.clip, self.num_actions
+        clip = self.config.clip
         x, x_next, t, condition = actions
         old, reference, advantage = experience
         step = self.policy(x, t, condition)
         ratio = (step.log_prob(x_next) - old.log_prob(x_next)).exp()
-        loss = -num_actions * advantage * ratio.clamp(1.0 - clip, 1.0 + clip)
-        if reference is not None:
-            loss = loss + num_actions * self.config.kl_coef * step.kl(reference)
+        surrogate = -advantage * ratio.clamp(1.0 - clip, 1.0 + clip)
         outside = ((ratio - 1.0).abs() > clip).float()
-        return {"loss": loss - self.entropy_coef * step.sigma.log(), "ratio": ratio, "clipped": outside}
+        return {"loss": self.action_loss(surrogate, step, reference), "ratio": ratio, "clipped": outside}
 
     def _later_kl(self, kl: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
         """Zero: the effect of an action on later divergences is not part of its advantage."""

@@ -41,7 +41,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dxmi.algorithms.base import DEVICE, HOST, Metrics, Parts
+from dxmi.algorithms.base import DEVICE, HOST, Metrics
 from dxmi.algorithms.configs import PpoConfig, RatioConfig
 from dxmi.algorithms.losses import clipped_surrogate
 from dxmi.algorithms.policy_gradient import Actions
@@ -78,9 +78,6 @@ class RatioAlgorithm(RewardGradient):
 
     streams: ClassVar[Mapping[str, str]] = {"noise": DEVICE, "states": HOST}
     config: RatioConfig
-
-    def __init__(self, config: RatioConfig, parts: Parts) -> None:
-        super().__init__(config, parts)
 
     def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
         """Perform one iteration; returns the metrics listed in the module's docstring."""
@@ -160,9 +157,6 @@ class Ppo(RatioAlgorithm):
     panels: ClassVar[Sequence[str]] = ("policy/clipped_high", "policy/clipped_low", *RatioAlgorithm.panels)
     config: PpoConfig
 
-    def __init__(self, config: PpoConfig, parts: Parts) -> None:
-        super().__init__(config, parts)
-
     def optimize(
         self, trajectory: Trajectory, experience: Experience, minibatches: Iterator[Tensor], batch: Batch
     ) -> Metrics:
@@ -201,7 +195,7 @@ class Ppo(RatioAlgorithm):
 
     def losses(self, actions: Actions, experience: Experience) -> Mapping[str, Tensor]:
         """The clipped surrogate of each action, and statistics of its ratio, [b] each."""
-        config, num_actions = self.config, self.num_actions
+        config = self.config
         x, x_next, t, condition = actions
         old, reference, advantage = experience
         step = self.policy(x, t, condition)
@@ -209,13 +203,10 @@ class Ppo(RatioAlgorithm):
         if config.log_ratio == "mean":
             log_ratio = log_ratio / x_next[0].numel()
         ratio = log_ratio.exp()
-        # The mean over rows averages over the steps, but the policy gradient is a sum over them.
-        surrogate = num_actions * clipped_surrogate(ratio, advantage, config.clip, config.dual_clip)
-        if reference is not None:
-            surrogate = surrogate + num_actions * config.kl_coef * step.kl(reference)
+        surrogate = clipped_surrogate(ratio, advantage, config.clip, config.dual_clip)
         return {
-            "loss": surrogate - self.entropy_coef * step.sigma.log(),
-            "kl": num_actions * old.kl(step),
+            "loss": self.action_loss(surrogate, step, reference),
+            "kl": self.num_actions * old.kl(step),
             "ratio": ratio,
             "offset_square": (ratio - 1.0).square(),  # without the cancellation of rho^2 - 1
             "clipped_high": ((ratio > 1.0 + config.clip) & (advantage > 0.0)).float(),

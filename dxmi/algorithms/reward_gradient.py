@@ -120,6 +120,16 @@ class RewardGradient(PolicyGradient):
         num = self.num_actions
         return GaussianStep(trajectory.mean[:, :num].flatten(1, 2), trajectory.sigma[:, :num].flatten(1))
 
+    def action_loss(self, surrogate: Tensor, step: GaussianStep, reference: GaussianStep | None) -> Tensor:
+        """The loss of each action of one seed, [b]: its surrogate, the penalty of the KL divergence, and the entropy.
+
+        The mean over rows averages over the steps, but the policy gradient is a sum over them; hence T'.
+        """
+        loss = self.num_actions * surrogate
+        if reference is not None:
+            loss = loss + self.num_actions * self.config.kl_coef * step.kl(reference)
+        return loss - self.entropy_coef * step.sigma.log()
+
     def fit_baseline(self, actions: Actions, reward: Tensor, num: int) -> Metrics:
         """Fit a learned baseline to the rewards of the trajectories [K, b]; the metrics are empty without one."""
         if self.baseline is None:

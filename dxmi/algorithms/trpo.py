@@ -145,10 +145,7 @@ class Trpo(RewardGradient):
         old, reference, advantage = experience
         step = self.policy(x, t, condition)
         ratio = (step.log_prob(x_next) - old.log_prob(x_next)).exp()
-        loss = -self.num_actions * advantage * ratio
-        if reference is not None:
-            loss = loss + self.num_actions * self.config.kl_coef * step.kl(reference)
-        return {"loss": loss - self.entropy_coef * step.sigma.log(), "kl": self.num_actions * old.kl(step)}
+        return {"loss": self.action_loss(-advantage * ratio, step, reference), "kl": self.num_actions * old.kl(step)}
 
     @torch.no_grad()
     def _means(self, actions: Actions, experience: Experience, num: int) -> dict[str, Tensor]:

@@ -73,10 +73,8 @@ class TrpoPenalty(RatioAlgorithm):
         old, reference, advantage = experience
         step = self.policy(x, t, condition)
         ratio = (step.log_prob(x_next) - old.log_prob(x_next)).exp()
-        loss = self.num_actions * (self.penalty * old.kl(step) - advantage * ratio)
-        if reference is not None:
-            loss = loss + self.num_actions * self.config.kl_coef * step.kl(reference)
-        return {"loss": loss - self.entropy_coef * step.sigma.log(), "ratio": ratio}
+        surrogate = self.penalty * old.kl(step) - advantage * ratio
+        return {"loss": self.action_loss(surrogate, step, reference), "ratio": ratio}
 
     @torch.no_grad()
     def _divergence(self, trajectory: Trajectory, experience: Experience, batch: Batch) -> Tensor:

@@ -21,7 +21,7 @@ from dxmi.evaluation.config import PICTURES, REPORT, SCORING_VERSION, SELECTION
 from dxmi.evaluation.sampling import Sampling, generate, generate_states, stream_of
 from dxmi.evaluation.scored_references import DATA, data_label, highlights, scored_references
 from dxmi.evaluation.scorers import Scores
-from dxmi.metrics.keys import MAXIMIZE, is_better, mean_scores
+from dxmi.metrics.keys import is_better, mean_scores, sign_of
 from dxmi.networks.base import Denoiser
 from dxmi.persistence import checkpoint
 from dxmi.persistence.checkpoint import Checkpoint, DamagedCheckpointError
@@ -447,15 +447,14 @@ class Run:
             return True
         if self._score_before is None:
             self._score_before = scores[key]
-        margin = (factor - 1.0) * abs(self._score_before)
-        if {known.name: known.direction for known in self.config.score_keys()}[key] == MAXIMIZE:
-            return scores[key] >= self._score_before - margin
-        return scores[key] <= self._score_before + margin
+        direction = next(known.direction for known in self.config.score_keys() if known.name == key)
+        worse_by = sign_of(direction) * (scores[key] - self._score_before)
+        return worse_by <= (factor - 1.0) * abs(self._score_before)
 
     def _sampling(self, stream: str, step: int) -> Sampling:
         own = self._algorithm
-        sampling = Sampling(own.eval_policy, stream, own.guide, own.guidance, on_step=self.reporter.listen, step=step)
-        return replace(sampling, reference=own.reference)
+        policy, listen = own.eval_policy, self.reporter.listen
+        return Sampling(policy, stream, own.guide, own.guidance, on_step=listen, step=step, reference=own.reference)
 
     def _picture_sampling(self, step: int = 0) -> Sampling:
         """The sampling for pictures, which only rank 0 draws."""
