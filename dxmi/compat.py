@@ -3,6 +3,8 @@
 import contextlib
 import importlib
 import importlib.util
+import sys
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,28 @@ def spare_dynamo() -> None:
         method = getattr(getattr(torch.optim.Optimizer, name, None), "__wrapped__", None)
         if method is not None and not hasattr(method, "__dynamo_disable"):
             setattr(method, "__dynamo_disable", method)  # where PyTorch caches the method with Dynamo disabled
+
+
+_VARIANTS = 64
+"""Number of compiled versions of one function: a network is called with several batch sizes, with and without
+gradients, and belongs to the policy, to its moving average or to the pretrained model."""
+
+
+def allow_recompilation() -> None:
+    """Let TorchDynamo compile a function as often as a run needs; by default it gives up after eight times."""
+    dynamo = importlib.import_module("torch._dynamo")
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _VARIANTS)
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Return a context in which compiled functions are executed as they are written.
+
+    For inputs of an unusual shape, whose compilation would take longer than it saves.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 def package_folder(name: str) -> Path:

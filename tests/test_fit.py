@@ -27,8 +27,7 @@ class Regression(Algorithm):
         self.mean = nn.Parameter(torch.full((2,), float(seed)))
         self.optimizers = {"mean": Optimizer(OptimizerConfig(lr=0.1), [([self.mean], 0.1)], TOTAL)}
 
-    def update(self, batch: Batch, iteration: int, streams: Streams) -> dict[str, Tensor]:
-        self.schedule(iteration)
+    def iterate(self, batch: Batch, iteration: int, streams: Streams) -> dict[str, Tensor]:
         noise = streams.normal("noise", tuple(batch.x.shape[1:]))
 
         def loss(x: Tensor, noise: Tensor) -> dict[str, Tensor]:

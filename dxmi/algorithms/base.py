@@ -7,7 +7,7 @@ processes or micro-batches.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -49,7 +49,7 @@ class Parts:
         reward: Creates the reward of the run.
         workers: Processes that share each batch.
         accumulate: Number of micro-batches into which each process divides its rows.
-        graphed: Whether to record the rollout as a CUDA graph.
+        graphed: Whether to record the rollout as a CUDA graph, because the whole iteration is not recorded.
     """
 
     policy: Policy
@@ -80,22 +80,42 @@ class Algorithm(nn.Module, ABC):
     streams: ClassVar[Mapping[str, str]] = {"noise": DEVICE}
     unmapped: ClassVar[Sequence[str]] = ()
     """Names of the submodules that no function mapped over the seeds reads."""
+    is_recordable: ClassVar[bool] = False
+    """Whether no step of `iterate` needs the host; see `can_be_recorded`."""
     seeds: Seeds = SINGLE_SEED
     optimizers: Mapping[str, Optimizer]
     averages: Sequence[MovingAverage] = ()
 
-    @abstractmethod
     def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
-        """Perform one iteration.
+        """Set the learning rates and decays of `iteration`, and perform it; see `iterate`."""
+        self.schedule(iteration)
+        return self.iterate(batch, iteration, streams)
+
+    @abstractmethod
+    def iterate(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
+        """Perform one iteration with the present learning rates and decays.
 
         Args:
             batch: This process's part of the batch, with a leading seed axis.
-            iteration: Number of the iteration, from 0; determines learning rates and decays.
+            iteration: Number of the iteration, from 0.
             streams: The random streams named in `self.streams`.
 
         Returns:
             The metrics listed in the module's docstring, each [K], on the device.
         """
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether `iterate` can be recorded as a CUDA graph.
+
+        If it can, `iterate` transfers no values from the device to the host, draws all its random numbers from
+        `streams`, and depends on its `iteration` only through `variant`.
+        """
+        return self.is_recordable and all(optimizer.can_be_recorded for optimizer in self.optimizers.values())
+
+    def variant(self, iteration: int) -> Hashable:  # noqa: ARG002
+        """What distinguishes the computations of `iterate` at different iterations; each value is recorded once."""
+        return None
 
     def schedule(self, iteration: int) -> None:
         """Set the learning rates and decays of `iteration`; `update` calls this first."""
@@ -164,6 +184,13 @@ class PolicyAlgorithm(Algorithm):
             self.averages = [MovingAverage.between(self.policy, self.ema_policy, policy_ema)]
         self._workers = parts.workers
         self._rollout = GraphedRollout(self.policy) if parts.graphed else self.policy.rollout
+
+    @classmethod
+    def stacked(cls, members: Sequence[Self]) -> Self:
+        """Combine several seeds, see `Algorithm.stacked`; a rollout of all of them is not recorded on its own."""
+        stack = super().stacked(members)
+        stack._rollout = stack.policy.rollout
+        return stack
 
     def policy_optimizer(self, settings: PolicyOptimizerConfig, parts: Parts) -> Optimizer:
         """Create the optimizer of the denoiser and the free log sigmas."""

@@ -44,6 +44,7 @@ class DDPM(Algorithm):
     """
 
     unmapped: ClassVar[Sequence[str]] = ("average",)
+    is_recordable: ClassVar[bool] = True
     timestep: Tensor
     signal_scale: Tensor
     noise_scale: Tensor
@@ -69,9 +70,8 @@ class DDPM(Algorithm):
         for name in ("timestep", "signal_scale", "noise_scale", "data_target", "noise_target"):
             self.register_buffer(name, torch.from_numpy(getattr(process, name)).float(), persistent=False)
 
-    def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
+    def iterate(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:  # noqa: ARG002
         """Perform one optimizer step; returns the metrics listed in the module's docstring."""
-        self.schedule(iteration)
         share = batch.share
         assert batch.x is not None
         num, event = share.num, tuple(batch.x.shape[2:])

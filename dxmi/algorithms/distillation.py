@@ -50,6 +50,7 @@ class Distillation(Algorithm):
     """
 
     unmapped: ClassVar[Sequence[str]] = ("average",)
+    is_recordable: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -67,9 +68,8 @@ class Distillation(Algorithm):
         self.optimizers = {"network": Optimizer(config.optimizer, groups, config.iterations, workers, accumulate)}
         self._teacher = (teacher,)  # in a tuple, so that it is not part of this module's state
 
-    def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
+    def iterate(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:  # noqa: ARG002
         """Perform one optimizer step; returns the metrics listed in the module's docstring."""
-        self.schedule(iteration)
         share = batch.share
         noise = share.of(streams.normal("noise", (share.num, *self.student.event)), dim=1)
         result = self.optimizers["network"].minimize(self._loss, noise, batch.condition, num=share.num)

@@ -55,9 +55,8 @@ class Draft(PolicyAlgorithm):
         self.keep_reference()
         self.optimizers = {"policy": self.policy_optimizer(config.policy, parts)}
 
-    def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
+    def iterate(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
         """Perform one iteration; returns the metrics listed in the module's docstring."""
-        self.schedule(iteration)
         share, policy = batch.share, self.policy
         noise = share.of(streams.draw("noise", lambda own: policy.noise(share.num, own)), dim=2).transpose(1, 2)
         latents = None

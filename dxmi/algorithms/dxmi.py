@@ -58,6 +58,7 @@ class DxMI(PolicyAlgorithm):
     """
 
     streams: ClassVar[Mapping[str, str]] = {"noise": DEVICE, "states": HOST}
+    is_recordable: ClassVar[bool] = True
     panels: ClassVar[Sequence[str]] = (
         *("energy/data_mean", "energy/sample_mean"),
         *("value/td_error", "policy/entropy", "policy/grad_norm"),
@@ -132,13 +133,16 @@ class DxMI(PolicyAlgorithm):
     # ------------------------------------------------------------------------
     # One iteration: Algorithm 1.
 
-    def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
+    def variant(self, iteration: int) -> bool:
+        """Whether the policy is updated in this iteration."""
+        return iteration >= self.config.policy_start
+
+    def iterate(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
         """Perform one DxMI iteration; returns the metrics listed in the module's docstring."""
         config, num_steps = self.config, self.policy.num_steps
-        self.schedule(iteration)
         draws = [
             draw
-            for _ in range(config.policy_updates if iteration >= config.policy_start else 0)
+            for _ in range(config.policy_updates if self.variant(iteration) else 0)
             for draw in draw_states(streams, "states", num_steps, batch.share.num, every=config.all_states)
         ]
 
@@ -163,7 +167,7 @@ class DxMI(PolicyAlgorithm):
 
         # 5. Policy: new reparameterized steps from stored states.
         for drawn in draws:
-            states = StoredStates.gather(trajectory, batch.condition, drawn, batch.share)
+            states = StoredStates.gather(trajectory, batch.condition, drawn, batch.share, on_host=not streams.fixed)
             metrics |= self.update_policy(states, streams)
         metrics["policy/entropy"] = self.mean_log_sigma()
 

@@ -79,9 +79,8 @@ class RatioAlgorithm(RewardGradient):
     streams: ClassVar[Mapping[str, str]] = {"noise": DEVICE, "states": HOST}
     config: RatioConfig
 
-    def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
+    def iterate(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
         """Perform one iteration; returns the metrics listed in the module's docstring."""
-        self.schedule(iteration)
         drawn = [self._draw(batch, streams) for _ in range(self.config.epochs)]
         trajectory = self.rollout(batch, streams)
         reward = rewards_of(self.reward, trajectory.x[:, -1], batch.condition, iteration, self._workers)

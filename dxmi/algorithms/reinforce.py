@@ -34,9 +34,8 @@ class Reinforce(RewardGradient):
 
     panels: ClassVar[Sequence[str]] = (*RewardGradient.panels, "value/error")
 
-    def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
+    def iterate(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
         """Perform one iteration; returns the metrics listed in the module's docstring."""
-        self.schedule(iteration)
         trajectory = self.rollout(batch, streams)
         reward = rewards_of(self.reward, trajectory.x[:, -1], batch.condition, iteration, self._workers)
         actions, num = self.actions(trajectory, batch.condition), self.num_rows(batch)

@@ -105,10 +105,9 @@ class Sac(PolicyAlgorithm):
             "energy": parts.optimizer(config.energy, (self.value.energy_parameters(), config.energy.lr)),
         }
 
-    def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
+    def iterate(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
         """Perform one iteration; returns the metrics listed in the module's docstring."""
         config, num_steps = self.config, self.policy.num_steps
-        self.schedule(iteration)
         draws = [
             draw_states(streams, "states", num_steps, batch.share.num, every=False)[0]
             for _ in range(config.policy_updates)

@@ -73,10 +73,9 @@ class SftPg(PolicyGradient):
         """The critic f."""
         return self.value.energy
 
-    def update(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:
+    def iterate(self, batch: Batch, iteration: int, streams: Streams) -> Metrics:  # noqa: ARG002
         """Perform one iteration; returns the metrics listed in the module's docstring."""
         config = self.config
-        self.schedule(iteration)
         draws = [
             draw
             for _ in range(config.policy_updates)

@@ -41,8 +41,12 @@ def draw_minibatches(streams: Streams, name: str, total: int, size: int) -> tupl
     Returns:
         Minibatches [K, size].
     """
-    shuffled = streams.draw(name, lambda own: torch.randperm(total, generator=own))
-    return tuple(drawn.sort(dim=1).values for drawn in torch.split(shuffled, size, dim=1))
+
+    def sample(own: torch.Generator) -> Tensor:
+        shuffled = torch.randperm(total, generator=own)
+        return torch.cat([part.sort().values for part in torch.split(shuffled, size)])
+
+    return torch.split(streams.draw(name, sample), size, dim=1)
 
 
 @dataclass(frozen=True)
@@ -70,16 +74,25 @@ class StoredStates:
 
     @classmethod
     def gather(
-        cls, trajectory: Trajectory, condition: Condition, drawn: Tensor, share: Share, *, with_next: bool = False
+        cls,
+        trajectory: Trajectory,
+        condition: Condition,
+        drawn: Tensor,
+        share: Share,
+        *,
+        with_next: bool = False,
+        on_host: bool = True,
     ) -> "StoredStates":
         """Gather the states chosen by `draw_states`.
 
         Args:
             trajectory: Trajectories of this process, x [K, T+1, b, *event].
             condition: Condition of each trajectory, [K, b, ...].
-            drawn: Indices into the T x B states of all processes, [K, B], on the host.
+            drawn: Indices into the T x B states of all processes, [K, B].
             share: This process's part of the trajectories.
             with_next: Whether to gather the next states as well; otherwise `x_next` is empty.
+            on_host: Whether `drawn` is on the host, where the states of each step are counted. Otherwise, each state
+                may be at any step, and there must be a single process.
         """
         x, device = trajectory.x, trajectory.x.device
         t, row, own = drawn // share.num, drawn % share.num - share.start, None
@@ -95,7 +108,7 @@ class StoredStates:
             t=t.to(device, non_blocking=True),
             condition=Condition(*(None if c is None else select_rows(c, row) for c in condition)),
             num=drawn.shape[1],
-            _t_host=t,
+            _t_host=t if on_host else _any_steps(x.shape[1] - 1, drawn.shape[1]),
             _own=None if own is None else own.to(device, non_blocking=True),
             _last=x.shape[1] - 2,
         )
@@ -130,6 +143,11 @@ class StoredStates:
     def _steps_left(self, rows: slice) -> Tensor:
         """The number of steps from each state to T, in descending order, [K, b]."""
         return self._last + 1 - self._t_host[:, rows]
+
+
+def _any_steps(num_steps: int, num: int) -> Tensor:
+    """The least and the greatest step at which each of `num` states may be, [2, num]."""
+    return torch.tensor([0, num_steps - 1])[:, None].expand(-1, num)
 
 
 def select_rows(x: Tensor, index: Tensor) -> Tensor:

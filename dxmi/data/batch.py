@@ -5,7 +5,7 @@ seed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,10 @@ class Streams:
     Args:
         generators: Generators by name, one mapping per seed.
     """
+
+    fixed: ClassVar[bool] = False
+    """Whether drawn tensors are on the device and are overwritten in place between iterations, so that the operations
+    of an iteration must not depend on their values."""
 
     def __init__(self, generators: Sequence[Mapping[str, torch.Generator]]) -> None:
         self._generators = generators

@@ -1,4 +1,7 @@
-"""A rollout recorded as a CUDA graph: one launch from the host instead of several hundred."""
+"""Computations recorded as CUDA graphs: one launch from the host instead of several hundred."""
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,8 +11,33 @@ from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.trajectory import Trajectory
 from dxmi.tensors import map_tensors, tensors_of
 
-_WARM_UP = 3
-"""Number of rollouts before the recording; libraries choose their algorithms and allocate workspaces in them."""
+Result = TypeVar("Result")
+WARM_UP = 3
+"""Number of executions before a recording; libraries choose their algorithms and allocate workspaces in them."""
+
+
+def on_side_stream(function: Callable[[], Result], device: torch.device) -> Result:
+    """Call `function` on a stream of its own, as is required before it is recorded."""
+    side, present = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
+    side.wait_stream(present)
+    with torch.cuda.stream(side):
+        result = function()
+    present.wait_stream(side)
+    return result
+
+
+def record(function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Record the kernels of `function`, which are not executed.
+
+    Another thread may use the device meanwhile, as the one that reads batches in advance.
+
+    Returns:
+        The graph, and the tensors to which each of its replays writes the results.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = function()
+    return graph, result
 
 
 class GraphedRollout:
@@ -43,17 +71,10 @@ class GraphedRollout:
         return self._trajectory
 
     def _record(self, inputs: tuple[Tensor, Condition, Tensor | None]) -> None:
-        self._inputs = noise, condition, latents = map_tensors(torch.clone, inputs)
-        device = noise.device
-        stream, present = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(present)
-        with torch.cuda.stream(stream):  # recording must not be the first use of a kernel
-            for _ in range(_WARM_UP):
-                self._policy.rollout(noise, condition, latents)
-        present.wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._trajectory = self._policy.rollout(noise, condition, latents)
+        self._inputs = kept = map_tensors(torch.clone, inputs)
+        for _ in range(WARM_UP):
+            on_side_stream(lambda: self._policy.rollout(*kept), kept[0].device)
+        self._graph, self._trajectory = record(lambda: self._policy.rollout(*kept))
 
 
 def _shapes(inputs: object) -> list[object]:

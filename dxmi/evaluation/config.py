@@ -19,6 +19,7 @@ FULL_STEPS = (50, 250)
 SCORING_VERSION = 2
 """Increased whenever a change of the code changes a score, so that cached references are scored again."""
 RESULTS = ("best", "last")
+PRECISIONS = ("float32", "bfloat16")
 CLASSIFIER, INCEPTION = FEATURES = ("classifier", "inception")
 _MIN_SUBSET, _SEEDS = 2, 2**32
 MIN_SAMPLES = 4
@@ -36,6 +37,8 @@ class EvaluateConfig:
     """Number of samples of each score: during training, of the references and in the final report."""
     batch_size: int = 1_000
     """Number of samples generated at once."""
+    precision: str = "float32"
+    """Precision of the networks in sampling, float32 or bfloat16; scores are computed in float32."""
     seed: int = 0
     """Seed of the noise, together with the seed of the run: runs that share both are compared on the same noise."""
     kid_subsets: int = 20
@@ -83,6 +86,7 @@ class EvaluateConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         require_choice("result", self.result, RESULTS)
+        require_choice("precision", self.precision, PRECISIONS)
         if not 1.0 <= self.constraint_factor < math.inf:
             raise ValueError(f"constraint_factor is {self.constraint_factor}: it must be at least 1")
         if self.constraint is not None and self.result == "last":

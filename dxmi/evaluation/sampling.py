@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dxmi.compat import uncompiled
 from dxmi.data.batch import UNCONDITIONAL, Condition
 from dxmi.diffusion.policy import Guide, Policy
 from dxmi.distributed import SINGLE_PROCESS, ProcessGroup
@@ -42,6 +43,7 @@ class Sampling:
         step: iteration of the policy.
         source: name of the policy in the message about samples that are not finite; by default its iteration.
         reference: the pretrained policy, if the divergence from it is a score; None otherwise.
+        precision: precision of the networks, float32 or bfloat16; the states are float32.
     """
 
     policy: Policy
@@ -54,6 +56,7 @@ class Sampling:
     step: int = 0
     source: str = ""
     reference: Policy | None = None
+    precision: str = "float32"
 
     @property
     def bound(self) -> float:
@@ -64,10 +67,20 @@ class Sampling:
         self, num: int, noise: torch.Generator, first: int | None = None, condition: Condition | None = None
     ) -> Iterator[Tensor]:
         """Yield the states of `Policy.sample_states`, and call `on_step` after each."""
-        for x in self.policy.sample_states(num, noise, self.guide, self.guidance, condition, first):
+        states = self.policy.sample_states(num, noise, self.guide, self.guidance, condition, first)
+        with self._cast():
+            x = next(states, None)
+        while x is not None:
             yield x
             if self.on_step is not None:
                 self.on_step()
+            with self._cast():
+                x = next(states, None)
+
+    def _cast(self) -> torch.autocast:
+        """The autocast context of a step."""
+        device = self.policy.timestep.device.type
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def sample(self, num: int, noise: torch.Generator, first: int | None = None) -> Tensor:
         """Draw samples, the last of `states`: [num, *event]."""
@@ -189,7 +202,8 @@ def preview(sampling: Sampling, num: int, config: EvaluateConfig) -> Tensor:
     blocks = []
     for start, noise in _batches(sampling, num, config):
         first = min(config.batch_size, num - start)
-        x = sampling.sample(config.batch_size, noise, first)
+        with uncompiled():
+            x = sampling.sample(config.batch_size, noise, first)
         sampling.require_finite(sampling.bad(x), first)
         blocks.append(encode(x))
     return torch.cat(blocks)

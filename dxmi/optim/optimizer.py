@@ -82,7 +82,13 @@ class Optimizer:
             )
         else:
             family = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
-            self.torch = family(param_groups, betas=betas, weight_decay=config.weight_decay, fused=True)
+            self.torch = family(
+                param_groups,
+                betas=betas,
+                weight_decay=config.weight_decay,
+                fused=True,
+                capturable=self._is_on_gpu,  # otherwise PyTorch refuses to record a step as a CUDA graph
+            )
         self._step = inspect.unwrap(type(self.torch).step)  # its wrapper would import TorchDynamo, see `spare_dynamo`
 
     def _rate_tensor(self, rate: float) -> Tensor:
@@ -90,11 +96,18 @@ class Optimizer:
 
         It is float64 on the host, which is exact, except for fused kernels on a GPU, which need float32 on the device.
         """
-        device = self.parameters[0].device if self.parameters else torch.device("cpu")
-        on_device = device.type == "cuda" and self.config.kind != "radam"
-        return torch.tensor(
-            rate, dtype=torch.float32 if on_device else torch.float64, device=device if on_device else "cpu"
-        )
+        if self._is_on_gpu and self.config.kind != "radam":
+            return torch.tensor(rate, dtype=torch.float32, device=self.parameters[0].device)
+        return torch.tensor(rate, dtype=torch.float64)
+
+    @property
+    def _is_on_gpu(self) -> bool:
+        return bool(self.parameters) and self.parameters[0].device.type == "cuda"
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether a step can be recorded as a CUDA graph; RAdam's learning rates are on the host."""
+        return self.config.kind != "radam"
 
     def schedule(self, iteration: int) -> None:
         """Set the learning rates of `iteration`."""

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dxmi.algorithms.base import DEVICE, HOST, Algorithm, Parts, PolicyAlgorithm
 from dxmi.algorithms.ddpm import DDPM
 from dxmi.algorithms.distillation import Distillation
 from dxmi.algorithms.registry import ALGORITHMS
+from dxmi.compat import allow_recompilation
 from dxmi.config import RESULT, block_delta, delta, differences, signature, to_tree
 from dxmi.data.batch import Condition
 from dxmi.data.dataset import BatchStream, Dataset
@@ -211,7 +212,9 @@ class Experiment:
     def build_denoiser(self) -> Denoiser:
         """Build an untrained denoiser on the device."""
         config = self.config.network.denoiser
-        return build_denoiser(config, self.event, self._weights("denoiser", "pretrain")).to(self.device)
+        network = build_denoiser(config, self.event, self._weights("denoiser", "pretrain")).to(self.device)
+        self._compile(network)
+        return network
 
     @cached_property
     def public_weights(self) -> PublicWeights:
@@ -366,8 +369,12 @@ class Experiment:
             reward=self.build_reward,
             workers=self.workers,
             accumulate=config.resources.accumulate,
-            graphed=self._graphed(),
+            graphed=self._graphed() and not self._records_finetuning(),
         )
+
+    def _records_finetuning(self) -> bool:
+        """Whether the iterations of the fine-tuning can be recorded as a whole, as far as its class tells."""
+        return self.workers.size == 1 and bool(ALGORITHMS.implementation(self.config.algorithm.kind).is_recordable)
 
     def _factory(self, name: str, build: Callable[[torch.Generator], Network]) -> Callable[[], Network]:
         """A factory of networks on the device; each call creates one with other initial weights."""
@@ -498,19 +505,24 @@ class Experiment:
             for name, where in algorithm.streams.items()
         }
 
+    def records(self, algorithm: Algorithm) -> bool:
+        """Whether the iterations of an algorithm are recorded as CUDA graphs; those of several workers are not."""
+        return self._graphed() and self.workers.size == 1 and algorithm.can_be_recorded
+
     def _graphed(self) -> bool:
         graphed = self.config.resources.cuda_graphs
         if graphed and self.device.type != "cuda":
             raise UserError("resources.cuda_graphs is true, but the run is on the CPU: leave it out.")
         return graphed
 
-    def _compile(self, algorithm: Algorithm) -> None:
-        """Compile the networks of an algorithm if `resources.compile` is set; its other computations are cheap."""
+    def _compile(self, root: nn.Module) -> None:
+        """Compile the networks in a module if `resources.compile` is set; its other computations are cheap."""
         if self.config.resources.compile:
             # One folder per instruction set: PyTorch caches precompiled headers, and fails with those of another one.
             folder = cache_root() / "compiled" / torch.backends.cpu.get_cpu_capability()
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-            for module in algorithm.modules():
+            allow_recompilation()
+            for module in root.modules():
                 if isinstance(module, Denoiser | Critic | TimedCritic):
                     module.compile(dynamic=False)
 

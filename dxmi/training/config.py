@@ -12,7 +12,7 @@ from dxmi.data.configs import DataConfig, DigitsConfig
 from dxmi.data.registry import DATA_SETS
 from dxmi.diffusion.schedules.configs import ScheduleConfig, VarScheduleConfig
 from dxmi.diffusion.schedules.registry import SCHEDULES
-from dxmi.evaluation.config import INCEPTION, EvaluateConfig, features_of
+from dxmi.evaluation.config import INCEPTION, PRECISIONS, EvaluateConfig, features_of
 from dxmi.metrics.keys import (
     KL_KEY,
     REWARD_KEY,
@@ -31,8 +31,6 @@ from dxmi.rewards.configs import RewardConfig
 from dxmi.rewards.registry import REWARDS
 
 _MAX_THREADS = _MAX_WORKERS = _MAX_STACK = 1024
-_OF_ONE = {"compile": "compiled", "cuda_graphs": "recorded as CUDA graphs"}
-PRECISIONS = ("float32", "bfloat16")
 SCHEMA = 2
 """Version of the defaults and of the names of settings. It is increased when the meaning of a default changes or a
 setting is renamed; `dxmi.training.schema` then reads the older configs."""
@@ -106,7 +104,8 @@ class ResourcesConfig:
     compile: bool = False
     """Compile the networks with torch.compile, which takes some minutes at the start of a process."""
     cuda_graphs: bool = False
-    """On a GPU, record the rollout as a CUDA graph and replay it, so that the host does not launch each kernel."""
+    """On a GPU, record an iteration as a CUDA graph and replay it, so that the host does not launch each kernel. With
+    several workers, or an algorithm that needs the host within an iteration, only the rollout is recorded."""
     deterministic: bool = True
     """On a GPU, use only deterministic kernels, so that a resumed run has the same result as an uninterrupted one."""
     stack_seeds: int | None = None
@@ -153,17 +152,16 @@ class ResourcesConfig:
                     f"stack_seeds is {stack} and {name} is {getattr(self, name)}: stacked seeds are trained by one "
                     f"process without micro-batches, so make one of the two 1"
                 )
-        for name in ("compile", "cuda_graphs"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"stack_seeds is {stack} and {name} is true: stacked seeds cannot be {_OF_ONE[name]}, so make "
-                    f"{name} false or stack_seeds 1"
-                )
+        if self.compile:
+            raise ValueError(
+                f"stack_seeds is {stack} and compile is true: stacked seeds cannot be compiled, so make compile false "
+                "or stack_seeds 1"
+            )
 
     @property
     def can_stack_seeds(self) -> bool:
         """Whether the settings allow several seeds to be trained in one program."""
-        return self.num_workers == self.accumulate == 1 and not (self.compile or self.cuda_graphs)
+        return self.num_workers == self.accumulate == 1 and not self.compile
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dxmi.algorithms.base import Algorithm
 from dxmi.data.batch import Batch, Streams
+from dxmi.training.recording import RecordedUpdate
 from dxmi.training.state import TrainingState
 
 
@@ -21,6 +22,7 @@ class TrainingPhase:
         start: first iteration.
         total: one more than the last iteration.
         precision: creates the autocast context of an update.
+        recorded: whether to record the iterations as CUDA graphs.
         joined: called with the number of runs that are trained together, whenever a run joins or leaves them.
         after_iteration: called with the number of completed iterations and the metrics of the last one; an exception
             that it raises ends the run.
@@ -33,6 +35,7 @@ class TrainingPhase:
     precision: Callable[[], AbstractContextManager[object]]
     joined: Callable[[int], None]
     after_iteration: Callable[[int, Mapping[str, Tensor]], None]
+    recorded: bool = False
 
 
 def fit(phases: Sequence[TrainingPhase]) -> list[Exception | None]:
@@ -75,13 +78,19 @@ class _Group:
         elif algorithms:
             self._algorithm = algorithms[0]
         self._states = [phase.state for phase in phases]
-        self._streams = Streams([state.generators for state in self._states])
+        generators = [state.generators for state in self._states]
+        self._streams = Streams(generators)
+        self._recorded: RecordedUpdate | None = None
+        if any(phase.recorded for phase in phases):
+            self._recorded = RecordedUpdate(self._algorithm, generators, phases[0].precision)
         for phase in phases:
             phase.joined(len(phases))
 
     def update(self, iteration: int) -> Mapping[str, Tensor]:
         """Compute one iteration of all members; returns metrics of shape [K]."""
         batch = Batch.stacked([state.stream.next() for state in self._states])
+        if self._recorded is not None:
+            return self._recorded(batch, iteration)
         with next(iter(self.members.values())).precision():
             return self._algorithm.update(batch, iteration, self._streams)
 

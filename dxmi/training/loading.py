@@ -125,7 +125,10 @@ class LoadedRun:
         if scale != 0.0 and self.algorithm.guide is None:
             raise UserError(f"The guidance is {scale:g}, but this run has trained no value: leave out the guidance.")
         own = self.algorithm
-        return Sampling(own.eval_policy, stream, own.guide, scale, step=self.step, reference=own.reference)
+        precision = self.experiment.config.evaluate.precision
+        return Sampling(
+            own.eval_policy, stream, own.guide, scale, step=self.step, reference=own.reference, precision=precision
+        )
 
 
 def load_run(

@@ -79,7 +79,16 @@ class Pretraining:
         def joined(_: int) -> None:
             self._clock.enter(Phase.PRETRAIN)
 
-        return TrainingPhase(self._algorithm, state, start, total, self._experiment.precision, joined, after_iteration)
+        return TrainingPhase(
+            algorithm=self._algorithm,
+            state=state,
+            start=start,
+            total=total,
+            precision=self._experiment.precision,
+            joined=joined,
+            after_iteration=after_iteration,
+            recorded=self._experiment.records(self._algorithm),
+        )
 
     def _resumed(self) -> tuple[DDPM | Distillation, TrainingState, int]:
         """The pretraining algorithm, its state, and the next iteration."""

@@ -84,7 +84,14 @@ class References:
             policy = self._experiment.build_policy(denoiser, reference.schedule, reference.policy)
             stream, listen = stream_of(REPORT, self._config.seed), self._reporter.listen
             scores = self._scorer.full_evaluation(
-                Sampling(policy, stream, on_batch=on_batch, on_step=listen, source=reference.label)
+                Sampling(
+                    policy,
+                    stream,
+                    on_batch=on_batch,
+                    on_step=listen,
+                    source=reference.label,
+                    precision=self._config.evaluate.precision,
+                )
             )
             numbers = {**scores.values, "seconds_per_1000": scores.seconds_per_1000}
             return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}

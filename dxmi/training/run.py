@@ -335,7 +335,14 @@ class Run:
                 self.reporter.raise_if_stopped()
 
         return TrainingPhase(
-            self._algorithm, self._state, start, total, self.experiment.precision, self._joined, after_iteration
+            algorithm=self._algorithm,
+            state=self._state,
+            start=start,
+            total=total,
+            precision=self.experiment.precision,
+            joined=self._joined,
+            after_iteration=after_iteration,
+            recorded=self.experiment.records(self._algorithm),
         )
 
     def _joined(self, members: int) -> None:
@@ -453,8 +460,16 @@ class Run:
 
     def _sampling(self, stream: str, step: int) -> Sampling:
         own = self._algorithm
-        policy, listen = own.eval_policy, self.reporter.listen
-        return Sampling(policy, stream, own.guide, own.guidance, on_step=listen, step=step, reference=own.reference)
+        return Sampling(
+            own.eval_policy,
+            stream,
+            own.guide,
+            own.guidance,
+            on_step=self.reporter.listen,
+            step=step,
+            reference=own.reference,
+            precision=self.config.evaluate.precision,
+        )
 
     def _picture_sampling(self, step: int = 0) -> Sampling:
         """The sampling for pictures, which only rank 0 draws."""

@@ -88,9 +88,8 @@ def _measured(experiment: Experiment, slots: Slots, trials: int) -> Estimate:
     algorithm, state = experiment.build_finetuning(experiment.build_denoiser())
     streams = Streams([state.generators])
     iteration = _seconds(lambda: algorithm.update(state.stream.next(), 0, streams))
-    batch = _seconds(
-        lambda: generate(Sampling(algorithm.policy, SELECTION), config.evaluate.batch_size, config.evaluate)
-    )
+    drawing = Sampling(algorithm.policy, SELECTION, precision=config.evaluate.precision)
+    batch = _seconds(lambda: generate(drawing, config.evaluate.batch_size, config.evaluate))
     sampling = batch * config.evaluate.num_samples / config.evaluate.batch_size
     shared = 0.0
     if not experiment.pretraining_path.exists():

@@ -66,8 +66,7 @@ class Plan:
         if not resources.can_stack_seeds:
             raise UserError(
                 f"sweep.seeds is {seeds}, but the seeds of a trial are trained by one process and in one program: make "
-                "resources.num_workers and resources.accumulate 1, and resources.compile and resources.cuda_graphs "
-                "false, or sweep.seeds 1."
+                "resources.num_workers and resources.accumulate 1, and resources.compile false, or sweep.seeds 1."
             )
 
     @property
