@@ -47,15 +47,16 @@ def spare_dynamo() -> None:
             setattr(method, "__dynamo_disable", method)  # where PyTorch caches the method with Dynamo disabled
 
 
-_VARIANTS = 64
-"""Number of compiled versions of one function: a network is called with several batch sizes, with and without
-gradients, and belongs to the policy, to its moving average or to the pretrained model."""
+_VARIANTS = 256
+"""Number of compiled versions of one function: stages differ in their shapes, and are called with several batch sizes,
+with and without gradients, in the policy, in its moving average and in the pretrained model."""
 
 
 def allow_recompilation() -> None:
     """Let TorchDynamo compile a function as often as a run needs; by default it gives up after eight times."""
     dynamo = importlib.import_module("torch._dynamo")
-    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _VARIANTS)
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(dynamo.config, name, max(getattr(dynamo.config, name), _VARIANTS))
 
 
 def uncompiled() -> AbstractContextManager[object]:

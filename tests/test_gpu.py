@@ -8,6 +8,7 @@ import torch
 
 from dxmi.algorithms.dxmi import DxMI
 from dxmi.config import build
+from dxmi.data.batch import Batch
 from dxmi.data.images import Images
 from dxmi.diffusion.cuda_graphs import GraphedRollout
 from dxmi.errors import DivergedError
@@ -20,6 +21,7 @@ from dxmi.seeds import generator
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.progress import Phase
+from dxmi.training.recording import RecordedUpdate
 from dxmi.training.run import train
 from support import NARROW, NETWORK_OF, TINY, changed, stacked_step, stating, step
 from tune.config.compose import compose_experiment
@@ -57,9 +59,13 @@ def on_random_pixels(event: tuple[int, ...], *overrides: str) -> Experiment:
 def after_iterations(made: Experiment, number: int) -> dict[str, torch.Tensor]:
     made.choose_kernels()
     dxmi, state = made.build_finetuning(made.build_denoiser())
+    recorded = RecordedUpdate(dxmi, [state.generators], made.precision) if made.records(dxmi) else None
     for i in range(number):
-        with made.precision():
-            step(dxmi, state, i)
+        if recorded is not None:
+            recorded(state.stream.next(), i)
+        else:
+            with made.precision():
+                step(dxmi, state, i)
     return dict(dxmi.state_dict())
 
 
@@ -202,6 +208,46 @@ def test_a_member_of_a_stack_equals_the_solo_run():
     stack = DxMI.stacked(list(members))
     for i in range(20):
         stacked_step(stack, list(states), i)
+    for member, seed in zip(members, SEEDS, strict=True):
+        require_close(after_iterations(small(seed), 20), dict(member.state_dict()), atol=1e-4)
+
+
+HORIZONS = (["algorithm.policy_horizon=1", "algorithm.value_updates=1"], ["algorithm.policy_horizon=null"])
+
+
+@pytest.mark.parametrize("horizon", HORIZONS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_recorded_iterations_of_images_are_the_iterations(horizon, precision):
+    """Up to rounding, since a recording computes all states in one batch; a step of Adam is at most its rate."""
+    settings = ["experiment=cifar10_small", "train.batch_size=16", f"train.precision={precision}", *horizon]
+    plain = after_iterations(on_random_pixels((3, 32, 32), *settings), 8)
+    fast = after_iterations(on_random_pixels((3, 32, 32), *settings, "resources.cuda_graphs=true"), 8)
+    require_close(fast, plain, atol=2e-3)
+
+
+def test_recorded_iterations_are_the_same_again_and_from_a_checkpoint_on(tmp_path, monkeypatch):
+    """Also if the recording starts at another iteration."""
+    monkeypatch.setenv("DXMI_CACHE", str(tmp_path / "cache"))
+    train(tiny("resources.cuda_graphs=true"), out=tmp_path / "whole")
+    monkeypatch.setenv("DXMI_CACHE", str(tmp_path / "another cache"))
+    out = tmp_path / "stopped"
+    for phase, stop_at in ((Phase.PRETRAIN, 30), (Phase.FINETUNE, 20)):
+        assert train(tiny("resources.cuda_graphs=true"), out=out, report=stop_in(phase, stop_at)) is None
+    train(tiny("resources.cuda_graphs=true"), out=out)
+    assert outcome(out) == outcome(tmp_path / "whole")
+
+
+def stop_in(phase, step_number):
+    return lambda progress: progress.phase is phase and progress.step >= step_number
+
+
+def test_recorded_stacked_seeds_are_the_solo_runs():
+    made = [small(seed, cuda_graphs=True) for seed in SEEDS]
+    members, states = zip(*(one.build_finetuning(one.build_denoiser()) for one in made), strict=True)
+    stack = DxMI.stacked(list(members))
+    recorded = RecordedUpdate(stack, [state.generators for state in states], made[0].precision)
+    for i in range(20):
+        recorded(Batch.stacked([state.stream.next() for state in states]), i)
     for member, seed in zip(members, SEEDS, strict=True):
         require_close(after_iterations(small(seed), 20), dict(member.state_dict()), atol=1e-4)
 

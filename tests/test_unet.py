@@ -11,7 +11,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from dxmi.errors import UserError
 from dxmi.networks.configs import EdmUnetConfig, UnetConfig
-from dxmi.networks.layers import dropout_mask
+from dxmi.networks.layers import GroupNorm, dropout_mask
 from dxmi.networks.pretrained.layouts import load_public
 from dxmi.networks.registry import build_denoiser
 from dxmi.networks.unet import Unet
@@ -258,3 +258,20 @@ def test_a_bad_setting_is_refused_by_name(setting):
     (name,) = setting
     with pytest.raises(ValueError, match=f"^{name} is "):
         UnetConfig(**setting)
+
+
+@pytest.mark.parametrize(("channels", "groups", "mean"), [(64, 32, 0.0), (24, 8, 30.0), (8, 8, -5.0)])
+def test_group_norm_by_channel_is_group_norm(channels, groups, mean):
+    """In value and gradients, also where the mean is many times the spread."""
+    x = (torch.randn(3, channels, 6, 5, generator=torch.Generator().manual_seed(0)) + mean).requires_grad_()
+    norm = GroupNorm(groups, channels, eps=1e-6)
+    with torch.no_grad():
+        norm.weight.normal_(generator=torch.Generator().manual_seed(1))
+        norm.bias.normal_(generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    found = []
+    for function in (norm.by_channel, norm):
+        y = function(x)
+        found.append((y, *torch.autograd.grad((y * weight).sum(), (x, norm.weight, norm.bias))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)

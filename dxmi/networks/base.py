@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ class Denoiser(nn.Module, ABC):
     dropout: float = 0.0
     classes: int = 0
     latent: int = 0
+
+    def regions(self) -> Iterator[nn.Module]:
+        """The modules that are compiled, each on its own; by default the network as a whole."""
+        yield self
 
     @abstractmethod
     def embed(self, steps: Tensor) -> Tensor:

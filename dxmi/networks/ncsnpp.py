@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from dxmi.errors import UserError
 from dxmi.networks.base import Denoiser, SinusoidalEmbedding
 from dxmi.networks.configs import NcsnppGanConfig
-from dxmi.networks.layers import Attention, as_map, conv, image_event, linear, silu, zero
+from dxmi.networks.layers import Attention, GroupNorm, as_map, conv, image_event, linear, silu, zero
 
 _EPS = 1e-6
 _ROOT_HALF = math.sqrt(0.5)
@@ -69,7 +69,7 @@ def _groups(channels: int) -> int:
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(_groups(channels), channels, eps=_EPS)
+    return GroupNorm(_groups(channels), channels, eps=_EPS)
 
 
 class _AdaptiveNorm(nn.Module):

@@ -10,7 +10,7 @@ connections by concatenation. By default they differ in these points:
 Axis letters: B batch, C channels, H height, W width, E embedding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -25,6 +25,7 @@ from dxmi.networks.configs import EdmUnetConfig, UnetConfig
 from dxmi.networks.layers import (
     Attention,
     Dropout,
+    GroupNorm,
     as_map,
     conv,
     image_event,
@@ -77,7 +78,8 @@ def downsample(x: Tensor) -> Tensor:
 
 def upsample(x: Tensor) -> Tensor:
     """Repeat each pixel 2x2 times: [B, C, H, W] to [B, C, 2 H, 2 W]."""
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    with torch.autocast(x.device.type, enabled=False):  # it would compute in float32, although it only copies
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class ResidualBlock(nn.Module):
@@ -190,7 +192,7 @@ class LayerFactory:
 
     def norm(self, channels: int) -> nn.GroupNorm:
         """A GroupNorm with the config's number of groups."""
-        return nn.GroupNorm(self.config.groups, channels, eps=self.style.eps)
+        return GroupNorm(self.config.groups, channels, eps=self.style.eps)
 
     def attention(self, channels: int) -> Attention:
         """Attention with heads of the config's size."""
@@ -274,6 +276,14 @@ class Unet(Denoiser):
                 width = widths[level]
             up.append(Level(stages, layers.up(width) if level else None))
         self.up = cast("Sequence[Level]", nn.ModuleList(up))
+
+    def regions(self) -> Iterator[nn.Module]:
+        """The stages, of which many have the same shape and are compiled once, and what lies between them."""
+        for level in (*self.down, *self.up):
+            yield from level.stages
+            if level.resample is not None:
+                yield level.resample
+        yield from (self.middle_in, self.middle_out, self.norm_out)
 
     def embed(self, steps: Tensor) -> Tensor:
         """Map steps [N] to [N, E]."""

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dxmi.networks.base import Critic, TimedCritic
 from dxmi.networks.configs import WideResNetConfig
 from dxmi.networks.layers import (
+    GroupNorm,
     StepMlp,
     as_map,
     conv,
@@ -64,7 +65,7 @@ class _Block(nn.Module):
 
 
 def _norm(config: WideResNetConfig, channels: int) -> nn.Module:
-    return nn.GroupNorm(config.groups, channels) if config.groups else nn.Identity()
+    return GroupNorm(config.groups, channels) if config.groups else nn.Identity()
 
 
 def _leaky(x: Tensor) -> Tensor:

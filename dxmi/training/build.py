@@ -144,6 +144,7 @@ class Experiment:
         """
         if self.device.type == "cuda":
             torch.use_deterministic_algorithms(self.config.resources.deterministic)
+            torch.backends.cudnn.benchmark = not self.config.resources.deterministic  # choose kernels by their speed
             # No code here reads uninitialized memory.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
@@ -524,7 +525,8 @@ class Experiment:
             allow_recompilation()
             for module in root.modules():
                 if isinstance(module, Denoiser | Critic | TimedCritic):
-                    module.compile(dynamic=False)
+                    for region in module.regions() if isinstance(module, Denoiser) else (module,):
+                        region.compile(dynamic=False)
 
     def _stream(self, batch_size: int, phase: str, *, reads_samples: bool = True) -> BatchStream:
         return BatchStream(
