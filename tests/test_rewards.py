@@ -27,6 +27,7 @@ from dxmi.training.config import ExperimentConfig
 from dxmi.training.loading import load_run
 from dxmi.training.run import train
 from dxmi.training.schema import config_tree, read_config
+from support import stating
 
 
 def reward(kind: str, **settings: Any) -> Reward:
@@ -311,3 +312,81 @@ def test_the_energy_of_a_finished_run_is_a_reward(tmp_path):
     torch.testing.assert_close(made(x, UNCONDITIONAL), -loaded.algorithm.energy(x).detach())
     (gradient,) = torch.autograd.grad(differentiable(made)(x, UNCONDITIONAL).sum(), x)
     assert float(gradient.abs().sum()) > 0.0
+
+
+def random_resnet(blocks: int) -> dict[str, Tensor]:
+    """Tensors of a ResNet for CIFAR-10 under the names of public files, with statistics that matter."""
+    generator = torch.Generator().manual_seed(0)
+    state: dict[str, Tensor] = {}
+
+    def conv(name: str, outputs: int, inputs: int, size: int) -> None:
+        state[f"{name}.weight"] = torch.randn(outputs, inputs, size, size, generator=generator) / (3 * inputs**0.5)
+
+    def norm(name: str, width: int) -> None:
+        for part in ("weight", "bias", "running_mean"):
+            state[f"{name}.{part}"] = torch.randn(width, generator=generator)
+        state[f"{name}.running_var"] = torch.rand(width, generator=generator) + 0.5
+        state[f"{name}.num_batches_tracked"] = torch.tensor(7)
+
+    conv("conv1", 16, 3, 3)
+    norm("bn1", 16)
+    for stage, (inputs, width) in enumerate(((16, 16), (16, 32), (32, 64)), start=1):
+        for block in range(blocks):
+            name, seen = f"layer{stage}.{block}", width if block else inputs
+            conv(f"{name}.conv1", width, seen, 3)
+            conv(f"{name}.conv2", width, width, 3)
+            for number in (1, 2):
+                norm(f"{name}.bn{number}", width)
+            if seen != width:
+                conv(f"{name}.shortcut.0", width, seen, 1)
+                norm(f"{name}.shortcut.1", width)
+    state["linear.weight"] = torch.randn(10, 64, generator=generator)
+    state["linear.bias"] = torch.randn(10, generator=generator)
+    return state
+
+
+def resnet_logits(state: dict[str, Tensor], pixels: Tensor, blocks: int) -> Tensor:
+    """The network by the formulas of arXiv 1512.03385, in float64."""
+    state = {name: value.double() for name, value in state.items()}
+
+    def conv(name: str, x: Tensor, stride: int = 1) -> Tensor:
+        weight = state[f"{name}.weight"]
+        return torch.nn.functional.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        mean, var, scale, shift = (
+            state[f"{name}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (var + 1e-5).sqrt() * scale + shift
+
+    h = norm("bn1", conv("conv1", pixels.double() / 255.0)).relu()
+    for stage in (1, 2, 3):
+        for block in range(blocks):
+            name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            skip = norm(f"{name}.shortcut.1", conv(f"{name}.shortcut.0", h, stride)) if stride == 2 else h
+            h = norm(f"{name}.bn1", conv(f"{name}.conv1", h, stride)).relu()
+            h = (norm(f"{name}.bn2", conv(f"{name}.conv2", h)) + skip).relu()
+    return h.mean((2, 3)) @ state["linear.weight"].T + state["linear.bias"]
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_resnet_for_cifar_is_that_of_its_paper(tmp_path, blocks):
+    state, labels = random_resnet(blocks), torch.tensor([3, 0, 9])
+    torch.save(state, tmp_path / "resnet.pth")
+    pixels = torch.randint(256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(1))
+    expected = resnet_logits(state, pixels, blocks).log_softmax(1).gather(1, labels[:, None])[:, 0]
+    found = reward("cifar_resnet", file=str(tmp_path / "resnet.pth"))
+    x = decode(pixels.to(torch.uint8))
+    torch.testing.assert_close(found(x, Condition(labels)).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(differentiable(found)(x, Condition(labels)).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_file_of_a_resnet_is_named_if_it_cannot_be_used(tmp_path):
+    with pytest.raises(UserError, match=stating("reward.file … nothing.pth … no such file")):
+        reward("cifar_resnet", file=str(tmp_path / "nothing.pth"))
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=stating("other.pth … ResNet … layer1")):
+        reward("cifar_resnet", file=str(tmp_path / "other.pth"))
+    torch.save({**random_resnet(1), "linear.weight": torch.zeros(2, 64)}, tmp_path / "small.pth")
+    with pytest.raises(UserError, match=stating("small.pth … ResNet")):
+        reward("cifar_resnet", file=str(tmp_path / "small.pth"))

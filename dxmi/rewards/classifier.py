@@ -1,7 +1,7 @@
-"""The log-probability of the desired class according to an included classifier."""
+"""The log-probability of the desired class according to a classifier."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dxmi.data.batch import Condition
 from dxmi.errors import UserError
@@ -10,21 +10,21 @@ from dxmi.rewards.configs import ClassifierRewardConfig
 from dxmi.tensors import to_uint8
 
 
-class ClassifierReward:
-    """log p(label | x) in nats, where x is a sample rounded to uint8 pixels.
+class LogProbabilityReward:
+    """log p(label | x) in nats, where x is a sample rounded to pixels.
 
     Args:
-        config: Settings: the classifier and the class.
-
-    Raises:
-        UserError: the file of the classifier was modified.
+        classifier: Maps pixels in 0..255, of any type, to logits [N, C].
+        event: Shape of the images that it sees.
+        label: Desired class; None for the class on which each sample was conditioned.
+        name: The setting that chose the classifier, with its value, for error messages.
     """
 
-    def __init__(self, config: ClassifierRewardConfig) -> None:
-        self._config = config
-        self._classifier = load_classifier(config.classifier)
-        side = CLASSIFIERS[config.classifier].size
-        self._event = (1, side, side)
+    def __init__(self, classifier: nn.Module, event: tuple[int, ...], label: int | None, name: str) -> None:
+        self._classifier = classifier
+        self._event = event
+        self._label = label
+        self._name = name
 
     @torch.no_grad()
     def __call__(self, x: Tensor, condition: Condition) -> Tensor:
@@ -44,9 +44,8 @@ class ClassifierReward:
     def _require_images(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != self._event:
             raise UserError(
-                f"reward.classifier is {self._config.classifier}, which sees images of shape {self._event}, but "
-                f"samples have {tuple(x.shape[1:])}: choose the classifier of the run's data or, if there is none, "
-                "another reward."
+                f"{self._name}, which sees images of shape {self._event}, but samples have {tuple(x.shape[1:])}: "
+                "choose the classifier of the run's data or, if there is none, another reward."
             )
 
     def _log_probability(self, pixels: Tensor, condition: Condition) -> Tensor:
@@ -54,11 +53,26 @@ class ClassifierReward:
         return logits.log_softmax(dim=1).gather(1, self._labels(pixels, condition)[:, None])[:, 0]
 
     def _labels(self, x: Tensor, condition: Condition) -> Tensor:
-        if self._config.label is not None:
-            return torch.full((len(x),), self._config.label, device=x.device)
+        if self._label is not None:
+            return torch.full((len(x),), self._label, device=x.device)
         if condition.labels is None:
             raise UserError(
                 "reward.label is null, but the denoiser knows no classes: name the class that is wanted, in 0..9, or "
                 "make network.denoiser.classes 10."
             )
         return condition.labels
+
+
+class ClassifierReward(LogProbabilityReward):
+    """The log-probability of an included classifier.
+
+    Args:
+        config: Settings: the classifier and the class.
+
+    Raises:
+        UserError: the file of the classifier was modified.
+    """
+
+    def __init__(self, config: ClassifierRewardConfig) -> None:
+        side, name = CLASSIFIERS[config.classifier].size, f"reward.classifier is {config.classifier}"
+        super().__init__(load_classifier(config.classifier), (1, side, side), config.label, name)

@@ -27,18 +27,37 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierRewardConfig(RewardConfig):
-    """log p(label | x) of an included classifier, in nats."""
+class LabelFields:
+    """The class whose log-probability is the reward."""
 
-    classifier: str = "digits"
-    """Data set on which the classifier was trained: digits, mnist8, mnist or fashion_mnist."""
     label: int | None = None
     """Desired class; null for the class on which each sample was conditioned."""
 
     def __post_init__(self) -> None:
-        require_choice("classifier", self.classifier, CLASSIFIER_SETS)
         if self.label is not None and not 0 <= self.label <= 9:
             raise ValueError(f"label is {self.label}: it must be in 0..9, or null for each sample's own class")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierRewardConfig(LabelFields, RewardConfig):
+    """log p(label | x) of an included classifier, in nats."""
+
+    classifier: str = "digits"
+    """Data set on which the classifier was trained: digits, mnist8, mnist or fashion_mnist."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("classifier", self.classifier, CLASSIFIER_SETS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CifarResnetRewardConfig(LabelFields, RewardConfig):
+    """log p(label | x) of a ResNet for CIFAR-10 (arXiv 1512.03385), in nats."""
+
+    kind: str = "cifar_resnet"
+    file: str = field(default="weights/resnet56-cifar10.pth", metadata=PLACE)
+    """File of its tensors, from the current folder or from $DXMI_DATA; the depth is found from their names. Its input
+    are pixels in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)

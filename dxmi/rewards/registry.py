@@ -13,6 +13,7 @@ REWARDS: Registry["Reward"] = Registry(
     "reward",
     {
         "classifier": (f"{_CONFIGS}:ClassifierRewardConfig", "dxmi.rewards.classifier:ClassifierReward"),
+        "cifar_resnet": (f"{_CONFIGS}:CifarResnetRewardConfig", "dxmi.rewards.cifar_resnet:CifarResnetReward"),
         "log_density": (f"{_CONFIGS}:LogDensityRewardConfig", "dxmi.rewards.log_density:LogDensityReward"),
         "ink": (f"{_CONFIGS}:InkRewardConfig", "dxmi.rewards.drawing:InkReward"),
         "symmetry": (f"{_CONFIGS}:SymmetryRewardConfig", "dxmi.rewards.drawing:SymmetryReward"),
