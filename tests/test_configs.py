@@ -257,7 +257,7 @@ ODD = [
     "/a#b", "~/x", "a:b", "-x", "/trailing/", "/100%", "/back\\slash", "!x", "*", "&x", "'quoted'", "[a, b]", "1e5",
 ]  # fmt: skip
 PLACES = [
-    *("data.folder", "pretrain.weights", "pretrain.teacher"),
+    *("data.folder", "prompts.file", "pretrain.weights", "pretrain.teacher"),
     *("reward.file", "reward.run", "resources.storage_path"),
 ]
 TOGETHER = ["data.folder", "pretrain.weights", "resources.storage_path"]

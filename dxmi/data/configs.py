@@ -10,6 +10,7 @@ PLANAR = ("gaussians8", "two_spirals", "checkerboard", "moons")
 """Kinds of data sets whose samples are points in the plane."""
 _MAX_POINTS = 10_000_000
 _MAX_SIZE = 1024
+_MAX_WEIGHT = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,3 +188,34 @@ class MoonsConfig(PointsConfig):
     """Two interleaved half circles."""
 
     kind: str = "moons"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """Prompts of a run that maximizes a reward; without any, classes have the frequencies of the data."""
+
+    texts: tuple[str, ...] | None = None
+    """Prompts, each with the word for one class, such as "a handwritten seven"; with {} in its place, one prompt for
+    every class that is not held out."""
+    file: str | None = field(default=None, metadata=PLACE)
+    """Text file with further prompts, one per line."""
+    weights: tuple[int, ...] | None = None
+    """How often each of the texts is drawn, relative to the others; null for equally often. The lines of a file have
+    weight 1."""
+    held_out: tuple[str, ...] | None = None
+    """Prompts that are not trained on. Their classes must not be those of other prompts."""
+
+    def __post_init__(self) -> None:
+        if self.held_out and not (self.texts or self.file):
+            raise ValueError("held_out is set, but neither texts nor file is: name the prompts to train on")
+        if self.weights is not None and len(self.weights) != len(self.texts or ()):
+            raise ValueError(
+                f"weights has {len(self.weights)} entries: it takes one for each of the {len(self.texts or ())} texts"
+            )
+        if not all(1 <= weight <= _MAX_WEIGHT for weight in self.weights or ()):
+            raise ValueError(f"weights is {self.weights}: each must be a whole number in 1..{_MAX_WEIGHT}")
+
+    @property
+    def are_given(self) -> bool:
+        """Whether there are prompts."""
+        return bool(self.texts or self.file)

@@ -24,6 +24,7 @@ class ScoreKey(NamedTuple):
 
 
 REWARD_KEY = ScoreKey("eval/reward", MAXIMIZE)
+HELD_OUT_REWARD_KEY = ScoreKey("eval/reward_held_out_prompts", MAXIMIZE)
 """The mean reward of samples."""
 
 KL_KEY = ScoreKey("eval/kl_reference")

@@ -5,6 +5,7 @@ metrics.jsonl    one row per logged step
 checkpoints/     the best, the last and the second-to-last
 samples/         one grid per evaluation, from the same noise; reference_*.png: real data and samples of references
 curves.png       scores by iteration, with references as lines
+divergence.png   scores against the divergence from the pretrained policy, of runs that maximize a reward
 summary.json     the result; exists only if the run has finished
 """
 
@@ -37,6 +38,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
         self.curves = path / "curves.png"
+        self.divergence = path / "divergence.png"
         self.summary = path / "summary.json"
 
     def reference_picture(self, name: str) -> Path:

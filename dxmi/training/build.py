@@ -19,8 +19,9 @@ from dxmi.compat import allow_recompilation
 from dxmi.config import RESULT, block_delta, delta, differences, signature, to_tree
 from dxmi.data.batch import Condition
 from dxmi.data.dataset import BatchStream, Dataset
-from dxmi.data.images import data_root
+from dxmi.data.images import Images, data_root
 from dxmi.data.loading import load
+from dxmi.data.prompts import WORDS, Prompts, read_prompts
 from dxmi.diffusion.policy import Policy
 from dxmi.diffusion.schedules.base import StepSchedule
 from dxmi.diffusion.schedules.build import forward_process, shorten
@@ -128,7 +129,25 @@ class Experiment:
             return None
         if self._class_counts is not None:
             return torch.tensor(self._class_counts)
+        if self.config.prompts.are_given:
+            return self.prompts.counts(classes)
         return None if self._event is not None else torch.bincount(self._labels(), minlength=classes)
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        """The prompts of the run, with their classes.
+
+        Raises:
+            UserError: a prompt cannot be used.
+        """
+        data, classes = self.data, self.config.network.denoiser.classes
+        words: Sequence[str] = WORDS.get(data.name) or (data.class_names if isinstance(data, Images) else ())
+        if len(words) != classes:
+            raise UserError(
+                f"prompts are given, but {data.name} has words for {len(words)} classes and network.denoiser.classes "
+                f"is {classes}: leave them out, or name the classes by the folders of the data."
+            )
+        return read_prompts(self.config.prompts, words)
 
     def use_threads(self) -> int:
         """Set the number of PyTorch's CPU threads by `resources.threads`, and return it."""
@@ -477,7 +496,10 @@ class Experiment:
     def build_metrics(self) -> list[Metric]:
         """Build the metrics other than the distances to the data: the reward, if any, and `evaluate.metrics`."""
         further = [METRICS.build(config) for config in self.config.evaluate.metrics or ()]
-        return further if self.config.reward is None else [MeanReward(self.build_reward()), *further]
+        if self.config.reward is None:
+            return further
+        held_out = self.prompts.held_out_labels if self.config.prompts.held_out else frozenset()
+        return [MeanReward(self.build_reward(), held_out), *further]
 
     def build_finetuning(self, denoiser: Denoiser) -> tuple[PolicyAlgorithm, TrainingState]:
         """Build the fine-tuning algorithm and its initial state."""
@@ -488,7 +510,8 @@ class Experiment:
         if config.algorithm.needs_teacher:
             self._take_energy(algorithm)
         generators = self._generators("finetune", algorithm)
-        stream = self._stream(config.train.batch_size, "finetune", reads_samples=algorithm.needs_data)
+        labels = self.prompts.labels if config.prompts.are_given else None
+        stream = self._stream(config.train.batch_size, "finetune", labels, reads_samples=algorithm.needs_data)
         return algorithm, TrainingState(algorithm, algorithm.optimizers, generators, stream)
 
     def _take_energy(self, algorithm: PolicyAlgorithm) -> None:
@@ -528,12 +551,18 @@ class Experiment:
                     for region in module.regions() if isinstance(module, Denoiser) else (module,):
                         region.compile(dynamic=False)
 
-    def _stream(self, batch_size: int, phase: str, *, reads_samples: bool = True) -> BatchStream:
+    def _stream(
+        self, batch_size: int, phase: str, labels: Tensor | None = None, *, reads_samples: bool = True
+    ) -> BatchStream:
+        """The batches of a phase; with `labels`, their classes are drawn from these instead of those of the data."""
+        stored = self.data.stored if labels is None else torch.empty(len(labels), 0)
+        if labels is None and self.config.network.denoiser.classes:
+            labels = self._labels()
         return BatchStream(
-            self.data.stored,
+            stored,
             batch_size,
             generator(self._seed_of(phase), f"{phase}/data"),
-            self._labels() if self.config.network.denoiser.classes else None,
+            labels,
             flip=self.config.data.mirrors,
             device=self.device,
             workers=self.workers,

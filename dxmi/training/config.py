@@ -8,12 +8,13 @@ from typing import Any
 from dxmi.algorithms.configs import AlgorithmConfig, DDPMConfig, DxMIConfig
 from dxmi.algorithms.registry import ALGORITHMS
 from dxmi.config import NO_RESULT, RESULT, delta, require_choice, signature
-from dxmi.data.configs import DataConfig, DigitsConfig
+from dxmi.data.configs import DataConfig, DigitsConfig, PromptsConfig
 from dxmi.data.registry import DATA_SETS
 from dxmi.diffusion.schedules.configs import ScheduleConfig, VarScheduleConfig
 from dxmi.diffusion.schedules.registry import SCHEDULES
 from dxmi.evaluation.config import INCEPTION, PRECISIONS, EvaluateConfig, features_of
 from dxmi.metrics.keys import (
+    HELD_OUT_REWARD_KEY,
     KL_KEY,
     REWARD_KEY,
     ScoreKey,
@@ -173,6 +174,7 @@ class ExperimentConfig:
     seed: int = 0
     """Seed of initial weights, data order and noise."""
     data: DataConfig = field(default_factory=DigitsConfig, metadata=chosen_from(DATA_SETS))
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     network: NetworksConfig = field(default_factory=NetworksConfig)
     pretrain: DDPMConfig = field(default_factory=DDPMConfig)
     schedule: ScheduleConfig = field(default_factory=VarScheduleConfig, metadata=chosen_from(SCHEDULES))
@@ -196,6 +198,7 @@ class ExperimentConfig:
         except ValueError as error:
             raise ValueError(f"algorithm.{error}") from error
         self._check_teacher()
+        self._check_prompts()
         if self.algorithm.needs_reward and self.reward is None:
             raise ValueError(
                 f"reward is null, but algorithm.kind is {self.algorithm.kind}, which maximizes one: it must be one of "
@@ -212,6 +215,19 @@ class ExperimentConfig:
                 "algorithm.teacher_energy is true, but pretrain.teacher is null: name the run whose energy it is"
             )
 
+    def _check_prompts(self) -> None:
+        if not self.prompts.are_given:
+            return
+        if not self.algorithm.needs_reward:
+            raise ValueError(
+                f"prompts are given, but algorithm.kind is {self.algorithm.kind}, which learns from the data and their "
+                "classes: choose an algorithm that maximizes a reward, or leave them out"
+            )
+        if self.network.denoiser.classes == 0:
+            raise ValueError(
+                "prompts are given, but network.denoiser.classes is 0: make it the number of classes of the data"
+            )
+
     def score_keys(self) -> list[ScoreKey]:
         """The keys of all scores of a finished run, one of which is primary.
 
@@ -222,6 +238,8 @@ class ExperimentConfig:
         primary = self.evaluate.primary or primary_key(keys).name
         if self.reward is not None:
             keys.append(REWARD_KEY)
+            if self.prompts.held_out:
+                keys.append(HELD_OUT_REWARD_KEY)
             if self.algorithm.needs_reward and self.evaluate.primary is None:
                 primary = REWARD_KEY.name
         if self.algorithm.needs_reward:

@@ -21,7 +21,7 @@ from dxmi.evaluation.config import PICTURES, REPORT, SCORING_VERSION, SELECTION
 from dxmi.evaluation.sampling import Sampling, generate, generate_states, stream_of
 from dxmi.evaluation.scored_references import DATA, data_label, highlights, scored_references
 from dxmi.evaluation.scorers import Scores
-from dxmi.metrics.keys import is_better, mean_scores, sign_of
+from dxmi.metrics.keys import KL_KEY, is_better, mean_scores, sign_of
 from dxmi.networks.base import Denoiser
 from dxmi.persistence import checkpoint
 from dxmi.persistence.checkpoint import Checkpoint, DamagedCheckpointError
@@ -36,6 +36,7 @@ from dxmi.training.reporter import MetricWindow, RunReporter, Stopwatch
 from dxmi.training.schema import config_tree, read_config
 from dxmi.training.state import ALGORITHM, newest_checkpoint
 from dxmi.training.summary import Summary, read_summary
+from dxmi.visualization.divergence import divergence_figure
 from dxmi.visualization.pictures import curves_figure, save_figure
 from dxmi.visualization.visualizers import build_visualizer
 
@@ -615,11 +616,21 @@ class Run:
         save_figure(
             self.directory.curves, curves_figure(summary.metric, curve_of(rows, summary.metric), lines, best, others)
         )
+        self._draw_divergence(rows)
         sampling = self._picture_sampling(summary.best["step"])
         states = generate_states(sampling, self.visualizer.num_rows, self.config.evaluate)
         self.visualizer.draw_steps(self.directory.samples / "steps.png", states)
         if self.config.train.iterations and self._algorithm.value is not None:
             self.visualizer.draw_value(self.directory.samples, self._algorithm.value, self.config.schedule.num_steps)
+
+    def _draw_divergence(self, rows: Sequence[Row]) -> None:
+        """Draw the scores against the divergence from the pretrained policy, if it is one of them."""
+        evaluated = [row for row in rows if KL_KEY.name in row]
+        keys = {key.name: key.direction for key in self.config.score_keys() if key.name != KL_KEY.name}
+        names = sorted(keys, key=lambda name: name != self.scorer.metric)  # the primary score first
+        shown = {name: keys[name] for name in names if all(name in row for row in evaluated)}
+        if len(evaluated) > 1 and shown:
+            save_figure(self.directory.divergence, divergence_figure(evaluated, KL_KEY.name, shown))
 
 
 def refuse_other_run(run: RunDirectory, experiment: Experiment) -> None:

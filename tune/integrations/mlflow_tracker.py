@@ -133,7 +133,7 @@ def _files(folder: StudyFolder, record: TrialRecord) -> Iterator[tuple[Path, str
     yield from ((path, "samples") for found in pictures for path in sorted(found))
     if record.state is TrialState.RUNNING:
         return
-    yield from ((path, "") for path in (run.curves, run.summary, folder.error(record.number)))
+    yield from ((path, "") for path in (run.curves, run.divergence, run.summary, folder.error(record.number)))
     saved = steps_in(run.checkpoints)
     for step in (step for step in saved if step in (record.outcome.step, saved[-1])):
         checkpoint = path_of(run.checkpoints, step)

@@ -180,10 +180,12 @@ def show_result(console: Console, run: RunDirectory, summary: Summary) -> None:
         console.print(Text(sentence), highlight=False)
     for label, path in (
         ("curve", run.curves),
+        ("scores by divergence", run.divergence),
         ("samples, step by step", run.samples / "steps.png"),
         ("everything else", run.summary),
     ):
-        _say_path(console, label, path)
+        if path.exists() or path != run.divergence:
+            _say_path(console, label, path)
 
 
 def show_data(console: Console, found: Description, labels: str) -> None:
