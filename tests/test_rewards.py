@@ -20,6 +20,7 @@ from dxmi.data.batch import UNCONDITIONAL, Condition
 from dxmi.errors import UserError
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.rewards.base import Reward, differentiable
+from dxmi.rewards.files import reward_signature
 from dxmi.rewards.registry import REWARDS
 from dxmi.tensors import decode
 from dxmi.training.build import Experiment
@@ -390,3 +391,23 @@ def test_the_file_of_a_resnet_is_named_if_it_cannot_be_used(tmp_path):
     torch.save({**random_resnet(1), "linear.weight": torch.zeros(2, 64)}, tmp_path / "small.pth")
     with pytest.raises(UserError, match=stating("small.pth … ResNet")):
         reward("cifar_resnet", file=str(tmp_path / "small.pth"))
+
+
+def test_the_signature_of_a_reward_is_that_of_its_files(tmp_path, monkeypatch):
+    """So that a finished run says that its reward has changed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DXMI_DATA", str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
+    torch.save(random_resnet(1), tmp_path / "data" / "net.pth")
+    (tmp_path / "mine.py").write_text("def reward(x, labels):\n    return x.flatten(1).mean(1)\n")
+    function = REWARDS.config("function", function="mine:reward")
+    network = REWARDS.config("cifar_resnet", file="net.pth")
+    together = REWARDS.config("sum", parts=(function, network, REWARDS.config("ink")))
+    before = [reward_signature(config) for config in (function, network, together)]
+    assert len(set(before)) == 3
+    assert reward_signature(REWARDS.config("ink")) is None
+    (tmp_path / "mine.py").write_text("def reward(x, labels):\n    return x.flatten(1).mean(1) + 1.0\n")
+    after = [reward_signature(config) for config in (function, network, together)]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, True, False]
+    with pytest.raises(UserError, match=stating("reward.function is other:reward … other.py")):
+        reward_signature(REWARDS.config("function", function="other:reward"))

@@ -7,12 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dxmi.data.images import data_root
 from dxmi.errors import UserError
-from dxmi.persistence.files import require_target, user_path
 from dxmi.persistence.tensor_files import read_tensor_file
 from dxmi.rewards.classifier import LogProbabilityReward
 from dxmi.rewards.configs import CifarResnetRewardConfig
+from dxmi.rewards.files import weights_file
 
 EVENT = (3, 32, 32)
 _WIDTHS = (16, 32, 64)
@@ -72,15 +71,7 @@ def load_cifar_resnet(given: str) -> CifarResnet:
     Raises:
         UserError: there is no such file, or it does not hold such a network.
     """
-    path = user_path(given, "reward.file")
-    path = next((place for place in (path, data_root() / path) if place.is_file()), path)
-    require_target(path, "reward.file")
-    if not path.exists():
-        raise UserError(
-            f"reward.file is {given}, but there is no such file, nor {data_root() / given}: name the file of a "
-            "ResNet that was trained on CIFAR-10."
-        )
-    state = read_tensor_file(path)
+    state = read_tensor_file(weights_file(given))
     try:
         network = CifarResnet(_num_blocks(state))
         network.load_state_dict(state)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from dxmi.data.batch import Condition
 from dxmi.errors import UserError
 from dxmi.rewards.base import RewardContext
 from dxmi.rewards.configs import FunctionRewardConfig
+from dxmi.rewards.files import function_file
 
 
 class FunctionReward:
@@ -62,10 +63,7 @@ class FunctionReward:
 
 def _imported(path: str) -> Callable[[Tensor, Tensor | None], Tensor]:
     module, _, name = path.partition(":")
-    root = Path.cwd().resolve()
-    file = root.joinpath(*module.split(".")).with_suffix(".py")
-    if not file.is_file() or not file.resolve().is_relative_to(root):
-        raise UserError(f"reward.function is {path}, but there is no file {file.relative_to(root)} in {root}.")
+    root, file = Path.cwd().resolve(), function_file(path)
     spec = importlib.util.spec_from_file_location(f"dxmi_reward_{module.replace('.', '_')}", file)
     assert spec is not None
     assert spec.loader is not None

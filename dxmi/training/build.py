@@ -44,6 +44,7 @@ from dxmi.persistence.files import require_target, user_path
 from dxmi.persistence.run_directory import RunDirectory
 from dxmi.rewards.base import PostponedReward, Reward, RewardContext, differentiable, no_reward
 from dxmi.rewards.configs import RewardConfig
+from dxmi.rewards.files import reward_signature
 from dxmi.rewards.metric import MeanReward
 from dxmi.rewards.registry import REWARDS
 from dxmi.seeds import generator
@@ -132,6 +133,11 @@ class Experiment:
         if self.config.prompts.are_given:
             return self.prompts.counts(classes)
         return None if self._event is not None else torch.bincount(self._labels(), minlength=classes)
+
+    @property
+    def label_source(self) -> str:
+        """What `class_counts` are the frequencies of: data or prompts."""
+        return "prompts" if self.config.prompts.are_given else "data"
 
     @cached_property
     def prompts(self) -> Prompts:
@@ -265,7 +271,7 @@ class Experiment:
             raise UserError(f"pretrain.weights is {self.config.pretrain.weights}{place}. {error}{seen}") from error
 
     def inputs(self) -> dict[str, str]:
-        """The signatures of the run's inputs: `data`, and `parent` (a shipped model), `weights` or `teacher` if used.
+        """The signatures of the run's inputs: `data` and, if used, `parent` (shipped), `weights`, `teacher`, `reward`.
 
         Raises:
             UserError: an input cannot be read.
@@ -275,6 +281,9 @@ class Experiment:
             inputs["parent"] = self.shipped.sha256
         if pretrain.teacher is not None:
             inputs["teacher"] = self.teacher_signature
+        reward = None if self.config.reward is None else reward_signature(self.config.reward)
+        if reward is not None:
+            inputs["reward"] = reward
         return inputs if pretrain.weights is None else {**inputs, "weights": self.weights_signature}
 
     @cached_property
@@ -470,6 +479,7 @@ class Experiment:
         """
         if self.config.reward is not None:
             labels = torch.zeros(1, dtype=torch.int64) if self.config.network.denoiser.classes else None
+            reward_signature(self.config.reward)
             reward = self.build_reward()
             if self.config.algorithm.needs_gradient:
                 reward = differentiable(reward)

@@ -586,7 +586,7 @@ class Run:
             generations=self._generations,
             members=self._members,
             scored_with=self.scorer.about,
-            labels=labels_text(self.experiment.class_counts),
+            labels=labels_text(self.experiment.class_counts, self.experiment.label_source),
             data_notes=list(self.experiment.data.notes),
             inputs=self.experiment.inputs(),
             samplers={reference.key: reference.tree for reference in self._references.compared},
@@ -664,7 +664,13 @@ def changed_inputs(run: RunDirectory, summary: Mapping[str, Any], experiment: Ex
         now = experiment.inputs()
     except UserError as error:
         return [f"{run.path} was trained on inputs that can no longer be read: {error}"]
-    names = {"data": "data", "weights": "pretrain.weights", "teacher": "pretrain.teacher", "parent": "shipped model"}
+    names = {
+        "data": "data",
+        "weights": "pretrain.weights",
+        "teacher": "pretrain.teacher",
+        "parent": "shipped model",
+        "reward": "files of the reward",
+    }
     return [
         f"{run.path} was trained on other {names[key]} (signature {recorded[key][:12]}, now {now[key][:12]}): its "
         "scores refer to the former."
@@ -679,16 +685,17 @@ def _recorded_data(run: RunDirectory) -> dict[str, str]:
     return {} if found is None else {"data": found.meta["data"]}
 
 
-def labels_text(counts: Tensor | None) -> str:
+def labels_text(counts: Tensor | None, source: str = "data") -> str:
     """A description of the classes of generated samples; empty if there are no classes.
 
     Args:
-        counts: number of samples of each class in the data, [C].
+        counts: number of samples of each class in the source, [C].
+        source: what the frequencies are those of: data or prompts.
     """
     if counts is None:
         return ""
     shares = counts[counts > 0].double() / counts.sum()
-    text = f"drawn with the frequencies of the data: {len(shares):,} of {len(counts):,} classes"
+    text = f"drawn with the frequencies of the {source}: {len(shares):,} of {len(counts):,} classes"
     if shares.max() == shares.min():
         return f"{text}, each equally often"
     return f"{text}, {shares.min():.3%} to {shares.max():.3%} each"

@@ -257,7 +257,7 @@ def data(args: argparse.Namespace) -> int:
 def _labels_of(experiment: Experiment) -> str:
     """Describe how the experiment uses the labels of its data."""
     try:
-        used = labels_text(experiment.class_counts)
+        used = labels_text(experiment.class_counts, experiment.label_source)
     except UserError as error:
         return str(error)
     if used:
