@@ -1,6 +1,6 @@
 # make setup     create the virtual environment (.venv)
-# make demo      run a sweep on real digits: 5 fine-tuned steps are better than any free sampler of their model, with
-#                any number of steps; DEMO=--from-scratch also pretrains the model, which takes minutes
+# make demo      run a sweep on real digits: the best trial's 5 fine-tuned steps are better than any free sampler of
+#                their model; DEMO=--from-scratch also pretrains the model, which takes minutes
 # make test      check format, lint, types and import contracts, and run the tests
 # make test-all  the same, including the slow tests, which take an hour
 # make test-gpu  run the tests that need a GPU and are skipped otherwise

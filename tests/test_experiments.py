@@ -161,3 +161,9 @@ def test_a_published_experiment_says_what_it_needs_when_that_is_missing(name, fi
     with pytest.raises(UserError, match=stating("pretrain.weights is weights/ … Fetch")):
         _ = Experiment(config).public_weights
     assert config.pretrain.weights is not None
+
+
+@pytest.mark.parametrize("name", ["digits_reward", "digits_ink"])
+def test_experiments_with_a_reward_run_in_seconds_too(name, tmp_path):
+    """Although the settings of debug=smoke are those of DxMI."""
+    assert smoke(name, tmp_path / "run").iterations == 2

@@ -35,10 +35,11 @@ def test_the_class_of_a_prompt_is_that_of_its_word(text, words, label):
 
 
 @pytest.mark.parametrize(
-    ("text", "fact"), [("a handwritten letter", "none"), ("a one or a seven", "one and seven"), ("nineteen", "none")]
+    ("text", "fact"),
+    [("a handwritten letter", "none"), ("a one or a seven", '"one" and "seven"'), ("nineteen", "none")],
 )
 def test_a_prompt_with_no_class_or_several_is_refused(text, fact):
-    with pytest.raises(UserError, match=stating(f"{text} … {fact} … zero, one")):
+    with pytest.raises(UserError, match=stating(f"prompts.texts … {text} … {fact} … zero, one")):
         read(texts=(text,))
 
 
@@ -59,8 +60,11 @@ def test_a_held_out_class_must_not_be_trained_on():
 
 
 def test_prompts_come_from_a_file_too(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a two\n\n  a three \n")
+    (tmp_path / "prompts.txt").write_text("# numbers\na two\n\n  a three \n")
     assert read(file=str(tmp_path / "prompts.txt")).trained == (Prompt("a two", 2), Prompt("a three", 3))
+    (tmp_path / "wrong.txt").write_text("a two\nan elephant\n")
+    with pytest.raises(UserError, match=stating("prompts.file … line 2 … an elephant … none")):
+        read(file=str(tmp_path / "wrong.txt"))
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match=stating("empty.txt … no prompts")):
         read(file=str(tmp_path / "empty.txt"))
@@ -72,7 +76,7 @@ def test_prompts_come_from_a_file_too(tmp_path):
     ("settings", "facts"),
     [
         ({"prompts": {"held_out": ["a nine"]}}, "prompts.held_out … texts"),
-        ({"prompts": {"texts": ["a nine"], "weights": [1, 2]}}, "prompts.weights … 2 … 1 texts"),
+        ({"prompts": {"texts": ["a nine"], "weights": [1, 2]}}, "prompts.weights … 2 entries … texts … 1"),
         ({"prompts": {"texts": ["a nine"], "weights": [0]}}, "prompts.weights … 1..1000"),
         ({"prompts": {"texts": ["a nine"]}}, "algorithm.kind is dxmi"),
         ({"prompts": {"texts": ["a nine"]}, "algorithm": "ppo", "reward": "ink"}, "network.denoiser.classes is 0"),
@@ -114,3 +118,38 @@ def test_data_without_words_for_its_classes_has_no_prompts():
     overrides = [*SMALL, "data=gaussians8", 'prompts.texts=["a seven"]']
     with pytest.raises(UserError):
         Experiment(compose_experiment(overrides).experiment).prompts  # noqa: B018
+
+
+def test_bad_prompts_are_refused_before_anything_is_written(tmp_path):
+    made = Experiment(compose_experiment([*SMALL, 'prompts.texts=["a thing"]']).experiment)
+    with pytest.raises(UserError, match=stating("prompts.texts … a thing")):
+        train(made, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_references_are_scored_anew_for_other_prompts_and_other_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def before(name, *overrides):
+        summary = train(Experiment(compose_experiment([*SMALL, *overrides]).experiment), out=tmp_path / name)
+        assert summary is not None
+        return summary.scores["shortened"]["eval/reward"]
+
+    zero, seven, again = (
+        before(f"run {k}", f'prompts.texts=["a {word}"]') for k, word in enumerate(("zero", "seven", "zero"))
+    )
+    assert zero != seven
+    assert zero == again
+    mine = ["reward=function", "reward.function=mine:bright", "resources.allow_code=true"]
+    (tmp_path / "mine.py").write_text("def bright(x, labels):\n    return x.flatten(1).mean(1)\n")
+    once = before("run 3", *mine)
+    (tmp_path / "mine.py").write_text("def bright(x, labels):\n    return 2 * x.flatten(1).mean(1)\n")
+    assert before("run 4", *mine) == pytest.approx(2.0 * once, rel=1e-5)
+
+
+def test_the_labels_of_a_run_say_what_is_held_out(tmp_path):
+    overrides = [*SMALL, 'prompts.texts=["a {}"]', 'prompts.held_out=["a nine"]']
+    summary = train(Experiment(compose_experiment(overrides).experiment), out=tmp_path / "run")
+    assert summary is not None
+    assert summary.labels.endswith("held out of training: 1")
+    assert "prompts" in summary.labels

@@ -315,6 +315,28 @@ def test_the_energy_of_a_finished_run_is_a_reward(tmp_path):
     assert float(gradient.abs().sum()) > 0.0
 
 
+@pytest.mark.parametrize(
+    ("code", "facts"),
+    [
+        ("def reward(x):\n    return x", "mine.py:4 … TypeError"),
+        ("def reward(x, labels):\n    return x.nothing", "mine.py:2 … AttributeError"),
+        ("def reward(x, labels)\n    return x", "mine.py:1 … SyntaxError"),
+        ("import nothing_at_all", "mine.py:1 … ModuleNotFoundError"),
+        ("def reward(x, labels):\n    return x.flatten(1).mean(1) * float('nan')", "first training sample is nan"),
+    ],
+)
+def test_an_error_in_a_function_is_named_with_its_line(tmp_path, monkeypatch, code, facts):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(code)
+    tree = {
+        "algorithm": "ppo",
+        "reward": {"kind": "function", "function": "mine:reward"},
+        "resources": {"allow_code": True, "device": "cpu"},
+    }
+    with pytest.raises(UserError, match=stating(facts.replace("mine.py:4 … ", ""))):
+        Experiment(build(ExperimentConfig, tree)).check()
+
+
 def random_resnet(blocks: int) -> dict[str, Tensor]:
     """Tensors of a ResNet for CIFAR-10 under the names of public files, with statistics that matter."""
     generator = torch.Generator().manual_seed(0)
@@ -383,7 +405,7 @@ def test_a_resnet_for_cifar_is_that_of_its_paper(tmp_path, blocks):
 
 
 def test_the_file_of_a_resnet_is_named_if_it_cannot_be_used(tmp_path):
-    with pytest.raises(UserError, match=stating("reward.file … nothing.pth … no such file")):
+    with pytest.raises(UserError, match=stating("reward.file … nothing.pth … no file")):
         reward("cifar_resnet", file=str(tmp_path / "nothing.pth"))
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=stating("other.pth … ResNet … layer1")):

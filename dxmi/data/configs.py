@@ -198,7 +198,7 @@ class PromptsConfig:
     """Prompts, each with the word for one class, such as "a handwritten seven"; with {} in its place, one prompt for
     every class that is not held out."""
     file: str | None = field(default=None, metadata=PLACE)
-    """Text file with further prompts, one per line."""
+    """Text file with further prompts, one per line; lines that begin with # are comments."""
     weights: tuple[int, ...] | None = None
     """How often each of the texts is drawn, relative to the others; null for equally often. The lines of a file have
     weight 1."""
@@ -210,7 +210,7 @@ class PromptsConfig:
             raise ValueError("held_out is set, but neither texts nor file is: name the prompts to train on")
         if self.weights is not None and len(self.weights) != len(self.texts or ()):
             raise ValueError(
-                f"weights has {len(self.weights)} entries: it takes one for each of the {len(self.texts or ())} texts"
+                f"weights has {len(self.weights)} entries and texts has {len(self.texts or ())}: give one for each text"
             )
         if not all(1 <= weight <= _MAX_WEIGHT for weight in self.weights or ()):
             raise ValueError(f"weights is {self.weights}: each must be a whole number in 1..{_MAX_WEIGHT}")

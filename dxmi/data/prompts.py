@@ -82,13 +82,19 @@ def read_prompts(config: PromptsConfig, words: Sequence[str]) -> Prompts:
         UserError: a prompt names no class or several, the classes of a held-out prompt and another one are the same, or
             the file cannot be read.
     """
-    held_out = tuple(Prompt(text, _label(text, words)) for text in config.held_out or ())
+    held_out = tuple(Prompt(text, _label(text, words, "prompts.held_out")) for text in config.held_out or ())
     withheld = {prompt.label for prompt in held_out}
+    texts = config.texts or ()
     weighted = [
-        *zip(config.texts or (), config.weights or (1,) * len(config.texts or ()), strict=True),
-        *((line, 1) for line in _lines(config.file)),
+        *(
+            (text, weight, "prompts.texts")
+            for text, weight in zip(texts, config.weights or (1,) * len(texts), strict=True)
+        ),
+        *((line, 1, f"prompts.file, line {number},") for number, line in _lines(config.file)),
     ]
-    trained = tuple(prompt for text, weight in weighted for prompt in _expanded(text, weight, words, withheld))
+    trained = tuple(
+        prompt for text, weight, place in weighted for prompt in _expanded(text, weight, words, withheld, place)
+    )
     for prompt in trained:
         if prompt.label in withheld:
             raise UserError(
@@ -98,17 +104,17 @@ def read_prompts(config: PromptsConfig, words: Sequence[str]) -> Prompts:
     return Prompts(trained, held_out)
 
 
-def _expanded(text: str, weight: int, words: Sequence[str], withheld: set[int]) -> list[Prompt]:
+def _expanded(text: str, weight: int, words: Sequence[str], withheld: set[int], place: str) -> list[Prompt]:
     """The prompt or, if it has {} for the word, one for every class that is not held out."""
     if _ANY not in text:
-        return [Prompt(text, _label(text, words), weight)]
+        return [Prompt(text, _label(text, words, place), weight)]
     return [
         Prompt(text.replace(_ANY, word), label, weight) for label, word in enumerate(words) if label not in withheld
     ]
 
 
-def _label(text: str, words: Sequence[str]) -> int:
-    """The class whose word a prompt has; of "ankle boot" and "boot", the longer one counts.
+def _label(text: str, words: Sequence[str], place: str) -> int:
+    """The class whose word a prompt at a place has; of "ankle boot" and "boot", the longer one counts.
 
     Raises:
         UserError: it has none, or several.
@@ -120,16 +126,16 @@ def _label(text: str, words: Sequence[str]) -> int:
             found.append(label)
             rest = re.sub(pattern, "", rest, flags=re.IGNORECASE)
     if len(found) != 1:
-        named = "none" if not found else " and ".join(words[label] for label in sorted(found))
+        named = " and ".join(f'"{words[label]}"' for label in sorted(found)) or "none"
         raise UserError(
-            f'prompts has "{text}", which must have the word for one class and has {named}: the words are '
+            f'{place} has "{text}", which must have the word for a single class and has {named}: the words are '
             f"{', '.join(words)}."
         )
     return found[0]
 
 
-def _lines(file: str | None) -> list[str]:
-    """The lines of a file that are not empty.
+def _lines(file: str | None) -> list[tuple[int, str]]:
+    """The numbers and texts of the lines of a file that are neither empty nor comments, which begin with #.
 
     Raises:
         UserError: it cannot be read, or is empty.
@@ -142,7 +148,7 @@ def _lines(file: str | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"prompts.file is {file}, which cannot be read: {reason}.") from error
-    found = [line for line in lines if line]
+    found = [(number, line) for number, line in enumerate(lines, start=1) if line and not line.startswith("#")]
     if not found:
         raise UserError(f"prompts.file is {file}, which has no prompts: write one per line.")
     return found

@@ -71,7 +71,10 @@ def load_cifar_resnet(given: str) -> CifarResnet:
     Raises:
         UserError: there is no such file, or it does not hold such a network.
     """
-    state = read_tensor_file(weights_file(given))
+    try:
+        state = read_tensor_file(weights_file(given))
+    except UserError as error:
+        raise UserError(f"reward.file is {given}. {error}") from error
     try:
         network = CifarResnet(_num_blocks(state))
         network.load_state_dict(state)  # type: ignore[arg-type]

@@ -66,12 +66,13 @@ def weights_file(given: str) -> Path:
         UserError: there is none.
     """
     path = user_path(given, "reward.file")
-    for place in (path, data_root() / path):
+    places = dict.fromkeys((path, data_root() / path))
+    for place in places:
         if require_target(place, "reward.file").is_file():
             return place
     raise UserError(
-        f"reward.file is {given}, but there is no such file, nor {data_root() / path}: name the file of a ResNet that "
-        "was trained on CIFAR-10."
+        f"There is no file {' and no '.join(str(place) for place in places)}: name that of a ResNet that was trained "
+        "on CIFAR-10."
     )
 
 

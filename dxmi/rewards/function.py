@@ -5,7 +5,9 @@ The function is called with samples [B, *event] (images are in [-1, 1]) and thei
 
 import importlib.util
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ class FunctionReward:
         if not context.allow_code:
             raise UserError(
                 f"reward.function is {self._path}, but resources.allow_code is false: set it to true if this file may "
-                "be executed."
+                "be executed (dxmi evaluate: --allow-code)."
             )
         self._function = _imported(self._path)
 
@@ -51,7 +53,8 @@ class FunctionReward:
             UserError: the function did not return one number for each sample.
         """
         assert self._function is not None
-        found: Any = self._function(x, condition.labels)
+        with _naming_errors(self._path):
+            found: Any = self._function(x, condition.labels)
         if not isinstance(found, Tensor) or found.shape != (len(x),):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise UserError(
@@ -70,10 +73,28 @@ def _imported(path: str) -> Callable[[Tensor, Tensor | None], Tensor]:
     loaded = importlib.util.module_from_spec(spec)  # exactly this file, whatever else has its name
     sys.path.insert(0, str(root))
     try:
-        spec.loader.exec_module(loaded)
+        with _naming_errors(path):
+            spec.loader.exec_module(loaded)
     finally:
         sys.path.remove(str(root))
     found = getattr(loaded, name, None)
     if not callable(found):
         raise UserError(f"reward.function is {path}, but {file.name} has no function {name}.")
     return found  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _naming_errors(path: str) -> Iterator[None]:
+    """Raise a UserError with the file and the line for any exception in the user's function."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SyntaxError):
+            place = f"{Path(error.filename or '').name}:{error.lineno}"
+        else:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{Path(last.filename).name}:{last.lineno}"
+        raise UserError(
+            f"reward.function {path} failed at {place} with {type(error).__name__}: {error}. It is called with samples "
+            "[B, ...] and their classes [B] or None, and must return a tensor [B]."
+        ) from error

@@ -17,7 +17,7 @@ from dxmi.algorithms.distillation import Distillation
 from dxmi.algorithms.registry import ALGORITHMS
 from dxmi.compat import allow_recompilation
 from dxmi.config import RESULT, block_delta, delta, differences, signature, to_tree
-from dxmi.data.batch import Condition
+from dxmi.data.batch import UNCONDITIONAL, Condition
 from dxmi.data.dataset import BatchStream, Dataset
 from dxmi.data.images import Images, data_root
 from dxmi.data.loading import load
@@ -471,20 +471,31 @@ class Experiment:
             )
         return energy.to(self.device).requires_grad_(False)
 
-    def check_reward(self) -> None:
-        """Compute the reward of one sample, so that a reward that does not fit the data is refused before training.
+    def check(self) -> None:
+        """Check what would otherwise fail only after pretraining: prompts, reward, and CUDA graphs.
 
         Raises:
-            UserError: the reward cannot be computed for such a sample.
+            UserError: a prompt cannot be used, the reward of a training sample cannot be computed, or there is no GPU.
         """
+        self._graphed()
+        if self.config.prompts.are_given:
+            self.prompts  # noqa: B018  (reads and checks them)
         if self.config.reward is not None:
-            labels = torch.zeros(1, dtype=torch.int64) if self.config.network.denoiser.classes else None
-            reward_signature(self.config.reward)
-            reward = self.build_reward()
-            if self.config.algorithm.needs_gradient:
-                reward = differentiable(reward)
-            on_device = None if labels is None else labels.to(self.device)
-            reward(torch.zeros(1, *self.event, device=self.device), Condition(on_device))
+            self._check_reward(self.config.reward)
+
+    def _check_reward(self, config: RewardConfig) -> None:
+        """Compute the reward of a training sample."""
+        reward_signature(config)
+        reward = self.build_reward()
+        if self.config.algorithm.needs_gradient:
+            reward = differentiable(reward)
+        x, condition = self._real_samples(1)
+        found = reward(x, condition if self.config.network.denoiser.classes else UNCONDITIONAL)
+        if not bool(found.isfinite().all()):
+            raise UserError(
+                f"reward.kind is {config.kind}, and the reward of the first training sample is {float(found[0])}: it "
+                "must be a finite number."
+            )
 
     def build_scorer(self, evaluate: EvaluateConfig | None = None) -> Scorer:
         """Build the scorer of samples, with the evaluation settings of the run unless others are given.

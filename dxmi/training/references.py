@@ -18,6 +18,7 @@ from dxmi.evaluation.scorers import Scorer, Scores
 from dxmi.networks.base import Denoiser
 from dxmi.persistence.cache import cache_root, cached
 from dxmi.persistence.run_directory import RunDirectory
+from dxmi.rewards.files import reward_signature
 from dxmi.seeds import generator
 from dxmi.training.build import Experiment
 from dxmi.training.config import SCHEMA, ExperimentConfig
@@ -114,10 +115,20 @@ class References:
             "features": self._scorer.identity,
             "stream": stream_of(REPORT, self._config.seed),
             "device": self._experiment.device.type,
+            **self._conditions_and_files(),
             **({} if reference.policy is Policy else {"sampler": reference.policy.__name__}),
             **more,
         }
         return cache_root() / "references" / f"{signature(identity)}.cached"
+
+    def _conditions_and_files(self) -> dict[str, Any]:
+        """What the scores of a run with prompts, or with a reward that reads files, depend on as well."""
+        found: dict[str, Any] = {}
+        if self._config.prompts.are_given:
+            prompts, classes = self._experiment.prompts, self._config.network.denoiser.classes
+            found["prompts"] = [prompts.counts(classes).tolist(), sorted(prompts.held_out_labels)]
+        files = None if self._config.reward is None else reward_signature(self._config.reward)
+        return found if files is None else {**found, "reward_files": files}
 
     # ------------------------------------------------------------------------
     # Pictures.

@@ -251,7 +251,7 @@ class Run:
         if self._end_if_finished(says_changes=True):
             return
         self.experiment.choose_kernels()
-        self.experiment.check_reward()
+        self.experiment.check()
         self.scorer = self.experiment.build_scorer()
         self.workers.on_rank_zero(self._take_folder)
         if self._end_if_finished():  # another process finished the run before this one took the lock
@@ -586,7 +586,7 @@ class Run:
             generations=self._generations,
             members=self._members,
             scored_with=self.scorer.about,
-            labels=labels_text(self.experiment.class_counts, self.experiment.label_source),
+            labels=self._labels(),
             data_notes=list(self.experiment.data.notes),
             inputs=self.experiment.inputs(),
             samplers={reference.key: reference.tree for reference in self._references.compared},
@@ -599,6 +599,12 @@ class Run:
             git_revision=git_revision(),
             versions=versions(),
         )
+
+    def _labels(self) -> str:
+        """The description of the classes of samples, with the number of those that are not trained on."""
+        text = labels_text(self.experiment.class_counts, self.experiment.label_source)
+        held_out = self.experiment.prompts.held_out_labels if self.config.prompts.held_out else ()
+        return f"{text}; held out of training: {len(held_out)}" if held_out else text
 
     def _outcome(self, scored: Scores, step: int) -> dict[str, Any]:
         where = checkpoint.path_of(self.directory.checkpoints, step).relative_to(self.directory.path)
@@ -626,9 +632,9 @@ class Run:
     def _draw_divergence(self, rows: Sequence[Row]) -> None:
         """Draw the scores against the divergence from the pretrained policy, if it is one of them."""
         evaluated = [row for row in rows if KL_KEY.name in row]
-        keys = {key.name: key.direction for key in self.config.score_keys() if key.name != KL_KEY.name}
-        names = sorted(keys, key=lambda name: name != self.scorer.metric)  # the primary score first
-        shown = {name: keys[name] for name in names if all(name in row for row in evaluated)}
+        names = [key.name for key in self.config.score_keys() if key.name != KL_KEY.name]
+        names.sort(key=lambda name: name != self.scorer.metric)  # the primary score first
+        shown = [name for name in names if all(name in row for row in evaluated)]
         if len(evaluated) > 1 and shown:
             save_figure(self.directory.divergence, divergence_figure(evaluated, KL_KEY.name, shown))
 

@@ -16,7 +16,7 @@ _FAR = 1000.0
 """Divergence in nats above which the axis is logarithmic."""
 
 
-def divergence_figure(rows: Rows, divergence: str, scores: Mapping[str, str]) -> Figure:
+def divergence_figure(rows: Rows, divergence: str, scores: Sequence[str]) -> Figure:
     """Plot scores at every evaluation against the divergence from the pretrained policy, one panel each.
 
     Where the reward still improves and the held-out scores get worse, the reward is over-optimized.
@@ -24,15 +24,15 @@ def divergence_figure(rows: Rows, divergence: str, scores: Mapping[str, str]) ->
     Args:
         rows: Scores of each evaluation, in order; the first is that before fine-tuning.
         divergence: Key of the divergence.
-        scores: Keys of the scores, and whether each is minimized or maximized.
+        scores: Keys of the scores, one panel each.
     """
     height = _MARGIN + _PANEL * len(scores)
     figure = Figure(figsize=(_WIDTH, height))
     edges = {"left": 0.13, "right": 0.97, "bottom": 0.5 / height, "top": 1.0 - 0.25 / height}
     panels = figure.subplots(len(scores), 1, sharex=True, squeeze=False, gridspec_kw={**edges, "hspace": 0.4})[:, 0]
     x = [float(row[divergence]) for row in rows]
-    for axes, (key, direction) in zip(panels, scores.items(), strict=True):
-        _draw(axes, x, [float(row[key]) for row in rows], f"{key.removeprefix('eval/')}, {direction}d")
+    for axes, key in zip(panels, scores, strict=True):
+        _draw(axes, x, [float(row[key]) for row in rows], key.removeprefix("eval/"))
     if max(x) > _FAR:
         panels[-1].set_xscale("symlog", linthresh=_FAR / 10.0)
     panels[-1].set_xlabel("KL divergence from the pretrained policy, nats per trajectory")

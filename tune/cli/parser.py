@@ -162,6 +162,9 @@ def _evaluate(commands: _Commands) -> None:
         "--num-samples", type=_positive, metavar="N", help="Number of samples to score (default: as in the run)."
     )
     sub.add_argument("--out", type=Path, metavar="FILE", help="Also write the scores to this JSON file.")
+    sub.add_argument(
+        "--allow-code", action="store_true", help="Execute the Python file that the run's reward=function names."
+    )
 
 
 def _export(commands: _Commands) -> None:

@@ -167,7 +167,11 @@ def _loaded_run(args: argparse.Namespace) -> LoadedRun:
     tree = run.read_config()
     if args.device is not None:
         tree["resources"] = {"device": args.device}
-    loaded = load_run(run, read_config(tree), args.checkpoint)
+    stored = read_config(tree)
+    if getattr(args, "allow_code", False):
+        resources = replace(stored.config.resources, allow_code=True)
+        stored = replace(stored, config=replace(stored.config, resources=resources))
+    loaded = load_run(run, stored, args.checkpoint)
     for sentence in loaded.complaints:
         complain(sentence)
     return loaded

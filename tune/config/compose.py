@@ -6,7 +6,7 @@ Hydra composes plain values; `dxmi.config.build` turns them into frozen dataclas
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -621,7 +621,20 @@ def _known(chosen: tuple[str, ...], folder: Path, changed: int) -> dict[str, Any
         before = completed(ExperimentConfig, _composed(tuple(o for o in chosen if o.startswith(_OF_ALL))))
         for group, name in blocks.items():
             _bring_blocks(tree, before, group, _option(group, name))
+    if "debug" in options:
+        _leave_out_foreign(tree, _option("debug", options["debug"]))
     return completed(ExperimentConfig, tree)
+
+
+def _leave_out_foreign(tree: dict[str, Any], debug: dict[str, Any]) -> None:
+    """Remove the settings of a debug option, which is for all experiments, that the kind of their block lacks."""
+    for name, settings in debug.items():
+        place = block_at(ExperimentConfig, tree, name)
+        if place is None or not isinstance(settings, dict) or "kind" not in tree[name]:
+            continue
+        known = {own.name for own in fields(place.registry.config_class(tree[name]["kind"]))}
+        for key in settings.keys() - known:
+            del tree[name][key]
 
 
 def _bring_blocks(tree: dict[str, Any], before: dict[str, Any], path: str, content: Any) -> None:
