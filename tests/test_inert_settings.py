@@ -187,8 +187,9 @@ def test_every_setting_that_may_vary_is_tried():
     free |= {f"schedule.{name}" for name, _ in KARRAS}
     free -= {f"network.{network}.kind" for network in ("denoiser", "energy", "value")}  # only MLPs are tried
     free -= {"algorithm.kind"}  # the settings of DxMI are tried
-    # Nothing is claimed of a run that starts from a file or another run.
+    # Nothing is claimed of a run that starts from a file or another run, or whose classes are those of prompts.
     free -= {"pretrain.weights", "pretrain.teacher", "algorithm.teacher_energy", "pretrain.shipped"}
+    free -= {path for path in free if path.startswith("prompts.")}
     dead = {"train.log_every", "network.energy.embedding"}
     assert {path for _, path, _ in ALIVE} == free - dead
 

@@ -12,6 +12,7 @@ from dxmi.training.config import ExperimentConfig
 from dxmi.training.run import train
 from support import stating
 from tune.config.compose import compose_experiment
+from tune.plans.inert_settings import digests
 
 DIGITS, FASHION = WORDS["digits"], WORDS["fashion_mnist"]
 
@@ -153,3 +154,8 @@ def test_the_labels_of_a_run_say_what_is_held_out(tmp_path):
     assert summary is not None
     assert summary.labels.endswith("held out of training: 1")
     assert "prompts" in summary.labels
+
+
+def test_nothing_is_claimed_of_settings_of_a_run_with_prompts():
+    config = compose_experiment([*SMALL, 'prompts.texts=["a seven"]']).experiment
+    assert digests([config]) == {config.signature: None}

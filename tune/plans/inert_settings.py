@@ -84,7 +84,7 @@ def _digest(config: ExperimentConfig) -> Digest:
     networks = (config.network.denoiser, config.network.energy, config.network.value)
     if config.schedule.num_steps > _MAX_STEPS or not all(isinstance(network, MlpConfig) for network in networks):
         return None  # it would take too long
-    if config.pretrain.weights is not None or config.pretrain.teacher is not None:
+    if config.pretrain.weights is not None or config.pretrain.teacher is not None or config.prompts.are_given:
         return None
     experiment = Experiment(config, event=_EVENT)
     with experiment.precision():
