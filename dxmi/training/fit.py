@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dxmi.algorithms.base import Algorithm
-from dxmi.data.batch import Batch, Streams
-from dxmi.training.recording import RecordedUpdate
+from dxmi.data.batch import Batch
+from dxmi.training.recording import update_of
 from dxmi.training.state import TrainingState
 
 
@@ -78,21 +78,16 @@ class _Group:
         elif algorithms:
             self._algorithm = algorithms[0]
         self._states = [phase.state for phase in phases]
-        generators = [state.generators for state in self._states]
-        self._streams = Streams(generators)
-        self._recorded: RecordedUpdate | None = None
-        if any(phase.recorded for phase in phases):
-            self._recorded = RecordedUpdate(self._algorithm, generators, phases[0].precision)
+        if phases:
+            generators, first = [state.generators for state in self._states], phases[0]
+            self._update = update_of(self._algorithm, generators, first.precision, recorded=first.recorded)
         for phase in phases:
             phase.joined(len(phases))
 
     def update(self, iteration: int) -> Mapping[str, Tensor]:
         """Compute one iteration of all members; returns metrics of shape [K]."""
         batch = Batch.stacked([state.stream.next() for state in self._states])
-        if self._recorded is not None:
-            return self._recorded(batch, iteration)
-        with next(iter(self.members.values())).precision():
-            return self._algorithm.update(batch, iteration, self._streams)
+        return self._update(batch, iteration)
 
     def after_iteration(self, done: int, metrics: Mapping[str, Tensor]) -> dict[int, Exception]:
         """Call `after_iteration` of each member with its own metrics; returns the exceptions that were raised."""

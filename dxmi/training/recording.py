@@ -96,6 +96,25 @@ class RecordedUpdate:
         return self._recordings[key](batch)
 
 
+def update_of(
+    algorithm: Algorithm,
+    generators: Sequence[Mapping[str, torch.Generator]],
+    precision: Precision,
+    *,
+    recorded: bool,
+) -> Callable[[Batch, int], Metrics]:
+    """Return a function that performs the iteration of a number on a batch, recorded or not."""
+    if recorded:
+        return RecordedUpdate(algorithm, generators, precision)
+    streams = Streams(generators)
+
+    def update(batch: Batch, iteration: int) -> Metrics:
+        with precision():
+            return algorithm.update(batch, iteration, streams)
+
+    return update
+
+
 class _Recording:
     """One variant of the iterations: a function of a batch and of random streams.
 

@@ -22,12 +22,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dxmi.algorithms.base import Algorithm
-from dxmi.data.batch import Batch, Streams
+from dxmi.data.batch import Batch
 from dxmi.data.images import Images
 from dxmi.evaluation.config import SELECTION
 from dxmi.evaluation.sampling import Sampling, generate
 from dxmi.training.build import Experiment
-from dxmi.training.recording import RecordedUpdate
+from dxmi.training.recording import update_of
 from dxmi.training.state import TrainingState
 from tune.config.compose import compose_experiment
 
@@ -105,17 +105,8 @@ def stacked_iteration(overrides: Sequence[str], seeds: int) -> Work:
 def iteration_of(made: Experiment, algorithm: Algorithm, *states: TrainingState) -> Work:
     """The iteration that the training loop performs, with the next batch."""
     generators = [state.generators for state in states]
-    recorded = RecordedUpdate(algorithm, generators, made.precision) if made.records(algorithm) else None
-    streams = Streams(generators)
-
-    def work() -> object:
-        batch = Batch.stacked([state.stream.next() for state in states])
-        if recorded is not None:
-            return recorded(batch, 0)
-        with made.precision():
-            return algorithm.update(batch, 0, streams)
-
-    return work
+    update = update_of(algorithm, generators, made.precision, recorded=made.records(algorithm))
+    return lambda: update(Batch.stacked([state.stream.next() for state in states]), 0)
 
 
 def sampling(overrides: Sequence[str]) -> Work:

@@ -6,12 +6,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dxmi.data.batch import Streams
+from dxmi.algorithms.base import Algorithm
+from dxmi.diffusion.cuda_graphs import WARM_UP
 from dxmi.evaluation.config import SELECTION
 from dxmi.evaluation.sampling import Sampling, generate
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
+from dxmi.training.recording import update_of
 from dxmi.training.references import references_of
+from dxmi.training.state import TrainingState
 from tune.execution.slots import Slots
 
 _REPEATS = 3
@@ -66,7 +69,7 @@ def estimate(config: ExperimentConfig, slots: Slots, trials: int, seeds: int = 1
     """
     elsewhere = slots.gpu_share > 0.0 and not torch.cuda.is_available()
     if elsewhere:
-        config = replace(config, resources=replace(config.resources, device="cpu"))
+        config = replace(config, resources=replace(config.resources, device="cpu", cuda_graphs=False))
     before = torch.get_num_threads()
     torch.set_num_threads(slots.threads)
     try:
@@ -86,20 +89,27 @@ def _measured(experiment: Experiment, slots: Slots, trials: int) -> Estimate:
     config, train = experiment.config, experiment.config.train
     ddpm, pretraining = experiment.build_pretraining()
     algorithm, state = experiment.build_finetuning(experiment.build_denoiser())
-    streams = Streams([state.generators])
-    iteration = _seconds(lambda: algorithm.update(state.stream.next(), 0, streams))
+    iteration = _seconds(_iteration(experiment, algorithm, state))
     drawing = Sampling(algorithm.policy, SELECTION, precision=config.evaluate.precision)
     batch = _seconds(lambda: generate(drawing, config.evaluate.batch_size, config.evaluate))
     sampling = batch * config.evaluate.num_samples / config.evaluate.batch_size
     shared = 0.0
     if not experiment.pretraining_path.exists():
         if experiment.shipped is None:
-            data, noise = pretraining.stream.next(), Streams([pretraining.generators])
-            shared += config.pretrain.iterations * _seconds(lambda: ddpm.update(data, 0, noise))
+            shared += config.pretrain.iterations * _seconds(_iteration(experiment, ddpm, pretraining))
         shared += sampling * _reference_evaluations(config) / config.schedule.num_steps
     evaluations = train.iterations / config.evaluate.every + 3
     seconds = train.iterations * iteration + evaluations * sampling * _SCORING
     return Estimate(shared, seconds, _bytes(state.groups()), trials, slots.concurrent)
+
+
+def _iteration(experiment: Experiment, algorithm: Algorithm, state: TrainingState) -> Callable[[], object]:
+    """The iteration that the training loop performs, already recorded if the run records it."""
+    recorded = experiment.records(algorithm)
+    update = update_of(algorithm, [state.generators], experiment.precision, recorded=recorded)
+    for _ in range(WARM_UP + 1 if recorded else 0):
+        update(state.stream.next(), 0)
+    return lambda: update(state.stream.next(), 0)
 
 
 def _reference_evaluations(config: ExperimentConfig) -> int:
@@ -113,6 +123,8 @@ def _seconds(work: Callable[[], object]) -> float:
     for _ in range(_REPEATS):
         start = time.perf_counter()
         work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times)
 
