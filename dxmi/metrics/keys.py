@@ -24,8 +24,10 @@ class ScoreKey(NamedTuple):
 
 
 REWARD_KEY = ScoreKey("eval/reward", MAXIMIZE)
+"""The mean reward of samples; of those whose prompts are trained on, if some are held out."""
+
 HELD_OUT_REWARD_KEY = ScoreKey("eval/reward_held_out_prompts", MAXIMIZE)
-"""The mean reward of samples."""
+"""The mean reward of the samples whose prompts are held out."""
 
 KL_KEY = ScoreKey("eval/kl_reference")
 """KL divergence of a policy from the pretrained one, in nats per trajectory."""

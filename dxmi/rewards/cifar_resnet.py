@@ -71,8 +71,9 @@ def load_cifar_resnet(given: str) -> CifarResnet:
     Raises:
         UserError: there is no such file, or it does not hold such a network.
     """
+    path = weights_file(given)
     try:
-        state = read_tensor_file(weights_file(given))
+        state = read_tensor_file(path)
     except UserError as error:
         raise UserError(f"reward.file is {given}. {error}") from error
     try:

@@ -71,8 +71,8 @@ def weights_file(given: str) -> Path:
         if require_target(place, "reward.file").is_file():
             return place
     raise UserError(
-        f"There is no file {' and no '.join(str(place) for place in places)}: name that of a ResNet that was trained "
-        "on CIFAR-10."
+        f"reward.file is {given}, but there is no file {' and no '.join(str(place) for place in places)}: name that of "
+        "a ResNet that was trained on CIFAR-10."
     )
 
 

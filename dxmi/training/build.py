@@ -281,10 +281,18 @@ class Experiment:
             inputs["parent"] = self.shipped.sha256
         if pretrain.teacher is not None:
             inputs["teacher"] = self.teacher_signature
-        reward = None if self.config.reward is None else reward_signature(self.config.reward)
-        if reward is not None:
-            inputs["reward"] = reward
+        if self.reward_signature is not None:
+            inputs["reward"] = self.reward_signature
         return inputs if pretrain.weights is None else {**inputs, "weights": self.weights_signature}
+
+    @cached_property
+    def reward_signature(self) -> str | None:
+        """The signature of the files that the reward reads; None if there is no reward, or it reads none.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        return None if self.config.reward is None else reward_signature(self.config.reward)
 
     @cached_property
     def weights_signature(self) -> str:
@@ -485,7 +493,7 @@ class Experiment:
 
     def _check_reward(self, config: RewardConfig) -> None:
         """Compute the reward of a training sample."""
-        reward_signature(config)
+        self.reward_signature  # noqa: B018  (reads the files of the reward)
         reward = self.build_reward()
         if self.config.algorithm.needs_gradient:
             reward = differentiable(reward)

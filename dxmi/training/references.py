@@ -18,7 +18,6 @@ from dxmi.evaluation.scorers import Scorer, Scores
 from dxmi.networks.base import Denoiser
 from dxmi.persistence.cache import cache_root, cached
 from dxmi.persistence.run_directory import RunDirectory
-from dxmi.rewards.files import reward_signature
 from dxmi.seeds import generator
 from dxmi.training.build import Experiment
 from dxmi.training.config import SCHEMA, ExperimentConfig
@@ -127,7 +126,7 @@ class References:
         if self._config.prompts.are_given:
             prompts, classes = self._experiment.prompts, self._config.network.denoiser.classes
             found["prompts"] = [prompts.counts(classes).tolist(), sorted(prompts.held_out_labels)]
-        files = None if self._config.reward is None else reward_signature(self._config.reward)
+        files = self._experiment.reward_signature
         return found if files is None else {**found, "reward_files": files}
 
     # ------------------------------------------------------------------------
