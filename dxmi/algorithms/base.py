@@ -49,7 +49,6 @@ class Parts:
         reward: Creates the reward of the run.
         workers: Processes that share each batch.
         accumulate: Number of micro-batches into which each process divides its rows.
-        graphed: Whether to record the rollout as a CUDA graph, because the whole iteration is not recorded.
     """
 
     policy: Policy
@@ -60,7 +59,6 @@ class Parts:
     reward: Callable[[], Reward] = no_reward
     workers: ProcessGroup = SINGLE_PROCESS
     accumulate: int = 1
-    graphed: bool = False
 
     def optimizer(self, config: OptimizerConfig, *groups: tuple[Iterable[nn.Parameter], float]) -> Optimizer:
         """Create an optimizer for groups of parameters, each given with its learning rate."""
@@ -183,7 +181,11 @@ class PolicyAlgorithm(Algorithm):
         if self.ema_policy is not None and policy_ema is not None:
             self.averages = [MovingAverage.between(self.policy, self.ema_policy, policy_ema)]
         self._workers = parts.workers
-        self._rollout = GraphedRollout(self.policy) if parts.graphed else self.policy.rollout
+        self._rollout: Callable[..., Trajectory] = self.policy.rollout
+
+    def record_rollout(self) -> None:
+        """Record the rollout as a CUDA graph from now on, for an algorithm whose whole iteration is not recorded."""
+        self._rollout = GraphedRollout(self.policy)
 
     @classmethod
     def stacked(cls, members: Sequence[Self]) -> Self:

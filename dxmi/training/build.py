@@ -391,7 +391,10 @@ class Experiment:
 
     def build_algorithm(self, denoiser: Denoiser) -> PolicyAlgorithm:
         """Build the fine-tuning algorithm; it trains `denoiser` in place."""
-        return ALGORITHMS.build(self.config.algorithm, self.parts(denoiser)).to(self.device)
+        algorithm = ALGORITHMS.build(self.config.algorithm, self.parts(denoiser)).to(self.device)
+        if self._graphed() and not self.records(algorithm):
+            algorithm.record_rollout()
+        return algorithm
 
     def parts(self, denoiser: Denoiser) -> Parts:
         """What the algorithm is built from; its policy trains `denoiser` in place."""
@@ -406,12 +409,7 @@ class Experiment:
             reward=self.build_reward,
             workers=self.workers,
             accumulate=config.resources.accumulate,
-            graphed=self._graphed() and not self._records_finetuning(),
         )
-
-    def _records_finetuning(self) -> bool:
-        """Whether the iterations of the fine-tuning can be recorded as a whole, as far as its class tells."""
-        return self.workers.size == 1 and bool(ALGORITHMS.implementation(self.config.algorithm.kind).is_recordable)
 
     def _factory(self, name: str, build: Callable[[torch.Generator], Network]) -> Callable[[], Network]:
         """A factory of networks on the device; each call creates one with other initial weights."""
