@@ -49,15 +49,11 @@ class FixedStreams(Streams):
         return self._drawn[self._next - 1]
 
     def draw_again(self) -> None:
-        """Make the draws of the next iteration; does nothing before the first one."""
+        """Make the draws of the next iteration, which then returns them in order; before the first, there are none."""
         self._is_complete = bool(self._samples)
         self._next = 0
         for (name, sample), drawn in zip(self._samples, self._drawn, strict=True):
             drawn.copy_(super().draw(name, sample), non_blocking=True)
-
-    def rewind(self) -> None:
-        """Return the same drawn tensors again."""
-        self._is_complete, self._next = True, 0
 
 
 class RecordedUpdate:
@@ -154,9 +150,7 @@ class _Recording:
         return {name: value.clone() for name, value in self._metrics.items()}
 
     def _run(self) -> Metrics:
-        metrics = self._iterate(self._inputs, self._streams)
-        self._streams.rewind()
-        return metrics
+        return self._iterate(self._inputs, self._streams)
 
 
 def _device_of(batch: Batch, generators: Sequence[Mapping[str, torch.Generator]]) -> torch.device:
