@@ -4,7 +4,7 @@ Axis letters: B batch, C channels, H height, W width; *event stands for all axes
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -147,6 +147,14 @@ def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
 def batch_rows(tree: Item, rows: slice) -> Item:
     """Select rows of all tensors [K, b, ...] in nested tuples and dicts."""
     return map_tensors(lambda x: x[:, rows], tree)  # type: ignore[no-any-return]
+
+
+def joined_rows(trees: Sequence[Item]) -> Item:
+    """Concatenate the tensors [K, b, ...] of equally nested tuples and dicts along their rows."""
+    if len(trees) == 1:
+        return trees[0]
+    columns = zip(*(tensors_of(tree) for tree in trees), strict=True)
+    return with_tensors(trees[0], (torch.cat(parts, dim=1) for parts in columns))  # type: ignore[no-any-return]
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

@@ -125,6 +125,27 @@ def test_micro_batches_change_nothing_but_rounding(kind):
     require_close(tensors(whole, state), tensors(pieces, other))
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if ALGORITHMS.config_class(kind).needs_reward])
+def test_no_network_sees_more_rows_at_once_than_a_micro_batch_has(kind):
+    """25 trajectories have 75 actions; rollouts have 25 rows at a time, and every other call at most as many."""
+    algorithm, state = start(experiment(kind, resources={"accumulate": 3}))
+    rows: list[int] = []
+    for policy in (algorithm.policy, algorithm.reference):
+        assert policy is not None
+        policy.network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    advance(algorithm, [state], range(2))
+    assert rows
+    assert max(rows) <= 25
+
+
+def test_the_ratio_starts_at_exactly_one_with_micro_batches():
+    settings = {"kind": "ppo", "epochs": 1, "minibatches": 1}
+    algorithm, state = start(experiment("ppo", algorithm=settings, resources={"accumulate": 3}))
+    metrics = advance(algorithm, [state], range(1))
+    assert metrics["policy/ratio"] == 1.0
+    assert metrics["policy/ratio_std"] == 0.0
+
+
 class Pair(ProcessGroup):
     """One of two processes, which are threads here."""
 

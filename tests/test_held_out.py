@@ -87,9 +87,9 @@ def test_the_divergence_is_that_of_the_chain():
         policy.network.shift.add_(0.1)
         policy.free_log_sigma[0] += math.log(2.0)
     expected = sum(0.1**2 / (2.0 * s**2) for s in chain.s[:-1]) + 0.5 * (4.0 - 1.0 - math.log(4.0))
-    found = policy_divergence(policy, reference, 50, torch.Generator().manual_seed(0))
+    found = policy_divergence(policy, reference, 50, torch.Generator().manual_seed(0), 20)
     assert found == pytest.approx(expected, rel=1e-5)
-    assert policy_divergence(reference, reference, 50, torch.Generator().manual_seed(0)) == 0.0
+    assert policy_divergence(reference, reference, 50, torch.Generator().manual_seed(0), 20) == 0.0
 
 
 @pytest.mark.parametrize(

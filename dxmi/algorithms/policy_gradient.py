@@ -4,7 +4,7 @@ log pi is a log density in nats, summed over the event. The last step counts as 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from dxmi.diffusion.trajectory import GaussianStep, Trajectory
 from dxmi.errors import UserError
 from dxmi.networks.base import TimedCritic
 from dxmi.optim.optimizer import StepResult
+from dxmi.tensors import batch_rows, chunks, joined_rows, tensors_of
 
 
 class Actions(NamedTuple):
@@ -57,6 +58,7 @@ class PolicyGradient(PolicyAlgorithm):
                 "policy gradient needs, is then unknown. Use algorithm=dxmi, or another network."
             )
         self.entropy_coef = config.entropy_coef
+        self._accumulate = parts.accumulate
         self.num_actions = self.policy.num_steps - (not config.last_step)
         self.register_buffer("steps", torch.arange(self.policy.num_steps), persistent=False)
 
@@ -65,6 +67,20 @@ class PolicyGradient(PolicyAlgorithm):
         x, num = trajectory.x, self.num_actions
         t = self.steps[:num, None].expand(num, x.shape[2]).flatten().expand(len(x), -1)
         return Actions(x[:, :num].flatten(1, 2), x[:, 1 : num + 1].flatten(1, 2), t, _repeated(condition, num))
+
+    @torch.no_grad()
+    def in_pieces(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Apply a function of some rows of one seed to all rows of all seeds, without gradients.
+
+        The function gets the same rows at a time as a loss in `Optimizer.minimize`, so that it needs no more memory,
+        and rounds as it does there.
+
+        Args:
+            function: Maps rows of the inputs to tensors, or tuples of them, with as many rows.
+            inputs: Nested tuples of tensors [K, b, ...].
+        """
+        pieces = chunks(tensors_of(inputs)[0].shape[1], self._accumulate)
+        return joined_rows([self.seeds.map(function, *batch_rows(inputs, rows)) for rows in pieces])
 
     def follow_gradient(
         self,

@@ -132,7 +132,7 @@ class RatioAlgorithm(RewardGradient):
         parts, order = [], []
         for drawn in minibatches:
             states = self.gathered(trajectory, drawn, batch)
-            parts.append(self.seeds.map(self.policy, states.x, states.t, states.condition))
+            parts.append(self.in_pieces(self.policy, states.x, states.t, states.condition))
             order.append(states.t * batch.share.count + states.row)
         index = torch.cat(order, dim=1).argsort(dim=1)
         mean, sigma = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))

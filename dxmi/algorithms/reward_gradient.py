@@ -81,8 +81,7 @@ class RewardGradient(PolicyGradient):
         baseline, spread = (share.of(x, dim=1) for x in self.advantages.statistics(everyone, group, self.seeds))
         advantage = self.per_action(reward - baseline)
         if self.baseline is not None:
-            with torch.no_grad():
-                advantage = advantage - self.seeds.map(self.expected, actions.x, actions.t, actions.condition)
+            advantage = advantage - self.in_pieces(self.expected, actions.x, actions.t, actions.condition)
         advantage = advantage / self.per_action(spread)
         if config.advantage_clip is not None:
             advantage = advantage.clamp(-config.advantage_clip, config.advantage_clip)
@@ -111,8 +110,7 @@ class RewardGradient(PolicyGradient):
         if not self.config.kl_coef:
             return None
         assert self.reference is not None
-        with torch.no_grad():
-            steps: GaussianStep = self.seeds.map(self.reference, actions.x, actions.t, actions.condition)
+        steps: GaussianStep = self.in_pieces(self.reference, actions.x, actions.t, actions.condition)
         return steps
 
     def policy_steps(self, trajectory: Trajectory) -> GaussianStep:

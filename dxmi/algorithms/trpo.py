@@ -69,7 +69,6 @@ class Trpo(RewardGradient):
 
     def __init__(self, config: TrpoConfig, parts: Parts) -> None:
         super().__init__(config, parts)
-        self._accumulate = parts.accumulate
         if not config.train_sigmas:
             optimizer = parts.optimizer(self._policy_settings(config), (self.policy.network.parameters(), 0.0))
             self.optimizers = {**self.optimizers, "policy": optimizer}
@@ -89,8 +88,7 @@ class Trpo(RewardGradient):
         reward = rewards_of(self.reward, trajectory.x[:, -1], batch.condition, iteration, self._workers)
         actions, num = self.actions(trajectory, batch.condition), self.num_rows(batch)
 
-        with torch.no_grad():
-            old: GaussianStep = self.seeds.map(self.policy, actions.x, actions.t, actions.condition)
+        old: GaussianStep = self.in_pieces(self.policy, actions.x, actions.t, actions.condition)
         reference = self.reference_steps(actions)
         kl = None if reference is None else kl_per_seed(old, reference)
         advantage, metrics = self.advantage_of(reward, actions, kl, batch)
@@ -146,19 +144,11 @@ class Trpo(RewardGradient):
         ratio = (step.log_prob(x_next) - old.log_prob(x_next)).exp()
         return {"loss": self.action_loss(-advantage * ratio, step, reference), "kl": self.num_actions * old.kl(step)}
 
-    @torch.no_grad()
     def _means(self, actions: Actions, experience: Experience, num: int) -> dict[str, Tensor]:
         """The means of the values of `_loss` with the current parameters, over all processes, [K] each."""
-
-        def means(actions: Actions, experience: Experience) -> dict[str, Tensor]:
-            return {name: mean_over(values, num) for name, values in self._loss(actions, experience).items()}
-
-        parts = [
-            self.seeds.map(means, *batch_rows((actions, experience), rows))
-            for rows in chunks(actions.x.shape[1], self._accumulate)
-        ]
-        summed = self._workers.sum([sum(part[name] for part in parts) for name in parts[0]])
-        return dict(zip(parts[0], summed, strict=True))
+        found: Mapping[str, Tensor] = self.in_pieces(self._loss, actions, experience)
+        summed = self._workers.sum([mean_over(values, num) for values in found.values()])
+        return dict(zip(found, summed, strict=True))
 
     def _move(self, start: Sequence[Tensor], change: Tensor) -> None:
         """Set the parameters to `start` plus a change, [K, P]."""

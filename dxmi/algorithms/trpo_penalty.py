@@ -80,7 +80,7 @@ class TrpoPenalty(RatioAlgorithm):
     def _divergence(self, trajectory: Trajectory, experience: Experience, batch: Batch) -> Tensor:
         """KL(old || new) of a trajectory in nats, [K]."""
         actions = self.actions(trajectory, batch.condition)
-        new: GaussianStep = self.seeds.map(self.policy, actions.x, actions.t, actions.condition)
+        new: GaussianStep = self.in_pieces(self.policy, actions.x, actions.t, actions.condition)
         kl = self.num_actions * mean_over(kl_per_seed(experience.old, new), self.num_rows(batch))
         (summed,) = self._workers.sum([kl])
         return summed

@@ -208,7 +208,8 @@ class Scorer(ABC):
         device = sampling.policy.timestep.device
         noise = generator(self.config.seed, f"{sampling.stream}/divergence", device)
         num = min(self.config.num_samples, _ROLLOUTS)
-        return {KL_KEY.name: policy_divergence(sampling.policy, sampling.reference, num, noise)}
+        batch_size = self.config.batch_size
+        return {KL_KEY.name: policy_divergence(sampling.policy, sampling.reference, num, noise, batch_size)}
 
     def _further(
         self,
