@@ -834,3 +834,17 @@ def test_nothing_in_a_study_is_pickled(tmp_path):
     yaml.safe_load(study.folder.plan.read_text())
     copied = shutil.copytree(study.folder.path, tmp_path / "copy" / "study")
     assert [r.values for r in Study.read(StudyFolder(copied)).records()] == [r.values for r in study.records()]
+
+
+def test_permission_to_execute_code_is_neither_written_nor_read(tmp_path):
+    """The file of another person must not give it; the resumed command must."""
+    plan = make_plan(experiment={"resources": {"allow_code": True}})
+    folder = make_study(tmp_path, plan).folder
+    assert plan.resume_line("there").endswith(" resources.allow_code=true")
+    tree = yaml.safe_load(folder.plan.read_text())
+    assert "allow_code" not in tree["experiment"]["resources"]
+    tree["experiment"]["resources"]["allow_code"] = True
+    folder.plan.write_text(yaml.safe_dump(tree))
+    read = folder.read_plan()
+    assert not read.experiment.resources.allow_code
+    assert read.signature == plan.signature

@@ -8,9 +8,7 @@ from dxmi.diffusion.policy import Policy
 
 
 @torch.no_grad()
-def policy_divergence(
-    policy: Policy, reference: Policy, num: int, noise: torch.Generator, batch_size: int
-) -> float:
+def policy_divergence(policy: Policy, reference: Policy, num: int, noise: torch.Generator, batch_size: int) -> float:
     """Mean KL(policy || reference) of a trajectory in nats, from rollouts of the policy.
 
     It is the sum over the steps of the exact divergence of two Gaussians at the states of the rollouts. The last step

@@ -10,7 +10,7 @@ meaning of the defaults or the identity of a run has changed.
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from dxmi.config import Tree, build, signature, to_tree
@@ -50,6 +50,11 @@ class StoredConfig:
     schema: int
     signature: str
 
+    def permitting_code(self) -> "StoredConfig":
+        """The same config with permission to execute the Python files that it names."""
+        resources = replace(self.config.resources, allow_code=True)
+        return replace(self, config=replace(self.config, resources=resources))
+
     def require_present(self, what: str) -> None:
         """Check that the file is of the present schema.
 
@@ -74,23 +79,31 @@ def outdated(what: str, schema: int) -> str:
 
 def config_tree(config: ExperimentConfig) -> Tree:
     """The whole tree of a config, with the schema, as it is stored in files."""
-    tree = to_tree(config)
-    del tree["resources"]["allow_code"]  # permission is given anew in each command, never by a file
-    return {KEY: SCHEMA, **tree}
+    return {KEY: SCHEMA, **without_permission(to_tree(config))}
+
+
+def without_permission(tree: Mapping[str, Any]) -> Tree:
+    """The tree of a config without permission to execute code, `resources.allow_code`.
+
+    Permission is given anew in each command, and neither written to a file nor read from one, since a file of another
+    person could give it.
+    """
+    resources = tree.get("resources")
+    if not isinstance(resources, Mapping):
+        return dict(tree)
+    return {**tree, "resources": {key: value for key, value in resources.items() if key != "allow_code"}}
 
 
 def read_config(tree: Mapping[str, Any]) -> StoredConfig:
     """Build the config from the tree in a file, of the present or an earlier schema.
 
-    Permission to execute code, `resources.allow_code`, is not read: a file of another person could give it.
+    Permission to execute code is not read, see `without_permission`.
 
     Raises:
         UserError: the schema is unknown, or a setting is invalid.
     """
     schema = schema_of(tree)
-    own = {key: value for key, value in tree.items() if key != KEY}
-    if isinstance(own.get("resources"), Mapping):
-        own["resources"] = {key: value for key, value in own["resources"].items() if key != "allow_code"}
+    own = without_permission({key: value for key, value in tree.items() if key != KEY})
     config = build(ExperimentConfig, upgrade(own, schema))
     return StoredConfig(config, schema, config.signature if schema == SCHEMA else signature(identity_of_schema_1(own)))
 

@@ -169,8 +169,7 @@ def _loaded_run(args: argparse.Namespace) -> LoadedRun:
         tree["resources"] = {"device": args.device}
     stored = read_config(tree)
     if getattr(args, "allow_code", False):
-        resources = replace(stored.config.resources, allow_code=True)
-        stored = replace(stored, config=replace(stored.config, resources=resources))
+        stored = stored.permitting_code()
     loaded = load_run(run, stored, args.checkpoint)
     for sentence in loaded.complaints:
         complain(sentence)

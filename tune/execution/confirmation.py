@@ -4,7 +4,7 @@ The results are stored in confirmation.json, see `tune.studies.confirmation`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,23 +39,25 @@ def confirm(study: Study, slots: Slots, address: Callable[[int], str | None], is
         is_stopped: whether to stop early, polled several times a second; the next session continues.
     """
     waiting = unconfirmed(study, study.records())
+    allow_code = study.plan.experiment.resources.allow_code
+    given = {
+        record.number: (_checkpoints(record), slots.threads, address(record.number), allow_code) for record in waiting
+    }
     if len(waiting) == 1 and not slots.gpu_share and not on_cluster():
-        _confirm_here(study.folder, waiting[0], slots, address, is_stopped)
+        _confirm_here(study.folder, waiting[0], given[waiting[0].number], is_stopped)
     elif waiting:
-        _confirm_on_ray(study.folder, waiting, slots, address, is_stopped)
+        _confirm_on_ray(study.folder, waiting, given, slots, is_stopped)
+
+
+Given = tuple[list[tuple[str, int]], int, str | None, bool]
+"""The arguments of `fresh_scores` for a trial."""
 
 
 class _Stopped(Exception):  # noqa: N818  (not an error)
     """The user requested a stop."""
 
 
-def _confirm_here(
-    folder: StudyFolder,
-    record: TrialRecord,
-    slots: Slots,
-    address: Callable[[int], str | None],
-    is_stopped: Callable[[], bool],
-) -> None:
+def _confirm_here(folder: StudyFolder, record: TrialRecord, given: Given, is_stopped: Callable[[], bool]) -> None:
     """Score one trial in this process, which saves the imports of a new one."""
 
     def on_step() -> None:
@@ -63,7 +65,7 @@ def _confirm_here(
             raise _Stopped
 
     try:
-        result = fresh_scores(_checkpoints(record), slots.threads, address(record.number), on_step)
+        result = fresh_scores(*given, on_step)
     except _Stopped:
         return
     except Exception as error:  # noqa: BLE001  (a failure here must not fail the finished sweep)
@@ -74,8 +76,8 @@ def _confirm_here(
 def _confirm_on_ray(
     folder: StudyFolder,
     waiting: Sequence[TrialRecord],
+    given: Mapping[int, Given],
     slots: Slots,
-    address: Callable[[int], str | None],
     is_stopped: Callable[[], bool],
 ) -> None:
     import ray  # noqa: PLC0415  (not needed to write tables)
@@ -84,7 +86,7 @@ def _confirm_on_ray(
     task = ray.remote(num_cpus=slots.threads, num_gpus=slots.gpu_share, max_retries=0)(fresh_scores)
     pending = {}
     for record in waiting:
-        pending[task.remote(_checkpoints(record), slots.threads, address(record.number))] = record
+        pending[task.remote(*given[record.number])] = record
     while pending:
         done, _ = ray.wait([*pending], timeout=_POLL_SECONDS)
         for reference in done:
@@ -111,6 +113,7 @@ def fresh_scores(
     checkpoints: Sequence[tuple[str, int]],
     threads: int,
     address: str | None = None,
+    allow_code: bool = False,
     on_step: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Score the best checkpoints of a trial on the noise reserved for confirmation.
@@ -119,6 +122,7 @@ def fresh_scores(
         checkpoints: run folder and iteration of each seed's checkpoint; the trial's folder is first.
         threads: number of PyTorch threads.
         address: storage address of the trial, if this node does not have its folder.
+        allow_code: whether to execute the Python files that the configs name, which only a command can permit.
         on_step: called after each sampling step; its exceptions propagate.
 
     Returns:
@@ -126,26 +130,30 @@ def fresh_scores(
     """
     try:
         if address is None:
-            return {"scores": _mean_scores(checkpoints, threads, on_step)}
+            return {"scores": _mean_scores(checkpoints, threads, allow_code, on_step)}
         with TemporaryDirectory() as here:
             Remote(address).pull(Path(here))
             trial = Path(checkpoints[0][0])
             moved = [(str(Path(here) / Path(out).relative_to(trial)), step) for out, step in checkpoints]
-            return {"scores": _mean_scores(moved, threads, on_step)}
+            return {"scores": _mean_scores(moved, threads, allow_code, on_step)}
     except (UserError, OSError) as error:
         return {"problem": str(error)}
 
 
 def _mean_scores(
-    checkpoints: Sequence[tuple[str, int]], threads: int, on_step: Callable[[], None] | None
+    checkpoints: Sequence[tuple[str, int]], threads: int, allow_code: bool, on_step: Callable[[], None] | None
 ) -> dict[str, float]:
-    return mean_scores([_scores(RunDirectory(Path(out)), step, threads, on_step) for out, step in checkpoints])
+    runs = [(RunDirectory(Path(out)), step) for out, step in checkpoints]
+    return mean_scores([_scores(run, step, threads, allow_code, on_step) for run, step in runs])
 
 
-def _scores(run: RunDirectory, step: int, threads: int, on_step: Callable[[], None] | None) -> dict[str, float]:
+def _scores(
+    run: RunDirectory, step: int, threads: int, allow_code: bool, on_step: Callable[[], None] | None
+) -> dict[str, float]:
     tree = run.read_config()
     tree["resources"] = {**tree.get("resources", {}), "threads": threads}
-    loaded = load_run(run, read_config(tree), "best")
+    stored = read_config(tree)
+    loaded = load_run(run, stored.permitting_code() if allow_code else stored, "best")
     if loaded.step != step:
         raise UserError(f"the checkpoint of iteration {step} in {run.path} is missing or damaged.")
     values = loaded.scores(None, None, None, CONFIRMATION, on_step=on_step).values

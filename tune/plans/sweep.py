@@ -84,7 +84,8 @@ class Plan:
 
     def resume_line(self, folder: Path | str) -> str:
         """The command line that resumes the study in a folder."""
-        return f"dxmi {self.command} --resume {folder}"
+        permission = " resources.allow_code=true" if self.experiment.resources.allow_code else ""
+        return f"dxmi {self.command} --resume {folder}{permission}"
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:

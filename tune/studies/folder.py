@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from dxmi.config import differences
 from dxmi.errors import UserError
 from dxmi.persistence.files import write_atomic, write_json
 from dxmi.persistence.run_directory import RunDirectory, read_yaml
+from dxmi.training.schema import without_permission
 from tune.plans.ablation import AblationPlan, any_plan_from
 from tune.plans.sweep import FORMAT, Plan
 
@@ -101,7 +103,7 @@ class StudyFolder:
         tree = read_yaml(self.plan, _no_study(self.path))
         if tree.get("format") != FORMAT:
             raise UserError(f"{self.plan} has format {tree.get('format')!r}: this version of dxmi reads {FORMAT}.")
-        plan = any_plan_from(tree)
+        plan = any_plan_from(_without_permission(tree))
         if plan.name != self.path.resolve().name:
             raise UserError(f"The study in {self.path} is called {plan.name}: rename the folder to {plan.name}.")
         if plan.signature != tree.get("signature"):
@@ -151,7 +153,8 @@ class StudyFolder:
 
     def write_plan(self, plan: Plan) -> None:
         """Write study.yaml."""
-        write_atomic(self.plan, yaml.safe_dump(plan.tree(), sort_keys=False, allow_unicode=True))
+        tree = _without_permission(plan.tree())
+        write_atomic(self.plan, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
     def require_same(self, plan: Plan) -> None:
         """Check that a plan has the same identity as the study's plan.
@@ -167,6 +170,12 @@ class StudyFolder:
                 f"The study {plan.name} was started with other settings ({'; '.join(changed[:5])}). "
                 "Choose another name, or delete its folder."
             )
+
+
+def _without_permission(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of study.yaml without permission to execute code."""
+    experiment = tree.get("experiment")
+    return {**tree, "experiment": without_permission(experiment)} if isinstance(experiment, Mapping) else dict(tree)
 
 
 def _no_study(path: Path) -> str:
