@@ -193,6 +193,24 @@ def test_studies_report_and_dry_run_say_what_there_is(finished, studies, capsys)
     assert sorted(path.name for path in studies.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "models"),
+    [
+        ([], 1),
+        (["sweep.seeds=3"], 3),
+        (["+sweep.space.pretrain.ema.choice=[0.98,0.97]"], 2),
+        (["+sweep.space.pretrain.ema.choice=[0.98,0.97]", "sweep.seeds=3"], 6),
+        (["+sweep.space.pretrain.ema.uniform=[0.9,0.99]"], 20),
+    ],
+)
+def test_the_estimate_counts_the_pretrained_models_of_all_trials(tmp_path, changes, models):
+    """One for each seed, and for each value of a setting of the pretraining; 20 trials have 20 if it is continuous."""
+    settings = ["pretrain.batch_size=7", "pretrain.shipped=false", "sweep.budget.trials=20", *changes]
+    cost = Sweep(*TINY, "sweep=demo", *settings, studies=tmp_path).estimate()
+    assert cost.models == models
+    assert cost.shared_seconds > 0.0
+
+
 BAD = {
     "+sweep.space.algorithm.polcy.lr.uniform=[0,1]": "sweep.space.algorithm.polcy.lr … algorithm.policy.lr",
     "+sweep.space.algorithm.energy_l2.uniform=[2,1]": "sweep.space.algorithm.energy_l2.uniform is [2, 1] … low … high",

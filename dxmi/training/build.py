@@ -111,6 +111,13 @@ class Experiment:
         """
         return load(self.config.data)
 
+    def with_config(self, config: ExperimentConfig) -> "Experiment":
+        """An experiment with another config; it shares the data if the config has the same."""
+        other = Experiment(config, self._event, self.workers, self._class_counts)
+        if config.data == self.config.data:
+            other.__dict__["data"] = self.data
+        return other
+
     @property
     def event(self) -> tuple[int, ...]:
         """Shape of one sample, (C, H, W) of an image or (2,) of a point."""

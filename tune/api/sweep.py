@@ -134,7 +134,7 @@ class Sweep:
 
     def estimate(self) -> Estimate:
         """Estimate the time and disk usage of the whole sweep."""
-        return estimate(self.plan.experiment, self.slots, self.plan.num_trials, len(self.plan.trial_seeds))
+        return estimate(self.plan, self.slots)
 
     def check(self) -> None:
         """Check in advance that the study can run. Writes nothing.

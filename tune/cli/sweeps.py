@@ -112,7 +112,8 @@ def _of_seeds(plan: Plan) -> str:
 
 
 def _time(cost: Estimate) -> str:
-    shared = f"{duration(cost.shared_seconds)} once for pretraining and references, " if cost.shared_seconds else ""
+    models = f"{cost.models} pretrained models and their" if cost.models > 1 else "pretraining and"
+    shared = f"{duration(cost.shared_seconds)} for {models} references, " if cost.shared_seconds else ""
     each = f"{duration(cost.trial_seconds)} for each trial that is not stopped early"
     return f"about {duration(cost.seconds)}: {shared}{each}{_TIMED_ELSEWHERE if cost.elsewhere else ''}"
 

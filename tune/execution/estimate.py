@@ -1,7 +1,7 @@
 """Estimates the time and disk usage of a sweep by timing a few iterations, which takes a second or two."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from dxmi.training.recording import update_of
 from dxmi.training.references import references_of
 from dxmi.training.state import TrainingState
 from tune.execution.slots import Slots
+from tune.plans.sweep import Plan
 
 _REPEATS = 3
 _SCORING = 1.5
@@ -33,7 +34,8 @@ class Estimate:
     """Estimated cost of a sweep.
 
     Attributes:
-        shared_seconds: time of pretraining and references, which run once; 0 if cached.
+        shared_seconds: time of pretraining and references of all pretrained models that the cache does not hold.
+        models: number of these models.
         trial_seconds: time of each trial that is not stopped early.
         trial_bytes: size of each trial's folder.
         trials: number of planned trials.
@@ -42,6 +44,7 @@ class Estimate:
     """
 
     shared_seconds: float
+    models: int
     trial_seconds: float
     trial_bytes: int
     trials: int
@@ -51,7 +54,8 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """Time of the whole sweep if no trial is stopped early."""
-        return _START_SECONDS + self.shared_seconds + self.trials * self.trial_seconds / self.concurrent
+        shared = self.shared_seconds / min(self.concurrent, max(self.models, 1))
+        return _START_SECONDS + shared + self.trials * self.trial_seconds / self.concurrent
 
     @property
     def bytes(self) -> int:
@@ -59,33 +63,49 @@ class Estimate:
         return self.trials * self.trial_bytes
 
 
-def estimate(config: ExperimentConfig, slots: Slots, trials: int, seeds: int = 1) -> Estimate:
-    """Time a few iterations of each phase with one trial's threads, for trials of `seeds` seeds each.
+def estimate(plan: Plan, slots: Slots) -> Estimate:
+    """Time a few iterations of each phase with one trial's threads.
+
+    All trials are assumed to take as long as the plan's own experiment. Pretrained models are counted among the trials
+    of an ablation, and among random ones of a sweep's search space.
 
     The GPUs of a cluster may be on other nodes or not yet available: if this machine has none, its CPU is timed.
 
     Raises:
         UserError: the data cannot be read.
     """
+    config, seeds = plan.experiment, len(plan.trial_seeds)
     elsewhere = slots.gpu_share > 0.0 and not torch.cuda.is_available()
     if elsewhere:
         config = replace(config, resources=replace(config.resources, device="cpu", cuda_graphs=False))
     before = torch.get_num_threads()
     torch.set_num_threads(slots.threads)
     try:
-        one = _measured(Experiment(config), slots, trials)
+        experiment = Experiment(config)
+        models = _new_models(experiment, plan)
+        one = _measured(experiment, slots, plan.num_trials, models)
         return replace(
-            one,
-            shared_seconds=seeds * one.shared_seconds,
-            trial_seconds=seeds * one.trial_seconds,
-            trial_bytes=seeds * one.trial_bytes,
-            elsewhere=elsewhere,
+            one, trial_seconds=seeds * one.trial_seconds, trial_bytes=seeds * one.trial_bytes, elsewhere=elsewhere
         )
     finally:
         torch.set_num_threads(before)
 
 
-def _measured(experiment: Experiment, slots: Slots, trials: int) -> Estimate:
+def _new_models(experiment: Experiment, plan: Plan) -> list[Experiment]:
+    """One experiment for each pretrained model that the trials need and the cache does not hold."""
+    models: dict[str, Experiment] = {}
+    seen = set()
+    for config in plan.sampled_configs():
+        own = (config.data, config.network.denoiser, config.schedule, config.pretrain, config.train.precision)
+        key = repr((config.seed, *own))
+        if key not in seen:
+            seen.add(key)
+            other = experiment.with_config(replace(config, resources=experiment.config.resources))
+            models.setdefault(other.pretraining_signature, other)
+    return [other for other in models.values() if not other.pretraining_path.exists()]
+
+
+def _measured(experiment: Experiment, slots: Slots, trials: int, models: Sequence[Experiment]) -> Estimate:
     config, train = experiment.config, experiment.config.train
     ddpm, pretraining = experiment.build_pretraining()
     algorithm, state = experiment.build_finetuning(experiment.build_denoiser())
@@ -93,14 +113,14 @@ def _measured(experiment: Experiment, slots: Slots, trials: int) -> Estimate:
     drawing = Sampling(algorithm.policy, SELECTION, precision=config.evaluate.precision)
     batch = _seconds(lambda: generate(drawing, config.evaluate.batch_size, config.evaluate))
     sampling = batch * config.evaluate.num_samples / config.evaluate.batch_size
-    shared = 0.0
-    if not experiment.pretraining_path.exists():
-        if experiment.shipped is None:
-            shared += config.pretrain.iterations * _seconds(_iteration(experiment, ddpm, pretraining))
-        shared += sampling * _reference_evaluations(config) / config.schedule.num_steps
+    evaluation = sampling / config.schedule.num_steps
+    shared = sum(evaluation * _reference_evaluations(model.config) for model in models)
+    trained = [model.config.pretrain.iterations for model in models if model.shipped is None]
+    if trained:
+        shared += sum(trained) * _seconds(_iteration(experiment, ddpm, pretraining))
     evaluations = train.iterations / config.evaluate.every + 3
     seconds = train.iterations * iteration + evaluations * sampling * _SCORING
-    return Estimate(shared, seconds, _bytes(state.groups()), trials, slots.concurrent)
+    return Estimate(shared, len(models), seconds, _bytes(state.groups()), trials, slots.concurrent)
 
 
 def _iteration(experiment: Experiment, algorithm: Algorithm, state: TrainingState) -> Callable[[], object]:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -93,6 +94,13 @@ class AblationPlan(Plan):
         """The config of an arm with a seed, as a nested dictionary."""
         arm = next(arm for arm in self.arms if arm.name == values[ARM])
         return self.tree_with({**arm.changes, **self.tuned.get(arm.name, {}), SEED: values[SEED]})
+
+    def sampled_configs(self) -> Iterator[ExperimentConfig]:
+        """The configs of all trials; those that are not valid are left out."""
+        for arm in self.arms:
+            for seed in self.seeds:
+                with suppress(UserError):
+                    yield self.config_of({ARM: arm.name, SEED: seed})
 
     # ------------------------------------------------------------------------
     # The order of the trials

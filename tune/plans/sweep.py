@@ -2,11 +2,14 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
 
 from dxmi.config import RESULT, build, delta, identity_tree, signature, to_tree
 from dxmi.errors import UserError
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of the format of study.yaml."""
+_MAX_SAMPLED = 100
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -161,6 +165,15 @@ class Plan:
             UserError: a value or the combination of values is invalid.
         """
         return build(ExperimentConfig, self.tree_of(values))
+
+    def sampled_configs(self) -> Iterator[ExperimentConfig]:
+        """Valid configs like those of the trials, whose values are drawn at random from the search space."""
+        draws = np.random.default_rng(0)
+        for _ in range(min(self.num_trials, _MAX_SAMPLED)):
+            values = {axis.path: axis.at(float(draws.random())) for axis in self.axes}
+            for seed in self.trial_seeds:
+                with suppress(UserError):
+                    yield self.config_of({"seed": seed, **values})
 
     @cached_property
     def primary(self) -> ScoreKey:
