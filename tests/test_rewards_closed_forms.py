@@ -10,7 +10,7 @@ import torch
 from linear_chain import FROZEN, Chain, QuadraticValue, left_behind, trajectories, update
 from torch import Tensor
 
-from dxmi.algorithms.advantages import Advantages, constant_groups, group_moments
+from dxmi.algorithms.advantages import Advantages, group_moments
 from dxmi.algorithms.base import PolicyAlgorithm
 from dxmi.algorithms.configs import (
     BASELINES,
@@ -138,7 +138,7 @@ def test_groups_are_compared_with_each_other_only():
     reward = torch.tensor([[1.0, 2.0, 3.0, 101.0, 104.0]])
     group = torch.tensor([[0, 0, 0, 1, 1]])
     config = ReinforceConfig(baseline="leave_one_out", groups="condition", spread="group")
-    baseline, spread = Advantages(config, 2).statistics(reward, group, SINGLE_SEED)
+    baseline, spread = Advantages(config, 2).statistics(reward, group, group_moments(reward, group, 2), SINGLE_SEED)
     torch.testing.assert_close(baseline, torch.tensor([[2.5, 2.0, 1.5, 104.0, 101.0]]))
     torch.testing.assert_close(spread, torch.tensor([[math.sqrt(2 / 3)] * 3 + [1.5] * 2]), rtol=1e-5, atol=1e-5)
 
@@ -151,7 +151,7 @@ def test_recorded_statistics_are_those_of_the_public_code():
     for num in (5, 5, 17, 3):
         reward = torch.randn(1, num, generator=draws)
         group = torch.randint(3, (1, num), generator=draws)
-        baseline, spread = advantages.statistics(reward, group, SINGLE_SEED)
+        baseline, spread = advantages.statistics(reward, group, group_moments(reward, group, 3), SINGLE_SEED)
         for value, own in zip(reward[0].tolist(), group[0].tolist(), strict=True):
             deques[own].append(value)
         for k, own in enumerate(group[0].tolist()):
@@ -170,7 +170,7 @@ def learned_chain(algorithm: PolicyAlgorithm) -> tuple[Tensor, Tensor, Tensor]:
 def test_equal_rewards_have_no_spread_in_any_precision():
     reward, group = torch.full((1, 8), -0.0123), torch.zeros(1, 8, dtype=torch.int64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert float(constant_groups(reward, group, 1)) == 1.0
+        assert float(group_moments(reward, group, 1).constant_share()) == 1.0
         _, mean, deviation = group_moments(reward + 100.0, group, 1)
     assert float(deviation.max()) < 1e-4
     torch.testing.assert_close(mean, reward + 100.0)

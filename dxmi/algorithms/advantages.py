@@ -4,6 +4,8 @@ All functions work on the rewards of the whole batch, [K, B], with a leading see
 number are compared with each other; groups are the conditions of the samples, or the whole batch is a single group.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,25 @@ from dxmi.optim.seeds import Seeds
 
 EPSILON = 1e-6
 """Added to every spread by which rewards are divided, as in the public code of DDPO."""
+
+
+class Moments(NamedTuple):
+    """The group of every sample, [K, B] each.
+
+    Attributes:
+        number: Number of its members in the batch.
+        mean: Mean of their values.
+        deviation: Standard deviation of their values, over N.
+    """
+
+    number: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    def constant_share(self) -> Tensor:
+        """The share of the groups in the batch whose members all have the same value, [K]."""
+        weight = 1.0 / self.number  # the members of a group add up to 1
+        return ((self.deviation <= EPSILON) * weight).sum(1) / weight.sum(1)
 
 
 class Advantages(nn.Module):
@@ -39,7 +60,7 @@ class Advantages(nn.Module):
             return torch.zeros(like.shape, dtype=torch.int64, device=like.device)
         return labels
 
-    def statistics(self, reward: Tensor, group: Tensor, seeds: Seeds) -> tuple[Tensor, Tensor]:
+    def statistics(self, reward: Tensor, group: Tensor, moments: Moments, seeds: Seeds) -> tuple[Tensor, Tensor]:
         """Baseline and spread of every sample, [K, B] each; records the rewards if there is a buffer.
 
         The baseline is 0 if there is none or if it is learned, and the spread is 1 if advantages are not divided by it.
@@ -47,16 +68,17 @@ class Advantages(nn.Module):
         Args:
             reward: Rewards of the whole batch, [K, B].
             group: Group of each sample, [K, B].
+            moments: Moments of the rewards in these groups.
             seeds: Seeds of the module that owns these advantages.
         """
-        mean, spread = self._recorded(reward, group, seeds) if self.config.buffer else self._of_batch(reward, group)
+        mean, spread = self._recorded(reward, group, seeds) if self.config.buffer else self._of_batch(reward, moments)
         baseline = torch.zeros_like(reward) if mean is None else mean.expand_as(reward)
         return baseline, torch.ones_like(reward) if spread is None else (spread + EPSILON).expand_as(reward)
 
-    def _of_batch(self, reward: Tensor, group: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _of_batch(self, reward: Tensor, moments: Moments) -> tuple[Tensor | None, Tensor | None]:
         """Baseline and spread of every sample from the batch itself; None for what is not used."""
         config, mean = self.config, None
-        number, center, deviation = group_moments(reward, group, self.num_groups)
+        number, center, deviation = moments
         if config.baseline == "mean":
             mean = center
         elif config.baseline == "leave_one_out":
@@ -85,22 +107,15 @@ class Advantages(nn.Module):
         return mean, torch.where(is_known, spread.gather(1, group), reward.std(1, correction=0, keepdim=True))
 
 
-def group_moments(values: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Number of members, mean, and standard deviation (over N) of the group of every sample, [K, B] each."""
+def group_moments(values: Tensor, group: Tensor, num_groups: int) -> Moments:
+    """Compute the moments of values [K, B] in the groups [K, B]."""
     member = nn.functional.one_hot(group, num_groups).to(values)
     number = member.sum(1)
     # Products with a sum instead of a matrix product, which would be computed in bfloat16 under autocast.
     mean = (values[..., None] * member).sum(1) / number.clamp_min(1.0)
     center = mean.gather(1, group)
     square = ((values - center).square()[..., None] * member).sum(1) / number.clamp_min(1.0)
-    return number.gather(1, group), center, square.gather(1, group).sqrt()
-
-
-def constant_groups(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """The share of the groups in the batch whose members all have the same value, [K]."""
-    number, _, deviation = group_moments(values, group, num_groups)
-    weight = 1.0 / number  # the members of a group add up to 1
-    return ((deviation <= EPSILON) * weight).sum(1) / weight.sum(1)
+    return Moments(number.gather(1, group), center, square.gather(1, group).sqrt())
 
 
 def record_(recent: Tensor, seen: Tensor, reward: Tensor, group: Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dxmi.algorithms.advantages import Advantages, constant_groups
+from dxmi.algorithms.advantages import Advantages, group_moments
 from dxmi.algorithms.base import Metrics, Parts
 from dxmi.algorithms.configs import PolicyOptimizerFields, RewardGradientConfig
 from dxmi.algorithms.policy_gradient import Actions, PolicyGradient, timed_values
@@ -78,7 +78,9 @@ class RewardGradient(PolicyGradient):
         everyone = self.whole(reward, share)
         labels = None if batch.condition.labels is None else self.whole(batch.condition.labels, share)
         group = self.advantages.groups(labels, everyone)
-        baseline, spread = (share.of(x, dim=1) for x in self.advantages.statistics(everyone, group, self.seeds))
+        moments = group_moments(everyone, group, self.advantages.num_groups)
+        statistics = self.advantages.statistics(everyone, group, moments, self.seeds)
+        baseline, spread = (share.of(own, dim=1) for own in statistics)
         advantage = self.per_action(reward - baseline)
         if self.baseline is not None:
             advantage = advantage - self.in_pieces(self.expected, actions.x, actions.t, actions.condition)
@@ -88,7 +90,7 @@ class RewardGradient(PolicyGradient):
         metrics = {
             "reward/mean": everyone.mean(1),
             "reward/std": everyone.std(1, correction=0),
-            "reward/zero_std_ratio": constant_groups(everyone, group, self.advantages.num_groups),
+            "reward/zero_std_ratio": moments.constant_share(),
         }
         if kl is None:
             return advantage, metrics
