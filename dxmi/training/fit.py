@@ -48,7 +48,7 @@ def fit(phases: Sequence[TrainingPhase]) -> list[Exception | None]:
         For each phase, the exception that its `after_iteration` raised, or None.
     """
     errors: dict[int, Exception] = {}
-    group = _Group({})
+    group = Group({})
     for iteration in range(
         min((phase.start for phase in phases), default=0), max((p.total for p in phases), default=0)
     ):
@@ -60,14 +60,18 @@ def fit(phases: Sequence[TrainingPhase]) -> list[Exception | None]:
         if not members:
             continue
         if members.keys() != group.members.keys():
-            group = _Group(members)
+            group = Group(members)
         metrics = group.update(iteration)
         errors |= group.after_iteration(iteration + 1, metrics)
     return [errors.get(number) for number in range(len(phases))]
 
 
-class _Group:
-    """Phases at the same iteration, by their indices, trained as one program."""
+class Group:
+    """Phases at the same iteration, trained as one program.
+
+    Args:
+        members: phases by their indices.
+    """
 
     def __init__(self, members: Mapping[int, TrainingPhase]) -> None:
         self.members = members

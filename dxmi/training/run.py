@@ -12,6 +12,7 @@ from pathlib import Path
 from shutil import copytree
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dxmi.config import RESULT, differences, identity_tree
@@ -29,6 +30,7 @@ from dxmi.persistence.provenance import device_name, git_revision, versions
 from dxmi.persistence.run_directory import Row, RunDirectory
 from dxmi.training.build import PRETRAINING_VERSION, Experiment, require_signature
 from dxmi.training.fit import TrainingPhase, fit
+from dxmi.training.memory import evaluation_too_large, in_smaller_pieces, iteration_too_large, release_memory
 from dxmi.training.pretraining import Pretraining
 from dxmi.training.progress import Phase, Progress, Reporter, StopRequestedError
 from dxmi.training.references import References, primary_scores
@@ -111,13 +113,44 @@ def train(
 def train_stacked(members: Sequence[SeedRun], ended: Callable[[int, Result], None] | None = None) -> list[Result]:
     """Run several seeds of one experiment as one program, which changes each run only by rounding.
 
+    If an iteration of a single run does not fit in the memory of the device, the run continues once from its last
+    checkpoint with twice as many micro-batches.
+
     Args:
         members: runs that differ only in their seeds, folders and callbacks.
         ended: called with the index in `members` and the result of a run as soon as it ends; the others continue.
 
     Returns:
         The results, in the order of `members`.
+
+    Raises:
+        UserError: an iteration does not fit in the memory of the device.
     """
+    try:
+        return _train_together(members, ended)
+    except torch.OutOfMemoryError as error:
+        first = members[0]
+        smaller = in_smaller_pieces(first.experiment) if len(members) == 1 else None
+        if smaller is None:
+            raise iteration_too_large(first.experiment, len(members)) from error
+    release_memory()  # outside of the handler, whose exception refers to the tensors of the iteration
+    if first.report is not None:
+        first.report(Progress(Phase.FINETUNE, 0, smaller.config.train.iterations, note=_smaller_pieces_note(smaller)))
+    try:
+        return _train_together([replace(first, experiment=smaller, resume_from=None)], ended)
+    except torch.OutOfMemoryError as error:
+        raise iteration_too_large(smaller, 1) from error
+
+
+def _smaller_pieces_note(experiment: Experiment) -> str:
+    return (
+        "an iteration did not fit in the memory of the device: the run continues from its last checkpoint with "
+        f"resources.accumulate={experiment.config.resources.accumulate}, which changes its result by rounding."
+    )
+
+
+def _train_together(members: Sequence[SeedRun], ended: Callable[[int, Result], None] | None) -> list[Result]:
+    """Run several seeds as one program, see `train_stacked`; the error of an iteration propagates."""
     runs = [Run(member, partial(ended, number) if ended else None) for number, member in enumerate(members)]
     # In the order of seeds: programs that take the locks of two pretrainings in different orders would deadlock.
     in_order = sorted(runs, key=lambda run: run.config.seed)
@@ -213,6 +246,8 @@ class Run:
         """End the run with a summary or an exception; after a requested stop the result is None."""
         if isinstance(result, StopRequestedError):
             result = None
+        elif isinstance(result, torch.OutOfMemoryError):
+            result = evaluation_too_large(self.experiment)
         elif isinstance(result, RuntimeError) and any(words in str(result) for words in _NO_KERNEL):
             kernel = str(result).partition(",")[0]
             result = UserError(f"resources.deterministic is true, but {kernel}: make it false.")

@@ -14,9 +14,10 @@ import torch
 from ray.exceptions import RayError
 
 from dxmi.config import build, to_tree
+from dxmi.diffusion.cuda_graphs import WARM_UP
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
-from dxmi.training.fit import TrainingPhase, fit
+from dxmi.training.fit import Group, TrainingPhase
 from tune.execution.slots import Slots
 from tune.plans.ablation import AblationPlan
 from tune.plans.sweep import Plan
@@ -101,10 +102,15 @@ def _seconds_by_number(tree: dict[str, Any], numbers: Sequence[int]) -> dict[int
 def _seconds(config: ExperimentConfig, number: int) -> float:
     try:
         phases = [_phase(Experiment(replace(config, seed=config.seed + k))) for k in range(number)]
+        group = Group(dict(enumerate(phases)))
+        for iteration in range(1 + WARM_UP if phases[0].recorded else 1):
+            group.update(iteration)
         times, began = [], time.perf_counter()
-        for _ in range(1 + _REPEATS):  # the first includes warm-up
+        for _ in range(_REPEATS):
+            _wait(phases[0])
             start = time.perf_counter()
-            fit(phases)
+            for iteration in range(_ITERATIONS):
+                group.update(iteration)
             _wait(phases[0])
             times.append((time.perf_counter() - start) / _ITERATIONS)
             if time.perf_counter() - began > _ENOUGH_SECONDS:
@@ -118,7 +124,16 @@ def _phase(experiment: Experiment) -> TrainingPhase:
     experiment.use_threads()
     experiment.choose_kernels()
     algorithm, state = experiment.build_finetuning(experiment.build_denoiser())
-    return TrainingPhase(algorithm, state, 0, _ITERATIONS, experiment.precision, lambda _: None, lambda _, __: None)
+    return TrainingPhase(
+        algorithm=algorithm,
+        state=state,
+        start=0,
+        total=_ITERATIONS,
+        precision=experiment.precision,
+        joined=lambda _: None,
+        after_iteration=lambda _, __: None,
+        recorded=experiment.records(algorithm),
+    )
 
 
 def _wait(phase: TrainingPhase) -> None:
