@@ -69,7 +69,8 @@ def test_the_divided_run_is_the_run_up_to_rounding(tmp_path, monkeypatch):
 
 def test_what_does_not_fit_in_two_pieces_is_said(tmp_path, monkeypatch):
     limited(monkeypatch, pieces=3)
-    with pytest.raises(UserError, match=stating("ran out of memory in an iteration … batch into more than 2 pieces … train.batch_size (16) or pretrain.batch_size (128)")):
+    facts = "memory in an iteration … more than 2 pieces … train.batch_size (16) or pretrain.batch_size (128)"
+    with pytest.raises(UserError, match=stating(facts)):
         train(Experiment(config()), out=tmp_path / "run")
 
 

@@ -35,8 +35,8 @@ def iteration_too_large(experiment: Experiment, num_seeds: int) -> UserError:
         advice = f"train fewer seeds together: set resources.stack_seeds to {num_seeds // 2}"
     else:
         advice = (
-            f"divide each batch into more than {config.resources.accumulate} pieces with resources.accumulate, or lower "
-            f"train.batch_size ({config.train.batch_size}) or pretrain.batch_size ({config.pretrain.batch_size})"
+            f"divide each batch into more than {config.resources.accumulate} pieces with resources.accumulate, or "
+            f"lower train.batch_size ({config.train.batch_size}) or pretrain.batch_size ({config.pretrain.batch_size})"
         )
     return UserError(f"{_where(experiment)} ran out of memory in an iteration: {advice}.")
 
