@@ -90,14 +90,13 @@ def require_finite(x: Tensor, what: str, step: int = 0) -> Tensor:
     Raises:
         DivergedError: `x` contains NaN or infinity; the message calls it `what`.
     """
-    bad = ~x.isfinite()
-    if bad.any():
-        value = float(x[bad][0])
-        sentence = (
-            f"{what} cannot be used: {int(bad.sum())} of {x.numel()} numbers are not finite, the first is {value}."
-        )
-        raise DivergedError(step, what, value, sentence)
-    return x
+    good = x.isfinite()
+    if good.all():
+        return x
+    bad = x[~good]
+    value = float(bad[0])
+    sentence = f"{what} cannot be used: {len(bad)} of {x.numel()} numbers are not finite, the first is {value}."
+    raise DivergedError(step, what, value, sentence)
 
 
 def require_finite_state(state: Mapping[str, Tensor], what: str, step: int) -> None:

@@ -85,7 +85,7 @@ class ControlCost(nn.Module):
         super().__init__()
         self.register_buffer("mask", per_step_table(mask, num_steps), persistent=False)
         # Kept on the host, so that a step whose mask is 0 is skipped without synchronizing with the device.
-        self.steps = frozenset(self.mask.nonzero()[:, 0].tolist())
+        self.steps = frozenset(t for t in range(num_steps) if mask[t % len(mask)] != 0.0)
         self.cost_coef = cost_coef
         self.entropy_coef = entropy_coef
 

@@ -68,7 +68,7 @@ class StoredStates:
     row: Tensor
     condition: Condition
     num: int
-    _t_host: Tensor
+    _t_host: Tensor | None
     _own: Tensor | None
     _last: int
 
@@ -108,7 +108,7 @@ class StoredStates:
             t=t.to(device, non_blocking=True),
             condition=Condition(*(None if c is None else select_rows(c, row) for c in condition)),
             num=drawn.shape[1],
-            _t_host=t if on_host else _any_steps(x.shape[1] - 1, drawn.shape[1]),
+            _t_host=t if on_host else None,
             _own=None if own is None else own.to(device, non_blocking=True),
             _last=x.shape[1] - 2,
         )
@@ -127,27 +127,30 @@ class StoredStates:
             rows: Rows of this process.
             horizon: Number of steps that are taken from each state, unless T comes first.
         """
-        left = self._steps_left(rows)
-        ends = (left <= horizon).sum(1)
-        return {"num_nonterminal": left.shape[1] - int(ends.max()), "num_terminal": int(ends.min())}
+        if self._t_host is None:  # one step may be left from each state, or T
+            all_end = horizon > self._last
+            return {"num_nonterminal": 0, "num_terminal": self._count(rows) if all_end else 0}
+        ends = (self._steps_left(self._t_host, rows) <= horizon).sum(1)
+        return {"num_nonterminal": self._count(rows) - int(ends.max()), "num_terminal": int(ends.min())}
 
     def acting(self, rows: slice, horizon: int) -> tuple[int, ...]:
         """Count, for each of `horizon` steps, the first of the `rows` that are not yet at T for every seed.
 
         Steps that no row takes are left out.
         """
-        left = self._steps_left(rows)
+        if self._t_host is None:
+            return (self._count(rows),) * min(horizon, self._last + 1)
+        left = self._steps_left(self._t_host, rows)
         counts = (int((left > k).sum(1).max()) for k in range(horizon))
         return tuple(num for k, num in enumerate(counts) if num > 0 or k == 0)
 
-    def _steps_left(self, rows: slice) -> Tensor:
+    def _steps_left(self, t: Tensor, rows: slice) -> Tensor:
         """The number of steps from each state to T, in descending order, [K, b]."""
-        return self._last + 1 - self._t_host[:, rows]
+        return self._last + 1 - t[:, rows]
 
-
-def _any_steps(num_steps: int, num: int) -> Tensor:
-    """The least and the greatest step at which each of `num` states may be, [2, num]."""
-    return torch.tensor([0, num_steps - 1])[:, None].expand(-1, num)
+    def _count(self, rows: slice) -> int:
+        """The number of `rows`."""
+        return len(range(*rows.indices(self.x.shape[1])))
 
 
 def select_rows(x: Tensor, index: Tensor) -> Tensor:

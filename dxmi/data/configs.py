@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from dxmi.config import NO_RESULT, require_choice
 from dxmi.persistence.files import PLACE
@@ -24,6 +25,11 @@ class DataConfig:
     def is_planar(self) -> bool:
         """Whether the samples are points in the plane, not images."""
         return False
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        """Shape of one sample, (C, H, W) of an image or (2,) of a point, which is known without reading the data."""
+        raise NotImplementedError
 
     @property
     def mirrors(self) -> bool:
@@ -54,6 +60,14 @@ class ImagesConfig(DataConfig):
 class TenClassesConfig(ImagesConfig):
     """Settings of data sets of images of ten classes."""
 
+    shape: ClassVar[tuple[int, int, int]] = (1, 8, 8)
+    """Shape of an image, (C, H, W)."""
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        """`shape`."""
+        return self.shape
+
     def __post_init__(self) -> None:
         if self.label is not None and not 0 <= self.label <= 9:
             raise ValueError(f"label is {self.label}: it must be in 0..9, or null for all classes")
@@ -80,6 +94,7 @@ class MnistConfig(PublishedImagesConfig):
     """MNIST at 28x28."""
 
     kind: str = "mnist"
+    shape: ClassVar[tuple[int, int, int]] = (1, 28, 28)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +109,7 @@ class FashionMnistConfig(PublishedImagesConfig):
     """Fashion-MNIST at 28x28."""
 
     kind: str = "fashion_mnist"
+    shape: ClassVar[tuple[int, int, int]] = (1, 28, 28)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +117,7 @@ class Cifar10Config(PublishedImagesConfig):
     """CIFAR-10 at 32x32."""
 
     kind: str = "cifar10"
+    shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +131,11 @@ class ImageFolderConfig(ImagesConfig):
     """Side of the squares in pixels."""
     class_folders: bool = False
     """Whether each subfolder is a class, as in ImageNet; if false, the images have no classes."""
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        """Shape of the squares in RGB."""
+        return (3, self.size, self.size)
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= _MAX_SIZE:
@@ -140,6 +162,11 @@ class PointsConfig(DataConfig):
     def __post_init__(self) -> None:
         if not 1 <= self.num_points <= _MAX_POINTS:
             raise ValueError(f"num_points is {self.num_points}: it must be in 1..{_MAX_POINTS}")
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        """Shape of a point."""
+        return (2,)
 
     @property
     def is_planar(self) -> bool:

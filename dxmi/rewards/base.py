@@ -83,10 +83,10 @@ def rewards_of(
     (total,) = workers.sum([bad])
     if error is not None:
         raise error
-    if float(total):
-        require_finite(found, "The reward", iteration)
-        raise DivergedError(iteration, "reward", math.nan, "The reward of another process cannot be used.")
-    return found
+    if bool(total == 0.0):
+        return found
+    require_finite(found, "The reward", iteration)
+    raise DivergedError(iteration, "reward", math.nan, "The reward of another process cannot be used.")
 
 
 def differentiable(reward: Reward) -> Reward:

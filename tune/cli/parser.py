@@ -128,6 +128,7 @@ def _train(commands: _Commands) -> None:
     source.add_argument(
         "--config", type=Path, metavar="FILE", help="Read a complete config from a file, such as a study's best.yaml."
     )
+    sub.add_argument("--dry-run", action="store_true", help="Print what the run is and how much memory it needs.")
 
 
 def _distill(commands: _Commands) -> None:

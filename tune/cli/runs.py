@@ -19,6 +19,7 @@ from dxmi.data.images import Images
 from dxmi.errors import UserError, WorkersLostError
 from dxmi.persistence.checkpoint import steps_in
 from dxmi.persistence.files import write_atomic, write_json
+from dxmi.persistence.provenance import device_name
 from dxmi.persistence.run_directory import RunDirectory, read_yaml
 from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig, ResourcesConfig
@@ -32,6 +33,7 @@ from dxmi.training.summary import Summary
 from dxmi.visualization.pictures import save_labeled_grid
 from dxmi.visualization.visualizers import build_visualizer
 from tune.cli.exit_codes import OK, STOPPED
+from tune.cli.memory import memory_text
 from tune.cli.parser import PICTURED
 from tune.config.compose import compose_experiment, out_folder, overridden, require_no_stack
 from tune.execution.signals import gentle_stop
@@ -45,8 +47,49 @@ from tune.reporting.text_tables import TextTable
 
 
 def train(args: argparse.Namespace) -> int:
-    """Run an experiment to its summary, or resume one."""
-    return _train(*(_resumed(args) if args.resume else _read(args) if args.config else _composed(args)), "dxmi train")
+    """Run an experiment to its summary, resume one, or describe it with --dry-run."""
+    config, out = _resumed(args) if args.resume else _read(args) if args.config else _composed(args)
+    if args.dry_run:
+        _describe(config, out)
+        return OK
+    return _train(config, out, "dxmi train")
+
+
+def _describe(config: ExperimentConfig, out: Path) -> None:
+    """Print what a run is and needs."""
+    console, table = Terminal(), TextTable(show_header=False)
+    require_no_stack(config, "dxmi train")
+    experiment = Experiment(config)
+    rows = {
+        "experiment": f"{config.name}, seed {config.seed} (signature {config.signature})",
+        "folder": str(out),
+        "device": device_name(experiment.device),
+        **_beginning(experiment),
+        "fine-tuning": f"{config.train.iterations} iterations of {config.algorithm.kind}, batch of "
+        f"{config.train.batch_size}, {config.schedule.num_steps} steps",
+        "memory": memory_text(config),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    console.out("Nothing was started and nothing was written.", highlight=False)
+
+
+def _beginning(experiment: Experiment) -> dict[str, str]:
+    """The rows about data and pretraining."""
+    try:
+        return {"data": experiment.data.name, "pretraining": _pretraining_text(experiment)}
+    except UserError as error:
+        return {"data": str(error)}
+
+
+def _pretraining_text(experiment: Experiment) -> str:
+    pretrain = experiment.config.pretrain
+    if experiment.pretraining_path.exists():
+        return "none, the cache holds its result"
+    if experiment.shipped is not None:
+        return f"none, {experiment.shipped.name} ships with the package"
+    return f"{pretrain.iterations} iterations, batch of {pretrain.batch_size}"
 
 
 def distill(args: argparse.Namespace) -> int:

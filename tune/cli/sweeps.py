@@ -11,6 +11,7 @@ from dxmi.errors import UserError
 from tune.api.ablation import Ablation, TuningInterruptedError
 from tune.api.sweep import Sweep, SweepResult
 from tune.cli.exit_codes import FAILED, OK, STOPPED
+from tune.cli.memory import memory_text
 from tune.cli.report import show_results
 from tune.cli.studies import place
 from tune.cli.ui import DEFAULT_PORT, address_of
@@ -95,6 +96,7 @@ def _plan(console: Terminal, chosen: Sweep, cost: Estimate) -> None:
         "objective": objectives,
         "concurrency": str(chosen.slots),
         "time": _time(cost),
+        "memory": f"{memory_text(plan.experiment)}, in each trial",
         "disk": f"{cost.bytes / 1e9:.2f} GB ({cost.trial_bytes / 1e6:.0f} MB per trial)",
         "tracking": plan.tracking.uri,
     }
@@ -220,6 +222,7 @@ def _show_arms(console: Terminal, chosen: Ablation) -> None:
         "trials": str(plan.num_trials),
         "concurrency": str(chosen.slots),
         "time": _time(cost),
+        "memory": f"{memory_text(plan.experiment)}, for each seed of the baseline",
         "tracking": plan.tracking.uri,
     }
     if plan.seed_plan is not None:
