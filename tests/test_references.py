@@ -243,6 +243,7 @@ def test_a_result_that_a_free_sampler_beats_is_named_with_both_scores():
     assert missing("5 steps … DDIM … fid_digits … 2.90 … this run … 3.52", sentence) == []
     assert outdone_sentences("eval/fid_digits", [outdone("this run", 2.89, found, 5)]) == []
     assert outdone("this run", 2.9, found, 5) is None  # equal is not better
+    assert outdone("this run", 2.9004, found, 5) is None  # nor is what looks equal
     assert outdone("a run with two steps", 99.0, found, 2) is None
 
 

@@ -36,10 +36,10 @@ def outdone(
     """Compare a result with the best training-free sampler that needs at most as many network evaluations.
 
     Returns:
-        The comparison if the sampler is better, else None.
+        The comparison if the sampler is better in the digits that are shown, else None.
     """
     best = best_reference(references, evaluations, direction)
-    if best is None or not is_better(best.score, score, direction):
+    if best is None or not is_better(best.score, score, direction) or score_text(best.score) == score_text(score):
         return None
     return Outdone(subject, score, best.label, best.score)
 
