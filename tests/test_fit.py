@@ -49,6 +49,7 @@ class Phase:
         self.together: list[int] = []
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.entered = 0
+        self.began: list[float] = []
 
     @contextmanager
     def precision(self) -> Iterator[None]:
@@ -61,9 +62,8 @@ class Phase:
             raise ValueError(f"ends at {done}")
 
     def of(self, start: int = 0, total: int = TOTAL) -> TrainingPhase:
-        return TrainingPhase(
-            self.algorithm, self.state, start, total, self.precision, self.together.append, self.after_iteration
-        )
+        own = (self.algorithm, self.state, start, total, self.precision, self.together.append, self.after_iteration)
+        return TrainingPhase(*own, began=self.began.append)
 
 
 def by_itself(seed: int) -> Phase:
@@ -89,6 +89,8 @@ def test_a_phase_by_itself_is_told_of_every_iteration():
     assert [row["iteration"] for _, row in phase.rows] == list(range(TOTAL))
     assert phase.together == [1]
     assert phase.entered == TOTAL
+    assert len(phase.began) == 1
+    assert phase.began[0] > 0.0
 
 
 def test_metrics_reach_the_phase_that_they_are_of():

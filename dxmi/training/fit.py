@@ -1,5 +1,6 @@
 """The training loop: the iterations of one run, or of several runs that differ only in their seeds, as one program."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class TrainingPhase:
         total: one more than the last iteration.
         precision: creates the autocast context of an update.
         recorded: whether to record the iterations as CUDA graphs.
+        began: called with the seconds of the first iteration of each program, in which networks are compiled.
         joined: called with the number of runs that are trained together, whenever a run joins or leaves them.
         after_iteration: called with the number of completed iterations and the metrics of the last one; an exception
             that it raises ends the run.
@@ -36,6 +38,7 @@ class TrainingPhase:
     joined: Callable[[int], None]
     after_iteration: Callable[[int, Mapping[str, Tensor]], None]
     recorded: bool = False
+    began: Callable[[float], None] = lambda _: None
 
 
 def fit(phases: Sequence[TrainingPhase]) -> list[Exception | None]:
@@ -87,11 +90,18 @@ class Group:
             self._update = update_of(self._algorithm, generators, first.precision, recorded=first.recorded)
         for phase in phases:
             phase.joined(len(phases))
+        self._has_begun = False
 
     def update(self, iteration: int) -> Mapping[str, Tensor]:
         """Compute one iteration of all members; returns metrics of shape [K]."""
         batch = Batch.stacked([state.stream.next() for state in self._states])
-        return self._update(batch, iteration)
+        start = time.perf_counter()
+        metrics = self._update(batch, iteration)
+        if not self._has_begun:
+            self._has_begun = True
+            for phase in self.members.values():
+                phase.began(time.perf_counter() - start)
+        return metrics
 
     def after_iteration(self, done: int, metrics: Mapping[str, Tensor]) -> dict[int, Exception]:
         """Call `after_iteration` of each member with its own metrics; returns the exceptions that were raised."""

@@ -88,6 +88,9 @@ class Pretraining:
             joined=joined,
             after_iteration=after_iteration,
             recorded=self._experiment.records(self._algorithm),
+            began=lambda seconds: self._reporter.began(
+                Phase.PRETRAIN, total, is_compiled=self._experiment.config.resources.compile, seconds=seconds
+            ),
         )
 
     def _resumed(self) -> tuple[DDPM | Distillation, TrainingState, int]:

@@ -53,6 +53,12 @@ class RunReporter:
         if self.stop_requested:
             raise StopRequestedError
 
+    def began(self, phase: Phase, total: int, *, is_compiled: bool, seconds: float) -> None:
+        """Say how long the first iteration of a phase took if networks were compiled in it."""
+        if is_compiled:
+            sentence = f"the first iteration of {phase} took {seconds:.0f} s, including the compilation of networks."
+            self.note([sentence], phase, total)
+
     def note(self, sentences: Sequence[str], phase: Phase, total: int, *, of_data: bool = False) -> None:
         """Report messages for the user."""
         for sentence in sentences if self._workers.is_rank_zero else ():

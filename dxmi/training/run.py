@@ -379,6 +379,9 @@ class Run:
             joined=self._joined,
             after_iteration=after_iteration,
             recorded=self.experiment.records(self._algorithm),
+            began=lambda seconds: self.reporter.began(
+                Phase.FINETUNE, total, is_compiled=self.config.resources.compile, seconds=seconds
+            ),
         )
 
     def _joined(self, members: int) -> None:
