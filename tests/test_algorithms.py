@@ -238,6 +238,7 @@ def test_a_copy_is_independent(kind):
 
 CHANGED: dict[str, tuple[Any, ...]] = {
     "entropy_coef": (0.5,),
+    "first_step": (1,),
     "last_step": (True,),
     "policy_ema": (0.05,),
     "baseline": ("mean", "none"),

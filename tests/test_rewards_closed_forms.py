@@ -108,6 +108,19 @@ def test_the_gradient_is_unbiased_with_every_baseline(baseline):
     require_unbiased(-left_behind(algorithm), CHAIN.scores(x) * rewards(x)[:, None], CHAIN.gradient())
 
 
+def test_steps_before_the_first_action_have_no_gradient():
+    """Each step of the chain has its own slope, offset and sigma; those of later steps have the gradient of before."""
+    algorithm = reinforce(baseline="leave_one_out", first_step=2)
+    x = trajectories(algorithm, N)
+    update(algorithm, N)
+    gradient, late = -left_behind(algorithm), torch.tensor([2, 3, 6, 7, 10])
+    draws = CHAIN.scores(x) * rewards(x)[:, None]
+    require_unbiased(gradient[late], draws[:, late], CHAIN.gradient()[late])
+    early = torch.ones(len(gradient), dtype=torch.bool)
+    early[late] = False
+    assert torch.all(gradient[early] == 0.0)
+
+
 @pytest.mark.parametrize("num", [2, 8])
 def test_the_mean_of_the_group_shrinks_the_gradient_by_exactly_one_part_in_k(num):
     """r_i - mean = (K - 1) / K (r_i - mean of the others), in every batch."""
@@ -253,15 +266,17 @@ def test_the_regularized_optimum_is_not_the_tilted_reference():
 # PPO.
 
 
-def test_the_ratio_is_exactly_one_before_the_first_step():
-    metrics = update(ppo(minibatches=3), 64)
+@pytest.mark.parametrize("first_step", [0, 2])
+def test_the_ratio_is_exactly_one_before_the_first_step(first_step):
+    metrics = update(ppo(minibatches=3, first_step=first_step), 64)
     assert metrics["policy/ratio"] == 1.0
     assert metrics["policy/ratio_std"] == 0.0
     assert metrics["policy/kl"] == 0.0
 
 
-def test_the_first_gradient_of_ppo_is_that_of_reinforce():
-    one, other = ppo(), reinforce(baseline="leave_one_out")
+@pytest.mark.parametrize("first_step", [0, 2])
+def test_the_first_gradient_of_ppo_is_that_of_reinforce(first_step):
+    one, other = ppo(first_step=first_step), reinforce(baseline="leave_one_out", first_step=first_step)
     update(one, 500)
     update(other, 500)
     assert torch.equal(left_behind(one), left_behind(other))
@@ -497,7 +512,8 @@ def test_the_penalty_follows_schulmans_rule():
 def sac(iterations: int, **settings: Any) -> Sac:
     parts = replace(CHAIN.parts(iterations), timed_critic=lambda: QuadraticValue(torch.zeros(CHAIN.num_steps, 3)))
     critics = {name: OptimizerConfig(lr=0.2, decay="cosine") for name in ("critic", "energy")}
-    return Sac(SacConfig(policy_ema=None, last_step=True, target_ema=0.8, **critics, **settings), parts)
+    config = {"policy_ema": None, "last_step": True, "target_ema": 0.8, "reward_updates": 1, "value_updates": 1}
+    return Sac(SacConfig(**{**config, **critics, **settings}), parts)
 
 
 def train(algorithm: PolicyAlgorithm, iterations: int, num: int) -> dict[str, float]:

@@ -277,15 +277,28 @@ class RewardGradientConfig(PolicyGradientConfig):
     kl_coef: float = 0.0
     """Weight of KL(policy || pretrained policy), summed over the actions of a trajectory, in units of reward per nat.
     It is the exact KL divergence of Gaussians at the states of the rollout."""
+    first_step: int = 0
+    """First step that counts as an action. Early steps decide which mode a sample belongs to, and late ones its
+    details: with first_step > 0, the reward changes details only, as far as the network separates the steps."""
 
     needs_reward: ClassVar[bool] = True
+
+    def check(self, num_steps: int) -> None:
+        """Check that at least one step counts as an action."""
+        super().check(num_steps)
+        last = num_steps - 1 - (not self.last_step)
+        if self.first_step > last:
+            raise ValueError(
+                f"first_step is {self.first_step}, but {last} is the last step that counts as an action with "
+                f"schedule.num_steps={num_steps} and last_step={str(self.last_step).lower()}: make it smaller"
+            )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("baseline", self.baseline, BASELINES)
         require_choice("groups", self.groups, GROUPS)
         require_choice("spread", self.spread, SPREADS)
-        for name, least in {"baseline_updates": 1, "buffer": 0, "min_count": 1}.items():
+        for name, least in {"baseline_updates": 1, "buffer": 0, "min_count": 1, "first_step": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if self.buffer and self.baseline != "mean":
@@ -431,12 +444,13 @@ class SacConfig(PolicyOptimizerFields, AlgorithmConfig):
     nat."""
     last_step: bool = False
     """Whether the last step, whose sigma is very small and fixed, counts in entropy and KL divergence."""
-    target_ema: float = 0.995
-    """Decay of the moving averages of the critics, from which targets are computed; 0.995 is a Polyak coefficient of
-    .005."""
-    reward_updates: int = 1
-    """Optimizer steps of the surrogate of the reward per iteration."""
-    value_updates: int = 1
+    target_ema: float = 0.9
+    """Decay of the moving averages of the critics, from which targets are computed; 0.9 is a Polyak coefficient of .1,
+    since an iteration has several updates of the values."""
+    reward_updates: int = 20
+    """Optimizer steps of the surrogate of the reward per iteration. It starts from nothing, and the policy follows it
+    from the first iteration on."""
+    value_updates: int = 5
     """Sweeps of the values over t = T-1 .. 0 per iteration."""
     policy_updates: int = 1
     """Draws of B stored states per iteration, with one optimizer step of the policy for each."""

@@ -48,6 +48,8 @@ class PolicyGradient(PolicyAlgorithm):
     """
 
     panels: ClassVar[Sequence[str]] = ("policy/entropy", "policy/grad_norm", "value/error")
+    first_action: int = 0
+    """First step that counts as an action."""
     steps: Tensor
 
     def __init__(self, config: PolicyGradientConfig, parts: Parts) -> None:
@@ -64,9 +66,11 @@ class PolicyGradient(PolicyAlgorithm):
 
     def actions(self, trajectory: Trajectory, condition: Condition) -> Actions:
         """Collect all T' actions of each trajectory, x [K, T+1, b, *event], time-major: [K, T' * b, ...]."""
-        x, num = trajectory.x, self.num_actions
-        t = self.steps[:num, None].expand(num, x.shape[2]).flatten().expand(len(x), -1)
-        return Actions(x[:, :num].flatten(1, 2), x[:, 1 : num + 1].flatten(1, 2), t, _repeated(condition, num))
+        x, first, num = trajectory.x, self.first_action, self.num_actions
+        end = first + num
+        t = self.steps[first:end, None].expand(num, x.shape[2]).flatten().expand(len(x), -1)
+        x_next = x[:, first + 1 : end + 1].flatten(1, 2)
+        return Actions(x[:, first:end].flatten(1, 2), x_next, t, _repeated(condition, num))
 
     @torch.no_grad()
     def in_pieces(self, function: Callable[..., Any], *inputs: Any) -> Any:

@@ -123,8 +123,13 @@ class RatioAlgorithm(RewardGradient):
         return draw_minibatches(streams, "states", total, -(-total // self.config.minibatches))
 
     def gathered(self, trajectory: Trajectory, drawn: Tensor, batch: Batch) -> StoredStates:
-        """This process's actions of a minibatch."""
-        return StoredStates.gather(trajectory, batch.condition, drawn, batch.share, with_next=True)
+        """This process's actions of a minibatch, given by indices into all actions."""
+        states = drawn + self.first_action * batch.share.num
+        return StoredStates.gather(trajectory, batch.condition, states, batch.share, with_next=True)
+
+    def _index(self, states: StoredStates, batch: Batch) -> Tensor:
+        """The places of actions in the order of `PolicyGradient.actions`, [K, b]."""
+        return (states.t - self.first_action) * batch.share.count + states.row
 
     @torch.no_grad()
     def _replay(self, trajectory: Trajectory, minibatches: Sequence[Tensor], batch: Batch) -> GaussianStep:
@@ -133,15 +138,14 @@ class RatioAlgorithm(RewardGradient):
         for drawn in minibatches:
             states = self.gathered(trajectory, drawn, batch)
             parts.append(self.in_pieces(self.policy, states.x, states.t, states.condition))
-            order.append(states.t * batch.share.count + states.row)
+            order.append(self._index(states, batch))
         index = torch.cat(order, dim=1).argsort(dim=1)
         mean, sigma = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
         return GaussianStep(select_rows(mean, index), select_rows(sigma, index))
 
-    @staticmethod
-    def select(experience: Experience, states: StoredStates, batch: Batch) -> Experience:
+    def select(self, experience: Experience, states: StoredStates, batch: Batch) -> Experience:
         """The experience of the actions of a minibatch, [K, b, ...]."""
-        index = states.t * batch.share.count + states.row
+        index = self._index(states, batch)
         return map_tensors(lambda x: select_rows(x, index), experience)  # type: ignore[no-any-return]
 
 

@@ -42,6 +42,8 @@ class RewardGradient(PolicyGradient):
     def __init__(self, config: RewardGradientConfig, parts: Parts) -> None:
         super().__init__(config, parts)
         self.config = config
+        self.first_action = config.first_step
+        self.num_actions -= config.first_step
         self.reward = parts.reward()
         self.advantages = Advantages(config, max(self.policy.network.classes, 1))
         self.keep_reference()
@@ -117,8 +119,8 @@ class RewardGradient(PolicyGradient):
 
     def policy_steps(self, trajectory: Trajectory) -> GaussianStep:
         """The steps of the policy that drew the trajectories, in the order of `actions`, [K, T' * b, ...]."""
-        num = self.num_actions
-        return GaussianStep(trajectory.mean[:, :num].flatten(1, 2), trajectory.sigma[:, :num].flatten(1))
+        steps = slice(self.first_action, self.first_action + self.num_actions)
+        return GaussianStep(trajectory.mean[:, steps].flatten(1, 2), trajectory.sigma[:, steps].flatten(1))
 
     def action_loss(self, surrogate: Tensor, step: GaussianStep, reference: GaussianStep | None) -> Tensor:
         """The loss of each action of one seed, [b]: its surrogate, the penalty of the KL divergence, and the entropy.

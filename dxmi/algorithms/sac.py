@@ -6,8 +6,8 @@ their gradients, so the reward need not be differentiable. As everywhere here, e
 One `update` is one iteration:
 
     1. roll out the policy                       without gradient
-    2. energies: fit E(x_T) to -r(x_T, c)        one optimizer step (or reward_updates)
-    3. values: t = T-1 .. 0, soft targets        one optimizer step each (value_updates sweeps)
+    2. energies: fit E(x_T) to -r(x_T, c)        reward_updates optimizer steps
+    3. values: t = T-1 .. 0, soft targets        one optimizer step each, in value_updates sweeps
     4. policy: new steps from B stored states    one optimizer step (or policy_updates)
     5. temperature: towards target_entropy       one step on the log temperature, if it is learned
 

@@ -207,8 +207,10 @@ def frontier(results: Results, paths: Mapping[str, FrontierPath]) -> Figure:
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     axes = styled(figure.subplots())
     for index, (name, path) in enumerate(paths.items()):
-        color = INK if name == BASELINE else _PATHS[index % len(_PATHS)]
-        axes.plot(path.divergence, path.score, "o-", color=color, linewidth=1.4, markersize=3, label=name)
+        again, number = divmod(index, len(_PATHS))  # further arms have the same colors with other lines
+        color = INK if name == BASELINE else _PATHS[number]
+        style = ("o-", "s--", "^:")[again % 3]
+        axes.plot(path.divergence, path.score, style, color=color, linewidth=1.4, markersize=3, label=name)
         axes.fill_between(path.divergence, path.low, path.high, color=color, alpha=0.15, linewidth=0)
     if max(max(path.divergence) for path in paths.values()) > _FAR:
         axes.set_xscale("symlog", linthresh=_FAR / 10.0)
