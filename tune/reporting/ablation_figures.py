@@ -216,7 +216,7 @@ def frontier(results: Results, paths: Mapping[str, FrontierPath]) -> Figure:
         axes.set_xscale("symlog", linthresh=_FAR / 10.0)
     axes.set_xlabel("KL divergence from the pretrained policy, nats per trajectory")
     axes.set_ylabel(results.plan.metric.removeprefix("eval/"))
-    axes.legend(frameon=False, fontsize=SMALL, labelcolor=INK)
+    axes.legend(frameon=False, fontsize=SMALL, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
     ends = (f"{name}: {path.score[-1]:.3g} at {path.divergence[-1]:.3g} nats" for name, path in paths.items())
     figure.set_label("; ".join(ends))
     return figure
