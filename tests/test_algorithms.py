@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dxmi.algorithms.base import PolicyAlgorithm
+from dxmi.algorithms.configs import PpoConfig
 from dxmi.algorithms.registry import ALGORITHMS
 from dxmi.config import build, to_tree
 from dxmi.data.batch import Batch, Streams
@@ -322,3 +323,12 @@ def test_a_step_of_trpo_has_its_divergence_with_attention_and_groups_too():
     algorithm, state = start(experiment("trpo", network=networks, train={"batch_size": 6}, algorithm=settings))
     metrics = advance(algorithm, [state], range(1))
     assert float(metrics["policy/kl"]) == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize(("settings", "steps", "last"), [({}, 4, 2), ({"last_step": True}, 4, 3), ({}, 5, 3)])
+def test_the_first_action_is_at_most_the_last_one(settings, steps, last):
+    PpoConfig(first_step=last, **settings).check(steps)
+    with pytest.raises(ValueError, match=rf"^first_step is {last + 1}, but {last} is the last step that counts"):
+        PpoConfig(first_step=last + 1, **settings).check(steps)
+    with pytest.raises(ValueError, match=r"^first_step is -1: it must be at least 0"):
+        PpoConfig(first_step=-1, **settings)

@@ -31,6 +31,8 @@ from tune.studies.arm_results import changes_text
 from tune.studies.folder import StudyFolder
 from tune.studies.leaderboard import changed_inputs
 
+_LONGEST_LINE = 1_000
+"""Maximum length of a printed address; that of a comparison contains the identifiers of all trials."""
 _TIMED_ELSEWHERE = ", measured on the CPU of this machine, which has no GPU; it is much shorter on GPUs"
 
 
@@ -166,7 +168,8 @@ def in_mlflow(plan: Plan, result: SweepResult) -> list[str]:
     except Exception as error:  # noqa: BLE001  (MLflow raises many types, and the addresses are optional)
         complain(f"the addresses of the study's pages in MLflow could not be read: {reason_of(error)}.")
         return [heading]
-    return [heading, *(f"{'':<13}{line}" for line in (pages.lines() if pages else ()))]
+    lines = pages.lines() if pages else []
+    return [heading, *(f"{'':<13}{line}" for line in lines if len(line) <= _LONGEST_LINE)]
 
 
 def _ui_command(folder: StudyFolder) -> str:
