@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dxmi.errors import UserError
 
@@ -68,6 +69,23 @@ def uncompiled() -> AbstractContextManager[object]:
         return contextlib.nullcontext()
     eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return eager
+
+
+class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context whose `__torch_dispatch__` executes all operations on tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()  # type: ignore[no-untyped-call]
+
+
+def tensors_without_content() -> AbstractContextManager[object]:
+    """Return a context in which new tensors have shapes but no content, and operations compute only shapes."""
+    fake = importlib.import_module("torch._subclasses.fake_tensor")
+    mode: AbstractContextManager[object] = fake.FakeTensorMode(allow_non_fake_inputs=True)
+    return mode
 
 
 def package_folder(name: str) -> Path:

@@ -14,10 +14,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dxmi.algorithms.base import Algorithm, PolicyAlgorithm
+from dxmi.compat import DispatchMode, tensors_without_content
 from dxmi.data.batch import Batch, Condition
 from dxmi.rewards.base import Reward
 from dxmi.tensors import tensors_of
@@ -116,13 +115,12 @@ def _without_content() -> Iterator["Meter"]:
     """A context in which tensors have no content, with the meter of their memory."""
     # Conversions of modules replace their parameters, which is not supported for fake ones, and change no size.
     unchanged = mock.patch.object(nn.Module, "to", lambda module, *_, **__: module)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with warnings.catch_warnings(), unchanged, fake, Meter() as meter, _Guesses():  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings(), unchanged, tensors_without_content(), Meter() as meter, _Guesses():
         warnings.simplefilter("ignore")
         yield meter
 
 
-class _Guesses(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Guesses(DispatchMode):
     """Answers the host, which reads values that are not known: flags are taken to be true, and numbers to be 1."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,7 +130,7 @@ class _Guesses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Meter(DispatchMode):
     """Counts the bytes of the tensors that exist.
 
     Attributes:
@@ -141,7 +139,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.live = 0
         self.peak = 0
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
