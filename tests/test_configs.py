@@ -316,3 +316,12 @@ def test_a_study_takes_paths_as_they_are_written_too(text, tmp_path):
 def test_a_path_that_is_no_setting_of_the_tree_is_refused():
     with pytest.raises(UserError, match="tracking"):
         overridden({"resources": {}}, ["tracking.uri=x"])
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "trpo", "grpo", "sac", "draft", "sft_pg"])
+def test_a_debug_option_goes_with_every_algorithm(algorithm):
+    """Its settings of the experiment's own kind do not apply to another one, whose block has been reset."""
+    reward = [] if algorithm == "sft_pg" else ["reward=classifier", "reward.label=3"]
+    for name in ("digits", "digits_reward"):
+        made = compose_experiment([f"experiment={name}", f"algorithm={algorithm}", *reward, "debug=smoke"]).experiment
+        assert made.algorithm.kind == algorithm

@@ -12,7 +12,7 @@ from dxmi.training.build import Experiment
 from dxmi.training.config import ExperimentConfig
 from dxmi.training.footprint import Meter, footprint
 from dxmi.training.recording import FixedStreams
-from support import TINY, missing
+from support import NARROW, TINY, missing
 from tune.cli.main import main
 from tune.cli.memory import memory_text
 from tune.config.compose import compose_experiment
@@ -78,6 +78,15 @@ def test_micro_batches_and_workers_divide_the_activations():
     whole = bytes_of()
     assert bytes_of(accumulate=4) < 0.75 * whole
     assert bytes_of(num_workers=4) == pytest.approx(whole / 4, rel=0.2)
+
+
+@pytest.mark.parametrize("network", ["mlp_small", "unet_patches", "ddgan_small", "edm_unet"])
+def test_every_kind_of_network_can_be_estimated(network):
+    """GANs take latents and initialize a part of a bias."""
+    made = compose_experiment([f"network={network}", *NARROW.get(network, [])]).experiment
+    found = footprint(made)
+    assert found.finetuning is not None
+    assert found.finetuning > 0
 
 
 @pytest.mark.slow

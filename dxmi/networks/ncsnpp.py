@@ -79,7 +79,7 @@ class _AdaptiveNorm(nn.Module):
         super().__init__()
         self.style = linear(latent, 2 * channels, generator)
         with torch.no_grad():
-            self.style.bias[:channels] = 1.0
+            self.style.bias[:channels].fill_(1.0)
         self.groups = _groups(channels)
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:

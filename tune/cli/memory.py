@@ -9,10 +9,17 @@ _SPARE = 0.95
 """Share of a GPU's memory that the tensors of an iteration may fill."""
 
 
-def memory_text(config: ExperimentConfig) -> str:
-    """Describe the memory that each worker of a run needs, with advice if its GPU does not have it."""
+def memory_text(config: ExperimentConfig, *, is_pretrained: bool = False) -> str:
+    """Describe the memory that each worker of a run needs, with advice if its GPU does not have it.
+
+    Args:
+        config: Config of the run.
+        is_pretrained: Whether the pretrained model exists already.
+    """
     need = footprint(config)
     parts = {"pretraining": need.pretraining, "fine-tuning": need.finetuning}
+    if is_pretrained:
+        del parts["pretraining"]
     known = {phase: size for phase, size in parts.items() if size is not None}
     if need.finetuning is None:
         return "not estimated: an operation of an iteration depends on values"

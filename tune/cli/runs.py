@@ -67,8 +67,10 @@ def _describe(config: ExperimentConfig, out: Path) -> None:
         **_beginning(experiment),
         "fine-tuning": f"{config.train.iterations} iterations of {config.algorithm.kind}, batch of "
         f"{config.train.batch_size}, {config.schedule.num_steps} steps",
-        "memory": memory_text(config),
+        "memory": memory_text(config, is_pretrained=_is_pretrained(experiment)),
     }
+    if RunDirectory(out).read_summary() is not None:
+        rows["state"] = "finished: nothing would be recomputed"
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
@@ -81,6 +83,14 @@ def _beginning(experiment: Experiment) -> dict[str, str]:
         return {"data": experiment.data.name, "pretraining": _pretraining_text(experiment)}
     except UserError as error:
         return {"data": str(error)}
+
+
+def _is_pretrained(experiment: Experiment) -> bool:
+    """Whether the cache or the package holds the pretrained model; not known without the data."""
+    try:
+        return experiment.pretraining_path.exists() or experiment.shipped is not None
+    except UserError:
+        return False
 
 
 def _pretraining_text(experiment: Experiment) -> str:

@@ -98,7 +98,7 @@ def _plan(console: Terminal, chosen: Sweep, cost: Estimate) -> None:
         "objective": objectives,
         "concurrency": str(chosen.slots),
         "time": _time(cost),
-        "memory": f"{memory_text(plan.experiment)}, in each trial",
+        "memory": f"{memory_text(plan.experiment)}, with the experiment's own settings",
         "disk": f"{cost.bytes / 1e9:.2f} GB ({cost.trial_bytes / 1e6:.0f} MB per trial)",
         "tracking": plan.tracking.uri,
     }
@@ -225,7 +225,7 @@ def _show_arms(console: Terminal, chosen: Ablation) -> None:
         "trials": str(plan.num_trials),
         "concurrency": str(chosen.slots),
         "time": _time(cost),
-        "memory": f"{memory_text(plan.experiment)}, for each seed of the baseline",
+        "memory": f"{memory_text(plan.experiment)}, for each seed of the baseline; other arms may need more",
         "tracking": plan.tracking.uri,
     }
     if plan.seed_plan is not None:

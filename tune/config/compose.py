@@ -634,7 +634,7 @@ def _leave_out_foreign(tree: dict[str, Any], debug: dict[str, Any]) -> None:
             continue
         known = {own.name for own in fields(place.registry.config_class(tree[name]["kind"]))}
         for key in settings.keys() - known:
-            del tree[name][key]
+            tree[name].pop(key, None)  # absent if the block was reset by an option of another kind
 
 
 def _bring_blocks(tree: dict[str, Any], before: dict[str, Any], path: str, content: Any) -> None:
