@@ -115,3 +115,9 @@ def test_too_much_memory_comes_with_advice(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: Properties)
     assert missing("more than the 1 MB … resources.accumulate", memory_text(config())) == []
     assert missing("more than the 0 MB", memory_text(config(resources={"gpus": 0.25}))) == []
+
+
+@pytest.mark.parametrize("kind", ["digits", "gaussians8", "two_spirals", "checkerboard", "moons"])
+def test_the_shape_that_a_config_states_is_that_of_its_data(kind):
+    made = build(ExperimentConfig, {"data": {"kind": kind}})
+    assert made.data.event == Experiment(made).data.event
